@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from planted import MLP, trained
+from torch import nn
+from torch.utils.data import TensorDataset
+
+torch.set_num_threads(1)  # the tensors of the tests are small
+
+
+@pytest.fixture(scope="session")
+def planted() -> tuple[nn.Module, TensorDataset, TensorDataset]:
+    """A trained MLP in eval mode, its 48 training examples and 7 test examples of 3 classes."""
+    return trained(MLP)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder with the real MNIST and CIFAR-10 files; tests that use it are marked `data`."""
+    folder = os.environ.get("STRIDE_CAPTUM_DATA")
+    if not folder:
+        pytest.skip("STRIDE_CAPTUM_DATA does not name a folder with MNIST and CIFAR-10")
+    return Path(folder)
