@@ -1,0 +1,125 @@
+"""Owns the controls that belong in every table: scores that know nothing but, at most, the labels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import inputs as data
+from ..errors import bad_value
+from ..influence import Ask, InfluenceMethod
+from ..restoring import bits
+
+#: Columns that one generator serves.
+_CHUNK = 1024
+
+
+@dataclass
+class RandomState:
+    """What a control keeps.
+
+    Attributes:
+        labels: Training labels, `(n_train,)` int64.
+        seed: Of the scores.
+    """
+
+    labels: Tensor
+    seed: int
+
+
+@dataclass
+class RandomTest:
+    """What a control keeps of a batch of test points.
+
+    Attributes:
+        keys: One per test point, from the bits of its inputs.
+        classes: Class of the response, `(n_test,)` int64.
+        sign: -1 for the response "loss", which what helps the class lowers, otherwise 1; in the dtype and
+            on the device of the logits.
+    """
+
+    keys: list[int]
+    classes: Tensor
+    sign: Tensor
+
+
+class Random(InfluenceMethod):
+    """Standard normal scores that depend on the seed, the test point's inputs and the column alone.
+
+    Args:
+        model: As for every method.
+        train_dataset: As for every method.
+        seed: Seed of the scores.
+        **options: Those of `InfluenceMethod`.
+    """
+
+    def __init__(self, model: nn.Module, train_dataset: Any, *, seed: int = 0, **options: Any) -> None:
+        super().__init__(model, train_dataset, **options)
+        if not isinstance(seed, int) or seed < 0:
+            raise bad_value("seed", "be an integer of at least 0", repr(seed))
+        self.seed = seed
+
+    def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> RandomState:
+        labels = []
+        for batch in self._train_batches(show_progress):
+            labels.append(self._train_labels(batch, 2**62, data.batch_length(batch)))
+        every = torch.cat(labels)
+        self.n_train_ = len(every)
+        return RandomState(every, self.seed)
+
+    def _prepare(self, state: RandomState, model: nn.Module, batch: Any, ask: Ask) -> RandomTest:
+        logits = self._logits(model, batch)
+        sign = logits.new_tensor(-1.0 if ask.response == "loss" else 1.0)
+        return RandomTest(_input_keys(batch), ask.classes(logits, batch), sign)
+
+    def _scores(self, state: RandomState, prepared: RandomTest, columns: slice) -> Tensor:
+        rows = [_noise(state.seed, key, columns) for key in prepared.keys]
+        return prepared.sign * torch.stack(rows).to(prepared.sign)
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "seed": self.seed}
+
+
+class ClassRandom(Random):
+    """Random scores, but every training example of the target's class stands above all others.
+
+    Scores are `|e|` within the class and `-|e|` outside, with e standard normal (and the other way round
+    for the response "loss").
+    """
+
+    def _scores(self, state: RandomState, prepared: RandomTest, columns: slice) -> Tensor:
+        size = super()._scores(state, prepared, columns).abs() * prepared.sign
+        same = prepared.classes[:, None] == state.labels[columns]
+        return torch.where(same, size, -size)
+
+
+def _input_keys(batch: Any) -> list[int]:
+    """A number for each example that its inputs alone decide: batches and their order do not matter."""
+    values = (
+        [value for key, value in sorted(batch.items()) if key != data.LABEL_KEY]
+        if isinstance(batch, Mapping)
+        else batch[:-1] or batch
+    )
+    digests = [hashlib.sha256() for _ in range(data.batch_length(batch))]
+    for value in values:
+        if isinstance(value, Tensor) and value.ndim:
+            for digest, row in zip(digests, value, strict=True):
+                digest.update(bits(row).numpy().data)
+    return [int.from_bytes(digest.digest()[:8], "little") for digest in digests]
+
+
+def _noise(seed: int, key: int, columns: slice) -> Tensor:
+    """The standard normal scores of one test point for some columns, a chunk of columns at a time."""
+    first, last = columns.start // _CHUNK, (columns.stop - 1) // _CHUNK
+    chunks = [
+        np.random.default_rng([seed, key, chunk]).standard_normal(_CHUNK, dtype=np.float32)
+        for chunk in range(first, last + 1)
+    ]
+    start = columns.start - first * _CHUNK
+    return torch.from_numpy(np.concatenate(chunks)[start : start + columns.stop - columns.start])

@@ -1,0 +1,106 @@
+"""Owns feature similarity: the cosine between activations, with the sign of class agreement on request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import inputs as data
+from ..activations import Tap, check_finite, default_taps, named_taps, recording
+from ..influence import Ask, InfluenceMethod
+from ..responses import multiclass_logits
+
+
+@dataclass
+class SimilarityState:
+    """Unit features of the training set.
+
+    Attributes:
+        taps: Where they are read.
+        features: `(n_train, n_features)`, each row of norm 1.
+        labels: `(n_train,)` int64.
+    """
+
+    taps: list[Tap]
+    features: Tensor
+    labels: Tensor
+
+
+@dataclass
+class SimilarityTest:
+    """What is kept of a batch of test points.
+
+    Attributes:
+        features: `(n_test, n_features)`, each row of norm 1.
+        classes: Class of the response, `(n_test,)` int64.
+        sign: -1 for the response "loss", which similar examples lower.
+    """
+
+    features: Tensor
+    classes: Tensor
+    sign: int
+
+
+class Similarity(InfluenceMethod):
+    """Cosine similarity of features; of the penultimate layer unless `layers` says otherwise.
+
+    It does not depend on the response, but its sign does: similar examples lower the "loss".
+    """
+
+    def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> SimilarityState:
+        first = data.slice_batch(next(iter(self._train_batches(False))), slice(0, 2))
+        taps = (
+            default_taps(model, first, 2**31, penultimate=True)
+            if self.layers is None
+            else named_taps(model, self.layers, first)
+        )
+        features, labels = [], []
+        with recording(model, taps) as run:
+            for batch in self._train_batches(show_progress):
+                outputs, rows = run(batch)
+                features.append(_unit(torch.cat(rows, dim=1)))
+                n_classes = multiclass_logits(outputs).shape[1]
+                labels.append(self._train_labels(batch, n_classes, len(outputs)))
+        self.n_train_ = sum(map(len, labels))
+        every = torch.cat(features)
+        check_finite(every)
+        return SimilarityState(taps, every, torch.cat(labels))
+
+    def _prepare(self, state: SimilarityState, model: nn.Module, batch: Any, ask: Ask) -> SimilarityTest:
+        with recording(model, state.taps) as run:
+            outputs, rows = run(batch)
+        classes = ask.classes(multiclass_logits(outputs), batch)
+        return SimilarityTest(_unit(torch.cat(rows, dim=1)), classes, -1 if ask.response == "loss" else 1)
+
+    def _scores(self, state: SimilarityState, prepared: SimilarityTest, columns: slice) -> Tensor:
+        scores: Tensor = (prepared.features * prepared.sign) @ state.features[columns].T
+        return scores
+
+    def _train_norms(self, state: SimilarityState) -> Tensor:
+        return _norms(state.features)
+
+    def _test_norms(self, state: SimilarityState, prepared: SimilarityTest) -> Tensor:
+        return _norms(prepared.features)
+
+
+class ClassSimilarity(Similarity):
+    """Cosine similarity of features, kept for training examples of the target's class and 0 for others."""
+
+    def _scores(self, state: SimilarityState, prepared: SimilarityTest, columns: slice) -> Tensor:
+        same = prepared.classes[:, None] == state.labels[columns]
+        scores: Tensor = super()._scores(state, prepared, columns) * same
+        return scores
+
+
+def _norms(features: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(features, dim=1)
+    return norms
+
+
+def _unit(features: Tensor) -> Tensor:
+    norms = _norms(features)[:, None]
+    # Not where(norms > 0): NaN must stay NaN.
+    return torch.where(norms == 0, torch.zeros_like(features), features / norms)

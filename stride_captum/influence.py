@@ -1,0 +1,621 @@
+"""Owns what all attribution methods share: Captum's grammar around a method's own three functions.
+
+A method is a subclass of `InfluenceMethod` that implements
+
+    _fit_checkpoint(model, show_progress) -> state             what it learns from the training set
+    _prepare(state, model, batch, ask) -> prepared             what it needs of one batch of test points
+    _scores(state, prepared, columns) -> (n_test, n_columns)   scores against a slice of the training set
+
+and gets from here: batches and devices, checkpoints, streamed top-k, normalisation, subsets, progress,
+saving, cost accounting, and the promise that the caller's model and random state are left as they were.
+
+Sign: a positive score means that the training example raises the response of the test point.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from captum.influence import DataInfluence
+from captum.influence._core.tracincp import KMostInfluentialResults
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import inputs as data
+from .config import parse_bytes
+from .errors import bad_choice, bad_type, bad_value
+from .responses import RESPONSES, class_labels, multiclass_logits
+from .restoring import untouched, weights_fingerprint, weights_version
+from .streaming import Collector, DenseScores, GroupSums, StreamedTopK
+from .subsets import membership_from_indices
+
+Self = TypeVar("Self", bound="InfluenceMethod")
+LoadCheckpoint = Callable[[nn.Module, Any], float]
+
+#: Test points that are scored together, at most.
+_TEST_ROWS = 1024
+#: Scores of one block, at most: small enough for the last level of cache.
+_BLOCK_SCORES = 2**22
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is asked about a batch of test points.
+
+    Attributes:
+        response: The scalar that is attributed.
+        target: "label", "predicted", or the class of each test point of the batch, `(n,)` int64.
+    """
+
+    response: str
+    target: str | Tensor
+
+    def classes(self, logits: Tensor, batch: Any) -> Tensor:
+        """The class c of each test point, `(n,)` int64.
+
+        Args:
+            logits: `(n, n_classes)`.
+            batch: The batch that gave them.
+        """
+        if isinstance(self.target, Tensor):
+            return class_labels(self.target.to(logits.device), logits.shape[1], "target")
+        if self.target == "predicted":
+            return logits.argmax(1)
+        labels = data.labels_of(batch)
+        if labels is None:
+            raise bad_value(
+                "inputs",
+                "carry labels, as in (x, y), when target='label'",
+                "a batch without labels",
+                "Add them, or ask for target='predicted' or a class index.",
+            )
+        if len(labels) != len(logits):
+            raise bad_value("inputs", f"carry one label for each of {len(logits)} examples", len(labels))
+        return class_labels(labels.to(logits.device), logits.shape[1], "inputs")
+
+
+def load_checkpoint(model: nn.Module, checkpoint: Any) -> float:
+    """Load weights into a model: a state dict, or the path of one saved by torch or safetensors.
+
+    Returns:
+        The learning rate at the checkpoint for methods that use it; 1 where it is not known.
+    """
+    if isinstance(checkpoint, Mapping):
+        state = checkpoint
+    elif str(checkpoint).endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        state = load_file(checkpoint)
+    else:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    for key in ("state_dict", "model_state_dict"):
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+    model.load_state_dict(state)
+    return 1.0
+
+
+def _checkpoint_list(checkpoints: Any) -> list[Any]:
+    """Checkpoints as Captum takes them: a list, an iterator, or the path of a folder, in natural order."""
+    if isinstance(checkpoints, str | Path):
+        path = Path(checkpoints)
+        if not path.exists():
+            raise bad_value("checkpoints", "name a file or folder that exists", repr(str(path)))
+        found = [str(file) for file in path.iterdir() if file.is_file()] if path.is_dir() else [str(path)]
+        checkpoints = sorted(found, key=lambda file: re.sub(r"\d+", lambda n: n[0].zfill(20), file))
+    elif isinstance(checkpoints, Mapping):
+        raise bad_type("checkpoints", "be a list of state dicts or paths", checkpoints, "Write [state_dict].")
+    every = list(checkpoints)
+    if not every:
+        raise bad_value("checkpoints", "hold at least one checkpoint", "none", "Leave it out to use `model`.")
+    return every
+
+
+class InfluenceMethod(DataInfluence):  # type: ignore[misc]
+    """Base class of all attribution methods; a subclass of Captum's `DataInfluence`.
+
+    Args:
+        model: A trained classifier. It is evaluated in eval mode and left as it was.
+        train_dataset: Dataset or (not shuffling) DataLoader of the examples that it was trained on. An
+            item is `(inputs..., label)` or a dict with the key "labels".
+        layers: Names of submodules whose outputs are features; None selects them.
+        batch_size: Examples a forward pass, where a data set is given instead of a loader.
+        device: Where the work is done; None takes the device of the model. For another device the
+            model is copied.
+        checkpoints: State dicts or paths, or a folder of them: scores are averaged over these instead of
+            the weights in `model`. They may be checkpoints of one training or independent models.
+        checkpoints_load_func: `f(model, checkpoint)` loads one and returns a learning rate.
+        held_out: Labelled data that the model has not seen, for methods that can use it.
+        response: Default response.
+        target: Default class of the response.
+        normalize: Default normalisation, None or "cosine".
+        memory_budget: Memory for one block of scores.
+
+    Attributes:
+        n_train_: Number of training examples.
+        fit_seconds_: Duration of `fit`.
+        query_seconds_: Duration of the last `influence`.
+    """
+
+    #: Whether the method takes gradients of the network.
+    needs_gradients: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Any,
+        *,
+        layers: Sequence[str] | None = None,
+        batch_size: int = 1024,
+        device: torch.device | str | None = None,
+        checkpoints: Iterable[Any] | str | Path | None = None,
+        checkpoints_load_func: LoadCheckpoint = load_checkpoint,
+        held_out: Any = None,
+        response: str = "margin",
+        target: str = "label",
+        normalize: str | None = None,
+        memory_budget: int | str = "256MiB",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise bad_type("model", "be a torch.nn.Module", model)
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise bad_value("batch_size", "be an integer of at least 1", repr(batch_size))
+        if data.is_batch(train_dataset):
+            raise bad_type(
+                "train_dataset",
+                "be a Dataset or a DataLoader",
+                train_dataset,
+                "Write TensorDataset(inputs, labels).",
+            )
+        if response not in RESPONSES:
+            raise bad_choice("response", response, RESPONSES)
+        data.check_source(train_dataset, "train_dataset")
+        # Captum's own constructor is misspelt and cannot be called.
+        self.model = model
+        self.train_dataset = train_dataset
+        self.layers = layers
+        self.batch_size = batch_size
+        self.device = None if device is None else torch.device(device)
+        self.checkpoints = None if checkpoints is None else _checkpoint_list(checkpoints)
+        self.checkpoints_load_func = checkpoints_load_func
+        self.held_out = held_out
+        self.response = response
+        self.target = target
+        self.normalize = normalize
+        self.memory_budget = parse_bytes(memory_budget)
+        self._states: list[Any] | None = None
+        self._weights: list[float] = []
+        self._fitted_on: tuple[Any, str] | None = None
+
+    # What a method implements.
+
+    @abstractmethod
+    def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> Any:
+        """Learn from the training set what the scores need; must set `n_train_`."""
+
+    @abstractmethod
+    def _prepare(self, state: Any, model: nn.Module, batch: Any, ask: Ask) -> Any:
+        """Compute once what the scores of a batch of test points need."""
+
+    @abstractmethod
+    def _scores(self, state: Any, prepared: Any, columns: slice) -> Tensor:
+        """Scores `(n_test, n_columns)` against a slice of the training set."""
+
+    def _train_norms(self, state: Any) -> Tensor:
+        """Norm of each training example in the method's kernel, `(n_train,)`."""
+        raise self._no_norms()
+
+    def _test_norms(self, state: Any, prepared: Any) -> Tensor:
+        """Norm of each test point in the method's kernel, `(n_test,)`."""
+        raise self._no_norms()
+
+    def _no_norms(self) -> ValueError:
+        return bad_value("normalize", f"be None for {type(self).__name__}, which has no norms", "'cosine'")
+
+    def _self_influence(self, state: Any, model: nn.Module, batch: Any, rows: slice | None) -> Tensor:
+        """Self-influence of one batch; `rows` are its places in the training set, None for other data."""
+        if rows is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} gives the self-influence of training examples only: pass no inputs."
+            )
+        prepared = self._prepare(state, model, batch, Ask("loss", "label"))
+        return -self._scores(state, prepared, rows).diagonal()
+
+    def _train_self_influence(self, state: Any) -> Tensor | None:
+        """Self-influence of the whole training set where the state knows it, `(n_train,)`; else None."""
+        return None
+
+    def _combine_weights(self, learning_rates: list[float]) -> list[float]:
+        """Weight of each checkpoint in the score: the mean, unless a method says otherwise."""
+        return [1 / len(learning_rates)] * len(learning_rates)
+
+    # What every method has.
+
+    def fit(self: Self, show_progress: bool = False) -> Self:
+        """Learn from the training set.
+
+        Args:
+            show_progress: Whether to show a bar over its batches.
+
+        Returns:
+            The method itself.
+        """
+        started = time.perf_counter()
+        self._states = None
+        with self._session() as model:
+            states, rates, fingerprints = [], [], []
+            for checkpoint in self._checkpoints():
+                rates.append(self._load(model, checkpoint))
+                fingerprints.append(weights_fingerprint(model))
+                states.append(self._fit_checkpoint(model, show_progress))
+        self._states, self._weights = states, self._combine_weights(rates)
+        self._mark_fitted(" ".join(fingerprints))
+        self.fit_seconds_ = time.perf_counter() - started
+        return self
+
+    def influence(
+        self,
+        inputs: Any,
+        k: int | None = None,
+        proponents: bool = True,
+        show_progress: bool = False,
+        *,
+        response: str | None = None,
+        target: str | int | Sequence[int] | Tensor | None = None,
+        normalize: str | None = "default",
+    ) -> Tensor | KMostInfluentialResults:
+        """Influence of every training example on each test point; fits on first use.
+
+        Args:
+            inputs: A batch `(inputs..., labels)` or dict, or a DataLoader or Dataset of them.
+            k: None for all scores, or how many training examples to return per test point.
+            proponents: With k: the highest scores, descending; otherwise the lowest, ascending.
+            show_progress: Whether to show a bar over the test batches.
+            response: The scalar that is attributed (see `stride_captum.responses`).
+            target: Its class: "label", "predicted", or an index (one, or one per test point).
+            normalize: None or "cosine": divide by the norms of both sides; a zero norm gives 0.
+
+        Returns:
+            Scores `(n_test, n_train)`, or with k a `KMostInfluentialResults` of indices (int64) and
+            scores, both `(n_test, min(k, n_train))`; ties by lower index.
+
+        Raises:
+            ValueError: An argument out of its range, or a model that has changed since `fit`.
+            TypeError: Inputs of another kind.
+        """
+        if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
+            raise bad_value("k", "be an integer of at least 1, or None for all scores", repr(k))
+
+        def collector() -> Collector:
+            return DenseScores(self.n_train_) if k is None else StreamedTopK(k, proponents)
+
+        results = self._collect(inputs, collector, show_progress, response, target, normalize)
+        return results[0] if k is None else KMostInfluentialResults(*results)
+
+    def self_influence(
+        self,
+        inputs: Any = None,
+        show_progress: bool = False,
+        outer_loop_by_checkpoints: bool = False,
+        *,
+        inputs_dataset: Any = None,
+    ) -> Tensor:
+        """How much each example lowers its own loss by being in the training set.
+
+        The loss gradient stands on both sides, whatever the response is: this is the diagonal of
+        `-influence(train, response="loss")`.
+
+        Args:
+            inputs: Other examples, as for `influence`; None for the training set.
+            show_progress: Whether to show a bar over the batches.
+            outer_loop_by_checkpoints: Accepted for compatibility with Captum; changes nothing.
+            inputs_dataset: Captum's other name for `inputs`.
+
+        Returns:
+            `(n_train,)`, or `(n_inputs,)`.
+        """
+        inputs = inputs_dataset if inputs is None else inputs
+        if self._states is None:
+            self.fit(show_progress)
+        total: Tensor | None = None
+        with self._session() as model:
+            self._check_unchanged()
+            for checkpoint, state, weight in zip(
+                self._checkpoints(), self._states or [], self._weights, strict=True
+            ):
+                part = self._train_self_influence(state) if inputs is None else None
+                if part is None:
+                    self._load(model, checkpoint)
+                    part = self._self_influence_of(state, model, inputs, show_progress)
+                total = part * weight if total is None else total + part * weight
+        assert total is not None, "there is at least one checkpoint"
+        return total
+
+    def _self_influence_of(self, state: Any, model: nn.Module, inputs: Any, show_progress: bool) -> Tensor:
+        """Self-influence of other inputs, or batch by batch of the training set (None)."""
+        source, argument = (self.train_dataset, "train_dataset") if inputs is None else (inputs, "inputs")
+        parts, seen = [], 0
+        for batch in self._batches(source, argument, show_progress, "self-influence"):
+            n = data.batch_length(batch)
+            rows = slice(seen, seen + n) if inputs is None else None
+            parts.append(self._self_influence(state, model, batch, rows))
+            seen += n
+        return torch.cat(parts)
+
+    def mislabel_scores(self) -> Tensor:
+        """How suspect each training label is, `(n_train,)`; here the self-influence. High means suspect."""
+        return self.self_influence()
+
+    def subset_influence(
+        self,
+        inputs: Any,
+        groups: Sequence[Any],
+        *,
+        response: str | None = None,
+        target: str | int | Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
+        """Predicted effect of whole groups of training examples: the sum of their scores.
+
+        Args:
+            inputs: As for `influence`.
+            groups: Index lists, one per group; they may overlap.
+            response: As for `influence`.
+            target: As for `influence`.
+
+        Returns:
+            `(n_test, n_groups)`.
+        """
+        if self._states is None:
+            self.fit()
+        membership = membership_from_indices(groups, self.n_train_)
+        return self._collect(inputs, lambda: GroupSums(membership), False, response, target, None)[0]
+
+    # Plumbing.
+
+    def _collect(
+        self,
+        inputs: Any,
+        collector: Callable[[], Collector],
+        show_progress: bool,
+        response: str | None,
+        target: Any,
+        normalize: str | None,
+    ) -> tuple[Tensor, ...]:
+        """Score all test batches; `collector` makes what takes in the blocks of one batch."""
+        response = self.response if response is None else response
+        if response not in RESPONSES:
+            raise bad_choice("response", response, RESPONSES)
+        normalize = self.normalize if normalize == "default" else normalize
+        if normalize not in (None, "cosine"):
+            raise bad_value("normalize", "be None or 'cosine'", repr(normalize))
+        wanted = self._check_target(self.target if target is None else target)
+        data.check_source(inputs, "inputs")
+        if self._states is None:
+            self.fit(show_progress)
+        started = time.perf_counter()
+        results: list[tuple[Tensor, ...]] = []
+        with self._session() as model:
+            self._check_unchanged()
+            seen = 0
+            for batch in self._test_batches(inputs, show_progress):
+                n = data.batch_length(batch)
+                ask = Ask(response, _slice_target(wanted, seen, n))
+                seen += n
+                taken = collector()
+                for block, start in self._score_blocks(model, batch, ask, n, normalize):
+                    taken.update(block, start)
+                results.append(taken.result())
+        if isinstance(wanted, Tensor) and wanted.ndim and len(wanted) != seen:
+            raise bad_value("target", f"hold one class for each of the {seen} test points", len(wanted))
+        self.query_seconds_ = time.perf_counter() - started
+        return (
+            results[0]
+            if len(results) == 1
+            else tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+        )
+
+    def _score_blocks(
+        self, model: nn.Module, batch: Any, ask: Ask, n: int, normalize: str | None
+    ) -> Iterator[tuple[Tensor, int]]:
+        """Blocks of scores of one test batch with the column where each starts."""
+        parts = []
+        for checkpoint, state, weight in zip(
+            self._checkpoints(), self._states or [], self._weights, strict=True
+        ):
+            self._load(model, checkpoint)
+            prepared = self._prepare(state, model, batch, ask)
+            norms = self._inverse_norms(state, prepared) if normalize else None
+            parts.append((state, prepared, weight, norms))
+        for columns in self._column_blocks(n):
+            block: Tensor | None = None
+            for state, prepared, weight, norms in parts:
+                scores = self._scores(state, prepared, columns).detach()
+                if norms is not None:
+                    scores = scores * norms[0][:, None] * norms[1][columns]
+                if weight != 1:
+                    scores = scores * weight
+                block = scores if block is None else block + scores
+            assert block is not None, "there is at least one checkpoint"
+            yield block, columns.start
+
+    def _inverse_norms(self, state: Any, prepared: Any) -> tuple[Tensor, Tensor]:
+        test, train = self._test_norms(state, prepared), self._train_norms(state)
+        # Not where(x > 0): the norm of a point with NaN is NaN, and its scores must be.
+        return tuple(torch.where(x == 0, torch.zeros_like(x), 1 / x) for x in (test, train))  # type: ignore[return-value]
+
+    def _column_blocks(self, n_test: int) -> Iterator[slice]:
+        size = max(min(_BLOCK_SCORES, self.memory_budget // 16) // max(n_test, 1), 1)
+        for start in range(0, self.n_train_, size):
+            yield slice(start, min(start + size, self.n_train_))
+
+    def _logits(self, model: nn.Module, batch: Any) -> Tensor:
+        return multiclass_logits(data.forward(model, batch))
+
+    def _train_batches(self, show_progress: bool) -> Iterator[Any]:
+        return self._batches(
+            self.train_dataset, "train_dataset", show_progress, f"fitting {type(self).__name__}"
+        )
+
+    def _train_labels(self, batch: Any, n_classes: int, n: int) -> Tensor:
+        """Labels of a batch of `n` training examples, `(n,)` int64 in `[0, n_classes)`."""
+        labels = data.labels_of(batch)
+        if labels is None or len(labels) != n:
+            raise bad_value(
+                "train_dataset",
+                "give one label per example, last in (inputs..., label) or under 'labels'",
+                "none" if labels is None else f"{len(labels)} for {n} examples",
+            )
+        return class_labels(labels, n_classes, "train_dataset")
+
+    def _test_batches(self, inputs: Any, show_progress: bool) -> Iterator[Any]:
+        size = max(self.batch_size, _TEST_ROWS) if data.is_batch(inputs) else self.batch_size
+        for batch in self._batches(inputs, "inputs", show_progress, type(self).__name__, size):
+            yield from data.split_batch(batch, max(self.batch_size, _TEST_ROWS))
+
+    def _batches(
+        self, source: Any, argument: str, show_progress: bool, what: str, size: int | None = None
+    ) -> Iterator[Any]:
+        size = size or self.batch_size
+        device = self._work_device()
+        bar = tqdm(
+            data.batches(source, size, argument),
+            total=data.count_batches(source, size),
+            desc=what,
+            disable=not show_progress,
+        )
+        batch = None
+        for batch in bar:
+            yield data.to_device(batch, device)
+        if batch is None:
+            raise bad_value(argument, "hold at least one example", "an empty one")
+
+    def _work_device(self) -> torch.device:
+        if self.device is not None:
+            return self.device
+        first = next(iter([*self.model.parameters(), *self.model.buffers()]), None)
+        return torch.device("cpu") if first is None else first.device
+
+    @contextmanager
+    def _session(self) -> Iterator[nn.Module]:
+        """The model on the working device, in eval mode; everything is put back at the end."""
+        model = self.model
+        first = next(model.parameters(), None)
+        if self.device is not None and first is not None and first.device != self.device:
+            model = copy.deepcopy(model).to(self.device)
+        with (
+            untouched(model, weights=self.checkpoints is not None),
+            torch.inference_mode(False),
+            torch.set_grad_enabled(self.needs_gradients),
+        ):
+            yield model
+
+    def _checkpoints(self) -> Sequence[Any]:
+        return [None] if self.checkpoints is None else self.checkpoints
+
+    def _load(self, model: nn.Module, checkpoint: Any) -> float:
+        if checkpoint is None:
+            return 1.0
+        rate = self.checkpoints_load_func(model, checkpoint)
+        model.eval()
+        return 1.0 if rate is None else float(rate)
+
+    def _fingerprint(self) -> str:
+        """Of the weights of `model`, or of all checkpoints."""
+        with self._session() as model:
+            found = []
+            for checkpoint in self._checkpoints():
+                self._load(model, checkpoint)
+                found.append(weights_fingerprint(model))
+        return " ".join(found)
+
+    def _mark_fitted(self, fingerprint: str) -> None:
+        self._fitted_on = (weights_version(self.model), fingerprint)
+
+    def _check_unchanged(self) -> None:
+        if self._fitted_on is None or self.checkpoints is not None:
+            return
+        version, fingerprint = self._fitted_on
+        now = weights_version(self.model)
+        if now != version:
+            if weights_fingerprint(self.model) != fingerprint:
+                raise bad_value(
+                    "model",
+                    "have the weights that the method was fitted on",
+                    "other weights",
+                    "Call fit() again, or build a new object for the new model.",
+                )
+            self._fitted_on = (now, fingerprint)
+
+    def _check_target(self, target: Any) -> str | Tensor:
+        if isinstance(target, str):
+            if target not in ("label", "predicted"):
+                raise bad_value("target", "be 'label', 'predicted' or class indices", repr(target))
+            return target
+        numeric = isinstance(target, int | Sequence | Tensor | np.ndarray | np.integer)
+        if isinstance(target, bool) or not numeric:
+            raise bad_type("target", "be 'label', 'predicted' or class indices", target)
+        try:
+            return torch.as_tensor(target)
+        except (TypeError, ValueError) as error:
+            raise bad_value("target", "be 'label', 'predicted' or class indices", repr(target)) from error
+
+    def save(self, path: str | Path) -> None:
+        """Write what `fit` has learnt to one safetensors file.
+
+        Args:
+            path: File name.
+
+        Raises:
+            ValueError: Nothing has been fitted.
+        """
+        from .persistence import save_method
+
+        save_method(self, path)
+
+    @classmethod
+    def load(cls: type[Self], path: str | Path, model: nn.Module, train_dataset: Any, **options: Any) -> Self:
+        """Read a method that `save` has written; no pass over the training set is made.
+
+        Args:
+            path: File name.
+            model: The model that it was fitted on.
+            train_dataset: The training set that it was fitted on.
+            **options: Constructor arguments that are not saved (device, checkpoints, ...), or another
+                batch_size.
+
+        Raises:
+            ValueError: The file belongs to other weights, other data or another class.
+        """
+        from .persistence import load_method
+
+        return load_method(cls, path, model, train_dataset, options)
+
+    def _settings(self) -> dict[str, Any]:
+        """Constructor arguments that `save` keeps, as plain values."""
+        return {"layers": None if self.layers is None else list(self.layers), "batch_size": self.batch_size}
+
+
+def _slice_target(target: str | Tensor, start: int, n: int) -> str | Tensor:
+    if isinstance(target, str):
+        return target
+    if target.ndim == 0:
+        return target.expand(n)
+    piece = target[start : start + n]
+    if len(piece) != n:
+        raise bad_value(
+            "target", "hold one class per test point", f"{len(target)} classes for more test points"
+        )
+    return piece
+
+
+__all__ = ["Ask", "InfluenceMethod", "load_checkpoint"]
