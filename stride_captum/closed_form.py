@@ -1,0 +1,192 @@
+"""Owns what the closed form keeps of a training set, and how scores come from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .config import STRIDEConfig
+from .newton import (
+    Curvature,
+    IdentityCurvature,
+    KroneckerCurvature,
+    RidgeHead,
+    Term,
+    blocks,
+    damped_inverse,
+    feature_moments,
+    fit_curvature,
+    fit_ridge_head,
+    leverage_forms,
+    on_raw_features,
+    quadratic_forms,
+    scaled_features,
+    score_block,
+    working_dtype,
+)
+from .residuals import choose_residuals, one_hot, project_on_simplex, tempered_residuals
+
+
+@dataclass
+class ClosedForm:
+    """Closed-form operators of all singleton subsets.
+
+    Attributes:
+        features: Raw features h of the training set, `(n_train, n_features)`, as they were stored.
+        residuals: r_i, `(n_train, n_classes)`.
+        loss_residuals: e_y - p at temperature 1, `(n_train, n_classes)`.
+        scale: Factor of each feature, 1 for the constant, `(n_features + 1,)`.
+        head: Ridge head on all layers but the last.
+        ridge_ratio: Factor of the ridge part of the residuals "both".
+        curvature: Approximation of F + lambda I.
+        kind: The option `residuals`.
+        temperature: T.
+    """
+
+    features: Tensor
+    residuals: Tensor
+    loss_residuals: Tensor
+    scale: Tensor
+    head: RidgeHead
+    ridge_ratio: Tensor
+    curvature: Curvature
+    kind: str
+    temperature: float
+
+    @property
+    def n_train(self) -> int:
+        """N."""
+        return len(self.residuals)
+
+    def prepare(self, features: Tensor, gradients: Tensor) -> tuple[list[Term], Tensor, Tensor]:
+        """What the scores of test points need.
+
+        Args:
+            features: Raw features of the test points, `(n_test, n_features)`.
+            gradients: Of the response with respect to the logits, `(n_test, n_classes)`.
+
+        Returns:
+            The preconditioned terms, acting on raw training features, and both sides as they came.
+        """
+        phi = scaled_features(features.to(self.scale), self.scale)
+        gradients = gradients.to(phi)
+        terms = self.curvature.precondition(phi, gradients)
+        return on_raw_features(terms, self.scale, self.n_train), phi, gradients
+
+    def scores(self, terms: Sequence[Term], columns: slice) -> Tensor:
+        """Scores `(n_test, n_columns)` against a slice of the training set."""
+        features = self.features[columns]
+        return score_block(terms, features.to(terms[0][0]), self.residuals[columns])
+
+    def train_norms(self) -> Tensor:
+        """`sqrt(<phi_i (x) r_i, (F + lambda)^-1 (phi_i (x) r_i)> / N)`, `(n_train,)`."""
+        return self._train_norms
+
+    @cached_property
+    def _train_norms(self) -> Tensor:
+        sizes, units = _sizes_and_units(self.residuals)
+        return _norms(self._forms(units, units), sizes)
+
+    def test_norms(self, phi: Tensor, gradients: Tensor) -> Tensor:
+        """The same norm of the test points, `(n_test,)`."""
+        sizes, units = _sizes_and_units(gradients)
+        return _norms(quadratic_forms(self.curvature, phi, units, units) / self.n_train, sizes)
+
+    def self_influence(self) -> Tensor:
+        """`<phi_i (x) (e_y - p), (F + lambda)^-1 (phi_i (x) r_i)> / N`, `(n_train,)`."""
+        return self._forms(self.loss_residuals, self.residuals)
+
+    def self_influence_of(self, features: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """The self-influence that other examples would have, `(n,)`.
+
+        The ridge part of their residuals is out of sample as it is: nothing is left out.
+        """
+        phi = scaled_features(features.to(self.scale), self.scale)
+        predictions = project_on_simplex(self.head.predict(features))
+        residuals, _ = choose_residuals(
+            self.kind, logits.to(phi), labels, predictions, self.temperature, self.ridge_ratio
+        )
+        loss_residuals = tempered_residuals(logits.to(phi), labels)
+        return quadratic_forms(self.curvature, phi, loss_residuals, residuals) / self.n_train
+
+    @cached_property
+    def _leverage_forms(self) -> Tensor:
+        assert isinstance(self.curvature, IdentityCurvature | KroneckerCurvature)
+        return leverage_forms(self.features, self.scale, self.curvature.inverse)
+
+    def suspicion(self) -> Tensor:
+        """Norm of the leave-one-out residual of the ridge head, `(n_train,)`."""
+        return torch.linalg.vector_norm(self.head.left_out, dim=1)
+
+    def _forms(self, left: Tensor, right: Tensor) -> Tensor:
+        if isinstance(self.curvature, IdentityCurvature | KroneckerCurvature):
+            return self._leverage_forms * self.curvature.class_product(left, right) / self.n_train
+        parts = []
+        for rows in blocks(self.n_train, 256):
+            phi = scaled_features(self.features[rows], self.scale)
+            parts.append(quadratic_forms(self.curvature, phi, left[rows], right[rows]))
+        return torch.cat(parts) / self.n_train
+
+
+def _sizes_and_units(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest entry of each row, and the rows divided by it: tiny residuals have no tiny squares."""
+    sizes = vectors.abs().amax(1)
+    return sizes, vectors / torch.where(sizes > 0, sizes, 1.0)[:, None]
+
+
+def _norms(forms: Tensor, sizes: Tensor) -> Tensor:
+    """Norms of rows from the forms of their units; 0 where the inverse would overflow."""
+    norms = forms.clamp_min(0).sqrt() * sizes
+    return torch.where(norms >= torch.finfo(norms.dtype).tiny, norms, 0.0)
+
+
+def fit_closed_form(
+    features: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    widths: Sequence[int],
+    config: STRIDEConfig,
+    temperature: float,
+) -> ClosedForm:
+    """Fit the closed form: two products of n_train x n_features x n_features, or less.
+
+    Args:
+        features: Raw features `(n_train, n_features)`, may be memory-mapped.
+        logits: `(n_train, n_classes)`.
+        labels: `(n_train,)` int64.
+        widths: Widths of the layers, in the order of the columns.
+        config: `residuals`, `damping`, `head_damping`, `curvature`.
+        temperature: T of the tempered residuals; also of p in the curvature, unless the residuals are
+            those of training.
+    """
+    logits = logits.to(working_dtype(features))
+    moments = feature_moments(features, labels, logits.shape[1], widths)
+    # The last layer has memorised the training labels: what it says of them is not out of sample.
+    head_width = sum(widths[:-1]) if len(widths) > 1 else features.shape[1]
+    head = fit_ridge_head(features[:, :head_width], labels, moments.first(head_width), config.head_damping)
+    predictions = project_on_simplex(one_hot(labels, logits) - head.left_out)
+    residuals, ratio = choose_residuals(config.residuals, logits, labels, predictions, temperature)
+    softened = logits if config.residuals == "training" else logits / temperature
+    curvature = fit_curvature(
+        config.curvature,
+        features,
+        softened.softmax(-1),
+        moments,
+        config.damping,
+        damped_inverse(moments.second_moment, config.damping),
+    )
+    return ClosedForm(
+        features=features,
+        residuals=residuals,
+        loss_residuals=tempered_residuals(logits, labels),
+        scale=moments.scale.to(logits),
+        head=head,
+        ridge_ratio=ratio,
+        curvature=curvature,
+        kind=config.residuals,
+        temperature=temperature,
+    )
