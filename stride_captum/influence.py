@@ -412,7 +412,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
                 ask = Ask(response, _slice_target(wanted, seen, n))
                 seen += n
                 taken = collector()
-                for block, start in self._score_blocks(model, batch, ask, n, normalize):
+                for block, start in self._score_blocks(model, batch, ask, n, normalize, taken.keeps_all):
                     taken.update(block, start)
                 results.append(taken.result())
         if isinstance(wanted, Tensor) and wanted.ndim and len(wanted) != seen:
@@ -425,7 +425,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         )
 
     def _score_blocks(
-        self, model: nn.Module, batch: Any, ask: Ask, n: int, normalize: str | None
+        self, model: nn.Module, batch: Any, ask: Ask, n: int, normalize: str | None, keeps_all: bool
     ) -> Iterator[tuple[Tensor, int]]:
         """Blocks of scores of one test batch with the column where each starts."""
         parts = []
@@ -436,7 +436,12 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
             prepared = self._prepare(state, model, batch, ask)
             norms = self._inverse_norms(state, prepared) if normalize else None
             parts.append((state, prepared, weight, norms))
-        for columns in self._column_blocks(n):
+        bytes_per_score = max((p.element_size() for p in model.parameters()), default=8)
+        if len(parts) > 1 or normalize or not keeps_all:
+            size = min(_BLOCK_SCORES, self.memory_budget // (4 * bytes_per_score))
+        else:  # the block is the result itself
+            size = self.memory_budget // bytes_per_score
+        for columns in self._column_blocks(size // max(n, 1)):
             block: Tensor | None = None
             for state, prepared, weight, norms in parts:
                 scores = self._scores(state, prepared, columns).detach()
@@ -453,10 +458,9 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         # Not where(x > 0): the norm of a point with NaN is NaN, and its scores must be.
         return tuple(torch.where(x == 0, torch.zeros_like(x), 1 / x) for x in (test, train))  # type: ignore[return-value]
 
-    def _column_blocks(self, n_test: int) -> Iterator[slice]:
-        size = max(min(_BLOCK_SCORES, self.memory_budget // 16) // max(n_test, 1), 1)
-        for start in range(0, self.n_train_, size):
-            yield slice(start, min(start + size, self.n_train_))
+    def _column_blocks(self, size: int) -> Iterator[slice]:
+        for start in range(0, self.n_train_, max(size, 1)):
+            yield slice(start, min(start + max(size, 1), self.n_train_))
 
     def _logits(self, model: nn.Module, batch: Any) -> Tensor:
         return multiclass_logits(data.forward(model, batch))

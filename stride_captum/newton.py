@@ -449,6 +449,12 @@ def scaled_features(features: Tensor, scale: Tensor) -> Tensor:
     return torch.cat([features * scale[:-1].to(features), ones], dim=1)
 
 
+#: Scores that the class side multiplies at a time: small enough for the last level of cache.
+_CACHED_SCORES = 2**21
+#: Test points up to which the product is taken the other way round.
+_FEW_POINTS = 8
+
+
 def score_block(terms: Sequence[Term], features: Tensor, residuals: Tensor) -> Tensor:
     """`sum_t (U_t h^T) * (V_t r^T)` for one block of training examples.
 
@@ -462,11 +468,22 @@ def score_block(terms: Sequence[Term], features: Tensor, residuals: Tensor) -> T
     """
     total: Tensor | None = None
     for u, v in terms:
-        block = torch.addmm(u[:, -1:], u[:, :-1], features.T)
-        block *= v @ residuals.T
+        block = _feature_product(u, features)
+        for columns in blocks(block.shape[1], max(_CACHED_SCORES // max(len(u), 1), 256)):
+            block[:, columns] *= v @ residuals[columns].T
         total = block if total is None else total.add_(block)
     assert total is not None, "a curvature gives at least one term"
     return total
+
+
+def _feature_product(u: Tensor, features: Tensor) -> Tensor:
+    """`U [h, 1]^T`, `(n_test, n_block)`."""
+    n = len(u)
+    if n > _FEW_POINTS or n == 0:
+        return torch.addmm(u[:, -1:], u[:, :-1], features.T)
+    # A product of one vector runs on one thread, and few rows are slow: few columns use all of them.
+    few = u if n > 1 else u.expand(2, -1)
+    return (features @ few[:, :-1].T)[:, :n].T.contiguous().add_(u[:, -1:])
 
 
 def on_raw_features(terms: Sequence[Term], scale: Tensor, n_train: int) -> list[Term]:

@@ -12,7 +12,13 @@ from .subsets import Membership
 
 
 class Collector(Protocol):
-    """Takes in blocks of columns from left to right."""
+    """Takes in blocks of columns from left to right.
+
+    Attributes:
+        keeps_all: Whether every score is kept, so that one wide block costs no more memory.
+    """
+
+    keeps_all: bool
 
     def update(self, block: Tensor, start: int) -> None:
         """Take in the scores of columns `start, start + 1, ...`, `(n_rows, n_block)`."""
@@ -27,6 +33,8 @@ class DenseScores:
     Args:
         n_columns: Width of the whole matrix.
     """
+
+    keeps_all = True
 
     def __init__(self, n_columns: int) -> None:
         self.n_columns = n_columns
@@ -53,6 +61,8 @@ class GroupSums:
     Args:
         membership: CSR `(n_groups, n_columns)`.
     """
+
+    keeps_all = False
 
     def __init__(self, membership: Membership) -> None:
         self._membership = sparse.csc_matrix(membership)
@@ -88,6 +98,8 @@ class StreamedTopK:
     [[[1, 2]], [[3.0, 3.0]]]
     """
 
+    keeps_all = False
+
     def __init__(self, k: int, largest: bool) -> None:
         self.k = k
         self.largest = largest
@@ -97,29 +109,16 @@ class StreamedTopK:
     def update(self, block: Tensor, start: int) -> None:
         """Take in the scores of columns `start, start + 1, ...`, `(n_rows, n_block)`."""
         signed = block if self.largest else -block
+        columns = torch.arange(start, start + block.shape[1], device=block.device).expand_as(signed)
         if self._scores is None or self._indices is None:
-            columns = torch.arange(start, start + block.shape[1], device=block.device)
-            self._scores, self._indices = _best(signed, columns.expand_as(signed), self.k)
+            self._scores, self._indices = _best(signed, columns, self.k)
             return
         if self._scores.shape[1] == self.k:
-            # Only what beats the k-th score can enter: an equal score has a higher index.
-            enters = ~(signed <= self._scores[:, -1:])
-            most = int(enters.sum(1).max())
-            if most == 0:
+            signed, columns = _candidates(signed, self._scores[:, -1:], start)
+            if signed.shape[1] == 0:
                 return
-            if most < block.shape[1] // 4:
-                signed = torch.where(enters, signed, -torch.inf)
-                signed, local = signed.topk(most, dim=1)
-                signed, local = _best(signed, local, most)
-                candidates = local + start
-            else:
-                candidates = torch.arange(start, start + block.shape[1], device=block.device).expand_as(
-                    signed
-                )
-        else:
-            candidates = torch.arange(start, start + block.shape[1], device=block.device).expand_as(signed)
         self._scores, self._indices = _best(
-            torch.cat([self._scores, signed], 1), torch.cat([self._indices, candidates], 1), self.k
+            torch.cat([self._scores, signed], 1), torch.cat([self._indices, columns], 1), self.k
         )
 
     def result(self) -> tuple[Tensor, Tensor]:
@@ -127,6 +126,24 @@ class StreamedTopK:
         assert self._scores is not None, "no block has been seen"
         assert self._indices is not None
         return self._indices, self._scores if self.largest else -self._scores
+
+
+def _candidates(signed: Tensor, kth: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """What beats the k-th score of its row, left-aligned and padded with -inf; an equal score has a
+    higher index and cannot enter.
+
+    Returns:
+        Scores and indices, `(n_rows, most)`, where most is the largest number in a row.
+    """
+    rows, places = (~(signed <= kth)).nonzero(as_tuple=True)
+    counts = torch.bincount(rows, minlength=len(signed))
+    most = int(counts.max()) if len(rows) else 0
+    slots = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    scores = signed.new_full((len(signed), most), -torch.inf)
+    indices = places.new_full((len(signed), most), torch.iinfo(torch.int64).max)
+    scores[rows, slots] = signed[rows, places]
+    indices[rows, slots] = places + start
+    return scores, indices
 
 
 def _best(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
