@@ -1,0 +1,18 @@
+"""Owns the console script: it says what to install where the extras are missing."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line of `stride_captum.evaluation`."""
+    try:
+        from .evaluation.cli import app
+    except ModuleNotFoundError as error:
+        sys.exit(f'The command line needs {error.name}: pip install "stride-captum[eval]"')
+    app()
+
+
+if __name__ == "__main__":
+    main()

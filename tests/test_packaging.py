@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXTRAS = ("typer", "rich", "joblib", "sklearn", "jinja2", "torchvision")
+
+USE = f"""
+import sys
+
+class WithoutExtras:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {EXTRAS}:
+            raise ImportError(name + " is an extra")
+
+sys.meta_path.insert(0, WithoutExtras())
+import stride_captum, stride_captum.adapters, torch
+assert stride_captum.__file__.startswith(sys.argv[1]), stride_captum.__file__
+assert stride_captum.adapters.__file__.startswith(sys.argv[1])
+x = torch.randn(20, 4)
+data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())
+for method in (stride_captum.STRIDE, stride_captum.adapters.Similarity):
+    assert method(torch.nn.Linear(4, 2), data).influence(data[:3], 2).indices.shape == (3, 2)
+loaded = [name for name in {EXTRAS} if name in sys.modules]
+assert not loaded, loaded
+"""
+
+
+def test_only_one_copy_of_each_module_is_imported():
+    import stride_captum.adapters
+    import stride_captum.evaluation
+    import stride_captum.stride  # noqa: F401
+
+    ours: dict[str, list[str]] = {}
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and Path(file).parent in (ROOT / "stride_captum", ROOT / "adapters", ROOT / "evaluation"):
+            ours.setdefault(file, []).append(name)
+    assert len(ours) > 20
+    assert {file: names for file, names in ours.items() if len(names) > 1} == {}
+    assert [name for names in ours.values() for name in names if not name.startswith("stride_captum")] == []
+    assert "adapters" not in sys.modules
+    assert "evaluation" not in sys.modules
+
+
+@pytest.mark.slow
+def test_the_wheel_installs_and_works_without_the_extras(tmp_path):
+    def run(*command: str) -> None:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    pip = ("-m", "pip", "--quiet", "--disable-pip-version-check")
+    here = ("--no-build-isolation",) if find_spec("setuptools") else ()
+    run(*pip, "wheel", "--no-deps", *here, "--wheel-dir", str(tmp_path), source_copy(tmp_path))
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.partition("/")[0] for name in names if ".dist-info" not in name}
+    assert tops == {"stride_captum"}
+    for source, package in (("stride_captum", ""), ("adapters", "adapters/"), ("evaluation", "evaluation/")):
+        for file in (ROOT / source).glob("*.py"):
+            assert f"stride_captum/{package}{file.name}" in names
+    for template in (ROOT / "evaluation").glob("templates/*"):
+        assert f"stride_captum/evaluation/templates/{template.name}" in names
+    assert "stride_captum/py.typed" in names
+    run(*pip, "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel))
+    (tmp_path / "use.py").write_text(f"import sys\nsys.path.insert(0, {str(tmp_path / 'site')!r})\n{USE}")
+    run("use.py", str(tmp_path / "site"))
+
+
+def source_copy(tmp_path: Path) -> str:
+    """What a wheel is built from, so that the build leaves nothing in the repository."""
+    skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for folder in ("stride_captum", "adapters", "evaluation"):
+        shutil.copytree(ROOT / folder, tmp_path / "source" / folder, ignore=skip)
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, tmp_path / "source" / file)
+    return str(tmp_path / "source")
