@@ -1,0 +1,216 @@
+"""Owns the speed of STRIDE's default settings, as ratios to the floor of the hardware and to TracInCPFast.
+
+Every ratio compares two things that were timed in one process, a few seconds apart: absolute seconds
+of a shared machine mean little.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from captum.influence import TracInCPFast
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
+
+from ..stride import STRIDE
+from .models import mnist_mlp
+
+_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and training set size.
+
+    Attributes:
+        name: What the table calls it.
+        n_train: N.
+        layers: Layers that are read; None selects them.
+        n_test: Test points of one call.
+    """
+
+    name: str
+    n_train: int
+    layers: tuple[str, ...] | None
+    n_test: int
+
+
+CASES = (
+    Case("MLP of Table 2", 5_000, None, 1_000),
+    Case("MLP of Table 2", 50_000, None, 1_000),
+    Case("width 512", 5_000, ("relu",), 1_000),
+    Case("width 512", 50_000, ("relu",), 1_000),
+    Case("resnet18", 2_000, None, 100),
+)
+
+
+@dataclass(frozen=True)
+class CoreRow:
+    """Figures of one case: seconds are medians over repeats.
+
+    Attributes:
+        model: The case.
+        n_train: N.
+        n_features: d, total width of all layers that were read.
+        n_test: Test points of one call.
+        forward: Bare forward pass over the training set.
+        product: One float32 N x d x d product.
+        fit: `STRIDE.fit`.
+        fit_ratio: `fit / (forward + 2 product)`; the goal is at most 1.5.
+        scoring: One float32 n_test x d x N product with its result written.
+        dense: `influence` of n_test points.
+        dense_ratio: `dense / scoring`; the goal is at most 1.5.
+        top100: `influence` with k = 100.
+        top100_ratio: `top100 / scoring`; the goal is at most 2.
+        single: `influence` of one point.
+        tracin_single: The same by TracInCPFast.
+        single_speedup: `tracin_single / single`; the goal is at least 50.
+        tracin_many: n_test points in one call of TracInCPFast.
+        many_speedup: `tracin_many / dense`; the goal is at least 3.
+        fit_bytes: Peak of memory that `fit` added.
+        formula_bytes: Features and residuals (4 N (d + 5C)) and float64 matrices (5 x 8 d^2).
+    """
+
+    model: str
+    n_train: int
+    n_features: int
+    n_test: int
+    forward: float
+    product: float
+    fit: float
+    fit_ratio: float
+    scoring: float
+    dense: float
+    dense_ratio: float
+    top100: float
+    top100_ratio: float
+    single: float
+    tracin_single: float
+    single_speedup: float
+    tracin_many: float
+    many_speedup: float
+    fit_bytes: int
+    formula_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def bench_core(cases: Sequence[Case] = CASES, repeats: int = 5) -> list[CoreRow]:
+    """Run all cases, each in a fresh process so that its peak memory is its own."""
+    context = multiprocessing.get_context("spawn")
+    rows = []
+    for case in cases:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            rows.append(pool.submit(bench_case, case, repeats).result())
+    return rows
+
+
+def bench_case(case: Case, repeats: int) -> CoreRow:
+    """Measure one case in this process."""
+    model, shape = _model(case.name)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(case.n_train, *shape, generator=generator)
+    y = torch.randint(0, 10, (case.n_train,), generator=generator)
+    test = torch.randn(case.n_test, *shape, generator=generator), y[: case.n_test]
+    dataset = TensorDataset(x, y)
+
+    @torch.no_grad()
+    def forward() -> None:
+        for batch in x.split(_BATCH):
+            model(batch)
+
+    forward_seconds = _median(forward, repeats)
+    layers = None if case.layers is None else list(case.layers)
+    before = _peak_bytes()
+    method = STRIDE(model, dataset, layers=layers, batch_size=_BATCH).fit()
+    fit_bytes = max(_peak_bytes() - before, 0)
+    fit = _median(method.fit, repeats)
+    d = sum(tap.width for state in method._states or [] for tap in state.taps)
+    features = torch.randn(case.n_train, d, generator=generator)
+    queries = torch.randn(case.n_test, d, generator=generator)
+    product = _median(partial(torch.matmul, features.T, features), repeats)
+    scoring = _median(partial(torch.matmul, queries, features.T), repeats)
+    del features
+    one = test[0][:1], test[1][:1]
+    dense = _median(lambda: method.influence(test), repeats)
+    top100 = _median(lambda: method.influence(test, 100), repeats)
+    single = _median(lambda: method.influence(one), 2 * repeats)
+    tracin = _tracin(model, dataset)
+    tracin_single = _median(lambda: tracin.influence(one), max(repeats // 2, 2))
+    tracin_many = _median(lambda: tracin.influence(test), 2)
+    return CoreRow(
+        model=case.name,
+        n_train=case.n_train,
+        n_features=d,
+        n_test=case.n_test,
+        forward=forward_seconds,
+        product=product,
+        fit=fit,
+        fit_ratio=fit / (forward_seconds + 2 * product),
+        scoring=scoring,
+        dense=dense,
+        dense_ratio=dense / scoring,
+        top100=top100,
+        top100_ratio=top100 / scoring,
+        single=single,
+        tracin_single=tracin_single,
+        single_speedup=tracin_single / single,
+        tracin_many=tracin_many,
+        many_speedup=tracin_many / dense,
+        fit_bytes=fit_bytes,
+        formula_bytes=4 * case.n_train * (d + 50) + 5 * 8 * (d + 1) ** 2,
+    )
+
+
+def _model(name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name == "MLP of Table 2":
+            return mnist_mlp().eval(), (784,)
+        if name == "width 512":
+            layers = OrderedDict(fc1=nn.Linear(784, 512), relu=nn.ReLU(), fc2=nn.Linear(512, 10))
+            return nn.Sequential(layers).eval(), (784,)
+        from torchvision.models import resnet18
+
+        return resnet18(num_classes=10).eval(), (3, 32, 32)
+
+
+def _tracin(model: nn.Module, dataset: TensorDataset) -> TracInCPFast:
+    """TracInCPFast at its best: large batches that are sliced, not collated example by example."""
+    sampler = BatchSampler(SequentialSampler(dataset), _BATCH, drop_last=False)
+    loader = DataLoader(dataset, sampler=sampler, batch_size=None)
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    return TracInCPFast(
+        model,
+        last,
+        loader,
+        checkpoints=[model.state_dict()],
+        checkpoints_load_func=lambda net, state: 1.0,
+        loss_fn=nn.CrossEntropyLoss(reduction="sum"),
+    )
+
+
+def _median(run: Callable[[], Any], repeats: int) -> float:
+    run()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,228 @@
+"""The command line end to end on small runs: what it writes, prints and refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from stride_captum.evaluation import load_task, train_attributed
+from stride_captum.evaluation.cli import app
+
+runner = CliRunner()
+
+
+def invoke(*arguments):
+    return runner.invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("store")
+
+
+class TestExplain:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def run(cls, store, tmp_path_factory):
+        out = tmp_path_factory.mktemp("explain")
+        result = invoke(
+            "explain",
+            "--preset",
+            "smoke",
+            "--index",
+            3,
+            "--index",
+            17,
+            "--k",
+            4,
+            "--store",
+            store,
+            "--out",
+            out,
+        )
+        assert result.exit_code == 0, result.output
+        return result, json.loads((out / "results.json").read_text()), (out / "report.html").read_text()
+
+    def test_results_hold_what_was_asked_for(self, run):
+        _, results, _ = run
+        assert [point["index"] for point in results["points"]] == [3, 17]
+        for point in results["points"]:
+            best = [n["score"] for n in point["proponents"]]
+            worst = [n["score"] for n in point["opponents"]]
+            assert len(best) == len(worst) == 4
+            assert best == sorted(best, reverse=True)
+            assert worst == sorted(worst)
+        assert results["seconds"].keys() == {"forward", "fit", "query"}
+        assert results["settings"]["operators"] == "newton"
+        assert results["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
+
+    def test_the_report_shows_every_figure_and_needs_no_network(self, run):
+        _, results, html = run
+        for point in results["points"]:
+            assert f"Test point {point['index']}, labelled {point['label']}" in html
+            for neighbour in point["proponents"] + point["opponents"]:
+                assert f"#{neighbour['index']}<" in html
+                assert f"{neighbour['score']:+.3g}" in html
+        assert not re.search(r"(src|href)=[\"']?(https?:)?//", html)
+        assert len(re.findall(r"<img [^>]*alt=\"[^\"]+\"", html)) == html.count("<img ")
+
+    def test_the_terminal_shows_proponents_and_timing(self, run):
+        result, results, _ = run
+        assert f"#{results['points'][0]['proponents'][0]['index']}" in result.output
+        assert "Forward pass" in result.output
+
+    def test_a_checkpoint_replaces_the_training(self, store, tmp_path):
+        task = load_task("digits", preset="smoke")
+        model = train_attributed(task, 5)
+        torch.save(model.state_dict(), tmp_path / "model.pt")
+        arguments = ["--index", 0, "--preset", "smoke", "--store", tmp_path / "none", "--quiet"]
+        first = invoke("explain", *arguments, "--checkpoint", tmp_path / "model.pt", "--out", tmp_path / "a")
+        second = invoke("explain", *arguments, "--seed", 5, "--out", tmp_path / "b")
+        assert first.exit_code == second.exit_code == 0
+        assert first.output == ""
+        points = [json.loads((tmp_path / d / "results.json").read_text())["points"] for d in "ab"]
+        assert points[0] == points[1]
+
+    def test_own_options(self, store, tmp_path):
+        config = '{"residuals": "training", "damping": 0.1}'
+        result = invoke(
+            "explain",
+            "--preset",
+            "smoke",
+            "--index",
+            0,
+            "--config",
+            config,
+            "--store",
+            store,
+            "--out",
+            tmp_path,
+        )
+        assert result.exit_code == 0
+        assert json.loads((tmp_path / "results.json").read_text())["settings"]["residuals"] == "training"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--task", "digit"], r"`task` must be one of 'digits', .*Nearest: 'digits'"),
+        (["--preset", "large"], r"`preset` must be one of"),
+        (["--task", "mnist"], r"Name their folder with --data-root"),
+        (["--preset", "smoke", "--index", "4000"], r"has points 0 to 399; got 4000"),
+        (["--config", "{damping}"], r"`config` must be a JSON object"),
+        (["--config", "[1]"], r"`config` must be a JSON object"),
+        (["--config", '{"dampin": 1}'], r"Nearest: 'damping'"),
+        (["--model", "nothing.here:make"], r"`model` must name a module that can be imported"),
+    ],
+)
+def test_mistakes_get_one_sentence_and_exit_code_2(arguments, sentence, store, tmp_path):
+    result = invoke("explain", *arguments, "--store", store, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: ")
+    assert re.search(sentence, result.stderr)
+    assert "Traceback" not in result.output
+
+
+class TestCompare:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def run(cls, store, tmp_path_factory):
+        out = tmp_path_factory.mktemp("compare")
+        methods = ("STRIDE", "STRIDE (tuned)", "ClassRandom", "Random")
+        result = invoke(
+            "compare", *(part for m in methods for part in ("--method", m)), "--preset", "smoke",
+            "--subsets", 12, "--models", 2, "--test-points", 40, "--jobs", 1, "--store", store, "--out", out,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        return result, json.loads((out / "results.json").read_text()), (out / "report.html").read_text()
+
+    def test_every_method_has_every_figure(self, run):
+        _, results, _ = run
+        assert [row["name"] for row in results["rows"]] == [
+            "STRIDE",
+            "STRIDE (tuned)",
+            "ClassRandom",
+            "Random",
+        ]
+        for row in results["rows"]:
+            assert len(row["lds"]["per_model"]) == 2
+            assert row["lds"]["value"] == pytest.approx(sum(row["lds"]["per_model"]) / 2)
+            assert row["fit_seconds"] > 0
+        assert results["protocol"]["n_test_reported"] == 20
+        assert results["rows"][1]["options"].keys() == {"temperature", "damping", "residuals"}
+
+    def test_stride_beats_its_random_control(self, run):
+        _, results, _ = run
+        gap = results["rows"][3]["first_row_less_this"]
+        assert gap["value"] > 0.1
+        assert gap["interval"][0] > 0
+
+    def test_the_report_has_the_table_and_the_plot(self, run):
+        _, results, html = run
+        assert "<svg" in html
+        for row in results["rows"]:
+            assert row["name"] in html
+            assert f"{row['lds']['value']:.3f}" in html
+
+    def test_unknown_methods_are_refused(self, store, tmp_path):
+        result = invoke("compare", "--method", "STRID", "--store", store, "--out", tmp_path)
+        assert result.exit_code == 2
+        assert "Nearest: 'STRIDE'" in result.stderr
+
+
+def test_recovery_curve(store, tmp_path):
+    result = invoke(
+        "recovery-curve", "--preset", "smoke", "--n-subsets", 30, "--seeds", 2, "--models", 1,
+        "--test-points", 40, "--store", store, "--out", tmp_path,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "results.json").read_text())
+    (point,) = results["points"]
+    assert point["n_subsets"] == 30
+    assert point["subset_size"] == 100
+    assert {"lasso", "ridge", "closed_form_on_phi"} < point.keys()
+    assert results["protocol"]["paper"]["operators"] == "trained"
+
+
+def test_bench_recovery(tmp_path):
+    result = invoke(
+        "bench", "recovery", "--test-points", 4, "--n-subsets", 20, "--n-train", 300, "--subset-size", 30,
+        "--reference", 2, "--out", tmp_path,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "recovery.json").read_text())["rows"]
+
+
+def test_bench_core_measures_a_small_case():
+    from stride_captum.evaluation.benchmark_core import Case, bench_case
+
+    row = bench_case(Case("width 512", 300, ("relu",), 10), repeats=1)
+    assert row.n_features == 512
+    assert row.fit_ratio == pytest.approx(row.fit / (row.forward + 2 * row.product))
+    assert row.single_speedup == pytest.approx(row.tracin_single / row.single)
+
+
+def test_the_module_runs_the_command_line(monkeypatch, capsys):
+    import sys
+
+    from stride_captum.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["stride-captum", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    assert "explain" in capsys.readouterr().out
+
+
+def test_missing_extras_are_named(monkeypatch):
+    import sys
+
+    from stride_captum.__main__ import main
+
+    monkeypatch.setitem(sys.modules, "stride_captum.evaluation.cli", None)
+    with pytest.raises(SystemExit, match=r'pip install "stride-captum\[eval\]"'):
+        main()
