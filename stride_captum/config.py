@@ -40,7 +40,7 @@ class STRIDEConfig:
 
         residuals: Closed form. What stands for `e_y - p` of a training example: "training" (the
             model's own), "temperature" (p = softmax(z / T)), "leave-one-out" (of a ridge head on all
-            layers but the last) or "both" (mean of the last two).
+            layers but the last) or "both" (weighted mean of the last two).
         temperature: Closed form. T; None means 2, or matched on `held_out` data where given.
         damping: Closed form. lambda, relative to the mean diagonal of the curvature.
         head_damping: Closed form. lambda of the ridge head, relative likewise.

@@ -22,7 +22,8 @@ _ROUND_STEPS = 500  # FISTA steps after which a round tries Newton whatever the 
 _NEWTON_BELOW = 1e-4  # relative gap below which the support is mostly right
 _NEWTON_STEPS = 5
 _NEWTON_RIDGE = 1e-10  # relative to the trace: keeps the factorisation defined on dependent columns
-_BLOCK_CELLS = 2**23  # float64 numbers in one (rows, columns) array
+_BLOCK_CELLS = 2**19  # float64 numbers in one (rows, columns) array: rows of few columns fit the cache
+_GPU_BLOCK_FACTOR = 64  # a GPU has no use for small blocks
 _NEWTON_CELLS = 2**24  # float64 numbers in one block of Gram matrices
 
 
@@ -68,7 +69,8 @@ def largest_correlation(columns: Columns, residual: Tensor) -> Tensor:
 
 def row_blocks(columns: Columns, n_rows: int) -> list[slice]:
     """Slices of the rows that can be solved together within bounded memory."""
-    size = max(1, _BLOCK_CELLS // max(columns.n_columns, columns.n_subsets))
+    cells = _BLOCK_CELLS * (1 if columns.norms.device.type == "cpu" else _GPU_BLOCK_FACTOR)
+    size = max(1, cells // max(columns.n_columns, columns.n_subsets))
     return [slice(begin, begin + size) for begin in range(0, n_rows, size)] or [slice(0, 0)]
 
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stride_captum import STRIDE, STRIDEConfig
 from stride_captum.config import Curvature, Residuals
 from stride_captum.newton import scaled_features
-from stride_captum.residuals import DEFAULT_TEMPERATURE, mean_residual, project_on_simplex
+from stride_captum.residuals import DEFAULT_TEMPERATURE, RIDGE_SHARE, mean_residual, project_on_simplex
 from stride_captum.responses import response_gradient, response_value
 
 CURVATURES, RESIDUALS = get_args(Curvature), get_args(Residuals)
@@ -323,7 +323,7 @@ class TestEveryOption:
             "training": e - p,
             "temperature": tempered,
             "leave-one-out": ridge,
-            "both": (tempered + form.ridge_ratio * ridge) / 2,
+            "both": (1 - RIDGE_SHARE) * tempered + RIDGE_SHARE * form.ridge_ratio * ridge,
         }[method.config.residuals]
         terms = form.curvature.precondition(phi, e - p)
         expected = sum((u * phi).sum(1) * (v * residuals).sum(1) for u, v in terms) / len(x_train)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from stride_captum.newton import feature_moments, fit_ridge_head
 from stride_captum.residuals import (
+    RIDGE_SHARE,
     choose_residuals,
     match_temperature,
     mean_residual,
@@ -117,7 +118,7 @@ class TestChoice:
         _, logits, labels, q = problem()
         both, ratio = choose_residuals("both", logits, labels, q, 2.5)
         tempered = tempered_residuals(logits, labels, 2.5)
-        ridge = 2 * both - tempered
+        ridge = (both - (1 - RIDGE_SHARE) * tempered) / RIDGE_SHARE
         torch.testing.assert_close(ridge.norm(), tempered.norm())
         torch.testing.assert_close(ridge, ratio * (one_hot(labels, logits) - q))
 
@@ -132,7 +133,7 @@ class TestChoice:
         _, logits, labels, _ = problem()
         both, ratio = choose_residuals("both", logits, labels, one_hot(labels, logits), 2.0)
         assert ratio == 1
-        torch.testing.assert_close(both, tempered_residuals(logits, labels, 2.0) / 2)
+        torch.testing.assert_close(both, (1 - RIDGE_SHARE) * tempered_residuals(logits, labels, 2.0))
 
     def test_rows_sum_to_zero(self):
         _, logits, labels, q = problem()
