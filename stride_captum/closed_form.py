@@ -120,7 +120,8 @@ class ClosedForm:
 
     def suspicion(self) -> Tensor:
         """Norm of the leave-one-out residual of the ridge head, `(n_train,)`."""
-        return torch.linalg.vector_norm(self.head.left_out, dim=1)
+        norms: Tensor = torch.linalg.vector_norm(self.head.left_out, dim=1)
+        return norms
 
     def _forms(self, left: Tensor, right: Tensor) -> Tensor:
         if isinstance(self.curvature, IdentityCurvature | KroneckerCurvature):
