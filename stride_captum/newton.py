@@ -483,7 +483,8 @@ def _feature_product(u: Tensor, features: Tensor) -> Tensor:
         return torch.addmm(u[:, -1:], u[:, :-1], features.T)
     # A product of one vector runs on one thread, and few rows are slow: few columns use all of them.
     few = u if n > 1 else u.expand(2, -1)
-    return (features @ few[:, :-1].T)[:, :n].T.contiguous().add_(u[:, -1:])
+    columns = few[:, :-1].contiguous().T
+    return (features @ columns)[:, :n].T.contiguous().add_(u[:, -1:])
 
 
 def on_raw_features(terms: Sequence[Term], scale: Tensor, n_train: int) -> list[Term]:
