@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from .. import residuals
 from ..errors import bad_choice, bad_value
 from ..subsets import Membership, members
 from .models import TrainingSettings
@@ -104,9 +105,8 @@ def logits_of(model: nn.Module, x: Tensor, batch_size: int = 1024) -> Tensor:
 
 
 def mean_residual(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Mean over examples of half the L1 norm of `e_y - p`, which is `1 - p_y`."""
-    p = logits_of(model, x).softmax(-1)
-    return float((1 - p.gather(1, y[:, None])).mean())
+    """The mean residual of a model on a data set (see `stride_captum.residuals`)."""
+    return residuals.mean_residual(logits_of(model, x), y)
 
 
 def train_attributed(

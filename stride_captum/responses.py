@@ -19,11 +19,10 @@ from typing import get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .config import Response
 from .errors import bad_choice, bad_value
-from .residuals import tempered_residuals
+from .residuals import one_hot, tempered_residuals
 
 RESPONSES: tuple[str, ...] = get_args(Response)
 
@@ -67,11 +66,11 @@ def response_gradient(logits: Tensor, classes: Tensor, response: str) -> Tensor:
         classes: `(n,)` int64.
         response: One of `RESPONSES`.
     """
-    one_hot = F.one_hot(classes, logits.shape[-1]).to(logits.dtype)
     if response == "logit":
-        return one_hot
+        return one_hot(classes, logits)
     if response == "margin":
-        return one_hot - logits.masked_fill(one_hot.bool(), float("-inf")).softmax(-1)
+        target = one_hot(classes, logits)
+        return target - logits.masked_fill(target.bool(), float("-inf")).softmax(-1)
     if response == "log-probability":
         return tempered_residuals(logits, classes)
     if response == "loss":
