@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..checkpoints import load_checkpoint
 from ..config import STRIDEConfig
 from ..errors import bad_value
-from ..influence import load_checkpoint
 from .benchmark_core import bench_core
 from .benchmark_recovery import bench_lasso
 from .comparison import DEFAULT_METHODS, Comparison, compare

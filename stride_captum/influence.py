@@ -6,6 +6,8 @@ A method is a subclass of `InfluenceMethod` that implements
     _prepare(state, model, batch, ask) -> prepared             what it needs of one batch of test points
     _scores(state, prepared, columns) -> (n_test, n_columns)   scores against a slice of the training set
 
+(or, with `reads_training_data`, `_scores_of_batch`, which is given the training examples themselves)
+
 and gets from here: batches and devices, checkpoints, streamed top-k, normalisation, subsets, progress,
 saving, cost accounting, and the promise that the caller's model and random state are left as they were.
 
@@ -15,10 +17,9 @@ Sign: a positive score means that the training example raises the response of th
 from __future__ import annotations
 
 import copy
-import re
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,15 +33,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import inputs as data
+from .checkpoints import LoadCheckpoint, checkpoint_list, load_checkpoint
 from .config import parse_bytes
 from .errors import bad_choice, bad_type, bad_value
+from .peak_memory import PeakMemory
+from .residuals import DEFAULT_TEMPERATURE, match_temperature, mean_residual
 from .responses import RESPONSES, class_labels, multiclass_logits
 from .restoring import untouched, weights_fingerprint, weights_version
 from .streaming import Collector, DenseScores, GroupSums, StreamedTopK
 from .subsets import membership_from_indices
 
 Self = TypeVar("Self", bound="InfluenceMethod")
-LoadCheckpoint = Callable[[nn.Module, Any], float]
 
 #: Test points that are scored together, at most.
 _TEST_ROWS = 1024
@@ -84,43 +87,6 @@ class Ask:
         return class_labels(labels.to(logits.device), logits.shape[1], "inputs")
 
 
-def load_checkpoint(model: nn.Module, checkpoint: Any) -> float:
-    """Load weights into a model: a state dict, or the path of one saved by torch or safetensors.
-
-    Returns:
-        The learning rate at the checkpoint for methods that use it; 1 where it is not known.
-    """
-    if isinstance(checkpoint, Mapping):
-        state = checkpoint
-    elif str(checkpoint).endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        state = load_file(checkpoint)
-    else:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "model_state_dict"):
-        if isinstance(state.get(key), Mapping):
-            state = state[key]
-    model.load_state_dict(state)
-    return 1.0
-
-
-def _checkpoint_list(checkpoints: Any) -> list[Any]:
-    """Checkpoints as Captum takes them: a list, an iterator, or the path of a folder, in natural order."""
-    if isinstance(checkpoints, str | Path):
-        path = Path(checkpoints)
-        if not path.exists():
-            raise bad_value("checkpoints", "name a file or folder that exists", repr(str(path)))
-        found = [str(file) for file in path.iterdir() if file.is_file()] if path.is_dir() else [str(path)]
-        checkpoints = sorted(found, key=lambda file: re.sub(r"\d+", lambda n: n[0].zfill(20), file))
-    elif isinstance(checkpoints, Mapping):
-        raise bad_type("checkpoints", "be a list of state dicts or paths", checkpoints, "Write [state_dict].")
-    every = list(checkpoints)
-    if not every:
-        raise bad_value("checkpoints", "hold at least one checkpoint", "none", "Leave it out to use `model`.")
-    return every
-
-
 class InfluenceMethod(DataInfluence):  # type: ignore[misc]
     """Base class of all attribution methods; a subclass of Captum's `DataInfluence`.
 
@@ -145,10 +111,13 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         n_train_: Number of training examples.
         fit_seconds_: Duration of `fit`.
         query_seconds_: Duration of the last `influence`.
+        peak_bytes_: Most memory that `fit` or the last `influence` has added (`PeakMemory`).
     """
 
     #: Whether the method takes gradients of the network.
     needs_gradients: ClassVar[bool] = False
+    #: Whether scores need the training examples again, so that blocks of columns are training batches.
+    reads_training_data: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -186,7 +155,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         self.layers = layers
         self.batch_size = batch_size
         self.device = None if device is None else torch.device(device)
-        self.checkpoints = None if checkpoints is None else _checkpoint_list(checkpoints)
+        self.checkpoints = None if checkpoints is None else checkpoint_list(checkpoints)
         self.checkpoints_load_func = checkpoints_load_func
         self.held_out = held_out
         self.response = response
@@ -196,6 +165,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         self._states: list[Any] | None = None
         self._weights: list[float] = []
         self._fitted_on: tuple[Any, str] | None = None
+        self._fit_bytes: int | None = None
 
     # What a method implements.
 
@@ -210,6 +180,16 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
     @abstractmethod
     def _scores(self, state: Any, prepared: Any, columns: slice) -> Tensor:
         """Scores `(n_test, n_columns)` against a slice of the training set."""
+
+    def _scores_of_batch(
+        self, state: Any, prepared: Any, columns: slice, model: nn.Module, batch: Any
+    ) -> Tensor:
+        """`_scores`, given the training examples of the columns and the model (`reads_training_data`)."""
+        return self._scores(state, prepared, columns)
+
+    def _max_rows(self) -> int | None:
+        """Examples that the method takes at a time, None for as many as a batch has."""
+        return None
 
     def _train_norms(self, state: Any) -> Tensor:
         """Norm of each training example in the method's kernel, `(n_train,)`."""
@@ -229,7 +209,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
                 f"{type(self).__name__} gives the self-influence of training examples only: pass no inputs."
             )
         prepared = self._prepare(state, model, batch, Ask("loss", "label"))
-        return -self._scores(state, prepared, rows).diagonal()
+        return -self._scores_of_batch(state, prepared, rows, model, batch).diagonal()
 
     def _train_self_influence(self, state: Any) -> Tensor | None:
         """Self-influence of the whole training set where the state knows it, `(n_train,)`; else None."""
@@ -252,7 +232,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         """
         started = time.perf_counter()
         self._states = None
-        with self._session() as model:
+        with self._session() as model, PeakMemory(self._work_device()) as memory:
             states, rates, fingerprints = [], [], []
             for checkpoint in self._checkpoints():
                 rates.append(self._load(model, checkpoint))
@@ -260,7 +240,8 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
                 states.append(self._fit_checkpoint(model, show_progress))
         self._states, self._weights = states, self._combine_weights(rates)
         self._mark_fitted(" ".join(fingerprints))
-        self.fit_seconds_ = time.perf_counter() - started
+        self.fit_seconds_, self._fit_bytes = time.perf_counter() - started, memory.bytes
+        self.peak_bytes_ = memory.bytes
         return self
 
     def influence(
@@ -346,10 +327,11 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         source, argument = (self.train_dataset, "train_dataset") if inputs is None else (inputs, "inputs")
         parts, seen = [], 0
         for batch in self._batches(source, argument, show_progress, "self-influence"):
-            n = data.batch_length(batch)
-            rows = slice(seen, seen + n) if inputs is None else None
-            parts.append(self._self_influence(state, model, batch, rows))
-            seen += n
+            for piece in data.split_batch(batch, self._max_rows() or data.batch_length(batch)):
+                n = data.batch_length(piece)
+                rows = slice(seen, seen + n) if inputs is None else None
+                parts.append(self._self_influence(state, model, piece, rows))
+                seen += n
         return torch.cat(parts)
 
     def mislabel_scores(self) -> Tensor:
@@ -404,7 +386,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
             self.fit(show_progress)
         started = time.perf_counter()
         results: list[tuple[Tensor, ...]] = []
-        with self._session() as model:
+        with self._session() as model, PeakMemory(self._work_device()) as memory:
             self._check_unchanged()
             seen = 0
             for batch in self._test_batches(inputs, show_progress):
@@ -418,6 +400,8 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         if isinstance(wanted, Tensor) and wanted.ndim and len(wanted) != seen:
             raise bad_value("target", f"hold one class for each of the {seen} test points", len(wanted))
         self.query_seconds_ = time.perf_counter() - started
+        if memory.bytes is not None:
+            self.peak_bytes_ = max(memory.bytes, self._fit_bytes or 0)
         return (
             results[0]
             if len(results) == 1
@@ -434,17 +418,19 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         ):
             self._load(model, checkpoint)
             prepared = self._prepare(state, model, batch, ask)
-            norms = self._inverse_norms(state, prepared) if normalize else None
-            parts.append((state, prepared, weight, norms))
+            norms = self._inverse_norms(state, prepared, model) if normalize else None
+            parts.append((checkpoint, state, prepared, weight, norms))
         bytes_per_score = max((p.element_size() for p in model.parameters()), default=8)
         if len(parts) > 1 or normalize or not keeps_all:
             size = min(_BLOCK_SCORES, self.memory_budget // (4 * bytes_per_score))
         else:  # the block is the result itself
             size = self.memory_budget // bytes_per_score
-        for columns in self._column_blocks(size // max(n, 1)):
+        for columns, train_batch in self._column_blocks(size // max(n, 1)):
             block: Tensor | None = None
-            for state, prepared, weight, norms in parts:
-                scores = self._scores(state, prepared, columns).detach()
+            for checkpoint, state, prepared, weight, norms in parts:
+                if self.reads_training_data and len(parts) > 1:
+                    self._load(model, checkpoint)
+                scores = self._scores_of_batch(state, prepared, columns, model, train_batch).detach()
                 if norms is not None:
                     scores = scores * norms[0][:, None] * norms[1][columns]
                 if weight != 1:
@@ -453,17 +439,54 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
             assert block is not None, "there is at least one checkpoint"
             yield block, columns.start
 
-    def _inverse_norms(self, state: Any, prepared: Any) -> tuple[Tensor, Tensor]:
+    def _inverse_norms(self, state: Any, prepared: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
         test, train = self._test_norms(state, prepared), self._train_norms(state)
         # Not where(x > 0): the norm of a point with NaN is NaN, and its scores must be.
         return tuple(torch.where(x == 0, torch.zeros_like(x), 1 / x) for x in (test, train))  # type: ignore[return-value]
 
-    def _column_blocks(self, size: int) -> Iterator[slice]:
-        for start in range(0, self.n_train_, max(size, 1)):
-            yield slice(start, min(start + max(size, 1), self.n_train_))
+    def _column_blocks(self, size: int) -> Iterator[tuple[slice, Any]]:
+        """Slices of the training set, each with its examples (None unless the method reads them)."""
+        size = max(size, 1)
+        if self.reads_training_data:
+            yield from self._train_blocks(size, False)
+            return
+        for start in range(0, self.n_train_, size):
+            yield slice(start, min(start + size, self.n_train_)), None
+
+    def _train_blocks(self, size: int, show_progress: bool) -> Iterator[tuple[slice, Any]]:
+        """Batches of the training set, cut to `size` and `_max_rows`, with their places in it."""
+        start = 0
+        for batch in self._train_batches(show_progress):
+            for piece in data.split_batch(batch, min(size, self._max_rows() or size)):
+                n = data.batch_length(piece)
+                yield slice(start, start + n), piece
+                start += n
 
     def _logits(self, model: nn.Module, batch: Any) -> Tensor:
         return multiclass_logits(data.forward(model, batch))
+
+    def _choose_temperature(
+        self, model: nn.Module, logits: Tensor, labels: Tensor, temperature: float | None
+    ) -> float:
+        """T of tempered residuals: as given, matched to `held_out`, or the default.
+
+        Args:
+            model: The model.
+            logits: Of the training set, `(n_train, n_classes)`.
+            labels: `(n_train,)`.
+            temperature: As given, or None.
+        """
+        if temperature is not None:
+            return float(temperature)
+        if self.held_out is None:
+            return DEFAULT_TEMPERATURE
+        residual, seen = 0.0, 0
+        for batch in self._batches(self.held_out, "held_out", False, ""):
+            outputs = self._logits(model, batch)
+            classes = Ask("loss", "label").classes(outputs, batch)
+            residual += mean_residual(outputs, classes) * len(outputs)
+            seen += len(outputs)
+        return match_temperature(logits, labels, residual / seen)
 
     def _train_batches(self, show_progress: bool) -> Iterator[Any]:
         return self._batches(
@@ -484,7 +507,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
     def _test_batches(self, inputs: Any, show_progress: bool) -> Iterator[Any]:
         size = max(self.batch_size, _TEST_ROWS) if data.is_batch(inputs) else self.batch_size
         for batch in self._batches(inputs, "inputs", show_progress, type(self).__name__, size):
-            yield from data.split_batch(batch, max(self.batch_size, _TEST_ROWS))
+            yield from data.split_batch(batch, self._max_rows() or max(self.batch_size, _TEST_ROWS))
 
     def _batches(
         self, source: Any, argument: str, show_progress: bool, what: str, size: int | None = None
@@ -622,4 +645,4 @@ def _slice_target(target: str | Tensor, start: int, n: int) -> str | Tensor:
     return piece
 
 
-__all__ = ["Ask", "InfluenceMethod", "load_checkpoint"]
+__all__ = ["Ask", "InfluenceMethod"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -45,7 +45,7 @@ def labels_of(batch: Any) -> Tensor | None:
     return labels
 
 
-def forward(model: nn.Module, batch: Any) -> Tensor:
+def forward(model: Callable[..., Any], batch: Any) -> Tensor:
     """Outputs of the model: `model(*batch[:-1])`, or `model(**batch without labels)` for a dict.
 
     Outputs that carry a `.logits` (Hugging Face) are unwrapped; a single number, which is what a binary

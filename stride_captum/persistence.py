@@ -41,7 +41,7 @@ def save_method(method: InfluenceMethod, path: str | Path) -> None:
     learned = {
         name: value
         for name, value in vars(method).items()
-        if name.endswith("_") and not name.startswith("_") and name != "query_seconds_"
+        if name.endswith("_") and not name.startswith("_") and name not in ("query_seconds_", "peak_bytes_")
     }
     description = {
         "format": _FORMAT,

@@ -14,12 +14,12 @@ from torch.utils.data import TensorDataset
 
 from . import inputs as data
 from .activations import Tap, check_finite, default_taps, named_taps, recording
+from .checkpoints import LoadCheckpoint, load_checkpoint
 from .closed_form import ClosedForm, fit_closed_form
 from .config import STRIDEConfig
 from .errors import bad_type, bad_value
-from .influence import Ask, InfluenceMethod, LoadCheckpoint, load_checkpoint
+from .influence import Ask, InfluenceMethod
 from .recovery import soft_threshold
-from .residuals import DEFAULT_TEMPERATURE, match_temperature, mean_residual
 from .responses import class_labels, multiclass_logits, response_gradient
 from .steering import TrainedSteering, fit_steering
 from .subsets import coverage
@@ -158,7 +158,7 @@ class STRIDE(InfluenceMethod):
         features, logits, labels, widths = self._precomputed or self._read(model, taps, show_progress)
         self.n_train_ = len(labels)
         if self.config.operators == "newton":
-            self.temperature_ = self._choose_temperature(model, logits, labels)
+            self.temperature_ = self._choose_temperature(model, logits, labels, self.config.temperature)
             form = fit_closed_form(features, logits, labels, widths, self.config, self.temperature_)
             self.coverage_ = torch.ones(self.n_train_, dtype=torch.bool)
             return STRIDEState(taps, form)
@@ -287,19 +287,6 @@ class STRIDE(InfluenceMethod):
         if features is None:
             features = torch.cat(parts)
         return features[:seen], torch.cat(logits).to(features), torch.cat(labels), [tap.width for tap in taps]
-
-    def _choose_temperature(self, model: nn.Module, logits: Tensor, labels: Tensor) -> float:
-        if self.config.temperature is not None:
-            return float(self.config.temperature)
-        if self.held_out is None:
-            return DEFAULT_TEMPERATURE
-        residual, seen = 0.0, 0
-        for batch in self._batches(self.held_out, "held_out", False, ""):
-            outputs = self._logits(model, batch)
-            classes = Ask("loss", "label").classes(outputs, batch)
-            residual += mean_residual(outputs, classes) * len(outputs)
-            seen += len(outputs)
-        return match_temperature(logits, labels, residual / seen)
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "config": self.config.to_dict()}

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from stride_captum import STRIDE, InfluenceMethod
-from stride_captum.influence import load_checkpoint
+from stride_captum.checkpoints import load_checkpoint
 
 
 @pytest.fixture(params=["float32", "float64"])

@@ -1,0 +1,306 @@
+"""Owns per-example gradients, and the base class of the methods that are a kernel between them.
+
+With the Jacobian J_x of the logits with respect to the parameters, the gradient g of the response and
+the residual r_i of a training example (`e_y - p`, minus the loss gradient with respect to the logits),
+
+    score(x, i) = (J_x^T g)^T M (J_i^T r_i),
+
+where M is what distinguishes the methods. A positive score is a proponent for every positive definite M.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from .. import inputs as data
+from ..config import Residuals, STRIDEConfig
+from ..errors import bad_choice, bad_value, nearest
+from ..influence import Ask, InfluenceMethod
+from ..residuals import choose_residuals, tempered_residuals
+from ..responses import multiclass_logits, response_gradient
+from ..stride import STRIDE
+
+Gradients = dict[str, Tensor]
+
+
+def chosen_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[str, Tensor]:
+    """The parameters that gradients are taken of, by name.
+
+    Args:
+        model: The network.
+        layers: Submodules whose parameters are taken; None takes all that require a gradient, or
+            simply all where none does.
+
+    Raises:
+        ValueError: A layer that does not exist, or no parameters.
+    """
+    if layers is None:
+        every = dict(model.named_parameters())
+        kept = {name: p for name, p in every.items() if p.requires_grad} or every
+    else:
+        known = dict(model.named_modules())
+        for layer in layers:
+            if layer not in known:
+                raise bad_value("layers", "name submodules of `model`", repr(layer), nearest(layer, known))
+        taken = {id(p) for layer in layers for p in known[layer].parameters()}
+        kept = {name: p for name, p in model.named_parameters() if id(p) in taken}
+    tensors = {name: p.detach() for name, p in kept.items() if p.is_floating_point()}
+    if not tensors:
+        raise bad_value("layers" if layers else "model", "have parameters", "none")
+    return tensors
+
+
+def example_gradients(
+    model: nn.Module, parameters: Mapping[str, Tensor], batch: Any, vectors: Tensor
+) -> Gradients:
+    """`J_i^T v_i` of every example of a batch, by parameter, `(n, *shape)` each.
+
+    Args:
+        model: In eval mode.
+        parameters: Those that the gradient is taken of (`chosen_parameters`).
+        batch: Batch of n examples.
+        vectors: v, `(n, n_classes)`.
+
+    Raises:
+        ValueError: A model that `torch.func.vmap` cannot run.
+    """
+    values = dict(batch) if isinstance(batch, Mapping) else dict(enumerate(batch))
+    label = data.LABEL_KEY if isinstance(batch, Mapping) else len(values) - 1
+    if len(values) > 1:
+        values.pop(label, None)
+    tensors = {key: v for key, v in values.items() if isinstance(v, Tensor) and v.ndim}
+
+    def response(parameters: dict[str, Tensor], example: dict[Any, Tensor], vector: Tensor) -> Tensor:
+        one = {**values, **{key: v[None] for key, v in example.items()}}
+        call = partial(_call, model, parameters)
+        outputs = data.forward(call, one if isinstance(batch, Mapping) else (*one.values(), None))
+        return (multiclass_logits(outputs)[0] * vector).sum()
+
+    try:
+        with torch.no_grad():  # of the others; `grad` takes its own all the same
+            gradients: Gradients = vmap(grad(response), in_dims=(None, 0, 0))(
+                dict(parameters), tensors, vectors
+            )
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise bad_value(
+            "model", "run under torch.func.vmap, which per-example gradients need", f"the error: {error}"
+        ) from error
+    return gradients
+
+
+def _call(model: nn.Module, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    return functional_call(model, parameters, args, kwargs)
+
+
+def flat(gradients: Gradients) -> Tensor:
+    """All parameters side by side, `(n, n_parameters)`."""
+    return torch.cat([g.flatten(1) for g in gradients.values()], dim=1)
+
+
+@dataclass
+class GradientState:
+    """What a gradient method keeps.
+
+    Attributes:
+        residuals: r_i, `(n_train, n_classes)`.
+        loss_residuals: `e_y - p`, the same where no other residuals are asked for.
+        temperature: T of tempered residuals.
+        kernel: What the method needs to apply M.
+        norms: `|J_i^T r_i|_M`, `(n_train,)`; None until they are asked for.
+    """
+
+    residuals: Tensor
+    loss_residuals: Tensor
+    temperature: float
+    kernel: Any
+    norms: Tensor | None = None
+
+
+@dataclass
+class GradientTest:
+    """A batch of test points.
+
+    Attributes:
+        sides: `J_x^T g`, as `_side` gives it, `(n_test, n_coordinates)`.
+        preconditioned: M times it.
+    """
+
+    sides: Tensor
+    preconditioned: Tensor
+
+
+class GradientMethod(InfluenceMethod):
+    """Base class of gradient methods; a subclass says what M is.
+
+    It implements `_fit_kernel` and `_precondition`, and may replace `_side`, which maps gradients to the
+    coordinates in which M acts.
+
+    Args:
+        model: As for every method; its frozen parameters are left out (unless all are).
+        train_dataset: As for every method.
+        residuals: "training" as published, or "temperature", "leave-one-out" and "both", which take the
+            example out of its own sample (`stride_captum.residuals`).
+        temperature: T of tempered residuals; None matches `held_out`, or takes the default.
+        layers: Submodules whose parameters take part; None takes all.
+        memory_budget: Memory for the gradients of one block of examples.
+        **options: Those of `InfluenceMethod`.
+
+    Attributes:
+        parameters_: Names of the parameters that gradients are taken of.
+    """
+
+    needs_gradients: ClassVar[bool] = True
+    reads_training_data: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Any,
+        *,
+        residuals: str = "training",
+        temperature: float | None = None,
+        memory_budget: int | str = "1GiB",
+        **options: Any,
+    ) -> None:
+        super().__init__(model, train_dataset, memory_budget=memory_budget, **options)
+        if residuals not in get_args(Residuals):
+            raise bad_choice("residuals", residuals, get_args(Residuals))
+        if temperature is not None and not temperature > 0:
+            raise bad_value("temperature", "be positive, or None", temperature)
+        self.residuals = residuals
+        self.temperature = temperature
+
+    # What a subclass says.
+
+    def _fit_kernel(self, model: nn.Module, residuals: Tensor, show_progress: bool) -> Any:
+        """Learn what M needs; None for the identity."""
+        return None
+
+    def _side(self, kernel: Any, gradients: Gradients) -> Tensor:
+        """Gradients in the coordinates of M, `(n, n_coordinates)`."""
+        return flat(gradients)
+
+    def _precondition(self, kernel: Any, sides: Tensor) -> Tensor:
+        """M times each row, `(n, n_coordinates)`."""
+        return sides
+
+    # What it has.
+
+    def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> GradientState:
+        self.parameters_ = list(chosen_parameters(model, self.layers))
+        with torch.no_grad():
+            residuals, loss_residuals, temperature = self._read_residuals(model, show_progress)
+        self.n_train_ = len(residuals)
+        kernel = self._fit_kernel(model, residuals, show_progress)
+        return GradientState(residuals, loss_residuals, temperature, kernel)
+
+    def _read_residuals(self, model: nn.Module, show_progress: bool) -> tuple[Tensor, Tensor, float]:
+        logits, labels = [], []
+        for batch in self._train_batches(show_progress):
+            logits.append(self._logits(model, batch))
+            labels.append(self._train_labels(batch, logits[-1].shape[1], len(logits[-1])))
+        z, y = torch.cat(logits), torch.cat(labels)
+        if not bool(torch.isfinite(z).all()):
+            wrong = int((~torch.isfinite(z).all(1)).nonzero()[0])
+            raise bad_value("model", "return finite logits", f"NaN or infinity for training example {wrong}")
+        temperature = self._choose_temperature(model, z, y, self.temperature)
+        loss_residuals = tempered_residuals(z, y)
+        if self.residuals == "training":
+            return loss_residuals, loss_residuals, temperature
+        if self.residuals == "temperature":
+            return tempered_residuals(z, y, temperature), loss_residuals, temperature
+        stride = STRIDE(
+            self.model,
+            self.train_dataset,
+            batch_size=self.batch_size,
+            device=self.device,
+            config=STRIDEConfig(residuals=self.residuals, temperature=temperature),  # type: ignore[arg-type]
+        )
+        form = stride._fit_checkpoint(model, False).operators
+        return form.residuals, loss_residuals, temperature  # type: ignore[union-attr]
+
+    def _gradients(self, model: nn.Module, batch: Any, vectors: Tensor) -> Gradients:
+        every = dict(model.named_parameters())
+        parameters = {name: every[name].detach() for name in self.parameters_}
+        return example_gradients(model, parameters, batch, vectors)
+
+    def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Ask) -> Any:
+        with torch.no_grad():
+            logits = self._logits(model, batch)
+        vectors = response_gradient(logits, ask.classes(logits, batch), ask.response)
+        sides = self._side(state.kernel, self._gradients(model, batch, vectors))
+        return GradientTest(sides, self._precondition(state.kernel, sides))
+
+    def _scores(self, state: GradientState, prepared: Any, columns: slice) -> Tensor:
+        raise NotImplementedError("gradient methods score batches of training examples")
+
+    def _scores_of_batch(
+        self, state: GradientState, prepared: Any, columns: slice, model: nn.Module, batch: Any
+    ) -> Tensor:
+        gradients = self._gradients(model, batch, state.residuals[columns])
+        scores: Tensor = prepared.preconditioned @ self._side(state.kernel, gradients).T
+        return scores
+
+    def _self_influence(
+        self, state: GradientState, model: nn.Module, batch: Any, rows: slice | None
+    ) -> Tensor:
+        if rows is None:
+            left, right = self._other_residuals(state, model, batch)
+        else:
+            left, right = state.loss_residuals[rows], state.residuals[rows]
+        sides = self._side(state.kernel, self._gradients(model, batch, right))
+        other = sides
+        if self.residuals != "training":
+            other = self._side(state.kernel, self._gradients(model, batch, left))
+        return (other * self._precondition(state.kernel, sides)).sum(1)
+
+    def _other_residuals(self, state: GradientState, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """The two residuals of examples outside the training set."""
+        if self.residuals not in ("training", "temperature"):
+            raise bad_value(
+                "residuals", "be 'training' or 'temperature' for other inputs", repr(self.residuals)
+            )
+        with torch.no_grad():
+            logits = self._logits(model, batch)
+        labels = Ask("loss", "label").classes(logits, batch)
+        none = torch.zeros_like(logits)
+        right, _ = choose_residuals(self.residuals, logits, labels, none, state.temperature)
+        return tempered_residuals(logits, labels), right
+
+    def _inverse_norms(self, state: GradientState, prepared: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
+        if state.norms is None:
+            norms = []
+            for rows, batch in self._train_blocks(self.n_train_, False):
+                sides = self._side(state.kernel, self._gradients(model, batch, state.residuals[rows]))
+                norms.append(self._norms(state, sides, self._precondition(state.kernel, sides)))
+            state.norms = torch.cat(norms)
+        return super()._inverse_norms(state, prepared, model)
+
+    @staticmethod
+    def _norms(state: GradientState, sides: Tensor, preconditioned: Tensor) -> Tensor:
+        return (sides * preconditioned).sum(1).clamp_min(0).sqrt()
+
+    def _train_norms(self, state: GradientState) -> Tensor:
+        assert state.norms is not None
+        return state.norms
+
+    def _test_norms(self, state: GradientState, prepared: Any) -> Tensor:
+        return self._norms(state, prepared.sides, prepared.preconditioned)
+
+    def _max_rows(self) -> int:
+        """Examples whose gradients, in four copies, fit the memory budget."""
+        parameters = chosen_parameters(self.model, self.layers)
+        size = sum(p.numel() * p.element_size() for p in parameters.values())
+        return max(1, self.memory_budget // (4 * size))
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "residuals": self.residuals, "temperature": self.temperature}
