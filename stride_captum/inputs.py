@@ -102,7 +102,7 @@ def split_batch(batch: Any, size: int) -> Iterator[Any]:
         yield slice_batch(batch, slice(start, start + size))
 
 
-def slice_batch(batch: Any, rows: slice) -> Any:
+def slice_batch(batch: Any, rows: slice | Tensor) -> Any:
     """Some examples of a batch: of its tensors, and of arrays and lists that are as long."""
     n = batch_length(batch)
 

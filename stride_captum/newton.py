@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .errors import bad_value
 from .residuals import leave_one_out_residuals
+from .symmetric import gram_matrix, inverse_forms
 
 #: `(U, V)` with U `(n, n_features + 1)` and V `(n, n_classes)`: one Kronecker term of (F + lambda)^-1.
 Term = tuple[Tensor, Tensor]
@@ -86,10 +87,10 @@ def feature_moments(features: Tensor, labels: Tensor, n_classes: int, widths: Se
     gram = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=device)
     targets = torch.zeros(d + 1, n_classes, dtype=torch.float64, device=device)
     dtype = working_dtype(features)
-    one_hot = torch.nn.functional.one_hot(labels, n_classes).to(dtype)
     for rows in blocks(n, 8192):
-        h, e = features[rows].to(dtype), one_hot[rows]
-        gram[:d, :d] += (h.T @ h).to(gram)
+        h = features[rows].to(dtype)
+        e = torch.nn.functional.one_hot(labels[rows], n_classes).to(dtype)
+        gram[:d, :d] += gram_matrix(h).to(gram)
         gram[:d, d] += h.sum(0).to(gram)
         targets[:d] += (h.T @ e).to(gram)
         targets[d] += e.sum(0).to(gram)
@@ -113,7 +114,12 @@ def feature_moments(features: Tensor, labels: Tensor, n_classes: int, widths: Se
 
 
 def damped_inverse(matrix: Tensor, damping: float, mean_diagonal: Tensor | None = None) -> Tensor:
-    """`(matrix + damping * mean_diagonal * I)^-1` by Cholesky, in float64.
+    """`(matrix + damping * mean_diagonal * I)^-1`, in float64; see `damped_factor`."""
+    return torch.cholesky_inverse(damped_factor(matrix, damping, mean_diagonal))
+
+
+def damped_factor(matrix: Tensor, damping: float, mean_diagonal: Tensor | None = None) -> Tensor:
+    """The Cholesky factor L of `matrix + damping * mean_diagonal * I = L L^T`, in float64.
 
     Args:
         matrix: Symmetric positive semi-definite, `(..., d, d)`.
@@ -135,7 +141,7 @@ def damped_inverse(matrix: Tensor, damping: float, mean_diagonal: Tensor | None 
             damping,
             "Raise it (the default is 0.3), or give the model and its data in float64.",
         )
-    return torch.cholesky_inverse(factor)
+    return factor
 
 
 def leverage_forms(features: Tensor, scale: Tensor, inverse: Tensor) -> Tensor:
@@ -184,17 +190,16 @@ def fit_ridge_head(features: Tensor, labels: Tensor, moments: Moments, damping: 
         damping: lambda relative to the mean diagonal of A.
     """
     dtype, d = working_dtype(features), features.shape[1]
-    inverse = damped_inverse(moments.second_moment, damping)
-    scaled = inverse * moments.scale[:, None] * moments.scale
-    weights = (scaled @ moments.targets / moments.n_train).to(features.device, dtype)
-    leverages = leverage_forms(features, moments.scale, inverse) / moments.n_train
-    fitted = torch.cat(
-        [
-            torch.addmm(weights[d], features[rows].to(dtype), weights[:d])
-            for rows in blocks(len(features), 8192)
-        ]
-    )
-    return RidgeHead(weights, leave_one_out_residuals(fitted, leverages, labels))
+    scale = moments.scale[:, None]
+    factor = damped_factor(moments.second_moment, damping) / scale  # of phi, acting on raw features
+    weights = torch.cholesky_solve(moments.targets, factor) / moments.n_train
+    factor, weights = factor.to(features.device, dtype), weights.to(features.device, dtype)
+    fitted, leverages = [], []
+    for rows in blocks(len(features), 8192):
+        h = features[rows].to(dtype)
+        fitted.append(torch.addmm(weights[d], h, weights[:d]))
+        leverages.append(inverse_forms(h, factor) / moments.n_train)
+    return RidgeHead(weights, leave_one_out_residuals(torch.cat(fitted), torch.cat(leverages), labels))
 
 
 class Curvature:

@@ -1,0 +1,64 @@
+"""Owns two large products whose shape saves work: a Gram matrix, and forms with a triangular factor.
+
+Both go block by block over the features, so that the blocks that a symmetric result repeats, or that a
+triangular factor leaves empty, are not computed: with four blocks 5/8 of the operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_BLOCKS = 4
+_NARROWEST = 128
+
+
+def gram_matrix(rows: Tensor) -> Tensor:
+    """`rows^T rows`.
+
+    Args:
+        rows: `(n, d)`.
+
+    Returns:
+        `(d, d)`.
+    """
+    gram = rows.new_empty(rows.shape[1], rows.shape[1])
+    for block in _feature_blocks(rows.shape[1]):
+        product = rows[:, block].T @ rows[:, block.start :]
+        gram[block, block.start :] = product
+        gram[block.start :, block] = product.T
+    return gram
+
+
+def inverse_forms(rows: Tensor, factor: Tensor) -> Tensor:
+    """`x^T (L L^T)^-1 x = |L^-1 x|^2` of each row x = (row, 1), by forward substitution.
+
+    Args:
+        rows: `(n, d)`.
+        factor: L, lower triangular, `(d + 1, d + 1)`.
+
+    Returns:
+        `(n,)`.
+    """
+    n, d = rows.shape
+    solved, forms = rows.new_empty(n, d), rows.new_zeros(n)
+    for block in _feature_blocks(d):
+        right = rows[:, block]
+        if block.start:
+            before = slice(0, block.start)
+            right = torch.addmm(right, solved[:, before], factor[block, before].T, alpha=-1)
+        diagonal = factor[block, block]
+        inverse = torch.linalg.solve_triangular(
+            diagonal, torch.eye(len(diagonal), dtype=rows.dtype, device=rows.device), upper=False
+        )
+        solved[:, block] = right @ inverse.T
+        forms += solved[:, block].square().sum(1)
+    return forms + ((1 - solved @ factor[d, :d]) / factor[d, d]).square()
+
+
+def _feature_blocks(d: int) -> Iterator[slice]:
+    size = max(-(-d // _BLOCKS), _NARROWEST)
+    for start in range(0, d, size):
+        yield slice(start, min(start + size, d))
