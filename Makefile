@@ -3,13 +3,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types clean
+.PHONY: demo test test-quanda test-dattri lint types clean
 
 demo: $(VENV)/.eval
 	$(BIN)/stride-captum explain --task digits --out out/demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+# The plugins, each with the library that it plugs into. quanda needs captum 0.8 and numpy 1: what holds
+# with the newest captum is tested there again.
+test-quanda: .venv-quanda/.installed
+	.venv-quanda/bin/python -m pytest tests/in_quanda tests/test_captum_contract.py tests/test_laws.py \
+		tests/test_streaming.py tests/test_untouched.py
+
+test-dattri: .venv-dattri/.installed
+	.venv-dattri/bin/python -m pytest tests/in_dattri
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -29,7 +38,15 @@ $(VENV)/.eval: $(VENV)/bin/python pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.eval
-	$(BIN)/python -m pip install --quiet --editable ".[eval,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[eval,kronfluence,cleanlab,dev]"
+	touch $@
+
+# A layer over .venv: packages that the extra wants in another version shadow those below, torch is shared.
+SITE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+.venv-%/.installed: $(VENV)/.dev pyproject.toml
+	$(BIN)/python -m venv --clear .venv-$*
+	$(BIN)/python $(SITE) > "$$(.venv-$*/bin/python $(SITE))/layer.pth"
+	.venv-$*/bin/python -m pip install --quiet --editable ".[$*]"
 	touch $@
 
 clean:

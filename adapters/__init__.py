@@ -1,6 +1,28 @@
 """Other attribution methods behind the interface of `stride_captum.influence`."""
 
+from .captum_influence import CaptumInfluence
 from .controls import ClassRandom, Random
+from .diagonal_ekfac import DiagonalEKFAC
+from .ekfac import EKFAC
+from .knn_shapley import KNNShapley
+from .label_noise import ConfidentLearning, LabelNoiseDetector, LossDetector, RidgeLeaveOneOut
 from .similarity import ClassSimilarity, Similarity
+from .tracin import TracIn
+from .trak import TRAK
 
-__all__ = ["ClassRandom", "ClassSimilarity", "Random", "Similarity"]
+__all__ = [
+    "EKFAC",
+    "TRAK",
+    "CaptumInfluence",
+    "ClassRandom",
+    "ClassSimilarity",
+    "ConfidentLearning",
+    "DiagonalEKFAC",
+    "KNNShapley",
+    "LabelNoiseDetector",
+    "LossDetector",
+    "Random",
+    "RidgeLeaveOneOut",
+    "Similarity",
+    "TracIn",
+]

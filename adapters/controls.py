@@ -76,7 +76,7 @@ class Random(InfluenceMethod):
     def _prepare(self, state: RandomState, model: nn.Module, batch: Any, ask: Ask) -> RandomTest:
         logits = self._logits(model, batch)
         sign = logits.new_tensor(-1.0 if ask.response == "loss" else 1.0)
-        return RandomTest(_input_keys(batch), ask.classes(logits, batch), sign)
+        return RandomTest(input_keys(batch), ask.classes(logits, batch), sign)
 
     def _scores(self, state: RandomState, prepared: RandomTest, columns: slice) -> Tensor:
         rows = [_noise(state.seed, key, columns) for key in prepared.keys]
@@ -99,7 +99,7 @@ class ClassRandom(Random):
         return torch.where(same, size, -size)
 
 
-def _input_keys(batch: Any) -> list[int]:
+def input_keys(batch: Any) -> list[int]:
     """A number for each example that its inputs alone decide: batches and their order do not matter."""
     values = (
         [value for key, value in sorted(batch.items()) if key != data.LABEL_KEY]

@@ -1,4 +1,4 @@
-"""Owns per-example gradients, and the base class of the methods that are a kernel between them.
+"""Owns the base class of the methods that are a kernel between per-example gradients.
 
 With the Jacobian J_x of the logits with respect to the parameters, the gradient g of the response and
 the residual r_i of a training example (`e_y - p`, minus the loss gradient with respect to the logits),
@@ -10,100 +10,19 @@ where M is what distinguishes the methods. A positive score is a proponent for e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 
-from .. import inputs as data
 from ..config import Residuals, STRIDEConfig
-from ..errors import bad_choice, bad_value, nearest
+from ..errors import bad_choice, bad_value
 from ..influence import Ask, InfluenceMethod
 from ..residuals import choose_residuals, tempered_residuals
-from ..responses import multiclass_logits, response_gradient
+from ..responses import response_gradient
 from ..stride import STRIDE
-
-Gradients = dict[str, Tensor]
-
-
-def chosen_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[str, Tensor]:
-    """The parameters that gradients are taken of, by name.
-
-    Args:
-        model: The network.
-        layers: Submodules whose parameters are taken; None takes all that require a gradient, or
-            simply all where none does.
-
-    Raises:
-        ValueError: A layer that does not exist, or no parameters.
-    """
-    if layers is None:
-        every = dict(model.named_parameters())
-        kept = {name: p for name, p in every.items() if p.requires_grad} or every
-    else:
-        known = dict(model.named_modules())
-        for layer in layers:
-            if layer not in known:
-                raise bad_value("layers", "name submodules of `model`", repr(layer), nearest(layer, known))
-        taken = {id(p) for layer in layers for p in known[layer].parameters()}
-        kept = {name: p for name, p in model.named_parameters() if id(p) in taken}
-    tensors = {name: p.detach() for name, p in kept.items() if p.is_floating_point()}
-    if not tensors:
-        raise bad_value("layers" if layers else "model", "have parameters", "none")
-    return tensors
-
-
-def example_gradients(
-    model: nn.Module, parameters: Mapping[str, Tensor], batch: Any, vectors: Tensor
-) -> Gradients:
-    """`J_i^T v_i` of every example of a batch, by parameter, `(n, *shape)` each.
-
-    Args:
-        model: In eval mode.
-        parameters: Those that the gradient is taken of (`chosen_parameters`).
-        batch: Batch of n examples.
-        vectors: v, `(n, n_classes)`.
-
-    Raises:
-        ValueError: A model that `torch.func.vmap` cannot run.
-    """
-    values = dict(batch) if isinstance(batch, Mapping) else dict(enumerate(batch))
-    label = data.LABEL_KEY if isinstance(batch, Mapping) else len(values) - 1
-    if len(values) > 1:
-        values.pop(label, None)
-    tensors = {key: v for key, v in values.items() if isinstance(v, Tensor) and v.ndim}
-
-    def response(parameters: dict[str, Tensor], example: dict[Any, Tensor], vector: Tensor) -> Tensor:
-        one = {**values, **{key: v[None] for key, v in example.items()}}
-        call = partial(_call, model, parameters)
-        outputs = data.forward(call, one if isinstance(batch, Mapping) else (*one.values(), None))
-        return (multiclass_logits(outputs)[0] * vector).sum()
-
-    try:
-        with torch.no_grad():  # of the others; `grad` takes its own all the same
-            gradients: Gradients = vmap(grad(response), in_dims=(None, 0, 0))(
-                dict(parameters), tensors, vectors
-            )
-    except RuntimeError as error:
-        if "vmap" not in str(error):
-            raise
-        raise bad_value(
-            "model", "run under torch.func.vmap, which per-example gradients need", f"the error: {error}"
-        ) from error
-    return gradients
-
-
-def _call(model: nn.Module, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-    return functional_call(model, parameters, args, kwargs)
-
-
-def flat(gradients: Gradients) -> Tensor:
-    """All parameters side by side, `(n, n_parameters)`."""
-    return torch.cat([g.flatten(1) for g in gradients.values()], dim=1)
+from .per_example_gradients import Gradients, chosen_parameters, example_gradients, flat
 
 
 @dataclass

@@ -5,16 +5,17 @@
 Captum is asked one checkpoint at a time for the products of the gradients of two linear losses,
 `-<logits, r_i>` and `-<logits, g>`, whose gradients are those of the loss and of the response. This
 avoids its traps: the learning rate that its default loader sets to 1, checkpoints that stay loaded,
-frozen parameters, layers that its fast per-example gradients skip, dict batches and devices.
+frozen parameters, layers that its fast per-example gradients skip, dict batches and devices. `fit`
+compares Captum's shortcuts with plain gradients on three examples: they are wrong for tied weights, for
+layers whose first dimension is not the example, and, with `fast`, where anything follows the last layer.
 
 What remains: `fast=True` reads the last linear layer only and ignores its bias; without it, a network
-with other weights than those of Linear and Conv2d layers is done one example at a time, which is slow.
+that Captum has no right shortcut for is done one example at a time, which is slow.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,12 @@ from .. import inputs as data
 from ..errors import bad_value
 from ..influence import Ask
 from ..responses import multiclass_logits, response_gradient
-from .gradients import GradientMethod, GradientState, flat
+from .captum_calls import batch_of, input_names, inputs_by_position, quiet
+from .gradients import GradientMethod, GradientState
+from .per_example_gradients import flat
+
+#: Examples on which Captum's shortcuts are compared with plain gradients.
+_PROBE = 3
 
 
 class TracIn(GradientMethod):
@@ -42,6 +48,9 @@ class TracIn(GradientMethod):
         fast: Use `TracInCPFast`: the last linear layer without its bias.
         layers: Submodules whose parameters take part (with `fast`: the one last layer); None takes all.
         **options: Those of `GradientMethod`.
+
+    Attributes:
+        batched_: Whether Captum does a batch at a time, not an example.
     """
 
     # Captum reads the training set itself and returns all columns at once.
@@ -82,24 +91,71 @@ class TracIn(GradientMethod):
         state = super()._fit_checkpoint(model, show_progress)
         if self.fast:
             self.parameters_ = [name for name in self.parameters_ if name.endswith("weight")]
-        else:
-            # Captum takes modules: one takes part with all its parameters.
-            owners = [f"{name}." if name else "" for name in _owners(self.parameters_)]
-            names = [name for name, _ in model.named_parameters()]
-            self.parameters_ = [name for name in names if any(name.startswith(x) for x in owners)]
+        modules = [model.get_submodule(name) for name in _owners(self.parameters_)]
+        first = data.slice_batch(next(iter(self._train_batches(False))), slice(0, _PROBE))
+        shortcut = self.fast or all(_has_fast_gradients(module) for module in modules)
+        self.batched_ = shortcut and self._shortcut_is_right(model, first)
+        if self.fast and not self.batched_:
+            raise bad_value(
+                "layers",
+                "name the Linear layer whose outputs are those of `model` with fast=True",
+                repr(self.layers),
+                "Leave `fast` out if there is none.",
+            )
         return state
+
+    def _shortcut_is_right(self, model: nn.Module, batch: Any) -> bool:
+        """Whether Captum's products of the gradients of a few examples are those of plain gradients."""
+        with torch.no_grad():
+            logits = self._logits(model, batch)
+        vectors = torch.eye(logits.shape[1]).to(logits).repeat(len(logits), 1)[: len(logits)]
+        rows = self._plain_gradients(model, batch, vectors)
+        wanted = rows @ rows.T
+        try:
+            found = self._ask_captum(
+                model, batch, vectors, [(*inputs_by_position(batch), vectors)], batched=True
+            )
+        except (RuntimeError, AssertionError):
+            return False
+        rounding = torch.finfo(wanted.dtype).eps ** 0.5 * wanted.abs().max()
+        return found.shape == wanted.shape and bool(((found - wanted).abs() <= rounding).all())
+
+    def _plain_gradients(self, model: nn.Module, batch: Any, vectors: Tensor) -> Tensor:
+        """`J_i^T v_i` one example after another, `(n, n_parameters)`."""
+        named = dict(model.named_parameters())
+        parameters = [named[name].requires_grad_(True) for name in self.parameters_]
+        rows = []
+        for i, vector in enumerate(vectors):
+            logits = self._logits(model, data.slice_batch(batch, slice(i, i + 1)))
+            gradients = torch.autograd.grad((logits * vector).sum(), parameters, materialize_grads=True)
+            rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+        return torch.stack(rows)
 
     def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Ask) -> TracInTest:
         with torch.no_grad():
             logits = self._logits(model, batch)
         vectors = response_gradient(logits, ask.classes(logits, batch), ask.response)
-        network = _Positional(model, list(batch) if isinstance(batch, Mapping) else None)
-        with warnings.catch_warnings():  # of progress bars of unknown length and of inputs without gradients
-            warnings.simplefilter("ignore")
-            scores = self._captum(network, state.residuals).influence((*_inputs(batch), vectors))
-        for parameter in model.parameters():
-            vars(parameter).pop("sample_grad", None)
+        training = _ResidualsAsLabels(self, state.residuals, None if self.batched_ else 1)
+        scores = self._ask_captum(model, batch, vectors, training, self.batched_)
         return TracInTest(scores, lambda: flat(self._gradients(model, batch, vectors)))
+
+    def _ask_captum(
+        self, model: nn.Module, batch: Any, vectors: Tensor, training: Any, batched: bool
+    ) -> Tensor:
+        """Products of the gradients of a batch with those of training batches `(inputs..., residuals)`."""
+        asked: Any = (*inputs_by_position(batch), vectors)
+        if not batched:  # Captum's loop runs every gradient of an example through its whole batch
+            alone: Any = list(data.split_batch(asked, 1))
+            asked = DataLoader(alone, batch_size=None)
+        network = _Positional(model, input_names(batch))
+        with quiet():
+            try:
+                captum = self._captum(network, DataLoader(training, batch_size=None), batched)
+                scores: Tensor = captum.influence(asked)
+            finally:
+                for parameter in model.parameters():
+                    vars(parameter).pop("sample_grad", None)
+        return scores
 
     def _scores(self, state: GradientState, prepared: Any, columns: slice) -> Tensor:
         scores: Tensor = prepared.scores[:, columns]
@@ -114,21 +170,22 @@ class TracIn(GradientMethod):
         norms: Tensor = torch.linalg.vector_norm(prepared.sides(), dim=1)
         return norms
 
-    def _captum(self, network: _Positional, residuals: Tensor) -> Any:
-        loader = DataLoader(_ResidualsAsLabels(self, residuals), batch_size=None)
+    def _captum(self, network: _Positional, loader: DataLoader[Any], batched: bool) -> Any:
         checkpoint = {"checkpoints": ["loaded"], "checkpoints_load_func": lambda network, name: 1.0}
         if self.fast:
             assert self.layers is not None
             last = network.network.get_submodule(self.layers[0])
             return TracInCPFast(network, last, loader, loss_fn=_linear_loss, **checkpoint)
-        owners = _owners(self.parameters_)
-        for name in owners:
-            network.network.get_submodule(name).requires_grad_(True)  # Captum fails on frozen ones
-        batched = all(_has_fast_gradients(network.network.get_submodule(name)) for name in owners)
+        if batched:
+            layers = [f"network.{name}" if name else "network" for name in _owners(self.parameters_)]
+        else:
+            named = dict(network.network.named_parameters())
+            network.chosen = nn.ParameterList(named[name] for name in self.parameters_)
+            layers = ["chosen"]
         return TracInCP(
             network,
             loader,
-            layers=[f"network.{name}" if name else "network" for name in owners],
+            layers=layers,
             loss_fn=_linear_loss if batched else _linear_losses,
             sample_wise_grads_per_batch=batched,
             **checkpoint,
@@ -152,40 +209,32 @@ class TracInTest:
 
 
 class _Positional(nn.Module):
-    """A network that takes tensors by position, as Captum calls it, and gives multi-class logits."""
+    """A network that takes tensors by position, as Captum calls it, and gives `(n, n_outputs)`."""
 
-    def __init__(self, network: nn.Module, keys: list[str] | None) -> None:
+    def __init__(self, network: nn.Module, names: list[str] | None) -> None:
         super().__init__()
         self.network = network
-        self.keys = None if keys is None else [key for key in keys if key != data.LABEL_KEY]
+        self.names = names
 
     def forward(self, *values: Any) -> Tensor:
-        batch = (*values, None) if self.keys is None else dict(zip(self.keys, values, strict=True))
-        return multiclass_logits(data.forward(self.network, batch))
+        outputs = data.forward(self.network, batch_of(self.names, values))
+        return outputs[:, None] if outputs.ndim == 1 else outputs
 
 
 class _ResidualsAsLabels(IterableDataset[Any]):
-    """The training batches `(inputs..., residuals)` of a method."""
+    """The training batches `(inputs..., residuals)` of a method, of at most `size` examples."""
 
-    def __init__(self, method: GradientMethod, residuals: Tensor) -> None:
-        self.method, self.residuals = method, residuals
+    def __init__(self, method: GradientMethod, residuals: Tensor, size: int | None) -> None:
+        self.method, self.residuals, self.size = method, residuals, size or len(residuals)
 
     def __iter__(self) -> Iterator[Any]:
-        for rows, batch in self.method._train_blocks(len(self.residuals), False):
-            yield (*_inputs(batch), self.residuals[rows])
-
-
-def _inputs(batch: Any) -> list[Any]:
-    if isinstance(batch, Mapping):
-        return [value for key, value in batch.items() if key != data.LABEL_KEY]
-    return list(batch[:-1] if len(batch) > 1 else batch)
+        for rows, batch in self.method._train_blocks(self.size, False):
+            yield (*inputs_by_position(batch), self.residuals[rows])
 
 
 def _owners(names: Sequence[str]) -> list[str]:
-    """The outermost modules that hold these parameters directly."""
-    owners = sorted({name.rpartition(".")[0] for name in names})
-    inner = {o for o in owners for outer in owners if o != outer and (not outer or o.startswith(f"{outer}."))}
-    return [owner for owner in owners if owner not in inner]
+    """The modules that hold these parameters."""
+    return sorted({name.rpartition(".")[0] for name in names})
 
 
 def _has_fast_gradients(module: nn.Module) -> bool:
@@ -195,9 +244,9 @@ def _has_fast_gradients(module: nn.Module) -> bool:
     return type(module) is nn.Linear
 
 
-def _linear_losses(logits: Tensor, vectors: Tensor) -> Tensor:
-    return -(logits * vectors).sum(1)
+def _linear_losses(outputs: Tensor, vectors: Tensor) -> Tensor:
+    return -(multiclass_logits(outputs) * vectors).sum(1)
 
 
-def _linear_loss(logits: Tensor, vectors: Tensor) -> Tensor:
-    return _linear_losses(logits, vectors).sum()
+def _linear_loss(outputs: Tensor, vectors: Tensor) -> Tensor:
+    return _linear_losses(outputs, vectors).sum()

@@ -133,6 +133,7 @@ def damped_factor(matrix: Tensor, damping: float, mean_diagonal: Tensor | None =
     mean = diagonal.mean(-1) if mean_diagonal is None else mean_diagonal
     damped = matrix.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_((damping * mean)[..., None])
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(damped)
     if bool(info.any()):
         raise bad_value(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import threading
+from contextlib import suppress
 from types import TracebackType
 
 import torch
@@ -15,7 +18,8 @@ class PeakMemory:
     """Highest memory inside a `with` block less the memory at its start, in `bytes`.
 
     On CUDA it is what torch has allocated on the device. Elsewhere it is the anonymous memory of the
-    process, read every five milliseconds: what is reused from memory that was free before is not seen.
+    process, read every five milliseconds: what is reused from memory that was free before is not seen
+    (`release_free_memory` first).
     `bytes` is None where the system does not tell (no /proc).
 
     Args:
@@ -71,3 +75,13 @@ def resident_bytes() -> int | None:
     except OSError:
         return None
     return (resident - shared) * resource.getpagesize()
+
+
+def release_free_memory() -> None:
+    """Give memory that has been freed back to the system, so that using it again is seen as growth.
+
+    Does nothing where the C library cannot (anything but glibc).
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

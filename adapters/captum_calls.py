@@ -1,0 +1,163 @@
+"""Owns how objects of `captum.influence` are called: the loss, the inputs by position, and their quirks."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from captum.influence._utils.nearest_neighbors import NearestNeighbors
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from .. import inputs as data
+from ..errors import bad_choice, bad_value
+from ..influence import InfluenceMethod
+
+
+class ResidualLoss(nn.Module):
+    """`log sum exp z - <z, v + p>` with p = softmax(z) held constant, for logits z and "labels" v.
+
+    Its gradient is -v. For residuals `v = e_y - p` it is the cross-entropy up to a constant, its curvature
+    included; for `v = g` it stands for minus a response with the gradient g.
+
+    Args:
+        reduction: "sum" or "none", as Captum's class demands.
+    """
+
+    def __init__(self, reduction: str = "none") -> None:
+        super().__init__()
+        if reduction not in ("none", "sum"):
+            raise bad_choice("reduction", reduction, ["none", "sum"])
+        self.reduction = reduction
+
+    def forward(self, logits: Tensor, vectors: Tensor) -> Tensor:
+        """The losses `(n,)`, or their sum; both arguments are `(n, n_classes)`."""
+        losses = logits.logsumexp(1) - (logits * (vectors + logits.detach().softmax(1))).sum(1)
+        return losses.sum() if self.reduction == "sum" else losses
+
+
+def keep_weights(model: nn.Module, checkpoint: Any) -> float:
+    """For Captum's `checkpoints_load_func`: the model has its weights already; the learning rate is 1."""
+    return 1.0
+
+
+class NoIndex(NearestNeighbors):  # type: ignore[misc]
+    """For `TracInCPFastRandProj(nearest_neighbors=)`: no search index, since top-k comes from here."""
+
+    def setup(self, data: Tensor) -> None:
+        """Index nothing."""
+
+    def get_nearest_neighbors(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Not available."""
+        raise NotImplementedError("ask CaptumInfluence.influence for the top k")
+
+
+def input_names(batch: Any) -> list[str] | None:
+    """Names of the inputs of a dict, in an order that all batches share; None for a tuple."""
+    return sorted(key for key in batch if key != data.LABEL_KEY) if isinstance(batch, Mapping) else None
+
+
+def inputs_by_position(batch: Any) -> list[Any]:
+    """The inputs of a batch without its labels, those of a dict in the order of `input_names`."""
+    names = input_names(batch)
+    return list(batch[:-1] if len(batch) > 1 else batch) if names is None else [batch[n] for n in names]
+
+
+def batch_of(names: list[str] | None, values: tuple[Any, ...]) -> Any:
+    """The batch without labels that has these inputs by position."""
+    return (*values, None) if names is None else dict(zip(names, values, strict=True))
+
+
+class Examples(IterableDataset[Any]):
+    """The training examples of a fitted method one by one, as Captum's loaders read them.
+
+    They are on the method's device, the inputs by position.
+
+    Args:
+        method: Has read its training set, so that `n_train_` is known.
+        residuals: What stands for the labels, `(n_train, n_classes)`; None keeps them.
+    """
+
+    def __init__(self, method: InfluenceMethod, residuals: Tensor | None) -> None:
+        self.method, self.residuals = method, residuals
+
+    def __len__(self) -> int:
+        n_train: int = self.method.n_train_
+        return n_train
+
+    def __iter__(self) -> Iterator[Any]:
+        for rows, batch in self.method._train_blocks(len(self), False):
+            labels: Any = data.labels_of(batch) if self.residuals is None else self.residuals[rows]
+            yield from zip(*inputs_by_position(batch), labels, strict=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Captum's advice on reductions, memory, progress bars and inputs without gradients."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def check_losses(captum: Any) -> None:
+    """Refuse an object that is to answer every response and cannot.
+
+    Raises:
+        ValueError: Other losses than `ResidualLoss`, or weights that Captum loads itself.
+    """
+    if not all(isinstance(getattr(captum, name, None), ResidualLoss) for name in ("loss_fn", "test_loss_fn")):
+        raise bad_value("build", "use ResidualLoss with answers='every'", "another loss", "Or set `answers`.")
+    if getattr(captum, "checkpoints_load_func", keep_weights) is not keep_weights:
+        raise bad_value(
+            "build",
+            "use keep_weights for `checkpoints_load_func` with answers='every'",
+            "another function",
+            "Residuals belong to their weights: give the checkpoints to CaptumInfluence.",
+        )
+
+
+def squared_norms(captum: Any, batch: tuple[Any, ...]) -> Tensor:
+    """`|J^T v|^2` in the kernel of an object for every example of `(inputs..., v)`, `(n,)`."""
+    with quiet():
+        try:
+            squares: Tensor = captum.self_influence(batch)
+        except NotImplementedError:  # TracInCPFastRandProj
+            squares = captum.compute_intermediate_quantities(batch).square().sum(1)
+    return squares.detach().to(batch[-1])
+
+
+def mend_similarity(captum: Any, n_train: int) -> None:
+    """Make a `SimilarityInfluence` give all columns.
+
+    With one layer it hands its metric a list, on a last batch of another size it fails, and in a folder
+    that has been used it reads the activations of another model.
+
+    Raises:
+        ValueError: More than one layer.
+    """
+    if len(captum.layers) != 1:
+        raise bad_value("build", "name one layer for SimilarityInfluence", captum.layers)
+    metric = captum.similarity_metric
+    captum.similarity_metric = lambda test, train: metric(test[0] if isinstance(test, list) else test, train)
+    captum.batch_size = math.gcd(captum.batch_size, n_train)
+    captum.activation_dir = tempfile.mkdtemp()
+    weakref.finalize(captum, shutil.rmtree, captum.activation_dir, ignore_errors=True)
+
+
+def similarities(captum: Any, inputs: tuple[Any, ...], n_train: int) -> Tensor:
+    """`(n_test, n_train)` of a `SimilarityInfluence` that has been mended.
+
+    Raises:
+        ValueError: More than one input, of which it would read the first.
+    """
+    if len(inputs) != 1:
+        raise bad_value("inputs", "hold one tensor beside the labels for SimilarityInfluence", len(inputs))
+    indices, values = captum.influence(inputs, top_k=n_train)[captum.layers[0]]
+    return torch.zeros_like(values).scatter(1, indices, values)

@@ -1,0 +1,248 @@
+"""Owns any object of `captum.influence` behind the interface of all methods.
+
+    CaptumInfluence(model, train_dataset, build=lambda model, train: TracInCPFastRandProj(
+        model, model.fc3, train, [""], keep_weights, ResidualLoss("sum"), 256, nearest_neighbors=NoIndex()))
+
+Captum's classes score a test point by minus the change of its loss, or by its similarity:
+
+    class                       answers            sign  loss of `build`        cosine
+    TracInCP                    "every"            1     ResidualLoss(*)        yes
+    TracInCPFast                "every"            1     ResidualLoss("sum")    yes
+    TracInCPFastRandProj        "every"            1     ResidualLoss("sum")    yes
+    NaiveInfluenceFunction      "every"            1     ResidualLoss(*)        yes
+    ArnoldiInfluenceFunction    "every"            1     ResidualLoss(*)        yes
+    any of these                "log-probability"  1     cross-entropy          no
+    any of these                a response f       1     -f of the test points  no
+    any of these                a response f       -1    f of the test points   no
+    SimilarityInfluence         "similarity"       1     a similarity           no
+    SimilarityInfluence         "similarity"       -1    a distance             no
+
+    * "none", or "sum" with `sample_wise_grads_per_batch=True`.
+
+All of them give `(n_test, n_train)`, other subclasses of `DataInfluence` may not: see `orientation`.
+TracInCPFast and TracInCPFastRandProj read the last linear layer without its bias, and the latter uses its
+test loss on training examples too: with losses of your own, give it one. SimilarityInfluence reads the
+activations of one layer, of a model with one input.
+
+Captum is given a copy of the model, which takes dicts by position and in which every parameter requires a
+gradient: leave some out by Captum's own `layers`. It returns all columns of a batch of test points at
+once; top-k, groups, devices, checkpoints and normalisation come from the base class. What Captum computes
+is not checked: `TracIn` is, against plain gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from captum.influence import DataInfluence, SimilarityInfluence
+from torch import Tensor, nn
+
+from .. import inputs as data
+from ..errors import bad_choice, bad_type, bad_value
+from ..influence import Ask, InfluenceMethod
+from ..responses import RESPONSES, multiclass_logits, response_gradient
+from .captum_calls import (
+    Examples,
+    NoIndex,
+    ResidualLoss,
+    batch_of,
+    check_losses,
+    input_names,
+    inputs_by_position,
+    keep_weights,
+    mend_similarity,
+    quiet,
+    similarities,
+    squared_norms,
+)
+from .gradients import GradientMethod, GradientState
+
+_ANSWERS = ["every", "similarity", *RESPONSES]
+
+
+@dataclass
+class CaptumTest:
+    """A batch of test points.
+
+    Attributes:
+        scores: `(n_test, n_train)`.
+        asked: What Captum was given: the inputs, and the gradients of the response or the labels.
+    """
+
+    scores: Tensor
+    asked: tuple[Any, ...]
+
+
+class CaptumInfluence(GradientMethod):
+    """An object of `captum.influence` with the interface, the sign and the shapes of all methods.
+
+    Args:
+        model: As for every method.
+        train_dataset: As for every method.
+        build: `build(model, train_dataset)` makes Captum's object of a copy of the model and a data set
+            of examples `(inputs..., label)` on its device, whose labels are residuals with
+            `answers="every"`. It is called once for each of `checkpoints`.
+        answers: "every" response, where `build` uses `ResidualLoss` and `keep_weights`; the one response
+            that the test loss of `build` stands for; or "similarity", the same for every response.
+        sign: 1 where Captum's positive scores raise what it `answers`, -1 where they lower it.
+        orientation: "test-train" or "train-test", of what Captum returns.
+        **options: Those of `GradientMethod` but `layers`; `residuals` with `answers="every"` only.
+    """
+
+    # Captum reads the training set itself and returns all columns at once.
+    reads_training_data = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Any,
+        *,
+        build: Callable[[Any, Any], Any],
+        answers: str = "every",
+        sign: int = 1,
+        orientation: str = "test-train",
+        **options: Any,
+    ) -> None:
+        if answers not in _ANSWERS:
+            raise bad_choice("answers", answers, _ANSWERS)
+        if sign not in (1, -1):
+            raise bad_value("sign", "be 1 or -1", repr(sign))
+        if orientation not in ("test-train", "train-test"):
+            raise bad_choice("orientation", orientation, ["test-train", "train-test"])
+        if answers in RESPONSES:
+            options.setdefault("response", answers)
+        super().__init__(model, train_dataset, **options)
+        if self.layers is not None:
+            raise bad_value(
+                "layers", "be None", list(self.layers), "Give them to Captum's object in `build`."
+            )
+        if answers != "every" and self.residuals != "training":
+            raise bad_value("residuals", "be 'training' unless answers='every'", repr(self.residuals))
+        self.build, self.answers, self.sign, self.orientation = build, answers, sign, orientation
+
+    def _fit_kernel(self, model: nn.Module, residuals: Tensor, show_progress: bool) -> Any:
+        network = self._network(model)
+        with quiet():
+            captum = self.build(network, Examples(self, residuals if self.answers == "every" else None))
+        if not isinstance(captum, DataInfluence):
+            raise bad_type("build", "return an object of captum.influence", captum)
+        if getattr(captum, "model", getattr(captum, "module", network)) is not network:
+            raise bad_value("build", "give Captum's object the model that `build` is given", "another one")
+        if self.answers == "every":
+            check_losses(captum)
+        if isinstance(captum, SimilarityInfluence):
+            mend_similarity(captum, len(residuals))
+        return captum
+
+    def _network(self, model: nn.Module) -> nn.Module:
+        """A copy that takes tensors by position and gives a tensor; Captum may do with it what it likes."""
+        network = copy.deepcopy(model)
+        for parameter in network.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        names, run = input_names(next(iter(self._train_batches(False)))), network.forward
+
+        def forward(*values: Any) -> Tensor:
+            outputs = data.forward(run, batch_of(names, values))
+            return multiclass_logits(outputs) if self.answers == "every" else outputs
+
+        vars(network)["forward"] = forward
+        return network
+
+    def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Ask) -> CaptumTest:
+        with torch.no_grad():
+            logits = self._logits(model, batch)
+        classes, factor = ask.classes(logits, batch), self._factor(ask.response)
+        labels = data.labels_of(batch)
+        if self.answers == "every":
+            labels = response_gradient(logits, classes, ask.response)
+        elif labels is None:
+            labels = classes
+        elif not isinstance(ask.target, str) or ask.target != "label":
+            labels = classes.to(labels.dtype).reshape(labels.shape)
+        asked = (*inputs_by_position(batch), labels)
+        with quiet():
+            if isinstance(state.kernel, SimilarityInfluence):
+                scores = similarities(state.kernel, asked[:-1], self.n_train_)
+            else:
+                scores = state.kernel.influence(asked, k=None)
+        scores = scores if self.orientation == "test-train" else scores.T
+        if scores.shape != (len(logits), self.n_train_):
+            raise bad_value(
+                "build",
+                f"make an object whose scores have the shape {(len(logits), self.n_train_)}",
+                f"shape {tuple(scores.shape)}",
+                "It must read the whole training set that it is given, in order; see also `orientation`.",
+            )
+        return CaptumTest(factor * scores.detach().to(logits.device), asked)
+
+    def _factor(self, response: str) -> int:
+        """1 or -1, which turns Captum's scores into those of a response."""
+        if self.answers in ("every", "similarity"):
+            return -self.sign if (self.answers, response) == ("similarity", "loss") else self.sign
+        if {self.answers, response} == {"loss", "log-probability"}:
+            return -self.sign
+        if response != self.answers:
+            raise bad_value(
+                "response",
+                f"be {self.answers!r}, which Captum's object answers",
+                repr(response),
+                "Build it with ResidualLoss and answers='every' for all.",
+            )
+        return self.sign
+
+    def _scores(self, state: GradientState, prepared: Any, columns: slice) -> Tensor:
+        scores: Tensor = prepared.scores[:, columns]
+        return scores
+
+    def _scores_of_batch(
+        self, state: GradientState, prepared: Any, columns: slice, model: nn.Module, batch: Any
+    ) -> Tensor:
+        return self._scores(state, prepared, columns)
+
+    def _inverse_norms(self, state: GradientState, prepared: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
+        if self.answers != "every":
+            raise self._no_norms()
+        if state.norms is None:
+            squares = [
+                squared_norms(state.kernel, (*inputs_by_position(batch), state.residuals[rows]))
+                for rows, batch in self._train_blocks(self.n_train_, False)
+            ]
+            state.norms = torch.cat(squares).sqrt()
+        return super()._inverse_norms(state, prepared, model)
+
+    def _test_norms(self, state: GradientState, prepared: Any) -> Tensor:
+        return squared_norms(state.kernel, prepared.asked).sqrt()
+
+    def _self_influence(
+        self, state: GradientState, model: nn.Module, batch: Any, rows: slice | None
+    ) -> Tensor:
+        if self.answers != "every":
+            return InfluenceMethod._self_influence(self, state, model, batch, rows)
+        if rows is None:
+            left, right = self._other_residuals(state, model, batch)
+        else:
+            left, right = state.loss_residuals[rows], state.residuals[rows]
+        inputs = inputs_by_position(batch)
+        if self.residuals == "training":
+            return squared_norms(state.kernel, (*inputs, left))
+        plus, minus = (squared_norms(state.kernel, (*inputs, v)) for v in (left + right, left - right))
+        return (plus - minus) / 4  # the kernel is bilinear in the two residuals
+
+    def save(self, path: str | Path) -> None:
+        """Refused, because Captum's objects cannot be written.
+
+        Args:
+            path: File name.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise bad_type("method", "hold nothing but tensors to be saved", self, "Fit it again instead.")
+
+
+__all__ = ["CaptumInfluence", "NoIndex", "ResidualLoss", "keep_weights"]

@@ -1,0 +1,156 @@
+"""Owns the paper's EKFAC (Appendix E.2): gradients divided by a mostly diagonal Fisher information F.
+
+    score(x, i) = 1/n_train (J_x^T g)^T (F + eps)^-1 (J_i^T r_i)
+
+F is diagonal for convolutions, norm layers and biases. For the weights of dense layers, with inputs a and
+output gradients b, it is `E[b b^T] (x) E[a a^T]`, and is inverted in its eigenbasis. (EKFAC as others know
+it has Kronecker factors for convolutions too, and corrects the eigenvalues.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import bad_choice, bad_value
+from ..inputs import slice_batch
+from .dense_sides import dense_layers, dense_sides
+from .fisher import FISHERS, fisher_sample, fisher_vectors
+from .gradients import GradientMethod
+from .per_example_gradients import example_gradients
+
+DENSE = ("kronecker", "diagonal")
+
+
+@dataclass
+class DiagonalKernel:
+    """M of one model, by parameter.
+
+    Attributes:
+        scales: `1 / (n_train (F + eps))` in the shape of the parameter, in the eigenbasis if it has one.
+        bases: Eigenvectors of `E[b b^T]` and of `E[a a^T]`, in columns, for each dense layer.
+    """
+
+    scales: dict[str, Tensor]
+    bases: dict[str, list[Tensor]]
+
+
+class DiagonalEKFAC(GradientMethod):
+    """The EKFAC baseline of E.2.
+
+    E.2 leaves three choices open. It gives no value of eps: here it is relative, because F of a confident
+    model is tiny. It does not say whose labels F is of. Its text gives dense layers Kronecker factors,
+    while its formula `v_i = grad l(z_i) / (F_diag + eps)` divides every parameter elementwise.
+
+    Args:
+        model: As for every method.
+        train_dataset: As for every method.
+        damping: eps. The default is within .02 of the best of .01 to 10 on digits (LDS, as published).
+        relative: Whether eps is in units of the mean of F over each parameter tensor.
+        dense: "kronecker" or "diagonal": F of the weights of Linear layers. Those whose weights are used
+            without a call of the layer are diagonal in any case.
+        fisher: Labels of F: "sampled" from the prediction, their "exact" expectation (as many backward
+            passes as there are classes, and less noise), or those of the training set ("empirical").
+        n_fisher: Training examples that F is estimated from.
+        seed: Of the choice of these and of the sampled labels.
+        **options: Those of `GradientMethod`.
+
+    Raises:
+        ValueError: An option out of its range; in `fit`, a relative eps where F is 0 throughout.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Any,
+        *,
+        damping: float = 0.1,
+        relative: bool = True,
+        dense: str = "kronecker",
+        fisher: str = "sampled",
+        n_fisher: int = 1000,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, train_dataset, **options)
+        if not 0 < damping < float("inf"):
+            raise bad_value("damping", "be a positive number", damping)
+        if dense not in DENSE:
+            raise bad_choice("dense", dense, DENSE)
+        if fisher not in FISHERS:
+            raise bad_choice("fisher", fisher, FISHERS)
+        if not isinstance(n_fisher, int) or n_fisher < 1:
+            raise bad_value("n_fisher", "be an integer of at least 1", repr(n_fisher))
+        self.damping, self.relative, self.dense = float(damping), bool(relative), dense
+        self.fisher, self.n_fisher, self.seed = fisher, n_fisher, seed
+
+    def _fit_kernel(self, model: nn.Module, residuals: Tensor, show_progress: bool) -> DiagonalKernel:
+        fisher: dict[str, list[Tensor]] = {}
+        parameters = {name: p.detach() for name, p in model.named_parameters() if name in self.parameters_}
+        layers = dense_layers(model, parameters) if self.dense == "kronecker" else {}
+        n = min(self.n_fisher, self.n_train_)
+        for batch, uniforms in self._fisher_batches(show_progress):
+            with torch.no_grad():
+                logits = self._logits(model, batch)
+            labels = self._train_labels(batch, logits.shape[1], len(logits))
+            draws = fisher_vectors(self.fisher, logits, labels, uniforms)
+            for vectors in draws:
+                sides = dense_sides(model, layers, batch, vectors)
+                for name, (a, b) in sides.items():
+                    # The positions of an example add up in one factor, and are averaged in the other.
+                    n_inputs = n * len(draws) * len(a) / len(vectors)
+                    _add(fisher, name, [b.T @ b / n, a.T @ a / n_inputs])
+                others = {name: p for name, p in parameters.items() if name not in sides}
+                if others:
+                    for name, g in example_gradients(model, others, batch, vectors).items():
+                        _add(fisher, name, [g.square().sum(0) / n])
+        return self._invert({name: fisher[name] for name in parameters})
+
+    def _fisher_batches(self, show_progress: bool) -> Iterator[tuple[Any, Tensor]]:
+        chosen, uniforms = fisher_sample(self.n_train_, self.n_fisher, self.seed)
+        device = self._work_device()
+        for rows, batch in self._train_blocks(self.n_train_, show_progress):
+            inside = (chosen >= rows.start) & (chosen < rows.stop)
+            if inside.any():
+                places = chosen[inside] - rows.start
+                yield slice_batch(batch, places.to(device)), uniforms[inside].to(device)
+
+    def _invert(self, fisher: Mapping[str, list[Tensor]]) -> DiagonalKernel:
+        scales, bases = {}, {}
+        for name, parts in fisher.items():
+            spectrum = parts[0]
+            if len(parts) == 2:
+                (u, left), (v, right) = (torch.linalg.eigh(part.double()) for part in parts)
+                bases[name] = [left.to(spectrum), right.to(spectrum)]
+                spectrum = (u.clamp_min(0)[:, None] * v.clamp_min(0)).to(spectrum)
+            damped = spectrum + self.damping * (spectrum.mean() if self.relative else 1)
+            # A tensor that F says nothing about takes no part. Not where(damped > 0): NaN must stay NaN.
+            scales[name] = torch.where(damped == 0, 0, 1 / (self.n_train_ * damped))
+        if not any(bool(scale.any()) for scale in scales.values()):
+            remedy = "Take relative=False, or another one."
+            raise bad_value("fisher", "be above 0 somewhere", f"0 throughout from {self.fisher!r}", remedy)
+        return DiagonalKernel(scales, bases)
+
+    def _precondition(self, kernel: DiagonalKernel, sides: Tensor) -> Tensor:
+        pieces = sides.split([scale.numel() for scale in kernel.scales.values()], dim=1)
+        done = []
+        for (name, scale), piece in zip(kernel.scales.items(), pieces, strict=True):
+            if name in kernel.bases:
+                left, right = kernel.bases[name]
+                inside = left.T @ piece.unflatten(1, scale.shape) @ right
+                done.append((left @ (inside * scale) @ right.T).flatten(1))
+            else:
+                done.append(piece * scale.flatten())
+        return torch.cat(done, dim=1)
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("damping", "relative", "dense", "fisher", "n_fisher", "seed")
+        return {**super()._settings(), **{name: getattr(self, name) for name in names}}
+
+
+def _add(total: dict[str, list[Tensor]], name: str, parts: list[Tensor]) -> None:
+    total[name] = [a + b for a, b in zip(total[name], parts, strict=True)] if name in total else parts

@@ -1,0 +1,189 @@
+"""Owns true EKFAC (George et al., 2018; Grosse et al., 2023; E.2 of the paper), computed by kronfluence.
+
+    score(x, i) = 1/N (J_x^T g)^T (F + lambda I)^-1 (J_i^T r_i),    F = Q diag(Lambda) Q^T, layer by layer
+
+where Q is the eigenbasis of the Kronecker factors of a layer's Fisher matrix and Lambda holds the mean
+squares of gradients in it. kronfluence is asked for products of the gradients of two linear losses,
+`-<logits, r_i>` and `-<logits, g>`, whose gradients are those of the loss and of the response.
+
+kronfluence knows Linear and Conv2d layers, each with its bias. Norm layers, embeddings, convolutions that
+are grouped or not padded with zeros, and subclasses of the two (as inside attention) take no part; of
+layers that share a weight only the first does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import inputs as data
+from ..errors import bad_choice, bad_value
+from ..influence import Ask
+from ..responses import response_gradient
+from .controls import input_keys
+from .gradients import GradientMethod, GradientState
+from .kronfluence_calls import Batch, Kronfluence, tracked_layers
+
+STRATEGIES = ("ekfac", "kfac", "diagonal", "identity")
+FISHERS = ("sampled", "empirical")
+
+
+class EKFAC(GradientMethod):
+    """Influence functions with the eigenvalue-corrected Kronecker factors of kronfluence.
+
+    `fit` makes two passes over the training set; every batch of test points one more, because no gradients
+    are stored. Self-influence, and the norms of `normalize="cosine"`, take two backward passes. Most of the
+    time goes into rotating gradients, `i o (i + o)` products an example and layer of i inputs and o outputs:
+    once in `fit`, twice for each test point and for each self-influence. `damping` may be set anew without
+    another `fit`.
+
+    Args:
+        model: As for every method; a Linear or Conv2d layer must not be called twice in a forward pass.
+        train_dataset: As for every method.
+        damping: lambda, absolute. None takes a tenth of each layer's mean eigenvalue: Lambda spans many
+            decades, and its lower end, which kronfluence's own 1e-8 takes in, is noise that 1/Lambda
+            would blow up.
+        strategy: "ekfac"; "kfac", without the corrected eigenvalues (for a convolution off in scale by its
+            number of positions); "diagonal", without the eigenbasis; "identity", gradients alone.
+        fisher: "sampled" draws every label from the model, once for Q and once for Lambda; "empirical"
+            takes the training labels.
+        seed: Of the drawn labels, which depend on it and on the inputs of the example alone.
+        **options: Those of `GradientMethod`. A layer takes part, with its bias, if its weight is chosen.
+
+    Attributes:
+        parameters_: Names of the parameters that take part.
+
+    Raises:
+        ImportError: kronfluence is not installed.
+    """
+
+    # kronfluence reads the training set itself and returns all columns at once.
+    reads_training_data = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Any,
+        *,
+        damping: float | None = None,
+        strategy: str = "ekfac",
+        fisher: str = "sampled",
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, train_dataset, **options)
+        try:
+            import kronfluence  # noqa: F401
+        except ImportError as error:
+            hint = 'EKFAC needs kronfluence: pip install "stride-captum[kronfluence]"'
+            raise ImportError(f"{hint} ({error}).") from error
+        for name, value, choices in (("strategy", strategy, STRATEGIES), ("fisher", fisher, FISHERS)):
+            if value not in choices:
+                raise bad_choice(name, value, choices)
+        if not isinstance(seed, int) or seed < 0:
+            raise bad_value("seed", "be an integer of at least 0", repr(seed))
+        self.damping, self.strategy, self.fisher, self.seed = damping, strategy, fisher, seed
+
+    @property
+    def damping(self) -> float | None:
+        """lambda, or None for a tenth of each layer's mean eigenvalue."""
+        return self._damping
+
+    @damping.setter
+    def damping(self, value: float | None) -> None:
+        if value is not None and not 0 <= value < math.inf:
+            raise bad_value("damping", "be at least 0, or None for a tenth of the mean eigenvalue", value)
+        self._damping = value
+        for state in self._states or []:
+            state.norms = None
+
+    def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> GradientState:
+        state = super()._fit_checkpoint(model, show_progress)
+        some = data.slice_batch(next(iter(self._train_batches(False))), slice(0, 2))
+        layers = tracked_layers(model, self.parameters_, some)
+        self.parameters_ = [n for n, _ in model.named_parameters() if n.rpartition(".")[0] in layers]
+        state.kernel = self._kronfluence(model).fit(
+            lambda draw: self._fisher_batches(state.loss_residuals, draw, show_progress)
+        )
+        return state
+
+    def _kronfluence(self, model: nn.Module) -> Kronfluence:
+        layers = dict.fromkeys(name.rpartition(".")[0] for name in self.parameters_)
+        return Kronfluence(model, layers, self.strategy, self.fisher == "empirical", self.damping)
+
+    def _fisher_batches(self, residuals: Tensor, draw: int, show_progress: bool) -> Iterator[Batch]:
+        for batch in self._train_sides(show_progress, residuals=residuals):
+            # By the inputs, so that neither batches nor the order of the examples change the labels.
+            keys = input_keys(batch["examples"])
+            uniforms = [np.random.default_rng([self.seed, draw, key]).random() for key in keys]
+            yield {**batch, "uniforms": residuals.new_tensor(uniforms, dtype=torch.float64)}
+
+    def _train_sides(self, show_progress: bool = False, **vectors: Tensor) -> Iterator[Batch]:
+        for rows, batch in self._train_blocks(self.n_train_, show_progress):
+            yield {"examples": batch, **{name: every[rows] for name, every in vectors.items()}}
+
+    def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Ask) -> EKFACTest:
+        with torch.no_grad():
+            logits = self._logits(model, batch)
+        vectors = response_gradient(logits, ask.classes(logits, batch), ask.response)
+        query = {"examples": batch, "gradients": vectors}
+        train = self._train_sides(residuals=state.residuals)
+        scores = self._kronfluence(model).scores(state.kernel, query, train) / self.n_train_
+        return EKFACTest(scores, lambda: self._norms_of(state, model, [{**query, "residuals": vectors}]))
+
+    def _scores(self, state: GradientState, prepared: Any, columns: slice) -> Tensor:
+        scores: Tensor = prepared.scores[:, columns]
+        return scores
+
+    def _scores_of_batch(
+        self, state: GradientState, prepared: Any, columns: slice, model: nn.Module, batch: Any
+    ) -> Tensor:
+        return self._scores(state, prepared, columns)
+
+    def _self_scores(self, state: GradientState, model: nn.Module, batches: Iterable[Batch]) -> Tensor:
+        return self._kronfluence(model).self_scores(state.kernel, batches) / self.n_train_
+
+    def _self_influence(
+        self, state: GradientState, model: nn.Module, batch: Any, rows: slice | None
+    ) -> Tensor:
+        if rows is None:
+            left, right = self._other_residuals(state, model, batch)
+        else:
+            left, right = state.loss_residuals[rows], state.residuals[rows]
+        return self._self_scores(state, model, [{"examples": batch, "gradients": left, "residuals": right}])
+
+    def _norms_of(self, state: GradientState, model: nn.Module, batches: Iterable[Batch]) -> Tensor:
+        return self._self_scores(state, model, batches).clamp_min(0).sqrt()
+
+    def _inverse_norms(self, state: GradientState, prepared: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
+        if state.norms is None:
+            both = self._train_sides(gradients=state.residuals, residuals=state.residuals)
+            state.norms = self._norms_of(state, model, both)
+        return super()._inverse_norms(state, prepared, model)
+
+    def _test_norms(self, state: GradientState, prepared: Any) -> Tensor:
+        norms: Tensor = prepared.norms()
+        return norms
+
+    def _settings(self) -> dict[str, Any]:
+        options = ("damping", "strategy", "fisher", "seed")
+        return {**super()._settings(), **{name: getattr(self, name) for name in options}}
+
+
+@dataclass
+class EKFACTest:
+    """A batch of test points.
+
+    Attributes:
+        scores: `(n_test, n_train)`.
+        norms: Gives the norms of the gradients of the response, `(n_test,)`.
+    """
+
+    scores: Tensor
+    norms: Callable[[], Tensor]

@@ -1,0 +1,105 @@
+"""Owns KNN-Shapley: the exact Shapley value of every training example for a nearest-neighbour classifier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import bad_value
+from ..influence import Ask
+from .similarity import Similarity, SimilarityState, SimilarityTest
+
+
+@dataclass
+class KNNShapleyTest(SimilarityTest):
+    """A batch of test points with the values that the training examples have for each.
+
+    Attributes:
+        values: `(n_test, n_train)`; NaN in the row of a test point whose features are.
+    """
+
+    values: Tensor
+
+
+class KNNShapley(Similarity):
+    """Shapley values of the training examples in the k-nearest-neighbour classifier on the features.
+
+    The utility of a set S of training examples for a test point with the class c of the response is
+
+        v(S) = 1/k sum of [y_j = c] over the min(k, |S|) nearest j in S
+
+    and the score of i is its Shapley value, the mean of `v(S + i) - v(S)` over the sizes of S and over the
+    sets of each size: the scores of a row add up to v of the whole training set. Distances are Euclidean
+    between unit features, the order of `Similarity`; equal ones go by lower index. Features are those of the
+    penultimate layer unless `layers` says otherwise, as in Jia et al., "Efficient task-specific data
+    valuation for nearest neighbor algorithms" (VLDB 2019), Theorem 1.
+
+    It does not depend on the response, but its sign does: what helps the class lowers the "loss". The
+    values of a batch of test points are held at once, `(n_batch, n_train)`.
+
+    Args:
+        model: As for every method.
+        train_dataset: As for every method.
+        k: Neighbours that vote; may exceed n_train.
+        **options: Those of `InfluenceMethod`.
+    """
+
+    def __init__(self, model: nn.Module, train_dataset: Any, *, k: int = 5, **options: Any) -> None:
+        super().__init__(model, train_dataset, **options)
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+            raise bad_value("k", "be an integer of at least 1", repr(k))
+        self.k = k
+
+    def _prepare(self, state: SimilarityState, model: nn.Module, batch: Any, ask: Ask) -> KNNShapleyTest:
+        test = super()._prepare(state, model, batch, ask)
+        similarity = test.features @ state.features.T
+        order = similarity.argsort(dim=1, descending=True, stable=True)
+        matches = state.labels[order] == test.classes[:, None]
+        values = test.sign * knn_shapley(matches, self.k).to(similarity)
+        values = torch.empty_like(values).scatter_(1, order, values)
+        values = values.masked_fill(similarity.isnan().any(1, keepdim=True), float("nan"))
+        return KNNShapleyTest(test.features, test.classes, test.sign, values)
+
+    def _scores(self, state: SimilarityState, prepared: SimilarityTest, columns: slice) -> Tensor:
+        assert isinstance(prepared, KNNShapleyTest)
+        return prepared.values[:, columns]
+
+    def _train_norms(self, state: SimilarityState) -> Tensor:
+        raise self._no_norms()
+
+    def _test_norms(self, state: SimilarityState, prepared: Any) -> Tensor:
+        raise self._no_norms()
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "k": self.k}
+
+
+def knn_shapley(matches: Tensor, k: int) -> Tensor:
+    """Theorem 1 of Jia et al. (2019), for training examples in the order of their distance.
+
+    With m_j = 1 where the j-th nearest of N has the class of the test point (else 0), from the far end:
+
+        s_N = m_N min(k, N) / (k N)
+        s_j = s_{j+1} + (m_j - m_{j+1}) min(k, j) / (k j)
+
+    The theorem has k <= N, where s_N = m_N / N.
+
+    Args:
+        matches: m, `(..., N)` bool.
+        k: Neighbours that vote.
+
+    Returns:
+        s, `(..., N)` float64.
+
+    >>> knn_shapley(torch.tensor([True, False]), 1).tolist()
+    [1.0, 0.0]
+    """
+    m = matches.double()
+    rank = torch.arange(1, m.shape[-1] + 1, dtype=m.dtype, device=m.device)
+    steps = m.clone()
+    steps[..., :-1] -= m[..., 1:]
+    steps *= rank.clamp_max(k) / (k * rank)
+    return steps.flip(-1).cumsum(-1).flip(-1)

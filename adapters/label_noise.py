@@ -1,0 +1,245 @@
+"""Owns label-noise detectors that need no influence: how suspect each training label is.
+
+All have `mislabel_scores() -> (n_train,)`, high for a suspect label, as every `InfluenceMethod` has, and
+take `(model, train_dataset, *, layers, batch_size)`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import inputs as data
+from ..activations import Tap, check_finite, default_taps, named_taps, recording
+from ..config import STRIDEConfig
+from ..errors import bad_choice, bad_value
+from ..responses import class_labels, multiclass_logits, response_value
+from ..restoring import untouched
+from ..stride import STRIDE
+
+#: Probabilities `(n_test_rows, n_classes)` for some rows of the training set from a fit on others.
+FitPredict = Callable[[NDArray[np.int64], NDArray[np.int64]], Any]
+
+#: The label quality scores of cleanlab.
+QUALITIES = ("self_confidence", "normalized_margin", "confidence_weighted_entropy")
+
+
+class LabelNoiseDetector(ABC):
+    """Gives every training label a score that is high where the label is suspect.
+
+    Args:
+        model: A trained classifier; it is evaluated in eval mode and left as it was.
+        train_dataset: Dataset or (not shuffling) DataLoader of `(inputs..., label)` or dicts.
+        layers: Submodules whose outputs are features, for detectors that read them; None selects them.
+        batch_size: Examples a forward pass, where a data set is given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Any,
+        *,
+        layers: Sequence[str] | None = None,
+        batch_size: int = 1024,
+    ) -> None:
+        data.check_source(train_dataset, "train_dataset")
+        self.model = model
+        self.train_dataset = train_dataset
+        self.layers = layers
+        self.batch_size = batch_size
+
+    @abstractmethod
+    def mislabel_scores(self) -> Tensor:
+        """How suspect each training label is, `(n_train,)`. High means suspect."""
+
+    def _read(self, taps: Sequence[Tap] = ()) -> tuple[Tensor, Tensor, Tensor]:
+        """Features at the taps `(n_train, n_features)`, logits `(n_train, n_classes)` and labels."""
+        features, logits, labels = [], [], []
+        with untouched(self.model), torch.no_grad(), recording(self.model, taps) as run:
+            for batch in self._batches():
+                outputs, rows = run(batch)
+                logits.append(multiclass_logits(outputs))
+                features.append(torch.cat(rows, 1) if rows else logits[-1].new_empty(len(logits[-1]), 0))
+                given = data.labels_of(batch)
+                if given is None or len(given) != len(outputs):
+                    got = "none" if given is None else f"{len(given)} for {len(outputs)} examples"
+                    raise bad_value("train_dataset", "give one label per example", got)
+                labels.append(class_labels(given.to(outputs.device), logits[-1].shape[1], "train_dataset"))
+        return torch.cat(features), torch.cat(logits), torch.cat(labels)
+
+    def _batches(self) -> Iterator[Any]:
+        """Batches of the training set on the device of the model."""
+        first = next(iter([*self.model.parameters(), *self.model.buffers()]), None)
+        device = torch.device("cpu") if first is None else first.device
+        for batch in data.batches(self.train_dataset, self.batch_size, "train_dataset"):
+            yield data.to_device(batch, device)
+
+
+class LossDetector(LabelNoiseDetector):
+    """The training loss of each example, `-log p_y`: a wrong label is learnt late, or not at all."""
+
+    def mislabel_scores(self) -> Tensor:
+        """`-log p_y = log(1 + exp(-margin))` of each example, `(n_train,)`."""
+        _, logits, labels = self._read()
+        # In this form the losses of a confident model stay apart, where log p_y rounds to 0.
+        return F.softplus(-response_value(logits, labels, "margin"))
+
+
+class RidgeLeaveOneOut(LabelNoiseDetector):
+    """Norm of the leave-one-out residual of a ridge head on the features: `STRIDE.mislabel_scores`.
+
+    The head reads all layers but the last, which has memorised the labels.
+    """
+
+    def mislabel_scores(self) -> Tensor:
+        """`|e_y - q|`, where q is what the head fitted without the example predicts, `(n_train,)`."""
+        head = STRIDE(self.model, self.train_dataset, layers=self.layers, batch_size=self.batch_size)
+        return head.mislabel_scores()
+
+
+class ConfidentLearning(LabelNoiseDetector):
+    """Cleanlab's label quality on out-of-sample probabilities (Northcutt et al., JAIR 2021).
+
+    The probabilities come from k folds (`out_of_sample_probabilities`): the model under study has seen
+    every label and is not asked. What is fitted on each fold is `fit_predict`, for instance a retraining
+    of the network; by default a multinomial logistic regression on what the weight layers of the network
+    read, without the last one: these features have memorised the labels least. A network with a single
+    such place keeps it. Raw images are never read, a flat float input is.
+
+    Args:
+        model: As for every detector.
+        train_dataset: As for every detector.
+        fit_predict: `f(train_rows, test_rows) -> (len(test_rows), n_classes)` probabilities, both index
+            arrays into the training set; None for the logistic regression.
+        n_folds: Folds, from 2 to n_train.
+        seed: Of the folds.
+        quality: Cleanlab's score: "self_confidence" (p_y), "normalized_margin" (p_y minus the largest
+            other) or "confidence_weighted_entropy".
+        **options: Those of `LabelNoiseDetector`.
+
+    Raises:
+        ImportError: Cleanlab is not installed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Any,
+        *,
+        fit_predict: FitPredict | None = None,
+        n_folds: int = 5,
+        seed: int = 0,
+        quality: str = "self_confidence",
+        **options: Any,
+    ) -> None:
+        super().__init__(model, train_dataset, **options)
+        if quality not in QUALITIES:
+            raise bad_choice("quality", quality, QUALITIES)
+        self._quality_scores = _cleanlab_quality_scores()
+        self.fit_predict = fit_predict
+        self.n_folds = n_folds
+        self.seed = seed
+        self.quality = quality
+
+    def mislabel_scores(self) -> Tensor:
+        """One minus cleanlab's label quality, `(n_train,)` float64 in [0, 1]."""
+        features, logits, classes = self._read(self._taps() if self.fit_predict is None else ())
+        labels = classes.cpu().numpy()
+        fit_predict = self.fit_predict
+        if fit_predict is None:
+            check_finite(features)
+            fit_predict = logistic_regression(features.cpu().numpy(), labels, logits.shape[1])
+        probabilities = out_of_sample_probabilities(fit_predict, labels, self.n_folds, self.seed)
+        quality = self._quality_scores(labels, probabilities, method=self.quality)
+        return 1 - torch.from_numpy(np.asarray(quality, dtype=np.float64))
+
+    def _taps(self) -> list[Tap]:
+        with untouched(self.model), torch.no_grad():
+            few = data.slice_batch(next(self._batches()), slice(0, 2))
+            if self.layers is not None:
+                return named_taps(self.model, self.layers, few)
+            taps = default_taps(self.model, few, STRIDEConfig().max_width)
+        return taps[:-1] or taps
+
+
+def out_of_sample_probabilities(
+    fit_predict: FitPredict, labels: Any, n_folds: int = 5, seed: int = 0
+) -> NDArray[np.float64]:
+    """Class probabilities of each example from a fit that has not seen it.
+
+    Folds are random and stratified: every class with two examples is in every fit.
+
+    Args:
+        fit_predict: `f(train_rows, test_rows) -> (len(test_rows), n_classes)` probabilities.
+        labels: `(n,)` integers.
+        n_folds: From 2 to n.
+        seed: Of the folds.
+
+    Returns:
+        `(n, n_classes)`.
+
+    Raises:
+        ValueError: A number of folds out of range, or what is no row of probabilities per example.
+    """
+    labels = np.asarray(labels)
+    n = len(labels)
+    if not isinstance(n_folds, int) or isinstance(n_folds, bool) or not 2 <= n_folds <= n:
+        raise bad_value("n_folds", f"be an integer from 2 to the {n} examples", repr(n_folds))
+    by_class = np.lexsort((np.random.default_rng(seed).random(n), labels))
+    fold = np.empty(n, dtype=np.int64)
+    fold[by_class] = np.arange(n) % n_folds
+    parts = []
+    for left_out in range(n_folds):
+        train, test = np.flatnonzero(fold != left_out), np.flatnonzero(fold == left_out)
+        part = np.asarray(fit_predict(train, test), dtype=np.float64)
+        if part.ndim != 2 or len(part) != len(test):
+            raise bad_value("fit_predict", f"return {len(test)} rows of probabilities", f"shape {part.shape}")
+        if not (np.isfinite(part).all() and (part >= 0).all() and np.allclose(part.sum(1), 1, atol=1e-4)):
+            raise bad_value("fit_predict", "return rows of probabilities that add up to 1", "other values")
+        parts.append((test, part))
+    widths = {part.shape[1] for _, part in parts}
+    if len(widths) > 1:
+        raise bad_value("fit_predict", "return one column per class", f"widths {sorted(widths)}")
+    probabilities = np.empty((n, widths.pop()))
+    for test, part in parts:
+        probabilities[test] = part
+    return probabilities
+
+
+def logistic_regression(features: NDArray[Any], labels: NDArray[Any], n_classes: int) -> FitPredict:
+    """Multinomial logistic regression on standardised features, as a `fit_predict`.
+
+    Args:
+        features: `(n, n_features)`.
+        labels: `(n,)` integers in `[0, n_classes)`.
+        n_classes: Columns of the probabilities; a class that a fit has not seen gets 0.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    def fit_predict(train: NDArray[np.int64], test: NDArray[np.int64]) -> NDArray[np.float64]:
+        head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+        head.fit(features[train], labels[train])
+        probabilities = np.zeros((len(test), n_classes))
+        probabilities[:, head.classes_] = head.predict_proba(features[test])
+        return probabilities
+
+    return fit_predict
+
+
+def _cleanlab_quality_scores() -> Callable[..., Any]:
+    try:
+        from cleanlab.rank import get_label_quality_scores
+    except ImportError as error:
+        hint = 'ConfidentLearning needs cleanlab: pip install "stride-captum[cleanlab]"'
+        raise ImportError(hint) from error
+    scores: Callable[..., Any] = get_label_quality_scores
+    return scores

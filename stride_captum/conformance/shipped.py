@@ -1,0 +1,86 @@
+"""Owns the list of the methods of this package, with the laws that each does not keep, and their matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .law import Build
+from .planted import MLP, trained
+from .suite import ConformanceReport, Subject, check, matrix
+
+_BY_COLUMN = "scores belong to the column, not to the example"
+_READS_NOTHING = "the values of the inputs do not enter the scores"
+
+
+def shipped() -> list[Subject]:
+    """The methods of this package, with the laws that each does not keep."""
+    from .. import adapters
+    from ..stride import STRIDE
+
+    control = {
+        "permuting_the_training_set_permutes_the_columns": _BY_COLUMN,
+        "nan_in_a_test_point_is_never_hidden": _READS_NOTHING,
+        "nan_in_a_training_example_is_never_hidden": _READS_NOTHING,
+    }
+    no_meaning = "scores are random"
+    left_out = {
+        "frozen_parameters_change_nothing": "gradients are those of the parameters that are not frozen"
+    }
+    return [
+        Subject("STRIDE", STRIDE),
+        Subject(
+            "TracIn",
+            adapters.TracIn,
+            {**left_out, "checkpoints_are_averaged": "they are summed with their learning rates"},
+        ),
+        Subject(
+            "DiagonalEKFAC",
+            adapters.DiagonalEKFAC,
+            {
+                **left_out,
+                "permuting_the_training_set_permutes_the_columns": "labels of the Fisher are drawn by place",
+            },
+        ),
+        Subject("EKFAC", adapters.EKFAC, left_out),
+        Subject("TRAK", adapters.TRAK, left_out),
+        Subject("Similarity", adapters.Similarity),
+        Subject("ClassSimilarity", adapters.ClassSimilarity),
+        Subject("KNNShapley", adapters.KNNShapley),
+        Subject("ClassRandom", adapters.ClassRandom, control),
+        Subject(
+            "Random",
+            adapters.Random,
+            {
+                **control,
+                "examples_of_the_class_raise_its_margin": no_meaning,
+                "examples_of_the_class_lower_its_loss": no_meaning,
+                "self_influence_is_not_negative": no_meaning,
+            },
+        ),
+    ]
+
+
+def missing_extra(build: Build) -> str | None:
+    """What the method says of a package that is not installed; None where it can be fitted."""
+    model, train, _ = trained(MLP)
+    try:
+        build(model, train).fit()
+    except ImportError as error:
+        return str(error)
+    except Exception:
+        return None  # the laws will say more of it
+    return None
+
+
+def main(subjects: Iterable[Subject] | None = None) -> int:
+    """Print the matrix of the methods whose extras are installed; 0 where all of them pass."""
+    reports: list[ConformanceReport] = []
+    absent: list[str] = []
+    for subject in shipped() if subjects is None else subjects:
+        missing = missing_extra(subject.build)
+        if missing is None:
+            reports.append(check(subject.build, exceptions=subject.exceptions, name=subject.name))
+        else:
+            absent.append(f"{subject.name} was left out: {missing}")
+    print("\n".join([matrix(reports), *absent]))
+    return 0 if all(report.passed for report in reports) else 1

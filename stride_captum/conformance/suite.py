@@ -1,0 +1,131 @@
+"""Owns the verdicts: every law on one method, its stated exceptions, and the matrix of methods by laws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from ..errors import bad_choice, bad_value
+from . import laws_of_invariance, laws_of_scores, laws_of_use  # noqa: F401  (they fill LAWS)
+from .law import LAWS, Build, Law, Violation
+
+_PASS, _FAIL, _EXCEPTION, _NEEDLESS = "pass", "fail: ", "exception: ", "needless exception: "
+_MARKS = {_PASS: "+", _FAIL: "F", _EXCEPTION: "e", _NEEDLESS: "?"}
+
+
+@dataclass(frozen=True)
+class ConformanceReport:
+    """What became of every law for one method.
+
+    Attributes:
+        method: Its name.
+        verdicts: For each law "pass", "fail: why", "exception: stated reason", or "needless exception:
+            stated reason" where the law holds after all.
+    """
+
+    method: str
+    verdicts: Mapping[str, str]
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Laws that do not hold and are no stated exception, and why."""
+        return self._beginning_with(_FAIL)
+
+    @property
+    def needless_exceptions(self) -> dict[str, str]:
+        """Stated exceptions to laws that hold, and the stated reason."""
+        return self._beginning_with(_NEEDLESS)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every law holds or is an exception, and every exception is one."""
+        return not self.failures and not self.needless_exceptions
+
+    def _beginning_with(self, start: str) -> dict[str, str]:
+        return {law: v.removeprefix(start) for law, v in self.verdicts.items() if v.startswith(start)}
+
+    def __str__(self) -> str:
+        return matrix([self])
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A method to be checked.
+
+    Attributes:
+        name: What the matrix calls it.
+        build: `build(model, train_dataset, **options)`.
+        exceptions: Laws that it does not keep, and why.
+    """
+
+    name: str
+    build: Build
+    exceptions: Mapping[str, str] = field(default_factory=dict)
+
+
+def judge(law: Law, build: Build, reason: str | None = None) -> str:
+    """The verdict of one law (see `ConformanceReport.verdicts`).
+
+    Args:
+        law: One of `LAWS`.
+        build: `build(model, train_dataset, **options)`.
+        reason: Why the law need not hold; None where it must.
+    """
+    try:
+        law(build)
+    except Exception as error:
+        if reason is not None:
+            return _EXCEPTION + reason
+        kind = "" if isinstance(error, Violation) else f"{type(error).__name__}: "
+        return _FAIL + kind + str(error).partition("\n")[0]
+    return _PASS if reason is None else _NEEDLESS + reason
+
+
+def check(
+    build: Build, *, exceptions: Mapping[str, str] | None = None, name: str | None = None
+) -> ConformanceReport:
+    """Run every law on a method.
+
+    Args:
+        build: The class of the method, or a factory `build(model, train_dataset, **options)`; the options
+            are `batch_size` and `checkpoints`.
+        exceptions: Laws that the method does not keep, with the reason. They are run all the same: one
+            that holds is reported.
+        name: What the report calls the method; None takes the name of `build`.
+
+    Raises:
+        ValueError: An exception to a law that does not exist, or without a reason.
+    """
+    exceptions = {} if exceptions is None else exceptions
+    for law, reason in exceptions.items():
+        if law not in LAWS:
+            raise bad_choice("exceptions", law, list(LAWS))
+        if not reason:
+            raise bad_value("exceptions", "give a reason for each law", f"{reason!r} for {law!r}")
+    if name is None:
+        name = getattr(build.func if isinstance(build, partial) else build, "__name__", repr(build))
+    verdicts = {law: judge(LAWS[law], build, exceptions.get(law)) for law in LAWS}
+    return ConformanceReport(name, verdicts)
+
+
+def matrix(reports: Sequence[ConformanceReport]) -> str:
+    """Methods by laws as plain text: + holds, F fails, e stated exception, ? needless exception.
+
+    Below the matrix stand the laws by number, and the reason of everything that is not a plus.
+    """
+    laws = list(dict.fromkeys(law for report in reports for law in report.verdicts))
+    width = max([len(report.method) for report in reports], default=0)
+    lines = [" " * width + "".join(f"{i:3}" for i in range(1, len(laws) + 1))]
+    notes = []
+    for report in reports:
+        cells = ""
+        for i, law in enumerate(laws, 1):
+            verdict = report.verdicts.get(law, "")
+            mark = next((mark for start, mark in _MARKS.items() if verdict.startswith(start)), " ")
+            cells += f"{mark:>3}"
+            if mark not in "+ ":
+                notes.append(f"{report.method}, {i}: {verdict}")
+        lines.append(f"{report.method:{width}}{cells}")
+    numbered = [f"{i:3}  {law.replace('_', ' ')}" for i, law in enumerate(laws, 1)]
+    return "\n".join([*lines, "", *numbered, *([""] if notes else []), *notes])

@@ -1,0 +1,9 @@
+"""What runs where dattri is installed (`make test-dattri`); `make test` does not collect this folder."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+
+def pytest_report_header() -> str:
+    return "  ".join(f"{name} {version(name)}" for name in ("dattri", "captum", "torch", "numpy"))

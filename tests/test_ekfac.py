@@ -1,0 +1,386 @@
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from planted import (
+    MLP,
+    BatchNormCNN,
+    HuggingFaceLike,
+    ListOfDicts,
+    TwoInputs,
+    built,
+    planted_classes,
+    trained,
+)
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from stride_captum import laws_of_invariance, laws_of_scores, laws_of_use
+from stride_captum.adapters.controls import input_keys
+from stride_captum.adapters.ekfac import EKFAC
+from stride_captum.adapters.kronfluence_calls import drawn_labels
+from stride_captum.residuals import tempered_residuals
+from stride_captum.responses import response_gradient
+
+pytest.importorskip("kronfluence")
+
+N_TRAIN, N_TEST = 30, 5
+
+
+def doubled(n: int, shape: tuple[int, ...] = (6,), seed: int = 0) -> TensorDataset:
+    x, y = planted_classes(n, shape, seed).tensors
+    return TensorDataset(x.double(), y)
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[nn.Module, TensorDataset, TensorDataset]:
+    """A network of two layers in float64, not trained."""
+    network = built(lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), seed=3)
+    return network.double().eval(), doubled(N_TRAIN, seed=1), doubled(N_TEST, seed=2)
+
+
+# The reference: everything explicit, one example at a time.
+
+
+def gradients_of(model: nn.Module, layers: list[str], x: Tensor, vectors: Tensor) -> dict[str, Tensor]:
+    """`J_i^T v_i` of each layer with the bias as its last column, `(n, n_out, n_in + 1)`."""
+    found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    for one, vector in zip(x, vectors, strict=True):
+        response = (model(one[None])[0] * vector).sum()
+        for layer in layers:
+            module = model.get_submodule(layer)
+            weight, bias = torch.autograd.grad(response, [module.weight, module.bias], retain_graph=True)
+            found[layer].append(torch.cat([weight.flatten(1), bias[:, None]], 1))
+    return {layer: torch.stack(rows) for layer, rows in found.items()}
+
+
+def residuals_of(model: nn.Module, data: TensorDataset) -> Tensor:
+    x, y = data.tensors
+    return torch.nn.functional.one_hot(y, 3) - model(x).detach().softmax(1)
+
+
+def drawn_residuals(model: nn.Module, data: TensorDataset, draw: int) -> Tensor:
+    """Residuals of labels that the model draws for every example."""
+    x, _ = data.tensors
+    p, labels = model(x).detach().softmax(1), []
+    for key, row in zip(input_keys(data.tensors), p, strict=True):
+        u = np.random.default_rng([0, draw, key]).random()
+        labels.append(int(np.searchsorted(np.cumsum(row.numpy()), u, side="right")))
+    assert len(set(labels)) > 1
+    return torch.nn.functional.one_hot(torch.tensor(labels), 3) - p
+
+
+def inverse_fisher(
+    first: dict[str, Tensor], second: dict[str, Tensor], strategy: str, damping: float | None
+) -> dict[str, Tensor]:
+    """`(F + lambda I)^-1` of each layer, a matrix over its flattened gradient.
+
+    Args:
+        first: Gradients that Q is made of.
+        second: Gradients that Lambda is made of.
+        strategy: As for `EKFAC`.
+        damping: As for `EKFAC`.
+    """
+    found = {}
+    for layer, g in first.items():
+        # For one position an example, the gradient is b a^T with 1 as the last entry of a.
+        b = g[:, :, -1]
+        a = torch.stack([(b_i @ g_i) / (b_i @ b_i) for b_i, g_i in zip(b, g, strict=True)])
+        value_a, q_a = torch.linalg.eigh(a.T @ a / len(a))
+        value_b, q_b = torch.linalg.eigh(b.T @ b / len(b))
+        q, values = torch.kron(q_b, q_a), torch.kron(value_b, value_a)
+        if strategy == "ekfac":
+            values = (second[layer].flatten(1) @ q).square().mean(0)
+        if strategy == "diagonal":
+            q, values = torch.eye(len(q)).to(q), second[layer].flatten(1).square().mean(0)
+        if strategy == "identity":
+            q, values, damping = torch.eye(len(q)).to(q), torch.ones(len(q)).to(q), 0.0
+        extra = 0.1 * values.mean() if damping is None else damping
+        found[layer] = q @ torch.diag(1 / (values + extra)) @ q.T
+    return found
+
+
+def product(left: dict[str, Tensor], inverse: dict[str, Tensor], right: dict[str, Tensor]) -> Tensor:
+    """`left^T M right / N` over all pairs."""
+    parts = [left[layer].flatten(1) @ inverse[layer] @ right[layer].flatten(1).T for layer in left]
+    return sum(parts) / N_TRAIN
+
+
+LAYERS = ["0", "2"]
+
+
+@pytest.mark.parametrize("strategy", ["ekfac", "kfac", "diagonal", "identity"])
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+@pytest.mark.parametrize("damping", [None, 1e-2])
+def test_scores_are_those_of_an_explicit_ekfac(small, strategy, fisher, damping) -> None:
+    model, train, test = small
+    x, (u, v) = train.tensors[0], test.tensors
+    method = EKFAC(model, train, damping=damping, strategy=strategy, fisher=fisher, batch_size=7)
+    r = residuals_of(model, train)
+    rows = [r, r] if fisher == "empirical" else [drawn_residuals(model, train, draw) for draw in (0, 1)]
+    first, second = (gradients_of(model, LAYERS, x, row) for row in rows)
+    inverse = inverse_fisher(first, second, strategy, damping)
+    right = gradients_of(model, LAYERS, x, r)
+    for response in ("margin", "loss"):
+        g = response_gradient(model(u).detach(), v, response)
+        left = gradients_of(model, LAYERS, u, g)
+        wanted = product(left, inverse, right)
+        found = method.influence((u, v), response=response)
+        torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-9 * float(wanted.abs().max()))
+    own = product(right, inverse, right).diagonal()
+    torch.testing.assert_close(method.self_influence(), own, rtol=1e-7, atol=0)
+    others = product(left, inverse, left).diagonal()
+    cosine = wanted / others.sqrt()[:, None] / own.sqrt()
+    torch.testing.assert_close(method.influence((u, v), response="loss", normalize="cosine"), cosine)
+    torch.testing.assert_close(method.self_influence((u, v)), others)
+
+
+@pytest.mark.parametrize("damping", [None, 1e-3])
+def test_scores_follow_from_the_stored_factors(small, damping) -> None:
+    model, train, test = small
+    method = EKFAC(model, train, damping=damping)
+    scores = method.influence(test.tensors)
+    kernel = method._states[0].kernel
+    wanted = torch.zeros_like(scores)
+    margins = response_gradient(model(test.tensors[0]).detach(), test.tensors[1], "margin")
+    right = gradients_of(model, LAYERS, train.tensors[0], residuals_of(model, train))
+    left = gradients_of(model, LAYERS, test.tensors[0], margins)
+    for layer in LAYERS:
+        q_b, q_a = (kernel[f"{side}_eigenvectors"][f"0.{layer}"] for side in ("gradient", "activation"))
+        mean = kernel["lambda_matrix"][f"0.{layer}"] / N_TRAIN
+        inverse = 1 / (mean + (0.1 * mean.mean() if damping is None else damping))
+        rotated = [q_b.T @ side[layer] @ q_a for side in (left, right)]
+        wanted += torch.einsum("qoi,oi,boi->qb", rotated[0], inverse, rotated[1]) / N_TRAIN
+    torch.testing.assert_close(scores, wanted)
+
+
+@pytest.mark.parametrize("normalize", [None, "cosine"])
+def test_damping_is_set_anew_without_another_fit(small, normalize) -> None:
+    model, train, test = small
+    method = EKFAC(model, train)
+    before = method.influence(test.tensors, normalize=normalize)
+    kernel = method._states[0].kernel
+    method.damping = 1e-3
+    found = method.influence(test.tensors, normalize=normalize)
+    assert method._states[0].kernel is kernel
+    assert not torch.allclose(found, before)
+    wanted = EKFAC(model, train, damping=1e-3).influence(test.tensors, normalize=normalize)
+    assert torch.equal(found, wanted)
+    with pytest.raises(ValueError, match="`damping` must be at least 0"):
+        method.damping = -1.0
+
+
+@pytest.mark.parametrize("residuals", ["temperature", "leave-one-out", "both"])
+def test_our_residuals_stand_on_the_training_side_only(small, residuals) -> None:
+    model, train, test = small
+    published = EKFAC(model, train).fit()
+    method = EKFAC(model, train, residuals=residuals).fit()
+    assert method._states[0].kernel.keys() == published._states[0].kernel.keys()
+    for kind, factors in method._states[0].kernel.items():
+        for layer, factor in factors.items():
+            assert torch.equal(factor, published._states[0].kernel[kind][layer])
+    identity = EKFAC(model, train, residuals=residuals, strategy="identity")
+    found = identity.influence(test.tensors)
+    r = identity._states[0].residuals
+    assert not torch.allclose(r, residuals_of(model, train), atol=1e-3)
+    margins = response_gradient(model(test.tensors[0]).detach(), test.tensors[1], "margin")
+    left, right = (
+        gradients_of(model, LAYERS, *side) for side in ((test.tensors[0], margins), (train.tensors[0], r))
+    )
+    alone = {layer: torch.eye(g[0].numel()).double() for layer, g in right.items()}
+    torch.testing.assert_close(found, product(left, alone, right))
+    loss = gradients_of(model, LAYERS, train.tensors[0], residuals_of(model, train))
+    own = product(loss, alone, right).diagonal()
+    torch.testing.assert_close(identity.self_influence(), own)
+
+
+def flat_gradients(method: EKFAC, model: nn.Module, batch, vectors: Tensor) -> Tensor:
+    gradients = method._gradients(model, batch, vectors)
+    return torch.cat([g.flatten(1) for g in gradients.values()], 1)
+
+
+@pytest.mark.parametrize("build", [BatchNormCNN, TwoInputs, HuggingFaceLike])
+def test_every_parameter_that_takes_part_counts_once(build) -> None:
+    model = built(build).double().eval()
+    if build is HuggingFaceLike:
+        train = ListOfDicts(12)
+        train.attention_mask = train.attention_mask.double()
+        batch, y = train[:], train.labels
+        outputs = model(batch["input_ids"], batch["attention_mask"]).logits
+    else:
+        x, y = doubled(12, build.shape).tensors
+        inputs = (x, x.flip(1)) if build is TwoInputs else (x,)
+        train, batch = TensorDataset(*inputs, y), (*inputs, y)
+        outputs = model(*inputs)
+    for strategy in ("identity", "diagonal"):
+        method = EKFAC(model, train, strategy=strategy, fisher="empirical", damping=1e-3, batch_size=5)
+        scores = method.influence(batch, response="log-probability")
+        g = flat_gradients(method, model, batch, tempered_residuals(outputs.detach(), y))
+        weights = torch.ones(g.shape[1]).to(g)
+        if strategy == "diagonal":
+            weights = 1 / (g.square().mean(0) + 1e-3)
+        torch.testing.assert_close(scores, (g * weights) @ g.T / len(y))
+    left_out = {"bn1.weight", "bn1.bias", "embedding.weight"}
+    assert set(method.parameters_) == {name for name, _ in model.named_parameters()} - left_out
+
+
+def test_layers_and_frozen_weights_choose_what_takes_part() -> None:
+    model, train, _ = trained(MLP)
+    assert EKFAC(model, train, layers=["fc2"]).fit().parameters_ == ["fc2.weight", "fc2.bias"]
+    model.fc1.weight.requires_grad_(False)
+    model.fc2.bias.requires_grad_(False)
+    wanted = ["fc2.weight", "fc2.bias", "fc3.weight", "fc3.bias"]
+    assert EKFAC(model, train).fit().parameters_ == wanted
+
+
+def test_a_layer_alone_is_a_model() -> None:
+    train = doubled(12)
+    method = EKFAC(built(lambda: nn.Linear(6, 3)).double(), train, strategy="identity")
+    x, y = train.tensors
+    r = residuals_of(method.model, train)
+    with_bias = torch.cat([x, torch.ones(12, 1).double()], 1)
+    wanted = (r @ r.T) * (with_bias @ with_bias.T) / 12
+    torch.testing.assert_close(method.influence((x, y), response="log-probability"), wanted)
+
+
+# The labels that the model draws.
+
+
+def test_drawn_labels_have_the_frequencies_of_the_model() -> None:
+    logits = torch.tensor([[0.0, 1.0, -1.0]]).expand(9_000, 3)
+    labels = drawn_labels(logits, (torch.arange(9_000) + 0.5) / 9_000)
+    found = torch.bincount(labels, minlength=3) / 9_000
+    torch.testing.assert_close(found, logits[0].softmax(0), rtol=0, atol=1 / 9_000)
+    assert drawn_labels(torch.zeros(1, 3), torch.tensor([1.0])).tolist() == [2]
+
+
+def test_the_seed_chooses_the_labels(small) -> None:
+    model, train, _ = small
+    first, again, other = (EKFAC(model, train, seed=seed).fit()._states[0].kernel for seed in (0, 0, 1))
+    for kind in ("gradient_eigenvalues", "lambda_matrix"):
+        assert torch.equal(first[kind]["0.2"], again[kind]["0.2"])
+        assert not torch.allclose(first[kind]["0.2"], other[kind]["0.2"], rtol=1e-3)
+    activations = "activation_eigenvalues"
+    assert torch.equal(first[activations]["0.2"], other[activations]["0.2"])
+
+
+# Laws and traces.
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        laws_of_invariance.permuting_the_training_set_permutes_the_columns,
+        laws_of_invariance.the_batch_size_changes_rounding_only,
+        laws_of_invariance.a_saved_method_gives_the_same_bits,
+        laws_of_invariance.the_grad_mode_of_the_caller_changes_nothing,
+        laws_of_scores.examples_of_the_class_raise_its_margin,
+        laws_of_scores.self_influence_is_minus_the_effect_on_the_own_loss,
+        laws_of_scores.checkpoints_are_averaged,
+        laws_of_use.nan_in_a_test_point_is_never_hidden,
+        laws_of_use.the_model_is_left_as_it_was,
+        laws_of_use.the_model_is_left_as_it_was_after_an_exception,
+    ],
+    ids=lambda law: law.__name__,
+)
+def test_laws(law) -> None:
+    law(EKFAC)
+
+
+def test_the_law_of_self_influence_holds_with_our_residuals() -> None:
+    law = laws_of_scores.self_influence_is_minus_the_effect_on_the_own_loss
+    law(partial(EKFAC, residuals="both"))
+
+
+def test_nothing_is_left_behind_and_nothing_is_said(tmp_path, monkeypatch, capfd, caplog) -> None:
+    from kronfluence.utils.state import State
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    shared, frozen = dict(State._shared_state), gc.get_freeze_count()
+    model, train, test = trained(MLP)
+    method = EKFAC(model, train)
+    method.influence(test.tensors, normalize="cosine")
+    method.self_influence()
+    assert list(Path(tmp_path).iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
+    assert State._shared_state == shared
+    assert gc.get_freeze_count() == frozen
+
+
+def test_what_the_caller_has_frozen_stays_frozen(small) -> None:
+    model, train, test = small
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        EKFAC(model, train).influence(test.tensors)
+        assert 0 < gc.get_freeze_count() <= frozen  # some may have died
+    finally:
+        gc.unfreeze()
+
+
+def test_progress_is_shown_on_request(small, capfd) -> None:
+    model, train, _ = small
+    EKFAC(model, train).fit(show_progress=True)
+    assert "fitting EKFAC" in capfd.readouterr().err
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("option", "match"),
+    [
+        ({"damping": -1.0}, "`damping` must be at least 0, or None for a tenth of the mean eigenvalue"),
+        ({"damping": float("nan")}, "`damping` must be at least 0"),
+        ({"strategy": "ekfca"}, "`strategy` must be one of .* Nearest: 'ekfac'"),
+        ({"fisher": "true"}, "`fisher` must be one of 'sampled', 'empirical'; got 'true'"),
+        ({"seed": -1}, "`seed` must be an integer of at least 0; got -1"),
+        ({"seed": 0.5}, "`seed` must be an integer"),
+    ],
+)
+def test_options_out_of_range_are_refused(small, option, match) -> None:
+    with pytest.raises(ValueError, match=match):
+        EKFAC(small[0], small[1], **option)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(self.inner(x).relu()))
+
+
+def test_a_layer_that_is_called_twice_is_refused() -> None:
+    model = built(Twice).double()
+    with pytest.raises(ValueError, match="call each layer once for EKFAC; got 2 calls of 'inner'"):
+        EKFAC(model, doubled(8)).fit()
+    assert EKFAC(model, doubled(8), layers=["head"]).fit().parameters_ == ["head.weight", "head.bias"]
+
+
+def test_a_model_without_layers_that_kronfluence_knows_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Flatten(), nn.BatchNorm1d(4)).double()
+    with pytest.raises(ValueError, match="have Linear or Conv2d layers with chosen weights for EKFAC"):
+        EKFAC(model, doubled(8, (2, 3, 3))).fit()
+
+
+def test_without_kronfluence_the_error_says_what_to_install(small, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "kronfluence", None)
+    with pytest.raises(ImportError, match=r'pip install "stride-captum\[kronfluence\]"'):
+        EKFAC(small[0], small[1])
+
+
+def test_the_module_imports_without_kronfluence() -> None:
+    code = "import sys; sys.modules['kronfluence'] = None; import stride_captum.adapters.ekfac"
+    subprocess.run([sys.executable, "-c", code], check=True)
