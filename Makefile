@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/.eval
 	$(BIN)/stride-captum explain --task digits --out out/demo
+	$(BIN)/stride-captum compare --task digits --preset smoke --measure all --out out/demo/compare
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --cov --cov-report=term
@@ -34,7 +35,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.eval: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[eval]"
+	$(BIN)/python -m pip install --quiet --editable ".[eval,kronfluence]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.eval

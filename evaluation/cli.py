@@ -6,11 +6,11 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..checkpoints import load_checkpoint
@@ -18,13 +18,17 @@ from ..config import STRIDEConfig
 from ..errors import bad_value
 from .benchmark_core import bench_core
 from .benchmark_recovery import bench_lasso
-from .comparison import DEFAULT_METHODS, Comparison, compare
+from .comparison import MEASURES, compare, comparison_sizes, estimates
+from .contenders import DEFAULT_METHODS
 from .environment import describe, one_line
-from .explanation import Explanation, explain
+from .explanation import explain
 from .linear_datamodeling import LDSResult
+from .paper_tables import TABLES, find_table
 from .recovery_curve import recovery_curve
-from .report import write_comparison, write_explanation
+from .report import read_results, write_comparison, write_explanation
+from .retraining_estimate import RetrainingEstimate
 from .tasks import PRESETS, TASKS, load_task
+from .terminal import console, show_comparison, show_explanation, show_printed
 
 app = typer.Typer(
     name="stride-captum",
@@ -34,7 +38,6 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, help="Measure speed as ratios in one run.")
 app.add_typer(bench, name="bench")
-console = Console()
 
 TaskName = Annotated[str, typer.Option("--task", help="One of: " + ", ".join(TASKS) + ".")]
 Preset = Annotated[str, typer.Option(help="Size of the task: " + ", ".join(PRESETS) + ".")]
@@ -83,12 +86,12 @@ def explain_command(
             model=trained,
             seed=seed,
             store=store,
-            config=None if config is None else STRIDEConfig.from_dict(_json(config)),
+            config=None if config is None else STRIDEConfig.from_dict(_json("config", config)),
             show_progress=not quiet,
         )
-        _write(out, explanation.to_dict(), lambda path: write_explanation(explanation, loaded, path))
+        _write(out, explanation.to_dict(), lambda _, path: write_explanation(explanation, loaded, path))
     if not quiet:
-        _show_explanation(explanation)
+        show_explanation(explanation)
         console.print(f"Report: {out / 'report.html'}")
 
 
@@ -102,44 +105,141 @@ def compare_command(
     data_root: DataRoot = None,
     data: Data = None,
     model: Model = None,
-    subsets: Annotated[int, typer.Option(help="Random halves of the training set.")] = 100,
-    seeds: Annotated[int, typer.Option(help="Retrainings of each half; 2 or more give a ceiling.")] = 2,
-    models: Annotated[int, typer.Option(help="Attributed models.")] = 3,
+    subsets: Annotated[int | None, typer.Option(help="Random halves of the training set [100].")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Retrainings of each half; 2 give a ceiling [2].")] = None,
+    models: Annotated[int | None, typer.Option(help="Attributed models [3].")] = None,
     spiked: Annotated[int, typer.Option(help="Further models, stopped on a spike of the training loss.")] = 0,
-    test_points: Annotated[int, typer.Option(help="One half tunes, the other is reported.")] = 300,
+    test_points: Annotated[int | None, typer.Option(help="Half tunes, half is reported [300].")] = None,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="May be repeated; one of: " + ", ".join(MEASURES) + ", all. Default: lds, calibration."
+        ),
+    ] = None,
+    settings: Annotated[
+        str | None,
+        typer.Option(help='Options of the measures as JSON, such as \'{"mislabel": {"rate": 0.2}}\'.'),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Processes for the retrainings; -1 takes all cores.")] = -1,
     store: Annotated[Path, typer.Option(help="Folder of retrainings: a killed run resumes.")] = Path(
         "out/store"
     ),
+    engine: Annotated[
+        str, typer.Option(help="How halves are retrained: auto, processes or stacked (many models at once).")
+    ] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be retrained; stop.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Go on where it takes more than two hours.")] = False,
     out: Out = Path("out/compare"),
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Compare methods on the same models, subsets and test points by the linear datamodeling score.
+    """Compare methods on the same models, subsets and test points.
+
+    Options of a method are chosen by LDS on one half of the test points and reported on the other.
 
     Examples:
 
-        stride-captum compare --task digits --seeds 3
+        stride-captum compare --task digits --seeds 3 --measure all
+
+        stride-captum compare --method STRIDE --method EKFAC --measure lds --measure leakage
 
         stride-captum compare --task mnist --data-root ~/data --spiked 1
     """
     with _one_sentence_errors():
         loaded = load_task(task, preset=preset, data_root=data_root, data=data, model=model)
+        sizes, measures = comparison_sizes(preset)
+        own = {} if settings is None else _json("settings", settings)
+        wanted = MEASURES if measure and "all" in measure else tuple(measure or ("lds", "calibration"))
+        given = {"n_subsets": subsets, "n_seeds": seeds, "n_models": models, "n_test": test_points}
+        plan: dict[str, Any] = {
+            **sizes,
+            **{name: value for name, value in given.items() if value is not None},
+            "store": store,
+            "measures": {
+                name: {**measures.get(name, {}), **own.get(name, {})}
+                for name in dict.fromkeys((*wanted, *own))
+            },
+            "n_jobs": jobs,
+            "engine": engine,
+        }
+        if not _affordable(estimates(method, loaded, **plan), dry_run, yes, quiet):
+            return
+        result = compare(method, loaded, n_spiked=spiked, show_progress=not quiet, **plan)
+        _write(out, result.to_dict(), write_comparison)
+    if not quiet:
+        show_comparison(result)
+        console.print(f"Report: {out / 'report.html'}")
+
+
+@app.command("reproduce")
+def reproduce_command(
+    table: Annotated[str, typer.Argument(help="One of: " + ", ".join(TABLES) + ".")],
+    preset: Preset = "small",
+    data_root: DataRoot = None,
+    data: Data = None,
+    method: Annotated[list[str] | None, typer.Option(help="Rows; default: those of the table.")] = None,
+    subsets: Annotated[int, typer.Option(help="Random halves that are retrained for LDS.")] = 100,
+    seeds: Annotated[int, typer.Option(help="Retrainings of each half.")] = 2,
+    models: Annotated[int, typer.Option(help="Attributed models.")] = 3,
+    test_points: Annotated[int, typer.Option(help="One half tunes, the other is reported.")] = 300,
+    settings: Annotated[str | None, typer.Option(help="Options of the table's measure as JSON.")] = None,
+    jobs: Annotated[int, typer.Option(help="Processes for the retrainings; -1 takes all cores.")] = -1,
+    store: Annotated[Path, typer.Option(help="Folder of retrainings: a killed run resumes.")] = Path(
+        "out/store"
+    ),
+    out: Out = Path("out/reproduce"),
+) -> None:
+    """Measure a table of the paper, with the paper's figures beside ours.
+
+    Tables 2 to 4 are settings: `stride_captum.evaluation.models` and `STRIDEConfig.paper`.
+
+    Examples:
+
+        stride-captum reproduce table8 --data-root ~/data
+
+        stride-captum reproduce table13 --data-root ~/data --preset paper
+    """
+    with _one_sentence_errors():
+        printed = find_table(table)
+        loaded = load_task(printed.task, preset=preset, data_root=data_root, data=data)
         result = compare(
-            method or DEFAULT_METHODS,
+            method or printed.methods,
             loaded,
             store=store,
+            measures={
+                printed.measure: {
+                    **printed.settings,
+                    **({} if settings is None else _json("settings", settings)),
+                }
+            },
             n_subsets=subsets,
             n_seeds=seeds,
             n_models=models,
-            n_spiked=spiked,
             n_test=test_points,
             n_jobs=jobs,
-            show_progress=not quiet,
+            show_progress=True,
         )
-        _write(out, result.to_dict(), lambda path: write_comparison(result, path))
-    if not quiet:
-        _show_comparison(result)
-        console.print(f"Report: {out / 'report.html'}")
+        results = {"paper": asdict(printed), **result.to_dict()}
+        folder = out / f"{table}-{preset}"
+        _write(folder, results, write_comparison)
+    show_comparison(result)
+    show_printed(printed)
+    console.print(f"Report: {folder / 'report.html'}")
+
+
+@app.command("report")
+def report_command(
+    results: Annotated[Path, typer.Argument(help="The results.json of `compare` or `reproduce`.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page; default: report.html beside the results.")
+    ] = None,
+) -> None:
+    """Write the report of a comparison again, from its results alone, on this machine or another.
+
+    Example: stride-captum report out/compare/results.json
+    """
+    with _one_sentence_errors():
+        path = write_comparison(read_results(results), out or results.with_name("report.html"))
+    console.print(f"Report: {path}")
 
 
 @app.command("recovery-curve")
@@ -265,6 +365,23 @@ def bench_recovery_command(
     console.print(one_line(environment))
 
 
+def _affordable(found: list[RetrainingEstimate], dry_run: bool, yes: bool, quiet: bool) -> bool:
+    """Whether to go on: not after a dry run, and not for more than two hours without being told so.
+
+    Raises:
+        ValueError: It would take more than two hours.
+    """
+    if dry_run or not quiet:
+        for estimate in found:
+            console.print(str(estimate))
+    hours = sum(estimate.seconds for estimate in found) / 3600
+    if hours > 2 and not (dry_run or yes):
+        raise bad_value(
+            "--yes", "be given for more than two hours of retraining", f"{hours:.1f} h without it"
+        )
+    return not dry_run
+
+
 @contextmanager
 def _one_sentence_errors() -> Iterator[None]:
     """Errors that a user can mend are one sentence and exit code 2; Ctrl-C says how to go on."""
@@ -278,89 +395,22 @@ def _one_sentence_errors() -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
-def _json(text: str) -> dict[str, Any]:
+def _json(argument: str, text: str) -> dict[str, Any]:
     try:
         options = json.loads(text)
     except json.JSONDecodeError as error:
-        raise bad_value("config", "be a JSON object", f"{text!r} ({error})") from error
+        raise bad_value(argument, "be a JSON object", f"{text!r} ({error})") from error
     if not isinstance(options, dict):
-        raise bad_value("config", "be a JSON object", repr(text))
+        raise bad_value(argument, "be a JSON object", repr(text))
     return options
 
 
-def _write(out: Path, results: dict[str, Any], write_report: Callable[[Path], Path]) -> None:
-    _write_json(out / "results.json", results)
-    write_report(out / "report.html")
+def _write(out: Path, results: dict[str, Any], write_report: Callable[[dict[str, Any], Path], Path]) -> None:
+    write_report(_write_json(out / "results.json", results), out / "report.html")
 
 
-def _write_json(path: Path, results: dict[str, Any]) -> None:
+def _write_json(path: Path, results: dict[str, Any]) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     results = {"command": ["stride-captum", *sys.argv[1:]], **results}
     path.write_text(json.dumps(results, indent=1, allow_nan=False), encoding="utf-8")
-
-
-def _show_explanation(explanation: Explanation) -> None:
-    table = Table(title=f"{explanation.task}: training examples, as label #index (score)")
-    for column in ("test", "label", "says", "proponents", "opponents"):
-        table.add_column(column)
-    for point in explanation.points:
-        table.add_row(
-            f"#{point.index}",
-            str(point.label),
-            str(point.predicted),
-            *(
-                ", ".join(f"{n.label} #{n.index} ({n.score:+.2g})" for n in neighbours[:3])
-                for neighbours in (point.proponents, point.opponents)
-            ),
-        )
-    console.print(table)
-    suspects = ", ".join(f"{n.label} #{n.index}" for n in explanation.suspects[:8])
-    console.print(f"Most suspect labels: {suspects}")
-    seconds = explanation.seconds
-    console.print(
-        f"Forward pass {1e3 * seconds['forward']:.0f} ms, fit {1e3 * seconds['fit']:.0f} ms, "
-        f"query {1e3 * seconds['query']:.1f} ms. {one_line(explanation.environment)}"
-    )
-
-
-def _show_comparison(result: Comparison) -> None:
-    protocol = result.protocol
-    table = Table(
-        title=f"{result.task}: LDS, {protocol['n_subsets']} halves x {protocol['n_seeds']} retrainings, "
-        f"{protocol['n_test_reported']} reported test points"
-    )
-    for column in (
-        "method",
-        "LDS",
-        "95%",
-        "worst",
-        "each model",
-        "first - this",
-        "fit s",
-        "query s",
-        "chosen",
-    ):
-        table.add_column(column)
-    for row in result.rows:
-        gap = ""
-        if row.against_first is not None:
-            value, spread = row.against_first
-            gap = f"{value:+.3f}" + ("" if spread is None else f" [{spread.low:+.3f}, {spread.high:+.3f}]")
-        interval = row.lds.interval
-        table.add_row(
-            row.name,
-            f"{row.lds.value:.3f}",
-            "" if interval is None else f"[{interval.low:.3f}, {interval.high:.3f}]",
-            f"{row.lds.worst:.3f}",
-            " ".join(f"{v:.3f}" for v in row.lds.per_model),
-            gap,
-            f"{row.fit_seconds:.2f}",
-            f"{row.query_seconds:.2f}",
-            ", ".join(f"{k}={v}" for k, v in row.options.items()),
-        )
-    console.print(table)
-    ceiling = result.rows[0].lds.ceiling
-    console.print("Ceiling: " + ("needs two retrainings" if ceiling is None else f"{ceiling:.3f}"))
-    for name, residual in protocol["models"].items():
-        console.print(f"Attributed model {name}: mean training residual {residual:.4f}")
-    console.print(one_line(result.environment), result.note)
+    return results

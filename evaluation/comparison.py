@@ -2,132 +2,102 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
 from .. import adapters
-from ..config import STRIDEConfig
 from ..errors import bad_choice, bad_value
 from ..influence import InfluenceMethod
-from ..stride import STRIDE
-from ..subsets import random_subsets
+from ..peak_memory import release_free_memory
+from ..restoring import weights_fingerprint
+from ..subsets import Membership, random_subsets
 from . import environment
-from .linear_datamodeling import LDSResult, difference, lds, margins
-from .retraining import RetrainingPlan, mean_residual, train_attributed, train_spiked
+from .attributed_training import train_attributed, train_checkpoints, train_spiked
+from .base_training import mean_residual
+from .calibration import CalibrationResult, calibration
+from .contenders import DEFAULT_METHODS, Contender, find_contender
+from .cost import Cost, cost_of, forward_seconds, median_cost
+from .counterfactual_retraining import CounterfactualRow, measure_counterfactual
+from .counterfactual_retraining import cost as counterfactual_cost
+from .gallery import Gallery
+from .leakage_benchmark import LeakageRow, measure_leakage
+from .linear_datamodeling import LDSResult, difference, lds, margins, plain
+from .linearized_influence import LinearizedInfluenceResult, linearized_influence_correlation
+from .mislabel_benchmark import MislabelRow, measure_mislabel
+from .retraining import RetrainingPlan
+from .retraining_estimate import RetrainingEstimate
+from .run_store import Fingerprints
 from .statistics import Interval
 from .tasks import Task
 
-Build = Callable[[nn.Module, Any, Mapping[str, Any]], InfluenceMethod]
+if TYPE_CHECKING:
+    import pandas
 
-
-@dataclass(frozen=True)
-class Contender:
-    """A method in a comparison.
-
-    Attributes:
-        name: Its row.
-        build: Called with the model, the training set and the options of a grid point.
-        grid: Option sets among which the tuning half of the test points chooses; one means untuned.
-    """
-
-    name: str
-    build: Build
-    grid: Sequence[Mapping[str, Any]] = field(default=({},))
-
-
-def _stride(**fixed: Any) -> Build:
-    return lambda model, data, options: STRIDE(model, data, config=STRIDEConfig(**{**fixed, **options}))
-
-
-def _stride_paper(preset: str) -> Build:
-    return lambda model, data, options: STRIDE(model, data, config=STRIDEConfig.paper(preset, **options))
-
-
-def _adapter(cls: type[InfluenceMethod]) -> Build:
-    return lambda model, data, options: cls(model, data, **options)
-
-
-_TUNED = [
-    {"temperature": t, "damping": d, "residuals": r}
-    for t in (2.0, 3.0, 4.0)
-    for d in (0.1, 0.3, 1.0)
-    for r in ("both", "temperature")
-]
-
-#: The rows that `compare` knows by name.
-CONTENDERS: dict[str, Contender] = {
-    c.name: c
-    for c in (
-        Contender("STRIDE", _stride()),
-        Contender("STRIDE (tuned)", _stride(), _TUNED),
-        Contender("STRIDE T=1", _stride(residuals="training")),
-        Contender("STRIDE trained, random subsets", _stride(operators="trained")),
-        Contender("STRIDE paper (mnist)", _stride_paper("mnist")),
-        Contender("STRIDE paper (cifar10)", _stride_paper("cifar10")),
-        Contender("Similarity", _adapter(adapters.Similarity)),
-        Contender("ClassSimilarity", _adapter(adapters.ClassSimilarity)),
-        Contender("ClassRandom", _adapter(adapters.ClassRandom)),
-        Contender("Random", _adapter(adapters.Random)),
-    )
+#: Of `Comparison.to_dict()`; increased whenever a reader of results.json must know.
+FORMAT = 1
+#: What can be measured; "lds" is always, because it chooses the options.
+MEASURES = ("lds", "calibration", "linearized", "counterfactual", "mislabel", "leakage")
+#: Detectors of label noise that need no influence.
+DETECTORS = {
+    "loss": adapters.LossDetector,
+    "ridge leave-one-out": adapters.RidgeLeaveOneOut,
+    "confident learning": adapters.ConfidentLearning,
 }
-DEFAULT_METHODS = (
-    "STRIDE",
-    "STRIDE (tuned)",
-    "STRIDE T=1",
-    "Similarity",
-    "ClassSimilarity",
-    "ClassRandom",
-    "Random",
-)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method's figures.
+    """One method's figures on the reporting half of the test points.
 
     Attributes:
         name: The method.
         options: The grid point that the tuning half chose.
-        lds: On the reporting half.
-        per_model_names: Names of the attributed models, in the order of `lds.per_model`.
+        lds: Linear datamodeling score.
+        models: Names of the attributed models, in the order of `lds.per_model`.
         against_first: LDS of the first row less this one's, with its paired interval; None for the first.
-        fit_seconds: Median over models.
-        query_seconds: Median over models, for all test points.
+        cost: Medians over models; queries are the reported test points.
+        calibration: Whether effects are right in size.
+        linearized: C.1 of the paper.
     """
 
     name: str
     options: dict[str, Any]
     lds: LDSResult
-    per_model_names: list[str]
+    models: list[str]
     against_first: tuple[float, Interval | None] | None
-    fit_seconds: float
-    query_seconds: float
+    cost: Cost
+    calibration: CalibrationResult | None = None
+    linearized: LinearizedInfluenceResult | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         against = None
         if self.against_first is not None:
             value, interval = self.against_first
-            against = {
-                "value": value,
-                "interval": None if interval is None else [interval.low, interval.high],
-            }
-        per_test = self.lds.to_dict()
+            spread = None if interval is None else [interval.low, interval.high]
+            against = {"value": value, "interval": spread}
+        parts = {
+            name: None if part is None else part.to_dict()
+            for name, part in (
+                ("lds", self.lds),
+                ("cost", self.cost),
+                ("calibration", self.calibration),
+                ("linearized", self.linearized),
+            )
+        }
         return {
             "name": self.name,
             "options": self.options,
-            "lds": per_test,
-            "models": self.per_model_names,
+            "models": self.models,
+            **parts,
             "first_row_less_this": against,
-            "fit_seconds": self.fit_seconds,
-            "query_seconds": self.query_seconds,
         }
 
 
@@ -138,9 +108,14 @@ class Comparison:
     Attributes:
         task: Name of the task.
         note: What must be read beside the figures.
-        rows: One per method.
+        rows: One per method: LDS, cost and what goes with them.
         protocol: Subsets, seeds, test points and models.
         environment: Versions and hardware.
+        counterfactual: One per method and arm, where measured.
+        mislabel: One per method and way of ranking, where measured.
+        leakage: One per method and planted set, where measured.
+        skipped: Methods that were left out, and why.
+        gallery: What each method shows for a few test points, with pictures.
     """
 
     task: str
@@ -148,150 +123,420 @@ class Comparison:
     rows: list[Row]
     protocol: dict[str, Any]
     environment: dict[str, Any]
+    counterfactual: list[CounterfactualRow] = field(default_factory=list)
+    mislabel: list[MislabelRow] = field(default_factory=list)
+    leakage: list[LeakageRow] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    gallery: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "task": self.task,
-            "note": self.note,
-            "protocol": self.protocol,
-            "environment": self.environment,
-            "rows": [row.to_dict() for row in self.rows],
+        parts: tuple[Sequence[Any], ...] = (self.counterfactual, self.mislabel, self.leakage)
+        names = ("counterfactual", "mislabel", "leakage")
+        return plain(
+            {
+                "format": FORMAT,
+                "task": self.task,
+                "note": self.note,
+                "summary": self.summary(),
+                "protocol": self.protocol,
+                "environment": self.environment,
+                "skipped": self.skipped,
+                "rows": [row.to_dict() for row in self.rows],
+                **{n: [r.to_dict() for r in part] for n, part in zip(names, parts, strict=True)},
+                "gallery": self.gallery,
+            }
+        )
+
+    def summary(self) -> list[str]:
+        """Sentences that name a winner only where the paired interval excludes zero."""
+        first, *others = self.rows
+        sentences = []
+        ahead, behind, open_ = [], [], []
+        for row in others:
+            assert row.against_first is not None
+            interval = row.against_first[1]
+            if interval is not None and interval.low > 0:
+                ahead.append(row.name)
+            elif interval is not None and interval.high < 0:
+                behind.append(row.name)
+            else:
+                open_.append(row.name)
+        share = "" if not first.lds.ceiling else f", {first.lds.value / first.lds.ceiling:.0%} of the ceiling"
+        sentences.append(f"{first.name} has an LDS of {first.lds.value:.3f}{share}.")
+        if ahead:
+            sentences.append(f"It predicts retrainings better than {_names(ahead)}.")
+        if behind:
+            sentences.append(f"It predicts them worse than {_names(behind)}.")
+        if open_:
+            sentences.append(f"Between it and {_names(open_)} these data do not decide.")
+        return sentences
+
+    def frame(self, measure: str = "lds") -> pandas.DataFrame:
+        """The figures of one measure as a pandas frame, a row a method.
+
+        Args:
+            measure: "lds" (with cost, calibration and C.1 where measured), "counterfactual", "mislabel" or
+                "leakage".
+
+        Raises:
+            ValueError: Another measure.
+        """
+        import pandas
+
+        parts: dict[str, Sequence[Any]] = {
+            "lds": self.rows,
+            "counterfactual": self.counterfactual,
+            "mislabel": self.mislabel,
+            "leakage": self.leakage,
         }
+        if measure not in parts:
+            raise bad_choice("measure", measure, list(parts))
+        return pandas.json_normalize([row.to_dict() for row in parts[measure]])
+
+    def __repr__(self) -> str:
+        lines = [f"{row.name}: {row.lds!r}" for row in self.rows]
+        return "\n".join([f"{self.task}. {' '.join(self.summary())}", *lines])
+
+    def _repr_html_(self) -> str:
+        from .report import comparison_table
+
+        return comparison_table(self.to_dict())
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What all methods share."""
+
+    task: Task
+    models: Mapping[str, nn.Module]
+    checkpoints: Mapping[str, list[Any]]
+    test: tuple[Any, Any]
+    half: int
+    membership: Membership
+    responses: NDArray[Any]
+    n_resamples: int
+    measures: frozenset[str]
+    forward: float
+    gallery: Gallery
+
+    def fit(self, contender: Contender, options: Mapping[str, Any]) -> list[InfluenceMethod]:
+        """The method on every attributed model."""
+        found = []
+        for name, model in self.models.items():
+            extra: dict[str, Any] = {}
+            if contender.n_checkpoints > 1:
+                extra["checkpoints"] = [*self.checkpoints[name], model.state_dict()]
+            release_free_memory()
+            found.append(contender.build(model, self.task.train, {**options, **extra}).fit())
+        return found
+
+    def scores(self, methods: Sequence[InfluenceMethod], rows: slice) -> list[NDArray[Any]]:
+        """`(n_test, n_train)` of each model for some test points."""
+        batch = tuple(t[rows] for t in self.test)
+        return [np.asarray(m.influence(batch, response="margin", target="label")) for m in methods]
 
 
 def compare(
-    methods: Sequence[str | Contender],
+    methods: Sequence[str | Contender] | None,
     task: Task,
     *,
     store: str | Path,
-    measures: Sequence[str] = ("lds",),
+    measures: Sequence[str] | Mapping[str, Mapping[str, Any]] = ("lds", "calibration"),
     n_subsets: int = 100,
     n_seeds: int = 2,
     n_models: int = 3,
     n_spiked: int = 0,
     n_test: int = 300,
     n_jobs: int = -1,
+    engine: str = "auto",
     n_resamples: int = 1000,
     show_progress: bool = False,
 ) -> Comparison:
-    """Compare methods on a task by the linear datamodeling score.
+    """Compare methods on a task.
 
     The protocol: `n_subsets` random halves of the training set, `n_seeds` retrainings each from
     scratch; the response is the margin of the true class; every attributed model is scored alone. The
-    first half of the test points chooses among the grid of a method, the second half is reported.
+    first half of the test points chooses among the grid of a method by LDS, the second half is
+    reported; the other measures take the options that were chosen.
 
     Args:
-        methods: Names from `CONTENDERS`, or contenders of your own.
+        methods: Names from `CONTENDERS`, or contenders of your own; None takes `DEFAULT_METHODS` as far
+            as their extras are installed.
         task: The task.
         store: Folder of the retrainings and the trained models: what is there is not done again.
-        measures: ("lds",).
+        measures: From `MEASURES`; or a mapping to options of `measure_counterfactual`,
+            `measure_mislabel` and `measure_leakage`; "counterfactual" also takes `methods` (names),
+            `arms` ("proponents", "opponents") and `n_points` (10 of the reported test points).
         n_subsets: m.
         n_seeds: s; at least 2 give a ceiling.
         n_models: Attributed models, trained with seeds 0, 1, ...
         n_spiked: Further attributed models that were stopped on a spike of their training loss.
         n_test: Test points, both halves together.
         n_jobs: Processes for the retrainings.
-        n_resamples: Of the crossed bootstrap.
+        engine: How the halves are retrained, see `RetrainingPlan.execute`.
+        n_resamples: Of the bootstraps.
         show_progress: Whether to show bars.
 
     Raises:
         ValueError: A method or measure that does not exist, or too few test points.
     """
-    for measure in measures:
-        if measure != "lds":
-            raise bad_choice("measures", measure, ["lds"])
-    contenders = [_contender(m) for m in methods]
-    n_test = min(n_test, len(task.test))
-    if n_test < 2:
-        raise bad_value("n_test", "be at least 2: one half tunes, the other reports", n_test)
+    wanted = _wanted(measures)
+    every = [find_contender(m) for m in (DEFAULT_METHODS if methods is None else methods)]
+    contenders = [c for c in every if methods is not None or c.available]
+    plan = halves(task, store, n_subsets, n_seeds, n_test)
+    membership, n_test = plan.membership, plan.n_test
     x_test, y_test = (t[:n_test] for t in task.test.tensors)
-    membership = random_subsets(task.n_train, n_subsets, task.n_train // 2, seed=0)
-    plan = RetrainingPlan(task, membership, n_seeds, Path(store), n_test)
-    responses = margins(plan.execute(n_jobs, show_progress), y_test.numpy())
-    models = {f"seed {seed}": train_attributed(task, seed, store) for seed in range(n_models)}
-    first_seed = 100
-    for _ in range(n_spiked):
-        model, seed = train_spiked(task, store, first_seed=first_seed)
-        models[f"seed {seed}, stopped on a spike"] = model
-        first_seed = seed + 1
-    half = n_test // 2
+    responses = margins(plan.execute(n_jobs, show_progress, engine=engine), y_test.numpy())
+    models, checkpoints = _attributed(task, Path(store), n_models, n_spiked, contenders)
+    first_name, first_model = next(iter(models.items()))
+    setting = _Setting(
+        task=task,
+        models=models,
+        checkpoints=checkpoints,
+        test=(x_test, y_test),
+        half=n_test // 2,
+        membership=membership,
+        responses=responses,
+        n_resamples=n_resamples,
+        measures=frozenset(wanted),
+        forward=forward_seconds(first_model, task.train),
+        gallery=Gallery(
+            task, first_name, first_model, range(n_test // 2, n_test), rank_suspects="mislabel" not in wanted
+        ),
+    )
     rows: list[Row] = []
     for contender in contenders:
-        rows.append(
-            _row(
-                contender,
+        rows.append(_row(contender, setting, rows[0] if rows else None))
+    builds = {c.name: c.build for c in contenders if c.n_checkpoints == 1}
+    common: dict[str, Any] = {
+        "store": store,
+        "options": {row.name: row.options for row in rows},
+        "n_resamples": n_resamples,
+    }
+    parts: dict[str, Any] = {}
+    skipped = {c.name: f"needs {c.needs}" for c in every if c not in contenders}
+    if "counterfactual" in wanted:
+        settings = {"n_jobs": n_jobs, **wanted["counterfactual"]}
+        last = setting.half + settings.pop("n_points", 10)  # none that options were chosen on
+        settings.setdefault("test_points", range(setting.half, min(last, n_test)))
+        arms = settings.pop("arms", ("proponents",))
+        chosen = settings.pop("methods", None) or list(builds)
+        kept = {n: b for n, b in builds.items() if n in {*chosen, "ClassRandom", "Similarity"}}
+        parts["counterfactual"] = [
+            row
+            for arm in arms
+            for row in measure_counterfactual(
                 task,
+                kept,
                 models,
-                (x_test, y_test),
-                half,
-                membership,
-                responses,
-                n_resamples,
-                rows[0] if rows else None,
+                opponents=arm == "opponents",
+                show_progress=show_progress,
+                **common,
+                **settings,
             )
+        ]
+    if "mislabel" in wanted:
+        usable = {n: c for n, c in DETECTORS.items() if n != "confident learning" or find_spec("cleanlab")}
+        detectors = {name: _detect(cls) for name, cls in usable.items()}
+        skipped.update({name: "needs cleanlab" for name in DETECTORS if name not in usable})
+        parts["mislabel"] = measure_mislabel(
+            task, builds, detectors=detectors, **common, **wanted["mislabel"]
         )
+    if "leakage" in wanted:
+        parts["leakage"] = measure_leakage(task, builds, **common, **wanted["leakage"])
     protocol = {
         "n_train": task.n_train,
         "n_subsets": n_subsets,
         "subset_size": task.n_train // 2,
         "n_seeds": n_seeds,
-        "n_test_tuning": half,
-        "n_test_reported": n_test - half,
+        "n_test_tuning": setting.half,
+        "n_test_reported": n_test - setting.half,
         "response": "margin of the true class",
         "models": {name: mean_residual(m, *task.train.tensors) for name, m in models.items()},
         "n_resamples": n_resamples,
+        "measures": {name: dict(options) for name, options in wanted.items()},
+        "training": asdict(task.training),
+        "fingerprints": {
+            "task": Fingerprints(task).of(0, None, ""),
+            "models": {name: weights_fingerprint(m) for name, m in models.items()},
+        },
     }
-    return Comparison(task.name, task.note, rows, protocol, environment.describe())
+    return Comparison(
+        task.name,
+        task.note,
+        rows,
+        protocol,
+        environment.describe(),
+        skipped=skipped,
+        gallery=setting.gallery.to_dict(parts.get("mislabel", ())),
+        **parts,
+    )
 
 
-def _contender(method: str | Contender) -> Contender:
-    if isinstance(method, Contender):
-        return method
-    if method not in CONTENDERS:
-        raise bad_choice("methods", method, list(CONTENDERS))
-    return CONTENDERS[method]
+def comparison_sizes(preset: str) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
+    """Arguments of `compare` for a preset of the task: sizes, and options of the measures.
+
+    "smoke" is there to see that everything runs, in minutes; its intervals are wide.
+    """
+    if preset != "smoke":
+        return {"n_subsets": 100, "n_seeds": 2, "n_models": 3, "n_test": 300}, {}
+    sizes = {"n_subsets": 50, "n_seeds": 2, "n_models": 2, "n_test": 120}
+    few = ("STRIDE", "STRIDE trained + Lasso", "EKFAC", "TracIn", "Similarity", "ClassRandom")
+    measures: dict[str, dict[str, Any]] = {
+        "counterfactual": {
+            "counts": (0.05, 0.2),
+            "n_points": 6,
+            "n_seeds": 2,
+            "methods": few,
+            "arms": ("proponents", "opponents"),
+        },
+        "leakage": {"counts": (10,), "kinds": ("exact",)},
+    }
+    return sizes, measures
 
 
-def _row(
-    contender: Contender,
+def halves(task: Task, store: str | Path, n_subsets: int, n_seeds: int, n_test: int) -> RetrainingPlan:
+    """The retrainings that LDS is measured against.
+
+    Args:
+        task: The task.
+        store: Folder of the retrainings.
+        n_subsets: Random halves of the training set.
+        n_seeds: Retrainings of each.
+        n_test: Test points, as many as there are at most.
+
+    Raises:
+        ValueError: Fewer than 2 test points.
+    """
+    n_test = min(n_test, len(task.test))
+    if n_test < 2:
+        raise bad_value("n_test", "be at least 2: one half tunes, the other reports", n_test)
+    membership = random_subsets(task.n_train, n_subsets, task.n_train // 2, seed=0)
+    return RetrainingPlan(task, membership, n_seeds, Path(store), n_test)
+
+
+def estimates(
+    methods: Sequence[str | Contender] | None,
     task: Task,
-    models: Mapping[str, nn.Module],
-    test: tuple[Any, Any],
-    half: int,
-    membership: Any,
-    responses: NDArray[Any],
-    n_resamples: int,
-    first: Row | None,
-) -> Row:
-    best: tuple[float, Mapping[str, Any], list[NDArray[Any]]] | None = None
-    fits, queries = [], []
+    *,
+    store: str | Path,
+    measures: Sequence[str] | Mapping[str, Mapping[str, Any]] = ("lds", "calibration"),
+    n_subsets: int = 100,
+    n_seeds: int = 2,
+    n_models: int = 3,
+    n_test: int = 300,
+    n_jobs: int = -1,
+    engine: str = "auto",
+) -> list[RetrainingEstimate]:
+    """The retrainings that `compare` with these arguments would do at most, before any of them is done.
+
+    The store is looked at, and one epoch is timed.
+    """
+    wanted = _wanted(measures)
+    found = [halves(task, store, n_subsets, n_seeds, n_test).estimate(n_jobs, engine=engine)]
+    if "counterfactual" in wanted:
+        settings = wanted["counterfactual"]
+        names = [find_contender(m).name for m in (DEFAULT_METHODS if methods is None else methods)]
+        kept = {*settings.get("methods", names)} | ({"ClassRandom", "Similarity"} & set(names))
+        for _ in settings.get("arms", ("proponents",)):
+            found.append(
+                counterfactual_cost(
+                    task,
+                    n_methods=len(kept),
+                    counts=settings.get("counts", (50, 100, 500)),
+                    n_test=len(settings.get("test_points", range(settings.get("n_points", 10)))),
+                    n_seeds=settings.get("n_seeds", 3),
+                    n_models=n_models,
+                    n_jobs=n_jobs,
+                )
+            )
+    return found
+
+
+def _wanted(measures: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    wanted = dict(measures) if isinstance(measures, Mapping) else {measure: {} for measure in measures}
+    for measure in wanted:
+        if measure not in MEASURES:
+            raise bad_choice("measures", measure, MEASURES)
+    return wanted
+
+
+def _attributed(
+    task: Task, store: Path, n_models: int, n_spiked: int, contenders: Sequence[Contender]
+) -> tuple[dict[str, nn.Module], dict[str, list[Any]]]:
+    """The models, and the earlier checkpoints of their trainings where a contender wants them."""
+    models, seeds = {}, {}
+    for seed in range(n_models):
+        name = f"seed {seed}"
+        models[name], seeds[name] = train_attributed(task, seed, store), seed
+    first_seed = 100
+    for _ in range(n_spiked):
+        model, seed = train_spiked(task, store, first_seed=first_seed)
+        name = f"seed {seed}, stopped on a spike"
+        models[name], seeds[name] = model, seed
+        first_seed = seed + 1
+    n = max(c.n_checkpoints for c in contenders)
+    if n == 1:
+        return models, {}
+    return models, {name: train_checkpoints(task, seed, store, n - 1) for name, seed in seeds.items()}
+
+
+def _row(contender: Contender, setting: _Setting, first: Row | None) -> Row:
+    half, membership, responses = setting.half, setting.membership, setting.responses
+    best: tuple[float, Mapping[str, Any], list[InfluenceMethod]] | None = None
+    methods: list[InfluenceMethod] = []
+    fitted: Mapping[str, Any] | None = None
     for options in contender.grid:
-        scores = []
-        for model in models.values():
-            method = contender.build(model, task.train, options).fit()
-            started = time.perf_counter()
-            scores.append(np.asarray(method.influence(test, response="margin", target="label")))
-            queries.append(time.perf_counter() - started)
-            fits.append(method.fit_seconds_)
+        kept = {name: value for name, value in options.items() if name not in contender.settable}
+        if kept != fitted:
+            methods, fitted = setting.fit(contender, options), kept
+        _set(methods, contender, options)
         value = 0.0
         if len(contender.grid) > 1:
-            tuning = [s[:half] for s in scores]
+            tuning = setting.scores(methods, slice(0, half))
             value = lds(tuning, membership, responses[..., :half], n_resamples=0).value
         if best is None or value > best[0]:
-            best = (value, options, scores)
+            best = (value, options, methods)
     assert best is not None, "a grid has at least one point"
-    result = lds([s[half:] for s in best[2]], membership, responses[..., half:], n_resamples=n_resamples)
+    _set(best[2], contender, best[1])
+    scores = setting.scores(best[2], slice(half, None))
+    reported, n_resamples = responses[..., half:], setting.n_resamples
+    result = lds(scores, membership, reported, n_resamples=n_resamples)
     against = None
     if first is not None:
         gap = difference(first.lds, result)
         against = (gap.value, gap.interval)
+    calibrated = linearized = None
+    if "calibration" in setting.measures:
+        calibrated = calibration(scores, membership, reported, n_resamples=n_resamples)
+    if "linearized" in setting.measures:
+        linearized = linearized_influence_correlation(scores, membership, reported)
+    cost = median_cost([cost_of(m, reported.shape[-1], setting.forward) for m in best[2]])
+    setting.gallery.add(contender.name, best[2][0])
     return Row(
         name=contender.name,
         options=dict(best[1]),
         lds=result,
-        per_model_names=list(models),
+        models=list(setting.models),
         against_first=against,
-        fit_seconds=float(np.median(fits)),
-        query_seconds=float(np.median(queries)),
+        cost=cost,
+        calibration=calibrated,
+        linearized=linearized,
     )
+
+
+def _set(methods: Sequence[InfluenceMethod], contender: Contender, options: Mapping[str, Any]) -> None:
+    """Set what needs no new fit."""
+    for method in methods:
+        for name in contender.settable & options.keys():
+            setattr(method, name, options[name])
+
+
+def _detect(cls: Any) -> Any:
+    return lambda model, dataset: cls(model, dataset).mislabel_scores()
+
+
+def _names(names: Sequence[str]) -> str:
+    comma = "; " if any("," in name for name in names) else ", "
+    return names[0] if len(names) == 1 else f"{comma.join(names[:-1])} and {names[-1]}"

@@ -216,7 +216,7 @@ def margins(logits: Any, labels: Any) -> Array:
         ValueError: Labels do not match the logits.
 
     """
-    z = torch.from_numpy(_float64("logits", logits))
+    z = torch.from_numpy(finite_array("logits", logits))
     if z.ndim < 2:
         raise bad_value("logits", "have shape (..., n_test, n_classes)", tuple(z.shape))
     y = class_labels(torch.as_tensor(labels), z.shape[-1], "labels")
@@ -243,7 +243,7 @@ def check_inputs(scores: Any, membership: Membership, responses: Any) -> tuple[l
     n_subsets, n_train = membership.shape
     if n_subsets < 3:
         raise bad_value("membership", "hold at least 3 subsets", n_subsets)
-    responses = _float64("responses", responses)
+    responses = finite_array("responses", responses)
     if responses.ndim == 2:
         responses = responses[None]
     if responses.ndim != 3 or responses.shape[1] != n_subsets or not responses.size:
@@ -254,7 +254,7 @@ def check_inputs(scores: Any, membership: Membership, responses: Any) -> tuple[l
             "`margins` turns logits into responses." if responses.ndim == 4 else None,
         )
     single = not isinstance(scores, list | tuple) and np.ndim(scores) == 2
-    matrices = [_float64("scores", s) for s in ([scores] if single else scores)]
+    matrices = [finite_array("scores", s) for s in ([scores] if single else scores)]
     if not matrices:
         raise bad_value("scores", "hold one matrix for each attributed model", "none")
     expected = (responses.shape[2], n_train)
@@ -274,12 +274,20 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
             return convert(value.tolist())
         if isinstance(value, list | tuple):
             return [convert(v) for v in value]
+        if isinstance(value, Mapping):
+            return plain(value)
         return None if isinstance(value, float) and np.isnan(value) else value
 
     return {name: convert(value) for name, value in values.items()}
 
 
-def _float64(name: str, values: Any) -> Array:
+def finite_array(name: str, values: Any) -> Array:
+    """An array or tensor as float64.
+
+    Raises:
+        ValueError: A value is not finite.
+
+    """
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().numpy()
     array = np.asarray(values, dtype=np.float64)

@@ -35,7 +35,7 @@ MNIST_TRAINING = TrainingSettings(optimizer="adam", learning_rate=1e-3, epochs=2
 CIFAR10_TRAINING = TrainingSettings(
     optimizer="sgd", learning_rate=0.01, epochs=40, weight_decay=1e-4, momentum=0.9
 )
-#: Not in the paper: the embedded digits data.
+#: Not in the paper: the embedded digits data, and planted clusters.
 DIGITS_TRAINING = TrainingSettings(optimizer="adam", learning_rate=1e-3, epochs=30)
 
 
@@ -52,6 +52,11 @@ def _mlp(*widths: int) -> nn.Sequential:
 def digits_mlp() -> nn.Sequential:
     """64-128-64-10 with ReLU, for scikit-learn's 8x8 digits."""
     return _mlp(64, 128, 64, 10)
+
+
+def synthetic_mlp() -> nn.Sequential:
+    """20-64-32-4 with ReLU, for planted clusters."""
+    return _mlp(20, 64, 32, 4)
 
 
 def mnist_mlp() -> nn.Sequential:

@@ -1,22 +1,34 @@
-"""Owns the HTML report: one self-contained page, no network, readable on a phone and in the dark."""
+"""Owns the HTML reports: self-contained pages, no network, readable on a phone and in the dark.
+
+The report of `compare` is written from the content of results.json alone. Every figure in it carries its
+value and the place where it lies there: `<span data-path="/rows/0/lds/value" data-value="0.53">`.
+"""
 
 from __future__ import annotations
 
-import base64
-import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-from torch import Tensor
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template, select_autoescape
+from markupsafe import Markup
 
-from .comparison import Comparison
+from ..errors import bad_value
+from . import plots
+from .comparison import FORMAT
 from .environment import one_line
 from .explanation import Explanation
+from .pictures import picture
 from .tasks import Task
 
-_SIDE = 96
+#: What the drops of the other methods are compared with, as in `measure_counterfactual`.
+_REFERENCE = "ClassRandom"
+#: Three digits; thousands are written out.
+_SHORT = "{:.3g}"
+_UNDEFINED = "\u2013"
 
 
 def write_explanation(explanation: Explanation, task: Task, path: str | Path) -> Path:
@@ -47,73 +59,169 @@ def write_explanation(explanation: Explanation, task: Task, path: str | Path) ->
     )
 
 
-def write_comparison(comparison: Comparison, path: str | Path) -> Path:
-    """Write the report of `compare`: the table and a forest plot of LDS with intervals and ceiling."""
+def write_comparison(results: Mapping[str, Any], path: str | Path) -> Path:
+    """Write the report of `compare`.
+
+    Args:
+        results: `Comparison.to_dict()`, or results.json as `read_results` gives it.
+        path: File name.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: The results are not those of `compare` in this format.
+    """
+    _check(results, "a mapping")
+    rows, mislabel = results["rows"], results["mislabel"]
     return _write(
         "comparison.html.j2",
         path,
-        comparison=comparison,
-        forest=_forest(comparison),
-        environment=one_line(comparison.environment),
+        **_shared(results),
+        with_cost=False,
+        plots={
+            "forest": plots.forest(rows),
+            "cost": plots.cost_against_fidelity(rows),
+            "roc": plots.roc(mislabel) if mislabel else "",
+        },
+        names=", ".join(f"{row['name']} ({_text('{:.3f}', row['lds']['value'])})" for row in rows),
+        told=", ".join(mislabel[i]["name"] for i in plots.highlighted(mislabel)),
+        n_series=plots.N_SERIES,
+        arms=_arms(results["counterfactual"]),
+        reference=_REFERENCE,
+        leaks=_leaks(results["leakage"]),
+        settings=[
+            *_leaves(results["protocol"], ["protocol"]),
+            *_leaves(results["environment"], ["environment"]),
+        ],
+        environment=one_line(results["environment"]),
     )
 
 
-def picture(example: Tensor) -> str | None:
-    """A PNG data URI of one example, or None where it is not an image.
+def comparison_table(results: Mapping[str, Any]) -> str:
+    """The summary and the main table of `compare` alone, for a notebook.
 
     Args:
-        example: `(1, h, w)`, `(3, h, w)` or `(h, w)`; values are stretched to the range of the image.
+        results: As for `write_comparison`.
     """
-    from matplotlib import image
-
-    if example.ndim == 3 and example.shape[0] == 3:
-        pixels = example.permute(1, 2, 0)
-    elif example.ndim == 3 and example.shape[0] == 1:
-        pixels = 1 - _stretch(example[0]) if example.shape[-1] <= 28 else example[0]
-    elif example.ndim == 2:
-        pixels = example
-    else:
-        return None
-    pixels = _stretch(pixels)
-    factor = max(1, _SIDE // max(pixels.shape[:2]))
-    pixels = pixels.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
-    buffer = io.BytesIO()
-    image.imsave(buffer, pixels.numpy(), format="png", cmap="gray", vmin=0, vmax=1)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return _template("comparison_notebook.html.j2").render(**_shared(results), with_cost=True)
 
 
-def _stretch(pixels: Tensor) -> Tensor:
-    low, high = pixels.min(), pixels.max()
-    return (pixels - low) / (high - low) if high > low else torch.zeros_like(pixels)
+def read_results(path: str | Path) -> dict[str, Any]:
+    """Read results.json of `compare`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not JSON, or not the results of `compare` in this format.
+    """
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise bad_value(
+            "results", "be a results.json of `stride-captum compare`", f"{path} ({error})"
+        ) from error
+    _check(results, str(path))
+    return dict(results)
 
 
-def _forest(comparison: Comparison) -> str:
-    """Forest plot as inline SVG whose text and lines take the colour of the page."""
-    from matplotlib.figure import Figure
+@dataclass(frozen=True)
+class Figures:
+    """Writes what lies at a path of results.json as a reader sees it, with its value and its place.
 
-    rows = comparison.rows[::-1]
-    figure = Figure(figsize=(7.5, 0.6 + 0.42 * len(rows)), layout="constrained")
-    axes = figure.subplots()
+    Attributes:
+        results: The content of results.json.
+    """
+
+    results: Mapping[str, Any]
+
+    def __call__(self, form: str, path: Sequence[str | int], scale: float | None = None) -> Markup:
+        """A marked-up figure; a dash where it is None.
+
+        Args:
+            form: Format, such as "{:.3f}".
+            path: Keys and indices.
+            scale: What is shown is the value times this; None shows it as it is.
+        """
+        value: Any = self.results
+        for key in path:
+            value = value[key]
+        shown = _text(form, value if scale is None or value is None else value * scale)
+        if isinstance(value, int | float):
+            shown = shown.replace("-", "\u2212")
+        return Markup('<span data-path="{}" data-value="{}">{}</span>').format(
+            pointer(path), json.dumps(value), shown
+        )
+
+
+def pointer(path: Sequence[str | int]) -> str:
+    """A path as a JSON pointer (RFC 6901).
+
+    >>> pointer(["rows", 0, "a/b"])
+    '/rows/0/a~1b'
+    """
+    return "".join("/" + str(key).replace("~", "~0").replace("/", "~1") for key in path)
+
+
+def _check(results: Any, name: str) -> None:
+    found = results.get("format") if isinstance(results, Mapping) else None
+    if found != FORMAT:
+        raise bad_value(
+            "results",
+            f"be the results of `compare` in format {FORMAT}",
+            f"{name} with format {found!r}",
+            "Run `stride-captum compare` again: what its store holds is not done twice.",
+        )
+
+
+def _text(form: str, value: Any) -> str:
+    if value is None:
+        return _UNDEFINED
+    return ("{:,.0f}" if form == _SHORT and 1000 <= abs(value) < 1e9 else form).format(value)
+
+
+def _shared(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What the main table needs."""
+    intervals = [row["lds"]["interval"] for row in results["rows"] if row["lds"]["interval"] is not None]
+    level = intervals[0]["level"] if intervals else 0.95
+    figures = {"num": Figures(results), "pointer": pointer, "short": _SHORT}
+    return {"results": results, "level": level, **figures}
+
+
+def _arms(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Counterfactual rows with their places, by what was removed."""
+    for name, opponents in (("proponents", False), ("opponents", True)):
+        own = [(i, row) for i, row in enumerate(rows) if row["result"]["opponents"] is opponents]
+        if own:
+            drawn = plots.counterfactual_curves([row for _, row in own], _REFERENCE)
+            known = any(row["name"] == _REFERENCE for _, row in own)
+            yield {"name": name, "rows": own, "plots": drawn, "reference": known}
+
+
+def _leaks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One entry for each method and planted set: the places of its plain and its normalised row."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for i, row in enumerate(rows):
-        interval = row.lds.interval
-        if interval is not None:
-            axes.plot([interval.low, interval.high], [i, i], color="#0a7d8c", linewidth=2.5)
-        axes.plot(row.lds.per_model, [i] * len(row.lds.per_model), "|", color="#b8560f", markersize=11)
-        axes.plot([row.lds.value], [i], "o", color="#0a7d8c")
-    ceiling = comparison.rows[0].lds.ceiling
-    if ceiling is not None:
-        axes.axvline(ceiling, color="#808080", linestyle="--", linewidth=1)
-    axes.axvline(0, color="#808080", linewidth=1)
-    axes.set_yticks(range(len(rows)), [row.name for row in rows])
-    axes.set_xlabel("LDS: mean and 95% interval; bars are single models; the dashed line is the ceiling")
-    axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True)
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :].replace("#000000", "currentColor")
+        key = (row["kind"], row["n_planted"], row["name"])
+        entry = found.setdefault(
+            key, {"name": row["name"], "kind": row["kind"], "any": i, "plain": None, "cosine": None}
+        )
+        entry["cosine" if row["normalize"] else "plain"] = i
+    return list(found.values())
 
 
-def _write(template: str, path: str | Path, **values: Any) -> Path:
+def _leaves(value: Any, path: list[str]) -> Iterator[list[str]]:
+    """Paths of all settings; models and their fingerprints have a table of their own."""
+    if path[1:] == ["models"] or path[1:] == ["fingerprints", "models"]:
+        return
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, [*path, key])
+    else:
+        yield path
+
+
+@cache
+def _template(name: str) -> Template:
     environment = Environment(
         loader=PackageLoader("stride_captum.evaluation", "templates"),
         autoescape=select_autoescape(["html", "j2"]),
@@ -121,7 +229,12 @@ def _write(template: str, path: str | Path, **values: Any) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["json"] = json.dumps
+    return environment.get_template(name)
+
+
+def _write(template: str, path: str | Path, **values: Any) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(environment.get_template(template).render(**values), encoding="utf-8")
+    path.write_text(_template(template).render(**values), encoding="utf-8")
     return path

@@ -1,180 +1,72 @@
-"""Owns training from scratch: one model, or a plan of subsets x seeds whose results live on disk.
+"""Owns the ground truth: a plan of retrainings, subsets x seeds, whose results live on disk.
 
 A `RetrainingPlan` is the ground truth of every measure that asks "what would the model have said
-without these examples?". Each run is one file, written atomically and named by a fingerprint of all
-that determines it, so that a killed plan resumes and a store made with other data or settings is
-never mistaken for this one.
+without these examples?". A killed plan resumes and gives the bits of an unbroken one.
+
+Two engines do the runs. "processes" trains one model after the other in every joblib worker, and one
+run is one file. "stacked" trains equally large subsets together (`train_stacked`), and one stack is one
+file: which runs share a stack follows from the plan alone. Their results differ by rounding, which
+training amplifies, so neither reads the files of the other and a result is never a mixture.
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import os
-import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .. import residuals
 from ..errors import bad_choice, bad_value
 from ..subsets import Membership, members
-from .models import TrainingSettings
+from . import retraining_workers, run_store
+from .attributed_training import train_attributed, train_spiked
+from .base_training import logits_of, mean_residual, train_model
+from .retraining_estimate import RetrainingEstimate
+from .run_store import Fingerprints
+from .stacked_training import why_not_stacked
 from .tasks import Task
 
-#: Increased whenever `train_model` changes what it computes.
-_RECIPE = 1
+__all__ = [
+    "ENGINES",
+    "RetrainingEstimate",
+    "RetrainingPlan",
+    "logits_of",
+    "mean_residual",
+    "train_attributed",
+    "train_model",
+    "train_spiked",
+]
+
+ENGINES = ("auto", "processes", "stacked")
+#: What `auto` and the stacks go by, as measured (see `benchmark_retraining`). On the CPU a stack beats
+#: joblib's processes where the overhead of a step is more than its arithmetic: fully connected networks
+#: up to about a quarter of a million parameters. Mapped convolutions are slower than single ones.
+_CPU_PARAMETERS = 250_000
+_CPU_STACK, _DEVICE_STACK = 16, 256
+_SMALLEST_STACK = 8
+#: Part of the name of a stack; increased whenever `train_stacked` changes what it computes.
+_STACK_RECIPE = 1
+_NPY_HEADER = 128  # bytes
 
 
-def train_model(
-    build_model: Callable[[], nn.Module],
-    x: Tensor,
-    y: Tensor,
-    training: TrainingSettings,
-    seed: int,
-    *,
-    after_epoch: Callable[[int, nn.Module], None] | None = None,
-    device: torch.device | str = "cpu",
-) -> nn.Module:
-    """Train a network from scratch with cross-entropy.
+@dataclass(frozen=True)
+class _File:
+    """One file of the store: its runs `(subset, seed)` and the shape of what it holds."""
 
-    The seed decides the initial weights, the order of the batches and Dropout; the caller's random
-    state is left as it was.
+    path: Path
+    runs: tuple[tuple[int, int], ...]
+    shape: tuple[int, ...]
+    stacked: bool
 
-    Args:
-        build_model: Gives an untrained network.
-        x: Inputs `(n, ...)`.
-        y: Labels `(n,)`, int64.
-        training: Settings of Table 3.
-        seed: Seed.
-        after_epoch: Called with the epoch (from 1) and the model in eval mode.
-        device: Where it is trained.
-
-    Returns:
-        The trained model in eval mode.
-
-    """
-    with torch.random.fork_rng(devices=[] if torch.device(device).type != "cuda" else None):
-        torch.manual_seed(seed)
-        model = build_model().to(device)
-        x, y = x.to(device), y.to(device)
-        optimizer = _optimizer(model, training)
-        for epoch in range(1, training.epochs + 1):
-            model.train()
-            for rows in torch.randperm(len(x)).to(device).split(training.batch_size):
-                if len(rows) == 1 and len(x) > 1:
-                    continue  # BatchNorm cannot normalise a single example
-                optimizer.zero_grad(set_to_none=True)
-                F.cross_entropy(model(x[rows]), y[rows]).backward()
-                optimizer.step()
-            model.eval()
-            if after_epoch is not None:
-                after_epoch(epoch, model)
-    return model
-
-
-def _optimizer(model: nn.Module, training: TrainingSettings) -> torch.optim.Optimizer:
-    if training.optimizer == "adam":
-        return torch.optim.Adam(
-            model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
-        )
-    if training.optimizer != "sgd":
-        raise bad_choice("optimizer", training.optimizer, ("adam", "sgd"))
-    return torch.optim.SGD(
-        model.parameters(),
-        lr=training.learning_rate,
-        momentum=training.momentum,
-        weight_decay=training.weight_decay,
-    )
-
-
-@torch.no_grad()
-def logits_of(model: nn.Module, x: Tensor, batch_size: int = 1024) -> Tensor:
-    """Logits `(n, n_classes)` of a model in eval mode."""
-    return torch.cat([model(batch) for batch in x.split(batch_size)])
-
-
-def mean_residual(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The mean residual of a model on a data set (see `stride_captum.residuals`)."""
-    return residuals.mean_residual(logits_of(model, x), y)
-
-
-def train_attributed(
-    task: Task, seed: int, store: str | Path | None = None, *, spike: bool = False
-) -> nn.Module:
-    """Train the model that is attributed, on the whole training set (kept in `store` once trained).
-
-    Args:
-        task: What is trained.
-        seed: Seed of the training.
-        store: Folder for the weights; None keeps nothing.
-        spike: Keep the weights of the epoch with the highest training loss among the last six
-            instead of the last epoch's: a model that was stopped at a bad moment.
-
-    """
-    from safetensors.torch import save_file
-
-    x, y = task.train.tensors
-    key = _fingerprint(task, seed, None, extra=f"attributed spike={spike}")
-    path = None if store is None else Path(store) / f"attributed-{key}.safetensors"
-    state = None if path is None else _read_state(path)
-    if state is not None:
-        with torch.random.fork_rng(devices=[]):
-            model = task.build_model()
-        model.load_state_dict(state)
-        return model.eval()
-    worst: dict[str, Any] = {"residual": -1.0}
-
-    def keep_worst(epoch: int, model: nn.Module) -> None:
-        residual = mean_residual(model, x, y)
-        if epoch > task.training.epochs - 6 and residual > worst["residual"]:
-            worst.update(
-                residual=residual, state={k: v.detach().clone() for k, v in model.state_dict().items()}
-            )
-
-    model = train_model(
-        task.build_model, x, y, task.training, seed, after_epoch=keep_worst if spike else None
-    )
-    if spike:
-        model.load_state_dict(worst["state"])
-    if path is not None:
-        _write_atomically(path, lambda name: save_file(model.state_dict(), name))
-    return model
-
-
-def train_spiked(
-    task: Task,
-    store: str | Path | None = None,
-    *,
-    threshold: float = 0.005,
-    first_seed: int = 100,
-    tries: int = 30,
-) -> tuple[nn.Module, int]:
-    """A model stopped on a spike of its training loss: mean training residual above `threshold`.
-
-    Returns:
-        The model and the seed that gave it.
-
-    Raises:
-        RuntimeError: No seed among `tries` has such a spike.
-
-    """
-    x, y = task.train.tensors
-    for seed in range(first_seed, first_seed + tries):
-        model = train_attributed(task, seed, store, spike=True)
-        if mean_residual(model, x, y) > threshold:
-            return model, seed
-    raise RuntimeError(f"None of {tries} trainings of {task.name} had a mean residual above {threshold}.")
+    def read(self) -> tuple[NDArray[np.float32] | None, str | None]:
+        return run_store.read_array(self.path, self.shape)
 
 
 @dataclass(frozen=True)
@@ -185,11 +77,15 @@ class RetrainingPlan:
         task: What is retrained.
         membership: Which examples each subset keeps, CSR `(n_subsets, n_train)`.
         n_seeds: Independent retrainings of each subset.
-        store: Folder of the results.
+        store: Folder of the results. Workers on other machines must see it under the same path.
         n_test: The first `n_test` test points are evaluated.
+        common_seeds: The seed of a run depends on its seed index alone, so that all subsets start from
+            the same weights (and subsets of one size see their examples in the same order): differences
+            between subsets are paired. By default every run has a seed of its own.
 
     Raises:
-        ValueError: The membership is of another training set, or a count is out of range.
+        ValueError: The membership is of another training set or has an empty subset, or a count is out of
+            range.
 
     """
 
@@ -198,155 +94,239 @@ class RetrainingPlan:
     n_seeds: int
     store: Path
     n_test: int
+    common_seeds: bool = False
 
     def __post_init__(self) -> None:
         if self.membership.shape[1] != self.task.n_train:
             raise bad_value(
                 "membership", f"have n_train = {self.task.n_train} columns", self.membership.shape[1]
             )
+        sizes = np.diff(self.membership.indptr)
+        if not sizes.all():
+            raise bad_value("membership", "keep an example in every subset", f"none in {int(sizes.argmin())}")
         if self.n_seeds < 1:
             raise bad_value("n_seeds", "be at least 1", self.n_seeds)
         if not 1 <= self.n_test <= len(self.task.test):
             raise bad_value("n_test", f"be between 1 and the {len(self.task.test)} test points", self.n_test)
 
-    def _path(self, k: int, seed: int) -> Path:
-        key = _fingerprint(
-            self.task, self._seed(k, seed), members(self.membership, k), extra=f"n_test={self.n_test}"
-        )
-        return Path(self.store) / f"run-{key}.npy"
-
-    @staticmethod
-    def _seed(k: int, seed: int) -> int:
-        return 1_000_003 * (seed + 1) + k
-
-    def missing(self) -> list[tuple[int, int]]:
+    def missing(
+        self, *, engine: str = "processes", device: torch.device | str = "cpu"
+    ) -> list[tuple[int, int]]:
         """The runs `(subset, seed)` that are not in the store, or whose file is damaged."""
-        runs = [(k, s) for s in range(self.n_seeds) for k in range(self.membership.shape[0])]
-        return [run for run in runs if _read(self._path(*run), self.n_test) is None]
+        return [run for file in self._files(engine, device) if file.read()[0] is None for run in file.runs]
 
-    def execute(self, n_jobs: int = -1, show_progress: bool = True) -> NDArray[np.float32]:
+    def execute(
+        self,
+        n_jobs: int = -1,
+        show_progress: bool = True,
+        *,
+        engine: str = "processes",
+        device: torch.device | str = "cpu",
+    ) -> NDArray[np.float32]:
         """Do the missing runs through joblib and read all of them.
 
-        Another joblib backend (dask, ray) is chosen by `joblib.parallel_config` around the call.
+        Another joblib backend is chosen by `joblib.parallel_config` around the call, for instance dask:
+
+            with distributed.Client(address), joblib.parallel_config(backend="dask"):
+                plan.execute()
+
+        and in the same way ray, after `ray.util.joblib.register_ray()`. Each run has one thread and does
+        not depend on the backend or the number of workers.
+
+        A damaged file (cut off, of another shape, not finite) is computed again, with a warning. A run
+        that diverges gives logits that are not finite, with a warning.
+
+        Args:
+            n_jobs: Workers; -1 takes all cores. A device other than the CPU has one by default.
+            show_progress: Whether to show a bar, with the time that is left at the mean speed so far.
+            engine: "processes" trains one model at a time in each worker. "stacked" trains up to 16
+                subsets of one size (256 off the CPU) at once in each worker; its bits are others, its
+                files are its own, and a plan with other subsets makes other stacks. "auto" takes the
+                engine that did most of the plan before; for a new plan "stacked" where it is faster
+                (off the CPU; on it for fully connected networks up to 250,000 parameters) and at least
+                8 runs have subsets of one size.
+            device: Where it is trained.
 
         Returns:
             Logits `(n_seeds, n_subsets, n_test, n_classes)`.
 
+        Raises:
+            ValueError: An engine that does not exist, or "stacked" for a network that cannot be mapped.
+
         """
-        Path(self.store).mkdir(parents=True, exist_ok=True)
-        todo = self.missing()
-        x, y = (t.numpy() for t in self.task.train.tensors)
-        x_test = self.task.test.tensors[0][: self.n_test].numpy()
-        calls = (
-            joblib.delayed(_run)(
-                self._path(k, s),
-                self.task.build_model,
-                self.task.training,
-                x,
-                y,
-                members(self.membership, k),
-                x_test,
-                self._seed(k, s),
+        files = self._files(engine, device)
+        found: dict[tuple[int, int], NDArray[np.float32]] = {}
+        todo = []
+        for file in files:
+            logits, damage = file.read()
+            if logits is None:
+                run_store.say_damaged(file.path, damage)
+                todo.append(file)
+            else:
+                found.update(_by_run(file, logits))
+        with tqdm(
+            total=self.n_seeds * self.membership.shape[0],
+            initial=len(found),
+            desc="retraining",
+            unit="run",
+            smoothing=0,  # what is left is told from all runs so far: workers finish in bursts
+            disable=not (show_progress and todo),
+        ) as bar:
+            tasks = [(file.path, self._arguments(file, device)) for file in todo]
+            for n_runs in retraining_workers.run_all(tasks, retraining_workers.count(n_jobs, device)):
+                bar.update(n_runs)
+        for file in todo:
+            found.update(_by_run(file, np.load(file.path)))
+        diverged = sorted(run for run, logits in found.items() if not np.isfinite(logits).all())
+        if diverged:
+            some = ", ".join(map(str, diverged[:3])) + (", ..." if len(diverged) > 3 else "")
+            warnings.warn(
+                f"{len(diverged)} of {len(found)} retrainings of {self.task.name} diverged: the logits of "
+                f"(subset, seed) {some} are not finite.",
+                stacklevel=2,
             )
-            for k, s in todo
-        )
-        results = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered")(calls)
-        for _ in tqdm(results, total=len(todo), desc="retraining", disable=not show_progress or not todo):
-            pass
         shape = (self.n_seeds, self.membership.shape[0])
-        return np.stack(
-            [np.stack([np.load(self._path(k, s)) for k in range(shape[1])]) for s in range(shape[0])]
+        return np.stack([np.stack([found[k, s] for k in range(shape[1])]) for s in range(shape[0])])
+
+    def estimate(
+        self, n_jobs: int = -1, *, engine: str = "processes", device: torch.device | str = "cpu"
+    ) -> RetrainingEstimate:
+        """What `execute` with the same arguments would do and take; the store is left as it is.
+
+        The seconds are those of one epoch of at most 20 batches, the better of two, times the examples
+        and epochs of the missing runs.
+        """
+        files = self._files(engine, device)
+        damages = {file: file.read() for file in files}
+        todo = [file for file, (logits, _) in damages.items() if logits is None]
+        n_stored = sum(len(file.runs) for file in files) - sum(len(file.runs) for file in todo)
+        workers = min(retraining_workers.count(n_jobs, device), len(todo))
+        seconds = 0.0
+        if todo:
+            size = [len(members(self.membership, file.runs[0][0])) for file in todo]
+            examples = [
+                n * len(file.runs) * self.task.training.epochs for n, file in zip(size, todo, strict=True)
+            ]
+            largest = max(range(len(todo)), key=lambda i: examples[i])
+            per_example = self._seconds_per_example(todo[largest], device)
+            seconds = per_example * max(sum(examples) / workers, examples[largest])
+        return RetrainingEstimate(
+            task=self.task.name,
+            n_subsets=self.membership.shape[0],
+            n_seeds=self.n_seeds,
+            engine="stacked" if files[0].stacked else "processes",
+            n_stored=n_stored,
+            n_damaged=sum(len(file.runs) for file, (_, damage) in damages.items() if damage is not None),
+            n_workers=workers,
+            seconds=seconds,
+            n_bytes=sum(_NPY_HEADER + 4 * int(np.prod(file.shape)) for file in todo),
         )
 
+    def _seed(self, k: int, seed: int) -> int:
+        return 1_000_003 * (seed + 1) + (0 if self.common_seeds else k)
 
-def _run(
-    path: Path,
-    build_model: Callable[[], nn.Module],
-    training: TrainingSettings,
-    x: NDArray[np.float32],
-    y: NDArray[np.int64],
-    rows: NDArray[np.int64],
-    x_test: NDArray[np.float32],
-    seed: int,
-) -> None:
-    """One retraining in a worker: a single thread, so that the bits do not depend on the machine's load."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        model = train_model(build_model, torch.tensor(x[rows]), torch.tensor(y[rows]), training, seed)
-        logits = logits_of(model, torch.tensor(x_test)).numpy()
-    finally:
-        torch.set_num_threads(threads)
+    def _path(self, k: int, seed: int) -> Path:
+        """Where "processes" keeps a run of the CPU."""
+        name = self._fingerprint(Fingerprints(self.task), (k, seed), torch.device("cpu"), stacked=False)
+        return Path(self.store).absolute() / f"run-{name}.npy"
 
-    def write(name: str) -> None:
-        with open(name, "wb") as file:
-            np.save(file, logits)
+    def _fingerprint(
+        self, names: Fingerprints, run: tuple[int, int], device: torch.device, *, stacked: bool
+    ) -> str:
+        extra = f"n_test={self.n_test}"
+        if stacked:
+            extra += f" stacked={_STACK_RECIPE}"
+        if device.type != "cpu":
+            extra += f" device={device.type}"
+        return names.of(self._seed(*run), members(self.membership, run[0]), extra)
 
-    _write_atomically(path, write)
+    def _files(self, engine: str, device: torch.device | str) -> list[_File]:
+        """All files of the plan for an engine; "auto" is decided here."""
+        device = torch.device(device)
+        if engine not in ENGINES:
+            raise bad_choice("engine", engine, ENGINES)
+        if engine == "auto":
+            stored = {}
+            for name in ("processes", "stacked"):
+                files = self._files_of(name == "stacked", device)
+                stored[name] = sum(len(file.runs) for file in files if file.read()[0] is not None)
+            engine = max(stored, key=lambda name: stored[name])
+            if not stored[engine] and self._stacks_are_faster(device):
+                engine = "stacked"
+        elif engine == "stacked":
+            reason = why_not_stacked(self.task.build_model, self.task.train.tensors[0][:2])
+            if reason is not None:
+                raise bad_value("engine", "be 'processes' for this network", "'stacked'", reason)
+        return self._files_of(engine == "stacked", device)
+
+    def _files_of(self, stacked: bool, device: torch.device) -> list[_File]:
+        names = Fingerprints(self.task)
+        with torch.random.fork_rng(devices=[]):
+            model = self.task.build_model().eval()
+            shape = (self.n_test, logits_of(model, self.task.test.tensors[0][:1]).shape[1])
+        folder = Path(self.store).absolute()
+        files = []
+        for runs in self._stacks(device) if stacked else self._single_runs():
+            found = [self._fingerprint(names, run, device, stacked=stacked) for run in runs]
+            name = f"stack-{run_store.of_all(found)}.npy" if stacked else f"run-{found[0]}.npy"
+            files.append(_File(folder / name, runs, (len(runs), *shape) if stacked else shape, stacked))
+        return files
+
+    def _single_runs(self) -> Iterator[tuple[tuple[int, int], ...]]:
+        for seed in range(self.n_seeds):
+            for k in range(self.membership.shape[0]):
+                yield ((k, seed),)
+
+    def _stacks(self, device: torch.device) -> Iterator[tuple[tuple[int, int], ...]]:
+        """Runs with subsets of one size, by seed: whole seeds where several fit, parts of one elsewhere."""
+        limit = _CPU_STACK if device.type == "cpu" else _DEVICE_STACK
+        sizes = np.diff(self.membership.indptr)
+        for size in np.unique(sizes):
+            subsets = np.flatnonzero(sizes == size).tolist()
+            step = max(1, limit // len(subsets))
+            for first in range(0, self.n_seeds, step):
+                seeds = range(first, min(first + step, self.n_seeds))
+                runs = [(k, seed) for seed in seeds for k in subsets]
+                for start in range(0, len(runs), limit):
+                    yield tuple(runs[start : start + limit])
+
+    def _stacks_are_faster(self, device: torch.device) -> bool:
+        _, counts = np.unique(np.diff(self.membership.indptr), return_counts=True)
+        if counts.max() * self.n_seeds < _SMALLEST_STACK:
+            return False
+        if device.type == "cpu":
+            with torch.random.fork_rng(devices=[]):
+                weights = list(self.task.build_model().parameters())
+            if sum(w.numel() for w in weights) > _CPU_PARAMETERS or any(w.dim() > 2 for w in weights):
+                return False
+        return why_not_stacked(self.task.build_model, self.task.train.tensors[0][:2]) is None
+
+    def _arguments(self, file: _File, device: torch.device | str) -> dict[str, Any]:
+        """What `train_and_evaluate` takes for the runs of a file."""
+        return {
+            "build_model": self.task.build_model,
+            "training": self.task.training,
+            "x": self.task.train.tensors[0].numpy(),
+            "y": self.task.train.tensors[1].numpy(),
+            "subsets": [members(self.membership, k) for k, _ in file.runs],
+            "seeds": [self._seed(*run) for run in file.runs],
+            "x_test": self.task.test.tensors[0][: self.n_test].numpy(),
+            "device": str(device),
+            "stacked": file.stacked,
+        }
+
+    def _seconds_per_example(self, file: _File, device: torch.device | str) -> float:
+        arguments = self._arguments(file, device)
+        arguments.update(training=replace(self.task.training, epochs=1), x_test=arguments["x_test"][:1])
+        subsets, batch = arguments["subsets"], self.task.training.batch_size
+        seconds = []
+        for n_batches in (2, 20, 20):  # the first warms up
+            arguments["subsets"] = [rows[: n_batches * batch] for rows in subsets]
+            started = time.perf_counter()
+            retraining_workers.train_and_evaluate(**arguments)
+            seconds.append(time.perf_counter() - started)
+        return min(seconds[1:]) / sum(len(rows) for rows in arguments["subsets"])
 
 
-def _write_atomically(path: Path, write: Callable[[str], None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    try:
-        write(name)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _read(path: Path, n_test: int) -> NDArray[np.float32] | None:
-    """The stored logits, or None where the file is missing or was cut off."""
-    try:
-        logits: NDArray[np.float32] = np.load(path)
-    except (FileNotFoundError, ValueError, EOFError, OSError):
-        return None
-    return logits if logits.shape[0] == n_test else None
-
-
-def _read_state(path: Path) -> dict[str, Tensor] | None:
-    """The stored weights, or None where the file is missing or was cut off."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        state: dict[str, Tensor] = load_file(path)
-    except (FileNotFoundError, SafetensorError):
-        return None
-    return state
-
-
-_DATA_HASHES: dict[int, tuple[Any, list[int], str]] = {}
-
-
-def _data_hash(tensors: tuple[Tensor, ...]) -> str:
-    known = _DATA_HASHES.get(id(tensors))
-    versions = [t._version for t in tensors]
-    if known is not None and known[0] is tensors and known[1] == versions:
-        return known[2]
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(str((tensor.shape, tensor.dtype)).encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    _DATA_HASHES[id(tensors)] = (tensors, versions, digest.hexdigest())
-    return digest.hexdigest()
-
-
-def _fingerprint(task: Task, seed: int, rows: NDArray[np.int64] | None, extra: str) -> str:
-    """SHA-256 (24 hex digits) of all that determines a run."""
-    with torch.random.fork_rng(devices=[]):
-        network = repr(task.build_model())
-    digest = hashlib.sha256()
-    state = {
-        "recipe": _RECIPE,
-        "data": [_data_hash(task.train.tensors), _data_hash(task.test.tensors)],
-        "training": asdict(task.training),
-        "model": inspect.getsource(task.build_model) + network,
-        "seed": seed,
-        "rows": None if rows is None else hashlib.sha256(rows.tobytes()).hexdigest(),
-        "extra": extra,
-    }
-    digest.update(json.dumps(state, sort_keys=True).encode())
-    return digest.hexdigest()[:24]
+def _by_run(file: _File, logits: NDArray[np.float32]) -> dict[tuple[int, int], NDArray[np.float32]]:
+    return dict(zip(file.runs, logits if file.stacked else [logits], strict=True))

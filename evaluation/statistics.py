@@ -157,9 +157,7 @@ def crossed_bootstrap(predictions: Any, responses: Any, *, n_resamples: int = 10
     if n_resamples < 1:
         raise bad_value("n_resamples", "be at least 1", n_resamples)
     n_subsets, n_test = responses.shape
-    generator = np.random.default_rng(seed)
-    subset_counts = generator.multinomial(n_subsets, np.full(n_subsets, 1 / n_subsets), size=n_resamples)
-    test_counts = generator.multinomial(n_test, np.full(n_test, 1 / n_test), size=n_resamples)
+    subset_counts, test_counts = crossed_counts(n_subsets, n_test, n_resamples, seed)
     counts = np.ascontiguousarray(subset_counts.T, dtype=np.float32)
     total, weight = (np.zeros((len(predictions), n_resamples)) for _ in range(2))
     for j in range(n_test):
@@ -174,6 +172,43 @@ def crossed_bootstrap(predictions: Any, responses: Any, *, n_resamples: int = 10
             total[g] += used * _divide(np.einsum("kr,kr->r", a, b, dtype=np.float64), scale, scale > 0, 0.0)
             weight[g] += used
     return _divide(total, weight, weight > 0).T
+
+
+def crossed_counts(
+    n_first: int, n_test: int, n_resamples: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How often each draw of a crossed bootstrap holds each subset (or seed) and each test point.
+
+    Returns:
+        `(n_resamples, n_first)` and, drawn independently, `(n_resamples, n_test)`; they depend on the
+        arguments alone.
+
+    """
+    generator = np.random.default_rng(seed)
+    first = generator.multinomial(n_first, np.full(n_first, 1 / n_first), size=n_resamples)
+    return first, generator.multinomial(n_test, np.full(n_test, 1 / n_test), size=n_resamples)
+
+
+def crossed_means(values: Any, *, n_resamples: int = 1000, seed: int = 0) -> Array:
+    """Means of resampled seeds and, independently, resampled test points.
+
+    Args:
+        values: `(..., n_seeds, n_test)`; NaN are left out.
+        n_resamples: Number of draws.
+        seed: Seed of the draws: results of one seed and the same numbers of both are paired.
+
+    Returns:
+        `(n_resamples, ...)`; NaN where a draw holds no value.
+
+    """
+    values = np.asarray(values, dtype=np.float64)
+    seeds, tests = crossed_counts(values.shape[-2], values.shape[-1], n_resamples, seed)
+    defined = ~np.isnan(values)
+    total, weight = (
+        np.einsum("rs,...st,rt->r...", seeds, v, tests, optimize=True)
+        for v in (np.where(defined, values, 0.0), defined.astype(np.float64))
+    )
+    return _divide(total, weight, weight > 0)
 
 
 def _resampled_ranks(values: Array, counts: NDArray[np.float32]) -> NDArray[np.float32]:

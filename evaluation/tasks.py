@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from ..errors import bad_choice, bad_value
 from . import models
 from .models import TrainingSettings
+from .synthetic import planted_clusters
 
-TASKS = ("digits", "mnist", "cifar10")
+TASKS = ("digits", "mnist", "cifar10", "synthetic")
 PRESETS = ("smoke", "small", "paper")
 _SMALL_SIZE = {"mnist": 5_000, "cifar10": 2_000}
-_SMOKE_SIZE = {"digits": 300, "mnist": 1_000, "cifar10": 500}
+_SMOKE_SIZE = {"digits": 300, "mnist": 1_000, "cifar10": 500, "synthetic": 300}
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def load_task(
     """Load a task by name.
 
     Args:
-        name: "digits" (ships with scikit-learn), "mnist" or "cifar10".
+        name: "digits" (ships with scikit-learn), "mnist", "cifar10" or "synthetic" (planted influence).
         preset: "smoke", "small" (5,000 MNIST, 2,000 CIFAR-10 or all 1,397 digits training examples)
             or "paper" (everything).
         data_root: Folder in torchvision's layout, for MNIST and CIFAR-10. Nothing is downloaded.
@@ -96,16 +97,25 @@ def load_task(
             note += " The test set holds 9,980 of the 10,000 CIFAR-10 test images."
     elif name == "digits":
         train, test = _digits()
+    elif name == "synthetic":
+        planted = planted_clusters()
+        train, test = planted.train, planted.test
     else:
         train, test = (_torchvision(name, data_root, train=flag) for flag in (True, False))
     size = {"smoke": _SMOKE_SIZE.get(name), "small": _SMALL_SIZE.get(name)}.get(preset)
     if size is not None and size < len(train):
         train = TensorDataset(*(t[:size].clone() for t in train.tensors))
-    builders = {"digits": models.digits_mlp, "mnist": models.mnist_mlp, "cifar10": models.cifar10_cnn}
+    builders = {
+        "digits": models.digits_mlp,
+        "mnist": models.mnist_mlp,
+        "cifar10": models.cifar10_cnn,
+        "synthetic": models.synthetic_mlp,
+    }
     settings = {
         "digits": models.DIGITS_TRAINING,
         "mnist": models.MNIST_TRAINING,
         "cifar10": models.CIFAR10_TRAINING,
+        "synthetic": models.DIGITS_TRAINING,
     }
     return Task(
         name=f"{name}-{len(train)}",

@@ -195,7 +195,8 @@ class STRIDE(InfluenceMethod):
         return state.operators.train_norms()
 
     def _test_norms(self, state: STRIDEState, prepared: Any) -> Tensor:
-        assert isinstance(state.operators, ClosedForm)
+        if isinstance(state.operators, TrainedSteering):
+            raise self._no_norms()
         return state.operators.test_norms(*prepared[1:])
 
     def _train_self_influence(self, state: STRIDEState) -> Tensor | None:

@@ -151,7 +151,7 @@ class TestCompare:
         for row in results["rows"]:
             assert len(row["lds"]["per_model"]) == 2
             assert row["lds"]["value"] == pytest.approx(sum(row["lds"]["per_model"]) / 2)
-            assert row["fit_seconds"] > 0
+            assert row["cost"]["fit_seconds"] > 0
         assert results["protocol"]["n_test_reported"] == 20
         assert results["rows"][1]["options"].keys() == {"temperature", "damping", "residuals"}
 

@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 import random
+import signal
 import subprocess
 import sys
+import time
+import warnings
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from stride_captum.evaluation import retraining
+from stride_captum.evaluation import attributed_training, retraining, retraining_workers, run_store
 from stride_captum.evaluation.models import TrainingSettings, digits_mlp
 from stride_captum.evaluation.retraining import (
+    RetrainingEstimate,
     RetrainingPlan,
     logits_of,
     mean_residual,
@@ -31,8 +37,33 @@ def small_network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.3), nn.Linear(6, 3))
 
 
+def small_network_of_doubles() -> nn.Module:
+    return small_network().double()
+
+
 def other_network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.3), nn.Linear(6, 3))
+
+
+def wide_network() -> nn.Module:
+    return nn.Linear(4, 250_000 // 5 + 1)
+
+
+def convolutions() -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(4, 3))
+
+
+class Unmappable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.linear(x if x.sum() > 0 else -x)
+
+
+def unmappable_network() -> nn.Module:
+    return Unmappable()
 
 
 def broken_network() -> nn.Module:
@@ -72,14 +103,43 @@ def unbroken(plan, tmp_path):
 def runs(monkeypatch):
     """The files that retrainings were run for, in order."""
     done = []
-    run = retraining._run
+    run = retraining_workers.write_runs
 
-    def counted(path, *rest):
-        run(path, *rest)
+    def counted(path, **arguments):
+        run(path, **arguments)
         done.append(path.name)
 
-    monkeypatch.setattr(retraining, "_run", counted)
+    monkeypatch.setattr(retraining_workers, "write_runs", counted)
     return done
+
+
+#: Damages of a file, and what is said of them.
+DAMAGES = {
+    "cut": "cut off or not an array",
+    "empty": "cut off or not an array",
+    "text": "cut off or not an array",
+    "archive": "cut off or not an array",
+    "whole numbers": "not an array of floats",
+    "other points": "of shape",
+    "other classes": "of shape",
+    "not finite": "not finite",
+}
+
+
+def spoil(path, damage):
+    whole, array = path.read_bytes(), np.load(path)
+    if damage == "whole numbers":
+        np.save(path, array.astype(np.int64))
+    elif damage == "other points":
+        np.save(path, array[..., 1:, :])
+    elif damage == "other classes":
+        np.save(path, array[..., 1:])
+    elif damage == "not finite":
+        array.flat[3] = np.nan
+        np.save(path, array)
+    else:
+        cut = {"cut": whole[:-5], "empty": b"", "text": b"not an array", "archive": b"PK\x03\x04 none"}
+        path.write_bytes(cut[damage])
 
 
 def random_states():
@@ -177,36 +237,55 @@ class TestPlan:
         assert np.array_equal(first, unbroken)
 
     def test_an_interrupted_plan_resumes_with_the_same_bits(self, plan, unbroken, runs, monkeypatch):
-        counted = retraining._run
+        counted = retraining_workers.write_runs
 
-        def interrupted(path, *rest):
+        def interrupted(path, **arguments):
             if len(runs) == 2:
                 raise KeyboardInterrupt
-            counted(path, *rest)
+            counted(path, **arguments)
 
-        monkeypatch.setattr(retraining, "_run", interrupted)
+        monkeypatch.setattr(retraining_workers, "write_runs", interrupted)
         with pytest.raises(KeyboardInterrupt):
             plan.execute(n_jobs=1, show_progress=False)
         assert len(plan.missing()) == 4
-        monkeypatch.setattr(retraining, "_run", counted)
+        monkeypatch.setattr(retraining_workers, "write_runs", counted)
         assert np.array_equal(plan.execute(n_jobs=1, show_progress=False), unbroken)
         assert len(runs) == len(set(runs)) == 6
 
-    @pytest.mark.parametrize("damage", ["cut", "empty", "text", "other shape", "gone"])
-    def test_a_damaged_file_is_recomputed(self, plan, unbroken, runs, damage):
-        plan.execute(n_jobs=1, show_progress=False)
-        path = plan._path(1, 0)
+    @pytest.mark.parametrize("engine", ["processes", "stacked"])
+    @pytest.mark.parametrize("damage", DAMAGES)
+    def test_a_damaged_file_is_said_and_recomputed(self, plan, runs, damage, engine):
+        execute = partial(plan.execute, n_jobs=1, show_progress=False, engine=engine)
+        unbroken = execute()
+        path = plan._files(engine, "cpu")[0].path
         whole = path.read_bytes()
-        if damage == "gone":
-            path.unlink()
-        elif damage == "other shape":
-            np.save(path, np.zeros((7, 3), dtype=np.float32))
-        else:
-            path.write_bytes({"cut": whole[:-5], "empty": b"", "text": b"not an array"}[damage])
+        done = len(runs)
+        spoil(path, damage)
+        assert plan.missing(engine=engine)[0] == (0, 0)
+        assert plan.estimate(1, engine=engine).n_damaged == (1 if engine == "processes" else 6)
+        with pytest.warns(UserWarning, match=f"{path.name} is {DAMAGES[damage]}.*: it is computed again"):
+            again = execute()
+        assert np.array_equal(again, unbroken)
+        assert runs[done:] == [path.name]
+        assert path.read_bytes() == whole
+        execute()
+
+    def test_a_file_that_is_gone_is_recomputed_without_a_word(self, plan, unbroken, runs):
+        plan.execute(n_jobs=1, show_progress=False)
+        plan._path(1, 0).unlink()
         assert plan.missing() == [(1, 0)]
         assert np.array_equal(plan.execute(n_jobs=1, show_progress=False), unbroken)
-        assert runs[6:] == [path.name]
-        assert path.read_bytes() == whole
+        assert runs[6:] == [plan._path(1, 0).name]
+
+    def test_a_run_that_diverges_is_said(self, plan):
+        training = replace(SETTINGS, optimizer="sgd", learning_rate=1e30)
+        plan = replace(plan, task=replace(plan.task, training=training))
+        with pytest.warns(
+            UserWarning, match=r"6 of 6 retrainings of small diverged: .* \(0, 0\), .* \.\.\. are"
+        ):
+            logits = plan.execute(n_jobs=1, show_progress=False)
+        assert not np.isfinite(logits).all(axis=(2, 3)).any()
+        assert len(plan.missing()) == 6
 
     def test_a_plan_that_grows_keeps_its_runs(self, plan, runs):
         small = plan.execute(n_jobs=1, show_progress=False)
@@ -235,16 +314,202 @@ class TestPlan:
             raise OSError("disk full")
 
         with pytest.raises(OSError, match="disk full"):
-            retraining._write_atomically(tmp_path / "run.npy", write)
+            run_store.write_atomically(tmp_path / "run.npy", write)
         assert list(tmp_path.iterdir()) == []
 
     def test_bad_plans_are_refused(self, plan):
         with pytest.raises(ValueError, match="`membership` must have n_train = 40 columns; got 41"):
             replace(plan, membership=random_subsets(41, 3, 20))
+        empty = membership_from_indices([[1], []], 40)
+        with pytest.raises(
+            ValueError, match="`membership` must keep an example in every subset; got none in 1"
+        ):
+            replace(plan, membership=empty)
         with pytest.raises(ValueError, match="`n_seeds` must be at least 1; got 0"):
             replace(plan, n_seeds=0)
         with pytest.raises(ValueError, match="`n_test` must be between 1 and the 20 test points; got 21"):
             replace(plan, n_test=21)
+        with pytest.raises(ValueError, match=r"`engine` must be one of .*; got 'stack'\. Nearest: 'stacked'"):
+            plan.execute(engine="stack")
+
+
+class TestCommonSeeds:
+    def test_subsets_share_their_start_and_seeds_do_not(self, plan):
+        membership = membership_from_indices([range(20), range(20), range(20, 40)], 40)
+        same = replace(plan, membership=membership, common_seeds=True)
+        logits = same.execute(n_jobs=1, show_progress=False)
+        assert np.array_equal(logits[:, 0], logits[:, 1])
+        assert not np.array_equal(logits[0, 0], logits[1, 0])
+        assert not np.array_equal(logits[0, 0], logits[0, 2])
+        other = replace(same, common_seeds=False).execute(n_jobs=1, show_progress=False)
+        assert not np.array_equal(other[:, 0], other[:, 1])
+
+    def test_another_plan_reads_the_runs_that_are_its_own(self, plan):
+        paths = {replace(plan, common_seeds=flag)._path(k, 1) for flag in (False, True) for k in range(3)}
+        assert len(paths) == 5
+        assert plan._path(0, 1) == replace(plan, common_seeds=True)._path(0, 1)
+
+
+class TestEngines:
+    def test_stacks_are_the_single_runs_up_to_rounding(self, plan):
+        train, test = (
+            TensorDataset(d.tensors[0].double(), d.tensors[1]) for d in (plan.task.train, plan.task.test)
+        )
+        task = replace(plan.task, train=train, test=test, build_model=small_network_of_doubles)
+        plan = replace(plan, task=task)
+        single = plan.execute(n_jobs=1, show_progress=False)
+        stacked = plan.execute(n_jobs=1, show_progress=False, engine="stacked")
+        assert single.dtype == stacked.dtype == np.float64
+        np.testing.assert_allclose(stacked, single, rtol=1e-9, atol=1e-9)
+
+    def test_neither_engine_reads_the_files_of_the_other(self, plan, runs):
+        plan.execute(n_jobs=1, show_progress=False, engine="stacked")
+        assert len(plan.missing()) == 6
+        plan.execute(n_jobs=1, show_progress=False)
+        assert [name.split("-")[0] for name in runs] == ["stack"] + 6 * ["run"]
+        assert plan.missing(engine="stacked") == []
+
+    def test_an_interrupted_plan_of_stacks_gives_the_same_bits(self, plan, runs, monkeypatch):
+        monkeypatch.setattr(retraining, "_CPU_STACK", 2)
+        plan = replace(plan, membership=random_subsets(40, 5, 21, seed=0))
+        unbroken = plan.execute(n_jobs=1, show_progress=False, engine="stacked")
+        assert len(runs) == 6
+        for file in plan._files("stacked", "cpu")[1::2]:
+            file.path.unlink()
+        assert np.array_equal(plan.execute(1, False, engine="stacked"), unbroken)
+        assert len(runs) == 9
+
+    @pytest.mark.parametrize("limit", [1, 2, 3, 4, 7, 100])
+    def test_a_stack_holds_equally_large_subsets_and_every_run_is_in_one(self, plan, monkeypatch, limit):
+        monkeypatch.setattr(retraining, "_CPU_STACK", limit)
+        subsets = [range(9), range(5), range(1, 10), range(2, 11), range(4)]
+        plan = replace(plan, membership=membership_from_indices(subsets, 40), n_seeds=4)
+        files = plan._files("stacked", "cpu")
+        assert sorted(run for file in files for run in file.runs) == [
+            (k, s) for k in range(5) for s in range(4)
+        ]
+        for file in files:
+            assert len(file.runs) <= limit
+            assert len({len(subsets[k]) for k, _ in file.runs}) == 1
+            assert file.shape == (len(file.runs), 10, 3)
+        assert len({file.path for file in files}) == len(files)
+
+    def test_seeds_that_are_added_leave_full_stacks_as_they_were(self, plan, monkeypatch):
+        monkeypatch.setattr(retraining, "_CPU_STACK", 6)
+        more = replace(plan, n_seeds=5)
+        first, *_ = (file.path for file in plan._files("stacked", "cpu"))
+        assert first == more._files("stacked", "cpu")[0].path
+        assert len(more._files("stacked", "cpu")) == 3
+
+    def test_auto_stacks_many_runs_of_small_networks_without_convolutions(self, plan):
+        def chosen(**changes):
+            return plan_with(plan, **changes).estimate(1, engine="auto").engine
+
+        assert chosen() == "processes"
+        assert chosen(n_seeds=3) == "stacked"
+        for network in (wide_network, convolutions, unmappable_network):
+            assert chosen(n_seeds=3, build_model=network) == "processes"
+
+    def test_off_the_cpu_auto_stacks_what_can_be_mapped(self, plan):
+        device = torch.device("meta")
+        for network in (wide_network, convolutions):
+            assert plan_with(plan, n_seeds=3, build_model=network)._files("auto", device)[0].stacked
+        assert (
+            not plan_with(plan, n_seeds=3, build_model=unmappable_network)._files("auto", device)[0].stacked
+        )
+        assert not plan._files("auto", device)[0].stacked
+
+    def test_auto_goes_on_with_what_the_store_has(self, plan, runs):
+        plan = replace(plan, n_seeds=3)
+        single = replace(plan, n_seeds=1).execute(n_jobs=1, show_progress=False)
+        logits = plan.execute(n_jobs=1, show_progress=False, engine="auto")
+        assert np.array_equal(logits[:1], single)
+        assert len(runs) == 9
+        assert plan.missing(engine="auto") == []
+
+    def test_devices_have_names_of_their_own(self, plan):
+        for engine in ("processes", "stacked"):
+            paths = {plan._files(engine, device)[0].path for device in ("cpu", "cpu:0", "meta")}
+            assert len(paths) == 2
+        assert plan._path(0, 0) == plan._files("processes", "cpu")[0].path
+
+    def test_networks_that_cannot_be_mapped_are_refused(self, plan):
+        plan = plan_with(plan, build_model=unmappable_network)
+        with pytest.raises(
+            ValueError, match=r"`engine` must be 'processes' for this network; .* control flow"
+        ):
+            plan.execute(engine="stacked")
+
+
+def plan_with(plan, build_model=small_network, **changes):
+    return replace(plan, task=replace(plan.task, build_model=build_model), **changes)
+
+
+class TestEstimate:
+    @pytest.fixture
+    def seconds(self, monkeypatch):
+        """A second for an example of each epoch."""
+        monkeypatch.setattr(RetrainingPlan, "_seconds_per_example", lambda *a: 1.0)
+
+    @pytest.mark.parametrize("engine", ["processes", "stacked"])
+    def test_counts_what_would_be_done(self, plan, seconds, engine):
+        expected = plan.estimate(1, engine=engine)
+        assert (expected.n_runs, expected.n_missing, expected.n_stored, expected.n_damaged) == (6, 6, 0, 0)
+        assert expected.seconds == 6 * 21 * 3
+        assert not plan.store.exists()
+        plan.execute(n_jobs=1, show_progress=False, engine=engine)
+        assert sum(path.stat().st_size for path in plan.store.iterdir()) == expected.n_bytes
+        assert plan.estimate(1, engine=engine).n_missing == 0
+
+    def test_workers_share_the_runs_and_the_largest_bounds_them(self, plan, seconds):
+        membership = membership_from_indices([range(40), [1], [2]], 40)
+        plan = replace(plan, membership=membership, n_seeds=1)
+        assert plan.estimate(3).seconds == 40 * 3
+        assert plan.estimate(2).n_workers == 2
+        assert plan.estimate(9).n_workers == 3
+
+    def test_is_a_sentence(self, plan):
+        told = RetrainingEstimate("small", 100, 2, "processes", 50, 1, 2, 750.0, 1_800_000)
+        assert str(told) == (
+            "200 retrainings of small (100 subsets x 2 seeds): 50 are in the store, 150 (1 damaged) are to "
+            "do one by one, which takes about 12 min with 2 workers and 1.80 MB of disk."
+        )
+        assert "in stacks, which takes about 9.0 s with 1 worker" in str(
+            replace(told, engine="stacked", seconds=9.0, n_workers=1)
+        )
+        assert "about 2.5 h" in str(replace(told, seconds=9000.0))
+        assert str(replace(told, n_stored=200)).endswith("(100 subsets x 2 seeds): all are in the store.")
+
+    @pytest.mark.parametrize("engine", ["processes", "stacked"])
+    def test_times_a_short_run_and_leaves_everything_alone(self, plan, engine):
+        before = random_states()
+        assert plan.estimate(1, engine=engine).seconds > 0
+        assert random_states() == before
+        assert not plan.store.exists()
+
+    def test_a_long_run_is_timed_on_twenty_batches(self, plan, monkeypatch):
+        seen, run = [], retraining_workers.train_and_evaluate
+
+        def watched(**arguments):
+            seen.append((len(arguments["subsets"][0]), arguments["training"].epochs))
+            return run(**arguments)
+
+        monkeypatch.setattr(retraining_workers, "train_and_evaluate", watched)
+        training = replace(SETTINGS, batch_size=1)
+        plan_of_ones = replace(plan, task=replace(plan.task, training=training, build_model=convolutions))
+        plan_of_ones.estimate(1)
+        assert seen == [(2, 1), (20, 1), (20, 1)]
+
+
+def test_the_bar_counts_runs_and_starts_where_the_store_is(plan, capsys):
+    plan.execute(n_jobs=1, show_progress=False)
+    plan._path(2, 1).unlink()
+    plan.execute(n_jobs=1)
+    shown = capsys.readouterr().err
+    assert "5/6" in shown
+    assert "6/6" in shown
+    plan.execute(n_jobs=1)
+    assert capsys.readouterr().err == ""
 
 
 class TestFingerprint:
@@ -283,6 +548,25 @@ class TestFingerprint:
         plan.task.train.tensors[1][0] = (plan.task.train.tensors[1][0] + 1) % 3
         assert len(plan.missing()) == 6
 
+    def test_names_are_those_of_the_first_release(self, tmp_path):
+        x = torch.arange(6 * 64, dtype=torch.float32).reshape(6, 1, 8, 8) / 64
+        y = torch.arange(6) % 3
+        training = TrainingSettings(optimizer="adam", learning_rate=1e-3, epochs=1)
+        task = Task("fixed", TensorDataset(x[:4], y[:4]), TensorDataset(x[4:], y[4:]), digits_mlp, training)
+        plan = RetrainingPlan(task, membership_from_indices([[0, 1, 3], [0, 2]], 4), 2, tmp_path, 2)
+        assert plan._path(0, 0).name == "run-993fc19679820f3f5f3657ac.npy"
+        assert plan._path(1, 1).name == "run-729f0b0930c577cab48ec5d4.npy"
+        attributed = run_store.Fingerprints(task).of(7, None, extra="attributed spike=False")
+        assert attributed == "8b3e5d372f298f2c6e0aaf75"
+
+    def test_plans_of_other_tasks_share_a_store_and_no_file(self, plan):
+        one = plan.execute(n_jobs=1, show_progress=False)
+        changed = replace(plan, task=self.changed(plan.task, "one label"))
+        other = changed.execute(n_jobs=1, show_progress=False)
+        assert len(list(plan.store.iterdir())) == 12
+        assert np.array_equal(plan.execute(n_jobs=1, show_progress=False), one)
+        assert not np.array_equal(one, other)
+
     def test_attributed_models_of_other_data_are_not_used(self, task, tmp_path):
         one = train_attributed(task, 0, tmp_path)
         other = train_attributed(self.changed(task, "one label"), 0, tmp_path)
@@ -292,17 +576,51 @@ class TestFingerprint:
 class TestAttributed:
     def test_is_kept_and_read_back_bit_for_bit(self, task, tmp_path, monkeypatch):
         trained = train_attributed(task, 3, tmp_path)
-        monkeypatch.setattr(retraining, "train_model", lambda *a, **k: pytest.fail("trained again"))
+        monkeypatch.setattr(attributed_training, "train_model", lambda *a, **k: pytest.fail("trained again"))
         read = train_attributed(task, 3, tmp_path)
         assert not read.training
         for name, value in trained.state_dict().items():
             assert torch.equal(read.state_dict()[name], value)
 
-    def test_a_damaged_file_is_trained_again(self, task, tmp_path):
+    @pytest.mark.parametrize(
+        ("damage", "said"),
+        [
+            ("cut", "cut off or not a file of weights"),
+            ("empty", "cut off or not a file of weights"),
+            ("other network", "of another network"),
+            ("other shape", "of another network"),
+            ("not finite", "not finite"),
+        ],
+    )
+    def test_a_damaged_file_is_said_and_trained_again(self, task, tmp_path, damage, said):
         trained = train_attributed(task, 3, tmp_path)
         (path,) = tmp_path.iterdir()
-        path.write_bytes(path.read_bytes()[:-9])
-        assert torch.equal(train_attributed(task, 3, tmp_path)[0].weight, trained[0].weight)
+        whole, state = path.read_bytes(), load_file(path)
+        if damage in ("cut", "empty"):
+            path.write_bytes(whole[:-9] if damage == "cut" else b"")
+        elif damage == "other network":
+            save_file({"weight": torch.zeros(2)}, path)
+        else:
+            bad = torch.zeros(6, 5) if damage == "other shape" else torch.full((6, 4), torch.nan)
+            save_file({**state, "0.weight": bad}, path)
+        with pytest.warns(UserWarning, match=f"{path.name} is {said}: it is computed again"):
+            again = train_attributed(task, 3, tmp_path)
+        assert torch.equal(again[0].weight, trained[0].weight)
+        assert path.read_bytes() == whole
+
+    @pytest.mark.parametrize("spike", [False, True])
+    def test_has_one_thread_and_gives_the_threads_back(self, task, monkeypatch, spike):
+        seen, train = [], attributed_training.train_model
+
+        def watched(*arguments, **options):
+            seen.append(torch.get_num_threads())
+            return train(*arguments, **options)
+
+        monkeypatch.setattr(attributed_training, "train_model", watched)
+        torch.set_num_threads(2)
+        train_attributed(task, 0, spike=spike)
+        assert seen == [1]
+        assert torch.get_num_threads() == 2
 
     def test_without_a_store_it_is_the_trained_model(self, task):
         expected = train_model(small_network, *task.train.tensors, SETTINGS, 3)
@@ -338,37 +656,32 @@ class TestAttributed:
 
 
 KILLED = """
-import os, sys
+import sys
 from pathlib import Path
-from stride_captum.evaluation import retraining
 from stride_captum.evaluation.models import TrainingSettings
+from stride_captum.evaluation.retraining import RetrainingPlan
 from stride_captum.evaluation.tasks import load_task
 from stride_captum.subsets import random_subsets
 
 task = load_task("digits", preset="smoke", training=TrainingSettings(**{settings}))
-plan = retraining.RetrainingPlan(task, random_subsets(300, 3, 150, seed=0), 1, Path(sys.argv[1]), 20)
-replace, renamed = os.replace, []
-
-def die_at_the_third(source, target):
-    if len(renamed) == 2:
-        os._exit(9)
-    renamed.append(target)
-    replace(source, target)
-
-os.replace = die_at_the_third
+plan = RetrainingPlan(task, random_subsets(300, 40, 150, seed=0), 1, Path(sys.argv[1]), 20)
 plan.execute(n_jobs=1, show_progress=False)
 """
 
 
-def test_a_killed_plan_resumes_in_another_process_with_the_same_bits(tmp_path):
-    settings = {"optimizer": "adam", "learning_rate": 1e-3, "epochs": 2}
-    script = KILLED.format(settings=settings)
-    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "killed")], check=False)
-    assert killed.returncode == 9
+def test_a_plan_that_is_killed_resumes_in_another_process_with_the_same_bits(tmp_path):
+    settings = {"optimizer": "adam", "learning_rate": 1e-3, "epochs": 4}
+    store = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-c", KILLED.format(settings=settings), str(store)])
+    while process.poll() is None and len(list(store.glob("*.npy"))) < 3:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     task = load_task("digits", preset="smoke", training=TrainingSettings(**settings))
-    assert task.build_model is digits_mlp
-    plan = RetrainingPlan(task, random_subsets(300, 3, 150, seed=0), 1, tmp_path / "killed", 20)
-    assert plan.missing() == [(2, 0)]
-    resumed = plan.execute(n_jobs=1, show_progress=False)
+    plan = RetrainingPlan(task, random_subsets(300, 40, 150, seed=0), 1, store, 20)
+    assert 0 < len(plan.missing()) <= 37
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a file that was being written is not taken for a damaged one
+        resumed = plan.execute(n_jobs=1, show_progress=False)
     unbroken = replace(plan, store=tmp_path / "unbroken").execute(n_jobs=1, show_progress=False)
     assert np.array_equal(resumed, unbroken)

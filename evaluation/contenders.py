@@ -1,0 +1,154 @@
+"""Owns the rows of a comparison: what each method is called, how it is built, and what may be tuned.
+
+Every gradient baseline is there twice: with the training residuals, as published, and with the
+out-of-sample residuals that STRIDE uses. Its options are chosen on the tuning half of the test points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from itertools import product
+from typing import Any
+
+from .. import adapters
+from ..config import STRIDEConfig
+from ..errors import bad_choice
+from ..influence import InfluenceMethod
+from ..stride import STRIDE
+from .cost import Build
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method in a comparison.
+
+    Attributes:
+        name: Its row.
+        build: Called with the model, the training set and the options of a grid point.
+        grid: Option sets among which the tuning half of the test points chooses; one means untuned.
+        n_checkpoints: Checkpoints of the training that `build` is given as the option `checkpoints`,
+            the attributed model last; 1 gives none.
+        needs: Module of an extra without which it cannot run.
+        settable: Options that may be set on a fitted method, so that a grid over them fits once.
+    """
+
+    name: str
+    build: Build
+    grid: Sequence[Mapping[str, Any]] = field(default=({},))
+    n_checkpoints: int = 1
+    needs: str | None = None
+    settable: frozenset[str] = frozenset()
+
+    @property
+    def available(self) -> bool:
+        """Whether the extra that it needs is installed."""
+        return self.needs is None or find_spec(self.needs) is not None
+
+
+def stride(**fixed: Any) -> Build:
+    """STRIDE with a configuration; the options of a grid point replace its fields."""
+    return lambda model, data, options: STRIDE(model, data, config=STRIDEConfig(**{**fixed, **options}))
+
+
+def stride_paper(preset: str) -> Build:
+    """STRIDE with the settings of Table 4."""
+    return lambda model, data, options: STRIDE(model, data, config=STRIDEConfig.paper(preset, **options))
+
+
+def adapter(cls: type[InfluenceMethod], **fixed: Any) -> Build:
+    """Another method."""
+    return lambda model, data, options: cls(model, data, **{**fixed, **options})
+
+
+def grid(**choices: Sequence[Any]) -> list[dict[str, Any]]:
+    """All combinations.
+
+    >>> grid(damping=(0.1, 1.0), residuals=("both",))
+    [{'damping': 0.1, 'residuals': 'both'}, {'damping': 1.0, 'residuals': 'both'}]
+    """
+    return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+
+
+_OURS = {"residuals": ("both", "temperature")}
+
+
+def _twice(
+    cls: type[InfluenceMethod],
+    needs: str | None = None,
+    settable: frozenset[str] = frozenset(),
+    **choices: Sequence[Any],
+) -> list[Contender]:
+    """A gradient method as published, and with our residuals."""
+    name, build = cls.__name__, adapter(cls)
+    return [
+        Contender(row, build, options, needs=needs, settable=settable)
+        for row, options in (
+            (name, grid(**choices)),
+            (f"{name}, our residuals", grid(**_OURS, **choices)),
+        )
+    ]
+
+
+#: The rows that `compare` knows by name.
+CONTENDERS: dict[str, Contender] = {
+    c.name: c
+    for c in (
+        Contender("STRIDE", stride()),
+        Contender(
+            "STRIDE (tuned)",
+            stride(),
+            grid(temperature=(2.0, 3.0, 4.0), damping=(0.1, 0.3, 1.0), residuals=("both", "temperature")),
+        ),
+        Contender("STRIDE T=1", stride(residuals="training")),
+        Contender("STRIDE trained + Lasso", stride(operators="trained")),
+        Contender("STRIDE trained, no linearity", stride(operators="trained", linearity_weight=0.0)),
+        Contender("STRIDE trained, no stability", stride(operators="trained", stability_weight=0.0)),
+        Contender("STRIDE paper (mnist)", stride_paper("mnist")),
+        Contender("STRIDE paper (cifar10)", stride_paper("cifar10")),
+        *_twice(adapters.EKFAC, "kronfluence", frozenset({"damping"}), damping=(None, 1e-4, 1e-3, 1e-2)),
+        *_twice(adapters.DiagonalEKFAC, damping=(0.1, 1.0), fisher=("sampled", "exact")),
+        *_twice(adapters.TRAK, damping=(0.3, 1.0, 3.0)),
+        *_twice(adapters.TracIn),
+        Contender("TracIn, 4 checkpoints", adapter(adapters.TracIn), n_checkpoints=4),
+        Contender("KNNShapley", adapter(adapters.KNNShapley), grid(k=(1, 5, 20))),
+        Contender("Similarity", adapter(adapters.Similarity)),
+        Contender("ClassSimilarity", adapter(adapters.ClassSimilarity)),
+        Contender("ClassRandom", adapter(adapters.ClassRandom)),
+        Contender("Random", adapter(adapters.Random)),
+    )
+}
+#: Compared unless methods are named. The first row is what the others are compared with.
+DEFAULT_METHODS = (
+    "STRIDE",
+    "STRIDE (tuned)",
+    "STRIDE trained + Lasso",
+    "EKFAC",
+    "EKFAC, our residuals",
+    "DiagonalEKFAC",
+    "DiagonalEKFAC, our residuals",
+    "TRAK",
+    "TRAK, our residuals",
+    "TracIn",
+    "TracIn, our residuals",
+    "TracIn, 4 checkpoints",
+    "KNNShapley",
+    "Similarity",
+    "ClassSimilarity",
+    "ClassRandom",
+    "Random",
+)
+
+
+def find_contender(method: str | Contender) -> Contender:
+    """A contender by name, or as it is.
+
+    Raises:
+        ValueError: No such name.
+    """
+    if isinstance(method, Contender):
+        return method
+    if method not in CONTENDERS:
+        raise bad_choice("methods", method, list(CONTENDERS))
+    return CONTENDERS[method]

@@ -1,0 +1,238 @@
+"""Owns the retrainings behind the counterfactual drop: which sets, what they cost, and reading them back.
+
+Every attributed model, method, test point and count asks for one training from scratch a seed, on the
+training set less the removed examples. Sets that coincide are trained once, and each run is a file of a
+`RetrainingPlan` with `common_seeds`, so that the intact model and all others of one seed are paired.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ..errors import bad_value
+from ..subsets import membership_from_indices
+from .calibration import CalibrationResult, calibration_of_removals, predicted_changes
+from .cost import Build, Cost, cost_of, forward_seconds, median_cost
+from .counterfactual_difference import DropDifference, difference, difference_at_equal_depletion
+from .counterfactual_drop import (
+    CounterfactualResult,
+    class_depletion,
+    counterfactual,
+    probabilities,
+    removals,
+    resolve_counts,
+)
+from .linear_datamodeling import finite_array, margins
+from .retraining import RetrainingPlan
+from .retraining_estimate import RetrainingEstimate
+from .tasks import Task
+
+#: A run is named by how many test points it was evaluated on. This many are, at least, so that asking for
+#: more test points keeps what was done.
+_EVALUATED = 500
+
+Removed = Sequence[NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class CounterfactualRow:
+    """One method's figures.
+
+    Attributes:
+        name: The method.
+        result: Drops, intervals and depletion.
+        against_reference: Drop less that of the reference at the same counts; None for the reference.
+        at_equal_depletion: Drop less that of the reference at the same depletion of the class; None for the
+            reference and where opponents are removed.
+        calibration: Measured change of the margin against the one that the scores predict.
+        cost: Median over attributed models of setup and queries.
+    """
+
+    name: str
+    result: CounterfactualResult
+    against_reference: DropDifference | None
+    at_equal_depletion: DropDifference | None
+    calibration: CalibrationResult
+    cost: Cost
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {k: v.to_dict() if hasattr(v, "to_dict") else v for k, v in vars(self).items()}
+
+
+def cost(
+    task: Task,
+    *,
+    n_methods: int,
+    counts: Sequence[int | float],
+    n_test: int,
+    n_seeds: int,
+    n_models: int = 1,
+    n_jobs: int = -1,
+    engine: str = "processes",
+    device: torch.device | str = "cpu",
+) -> RetrainingEstimate:
+    """How many retrainings an evaluation takes at most, and how long, before anything is fitted or trained.
+
+    At most: methods may agree on a set, or the store may hold it. Once the scores are known,
+    `counterfactual_plan(...)[0].estimate()` tells what is left to do.
+
+    Args:
+        task: The task.
+        n_methods: Methods.
+        counts: As for `removals`.
+        n_test: Test points.
+        n_seeds: Retrainings of each set.
+        n_models: Attributed models.
+        n_jobs: As for `RetrainingPlan.execute`, as are `engine` and `device`.
+        engine: See there.
+        device: See there.
+    """
+    numbers = resolve_counts(counts, task.n_train)
+    sizes = [task.n_train, *[task.n_train - k for k in numbers] * (n_methods * n_models * n_test)]
+    membership = membership_from_indices([np.arange(size) for size in sizes], task.n_train)
+    with tempfile.TemporaryDirectory() as nothing:
+        plan = RetrainingPlan(task, membership, n_seeds, Path(nothing), 1, common_seeds=True)
+        return plan.estimate(n_jobs, engine=engine, device=device)
+
+
+def counterfactual_plan(
+    task: Task,
+    removed: Mapping[Any, Removed],
+    test_points: Sequence[int],
+    *,
+    n_seeds: int,
+    store: str | Path,
+) -> tuple[RetrainingPlan, dict[Any, NDArray[np.int64]]]:
+    """The plan that retrains without each removed set, and where to find which.
+
+    Args:
+        task: The task.
+        removed: By any name, what `removals` gives for `test_points`.
+        test_points: Places in the test set, one for each row of the removals.
+        n_seeds: Retrainings of each set.
+        store: Folder of the runs.
+
+    Returns:
+        The plan, whose first subset is the whole training set, and for each name the subset of each count
+        and test point `(n_counts, n_test)`.
+    """
+    kept = [np.arange(task.n_train)]
+    known: dict[bytes, int] = {}
+    places = {}
+    for name, by_count in removed.items():
+        found = np.empty((len(by_count), len(test_points)), dtype=np.int64)
+        for c, rows in enumerate(by_count):
+            for t, row in enumerate(rows):
+                key = np.sort(row).tobytes()
+                if key not in known:
+                    known[key] = len(kept)
+                    kept.append(np.setdiff1d(kept[0], row))
+                found[c, t] = known[key]
+        places[name] = found
+    n_test = min(len(task.test), max(_EVALUATED, *(t + 1 for t in test_points)))
+    membership = membership_from_indices(kept, task.n_train)
+    return RetrainingPlan(task, membership, n_seeds, Path(store), n_test, common_seeds=True), places
+
+
+def measure_counterfactual(
+    task: Task,
+    methods: Mapping[str, Build],
+    models: Mapping[str, nn.Module],
+    *,
+    store: str | Path,
+    counts: Sequence[int | float] = (50, 100, 500),
+    test_points: Sequence[int] = range(10),
+    n_seeds: int = 3,
+    opponents: bool = False,
+    reference: str = "ClassRandom",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    n_jobs: int = -1,
+    engine: str = "processes",
+    device: torch.device | str = "cpu",
+    n_resamples: int = 1000,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> list[CounterfactualRow]:
+    """Remove the top examples of every method, retrain, and measure what happens to the test points.
+
+    Args:
+        task: The task.
+        methods: By name, how each is built.
+        models: The attributed models, trained on all of `task.train`.
+        store: Folder of the retrainings: what is there is not done again.
+        counts: How many examples are removed: numbers or shares of the training set, increasing.
+        test_points: Places in the test set.
+        n_seeds: Retrainings of the intact set and of each other.
+        opponents: Remove the lowest scores instead: the probability should rise.
+        reference: The method that the others are compared with, where it is among them.
+        options: By name, what `build` is given beside the model and the data.
+        n_jobs: Workers for the retrainings; as for `RetrainingPlan.execute`, as are `engine` and `device`.
+        engine: See there.
+        device: See there.
+        n_resamples: Of the crossed bootstraps.
+        seed: Of the bootstraps.
+        show_progress: Whether to show a bar.
+
+    Raises:
+        ValueError: A count or a test point out of range.
+    """
+    points = [int(t) for t in test_points]
+    if not points or len(set(points)) < len(points) or not 0 <= min(points) <= max(points) < len(task.test):
+        raise bad_value("test_points", f"be distinct places in [0, {len(task.test)})", points)
+    numbers = resolve_counts(counts, task.n_train)
+    x, y = (t[points] for t in task.test.tensors)
+    removed: dict[tuple[str, str], Removed] = {}
+    predicted: dict[tuple[str, str], NDArray[np.float64]] = {}
+    costs: dict[str, list[Cost]] = {name: [] for name in methods}
+    for model_name, model in models.items():
+        forward = forward_seconds(model, task.train)
+        for name, build in methods.items():
+            method = build(model, task.train, (options or {}).get(name, {})).fit()
+            scores = finite_array("scores", method.influence((x, y), response="margin", target="label"))
+            costs[name].append(cost_of(method, len(points), forward))
+            removed[name, model_name] = removals(scores, numbers, opponents)
+            predicted[name, model_name] = predicted_changes(scores, removed[name, model_name])
+    plan, places = counterfactual_plan(task, removed, points, n_seeds=n_seeds, store=store)
+    logits = plan.execute(n_jobs, show_progress, engine=engine, device=device)[:, :, points]
+    labels = y.numpy()
+    p, m = probabilities(logits, labels), margins(logits, labels)
+    own = np.arange(len(points))
+    results, calibrated = {}, {}
+    for name in methods:
+        keys = [(name, model_name) for model_name in models]
+        # (n_seeds, n_counts, n_test) of each model, to (n_models, n_counts, n_seeds, n_test)
+        without, changes = (np.stack([v[:, places[key], own] for key in keys]).swapaxes(1, 2) for v in (p, m))
+        results[name] = counterfactual(
+            p[:, 0],
+            without,
+            np.stack([class_depletion(removed[key], task.train.tensors[1], labels) for key in keys]),
+            counts=numbers,
+            opponents=opponents,
+            n_resamples=n_resamples,
+            seed=seed,
+        )
+        calibrated[name] = calibration_of_removals(
+            np.stack([predicted[key] for key in keys]), changes - m[:, 0], n_resamples=n_resamples, seed=seed
+        )
+    rows = []
+    for name, result in results.items():
+        plain_gap = equal_gap = None
+        if name != reference and reference in results:
+            other = results[reference]
+            plain_gap = difference(result, other, n_resamples=n_resamples, seed=seed)
+            if not opponents:
+                equal_gap = difference_at_equal_depletion(result, other, n_resamples=n_resamples, seed=seed)
+        rows.append(
+            CounterfactualRow(name, result, plain_gap, equal_gap, calibrated[name], median_cost(costs[name]))
+        )
+    return rows

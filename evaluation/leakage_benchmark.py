@@ -1,0 +1,153 @@
+"""Owns the runs behind leakage detection: train on leaked test examples, look where methods rank them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import TensorDataset
+
+from ..errors import bad_value
+from ..influence import InfluenceMethod
+from .cost import Build, Cost, cost_of, forward_seconds, median_cost
+from .leakage_detection import LeakageResult, leakage, near_duplicate
+from .linear_datamodeling import finite_array
+from .retraining import train_attributed
+from .statistics import Array
+from .tasks import Task
+
+
+@dataclass(frozen=True, eq=False)
+class Planted:
+    """A task with leaked test examples.
+
+    Attributes:
+        task: Its training set ends with the planted examples, in the order of `test_points`.
+        test_points: Places in the test set, `(n_planted,)`.
+        positions: Places of their duplicates in the training set, `(n_planted,)`.
+    """
+
+    task: Task
+    test_points: NDArray[np.int64]
+    positions: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LeakageRow:
+    """One method's figures on one planted set.
+
+    Attributes:
+        name: The method.
+        kind: How duplicates differ from the test examples.
+        n_planted: Number of duplicates.
+        normalize: None or "cosine".
+        result: Ranks and rates.
+        cost: Median over models.
+    """
+
+    name: str
+    kind: str
+    n_planted: int
+    normalize: str | None
+    result: LeakageResult
+    cost: Cost
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**vars(self), "result": self.result.to_dict(), "cost": self.cost.to_dict()}
+
+
+def plant(task: Task, n_planted: int, *, kind: str = "exact", seed: int = 0) -> Planted:
+    """Append duplicates of random test examples, with their labels, to the training set.
+
+    Args:
+        task: The task.
+        n_planted: How many test examples leak.
+        kind: Of `near_duplicate`.
+        seed: Seed of the choice; a smaller number of examples is the beginning of a larger one.
+
+    Raises:
+        ValueError: More are asked for than there are, or an unknown kind.
+    """
+    x_test, y_test = task.test.tensors
+    if not 1 <= n_planted <= len(y_test):
+        raise bad_value("n_planted", f"be between 1 and the {len(y_test)} test examples", n_planted)
+    chosen = np.random.default_rng(seed).permutation(len(y_test))[:n_planted]
+    x, y = task.train.tensors
+    copies = near_duplicate(x_test[chosen], kind, scale=float(x.std()), seed=seed)
+    train = TensorDataset(torch.cat([x, copies]), torch.cat([y, y_test[chosen]]))
+    leaked = replace(task, name=f"{task.name} with {n_planted} leaked ({kind})", train=train)
+    return Planted(leaked, chosen, np.arange(len(y), len(y) + n_planted))
+
+
+def measure_leakage(
+    task: Task,
+    methods: Mapping[str, Build],
+    *,
+    store: str | Path | None = None,
+    counts: Sequence[int] = (1, 10, 100),
+    kinds: Sequence[str] = ("exact",),
+    n_models: int = 1,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> list[LeakageRow]:
+    """Train on leaked test examples and look where every method ranks them.
+
+    Args:
+        task: The clean task.
+        methods: By name, how each is built. One that has norms is judged with cosine normalisation too.
+        store: Folder of the trained models; None keeps nothing.
+        counts: Numbers of planted examples: one training set, and one model a seed, for each.
+        kinds: Of `near_duplicate`, likewise.
+        n_models: Models for each training set, trained with the seeds 0, 1, ...
+        options: By name, what `build` is given beside the model and the data.
+        n_resamples: Of the bootstrap.
+        seed: Of the choice of test examples and the bootstrap.
+
+    Raises:
+        ValueError: An argument out of its range.
+    """
+    if n_models < 1:
+        raise bad_value("n_models", "be at least 1", n_models)
+    rows = []
+    for kind in kinds:
+        for n_planted in counts:
+            planted = plant(task, n_planted, kind=kind, seed=seed)
+            train, test = planted.task.train, tuple(t[planted.test_points] for t in task.test.tensors)
+            one = tuple(t[:1] for t in test)
+            scores: dict[tuple[str, str | None], list[Array]] = defaultdict(list)
+            costs: dict[tuple[str, str | None], list[Cost]] = defaultdict(list)
+            for i in range(n_models):
+                model = train_attributed(planted.task, i, store)
+                forward = forward_seconds(model, train)
+                for name, build in methods.items():
+                    method = build(model, train, (options or {}).get(name, {})).fit()
+                    normalizations = (None, "cosine") if takes_cosine(method, one) else (None,)
+                    for key in ((name, way) for way in normalizations):
+                        found = method.influence(test, response="margin", target="label", normalize=key[1])
+                        scores[key].append(finite_array("scores", found))
+                        costs[key].append(cost_of(method, n_planted, forward))
+            for (name, way), found in scores.items():
+                result = leakage(
+                    found, planted.positions, ks=(1, n_planted), n_resamples=n_resamples, seed=seed
+                )
+                rows.append(LeakageRow(name, kind, n_planted, way, result, median_cost(costs[name, way])))
+    return rows
+
+
+def takes_cosine(method: InfluenceMethod, batch: Any) -> bool:
+    """Whether a method has norms, so that its scores of a batch can be normalised."""
+    try:
+        method.influence(batch, 1, response="margin", target="label", normalize="cosine")
+    except ValueError as error:
+        if str(error).startswith("`normalize`"):
+            return False
+        raise
+    return True

@@ -1,0 +1,304 @@
+"""Owns the figures of the comparison's report, as inline SVG made from the content of results.json.
+
+Lines and texts take their colours from custom properties of the page (`--ink`, `--series-1`, ...), so that
+they follow it into the dark. Where several series share a plot they differ in colour, marker and dash.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Series that one plot tells apart; the report's style sheet has a colour for each in both schemes.
+N_SERIES = 7
+#: What is drawn in these colours is given the custom properties instead.
+_COLOURS = {
+    "ink": "#000001",
+    "soft": "#000002",
+    "line": "#000003",
+    "accent": "#000004",
+    **{f"series-{i + 1}": f"#0000a{i + 1}" for i in range(N_SERIES)},
+}
+_MARKERS = "os^DvPX"
+_DASHES = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
+
+
+def forest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """LDS of every method: mean and interval, single models as ticks, the ceiling and zero as lines.
+
+    Args:
+        rows: `rows` of results.json.
+    """
+    with _svg("forest", (7.5, 0.75 + 0.36 * len(rows))) as (figure, out):
+        axes = figure.subplots()
+        for i, row in enumerate(reversed(rows)):
+            result = row["lds"]
+            low, high = _ends(result["interval"])
+            axes.plot([low, high], [i, i], color=_COLOURS["accent"], linewidth=2.5)
+            models = [math.nan if v is None else v for v in result["per_model"]]
+            axes.plot(models, [i] * len(models), "|", color=_COLOURS["series-2"], markersize=12)
+            axes.plot([_number(result["value"])], [i], "o", color=_COLOURS["accent"], markersize=6)
+        ceiling = rows[0]["lds"]["ceiling"]
+        if ceiling is not None:
+            axes.axvline(ceiling, color=_COLOURS["soft"], linestyle="--", linewidth=1)
+        axes.axvline(0, color=_COLOURS["soft"], linewidth=1)
+        axes.set_yticks(range(len(rows)), [row["name"] for row in reversed(rows)])
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_xlabel("LDS")
+        axes.grid(axis="x", color=_COLOURS["line"], linewidth=0.6)
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    return out[0]
+
+
+def cost_against_fidelity(rows: Sequence[Mapping[str, Any]]) -> str:
+    """LDS against the seconds of setup and queries together, on a log axis; every point is named.
+
+    Args:
+        rows: `rows` of results.json.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    named = [row for row in rows if row["lds"]["value"] is not None]
+    seconds = [max(1e-6, row["cost"]["fit_seconds"] + row["cost"]["query_seconds"]) for row in named]
+    values = [row["lds"]["value"] for row in named]
+    known = [v for row in named for v in _ends(row["lds"]["interval"]) if not math.isnan(v)]
+    low, high = min([0.0, *values, *known]), max([0.1, *values, *known])
+    room = 0.05 * (high - low)
+    inches = max(3.2, 0.22 * len(named) + 0.8)
+    with _svg("cost", (7.5, inches)) as (figure, out):
+        axes = figure.subplots()
+        axes.set_xscale("log")
+        first, last = math.floor(math.log10(min(seconds))), math.ceil(math.log10(max(seconds)))
+        axes.set_xlim(0.8 * 10.0**first, 1.25 * 10.0 ** max(last, first + 1))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if last - first <= 2 else (1,)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(low - room, high + room)
+        gap = 0.2 / (inches - 0.7) * (high - low + 2 * room)
+        places = spread(values, gap, low, high)
+        for row, x, y, place in zip(named, seconds, values, places, strict=True):
+            ends = _ends(row["lds"]["interval"])
+            axes.plot([x, x], ends, color=_COLOURS["accent"], linewidth=1.2, alpha=0.5)
+            axes.plot([x], [y], "o", color=_COLOURS["accent"], markersize=6)
+            axes.annotate(
+                row["name"],
+                xy=(x, y),
+                xytext=(1.03, place),
+                textcoords=axes.get_yaxis_transform(),
+                va="center",
+                arrowprops={
+                    "arrowstyle": "-",
+                    "relpos": (0, 0.5),
+                    "color": _COLOURS["soft"],
+                    "linewidth": 0.5,
+                    "shrinkA": 2,
+                    "shrinkB": 5,
+                },
+            )
+        axes.set_xlabel("setup and queries, seconds (log scale)")
+        axes.set_ylabel("LDS")
+        axes.grid(color=_COLOURS["line"], linewidth=0.6)
+    return out[0]
+
+
+def counterfactual_curves(rows: Sequence[Mapping[str, Any]], reference: str = "ClassRandom") -> list[str]:
+    """The drop of one arm against the number removed and against the depletion of the class.
+
+    Every method has a plot of its own with the reference in it, all on the same axes.
+
+    Args:
+        rows: Rows of `counterfactual` in results.json that removed the same end of the scores.
+        reference: Drawn in grey beside every other method, where it is among the rows.
+
+    Returns:
+        A plot for each row.
+    """
+    results = [row["result"] for row in rows]
+    ends = [v for r in results for v in (*r["drop"], *(e for i in r["intervals"] or () for e in _ends(i)))]
+    known = [v for v in (_number(v) for v in ends) if not math.isnan(v)]
+    low, high = min([0.0, *known]), max([0.05, *known])
+    shares = [_number(v) for r in results for v in r["depletion"]]
+    deepest = max([0.01, *(v for v in shares if not math.isnan(v))])
+    other = next((r for row, r in zip(rows, results, strict=True) if row["name"] == reference), None)
+    plots = []
+    for row, result in zip(rows, results, strict=True):
+        arm = "opponents" if result["opponents"] else "proponents"
+        with _svg(f"drop-{arm}-{row['name']}", (5.6, 2.5), layout=None) as (figure, out):
+            figure.subplots_adjust(left=0.13, right=0.98, bottom=0.19, top=0.97, wspace=0.06)
+            by_count, by_share = figure.subplots(1, 2, sharey=True)
+            if other is not None and other is not result:
+                _curves(by_count, by_share, other, "soft", "--")
+            _curves(by_count, by_share, result, "accent", "-")
+            for axes in (by_count, by_share):
+                axes.axhline(0, color=_COLOURS["soft"], linewidth=0.8)
+                axes.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+                axes.grid(color=_COLOURS["line"], linewidth=0.6)
+            by_count.set_xlim(0, 1.03 * max(c for r in results for c in r["counts"]))
+            by_share.set_xlim(0, 103 * deepest)
+            by_count.xaxis.get_major_locator().set_params(integer=True)
+            by_count.set_xlabel("examples removed")
+            by_share.set_xlabel("class removed, %")
+            by_count.set_ylabel("drop of the probability")
+        plots.append(out[0])
+    return plots
+
+
+def roc(rows: Sequence[Mapping[str, Any]]) -> str:
+    """ROC curves of flipped labels: the best ranking of each method, at most `N_SERIES` in colour.
+
+    Detectors that need no influence are dashed. The others are thin grey lines.
+
+    Args:
+        rows: `mislabel` of results.json.
+    """
+    told = highlighted(rows)
+    with _svg("roc", (8.4, 4.2)) as (figure, out):
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color=_COLOURS["soft"], linewidth=0.8, linestyle=":")
+        for i, row in enumerate(rows):
+            if i not in told:
+                grid = np.linspace(0, 1, len(row["result"]["roc"]))
+                axes.plot(grid, row["result"]["roc"], color=_COLOURS["line"], linewidth=1)
+        for place, i in enumerate(told):
+            row = rows[i]
+            curve = row["result"]["roc"]
+            dashed = not row["uses_influence"]
+            axes.plot(
+                np.linspace(0, 1, len(curve)),
+                curve,
+                color=_COLOURS[f"series-{place + 1}"],
+                linestyle=_DASHES[1] if dashed else "-",
+                marker=_MARKERS[place],
+                markevery=(3 + 2 * place, 18),
+                markersize=5,
+                linewidth=1.8,
+                label=f"{row['name']} ({'no influence' if dashed else row['ranking']})",
+            )
+        axes.set_xlabel("share of right labels that are inspected")
+        axes.set_ylabel("share of flipped labels that are found")
+        axes.set_xlim(-0.01, 1.01)
+        axes.set_ylim(-0.01, 1.03)
+        axes.grid(color=_COLOURS["line"], linewidth=0.6)
+        axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, handlelength=3, fontsize=9)
+    return out[0]
+
+
+def highlighted(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The rows of `mislabel` that the ROC plot tells apart: one a name, by AUC, at most `N_SERIES`.
+
+    >>> result = {"auc": 0.5}
+    >>> highlighted([{"name": "a", "result": {"auc": 0.6}}, {"name": "a", "result": {"auc": 0.9}}])
+    [1]
+    """
+    order = sorted(range(len(rows)), key=lambda i: -rows[i]["result"]["auc"])
+    first: dict[str, int] = {}
+    for i in order:
+        first.setdefault(rows[i]["name"], i)
+    return list(first.values())[:N_SERIES]
+
+
+def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Places near the values that are at least a gap apart: least squares, then pushed inside the limits.
+
+    Args:
+        values: Where labels would like to be.
+        gap: Between neighbours; made smaller where they would not all fit.
+        low: No place is below.
+        high: No place is above.
+
+    >>> spread([0.5, 0.5, 0.9], 0.2, 0.0, 1.0)
+    [0.4, 0.6, 0.9]
+    """
+    gap = min(gap, (high - low) / max(1, len(values) - 1))
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    # With z_i = y_i - i * gap the gaps say that z does not fall: pool neighbours that violate it.
+    blocks: list[list[float]] = []
+    for rank, i in enumerate(order):
+        blocks.append([values[i] - rank * gap, 1.0])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            mean, n = blocks.pop()
+            blocks[-1] = [(blocks[-1][0] * blocks[-1][1] + mean * n) / (blocks[-1][1] + n), blocks[-1][1] + n]
+    flat = [mean for mean, n in blocks for _ in range(int(n))]
+    places = [0.0] * len(values)
+    for rank, i in enumerate(order):
+        lowest, highest = low, high - (len(values) - 1) * gap
+        places[i] = round(min(max(flat[rank], lowest), highest) + rank * gap, 12)
+    return places
+
+
+def _curves(by_count: Axes, by_share: Axes, result: Mapping[str, Any], colour: str, dash: Any) -> None:
+    """One method's drop with its band on both axes; removing nothing changes nothing."""
+    drop = [0.0, *map(_number, result["drop"])]
+    ends: NDArray[np.float64] = np.array([(0.0, 0.0), *map(_ends, result["intervals"] or ())])
+    shares = [0.0, *(100 * _number(v) for v in result["depletion"])]
+    for axes, x in ((by_count, [0, *result["counts"]]), (by_share, shares)):
+        axes.plot(x, drop, color=_COLOURS[colour], linestyle=dash, marker="o", markersize=4, linewidth=1.8)
+        if result["intervals"]:
+            axes.fill_between(x, *ends.T, color=_COLOURS[colour], alpha=0.18, linewidth=0)
+
+
+@contextmanager
+def _svg(
+    name: str, inches: tuple[float, float], layout: Literal["constrained"] | None = "constrained"
+) -> Iterator[tuple[Figure, list[str]]]:
+    """A figure to draw on, and a list that afterwards holds it as SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    out: list[str] = []
+    lines = dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), _COLOURS["soft"])
+    names = ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
+    texts = dict.fromkeys(names, _COLOURS["ink"])
+    style = {
+        **lines,
+        **texts,
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "font.family": "DejaVu Sans",
+        "font.size": 10.0,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=inches, layout=layout)
+        yield figure, out
+        buffer = io.StringIO()
+        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    out.append(_for_a_page(buffer.getvalue()))
+
+
+def _for_a_page(svg: str) -> str:
+    """SVG that can stand in a page beside others: its colours, no names but those it refers to."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r" xmlns(:xlink)?=\"[^\"]*\"", "", svg).replace("xlink:href", "href")
+    svg = re.sub(r"<svg width=\"[\d.]+pt\" height=\"[\d.]+pt\"", '<svg focusable="false"', svg)
+    svg = re.sub(r" font-family: [^;\"]*;", "", svg)
+    used = set(re.findall(r"#([\w.-]+)", svg))
+    svg = re.sub(r" id=\"([^\"]*)\"", lambda m: m.group() if m.group(1) in used else "", svg)
+    for name, colour in _COLOURS.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return re.sub(r"\s*\n\s*", "\n", svg)
+
+
+def _ends(interval: Mapping[str, Any] | None) -> tuple[float, float]:
+    """Both ends of an interval, NaN where there is none."""
+    return (math.nan, math.nan) if interval is None else (_number(interval["low"]), _number(interval["high"]))
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -1,0 +1,181 @@
+"""Owns how results look in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from .comparison import Comparison
+from .environment import one_line
+from .explanation import Explanation
+from .paper_tables import PaperTable
+from .statistics import Interval
+
+console = Console()
+
+
+def show_explanation(explanation: Explanation) -> None:
+    """Proponents, opponents and suspects of an explanation."""
+    table = Table(title=f"{explanation.task}: training examples, as label #index (score)")
+    for column in ("test", "label", "says", "proponents", "opponents"):
+        table.add_column(column)
+    for point in explanation.points:
+        table.add_row(
+            f"#{point.index}",
+            str(point.label),
+            str(point.predicted),
+            *(
+                ", ".join(f"{n.label} #{n.index} ({n.score:+.2g})" for n in neighbours[:3])
+                for neighbours in (point.proponents, point.opponents)
+            ),
+        )
+    console.print(table)
+    suspects = ", ".join(f"{n.label} #{n.index}" for n in explanation.suspects[:8])
+    console.print(f"Most suspect labels: {suspects}")
+    seconds = explanation.seconds
+    console.print(
+        f"Forward pass {1e3 * seconds['forward']:.0f} ms, fit {1e3 * seconds['fit']:.0f} ms, "
+        f"query {1e3 * seconds['query']:.1f} ms. {one_line(explanation.environment)}"
+    )
+
+
+def show_comparison(result: Comparison) -> None:
+    """One table for each measure, and the summary in sentences."""
+    protocol = result.protocol
+    _print(
+        f"{result.task}: LDS, {protocol['n_subsets']} halves x {protocol['n_seeds']} retrainings, "
+        f"{protocol['n_test_reported']} reported test points",
+        ("method", "LDS", "95%", "worst", "each model", "first - this", "slope", "fit s", "query s", "MiB",
+         "chosen"),
+        [
+            (
+                row.name,
+                f"{row.lds.value:.3f}",
+                _interval(row.lds.interval),
+                f"{row.lds.worst:.3f}",
+                " ".join(f"{v:.3f}" for v in row.lds.per_model),
+                "" if row.against_first is None else _gap(*row.against_first),
+                "" if row.calibration is None else f"{row.calibration.slope:.2f}",
+                f"{row.cost.fit_seconds:.2f}",
+                f"{row.cost.query_seconds:.2f}",
+                "" if row.cost.peak_bytes is None else f"{row.cost.peak_bytes / 2**20:.0f}",
+                ", ".join(f"{k}={v}" for k, v in row.options.items()),
+            )
+            for row in result.rows
+        ],
+    )  # fmt: skip
+    ceiling = result.rows[0].lds.ceiling
+    console.print("Ceiling: " + ("needs two retrainings" if ceiling is None else f"{ceiling:.3f}"))
+    for name, residual in protocol["models"].items():
+        console.print(f"Attributed model {name}: mean training residual {residual:.4f}")
+    if any(row.linearized is not None for row in result.rows):
+        _print(
+            "C.1: scores against per-example effects",
+            ("method", "Spearman", "95% (test points only)", "Pearson", "ceiling"),
+            [
+                (
+                    row.name,
+                    f"{row.linearized.spearman:.3f}",
+                    _interval(row.linearized.interval),
+                    f"{row.linearized.pearson:.3f}",
+                    "" if row.linearized.ceiling is None else f"{row.linearized.ceiling:.3f}",
+                )
+                for row in result.rows
+                if row.linearized is not None
+            ],
+        )
+    _show_counterfactual(result)
+    if result.mislabel:
+        _print(
+            "Flipped labels",
+            ("method", "ranked by", "precision at M", "95%", "average precision", "AUC"),
+            [
+                (
+                    row.name,
+                    row.ranking if row.uses_influence else "needs no influence",
+                    f"{row.result.precision:.3f}",
+                    _interval(row.result.interval),
+                    f"{row.result.average_precision:.3f}",
+                    f"{row.result.auc:.3f}",
+                )
+                for row in result.mislabel
+            ],
+        )
+    if result.leakage:
+        _print(
+            "Leaked test examples: rank of the duplicate (0 is first)",
+            ("method", "planted", "kind", "normalised", "mean rank", "median", "first"),
+            [
+                (
+                    row.name,
+                    str(row.n_planted),
+                    row.kind,
+                    row.normalize or "no",
+                    f"{row.result.mean_rank:.1f}",
+                    f"{row.result.median_rank:.1f}",
+                    f"{row.result.rates[1]:.2f}",
+                )
+                for row in result.leakage
+            ],
+        )
+    for name, reason in result.skipped.items():
+        console.print(f"Left out: {name}, which {reason}")
+    console.print(" ".join(result.summary()))
+    console.print(one_line(result.environment), result.note)
+
+
+def show_printed(table: PaperTable) -> None:
+    """What the paper printed."""
+    rows = [(name, *figures) for name, figures in table.printed.items()]
+    _print(f"Table {table.number} of the paper: {table.title}", ("method", *table.columns), rows)
+    if table.differs:
+        console.print(table.differs)
+
+
+def _show_counterfactual(result: Comparison) -> None:
+    for opponents in (False, True):
+        rows = [row for row in result.counterfactual if row.result.opponents is opponents]
+        if not rows:
+            continue
+        counts = rows[0].result.counts
+        arm = "opponents" if opponents else "proponents"
+        _print(
+            f"Drop of the true class's probability when the top {arm} are removed "
+            "[95%] (share of the class that goes with them)",
+            ("method", *(f"k={k}" for k in counts)),
+            [
+                (
+                    row.name,
+                    *(
+                        f"{drop:+.3f} {_interval(spread)} ({share:.0%})"
+                        for drop, spread, share in zip(
+                            row.result.drop,
+                            row.result.intervals or [None] * len(counts),
+                            row.result.depletion,
+                            strict=True,
+                        )
+                    ),
+                )
+                for row in rows
+            ],
+        )
+
+
+def _print(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _interval(interval: Interval | None) -> str:
+    return "" if interval is None else f"[{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def _gap(value: float, interval: Interval | None) -> str:
+    spread = "" if interval is None else f" [{interval.low:+.3f}, {interval.high:+.3f}]"
+    return f"{value:+.3f}{spread}"
