@@ -20,7 +20,7 @@ from planted import (
 )
 from torch import Tensor, nn
 
-from stride_captum import STRIDE, InfluenceMethod
+from stride_captum import STRIDE, InfluenceMethod, STRIDEConfig
 from stride_captum.checkpoints import load_checkpoint
 
 
@@ -110,6 +110,11 @@ class TestRefusedArguments:
             method.influence(planted[2].tensors, response="margn")
         with pytest.raises(ValueError, match="`normalize` must be None or 'cosine'; got 'l2'"):
             method.influence(planted[2].tensors, normalize="l2")
+
+    def test_cosine_of_a_method_without_norms(self, planted):
+        trained = STRIDE(*planted[:2], config=STRIDEConfig(operators="trained", iterations=2))
+        with pytest.raises(ValueError, match="`normalize` must be None for STRIDE, which has no norms"):
+            trained.influence(planted[2].tensors, normalize="cosine")
 
     @pytest.mark.parametrize("method", METHODS[1:])
     def test_arguments_of_the_constructor(self, planted, method):
