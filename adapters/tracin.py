@@ -15,21 +15,28 @@ that Captum has no right shortcut for is done one example at a time, which is sl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from captum.influence import TracInCP, TracInCPFast
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from .. import inputs as data
 from ..errors import bad_value
 from ..influence import Ask
-from ..responses import multiclass_logits, response_gradient
-from .captum_calls import batch_of, input_names, inputs_by_position, quiet
+from ..responses import response_gradient
+from .captum_calls import input_names, inputs_by_position, quiet
 from .gradients import GradientMethod, GradientState
+from .linear_losses import (
+    Positional,
+    ResidualsAsLabels,
+    has_batched_gradients,
+    linear_loss,
+    linear_losses,
+)
 from .per_example_gradients import flat
 
 #: Examples on which Captum's shortcuts are compared with plain gradients.
@@ -93,7 +100,7 @@ class TracIn(GradientMethod):
             self.parameters_ = [name for name in self.parameters_ if name.endswith("weight")]
         modules = [model.get_submodule(name) for name in _owners(self.parameters_)]
         first = data.slice_batch(next(iter(self._train_batches(False))), slice(0, _PROBE))
-        shortcut = self.fast or all(_has_fast_gradients(module) for module in modules)
+        shortcut = self.fast or all(has_batched_gradients(module) for module in modules)
         self.batched_ = shortcut and self._shortcut_is_right(model, first)
         if self.fast and not self.batched_:
             raise bad_value(
@@ -135,7 +142,7 @@ class TracIn(GradientMethod):
         with torch.no_grad():
             logits = self._logits(model, batch)
         vectors = response_gradient(logits, ask.classes(logits, batch), ask.response)
-        training = _ResidualsAsLabels(self, state.residuals, None if self.batched_ else 1)
+        training = ResidualsAsLabels(self, state.residuals, None if self.batched_ else 1)
         scores = self._ask_captum(model, batch, vectors, training, self.batched_)
         return TracInTest(scores, lambda: flat(self._gradients(model, batch, vectors)))
 
@@ -147,7 +154,7 @@ class TracIn(GradientMethod):
         if not batched:  # Captum's loop runs every gradient of an example through its whole batch
             alone: Any = list(data.split_batch(asked, 1))
             asked = DataLoader(alone, batch_size=None)
-        network = _Positional(model, input_names(batch))
+        network = Positional(model, input_names(batch))
         with quiet():
             try:
                 captum = self._captum(network, DataLoader(training, batch_size=None), batched)
@@ -170,12 +177,12 @@ class TracIn(GradientMethod):
         norms: Tensor = torch.linalg.vector_norm(prepared.sides(), dim=1)
         return norms
 
-    def _captum(self, network: _Positional, loader: DataLoader[Any], batched: bool) -> Any:
+    def _captum(self, network: Positional, loader: DataLoader[Any], batched: bool) -> Any:
         checkpoint = {"checkpoints": ["loaded"], "checkpoints_load_func": lambda network, name: 1.0}
         if self.fast:
             assert self.layers is not None
             last = network.network.get_submodule(self.layers[0])
-            return TracInCPFast(network, last, loader, loss_fn=_linear_loss, **checkpoint)
+            return TracInCPFast(network, last, loader, loss_fn=linear_loss, **checkpoint)
         if batched:
             layers = [f"network.{name}" if name else "network" for name in _owners(self.parameters_)]
         else:
@@ -186,7 +193,7 @@ class TracIn(GradientMethod):
             network,
             loader,
             layers=layers,
-            loss_fn=_linear_loss if batched else _linear_losses,
+            loss_fn=linear_loss if batched else linear_losses,
             sample_wise_grads_per_batch=batched,
             **checkpoint,
         )
@@ -208,45 +215,6 @@ class TracInTest:
     sides: Callable[[], Tensor]
 
 
-class _Positional(nn.Module):
-    """A network that takes tensors by position, as Captum calls it, and gives `(n, n_outputs)`."""
-
-    def __init__(self, network: nn.Module, names: list[str] | None) -> None:
-        super().__init__()
-        self.network = network
-        self.names = names
-
-    def forward(self, *values: Any) -> Tensor:
-        outputs = data.forward(self.network, batch_of(self.names, values))
-        return outputs[:, None] if outputs.ndim == 1 else outputs
-
-
-class _ResidualsAsLabels(IterableDataset[Any]):
-    """The training batches `(inputs..., residuals)` of a method, of at most `size` examples."""
-
-    def __init__(self, method: GradientMethod, residuals: Tensor, size: int | None) -> None:
-        self.method, self.residuals, self.size = method, residuals, size or len(residuals)
-
-    def __iter__(self) -> Iterator[Any]:
-        for rows, batch in self.method._train_blocks(self.size, False):
-            yield (*inputs_by_position(batch), self.residuals[rows])
-
-
 def _owners(names: Sequence[str]) -> list[str]:
     """The modules that hold these parameters."""
     return sorted({name.rpartition(".")[0] for name in names})
-
-
-def _has_fast_gradients(module: nn.Module) -> bool:
-    """Whether Captum has batched per-example gradients for it."""
-    if type(module) is nn.Conv2d:
-        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    return type(module) is nn.Linear
-
-
-def _linear_losses(outputs: Tensor, vectors: Tensor) -> Tensor:
-    return -(multiclass_logits(outputs) * vectors).sum(1)
-
-
-def _linear_loss(outputs: Tensor, vectors: Tensor) -> Tensor:
-    return _linear_losses(outputs, vectors).sum()
