@@ -382,7 +382,7 @@ def comparison_sizes(preset: str) -> tuple[dict[str, int], dict[str, dict[str, A
     if preset != "smoke":
         return {"n_subsets": 100, "n_seeds": 2, "n_models": 3, "n_test": 300}, {}
     sizes = {"n_subsets": 50, "n_seeds": 2, "n_models": 2, "n_test": 120}
-    few = ("STRIDE", "STRIDE trained + Lasso", "EKFAC", "TracIn", "Similarity", "ClassRandom")
+    few = ("STRIDE", "EKFAC", "TracIn", "Similarity", "ClassRandom")
     measures: dict[str, dict[str, Any]] = {
         "counterfactual": {
             "counts": (0.05, 0.2),
@@ -391,6 +391,7 @@ def comparison_sizes(preset: str) -> tuple[dict[str, int], dict[str, dict[str, A
             "methods": few,
             "arms": ("proponents", "opponents"),
         },
+        "mislabel": {"n_held_out": 100},
         "leakage": {"counts": (10,), "kinds": ("exact",)},
     }
     return sizes, measures
