@@ -161,3 +161,28 @@ def similarities(captum: Any, inputs: tuple[Any, ...], n_train: int) -> Tensor:
         raise bad_value("inputs", "hold one tensor beside the labels for SimilarityInfluence", len(inputs))
     indices, values = captum.influence(inputs, top_k=n_train)[captum.layers[0]]
     return torch.zeros_like(values).scatter(1, indices, values)
+
+
+def response_factor(answers: str, sign: int, response: str) -> int:
+    """1 or -1, which turns the scores of a Captum object into those of a response.
+
+    Args:
+        answers: "every", "similarity", or the one response that the object answers.
+        sign: Of its scores for that.
+        response: The response that is asked for.
+
+    Raises:
+        ValueError: Another response than it answers.
+    """
+    if answers in ("every", "similarity"):
+        return -sign if (answers, response) == ("similarity", "loss") else sign
+    if {answers, response} == {"loss", "log-probability"}:
+        return -sign
+    if response != answers:
+        raise bad_value(
+            "response",
+            f"be {answers!r}, which Captum's object answers",
+            repr(response),
+            "Build it with ResidualLoss and answers='every' for all.",
+        )
+    return sign

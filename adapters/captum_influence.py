@@ -57,6 +57,7 @@ from .captum_calls import (
     keep_weights,
     mend_similarity,
     quiet,
+    response_factor,
     similarities,
     squared_norms,
 )
@@ -156,7 +157,7 @@ class CaptumInfluence(GradientMethod):
     def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Ask) -> CaptumTest:
         with torch.no_grad():
             logits = self._logits(model, batch)
-        classes, factor = ask.classes(logits, batch), self._factor(ask.response)
+        classes, factor = ask.classes(logits, batch), response_factor(self.answers, self.sign, ask.response)
         labels = data.labels_of(batch)
         if self.answers == "every":
             labels = response_gradient(logits, classes, ask.response)
@@ -180,29 +181,9 @@ class CaptumInfluence(GradientMethod):
             )
         return CaptumTest(factor * scores.detach().to(logits.device), asked)
 
-    def _factor(self, response: str) -> int:
-        """1 or -1, which turns Captum's scores into those of a response."""
-        if self.answers in ("every", "similarity"):
-            return -self.sign if (self.answers, response) == ("similarity", "loss") else self.sign
-        if {self.answers, response} == {"loss", "log-probability"}:
-            return -self.sign
-        if response != self.answers:
-            raise bad_value(
-                "response",
-                f"be {self.answers!r}, which Captum's object answers",
-                repr(response),
-                "Build it with ResidualLoss and answers='every' for all.",
-            )
-        return self.sign
-
     def _scores(self, state: GradientState, prepared: Any, columns: slice) -> Tensor:
         scores: Tensor = prepared.scores[:, columns]
         return scores
-
-    def _scores_of_batch(
-        self, state: GradientState, prepared: Any, columns: slice, model: nn.Module, batch: Any
-    ) -> Tensor:
-        return self._scores(state, prepared, columns)
 
     def _inverse_norms(self, state: GradientState, prepared: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
         if self.answers != "every":

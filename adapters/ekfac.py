@@ -141,11 +141,6 @@ class EKFAC(GradientMethod):
         scores: Tensor = prepared.scores[:, columns]
         return scores
 
-    def _scores_of_batch(
-        self, state: GradientState, prepared: Any, columns: slice, model: nn.Module, batch: Any
-    ) -> Tensor:
-        return self._scores(state, prepared, columns)
-
     def _self_scores(self, state: GradientState, model: nn.Module, batches: Iterable[Batch]) -> Tensor:
         return self._kronfluence(model).self_scores(state.kernel, batches) / self.n_train_
 

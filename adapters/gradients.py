@@ -165,6 +165,8 @@ class GradientMethod(InfluenceMethod):
     def _scores_of_batch(
         self, state: GradientState, prepared: Any, columns: slice, model: nn.Module, batch: Any
     ) -> Tensor:
+        if not self.reads_training_data:
+            return self._scores(state, prepared, columns)
         gradients = self._gradients(model, batch, state.residuals[columns])
         scores: Tensor = prepared.preconditioned @ self._side(state.kernel, gradients).T
         return scores

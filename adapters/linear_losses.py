@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,3 +54,8 @@ def linear_losses(outputs: Tensor, vectors: Tensor) -> Tensor:
 def linear_loss(outputs: Tensor, vectors: Tensor) -> Tensor:
     """Their sum."""
     return linear_losses(outputs, vectors).sum()
+
+
+def owners(names: Sequence[str]) -> list[str]:
+    """The modules that hold these parameters."""
+    return sorted({name.rpartition(".")[0] for name in names})

@@ -36,6 +36,7 @@ from .linear_losses import (
     has_batched_gradients,
     linear_loss,
     linear_losses,
+    owners,
 )
 from .per_example_gradients import flat
 
@@ -98,7 +99,7 @@ class TracIn(GradientMethod):
         state = super()._fit_checkpoint(model, show_progress)
         if self.fast:
             self.parameters_ = [name for name in self.parameters_ if name.endswith("weight")]
-        modules = [model.get_submodule(name) for name in _owners(self.parameters_)]
+        modules = [model.get_submodule(name) for name in owners(self.parameters_)]
         first = data.slice_batch(next(iter(self._train_batches(False))), slice(0, _PROBE))
         shortcut = self.fast or all(has_batched_gradients(module) for module in modules)
         self.batched_ = shortcut and self._shortcut_is_right(model, first)
@@ -168,11 +169,6 @@ class TracIn(GradientMethod):
         scores: Tensor = prepared.scores[:, columns]
         return scores
 
-    def _scores_of_batch(
-        self, state: GradientState, prepared: Any, columns: slice, model: nn.Module, batch: Any
-    ) -> Tensor:
-        return self._scores(state, prepared, columns)
-
     def _test_norms(self, state: GradientState, prepared: Any) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(prepared.sides(), dim=1)
         return norms
@@ -184,7 +180,7 @@ class TracIn(GradientMethod):
             last = network.network.get_submodule(self.layers[0])
             return TracInCPFast(network, last, loader, loss_fn=linear_loss, **checkpoint)
         if batched:
-            layers = [f"network.{name}" if name else "network" for name in _owners(self.parameters_)]
+            layers = [f"network.{name}" if name else "network" for name in owners(self.parameters_)]
         else:
             named = dict(network.network.named_parameters())
             network.chosen = nn.ParameterList(named[name] for name in self.parameters_)
@@ -213,8 +209,3 @@ class TracInTest:
 
     scores: Tensor
     sides: Callable[[], Tensor]
-
-
-def _owners(names: Sequence[str]) -> list[str]:
-    """The modules that hold these parameters."""
-    return sorted({name.rpartition(".")[0] for name in names})

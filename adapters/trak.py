@@ -125,11 +125,6 @@ class TRAK(GradientMethod):
         scores: Tensor = prepared.preconditioned @ state.kernel.features[columns].T
         return scores
 
-    def _scores_of_batch(
-        self, state: GradientState, prepared: Any, columns: slice, model: nn.Module, batch: Any
-    ) -> Tensor:
-        return self._scores(state, prepared, columns)
-
     def _train_norms(self, state: GradientState) -> Tensor:
         features = state.kernel.features
         return self._norms(state, features, self._precondition(state.kernel, features))
