@@ -181,10 +181,6 @@ class CaptumInfluence(GradientMethod):
             )
         return CaptumTest(factor * scores.detach().to(logits.device), asked)
 
-    def _scores(self, state: GradientState, prepared: Any, columns: slice) -> Tensor:
-        scores: Tensor = prepared.scores[:, columns]
-        return scores
-
     def _inverse_norms(self, state: GradientState, prepared: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
         if self.answers != "every":
             raise self._no_norms()
@@ -204,10 +200,7 @@ class CaptumInfluence(GradientMethod):
     ) -> Tensor:
         if self.answers != "every":
             return InfluenceMethod._self_influence(self, state, model, batch, rows)
-        if rows is None:
-            left, right = self._other_residuals(state, model, batch)
-        else:
-            left, right = state.loss_residuals[rows], state.residuals[rows]
+        left, right = self._both_residuals(state, model, batch, rows)
         inputs = inputs_by_position(batch)
         if self.residuals == "training":
             return squared_norms(state.kernel, (*inputs, left))

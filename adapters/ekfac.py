@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from .. import inputs as data
 from ..errors import bad_choice, bad_value
 from ..influence import Ask
-from ..responses import response_gradient
 from .controls import input_keys
 from .gradients import GradientMethod, GradientState
 from .kronfluence_calls import Batch, Kronfluence, tracked_layers
@@ -129,17 +128,11 @@ class EKFAC(GradientMethod):
             yield {"examples": batch, **{name: every[rows] for name, every in vectors.items()}}
 
     def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Ask) -> EKFACTest:
-        with torch.no_grad():
-            logits = self._logits(model, batch)
-        vectors = response_gradient(logits, ask.classes(logits, batch), ask.response)
+        vectors = self._response_gradients(model, batch, ask)
         query = {"examples": batch, "gradients": vectors}
         train = self._train_sides(residuals=state.residuals)
         scores = self._kronfluence(model).scores(state.kernel, query, train) / self.n_train_
         return EKFACTest(scores, lambda: self._norms_of(state, model, [{**query, "residuals": vectors}]))
-
-    def _scores(self, state: GradientState, prepared: Any, columns: slice) -> Tensor:
-        scores: Tensor = prepared.scores[:, columns]
-        return scores
 
     def _self_scores(self, state: GradientState, model: nn.Module, batches: Iterable[Batch]) -> Tensor:
         return self._kronfluence(model).self_scores(state.kernel, batches) / self.n_train_
@@ -147,10 +140,7 @@ class EKFAC(GradientMethod):
     def _self_influence(
         self, state: GradientState, model: nn.Module, batch: Any, rows: slice | None
     ) -> Tensor:
-        if rows is None:
-            left, right = self._other_residuals(state, model, batch)
-        else:
-            left, right = state.loss_residuals[rows], state.residuals[rows]
+        left, right = self._both_residuals(state, model, batch, rows)
         return self._self_scores(state, model, [{"examples": batch, "gradients": left, "residuals": right}])
 
     def _norms_of(self, state: GradientState, model: nn.Module, batches: Iterable[Batch]) -> Tensor:

@@ -152,15 +152,22 @@ class GradientMethod(InfluenceMethod):
         parameters = {name: every[name].detach() for name in self.parameters_}
         return example_gradients(model, parameters, batch, vectors)
 
-    def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Ask) -> Any:
+    def _response_gradients(self, model: nn.Module, batch: Any, ask: Ask) -> Tensor:
+        """G of each test point, `(n, n_classes)`."""
         with torch.no_grad():
             logits = self._logits(model, batch)
-        vectors = response_gradient(logits, ask.classes(logits, batch), ask.response)
+        return response_gradient(logits, ask.classes(logits, batch), ask.response)
+
+    def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Ask) -> Any:
+        vectors = self._response_gradients(model, batch, ask)
         sides = self._side(state.kernel, self._gradients(model, batch, vectors))
         return GradientTest(sides, self._precondition(state.kernel, sides))
 
     def _scores(self, state: GradientState, prepared: Any, columns: slice) -> Tensor:
-        raise NotImplementedError("gradient methods score batches of training examples")
+        if self.reads_training_data:
+            raise NotImplementedError("gradient methods score batches of training examples")
+        scores: Tensor = prepared.scores[:, columns]  # `_prepare` has given all columns
+        return scores
 
     def _scores_of_batch(
         self, state: GradientState, prepared: Any, columns: slice, model: nn.Module, batch: Any
@@ -174,18 +181,19 @@ class GradientMethod(InfluenceMethod):
     def _self_influence(
         self, state: GradientState, model: nn.Module, batch: Any, rows: slice | None
     ) -> Tensor:
-        if rows is None:
-            left, right = self._other_residuals(state, model, batch)
-        else:
-            left, right = state.loss_residuals[rows], state.residuals[rows]
+        left, right = self._both_residuals(state, model, batch, rows)
         sides = self._side(state.kernel, self._gradients(model, batch, right))
         other = sides
         if self.residuals != "training":
             other = self._side(state.kernel, self._gradients(model, batch, left))
         return (other * self._precondition(state.kernel, sides)).sum(1)
 
-    def _other_residuals(self, state: GradientState, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        """The two residuals of examples outside the training set."""
+    def _both_residuals(
+        self, state: GradientState, model: nn.Module, batch: Any, rows: slice | None
+    ) -> tuple[Tensor, Tensor]:
+        """`e_y - p` and r of training examples, or (`rows` is None) of examples outside the training set."""
+        if rows is not None:
+            return state.loss_residuals[rows], state.residuals[rows]
         if self.residuals not in ("training", "temperature"):
             raise bad_value(
                 "residuals", "be 'training' or 'temperature' for other inputs", repr(self.residuals)

@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader
 from .. import inputs as data
 from ..errors import bad_value
 from ..influence import Ask
-from ..responses import response_gradient
 from .captum_calls import input_names, inputs_by_position, quiet
 from .gradients import GradientMethod, GradientState
 from .linear_losses import (
@@ -140,9 +139,7 @@ class TracIn(GradientMethod):
         return torch.stack(rows)
 
     def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Ask) -> TracInTest:
-        with torch.no_grad():
-            logits = self._logits(model, batch)
-        vectors = response_gradient(logits, ask.classes(logits, batch), ask.response)
+        vectors = self._response_gradients(model, batch, ask)
         training = ResidualsAsLabels(self, state.residuals, None if self.batched_ else 1)
         scores = self._ask_captum(model, batch, vectors, training, self.batched_)
         return TracInTest(scores, lambda: flat(self._gradients(model, batch, vectors)))
@@ -163,10 +160,6 @@ class TracIn(GradientMethod):
             finally:
                 for parameter in model.parameters():
                     vars(parameter).pop("sample_grad", None)
-        return scores
-
-    def _scores(self, state: GradientState, prepared: Any, columns: slice) -> Tensor:
-        scores: Tensor = prepared.scores[:, columns]
         return scores
 
     def _test_norms(self, state: GradientState, prepared: Any) -> Tensor:
