@@ -97,6 +97,7 @@ def explain_command(
 
 @app.command("compare")
 def compare_command(
+    context: typer.Context,
     task: TaskName = "digits",
     method: Annotated[
         list[str] | None, typer.Option(help="A row; may be repeated. Default: " + ", ".join(DEFAULT_METHODS))
@@ -127,6 +128,13 @@ def compare_command(
     engine: Annotated[
         str, typer.Option(help="How halves are retrained: auto, processes or stacked (many models at once).")
     ] = "auto",
+    options_from: Annotated[
+        Path | None,
+        typer.Option(help="A results.json: its options of the methods are taken, none are chosen."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run that was started in --out, as it was asked.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be retrained; stop.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Go on where it takes more than two hours.")] = False,
     out: Out = Path("out/compare"),
@@ -134,7 +142,8 @@ def compare_command(
 ) -> None:
     """Compare methods on the same models, subsets and test points.
 
-    Options of a method are chosen by LDS on one half of the test points and reported on the other.
+    Options of a method are chosen by LDS on one half of the test points and reported on the other. Whatever
+    has been retrained, fitted and asked is kept: --resume, or the same command again, goes on from there.
 
     Examples:
 
@@ -143,8 +152,14 @@ def compare_command(
         stride-captum compare --method STRIDE --method EKFAC --measure lds --measure leakage
 
         stride-captum compare --task mnist --data-root ~/data --spiked 1
+
+        stride-captum compare --resume --out out/compare
     """
     with _one_sentence_errors():
+        asked = out / "asked.json"
+        if resume:
+            context.invoke(compare_command, context, **_read_asked(asked), out=out, yes=yes, quiet=quiet)
+            return
         loaded = load_task(task, preset=preset, data_root=data_root, data=data, model=model)
         sizes, measures = comparison_sizes(preset)
         own = {} if settings is None else _json("settings", settings)
@@ -161,9 +176,11 @@ def compare_command(
             "n_jobs": jobs,
             "engine": engine,
         }
+        chosen = None if options_from is None else read_results(options_from)["protocol"]["options"]
         if not _affordable(estimates(method, loaded, **plan), dry_run, yes, quiet):
             return
-        result = compare(method, loaded, n_spiked=spiked, show_progress=not quiet, **plan)
+        _keep_asked(asked, context.params)
+        result = compare(method, loaded, n_spiked=spiked, options=chosen, show_progress=not quiet, **plan)
         _write(out, result.to_dict(), write_comparison)
     if not quiet:
         show_comparison(result)
@@ -363,6 +380,28 @@ def bench_recovery_command(
         table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
     console.print(table)
     console.print(one_line(environment))
+
+
+#: Of `compare`, what may be said anew of a run that is resumed.
+_SAID_ANEW = ("out", "yes", "quiet", "resume", "dry_run")
+
+
+def _keep_asked(path: Path, parameters: dict[str, Any]) -> None:
+    kept = {name: value for name, value in parameters.items() if name not in _SAID_ANEW}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(kept, default=str, indent=1), encoding="utf-8")
+
+
+def _read_asked(path: Path) -> dict[str, Any]:
+    """The parameters of the run that was started in a folder."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"No run was started in {path.parent}: {path.name} is not there. Name its folder with --out, or "
+            "leave out --resume."
+        )
+    asked: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    paths = ("store", "data_root", "options_from")
+    return {k: Path(v) if k in paths and v is not None else v for k, v in asked.items()}
 
 
 def _affordable(found: list[RetrainingEstimate], dry_run: bool, yes: bool, quiet: bool) -> bool:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
 from .. import adapters
 from ..errors import bad_choice, bad_value
-from ..influence import InfluenceMethod
-from ..peak_memory import release_free_memory
 from ..restoring import weights_fingerprint
 from ..subsets import Membership, random_subsets
 from . import environment
@@ -23,10 +20,11 @@ from .attributed_training import train_attributed, train_checkpoints, train_spik
 from .base_training import mean_residual
 from .calibration import CalibrationResult, calibration
 from .contenders import DEFAULT_METHODS, Contender, find_contender
-from .cost import Cost, cost_of, forward_seconds, median_cost
+from .cost import Cost, forward_seconds, median_cost
 from .counterfactual_retraining import CounterfactualRow, measure_counterfactual
 from .counterfactual_retraining import cost as counterfactual_cost
 from .gallery import Gallery
+from .kept_answers import Answer, KeptMethod
 from .leakage_benchmark import LeakageRow, measure_leakage
 from .linear_datamodeling import LDSResult, difference, lds, margins, plain
 from .linearized_influence import LinearizedInfluenceResult, linearized_influence_correlation
@@ -42,8 +40,10 @@ if TYPE_CHECKING:
 
 #: Of `Comparison.to_dict()`; increased whenever a reader of results.json must know.
 FORMAT = 1
-#: What can be measured; "lds" is always, because it chooses the options.
+#: What can be measured.
 MEASURES = ("lds", "calibration", "linearized", "counterfactual", "mislabel", "leakage")
+#: Those that are read off retrained halves, and come with the choice of options.
+_OF_HALVES = frozenset({"lds", "calibration", "linearized"})
 #: Detectors of label noise that need no influence.
 DETECTORS = {
     "loss": adapters.LossDetector,
@@ -108,7 +108,7 @@ class Comparison:
     Attributes:
         task: Name of the task.
         note: What must be read beside the figures.
-        rows: One per method: LDS, cost and what goes with them.
+        rows: One per method: LDS, cost and what goes with them; empty where no halves were retrained.
         protocol: Subsets, seeds, test points and models.
         environment: Versions and hardware.
         counterfactual: One per method and arm, where measured.
@@ -150,6 +150,8 @@ class Comparison:
 
     def summary(self) -> list[str]:
         """Sentences that name a winner only where the paired interval excludes zero."""
+        if not self.rows:
+            return ["No halves were retrained: nothing is said of LDS, and no options were chosen here."]
         first, *others = self.rows
         sentences = []
         ahead, behind, open_ = [], [], []
@@ -217,24 +219,25 @@ class _Setting:
     responses: NDArray[Any]
     n_resamples: int
     measures: frozenset[str]
+    store: Path
     forward: float
     gallery: Gallery
 
-    def fit(self, contender: Contender, options: Mapping[str, Any]) -> list[InfluenceMethod]:
+    def build(self, contender: Contender, options: Mapping[str, Any]) -> list[KeptMethod]:
         """The method on every attributed model."""
         found = []
         for name, model in self.models.items():
             extra: dict[str, Any] = {}
             if contender.n_checkpoints > 1:
                 extra["checkpoints"] = [*self.checkpoints[name], model.state_dict()]
-            release_free_memory()
-            found.append(contender.build(model, self.task.train, {**options, **extra}).fit())
+            given = {**options, **extra}
+            found.append(KeptMethod(contender.build, model, self.task, given, self.store, self.forward))
         return found
 
-    def scores(self, methods: Sequence[InfluenceMethod], rows: slice) -> list[NDArray[Any]]:
+    def answers(self, methods: Sequence[KeptMethod], rows: slice) -> list[Answer]:
         """`(n_test, n_train)` of each model for some test points."""
-        batch = tuple(t[rows] for t in self.test)
-        return [np.asarray(m.influence(batch, response="margin", target="label")) for m in methods]
+        x, y = (t[rows] for t in self.test)
+        return [method.margins((x, y)) for method in methods]
 
 
 def compare(
@@ -250,6 +253,7 @@ def compare(
     n_test: int = 300,
     n_jobs: int = -1,
     engine: str = "auto",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     n_resamples: int = 1000,
     show_progress: bool = False,
 ) -> Comparison:
@@ -258,13 +262,16 @@ def compare(
     The protocol: `n_subsets` random halves of the training set, `n_seeds` retrainings each from
     scratch; the response is the margin of the true class; every attributed model is scored alone. The
     first half of the test points chooses among the grid of a method by LDS, the second half is
-    reported; the other measures take the options that were chosen.
+    reported; the other measures take the options that were chosen. Where neither LDS nor what is read off
+    the same halves is asked for, none are retrained, and a method takes the first point of its grid unless
+    `options` has another.
 
     Args:
         methods: Names from `CONTENDERS`, or contenders of your own; None takes `DEFAULT_METHODS` as far
             as their extras are installed.
         task: The task.
-        store: Folder of the retrainings and the trained models: what is there is not done again.
+        store: Folder of the retrainings, the trained models and the answers of methods: what is there is
+            not done again.
         measures: From `MEASURES`; or a mapping to options of `measure_counterfactual`,
             `measure_mislabel` and `measure_leakage`; "counterfactual" also takes `methods` (names),
             `arms` ("proponents", "opponents") and `n_points` (10 of the reported test points).
@@ -275,51 +282,61 @@ def compare(
         n_test: Test points, both halves together.
         n_jobs: Processes for the retrainings.
         engine: How the halves are retrained, see `RetrainingPlan.execute`.
+        options: By name of a method, options that are taken as they are instead of being chosen; those
+            that another comparison chose are in its `Row.options`.
         n_resamples: Of the bootstraps.
         show_progress: Whether to show bars.
 
     Raises:
         ValueError: A method or measure that does not exist, or too few test points.
     """
-    wanted = _wanted(measures)
+    wanted, options = _wanted(measures), options or {}
     every = [find_contender(m) for m in (DEFAULT_METHODS if methods is None else methods)]
-    contenders = [c for c in every if methods is not None or c.available]
+    contenders = [
+        replace(c, grid=[options[c.name]]) if c.name in options else c
+        for c in every
+        if methods is not None or c.available
+    ]
+    on_halves, store = bool(_OF_HALVES & wanted.keys()), Path(store)
     plan = halves(task, store, n_subsets, n_seeds, n_test)
-    membership, n_test = plan.membership, plan.n_test
-    x_test, y_test = (t[:n_test] for t in task.test.tensors)
-    responses = margins(plan.execute(n_jobs, show_progress, engine=engine), y_test.numpy())
-    models, checkpoints = _attributed(task, Path(store), n_models, n_spiked, contenders)
-    first_name, first_model = next(iter(models.items()))
-    setting = _Setting(
-        task=task,
-        models=models,
-        checkpoints=checkpoints,
-        test=(x_test, y_test),
-        half=n_test // 2,
-        membership=membership,
-        responses=responses,
-        n_resamples=n_resamples,
-        measures=frozenset(wanted),
-        forward=forward_seconds(first_model, task.train),
-        gallery=Gallery(
-            task, first_name, first_model, range(n_test // 2, n_test), rank_suspects="mislabel" not in wanted
-        ),
-    )
+    half, n_test = plan.n_test // 2, plan.n_test
+    models: dict[str, nn.Module] = {}
+    if on_halves or "counterfactual" in wanted:
+        models, checkpoints = _attributed(task, store, n_models, n_spiked, contenders if on_halves else ())
+    shown = models if on_halves else {}
+    gallery = Gallery(task, shown, range(half, n_test), rank_suspects="mislabel" not in wanted)
     rows: list[Row] = []
-    for contender in contenders:
-        rows.append(_row(contender, setting, rows[0] if rows else None))
+    if on_halves:
+        x_test, y_test = (t[:n_test] for t in task.test.tensors)
+        responses = margins(plan.execute(n_jobs, show_progress, engine=engine), y_test.numpy())
+        setting = _Setting(
+            task=task,
+            models=models,
+            checkpoints=checkpoints,
+            test=(x_test, y_test),
+            half=half,
+            membership=plan.membership,
+            responses=responses,
+            n_resamples=n_resamples,
+            measures=frozenset(wanted),
+            store=store,
+            forward=forward_seconds(next(iter(models.values())), task.train),
+            gallery=gallery,
+        )
+        for contender in contenders:
+            rows.append(_row(contender, setting, rows[0] if rows else None))
     builds = {c.name: c.build for c in contenders if c.n_checkpoints == 1}
     common: dict[str, Any] = {
         "store": store,
-        "options": {row.name: row.options for row in rows},
+        "options": {c.name: c.grid[0] for c in contenders} | {row.name: row.options for row in rows},
         "n_resamples": n_resamples,
     }
     parts: dict[str, Any] = {}
     skipped = {c.name: f"needs {c.needs}" for c in every if c not in contenders}
     if "counterfactual" in wanted:
         settings = {"n_jobs": n_jobs, **wanted["counterfactual"]}
-        last = setting.half + settings.pop("n_points", 10)  # none that options were chosen on
-        settings.setdefault("test_points", range(setting.half, min(last, n_test)))
+        last = half + settings.pop("n_points", 10)  # none that options were chosen on
+        settings.setdefault("test_points", range(half, min(last, n_test)))
         arms = settings.pop("arms", ("proponents",))
         chosen = settings.pop("methods", None) or list(builds)
         kept = {n: b for n, b in builds.items() if n in {*chosen, "ClassRandom", "Similarity"}}
@@ -347,11 +364,12 @@ def compare(
         parts["leakage"] = measure_leakage(task, builds, **common, **wanted["leakage"])
     protocol = {
         "n_train": task.n_train,
-        "n_subsets": n_subsets,
+        "n_subsets": n_subsets if on_halves else 0,
         "subset_size": task.n_train // 2,
-        "n_seeds": n_seeds,
-        "n_test_tuning": setting.half,
-        "n_test_reported": n_test - setting.half,
+        "n_seeds": n_seeds if on_halves else 0,
+        "n_test_tuning": half if on_halves else 0,
+        "n_test_reported": n_test - half if on_halves else 0,
+        "options": common["options"],
         "response": "margin of the true class",
         "models": {name: mean_residual(m, *task.train.tensors) for name, m in models.items()},
         "n_resamples": n_resamples,
@@ -369,7 +387,7 @@ def compare(
         protocol,
         environment.describe(),
         skipped=skipped,
-        gallery=setting.gallery.to_dict(parts.get("mislabel", ())),
+        gallery=gallery.to_dict(parts.get("mislabel", ())),
         **parts,
     )
 
@@ -435,7 +453,9 @@ def estimates(
     The store is looked at, and one epoch is timed.
     """
     wanted = _wanted(measures)
-    found = [halves(task, store, n_subsets, n_seeds, n_test).estimate(n_jobs, engine=engine)]
+    found = []
+    if _OF_HALVES & wanted.keys():
+        found.append(halves(task, store, n_subsets, n_seeds, n_test).estimate(n_jobs, engine=engine))
     if "counterfactual" in wanted:
         settings = wanted["counterfactual"]
         names = [find_contender(m).name for m in (DEFAULT_METHODS if methods is None else methods)]
@@ -477,7 +497,7 @@ def _attributed(
         name = f"seed {seed}, stopped on a spike"
         models[name], seeds[name] = model, seed
         first_seed = seed + 1
-    n = max(c.n_checkpoints for c in contenders)
+    n = max((c.n_checkpoints for c in contenders), default=1)
     if n == 1:
         return models, {}
     return models, {name: train_checkpoints(task, seed, store, n - 1) for name, seed in seeds.items()}
@@ -485,23 +505,24 @@ def _attributed(
 
 def _row(contender: Contender, setting: _Setting, first: Row | None) -> Row:
     half, membership, responses = setting.half, setting.membership, setting.responses
-    best: tuple[float, Mapping[str, Any], list[InfluenceMethod]] | None = None
-    methods: list[InfluenceMethod] = []
-    fitted: Mapping[str, Any] | None = None
+    best: tuple[float, Mapping[str, Any], list[KeptMethod]] | None = None
+    methods: list[KeptMethod] = []
+    built: Mapping[str, Any] | None = None
     for options in contender.grid:
-        kept = {name: value for name, value in options.items() if name not in contender.settable}
-        if kept != fitted:
-            methods, fitted = setting.fit(contender, options), kept
+        fixed = {name: value for name, value in options.items() if name not in contender.settable}
+        if fixed != built:
+            methods, built = setting.build(contender, options), fixed
         _set(methods, contender, options)
         value = 0.0
         if len(contender.grid) > 1:
-            tuning = setting.scores(methods, slice(0, half))
+            tuning = [a.values for a in setting.answers(methods, slice(0, half))]
             value = lds(tuning, membership, responses[..., :half], n_resamples=0).value
         if best is None or value > best[0]:
             best = (value, options, methods)
     assert best is not None, "a grid has at least one point"
     _set(best[2], contender, best[1])
-    scores = setting.scores(best[2], slice(half, None))
+    answers = setting.answers(best[2], slice(half, None))
+    scores = [answer.values for answer in answers]
     reported, n_resamples = responses[..., half:], setting.n_resamples
     result = lds(scores, membership, reported, n_resamples=n_resamples)
     against = None
@@ -513,7 +534,7 @@ def _row(contender: Contender, setting: _Setting, first: Row | None) -> Row:
         calibrated = calibration(scores, membership, reported, n_resamples=n_resamples)
     if "linearized" in setting.measures:
         linearized = linearized_influence_correlation(scores, membership, reported)
-    cost = median_cost([cost_of(m, reported.shape[-1], setting.forward) for m in best[2]])
+    cost = median_cost([answer.cost(reported.shape[-1]) for answer in answers])
     setting.gallery.add(contender.name, best[2][0])
     return Row(
         name=contender.name,
@@ -527,11 +548,11 @@ def _row(contender: Contender, setting: _Setting, first: Row | None) -> Row:
     )
 
 
-def _set(methods: Sequence[InfluenceMethod], contender: Contender, options: Mapping[str, Any]) -> None:
+def _set(methods: Sequence[KeptMethod], contender: Contender, options: Mapping[str, Any]) -> None:
     """Set what needs no new fit."""
-    for method in methods:
+    for kept in methods:
         for name in contender.settable & options.keys():
-            setattr(method, name, options[name])
+            setattr(kept.method, name, options[name])
 
 
 def _detect(cls: Any) -> Any:

@@ -21,7 +21,7 @@ from torch import nn
 from ..errors import bad_value
 from ..subsets import membership_from_indices
 from .calibration import CalibrationResult, calibration_of_removals, predicted_changes
-from .cost import Build, Cost, cost_of, forward_seconds, median_cost
+from .cost import Build, Cost, forward_seconds, median_cost
 from .counterfactual_difference import DropDifference, difference, difference_at_equal_depletion
 from .counterfactual_drop import (
     CounterfactualResult,
@@ -31,6 +31,7 @@ from .counterfactual_drop import (
     removals,
     resolve_counts,
 )
+from .kept_answers import KeptMethod
 from .linear_datamodeling import finite_array, margins
 from .retraining import RetrainingPlan
 from .retraining_estimate import RetrainingEstimate
@@ -169,7 +170,7 @@ def measure_counterfactual(
         task: The task.
         methods: By name, how each is built.
         models: The attributed models, trained on all of `task.train`.
-        store: Folder of the retrainings: what is there is not done again.
+        store: Folder of the retrainings and of what methods answer: what is there is not done again.
         counts: How many examples are removed: numbers or shares of the training set, increasing.
         test_points: Places in the test set.
         n_seeds: Retrainings of the intact set and of each other.
@@ -197,9 +198,10 @@ def measure_counterfactual(
     for model_name, model in models.items():
         forward = forward_seconds(model, task.train)
         for name, build in methods.items():
-            method = build(model, task.train, (options or {}).get(name, {})).fit()
-            scores = finite_array("scores", method.influence((x, y), response="margin", target="label"))
-            costs[name].append(cost_of(method, len(points), forward))
+            method = KeptMethod(build, model, task, (options or {}).get(name, {}), store, forward)
+            answer = method.margins((x, y))
+            scores = finite_array("scores", answer.values)
+            costs[name].append(answer.cost(len(points)))
             removed[name, model_name] = removals(scores, numbers, opponents)
             predicted[name, model_name] = predicted_changes(scores, removed[name, model_name])
     plan, places = counterfactual_plan(task, removed, points, n_seeds=n_seeds, store=store)

@@ -13,16 +13,19 @@ import torch
 
 def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Versions, processor, threads and device as plain values."""
-    packages = {
-        name: _version(name) for name in ("stride-captum", "torch", "captum", "numpy", "scikit-learn")
-    }
     return {
-        "versions": {"python": platform.python_version(), **packages},
+        "versions": versions(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else str(device),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what figures can depend on."""
+    packages = ("stride-captum", "torch", "captum", "kronfluence", "numpy", "scikit-learn")
+    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
 
 
 def one_line(environment: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ pictures, so that a report can be written without the data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..influence import InfluenceMethod
 from ..responses import multiclass_logits
 from .base_training import logits_of
+from .kept_answers import KeptMethod
 from .mislabel_benchmark import MislabelRow, Suspect, most_suspect
 from .pictures import picture
 from .tasks import Task
@@ -29,8 +29,7 @@ class Gallery:
 
     Args:
         task: Data and labels.
-        model_name: Name of the first attributed model.
-        model: That model.
+        models: The attributed models by name, of which the first is shown; without any, no test points are.
         candidates: Places in the test set among which test points are chosen.
         rank_suspects: Whether to rank the labels of `task` by every method; not needed where flipped
             labels are ranked anyway.
@@ -41,24 +40,28 @@ class Gallery:
     def __init__(
         self,
         task: Task,
-        model_name: str,
-        model: nn.Module,
+        models: Mapping[str, nn.Module],
         candidates: range,
         *,
         rank_suspects: bool = True,
         n_points: int = 4,
         k: int = 5,
     ) -> None:
-        x_test, y_test = (t[candidates.start : candidates.stop] for t in task.test.tensors)
-        logits = multiclass_logits(logits_of(model, x_test))
-        rows = choose_points(logits, y_test, n_points)
         self.task = task
-        self.model_name = model_name
         self.rank_suspects = rank_suspects
         self.k = k
+        self.points: list[Example] = []
+        self.methods: list[dict[str, Any]] = []
+        self.rankings: list[dict[str, Any]] = []
+        self.model_name = next(iter(models), None)
+        if self.model_name is None:
+            return
+        x_test, y_test = (t[candidates.start : candidates.stop] for t in task.test.tensors)
+        logits = multiclass_logits(logits_of(models[self.model_name], x_test))
+        rows = choose_points(logits, y_test, n_points)
         self.batch = (x_test[rows], y_test[rows])
         p = logits[rows].softmax(1)
-        self.points: list[Example] = [
+        self.points = [
             {
                 "index": candidates.start + row,
                 "label": int(y_test[row]),
@@ -67,22 +70,20 @@ class Gallery:
             }
             for i, row in enumerate(rows)
         ]
-        self.methods: list[dict[str, Any]] = []
-        self.rankings: list[dict[str, Any]] = []
 
-    def add(self, name: str, method: InfluenceMethod) -> None:
-        """Ask a method that was fitted on the first model about the test points."""
-        scores = np.asarray(method.influence(self.batch, response="margin", target="label"))
+    def add(self, name: str, method: KeptMethod) -> None:
+        """Ask a method on the first model about the test points."""
+        scores = method.margins(self.batch).values
         points = []
         for row in scores:
             best, worst = (np.argsort(sign * row, kind="stable")[: self.k] for sign in (-1, 1))
             points.append({"proponents": self._examples(best, row), "opponents": self._examples(worst, row)})
         self.methods.append({"name": name, "points": points})
         if self.rank_suspects:
-            own = type(method).mislabel_scores is not InfluenceMethod.mislabel_scores
-            ranking = "mislabel scores" if own else "self-influence"
+            ranking = "mislabel scores" if method.has_own_mislabel_scores else "self-influence"
             labels = self.task.train.tensors[1].numpy()
-            found = most_suspect(np.asarray(method.mislabel_scores()), labels)
+            scores = method.ask("mislabel scores", (), lambda m: m.mislabel_scores()).values
+            found = most_suspect(scores, labels)
             self._add_ranking(name, ranking, found, flips_known=False)
 
     def to_dict(self, mislabel: Iterable[MislabelRow] = ()) -> dict[str, Any]:

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from ..errors import bad_value
-from ..influence import InfluenceMethod
-from .cost import Build, Cost, cost_of, forward_seconds, median_cost
+from .cost import Build, Cost, forward_seconds, median_cost
+from .kept_answers import Answer, KeptMethod
 from .leakage_detection import LeakageResult, leakage, near_duplicate
 from .linear_datamodeling import finite_array
 from .retraining import train_attributed
@@ -103,7 +104,7 @@ def measure_leakage(
     Args:
         task: The clean task.
         methods: By name, how each is built. One that has norms is judged with cosine normalisation too.
-        store: Folder of the trained models; None keeps nothing.
+        store: Folder of the trained models and of what methods answer; None keeps nothing.
         counts: Numbers of planted examples: one training set, and one model a seed, for each.
         kinds: Of `near_duplicate`, likewise.
         n_models: Models for each training set, trained with the seeds 0, 1, ...
@@ -120,20 +121,21 @@ def measure_leakage(
     for kind in kinds:
         for n_planted in counts:
             planted = plant(task, n_planted, kind=kind, seed=seed)
-            train, test = planted.task.train, tuple(t[planted.test_points] for t in task.test.tensors)
-            one = tuple(t[:1] for t in test)
+            x, y = (t[planted.test_points] for t in task.test.tensors)
             scores: dict[tuple[str, str | None], list[Array]] = defaultdict(list)
             costs: dict[tuple[str, str | None], list[Cost]] = defaultdict(list)
             for i in range(n_models):
                 model = train_attributed(planted.task, i, store)
-                forward = forward_seconds(model, train)
+                forward = forward_seconds(model, planted.task.train)
                 for name, build in methods.items():
-                    method = build(model, train, (options or {}).get(name, {})).fit()
-                    normalizations = (None, "cosine") if takes_cosine(method, one) else (None,)
-                    for key in ((name, way) for way in normalizations):
-                        found = method.influence(test, response="margin", target="label", normalize=key[1])
-                        scores[key].append(finite_array("scores", found))
-                        costs[key].append(cost_of(method, n_planted, forward))
+                    method = KeptMethod(
+                        build, model, planted.task, (options or {}).get(name, {}), store, forward
+                    )
+                    for way in (None, "cosine"):
+                        answer = answer_if_defined(method, (x, y), way)
+                        if answer is not None:
+                            scores[name, way].append(finite_array("scores", answer.values))
+                            costs[name, way].append(answer.cost(n_planted))
             for (name, way), found in scores.items():
                 result = leakage(
                     found, planted.positions, ks=(1, n_planted), n_resamples=n_resamples, seed=seed
@@ -142,12 +144,13 @@ def measure_leakage(
     return rows
 
 
-def takes_cosine(method: InfluenceMethod, batch: Any) -> bool:
-    """Whether a method has norms, so that its scores of a batch can be normalised."""
+def answer_if_defined(
+    method: KeptMethod, batch: tuple[Tensor, Tensor], normalize: str | None
+) -> Answer | None:
+    """The scores of a batch; None where the method has no norms to normalise them with."""
     try:
-        method.influence(batch, 1, response="margin", target="label", normalize="cosine")
+        return method.margins(batch, normalize)
     except ValueError as error:
         if str(error).startswith("`normalize`"):
-            return False
+            return None
         raise
-    return True

@@ -20,7 +20,8 @@ from torch.utils.data import TensorDataset
 
 from ..errors import bad_value
 from ..influence import InfluenceMethod
-from .cost import Build
+from .cost import Build, forward_seconds
+from .kept_answers import Answer, KeptMethod
 from .linear_datamodeling import finite_array
 from .mislabel_detection import MislabelResult, flip_labels, mislabel
 from .retraining import train_attributed
@@ -111,18 +112,15 @@ def most_suspect(scores: Any, labels: Any, true_labels: Any = None) -> tuple[Sus
     return tuple(Suspect(int(i), int(labels[i]), int(true_labels[i]), float(scores[i])) for i in first)
 
 
-def rankings(method: InfluenceMethod, held_out: tuple[Any, Any]) -> Iterator[tuple[str, Array, float]]:
-    """The ways in which a fitted method can rank suspect labels: name, scores (high = suspect), seconds."""
-    ways: dict[str, Callable[[], Any]] = {
-        "self-influence": method.self_influence,
-        "held-out influence": lambda: -held_out_influence(method, held_out),
-    }
-    if type(method).mislabel_scores is not InfluenceMethod.mislabel_scores:
-        ways["mislabel scores"] = method.mislabel_scores
-    for name, way in ways.items():
-        started = time.perf_counter()
-        scores = finite_array("scores", way())
-        yield name, scores, time.perf_counter() - started
+def rankings(method: KeptMethod, held_out: tuple[Any, Any]) -> Iterator[tuple[str, Answer]]:
+    """The ways in which a method can rank suspect labels: name and scores `(n_train,)`, high = suspect."""
+    yield "self-influence", method.ask("self-influence", (), lambda m: m.self_influence())
+    yield (
+        "held-out influence",
+        method.ask("minus held-out influence", held_out, lambda m: -held_out_influence(m, held_out)),
+    )
+    if method.has_own_mislabel_scores:
+        yield "mislabel scores", method.ask("mislabel scores", (), lambda m: m.mislabel_scores())
 
 
 def measure_mislabel(
@@ -145,7 +143,7 @@ def measure_mislabel(
         task: The clean task.
         methods: By name, how each is built.
         detectors: By name, rankings that do not come from influence.
-        store: Folder of the trained models; None keeps nothing.
+        store: Folder of the trained models and of what methods answer; None keeps nothing.
         rate: Share of flipped labels.
         kind: Of `flip_labels`.
         n_models: Models, each with training seed and flips of its own: i and `seed + i`.
@@ -175,12 +173,13 @@ def measure_mislabel(
         flips.append(flipped)
         noisy_labels.append(noisy.train.tensors[1])
         model = train_attributed(noisy, i, store)
+        forward = forward_seconds(model, noisy.train)
         for name, build in methods.items():
-            method = build(model, noisy.train, (options or {}).get(name, {})).fit()
-            fits[name].append(method.fit_seconds_)
-            for ranking, found, took in rankings(method, (held_out[0], held_out[1])):
-                scores[name, ranking].append(found)
-                seconds[name, ranking].append(took)
+            method = KeptMethod(build, model, noisy, (options or {}).get(name, {}), store, forward)
+            for ranking, answer in rankings(method, (held_out[0], held_out[1])):
+                fits[name].append(answer.fit_seconds)
+                scores[name, ranking].append(finite_array("scores", answer.values))
+                seconds[name, ranking].append(answer.seconds)
         for name, detector in detectors.items():
             started = time.perf_counter()
             scores[name, "detector"].append(finite_array("scores", detector(model, noisy.train)))

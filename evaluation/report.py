@@ -80,8 +80,8 @@ def write_comparison(results: Mapping[str, Any], path: str | Path) -> Path:
         **_shared(results),
         with_cost=False,
         plots={
-            "forest": plots.forest(rows),
-            "cost": plots.cost_against_fidelity(rows),
+            "forest": plots.forest(rows) if rows else "",
+            "cost": plots.cost_against_fidelity(rows) if rows else "",
             "roc": plots.roc(mislabel) if mislabel else "",
         },
         names=", ".join(f"{row['name']} ({_text('{:.3f}', row['lds']['value'])})" for row in rows),

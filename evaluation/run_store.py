@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Fingerprints:
             network = repr(task.build_model())
         self._state = {
             "recipe": _RECIPE,
-            "data": [_data_hash(task.train.tensors), _data_hash(task.test.tensors)],
+            "data": [data_hash(task.train.tensors), data_hash(task.test.tensors)],
             "training": asdict(task.training),
             "model": inspect.getsource(task.build_model) + network,
         }
@@ -73,16 +73,21 @@ def of_all(fingerprints: Sequence[str]) -> str:
 _DATA_HASHES: dict[int, tuple[Any, list[int], str]] = {}
 
 
-def _data_hash(tensors: tuple[Tensor, ...]) -> str:
+def data_hash(tensors: tuple[Tensor, ...]) -> str:
+    """`hash_tensors` of a data set; done once as long as the tensors are not written to."""
     known = _DATA_HASHES.get(id(tensors))
     versions = [t._version for t in tensors]
-    if known is not None and known[0] is tensors and known[1] == versions:
-        return known[2]
+    if known is None or known[0] is not tensors or known[1] != versions:
+        known = _DATA_HASHES[id(tensors)] = (tensors, versions, hash_tensors(tensors))
+    return known[2]
+
+
+def hash_tensors(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of shapes, types and contents."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(str((tensor.shape, tensor.dtype)).encode())
         digest.update(tensor.contiguous().numpy().tobytes())
-    _DATA_HASHES[id(tensors)] = (tensors, versions, digest.hexdigest())
     return digest.hexdigest()
 
 

@@ -43,49 +43,8 @@ def show_explanation(explanation: Explanation) -> None:
 
 def show_comparison(result: Comparison) -> None:
     """One table for each measure, and the summary in sentences."""
-    protocol = result.protocol
-    _print(
-        f"{result.task}: LDS, {protocol['n_subsets']} halves x {protocol['n_seeds']} retrainings, "
-        f"{protocol['n_test_reported']} reported test points",
-        ("method", "LDS", "95%", "worst", "each model", "first - this", "slope", "fit s", "query s", "MiB",
-         "chosen"),
-        [
-            (
-                row.name,
-                f"{row.lds.value:.3f}",
-                _interval(row.lds.interval),
-                f"{row.lds.worst:.3f}",
-                " ".join(f"{v:.3f}" for v in row.lds.per_model),
-                "" if row.against_first is None else _gap(*row.against_first),
-                "" if row.calibration is None else f"{row.calibration.slope:.2f}",
-                f"{row.cost.fit_seconds:.2f}",
-                f"{row.cost.query_seconds:.2f}",
-                "" if row.cost.peak_bytes is None else f"{row.cost.peak_bytes / 2**20:.0f}",
-                ", ".join(f"{k}={v}" for k, v in row.options.items()),
-            )
-            for row in result.rows
-        ],
-    )  # fmt: skip
-    ceiling = result.rows[0].lds.ceiling
-    console.print("Ceiling: " + ("needs two retrainings" if ceiling is None else f"{ceiling:.3f}"))
-    for name, residual in protocol["models"].items():
-        console.print(f"Attributed model {name}: mean training residual {residual:.4f}")
-    if any(row.linearized is not None for row in result.rows):
-        _print(
-            "C.1: scores against per-example effects",
-            ("method", "Spearman", "95% (test points only)", "Pearson", "ceiling"),
-            [
-                (
-                    row.name,
-                    f"{row.linearized.spearman:.3f}",
-                    _interval(row.linearized.interval),
-                    f"{row.linearized.pearson:.3f}",
-                    "" if row.linearized.ceiling is None else f"{row.linearized.ceiling:.3f}",
-                )
-                for row in result.rows
-                if row.linearized is not None
-            ],
-        )
+    if result.rows:
+        _show_fidelity(result)
     _show_counterfactual(result)
     if result.mislabel:
         _print(
@@ -132,6 +91,52 @@ def show_printed(table: PaperTable) -> None:
     _print(f"Table {table.number} of the paper: {table.title}", ("method", *table.columns), rows)
     if table.differs:
         console.print(table.differs)
+
+
+def _show_fidelity(result: Comparison) -> None:
+    protocol = result.protocol
+    _print(
+        f"{result.task}: LDS, {protocol['n_subsets']} halves x {protocol['n_seeds']} retrainings, "
+        f"{protocol['n_test_reported']} reported test points",
+        ("method", "LDS", "95%", "worst", "each model", "first - this", "slope", "fit s", "query s", "MiB",
+         "chosen"),
+        [
+            (
+                row.name,
+                f"{row.lds.value:.3f}",
+                _interval(row.lds.interval),
+                f"{row.lds.worst:.3f}",
+                " ".join(f"{v:.3f}" for v in row.lds.per_model),
+                "" if row.against_first is None else _gap(*row.against_first),
+                "" if row.calibration is None else f"{row.calibration.slope:.2f}",
+                f"{row.cost.fit_seconds:.2f}",
+                f"{row.cost.query_seconds:.2f}",
+                "" if row.cost.peak_bytes is None else f"{row.cost.peak_bytes / 2**20:.0f}",
+                ", ".join(f"{k}={v}" for k, v in row.options.items()),
+            )
+            for row in result.rows
+        ],
+    )  # fmt: skip
+    ceiling = result.rows[0].lds.ceiling
+    console.print("Ceiling: " + ("needs two retrainings" if ceiling is None else f"{ceiling:.3f}"))
+    for name, residual in protocol["models"].items():
+        console.print(f"Attributed model {name}: mean training residual {residual:.4f}")
+    if any(row.linearized is not None for row in result.rows):
+        _print(
+            "C.1: scores against per-example effects",
+            ("method", "Spearman", "95% (test points only)", "Pearson", "ceiling"),
+            [
+                (
+                    row.name,
+                    f"{row.linearized.spearman:.3f}",
+                    _interval(row.linearized.interval),
+                    f"{row.linearized.pearson:.3f}",
+                    "" if row.linearized.ceiling is None else f"{row.linearized.ceiling:.3f}",
+                )
+                for row in result.rows
+                if row.linearized is not None
+            ],
+        )
 
 
 def _show_counterfactual(result: Comparison) -> None:

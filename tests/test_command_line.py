@@ -168,6 +168,40 @@ class TestCompare:
             assert row["name"] in html
             assert f"{row['lds']['value']:.3f}" in html
 
+    def test_a_run_goes_on_as_it_was_asked(self, store, tmp_path):
+        few = ("--preset", "smoke", "--subsets", 12, "--models", 1, "--test-points", 40, "--jobs", 1)
+        methods = ("--method", "STRIDE (tuned)", "--method", "Random")
+        asked = (*methods, *few, "--store", store, "--out", tmp_path)
+        whole = invoke("compare", *asked, "--measure", "lds", "--quiet")
+        assert whole.exit_code == 0, whole.output
+        first = json.loads((tmp_path / "results.json").read_text())
+        (tmp_path / "results.json").unlink()
+        again = invoke("compare", "--resume", "--out", tmp_path, "--quiet")
+        assert again.exit_code == 0, again.output
+        second = json.loads((tmp_path / "results.json").read_text())
+        for part in ("rows", "protocol", "summary"):  # cost too: no method was fitted again
+            assert second[part] == first[part]
+
+    def test_options_come_from_another_comparison(self, run, store, tmp_path):
+        _, results, _ = run
+        results["protocol"]["options"]["STRIDE (tuned)"]["damping"] = 0.7
+        (tmp_path / "other.json").write_text(json.dumps(results))
+        result = invoke(
+            "compare", "--method", "STRIDE (tuned)", "--preset", "smoke", "--measure", "leakage",
+            "--options-from", tmp_path / "other.json", "--store", store, "--out", tmp_path, "--settings",
+            '{"leakage": {"counts": [2]}}',
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        found = json.loads((tmp_path / "results.json").read_text())
+        assert found["protocol"]["options"]["STRIDE (tuned)"]["damping"] == 0.7
+        assert found["rows"] == []
+        assert "Leaked test examples" in result.output
+
+    def test_nothing_can_be_resumed_where_nothing_was_started(self, tmp_path):
+        result = invoke("compare", "--resume", "--out", tmp_path)
+        assert result.exit_code == 2
+        assert "No run was started in" in result.stderr
+
     def test_unknown_methods_are_refused(self, store, tmp_path):
         result = invoke("compare", "--method", "STRID", "--store", store, "--out", tmp_path)
         assert result.exit_code == 2

@@ -9,7 +9,8 @@ from planted import MLP, BatchNormCNN, planted_classes
 
 from stride_captum import STRIDE
 from stride_captum.adapters import Random, Similarity
-from stride_captum.evaluation.leakage_benchmark import measure_leakage, plant, takes_cosine
+from stride_captum.evaluation.kept_answers import KeptMethod
+from stride_captum.evaluation.leakage_benchmark import answer_if_defined, measure_leakage, plant
 from stride_captum.evaluation.leakage_detection import KINDS, leakage, near_duplicate
 from stride_captum.evaluation.models import TrainingSettings
 from stride_captum.evaluation.tasks import Task
@@ -183,7 +184,7 @@ class TestRuns:
         assert found["Similarity", 10, None].ranks.shape == (2, 10)
         assert {row.cost.n_queries for row in rows} == {1, 10}
         assert json.loads(json.dumps(rows[0].to_dict()))["kind"] == "exact"
-        assert len(list(tmp_path.iterdir())) == 4
+        assert len(list(tmp_path.glob("attributed-*"))) == 4
 
     def test_images_leak_in_every_way(self):
         rows = measure_leakage(
@@ -197,8 +198,9 @@ class TestRuns:
         assert [row.kind for row in rows] == list(KINDS)
         assert rows[0].result.n_train == 26
 
-    def test_methods_are_normalised_where_they_can_be_and_other_errors_are_raised(self, planted):
-        model, train, test = planted
+    def test_methods_are_normalised_where_they_can_be_and_other_errors_are_raised(self):
+        task = task_of(MLP)
+        model, batch = task.build_model(), task.test.tensors
 
         class Refuses(Similarity):
             def _train_norms(self, state):
@@ -208,10 +210,15 @@ class TestRuns:
             def _train_norms(self, state):
                 raise ValueError("`features` must be finite; got NaN.")
 
-        found = {cls: takes_cosine(cls(model, train), test.tensors) for cls in (Similarity, Random, Refuses)}
-        assert found == {Similarity: True, Random: False, Refuses: False}
+        def found(cls, normalize):
+            return answer_if_defined(KeptMethod(build(cls), model, task, {}, None, 1.0), batch, normalize)
+
+        assert {cls: found(cls, "cosine") is not None for cls in (Similarity, Random, Refuses)} == {
+            Similarity: True, Random: False, Refuses: False
+        }  # fmt: skip
+        assert found(Random, None) is not None
         with pytest.raises(ValueError, match="`features` must be finite"):
-            takes_cosine(Broken(model, train), test.tensors)
+            found(Broken, "cosine")
 
     def test_there_is_at_least_one_model(self):
         with pytest.raises(ValueError, match="`n_models` must be at least 1; got 0"):

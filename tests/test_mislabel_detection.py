@@ -258,7 +258,7 @@ class TestRuns:
         assert rows[-1].fit_seconds == 0 < rows[0].fit_seconds
         assert all(len(row.result.per_model) == 2 and row.ranking_seconds > 0 for row in rows)
         assert json.loads(json.dumps(rows[0].to_dict()))["result"]["m"] == [12, 12]
-        assert len(list(tmp_path.iterdir())) == 2
+        assert len(list(tmp_path.glob("attributed-*"))) == 2
 
     def test_options_reach_the_method(self, task):
         rows = [

@@ -13,6 +13,7 @@ from functools import cache
 from html.parser import HTMLParser
 from importlib import resources
 from itertools import pairwise
+from types import SimpleNamespace
 
 import jsonschema
 import numpy as np
@@ -75,13 +76,19 @@ def tiny_task(images=True):
 
 
 class Scored:
-    """Stands for a fitted method."""
+    """Stands for a method whose answers are kept."""
+
+    has_own_mislabel_scores = False
 
     def __init__(self, seed):
         self.scores = torch.from_numpy(np.random.default_rng(seed).normal(size=(N_TEST, N_TRAIN)))
 
-    def influence(self, batch, **_):
-        return self.scores[: len(batch[-1])]
+    def margins(self, batch):
+        return SimpleNamespace(values=self.scores[: len(batch[-1])].numpy())
+
+    def ask(self, what, about, compute):
+        assert what == "mislabel scores"
+        return SimpleNamespace(values=compute(self).numpy())
 
     def mislabel_scores(self):
         return self.scores[0].abs()
@@ -95,7 +102,7 @@ def comparison(*, images=True, n_resamples=40, constant=False):
     effects = rng.normal(size=(N_TEST, N_TRAIN))
     responses = membership @ effects.T + rng.normal(size=(3, 10, N_TEST))
     labels = task.train.tensors[1].numpy()
-    gallery = Gallery(task, models[0], task.build_model(), range(2, N_TEST), rank_suspects=False)
+    gallery = Gallery(task, {models[0]: task.build_model()}, range(2, N_TEST), rank_suspects=False)
     rows, drops, finds, leaks = [], [], [], []
     flipped = rng.random((2, N_TRAIN)) < 0.2
     for m, name in enumerate(NAMES):
@@ -174,6 +181,7 @@ def comparison(*, images=True, n_resamples=40, constant=False):
     protocol = {
         "n_train": N_TRAIN, "n_subsets": 10, "subset_size": N_TRAIN // 2, "n_seeds": 3, "n_test_tuning": 2,
         "n_test_reported": N_TEST, "response": "margin of the true class",
+        "options": {name: {} for name in NAMES},
         "models": dict.fromkeys(models, 0.01), "n_resamples": n_resamples,
         "measures": {"mislabel": {"rate": 0.2}}, "training": {"epochs": 3},
         "fingerprints": {"task": "f" * 24, "models": dict.fromkeys(models, "e" * 64)},
@@ -600,7 +608,7 @@ class TestGallery:
 
     def test_without_flips_it_ranks_by_the_methods_and_says_nothing_of_truth(self):
         task = tiny_task()
-        gallery = Gallery(task, "seed 0", task.build_model(), range(N_TEST))
+        gallery = Gallery(task, {"seed 0": task.build_model()}, range(N_TEST))
         gallery.add("one", Scored(0))
         (ranking,) = gallery.to_dict()["suspects"]
         expected = Scored(0).mislabel_scores().argsort(descending=True)[:10]
@@ -763,3 +771,21 @@ def test_a_real_comparison_conforms_and_its_report_reads_back(tmp_path):
     assert all(json.loads(e["data-value"]) == resolve(results, e["data-path"]) for e in marked)
     assert results["gallery"]["pictures"]["train"]
     assert {row["name"] for row in results["mislabel"]} >= {"STRIDE", "loss"}
+
+
+def test_without_halves_there_is_no_panel_of_lds(tmp_path):
+    found = compare(
+        ["STRIDE", "KNNShapley", "Random"], load_task("digits", preset="smoke"), store=tmp_path,
+        measures={"mislabel": {"n_held_out": 20}, "leakage": {"counts": (2,)}}, n_resamples=20,
+        options={"KNNShapley": {"k": 7}},
+    )  # fmt: skip
+    assert found.rows == []
+    assert found.protocol["options"] == {"STRIDE": {}, "KNNShapley": {"k": 7}, "Random": {}}
+    assert "no options were chosen" in repr(found)
+    results = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    jsonschema.validate(results, SCHEMA)
+    parsed = Page(write_comparison(results, tmp_path / "report.html").read_text(encoding="utf-8"))
+    headings = {e.get("id") for e in parsed.all("h2", "h3")}
+    assert {"mislabel", "leakage", "suspects"} <= headings
+    assert not headings & {"fidelity", "cost", "calibration"}
+    assert not list(tmp_path.glob("attributed-*")) or found.protocol["models"] == {}
