@@ -1,11 +1,7 @@
-"""Owns the speed of stacked training, as ratios to training one by one on the same device in one run.
-
-`python -m stride_captum.evaluation.benchmark_retraining --device cuda` prints them.
-"""
+"""Owns the speed of stacked training, as ratios to training one by one on the same device in one run."""
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..errors import bad_choice
 from . import models
 from .models import TrainingSettings
 from .retraining_workers import train_and_evaluate
@@ -74,7 +71,12 @@ def bench_retraining(
         A row for each case and stack size: medians of the seconds of a model, with all workers busy, and
         of their ratio ("ratio", above 1 where the stack is faster), its extremes, and the sizes.
 
+    Raises:
+        ValueError: Another case.
     """
+    for name in cases:
+        if name not in CASES:
+            raise bad_choice("cases", name, list(CASES))
     on_cpu = torch.device(device).type == "cpu"
     if stack_sizes is None:
         stack_sizes = (4, 16, 64) if on_cpu else (64, 256, 512)
@@ -150,30 +152,3 @@ def _seconds(
 def _device_name(device: torch.device | str) -> str:
     device = torch.device(device)
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def main() -> None:
-    """Print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", action="append", choices=CASES, help="may be given several times")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--stack", action="append", type=int, help="models of a stack")
-    parser.add_argument("--epochs", type=int, default=1)
-    options = parser.parse_args()
-    rows = bench_retraining(
-        options.case or ("digits", "mnist"),
-        device=options.device,
-        stack_sizes=options.stack,
-        epochs=options.epochs,
-    )
-    for row in rows:
-        print(
-            f"{row['case']} ({row['n_parameters']:,} parameters, {row['subset_size']:,} examples) on "
-            f"{row['device']}, stacks of {row['stack_size']}: {row['ratio']:.2f} times one by one "
-            f"({row['smallest_ratio']:.2f} to {row['largest_ratio']:.2f}; {row['n_jobs']} workers, "
-            f"{row['seconds_stacked'] * 1e3:.1f} ms a model)"
-        )
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..config import STRIDEConfig
 from ..errors import bad_value
 from .benchmark_core import bench_core
 from .benchmark_recovery import bench_lasso
+from .benchmark_retraining import CASES, bench_retraining
 from .comparison import MEASURES, compare, comparison_sizes, estimates
 from .contenders import DEFAULT_METHODS
 from .environment import describe, one_line
@@ -371,15 +372,7 @@ def bench_recovery_command(
             subset_size=subset_size,
             n_reference=reference,
         )
-        environment = describe()
-        _write_json(out / "recovery.json", {"environment": environment, "rows": rows})
-    table = Table(title="Lasso: seconds for all test points, in one run")
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "))
-    for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    console.print(table)
-    console.print(one_line(environment))
+        _show_rows("Lasso: seconds for all test points, in one run", rows, out / "recovery.json")
 
 
 #: Of `compare`, what may be said anew of a run that is resumed.
@@ -402,6 +395,40 @@ def _read_asked(path: Path) -> dict[str, Any]:
     asked: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     paths = ("store", "data_root", "options_from")
     return {k: Path(v) if k in paths and v is not None else v for k, v in asked.items()}
+
+
+@bench.command("retraining")
+def bench_retraining_command(
+    case: Annotated[
+        list[str] | None, typer.Option(help="May be repeated; one of: " + ", ".join(CASES) + ".")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where models are trained.")] = "cpu",
+    stack: Annotated[list[int] | None, typer.Option(help="Models of a stack; may be repeated.")] = None,
+    epochs: Annotated[int, typer.Option(help="Few will do.")] = 1,
+    out: Out = Path("out/bench"),
+) -> None:
+    """Many small models trained at once against the same models one by one.
+
+    Example: stride-captum bench retraining --device cuda
+    """
+    with _one_sentence_errors():
+        rows = bench_retraining(case or ("digits", "mnist"), device=device, stack_sizes=stack, epochs=epochs)
+        _show_rows(
+            "Retraining: seconds of a model, with all workers busy, in one run", rows, out / "retraining.json"
+        )
+
+
+def _show_rows(title: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Rows of plain values, in the terminal and as JSON."""
+    environment = describe()
+    _write_json(path, {"environment": environment, "rows": list(rows)})
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "))
+    for row in rows:
+        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+    console.print(table)
+    console.print(one_line(environment))
 
 
 def _affordable(found: list[RetrainingEstimate], dry_run: bool, yes: bool, quiet: bool) -> bool:

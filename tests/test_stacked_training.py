@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
-from stride_captum.evaluation import benchmark_retraining
 from stride_captum.evaluation.base_training import logits_of, train_model
 from stride_captum.evaluation.benchmark_retraining import bench_retraining
+from stride_captum.evaluation.cli import app
 from stride_captum.evaluation.models import TrainingSettings, cifar10_cnn, digits_mlp, mnist_mlp
 from stride_captum.evaluation.stacked_training import train_stacked, why_not_stacked
 
@@ -168,12 +170,21 @@ def test_why_a_network_cannot_be_stacked(data):
     )
 
 
-def test_the_benchmark_reports_ratios_and_sizes(capsys, monkeypatch):
+def test_the_benchmark_reports_ratios_and_sizes():
     (row,) = bench_retraining(("digits",), stack_sizes=(3,), n_single=2, n_jobs=1, repeats=2)
     assert (row["case"], row["stack_size"], row["subset_size"], row["device"]) == ("digits", 3, 698, "cpu")
     assert row["n_parameters"] == 64 * 128 + 128 * 64 + 64 * 10 + 128 + 64 + 10
     assert 0 < row["smallest_ratio"] <= row["ratio"] <= row["largest_ratio"]
-    monkeypatch.setattr(benchmark_retraining, "bench_retraining", lambda *a, **k: [row])
-    monkeypatch.setattr("sys.argv", ["benchmark_retraining"])
-    benchmark_retraining.main()
-    assert "digits (17,226 parameters, 698 examples) on cpu, stacks of 3: " in capsys.readouterr().out
+
+
+def test_the_command_prints_the_benchmark(tmp_path):
+    arguments = ["bench", "retraining", "--case", "digits", "--stack", "2", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads((tmp_path / "retraining.json").read_text())["rows"]
+    assert row["stack_size"] == 2
+    assert f"{row['ratio']:.3g}" in result.output
+
+    wrong = CliRunner().invoke(app, ["bench", "retraining", "--case", "digit"])
+    assert wrong.exit_code == 2
+    assert "`cases` must be one of 'digits', 'mnist', 'cifar10'; got 'digit'" in wrong.output
