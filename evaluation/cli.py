@@ -28,6 +28,8 @@ from .paper_tables import TABLES, find_table
 from .recovery_curve import recovery_curve
 from .report import read_results, write_comparison, write_explanation
 from .retraining_estimate import RetrainingEstimate
+from .scalability import METHODS, bench_scalability, parse_size
+from .scalability_report import show_scalability, write_scalability
 from .tasks import PRESETS, TASKS, load_task
 from .terminal import console, show_comparison, show_explanation, show_printed
 
@@ -416,6 +418,59 @@ def bench_retraining_command(
         _show_rows(
             "Retraining: seconds of a model, with all workers busy, in one run", rows, out / "retraining.json"
         )
+
+
+@bench.command("scalability")
+def bench_scalability_command(
+    full: Annotated[
+        bool, typer.Option("--full", help="The 18 models of Table 5 with 5,000 examples.")
+    ] = False,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="May be repeated; one of: " + ", ".join(METHODS) + ". Default: all."),
+    ] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="Depth x width of a model, such as 4x64; may be repeated.")
+    ] = None,
+    train: Annotated[int | None, typer.Option(help="Training examples [500; 5,000 with --full].")] = None,
+    test_points: Annotated[int, typer.Option(help="Test points of a query.")] = 100,
+    device: Annotated[str | None, typer.Option(help="Default: a GPU where there is one.")] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds of each phase of a case.")] = 120.0,
+    memory_limit: Annotated[str, typer.Option(help="What a process may add to memory, on the CPU.")] = "8GiB",
+    exponents: Annotated[
+        bool, typer.Option("--exponents/--no-exponents", help="Sweep N, d and K too (Proposition 1).")
+    ] = True,
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder of results.json, the plot and the cases: a killed run resumes."),
+    ] = Path("out/scalability"),
+) -> None:
+    """Setup, queries and memory of every method as models grow: Table 5, Figure 2 and Proposition 1.
+
+    Examples:
+
+        stride-captum bench scalability
+
+        stride-captum bench scalability --size 4x64 --train 5000 --method STRIDE --no-exponents
+    """
+    with _one_sentence_errors():
+        found = bench_scalability(
+            out / "cases",
+            full=full,
+            device=device,
+            methods=method,
+            sizes=None if size is None else [parse_size(text) for text in size],
+            n_train=train,
+            n_test=test_points,
+            time_limit=time_limit,
+            memory_limit=memory_limit,
+            exponents=exponents,
+            say=console.print,
+        )
+        files = write_scalability(found, out)
+    show_scalability(found)
+    for path in files:
+        console.print(f"Wrote {path}")
 
 
 def _show_rows(title: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
