@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -116,6 +116,9 @@ class Comparison:
         leakage: One per method and planted set, where measured.
         skipped: Methods that were left out, and why.
         gallery: What each method shows for a few test points, with pictures.
+
+    >>> Comparison("digits-300", "", rows=[], protocol={}, environment={}).frame("leakage").shape
+    (0, 0)
     """
 
     task: str
@@ -274,7 +277,8 @@ def compare(
             not done again.
         measures: From `MEASURES`; or a mapping to options of `measure_counterfactual`,
             `measure_mislabel` and `measure_leakage`; "counterfactual" also takes `methods` (names),
-            `arms` ("proponents", "opponents") and `n_points` (10 of the reported test points).
+            `arms` ("proponents", "opponents") and `n_points` (10 of the reported test points); "mislabel"
+            also takes `detectors` (names from `DETECTORS`, all of them).
         n_subsets: m.
         n_seeds: s; at least 2 give a ceiling.
         n_models: Attributed models, trained with seeds 0, 1, ...
@@ -289,6 +293,17 @@ def compare(
 
     Raises:
         ValueError: A method or measure that does not exist, or too few test points.
+
+    >>> import tempfile
+    >>> from stride_captum.evaluation import load_task
+    >>> from stride_captum.evaluation.models import TrainingSettings
+    >>> training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
+    >>> task = load_task("synthetic", preset="smoke", training=training)
+    >>> sizes = {"n_subsets": 4, "n_seeds": 1, "n_models": 1, "n_test": 20, "n_jobs": 1}
+    >>> with tempfile.TemporaryDirectory() as store:
+    ...     result = compare(["STRIDE", "Random"], task, store=store, measures=["lds"], **sizes)
+    >>> [row.name for row in result.rows]
+    ['STRIDE', 'Random']
     """
     wanted, options = _wanted(measures), options or {}
     every = [find_contender(m) for m in (DEFAULT_METHODS if methods is None else methods)]
@@ -354,11 +369,12 @@ def compare(
             )
         ]
     if "mislabel" in wanted:
-        usable = {n: c for n, c in DETECTORS.items() if n != "confident learning" or find_spec("cleanlab")}
-        detectors = {name: _detect(cls) for name, cls in usable.items()}
-        skipped.update({name: "needs cleanlab" for name in DETECTORS if name not in usable})
+        settings = dict(wanted["mislabel"])
+        chosen = _detectors(settings.pop("detectors", DETECTORS))
+        usable = [name for name in chosen if name != "confident learning" or find_spec("cleanlab")]
+        skipped.update({name: "needs cleanlab" for name in chosen if name not in usable})
         parts["mislabel"] = measure_mislabel(
-            task, builds, detectors=detectors, **common, **wanted["mislabel"]
+            task, builds, detectors={name: _detect(DETECTORS[name]) for name in usable}, **common, **settings
         )
     if "leakage" in wanted:
         parts["leakage"] = measure_leakage(task, builds, **common, **wanted["leakage"])
@@ -481,6 +497,14 @@ def _wanted(measures: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> dict[s
         if measure not in MEASURES:
             raise bad_choice("measures", measure, MEASURES)
     return wanted
+
+
+def _detectors(names: Iterable[str]) -> list[str]:
+    chosen = list(names)
+    for name in chosen:
+        if name not in DETECTORS:
+            raise bad_choice("detectors", name, list(DETECTORS))
+    return chosen
 
 
 def _attributed(
