@@ -776,14 +776,14 @@ def test_a_real_comparison_conforms_and_its_report_reads_back(tmp_path):
 def test_without_halves_there_is_no_panel_of_lds(tmp_path):
     found = compare(
         ["STRIDE", "KNNShapley", "Random"], load_task("digits", preset="smoke"), store=tmp_path,
-        measures={"mislabel": {"n_held_out": 20, "detectors": ["loss"]}, "leakage": {"counts": (2,)}}, n_resamples=20,
-        options={"KNNShapley": {"k": 7}},
+        measures={"mislabel": {"n_held_out": 20, "detectors": ["loss"]}, "leakage": {"counts": (2,)}},
+        options={"KNNShapley": {"k": 7}}, n_resamples=20,
     )  # fmt: skip
     assert found.rows == []
     assert found.protocol["options"] == {"STRIDE": {}, "KNNShapley": {"k": 7}, "Random": {}}
     assert "no options were chosen" in repr(found)
     assert [row.name for row in found.mislabel if not row.uses_influence] == ["loss"]
-    with pytest.raises(ValueError, match="`detectors` must be one of 'loss', .*; got 'lost'"):
+    with pytest.raises(ValueError, match=r"`detectors` must be one of 'loss', .*; got 'lost'"):
         compare(
             ["Random"], load_task("digits", preset="smoke"), store=tmp_path,
             measures={"mislabel": {"detectors": ["lost"]}},
