@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..config import Residuals, STRIDEConfig
 from ..errors import bad_choice, bad_value
 from ..influence import Ask, InfluenceMethod
+from ..memory_budget import rows_that_fit
 from ..residuals import choose_residuals, tempered_residuals
 from ..responses import response_gradient
 from ..stride import STRIDE
@@ -69,9 +70,9 @@ class GradientMethod(InfluenceMethod):
         residuals: "training" as published, or "temperature", "leave-one-out" and "both", which take the
             example out of its own sample (`stride_captum.residuals`).
         temperature: T of tempered residuals; None matches `held_out`, or takes the default.
-        layers: Submodules whose parameters take part; None takes all.
         memory_budget: Memory for the gradients of one block of examples.
-        **options: Those of `InfluenceMethod`.
+        **options: Those of `InfluenceMethod`; `layers` are the submodules whose parameters take part, None
+            takes all.
 
     Attributes:
         parameters_: Names of the parameters that gradients are taken of.
@@ -229,7 +230,7 @@ class GradientMethod(InfluenceMethod):
         """Examples whose gradients, in four copies, fit the memory budget."""
         parameters = chosen_parameters(self.model, self.layers)
         size = sum(p.numel() * p.element_size() for p in parameters.values())
-        return max(1, self.memory_budget // (4 * size))
+        return rows_that_fit(self.memory_budget, 4 * size, None)
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "residuals": self.residuals, "temperature": self.temperature}

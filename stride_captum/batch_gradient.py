@@ -64,7 +64,9 @@ class BatchGradient:
         sizes = self.all_rows.sizes
         self.width = min(config.batch_size, max(int(sizes.max()), len(features) - int(sizes.min())))
         self.held_out_uniforms = draw_uniforms(self.width, self.generator, self.device)
-        size = largest_block(operators, len(features), self.width, parse_bytes(config.memory_budget))
+        size = largest_block(
+            operators, len(features), self.width, parse_bytes(config.memory_budget, self.device)
+        )
         n_subsets = operators.n_subsets
         self.blocks = [slice(k, min(k + size, n_subsets)) for k in range(0, n_subsets, size)]
         self.sketch = self._sketch(membership, seed) if config.linearity_weight else None

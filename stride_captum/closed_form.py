@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import STRIDEConfig
+from .memory_budget import MOST_ROWS, parse_bytes, rows_that_fit
 from .newton import (
     Curvature,
     IdentityCurvature,
@@ -28,7 +29,7 @@ from .newton import (
     score_block,
     working_dtype,
 )
-from .residuals import choose_residuals, one_hot, project_on_simplex, tempered_residuals
+from .residuals import choose_residuals, project_on_simplex, tempered_residuals, training_residuals
 
 
 @dataclass
@@ -45,6 +46,7 @@ class ClosedForm:
         curvature: Approximation of F + lambda I.
         kind: The option `residuals`.
         temperature: T.
+        block_rows: Training examples that are read at a time, where that needs memory.
     """
 
     features: Tensor
@@ -56,6 +58,7 @@ class ClosedForm:
     curvature: Curvature
     kind: str
     temperature: float
+    block_rows: int = MOST_ROWS
 
     @property
     def n_train(self) -> int:
@@ -79,8 +82,13 @@ class ClosedForm:
 
     def scores(self, terms: Sequence[Term], columns: slice) -> Tensor:
         """Scores `(n_test, n_columns)` against a slice of the training set."""
-        features = self.features[columns]
-        return score_block(terms, features.to(terms[0][0]), self.residuals[columns])
+        features, residuals, like = self.features[columns], self.residuals[columns], terms[0][0]
+        if features.dtype == like.dtype and features.device == like.device:
+            return score_block(terms, features, residuals)
+        scores = like.new_empty(len(like), len(features))
+        for rows in blocks(len(features), self.block_rows):
+            scores[:, rows] = score_block(terms, features[rows].to(like), residuals[rows])
+        return scores
 
     def train_norms(self) -> Tensor:
         """`sqrt(<phi_i (x) r_i, (F + lambda)^-1 (phi_i (x) r_i)> / N)`, `(n_train,)`."""
@@ -116,7 +124,7 @@ class ClosedForm:
     @cached_property
     def _leverage_forms(self) -> Tensor:
         assert isinstance(self.curvature, IdentityCurvature | KroneckerCurvature)
-        return leverage_forms(self.features, self.scale, self.curvature.inverse)
+        return leverage_forms(self.features, self.scale, self.curvature.inverse, self.block_rows)
 
     def suspicion(self) -> Tensor:
         """Norm of the leave-one-out residual of the ridge head, `(n_train,)`."""
@@ -125,7 +133,9 @@ class ClosedForm:
 
     def _forms(self, left: Tensor, right: Tensor) -> Tensor:
         if isinstance(self.curvature, IdentityCurvature | KroneckerCurvature):
-            return self._leverage_forms * self.curvature.class_product(left, right) / self.n_train
+            product, every = self.curvature.class_product, blocks(self.n_train, self.block_rows)
+            products = torch.cat([product(left[rows], right[rows]) for rows in every])
+            return self._leverage_forms * products / self.n_train
         parts = []
         for rows in blocks(self.n_train, 256):
             phi = scaled_features(self.features[rows], self.scale)
@@ -157,37 +167,57 @@ def fit_closed_form(
 
     Args:
         features: Raw features `(n_train, n_features)`, may be memory-mapped.
-        logits: `(n_train, n_classes)`.
-        labels: `(n_train,)` int64.
+        logits: `(n_train, n_classes)`, likewise.
+        labels: `(n_train,)` int64, on the device where products are taken; blocks of features go there.
         widths: Widths of the layers, in the order of the columns.
-        config: `residuals`, `damping`, `head_damping`, `curvature`.
+        config: `residuals`, `damping`, `head_damping`, `curvature`, `memory_budget`.
         temperature: T of the tempered residuals; also of p in the curvature, unless the residuals are
             those of training.
     """
-    logits = logits.to(working_dtype(features))
-    moments = feature_moments(features, labels, logits.shape[1], widths)
+    dtype, n_classes = working_dtype(features), logits.shape[1]
+    rows = block_rows(config, features.shape[1], n_classes, dtype, labels.device)
+    moments = feature_moments(features, labels, n_classes, widths, rows)
     # The last layer has memorised the training labels: what it says of them is not out of sample.
-    head_width = sum(widths[:-1]) if len(widths) > 1 else features.shape[1]
-    head = fit_ridge_head(features[:, :head_width], labels, moments.first(head_width), config.head_damping)
-    predictions = project_on_simplex(one_hot(labels, logits) - head.left_out)
-    residuals, ratio = choose_residuals(config.residuals, logits, labels, predictions, temperature)
-    softened = logits if config.residuals == "training" else logits / temperature
+    d = sum(widths[:-1]) if len(widths) > 1 else features.shape[1]
+    head = fit_ridge_head(features[:, :d], labels, moments.first(d), config.head_damping, rows)
+    residuals, ratio = training_residuals(config.residuals, logits, labels, head.left_out, temperature, rows)
+    softening = 1.0 if config.residuals == "training" else temperature
     curvature = fit_curvature(
         config.curvature,
         features,
-        softened.softmax(-1),
+        _by_blocks(logits, residuals, rows, lambda z, _: (z / softening).softmax(-1)),
         moments,
         config.damping,
         damped_inverse(moments.second_moment, config.damping),
+        rows,
     )
     return ClosedForm(
         features=features,
         residuals=residuals,
-        loss_residuals=tempered_residuals(logits, labels),
-        scale=moments.scale.to(logits),
+        loss_residuals=_by_blocks(logits, residuals, rows, lambda z, b: tempered_residuals(z, labels[b])),
+        scale=moments.scale.to(residuals),
         head=head,
         ridge_ratio=ratio,
         curvature=curvature,
         kind=config.residuals,
         temperature=temperature,
+        block_rows=rows,
     )
+
+
+def block_rows(
+    config: STRIDEConfig, n_features: int, n_classes: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Training examples whose temporary arrays (three of features, six of classes) fit `memory_budget`."""
+    bytes_per_row = dtype.itemsize * (3 * (n_features + 1) + 6 * n_classes)
+    return rows_that_fit(parse_bytes(config.memory_budget, device), bytes_per_row)
+
+
+def _by_blocks(
+    logits: Tensor, like: Tensor, size: int, function: Callable[[Tensor, slice], Tensor]
+) -> Tensor:
+    """A function of logits, row by row; `(n_train, n_classes)` in the dtype and on the device of `like`."""
+    result = torch.empty_like(like)
+    for rows in blocks(len(logits), size):
+        result[rows] = function(logits[rows].to(like), rows)
+    return result

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from .errors import bad_choice, bad_value, nearest
+from .memory_budget import parse_bytes as parse_bytes
 
 Operators = Literal["newton", "trained"]
 Response = Literal["margin", "logit", "probability", "log-probability", "loss"]
@@ -36,7 +37,12 @@ class STRIDEConfig:
         feature_layers: Which features h(x) are read when `layers` is not given: "all" (what every
             weight layer reads) or "penultimate" (what the last one reads; B.1).
         max_width: Bound on the total width of all features that "all" selects.
-        memory_budget: Memory for one block of work, in bytes or as "512MiB".
+        memory_budget: Memory for one block of work: bytes, "512MiB", or "auto" (see
+            `stride_captum.memory_budget`).
+
+        projection: How a layer wider than `projection_width` is brought to it: None (not at all), "random" or
+            "pca" (see `stride_captum.projection`); what that does to the kernel is in `projection_error_`.
+        projection_width: Features of such a layer afterwards.
 
         residuals: Closed form. What stands for `e_y - p` of a training example: "training" (the
             model's own), "temperature" (p = softmax(z / T)), "leave-one-out" (of a ridge head on all
@@ -86,6 +92,11 @@ class STRIDEConfig:
             removed (an intercept). The paper has none.
 
         seed: Seed of subsets, initial values and batches.
+
+    >>> STRIDEConfig(damping=0.1, residuals="temperature").damping
+    0.1
+    >>> STRIDEConfig.paper("mnist").rank
+    32
     """
 
     operators: Operators = "newton"
@@ -95,6 +106,9 @@ class STRIDEConfig:
     feature_layers: FeatureLayers = "all"
     max_width: int = 4096
     memory_budget: int | str = "256MiB"
+
+    projection: Literal["random", "pca"] | None = None
+    projection_width: int = 512
 
     residuals: Residuals = "both"
     temperature: float | None = None
@@ -151,6 +165,10 @@ class STRIDEConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise bad_choice(name, getattr(self, name), allowed)
+        if self.projection not in (None, "random", "pca"):
+            raise bad_value("projection", "be None, 'random' or 'pca'", repr(self.projection))
+        if self.projection and self.steering == "representation":
+            raise bad_value("projection", "be None where steering='representation'", repr(self.projection))
         if self.normalize not in (None, "cosine"):
             raise bad_value("normalize", "be None or 'cosine'", repr(self.normalize))
         for name in ("damping", "head_damping", "learning_rate", "sketch_ridge"):
@@ -161,6 +179,7 @@ class STRIDEConfig:
             _check_number("temperature", self.temperature, positive=True)
         for name in (
             "max_width",
+            "projection_width",
             "rank",
             "iterations",
             "batch_size",
@@ -244,30 +263,6 @@ class STRIDEConfig:
             if name not in known:
                 raise bad_value("options", "hold options of STRIDEConfig", repr(name), nearest(name, known))
         return cls(**options)
-
-
-def parse_bytes(amount: int | str) -> int:
-    """A memory amount in bytes.
-
-    >>> parse_bytes("2GiB"), parse_bytes("1.5 MB"), parse_bytes(10)
-    (2147483648, 1500000, 10)
-    """
-    number: Any = amount
-    if isinstance(amount, str):
-        text, factor = amount.strip().lower(), 1
-        units = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9, "b": 1}
-        for unit, size in units.items():
-            if text.endswith(unit):
-                text, factor = text.removesuffix(unit), size
-                break
-        try:
-            number = float(text) * factor
-        except ValueError:
-            number = None
-    if not _is_number(number) or not 1 <= number < float("inf"):
-        must = "be a positive number of bytes or text such as '512MiB'"
-        raise bad_value("memory_budget", must, repr(amount))
-    return int(number)
 
 
 def _is_number(value: Any) -> bool:

@@ -34,8 +34,9 @@ from tqdm.auto import tqdm
 
 from . import inputs as data
 from .checkpoints import LoadCheckpoint, checkpoint_list, load_checkpoint
-from .config import parse_bytes
 from .errors import bad_choice, bad_type, bad_value
+from .estimate import Estimate, from_small_runs
+from .memory_budget import parse_bytes, rows_that_fit
 from .peak_memory import PeakMemory
 from .residuals import DEFAULT_TEMPERATURE, match_temperature, mean_residual
 from .responses import RESPONSES, class_labels, multiclass_logits
@@ -112,6 +113,20 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         fit_seconds_: Duration of `fit`.
         query_seconds_: Duration of the last `influence`.
         peak_bytes_: Most memory that `fit` or the last `influence` has added (`PeakMemory`).
+
+    >>> class SameClass(InfluenceMethod):
+    ...     def _fit_checkpoint(self, model, show_progress):
+    ...         labels = torch.cat([batch[-1] for batch in self._train_batches(show_progress)])
+    ...         self.n_train_ = len(labels)
+    ...         return labels
+    ...     def _prepare(self, state, model, batch, ask):
+    ...         return ask.classes(self._logits(model, batch), batch)
+    ...     def _scores(self, state, prepared, columns):
+    ...         return (prepared[:, None] == state[columns]).float()
+    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> model, train, test = trained(MLP)
+    >>> SameClass(model, train).influence(test.tensors, 3).influence_scores.min()
+    tensor(1.)
     """
 
     #: Whether the method takes gradients of the network.
@@ -161,11 +176,12 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         self.response = response
         self.target = target
         self.normalize = normalize
-        self.memory_budget = parse_bytes(memory_budget)
+        self.memory_budget = parse_bytes(memory_budget, self._work_device())
         self._states: list[Any] | None = None
         self._weights: list[float] = []
         self._fitted_on: tuple[Any, str] | None = None
         self._fit_bytes: int | None = None
+        self._checkpoint_index = 0  # the one that `fit` is at
 
     # What a method implements.
 
@@ -234,7 +250,8 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         self._states = None
         with self._session() as model, PeakMemory(self._work_device()) as memory:
             states, rates, fingerprints = [], [], []
-            for checkpoint in self._checkpoints():
+            for index, checkpoint in enumerate(self._checkpoints()):
+                self._checkpoint_index = index
                 rates.append(self._load(model, checkpoint))
                 fingerprints.append(weights_fingerprint(model))
                 states.append(self._fit_checkpoint(model, show_progress))
@@ -362,6 +379,27 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         membership = membership_from_indices(groups, self.n_train_)
         return self._collect(inputs, lambda: GroupSums(membership), False, response, target, None)[0]
 
+    def estimate(self, n_test: int = 100, k: int | None = None) -> Estimate:
+        """What `fit` and a query will cost, before they run; printing it gives a small table.
+
+        Small runs on the first training examples are extrapolated in a straight line, where the method has
+        no better way. Seconds are those of this machine under its present load
+        (`stride_captum.evaluation.benchmark_estimate` compares them with what is then measured).
+
+        Args:
+            n_test: Test points of the query.
+            k: As for `influence`.
+
+        Raises:
+            ValueError: `n_test` or `k` is below 1, or the training set has no length.
+        """
+        if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
+            raise bad_value("k", "be an integer of at least 1, or None for all scores", repr(k))
+        return self._estimate(n_test, k)
+
+    def _estimate(self, n_test: int, k: int | None) -> Estimate:
+        return from_small_runs(self, n_test, k)
+
     # Plumbing.
 
     def _collect(
@@ -422,9 +460,9 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
             parts.append((checkpoint, state, prepared, weight, norms))
         bytes_per_score = max((p.element_size() for p in model.parameters()), default=8)
         if len(parts) > 1 or normalize or not keeps_all:
-            size = min(_BLOCK_SCORES, self.memory_budget // (4 * bytes_per_score))
+            size = rows_that_fit(self.memory_budget, 4 * bytes_per_score, _BLOCK_SCORES)
         else:  # the block is the result itself
-            size = self.memory_budget // bytes_per_score
+            size = rows_that_fit(self.memory_budget, bytes_per_score, None)
         for columns, train_batch in self._column_blocks(size // max(n, 1)):
             block: Tensor | None = None
             for checkpoint, state, prepared, weight, norms in parts:
@@ -626,6 +664,14 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         from .persistence import load_method
 
         return load_method(cls, path, model, train_dataset, options)
+
+    def _states_to_save(self) -> list[Any]:
+        """What `save` keeps of each checkpoint."""
+        return list(self._states or [])
+
+    def _loaded_states(self, states: list[Any], fingerprints: list[str]) -> list[Any]:
+        """The states that `save` had kept, whole again; `fingerprints` are those of the checkpoints."""
+        return states
 
     def _settings(self) -> dict[str, Any]:
         """Constructor arguments that `save` keeps, as plain values."""

@@ -24,9 +24,12 @@ import torch
 from torch import Tensor
 
 from .errors import bad_value
-from .residuals import leave_one_out_residuals
+from .memory_budget import MOST_ROWS
+from .residuals import leave_one_out_residuals, one_hot
 from .symmetric import gram_matrix, inverse_forms
 
+#: Classes up to which Sigma is kept whole.
+MOST_CLASSES = 4096
 #: `(U, V)` with U `(n, n_features + 1)` and V `(n, n_classes)`: one Kronecker term of (F + lambda)^-1.
 Term = tuple[Tensor, Tensor]
 
@@ -70,26 +73,29 @@ def blocks(n: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, n))
 
 
-def feature_moments(features: Tensor, labels: Tensor, n_classes: int, widths: Sequence[int]) -> Moments:
+def feature_moments(
+    features: Tensor, labels: Tensor, n_classes: int, widths: Sequence[int], block_rows: int = MOST_ROWS
+) -> Moments:
     """Accumulate the moments over chunks: float32 products, float64 sums.
 
     Args:
-        features: `(n_train, n_features)`, may be memory-mapped.
-        labels: `(n_train,)` int64.
+        features: `(n_train, n_features)`, may be memory-mapped, and elsewhere than the labels.
+        labels: `(n_train,)` int64; products are taken on their device.
         n_classes: C.
         widths: Widths of the layers, in the order of the columns.
+        block_rows: Rows of a chunk.
 
     Raises:
         ValueError: NaN or infinite features.
     """
     n, d = features.shape
-    device = _float64_device(features.device)
+    device = _float64_device(labels.device)
     gram = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=device)
     targets = torch.zeros(d + 1, n_classes, dtype=torch.float64, device=device)
     dtype = working_dtype(features)
-    for rows in blocks(n, 8192):
-        h = features[rows].to(dtype)
-        e = torch.nn.functional.one_hot(labels[rows], n_classes).to(dtype)
+    for rows in blocks(n, block_rows):
+        h = features[rows].to(labels.device, dtype)
+        e = one_hot(labels[rows], h.new_empty(0, n_classes))
         gram[:d, :d] += gram_matrix(h).to(gram)
         gram[:d, d] += h.sum(0).to(gram)
         targets[:d] += (h.T @ e).to(gram)
@@ -145,19 +151,20 @@ def damped_factor(matrix: Tensor, damping: float, mean_diagonal: Tensor | None =
     return factor
 
 
-def leverage_forms(features: Tensor, scale: Tensor, inverse: Tensor) -> Tensor:
+def leverage_forms(features: Tensor, scale: Tensor, inverse: Tensor, block_rows: int = MOST_ROWS) -> Tensor:
     """`phi_i^T (A + lambda I)^-1 phi_i` of each example, `(n_train,)`: N times its leverage.
 
     Args:
         features: Raw features `(n_train, n_features)`.
         scale: Factor of each feature, 1 for the constant, `(n_features + 1,)`.
-        inverse: `(A + lambda I)^-1`.
+        inverse: `(A + lambda I)^-1`; products are taken on its device.
+        block_rows: Rows of a chunk.
     """
     d, dtype = features.shape[1], working_dtype(features)
-    scaled = (inverse * scale[:, None] * scale).to(features.device, dtype)
-    forms = features.new_empty(len(features), dtype=dtype)
-    for rows in blocks(len(features), 8192):
-        h = features[rows].to(dtype)
+    scaled = (inverse * scale[:, None] * scale).to(dtype)
+    forms = scaled.new_empty(len(features))
+    for rows in blocks(len(features), block_rows):
+        h = features[rows].to(scaled)
         product = torch.addmm(2 * scaled[d, :d], h, scaled[:d, :d])
         forms[rows] = torch.einsum("nd,nd->n", product, h) + scaled[d, d]
     return forms
@@ -181,7 +188,9 @@ class RidgeHead:
         return torch.addmm(self.weights[d], features[:, :d].to(self.weights), self.weights[:d])
 
 
-def fit_ridge_head(features: Tensor, labels: Tensor, moments: Moments, damping: float) -> RidgeHead:
+def fit_ridge_head(
+    features: Tensor, labels: Tensor, moments: Moments, damping: float, block_rows: int = MOST_ROWS
+) -> RidgeHead:
     """Fit the head in closed form, with the leave-one-out residuals of all examples at once.
 
     Args:
@@ -189,18 +198,20 @@ def fit_ridge_head(features: Tensor, labels: Tensor, moments: Moments, damping: 
         labels: `(n_train,)` int64.
         moments: Of the same features.
         damping: lambda relative to the mean diagonal of A.
+        block_rows: Rows of a chunk.
     """
     dtype, d = working_dtype(features), features.shape[1]
     scale = moments.scale[:, None]
     factor = damped_factor(moments.second_moment, damping) / scale  # of phi, acting on raw features
     weights = torch.cholesky_solve(moments.targets, factor) / moments.n_train
-    factor, weights = factor.to(features.device, dtype), weights.to(features.device, dtype)
-    fitted, leverages = [], []
-    for rows in blocks(len(features), 8192):
-        h = features[rows].to(dtype)
-        fitted.append(torch.addmm(weights[d], h, weights[:d]))
-        leverages.append(inverse_forms(h, factor) / moments.n_train)
-    return RidgeHead(weights, leave_one_out_residuals(torch.cat(fitted), torch.cat(leverages), labels))
+    factor, weights = factor.to(labels.device, dtype), weights.to(labels.device, dtype)
+    left_out = weights.new_empty(len(features), weights.shape[1])
+    for rows in blocks(len(features), block_rows):
+        h = features[rows].to(weights)
+        fitted = torch.addmm(weights[d], h, weights[:d])
+        leverages = inverse_forms(h, factor) / moments.n_train
+        left_out[rows] = leave_one_out_residuals(fitted, leverages, labels[rows])
+    return RidgeHead(weights, left_out)
 
 
 class Curvature:
@@ -244,11 +255,12 @@ class IdentityCurvature(Curvature):
 class KroneckerCurvature(Curvature):
     """A (x) Sigma with Sigma = E[diag p - p p^T]; each factor is damped relative to its mean diagonal.
 
-    Sigma's mean is over the C - 1 dimensions that it can have.
+    Sigma's mean is over the C - 1 dimensions that it can have. Beyond 4,096 classes only its diagonal is
+    kept: what stands beside it, `E[p_a p_b]`, is a part of 1/C of it where probabilities are spread.
 
     Attributes:
         inverse: Damped inverse of A.
-        class_inverse: Damped inverse of Sigma, `(n_classes, n_classes)`.
+        class_inverse: Damped inverse of Sigma, `(n_classes, n_classes)`, or its diagonal `(n_classes,)`.
     """
 
     inverse: Tensor
@@ -256,11 +268,14 @@ class KroneckerCurvature(Curvature):
 
     def class_product(self, left: Tensor, right: Tensor) -> Tensor:
         """The class side of the quadratic form of each row, `(n,)`."""
-        return ((left @ self.class_inverse) * right).sum(1)
+        return (self._class_side(left) * right).sum(1)
 
     def precondition(self, phi: Tensor, vectors: Tensor) -> list[Term]:
         """One term: both sides multiplied by their inverse."""
-        return [(phi @ self.inverse, vectors @ self.class_inverse)]
+        return [(phi @ self.inverse, self._class_side(vectors))]
+
+    def _class_side(self, vectors: Tensor) -> Tensor:
+        return vectors * self.class_inverse if self.class_inverse.ndim == 1 else vectors @ self.class_inverse
 
 
 @dataclass
@@ -369,7 +384,13 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
 
 
 def fit_curvature(
-    name: str, features: Tensor, probabilities: Tensor, moments: Moments, damping: float, inverse: Tensor
+    name: str,
+    features: Tensor,
+    probabilities: Tensor,
+    moments: Moments,
+    damping: float,
+    inverse: Tensor,
+    block_rows: int = MOST_ROWS,
 ) -> Curvature:
     """Fit one of the approximations of F.
 
@@ -384,18 +405,15 @@ def fit_curvature(
         moments: Of the features.
         damping: Relative.
         inverse: `(A + damping mean(diag A) I)^-1` in float64.
+        block_rows: Rows of a chunk.
 
     Raises:
         ValueError: Logits with NaN, or a model without any uncertainty left.
     """
-    p = probabilities.to(inverse)
-    finite = torch.isfinite(p).all(1)
-    if not bool(finite.all()):
-        wrong = int((~finite).nonzero()[0])
-        raise bad_value("model", "return logits without NaN", f"NaN for training example {wrong}")
-    n_classes = p.shape[1]
-    sigma = p.mean(0).diag() - p.T @ p / len(p)
-    mean_sigma = sigma.trace() / (n_classes - 1)
+    n_classes = probabilities.shape[1]
+    diagonal_only = n_classes > MOST_CLASSES and name in ("identity", "kronecker")
+    sigma = _softmax_covariance(probabilities, inverse, block_rows, diagonal_only)
+    mean_sigma = (sigma.sum() if diagonal_only else sigma.trace()) / (n_classes - 1)
     if not mean_sigma > 0:
         raise bad_value(
             "temperature",
@@ -405,6 +423,10 @@ def fit_curvature(
         )
     if name == "identity":
         return IdentityCurvature(inverse.to(probabilities), mean_sigma.to(probabilities))
+    if name == "kronecker" and diagonal_only:
+        return KroneckerCurvature(
+            inverse.to(probabilities), (1 / (sigma + damping * mean_sigma)).to(probabilities)
+        )
     if name == "kronecker":
         class_inverse = damped_inverse(sigma, damping, mean_sigma)
         return KroneckerCurvature(inverse.to(probabilities), class_inverse.to(probabilities))
@@ -421,10 +443,12 @@ def fit_curvature(
             tolerance=1e-10 if phi.dtype == torch.float64 else 1e-6,
         )
     if name == "eigenvalue-corrected":
-        return _eigenvalue_corrected(features, p, moments, a, sigma, damping * mean_diagonal)
+        return _eigenvalue_corrected(
+            features, probabilities.to(inverse), moments, a, sigma, damping * mean_diagonal
+        )
     blocks_of_f = torch.zeros(n_classes, *a.shape, dtype=a.dtype, device=a.device)
-    weights = (p * (1 - p)).to(probabilities)
-    for rows in blocks(len(features), 8192):
+    weights = probabilities * (1 - probabilities)
+    for rows in blocks(len(features), block_rows):
         phi = scaled_features(features[rows], moments.scale)
         for c in range(n_classes):
             blocks_of_f[c] += ((phi * weights[rows, c : c + 1]).T @ phi).to(a) / len(features)
@@ -432,12 +456,28 @@ def fit_curvature(
     return ClassBlockCurvature(inverses.to(probabilities))
 
 
+def _softmax_covariance(probabilities: Tensor, like: Tensor, block_rows: int, diagonal_only: bool) -> Tensor:
+    """Sigma = E[diag p - p p^T] or its diagonal, in the dtype and on the device of `like`."""
+    n, n_classes = probabilities.shape
+    total = like.new_zeros(n_classes)
+    second = total.clone() if diagonal_only else like.new_zeros(n_classes, n_classes)
+    for rows in blocks(n, block_rows):
+        p = probabilities[rows].to(like)
+        finite = torch.isfinite(p).all(1)
+        if not bool(finite.all()):
+            wrong = rows.start + int((~finite).nonzero()[0])
+            raise bad_value("model", "return logits without NaN", f"NaN for training example {wrong}")
+        total += p.sum(0)
+        second += p.square().sum(0) if diagonal_only else p.T @ p
+    return (total if diagonal_only else total.diag()).div_(n) - second.div_(n)
+
+
 def _eigenvalue_corrected(
     features: Tensor, p: Tensor, moments: Moments, a: Tensor, sigma: Tensor, damping: Tensor
 ) -> EigenvalueCorrectedCurvature:
     basis, class_basis = torch.linalg.eigh(a)[1], torch.linalg.eigh(sigma)[1]
     diagonal = torch.zeros(a.shape[0], p.shape[1], dtype=a.dtype, device=a.device)
-    for rows in blocks(len(features), 8192):
+    for rows in blocks(len(features), MOST_ROWS):
         phi = scaled_features(features[rows], moments.scale)
         rotated = phi @ basis.to(phi)
         v = class_basis

@@ -51,7 +51,7 @@ def save_method(method: InfluenceMethod, path: str | Path) -> None:
         "weights": method._fitted_on[1],
         "data": data_fingerprint(method.train_dataset),
         "checkpoint_weights": method._weights,
-        "states": _encode(method._states, "states", tensors),
+        "states": _encode(method._states_to_save(), "states", tensors),
         "learned": _encode(learned, "learned", tensors),
     }
     path = Path(path)
@@ -79,12 +79,16 @@ def load_method(
             f"hold a {cls.__name__} in format {_FORMAT}",
             f"a {description['class']} in format {description['format']}",
         )
+    from .feature_store import FeatureStore  # which needs this module
+
     settings = dict(description["settings"])
     for name in options:
-        if name in settings and name != "batch_size":
+        if name in settings and name not in ("batch_size", "feature_store"):
             raise bad_value("options", "leave what has been fitted as it is", repr(name), "Fit again.")
     if "config" in settings:
         settings["config"] = STRIDEConfig.from_dict(settings["config"])
+    if settings.get("feature_store"):
+        settings["feature_store"] = FeatureStore(**settings["feature_store"])
     method = cls(model, train_dataset, **{**settings, **options})
     if method._fingerprint() != description["weights"]:
         raise bad_value(
@@ -99,8 +103,9 @@ def load_method(
     for name, value in description["defaults"].items():
         setattr(method, name, value)
     with same_random_state():
-        method._states = _decode(description["states"], tensors, device, cls.__module__)
+        states = _decode(description["states"], tensors, device, cls.__module__)
         learned = _decode(description["learned"], tensors, torch.device("cpu"), cls.__module__)
+    method._states = method._loaded_states(states, description["weights"].split())
     method._weights = description["checkpoint_weights"]
     method._mark_fitted(description["weights"])
     for name, value in learned.items():
@@ -108,11 +113,15 @@ def load_method(
     return method
 
 
-def data_fingerprint(dataset: Any) -> str:
+def data_fingerprint(dataset: Any, sampled: bool = False) -> str:
     """SHA-256 of a data set's length and contents, and of the order in which a loader reads it.
 
     All of a `TensorDataset` is read; of others, 64 examples spread evenly over it: a change between these
     goes unseen.
+
+    Args:
+        dataset: Data set or loader.
+        sampled: Take 64 examples of a `TensorDataset` as well.
     """
     source = dataset.dataset if isinstance(dataset, DataLoader) else dataset
     if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
@@ -121,27 +130,28 @@ def data_fingerprint(dataset: Any) -> str:
     with same_random_state():
         if isinstance(dataset, DataLoader) and type(dataset.sampler) is not SequentialSampler:
             order = dataset.sampler if dataset.batch_sampler is None else dataset.batch_sampler
-            _digest(list(order), digest)
+            digest_item(list(order), digest)
         digest.update(str(n).encode())
-        if type(source) is TensorDataset:
-            _digest(source.tensors, digest)
+        if type(source) is TensorDataset and not sampled:
+            digest_item(source.tensors, digest)
         else:
             for i in np.unique(np.linspace(0, n - 1, num=min(n, _SAMPLES)).astype(int)):
-                _digest(source[int(i)], digest)
+                digest_item(source[int(i)], digest)
     return digest.hexdigest()
 
 
-def _digest(item: Any, digest: Any) -> None:
+def digest_item(item: Any, digest: Any) -> None:
+    """Feed the content of an example or a part of one to a hash; of an unknown object only its type."""
     if isinstance(item, Tensor):
         digest.update(f"{item.dtype} {tuple(item.shape)}".encode())
         digest.update(bits(item).numpy().data)
     elif isinstance(item, Mapping):
         for key in sorted(item):
             digest.update(str(key).encode())
-            _digest(item[key], digest)
+            digest_item(item[key], digest)
     elif isinstance(item, tuple | list):
         for part in item:
-            _digest(part, digest)
+            digest_item(part, digest)
     elif hasattr(item, "__array__") or hasattr(item, "__array_interface__"):
         array = np.ascontiguousarray(item)
         digest.update(f"{array.dtype} {array.shape}".encode())

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+from tqdm.auto import tqdm
 
 from . import inputs as data
 from .activations import Tap, check_finite, default_taps, named_taps, recording
 from .checkpoints import LoadCheckpoint, load_checkpoint
 from .closed_form import ClosedForm, fit_closed_form
+from .closed_form_estimate import estimate_closed_form
 from .config import STRIDEConfig
 from .errors import bad_type, bad_value
+from .estimate import Estimate, from_fewer_steps
+from .feature_store import FeatureStore
 from .influence import Ask, InfluenceMethod
+from .projection import Projection, fit_projection
 from .recovery import soft_threshold
 from .responses import class_labels, multiclass_logits, response_gradient
+from .restoring import weights_fingerprint
 from .steering import TrainedSteering, fit_steering
+from .store_files import as_tensor
+from .store_filling import Computed
 from .subsets import coverage
 
 Self = TypeVar("Self", bound="STRIDE")
@@ -34,10 +42,12 @@ class STRIDEState:
     Attributes:
         taps: Where features are read.
         operators: Closed-form or trained operators.
+        projection: Of wide layers, where `STRIDEConfig.projection` asks for it.
     """
 
     taps: list[Tap]
     operators: ClosedForm | TrainedSteering
+    projection: Projection | None = None
 
 
 class STRIDE(InfluenceMethod):
@@ -61,11 +71,17 @@ class STRIDE(InfluenceMethod):
         checkpoints_load_func: `f(model, checkpoint)` loads one.
         held_out: Labelled data that the model has not seen: sets the temperature.
         config: All other options.
+        feature_store: A folder, or a `FeatureStore`, for what a pass over the training set gives. The
+            first `fit` fills it; later ones, also of other processes and with other options, start
+            from it without the pass. The closed form reads it chunk by chunk and never holds all of
+            it; trained operators hold the features in memory.
 
     Attributes:
         layers_: Names of the layers that were read.
         temperature_: T of the tempered residuals (the last checkpoint's).
         coverage_: Which training examples can have a score, `(n_train,)` bool.
+        projection_error_: Relative error of the features' kernel that `STRIDEConfig.projection` makes (the
+            last checkpoint's); 0 without a projection.
 
     Example:
         >>> x = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
@@ -88,6 +104,7 @@ class STRIDE(InfluenceMethod):
         checkpoints_load_func: LoadCheckpoint = load_checkpoint,
         held_out: Any = None,
         config: STRIDEConfig | None = None,
+        feature_store: str | Path | FeatureStore | None = None,
     ) -> None:
         config = STRIDEConfig() if config is None else config
         if not isinstance(config, STRIDEConfig):
@@ -107,6 +124,9 @@ class STRIDE(InfluenceMethod):
             memory_budget=config.memory_budget,
         )
         self.config = config
+        if feature_store is not None and not isinstance(feature_store, FeatureStore):
+            feature_store = FeatureStore(feature_store)
+        self.feature_store = feature_store
         self._precomputed: tuple[Tensor, Tensor, Tensor, list[int]] | None = None
 
     @classmethod
@@ -133,7 +153,7 @@ class STRIDE(InfluenceMethod):
         Raises:
             ValueError: Shapes that do not fit one another.
         """
-        features, logits, labels = (_as_tensor(a) for a in (features, logits, labels))
+        features, logits, labels = (as_tensor(a) for a in (features, logits, labels))
         for name, value, ndim in (("features", features, 2), ("logits", logits, 2), ("labels", labels, 1)):
             if value.ndim != ndim or len(value) != len(features):
                 raise bad_value(
@@ -154,14 +174,18 @@ class STRIDE(InfluenceMethod):
     # The three functions of a method.
 
     def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> STRIDEState:
-        taps = self._choose_taps(model)
-        features, logits, labels, widths = self._precomputed or self._read(model, taps, show_progress)
+        taps, features, logits, labels, widths = self._training_features(model, show_progress)
         self.n_train_ = len(labels)
+        projection = self._fit_projection(features, widths, labels.device)
+        self.projection_error_ = 0.0
+        if projection is not None:
+            features, widths = projection.whole(features, labels.device), projection.new_widths
+            self.projection_error_ = projection.error
         if self.config.operators == "newton":
             self.temperature_ = self._choose_temperature(model, logits, labels, self.config.temperature)
             form = fit_closed_form(features, logits, labels, widths, self.config, self.temperature_)
             self.coverage_ = torch.ones(self.n_train_, dtype=torch.bool)
-            return STRIDEState(taps, form)
+            return STRIDEState(taps, form, projection)
         check_finite(features)
         check_finite(logits, "logits")
         head = _head(model, taps, features, logits) if self.config.steering == "representation" else None
@@ -170,10 +194,10 @@ class STRIDE(InfluenceMethod):
             steering = fit_steering(features, logits, labels, scale, self.config, head, show_progress)
         self.coverage_ = torch.from_numpy(coverage(steering.membership))
         self.history_ = steering.history
-        return STRIDEState(taps, steering)
+        return STRIDEState(taps, steering, projection)
 
     def _prepare(self, state: STRIDEState, model: nn.Module, batch: Any, ask: Ask) -> Any:
-        features, logits, one_logit = self._read_batch(model, state.taps, batch)
+        features, logits, one_logit = self._read_batch(model, state.taps, batch, state.projection)
         classes = ask.classes(logits, batch)
         # The logit of a binary model with one output is, up to its sign, the margin.
         response = "margin" if one_logit and ask.response == "logit" else ask.response
@@ -205,7 +229,7 @@ class STRIDE(InfluenceMethod):
     def _self_influence(self, state: STRIDEState, model: nn.Module, batch: Any, rows: slice | None) -> Tensor:
         if rows is not None or isinstance(state.operators, TrainedSteering):
             return super()._self_influence(state, model, batch, rows)
-        features, logits, _ = self._read_batch(model, state.taps, batch)
+        features, logits, _ = self._read_batch(model, state.taps, batch, state.projection)
         return state.operators.self_influence_of(
             features, logits, Ask("loss", "label").classes(logits, batch)
         )
@@ -227,6 +251,12 @@ class STRIDE(InfluenceMethod):
         ]
         return torch.stack(norms).sum(0)
 
+    def _estimate(self, n_test: int, k: int | None) -> Estimate:
+        by_counting = self.config.curvature in ("identity", "kronecker") and self.config.projection is None
+        if self.config.operators == "trained":
+            return from_fewer_steps(self, n_test, k)
+        return estimate_closed_form(self, n_test, k) if by_counting else super()._estimate(n_test, k)
+
     @property
     def layers_(self) -> list[str]:
         """Names of the layers whose activations are the features."""
@@ -242,6 +272,58 @@ class STRIDE(InfluenceMethod):
 
     # Reading features.
 
+    def _training_features(
+        self, model: nn.Module, show_progress: bool
+    ) -> tuple[list[Tap], Tensor, Tensor, Tensor, list[int]]:
+        """Taps, features, logits, labels and the widths of the layers: given, stored or read."""
+        if self._precomputed is not None:
+            return self._choose_taps(model), *self._precomputed
+        if self.feature_store is None:
+            taps = self._choose_taps(model)
+            return taps, *self._read(model, taps, show_progress)
+        store, key = self._store(self._checkpoint_index, weights_fingerprint(model))
+        taps = store.taps(key) or self._choose_taps(model)
+        batches = tqdm(
+            data.batches(self.train_dataset, self.batch_size, "train_dataset"),
+            total=data.count_batches(self.train_dataset, self.batch_size),
+            desc=f"fitting {type(self).__name__}",
+            disable=not show_progress,
+        )
+        with recording(model, taps) as run:
+            stored = store.fill(key, taps, batches, partial(self._compute, run))
+        device = self._work_device()
+        return (
+            stored.taps,
+            self._placed(stored.features),
+            stored.logits.to(device),
+            stored.labels.to(device),
+            [tap.width for tap in stored.taps],
+        )
+
+    def _store(self, index: int, weights: str) -> tuple[FeatureStore, dict[str, Any]]:
+        """The store of a checkpoint with these weights, and its key."""
+        assert self.feature_store is not None
+        asked = f"{self.config.feature_layers}, at most {self.config.max_width}"
+        layers = asked if self.layers is None else ", ".join(map(str, self.layers))
+        key = self.feature_store.key(weights, self.model, self.train_dataset, layers)
+        return self.feature_store if self.checkpoints is None else self.feature_store.for_checkpoint(
+            index
+        ), key
+
+    def _placed(self, features: Tensor) -> Tensor:
+        """Stored features as the operators read them: mapped where blocks are enough, else in memory."""
+        if self.config.operators == "trained":
+            return features.to(self._work_device(), torch.float32)
+        by_blocks = self.config.curvature in ("identity", "kronecker")
+        return features if by_blocks else features.to(self._work_device())
+
+    def _compute(self, run: Any, batch: Any) -> Computed:
+        """Rows of each tap, logits and labels of one batch of training examples."""
+        batch = data.to_device(batch, self._work_device())
+        outputs, rows = run(batch)
+        logits = multiclass_logits(outputs)
+        return rows, logits, self._train_labels(batch, logits.shape[1], len(outputs))
+
     def _choose_taps(self, model: nn.Module) -> list[Tap]:
         batch = next(iter(self._batches(self.train_dataset, "train_dataset", False, "")))
         few = data.slice_batch(batch, slice(0, 2))
@@ -249,7 +331,17 @@ class STRIDE(InfluenceMethod):
             return named_taps(model, self.layers, few)
         return default_taps(model, few, self.config.max_width, self.config.feature_layers == "penultimate")
 
-    def _read_batch(self, model: nn.Module, taps: Sequence[Tap], batch: Any) -> tuple[Tensor, Tensor, bool]:
+    def _fit_projection(self, features: Tensor, widths: list[int], device: torch.device) -> Projection | None:
+        config = self.config
+        if config.projection is None or max(widths) <= config.projection_width:
+            return None
+        return fit_projection(
+            features, widths, config.projection, config.projection_width, config.seed, device
+        )
+
+    def _read_batch(
+        self, model: nn.Module, taps: Sequence[Tap], batch: Any, projection: Projection | None = None
+    ) -> tuple[Tensor, Tensor, bool]:
         """Features and logits of one batch, and whether the model has a single logit."""
         with recording(model, taps) as run:
             outputs, rows = run(batch)
@@ -257,6 +349,8 @@ class STRIDE(InfluenceMethod):
         if logits.dtype not in (torch.float32, torch.float64):
             logits = logits.float()
         features = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+        if projection is not None:
+            features = projection(features)
         return features, logits, outputs.shape[-1] == 1 or outputs.ndim == 1
 
     def _read(
@@ -269,8 +363,8 @@ class STRIDE(InfluenceMethod):
         parts, logits, labels, seen = [], [], [], 0
         with recording(model, taps) as run:
             for batch in self._train_batches(show_progress):
-                outputs, rows = run(batch)
-                n = len(outputs)
+                rows, z, y = self._compute(run, batch)
+                n = len(z)
                 if expected is not None and seen + n <= expected:
                     if features is None:
                         features = rows[0].new_empty(expected, width)
@@ -279,9 +373,9 @@ class STRIDE(InfluenceMethod):
                         features[seen : seen + n, start : start + tap.width] = row
                         start += tap.width
                 else:
-                    parts.append(torch.cat(rows, dim=1))
-                logits.append(multiclass_logits(outputs))
-                labels.append(self._train_labels(batch, logits[-1].shape[1], n))
+                    parts.append(torch.cat(list(rows), dim=1))
+                logits.append(z)
+                labels.append(y)
                 seen += n
         if seen == 0:
             raise bad_value("train_dataset", "hold at least one example", "an empty one")
@@ -290,7 +384,34 @@ class STRIDE(InfluenceMethod):
         return features[:seen], torch.cat(logits).to(features), torch.cat(labels), [tap.width for tap in taps]
 
     def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "config": self.config.to_dict()}
+        settings = {**super()._settings(), "config": self.config.to_dict()}
+        if self.feature_store is not None:
+            settings["feature_store"] = {**asdict(self.feature_store), "path": str(self.feature_store.path)}
+        return settings
+
+    def _states_to_save(self) -> list[Any]:
+        """Features that are in a store stay there."""
+        states = super()._states_to_save()
+        if not self._features_are_stored():
+            return states
+        return [
+            replace(s, operators=replace(s.operators, features=s.operators.features[:0].clone()))
+            for s in states
+        ]
+
+    def _features_are_stored(self) -> bool:
+        """Whether the features that the operators read are those of the store, as they are."""
+        config = self.config
+        return self.feature_store is not None and config.operators == "newton" and not config.projection
+
+    def _loaded_states(self, states: list[Any], fingerprints: list[str]) -> list[Any]:
+        """Put the stored features back in their place."""
+        if not self._features_are_stored():
+            return states
+        for index, (state, weights) in enumerate(zip(states, fingerprints, strict=True)):
+            store, key = self._store(index, weights)
+            state.operators.features = self._placed(store.open(key).features)
+        return states
 
 
 class PrecomputedFeatures(nn.Module):
@@ -304,24 +425,6 @@ class PrecomputedFeatures(nn.Module):
         """Pass both through."""
         self.features(features)
         return logits
-
-
-def _as_tensor(values: Any) -> Tensor:
-    if isinstance(values, np.ndarray):
-        array: NDArray[Any] = values
-        # torch warns about read-only memory maps; nothing here writes to them.
-        return torch.from_numpy(array if array.flags.writeable else _writeable_view(array))
-    return torch.as_tensor(values)
-
-
-def _writeable_view(array: NDArray[Any]) -> NDArray[Any]:
-    interface = dict(array.__array_interface__, data=(array.__array_interface__["data"][0], False))
-
-    class View:
-        __array_interface__ = interface
-        keep_alive = array
-
-    return np.asarray(View())
 
 
 def _unit_scale(features: Tensor, widths: Sequence[int]) -> Tensor:

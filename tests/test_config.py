@@ -20,6 +20,7 @@ COUNTS = [
     "patience",
     "n_subsets",
     "subset_size",
+    "projection_width",
 ]
 CHOICES = {
     "operators": options.Operators,
@@ -35,7 +36,17 @@ CHOICES = {
     "coverage": options.Coverage,
     "recovery": options.Recovery,
 }
-OTHERS = {"target", "normalize", "precision", "memory_budget", "held_out_fraction", "alpha", "center", "seed"}
+OTHERS = {
+    "target",
+    "normalize",
+    "projection",
+    "precision",
+    "memory_budget",
+    "held_out_fraction",
+    "alpha",
+    "center",
+    "seed",
+}
 
 
 def test_every_option_is_tested_here_and_documented():

@@ -1,0 +1,135 @@
+"""Owns the table of estimates against measurements: `method.estimate()`, then the same work done.
+
+Each case runs in a process of its own. The estimate is made first. Seconds are medians.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from ..influence import InfluenceMethod
+from ..peak_memory import release_free_memory
+from .models import cifar10_cnn, mnist_mlp
+
+#: What is estimated.
+QUANTITIES = ("fit_seconds", "query_seconds", "fit_bytes")
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a number of synthetic training examples and a method.
+
+    Attributes:
+        model: "mlp" (Table 2), "width 512" or "cnn" (Table 2, on 32x32 images).
+        n_train: N.
+        method: Name of the class.
+        k: Training examples returned for each test point, None for all scores.
+    """
+
+    model: str
+    n_train: int
+    method: str = "STRIDE"
+    k: int | None = None
+
+
+CASES = (
+    Case("mlp", 5_000),
+    Case("mlp", 50_000),
+    Case("mlp", 50_000, k=100),
+    Case("width 512", 5_000),
+    Case("width 512", 50_000),
+    Case("cnn", 5_000),
+    Case("mlp", 5_000, "Similarity"),
+    Case("mlp", 5_000, "TracIn"),
+    Case("mlp", 5_000, "DiagonalEKFAC"),
+)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One quantity.
+
+    Attributes:
+        estimated: Before.
+        measured: After.
+        ratio: estimated / measured.
+    """
+
+    estimated: float
+    measured: float
+    ratio: float
+
+
+def bench_estimate(cases: Sequence[Case] = (), n_test: int = 100) -> list[dict[str, Any]]:
+    """A row for each case (none: all of `CASES`): estimated, measured and their ratio.
+
+    Args:
+        cases: What is estimated and measured.
+        n_test: Test points of a query.
+    """
+    context, rows = multiprocessing.get_context("spawn"), []
+    for case in cases or CASES:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            row = pool.submit(partial(run_case, n_test=n_test), case).result()
+        for name in QUANTITIES:
+            row.update({f"{name}_{part}": value for part, value in row.pop(name).items()})
+        rows.append(row)
+    return rows
+
+
+def run_case(case: Case, n_test: int = 100) -> dict[str, Any]:
+    """Estimate, then fit and ask; the case and a `Compared` for each quantity as plain values."""
+    model, shape = _network(case.model)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(case.n_train, *shape, generator=generator)
+    y = torch.randint(10, (case.n_train,), generator=generator)
+    test = torch.randn(n_test, *shape, generator=generator), y[:n_test]
+    dataset = TensorDataset(x, y)
+    estimate = _method(case.method, model, dataset).estimate(n_test, case.k)
+    fits, queries, peaks = [], [], []
+    for _ in range(_REPEATS):
+        release_free_memory()
+        method = _method(case.method, model, dataset).fit()
+        fits.append(method.fit_seconds_)
+        peaks.append(method.peak_bytes_ or 0)
+        asked = []
+        for _ in range(_REPEATS):
+            method.influence(test, case.k)
+            asked.append(method.query_seconds_)
+        queries.append(statistics.median(asked))
+        del method
+    found = {
+        "fit_seconds": (estimate.fit_seconds, statistics.median(fits)),
+        "query_seconds": (estimate.query_seconds, statistics.median(queries)),
+        "fit_bytes": (float(estimate.fit_bytes or 0), float(max(peaks))),
+    }
+    compared = {name: asdict(Compared(a, b, a / b)) for name, (a, b) in found.items()}
+    return {**asdict(case), "n_test": n_test, **compared}
+
+
+def _method(name: str, model: nn.Module, dataset: TensorDataset) -> InfluenceMethod:
+    from .. import STRIDE, adapters
+
+    method: InfluenceMethod = (STRIDE if name == "STRIDE" else getattr(adapters, name))(model, dataset)
+    return method
+
+
+def _network(name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name == "mlp":
+            return mnist_mlp().eval(), (784,)
+        if name == "cnn":
+            return cifar10_cnn().eval(), (3, 32, 32)
+        return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 10)).eval(), (784,)
