@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-quanda test-dattri lint types clean
+.PHONY: demo test test-quanda test-dattri lint types docs clean
 
 demo: $(VENV)/.eval
 	$(BIN)/stride-captum explain --task digits --out out/demo
@@ -31,6 +31,12 @@ types: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
 	MYPYPATH=build/types $(BIN)/mypy -p stride_captum
 
+# The site is built from the package as it installs, where adapters/ and evaluation/ are sub-packages.
+docs: $(VENV)/.docs
+	rm -rf build/docs
+	$(BIN)/python -m pip install --quiet --no-deps --target build/docs .
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=build/docs $(BIN)/mkdocs build --strict
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -40,6 +46,10 @@ $(VENV)/.eval: $(VENV)/bin/python pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.eval
 	$(BIN)/python -m pip install --quiet --editable ".[eval,kronfluence,cleanlab,dev]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.eval
+	$(BIN)/python -m pip install --quiet --editable ".[eval,docs]"
 	touch $@
 
 # A layer over .venv: packages that the extra wants in another version shadow those below, torch is shared.

@@ -93,6 +93,15 @@ class CaptumInfluence(GradientMethod):
         sign: 1 where Captum's positive scores raise what it `answers`, -1 where they lower it.
         orientation: "test-train" or "train-test", of what Captum returns.
         **options: Those of `GradientMethod` but `layers`; `residuals` with `answers="every"` only.
+
+    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> model, train, test = trained(MLP)
+    >>> from captum.influence import SimilarityInfluence
+    >>> def build(model, train):
+    ...     return SimilarityInfluence(model, "relu2", train, "not used", batch_size=16)
+    >>> method = CaptumInfluence(model, train, build=build, answers="similarity")
+    >>> method.influence(test.tensors, 3).indices.shape
+    torch.Size([7, 3])
     """
 
     # Captum reads the training set itself and returns all columns at once.

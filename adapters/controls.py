@@ -57,6 +57,12 @@ class Random(InfluenceMethod):
         train_dataset: As for every method.
         seed: Seed of the scores.
         **options: Those of `InfluenceMethod`.
+
+    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> model, train, test = trained(MLP)
+    >>> first, second = (Random(model, train, seed=1).influence(test.tensors) for _ in range(2))
+    >>> first.equal(second)
+    True
     """
 
     def __init__(self, model: nn.Module, train_dataset: Any, *, seed: int = 0, **options: Any) -> None:
@@ -91,6 +97,12 @@ class ClassRandom(Random):
 
     Scores are `|e|` within the class and `-|e|` outside, with e standard normal (and the other way round
     for the response "loss").
+
+    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> model, train, test = trained(MLP)
+    >>> x, y = test.tensors
+    >>> (ClassRandom(model, train).influence((x, y)) > 0).equal(y[:, None] == train.tensors[1])
+    True
     """
 
     def _scores(self, state: RandomState, prepared: RandomTest, columns: slice) -> Tensor:

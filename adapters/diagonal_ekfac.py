@@ -61,6 +61,11 @@ class DiagonalEKFAC(GradientMethod):
 
     Raises:
         ValueError: An option out of its range; in `fit`, a relative eps where F is 0 throughout.
+
+    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> model, train, test = trained(MLP)
+    >>> DiagonalEKFAC(model, train, fisher="exact").influence(test.tensors).shape
+    torch.Size([7, 48])
     """
 
     def __init__(

@@ -60,6 +60,12 @@ class EKFAC(GradientMethod):
 
     Raises:
         ImportError: kronfluence is not installed.
+
+    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> model, train, test = trained(MLP)
+    >>> method = EKFAC(model, train, residuals="temperature")
+    >>> method.influence(test.tensors).shape
+    torch.Size([7, 48])
     """
 
     # kronfluence reads the training set itself and returns all columns at once.

@@ -45,6 +45,12 @@ class KNNShapley(Similarity):
         train_dataset: As for every method.
         k: Neighbours that vote; may exceed n_train.
         **options: Those of `InfluenceMethod`.
+
+    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> model, train, test = trained(MLP)
+    >>> values = KNNShapley(model, train, k=3).influence(test.tensors)
+    >>> bool((values.sum(1) <= 1.0001).all())  # the share of the three votes that are for the class
+    True
     """
 
     def __init__(self, model: nn.Module, train_dataset: Any, *, k: int = 5, **options: Any) -> None:

@@ -39,6 +39,14 @@ class LabelNoiseDetector(ABC):
         train_dataset: Dataset or (not shuffling) DataLoader of `(inputs..., label)` or dicts.
         layers: Submodules whose outputs are features, for detectors that read them; None selects them.
         batch_size: Examples a forward pass, where a data set is given.
+
+    >>> class Coin(LabelNoiseDetector):
+    ...     def mislabel_scores(self):
+    ...         return torch.rand(len(self.train_dataset))
+    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> model, train, test = trained(MLP)
+    >>> Coin(model, train).mislabel_scores().shape
+    torch.Size([48])
     """
 
     def __init__(
@@ -83,7 +91,14 @@ class LabelNoiseDetector(ABC):
 
 
 class LossDetector(LabelNoiseDetector):
-    """The training loss of each example, `-log p_y`: a wrong label is learnt late, or not at all."""
+    """The training loss of each example, `-log p_y`: a wrong label is learnt late, or not at all.
+
+    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> model, train, test = trained(MLP)
+    >>> suspicion = LossDetector(model, train).mislabel_scores()
+    >>> bool((suspicion >= 0).all())
+    True
+    """
 
     def mislabel_scores(self) -> Tensor:
         """`-log p_y = log(1 + exp(-margin))` of each example, `(n_train,)`."""
@@ -96,6 +111,12 @@ class RidgeLeaveOneOut(LabelNoiseDetector):
     """Norm of the leave-one-out residual of a ridge head on the features: `STRIDE.mislabel_scores`.
 
     The head reads all layers but the last, which has memorised the labels.
+
+    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> model, train, test = trained(MLP)
+    >>> suspicion = RidgeLeaveOneOut(model, train).mislabel_scores()
+    >>> suspicion.topk(5).indices.shape  # the five most suspect labels
+    torch.Size([5])
     """
 
     def mislabel_scores(self) -> Tensor:
@@ -126,6 +147,12 @@ class ConfidentLearning(LabelNoiseDetector):
 
     Raises:
         ImportError: Cleanlab is not installed.
+
+    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> model, train, test = trained(MLP)
+    >>> suspicion = ConfidentLearning(model, train, n_folds=3).mislabel_scores()
+    >>> bool((suspicion >= 0).all() and (suspicion <= 1).all())
+    True
     """
 
     def __init__(

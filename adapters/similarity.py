@@ -48,6 +48,12 @@ class Similarity(InfluenceMethod):
     """Cosine similarity of features; of the penultimate layer unless `layers` says otherwise.
 
     It does not depend on the response, but its sign does: similar examples lower the "loss".
+
+    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> model, train, test = trained(MLP)
+    >>> alike = Similarity(model, train, layers=["relu1", "relu2"]).influence(test.tensors)
+    >>> bool((alike.abs() < 1.0001).all())
+    True
     """
 
     def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> SimilarityState:
@@ -87,7 +93,15 @@ class Similarity(InfluenceMethod):
 
 
 class ClassSimilarity(Similarity):
-    """Cosine similarity of features, kept for training examples of the target's class and 0 for others."""
+    """Cosine similarity of features, kept for training examples of the target's class and 0 for others.
+
+    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> model, train, test = trained(MLP)
+    >>> x, y = test.tensors
+    >>> other_class = y[:, None] != train.tensors[1]
+    >>> float(ClassSimilarity(model, train).influence((x, y))[other_class].abs().max())
+    0.0
+    """
 
     def _scores(self, state: SimilarityState, prepared: SimilarityTest, columns: slice) -> Tensor:
         same = prepared.classes[:, None] == state.labels[columns]

@@ -53,11 +53,19 @@ class TracIn(GradientMethod):
             where the checkpoint does not know it, which is right up to a factor where the rate was
             constant).
         fast: Use `TracInCPFast`: the last linear layer without its bias.
-        layers: Submodules whose parameters take part (with `fast`: the one last layer); None takes all.
-        **options: Those of `GradientMethod`.
+        **options: Those of `GradientMethod`; `layers` are the submodules whose parameters take part (with
+            `fast`: the one last layer), None takes all.
 
     Attributes:
         batched_: Whether Captum does a batch at a time, not an example.
+
+    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> model, train, test = trained(MLP)
+    >>> TracIn(model, train, fast=True).influence(test.tensors).shape  # the last layer only
+    torch.Size([7, 48])
+    >>> several = TracIn(model, train, checkpoints=[model.state_dict()] * 2, learning_rates=[0.1, 0.01])
+    >>> several.self_influence().shape
+    torch.Size([48])
     """
 
     # Captum reads the training set itself and returns all columns at once.

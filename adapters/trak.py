@@ -62,6 +62,11 @@ class TRAK(GradientMethod):
     Raises:
         ValueError: An option out of its range; in `fit`, a damping below the rounding errors of a
             singular kernel.
+
+    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> model, train, test = trained(MLP)
+    >>> TRAK(model, train, projection_dim=64).influence(test.tensors, 3).indices.shape
+    torch.Size([7, 3])
     """
 
     # It keeps what it needs of it.

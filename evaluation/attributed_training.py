@@ -29,6 +29,12 @@ def train_attributed(
         spike: Keep the weights of the epoch with the highest training loss among the last six
             instead of the last epoch's: a model that was stopped at a bad moment.
 
+    >>> from stride_captum.evaluation import load_task
+    >>> from stride_captum.evaluation.models import TrainingSettings
+    >>> training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
+    >>> task = load_task("synthetic", preset="smoke", training=training)
+    >>> train_attributed(task, seed=0).training
+    False
     """
     from safetensors.torch import save_file
 

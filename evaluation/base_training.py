@@ -41,6 +41,12 @@ def train_model(
     Returns:
         The trained model in eval mode.
 
+    >>> from stride_captum.evaluation import load_task
+    >>> from stride_captum.evaluation.models import TrainingSettings
+    >>> training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
+    >>> task = load_task("synthetic", preset="smoke", training=training)
+    >>> train_model(task.build_model, *task.train.tensors, training, seed=0).training
+    False
     """
     on_gpu = torch.device(device).type == "cuda"
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else []):

@@ -45,6 +45,14 @@ class CalibrationResult:
         n_seeds: Retrainings of each.
         seed: Seed of the bootstrap.
         draws: The bootstrap's slopes `(n_resamples, n_models)`, paired between results of one seed.
+
+    >>> import numpy as np
+    >>> from stride_captum.subsets import random_subsets
+    >>> effects = np.random.default_rng(0).normal(size=(4, 20))  # (n_test, n_train)
+    >>> halves = random_subsets(20, 40, 10)
+    >>> result = calibration(effects, halves, halves @ effects.T, n_resamples=0)
+    >>> result.interval is None, result.n_groups
+    (True, 40)
     """
 
     slope: float
@@ -102,6 +110,14 @@ def calibration(
 
     Raises:
         ValueError: Shapes do not match, a value is not finite, or there are fewer than 3 subsets.
+
+    >>> import numpy as np
+    >>> from stride_captum.subsets import random_subsets
+    >>> effects = np.random.default_rng(0).normal(size=(4, 20))  # (n_test, n_train)
+    >>> halves = random_subsets(20, 40, 10)
+    >>> twice_too_large = 2 * effects
+    >>> round(calibration(twice_too_large, halves, halves @ effects.T, n_resamples=0).slope, 6)
+    0.5
     """
     matrices, responses = check_inputs(scores, membership, responses)
     _check_resamples(n_resamples)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,17 +14,23 @@ from rich.table import Table
 
 from ..checkpoints import load_checkpoint
 from ..config import STRIDEConfig
+from ..doctor import diagnose
 from ..errors import bad_value
-from .benchmark_core import bench_core
+from ..memory_budget import parse_bytes
+from . import completion
+from .benchmark_core import CoreRow, bench_core
+from .benchmark_estimate import bench_estimate
 from .benchmark_recovery import bench_lasso
 from .benchmark_retraining import CASES, bench_retraining
+from .benchmark_store import PARTS, bench_store
 from .comparison import MEASURES, compare, comparison_sizes, estimates
 from .contenders import DEFAULT_METHODS
 from .environment import describe, one_line
 from .explanation import explain
 from .linear_datamodeling import LDSResult
+from .manners import Voice, one_sentence_errors
 from .paper_tables import TABLES, find_table
-from .recovery_curve import recovery_curve
+from .recovery_curve import RecoveryCurve, recovery_curve
 from .report import read_results, write_comparison, write_explanation
 from .retraining_estimate import RetrainingEstimate
 from .scalability import METHODS, bench_scalability, parse_size
@@ -37,17 +42,40 @@ app = typer.Typer(
     name="stride-captum",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Which training examples made the model say this?",
+    help="""Which training examples made the model say this?
+
+    Examples:
+
+        stride-captum explain --task digits --index 3
+
+        stride-captum compare --task digits --measure all --dry-run
+
+        stride-captum doctor
+    """,
 )
-bench = typer.Typer(no_args_is_help=True, help="Measure speed as ratios in one run.")
+bench = typer.Typer(
+    no_args_is_help=True,
+    help="""Measure speed as ratios in one run.
+
+    Example: stride-captum bench core
+    """,
+)
 app.add_typer(bench, name="bench")
 
-TaskName = Annotated[str, typer.Option("--task", help="One of: " + ", ".join(TASKS) + ".")]
-Preset = Annotated[str, typer.Option(help="Size of the task: " + ", ".join(PRESETS) + ".")]
+TaskName = Annotated[
+    str,
+    typer.Option("--task", help="One of: " + ", ".join(TASKS) + ".", autocompletion=completion.tasks),
+]
+Preset = Annotated[
+    str,
+    typer.Option(help="Size of the task: " + ", ".join(PRESETS) + ".", autocompletion=completion.presets),
+]
 Out = Annotated[Path, typer.Option(help="Folder for report.html and results.json.")]
 DataRoot = Annotated[Path | None, typer.Option(help="Folder of MNIST or CIFAR-10 in torchvision's layout.")]
 Data = Annotated[str | None, typer.Option(help="Your own data set, as module:factory.")]
 Model = Annotated[str | None, typer.Option(help="Your own network, as module:factory.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print the results as JSON; all else goes to stderr.")]
 
 
 @app.command("explain")
@@ -66,7 +94,8 @@ def explain_command(
     ] = None,
     store: Annotated[Path, typer.Option(help="Folder for trained models.")] = Path("out/store"),
     out: Out = Path("out/explain"),
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
 ) -> None:
     """Train (or load) a model, fit STRIDE and explain test points by their training examples.
 
@@ -76,7 +105,8 @@ def explain_command(
 
         stride-captum explain --task mnist --data-root ~/data --checkpoint mlp.pt --index 8 --index 9
     """
-    with _one_sentence_errors():
+    voice = Voice(quiet, as_json)
+    with one_sentence_errors(store):
         loaded = load_task(task, preset=preset, data_root=data_root, data=data, model=model)
         trained = None
         if checkpoint is not None:
@@ -92,10 +122,11 @@ def explain_command(
             config=None if config is None else STRIDEConfig.from_dict(_json("config", config)),
             show_progress=not quiet,
         )
-        _write(out, explanation.to_dict(), lambda _, path: write_explanation(explanation, loaded, path))
-    if not quiet:
-        show_explanation(explanation)
-        console.print(f"Report: {out / 'report.html'}")
+        results = _write(
+            out, explanation.to_dict(), lambda _, path: write_explanation(explanation, loaded, path)
+        )
+    voice.results(results, lambda: show_explanation(explanation))
+    voice.note(f"Report: {out / 'report.html'}")
 
 
 @app.command("compare")
@@ -103,7 +134,11 @@ def compare_command(
     context: typer.Context,
     task: TaskName = "digits",
     method: Annotated[
-        list[str] | None, typer.Option(help="A row; may be repeated. Default: " + ", ".join(DEFAULT_METHODS))
+        list[str] | None,
+        typer.Option(
+            help="A row; may be repeated. Default: " + ", ".join(DEFAULT_METHODS),
+            autocompletion=completion.methods,
+        ),
     ] = None,
     preset: Preset = "small",
     data_root: DataRoot = None,
@@ -117,7 +152,8 @@ def compare_command(
     measure: Annotated[
         list[str] | None,
         typer.Option(
-            help="May be repeated; one of: " + ", ".join(MEASURES) + ", all. Default: lds, calibration."
+            help="May be repeated; one of: " + ", ".join(MEASURES) + ", all. Default: lds, calibration.",
+            autocompletion=completion.measures,
         ),
     ] = None,
     settings: Annotated[
@@ -129,7 +165,11 @@ def compare_command(
         "out/store"
     ),
     engine: Annotated[
-        str, typer.Option(help="How halves are retrained: auto, processes or stacked (many models at once).")
+        str,
+        typer.Option(
+            help="How halves are retrained: auto, processes or stacked (many models at once).",
+            autocompletion=completion.engines,
+        ),
     ] = "auto",
     options_from: Annotated[
         Path | None,
@@ -141,7 +181,8 @@ def compare_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be retrained; stop.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Go on where it takes more than two hours.")] = False,
     out: Out = Path("out/compare"),
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
 ) -> None:
     """Compare methods on the same models, subsets and test points.
 
@@ -158,10 +199,12 @@ def compare_command(
 
         stride-captum compare --resume --out out/compare
     """
-    with _one_sentence_errors():
+    voice = Voice(quiet, as_json)
+    with one_sentence_errors(store):
         asked = out / "asked.json"
         if resume:
-            context.invoke(compare_command, context, **_read_asked(asked), out=out, yes=yes, quiet=quiet)
+            anew = {"out": out, "yes": yes, "quiet": quiet, "as_json": as_json}
+            context.invoke(compare_command, context, **_read_asked(asked), **anew)
             return
         loaded = load_task(task, preset=preset, data_root=data_root, data=data, model=model)
         sizes, measures = comparison_sizes(preset)
@@ -180,23 +223,27 @@ def compare_command(
             "engine": engine,
         }
         chosen = None if options_from is None else read_results(options_from)["protocol"]["options"]
-        if not _affordable(estimates(method, loaded, **plan), dry_run, yes, quiet):
+        if not _affordable(estimates(method, loaded, **plan), dry_run, yes, voice):
             return
         _keep_asked(asked, context.params)
         result = compare(method, loaded, n_spiked=spiked, options=chosen, show_progress=not quiet, **plan)
-        _write(out, result.to_dict(), write_comparison)
-    if not quiet:
-        show_comparison(result)
-        console.print(f"Report: {out / 'report.html'}")
+        results = _write(out, result.to_dict(), write_comparison)
+    voice.results(results, lambda: show_comparison(result))
+    voice.note(f"Report: {out / 'report.html'}")
 
 
 @app.command("reproduce")
 def reproduce_command(
-    table: Annotated[str, typer.Argument(help="One of: " + ", ".join(TABLES) + ".")],
+    table: Annotated[
+        str, typer.Argument(help="One of: " + ", ".join(TABLES) + ".", autocompletion=completion.tables)
+    ],
     preset: Preset = "small",
     data_root: DataRoot = None,
     data: Data = None,
-    method: Annotated[list[str] | None, typer.Option(help="Rows; default: those of the table.")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Rows; default: those of the table.", autocompletion=completion.methods),
+    ] = None,
     subsets: Annotated[int, typer.Option(help="Random halves that are retrained for LDS.")] = 100,
     seeds: Annotated[int, typer.Option(help="Retrainings of each half.")] = 2,
     models: Annotated[int, typer.Option(help="Attributed models.")] = 3,
@@ -207,6 +254,8 @@ def reproduce_command(
         "out/store"
     ),
     out: Out = Path("out/reproduce"),
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
 ) -> None:
     """Measure a table of the paper, with the paper's figures beside ours.
 
@@ -218,7 +267,8 @@ def reproduce_command(
 
         stride-captum reproduce table13 --data-root ~/data --preset paper
     """
-    with _one_sentence_errors():
+    voice = Voice(quiet, as_json)
+    with one_sentence_errors(store):
         printed = find_table(table)
         loaded = load_task(printed.task, preset=preset, data_root=data_root, data=data)
         result = compare(
@@ -236,14 +286,17 @@ def reproduce_command(
             n_models=models,
             n_test=test_points,
             n_jobs=jobs,
-            show_progress=True,
+            show_progress=not quiet,
         )
-        results = {"paper": asdict(printed), **result.to_dict()}
         folder = out / f"{table}-{preset}"
-        _write(folder, results, write_comparison)
-    show_comparison(result)
-    show_printed(printed)
-    console.print(f"Report: {folder / 'report.html'}")
+        results = _write(folder, {"paper": asdict(printed), **result.to_dict()}, write_comparison)
+
+    def show() -> None:
+        show_comparison(result)
+        show_printed(printed)
+
+    voice.results(results, show)
+    voice.note(f"Report: {folder / 'report.html'}")
 
 
 @app.command("report")
@@ -252,14 +305,15 @@ def report_command(
     out: Annotated[
         Path | None, typer.Option(help="The page; default: report.html beside the results.")
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Write the report of a comparison again, from its results alone, on this machine or another.
 
     Example: stride-captum report out/compare/results.json
     """
-    with _one_sentence_errors():
+    with one_sentence_errors():
         path = write_comparison(read_results(results), out or results.with_name("report.html"))
-    console.print(f"Report: {path}")
+    Voice(quiet).note(f"Report: {path}")
 
 
 @app.command("recovery-curve")
@@ -269,7 +323,10 @@ def recovery_curve_command(
     preset: Preset = "small",
     data_root: DataRoot = None,
     data: Data = None,
-    paper: Annotated[str, typer.Option(help="The paper's preset: mnist or cifar10.")] = "mnist",
+    paper: Annotated[
+        str,
+        typer.Option(help="The paper's preset: mnist or cifar10.", autocompletion=completion.paper_presets),
+    ] = "mnist",
     seeds: Annotated[int, typer.Option(help="Retrainings of each half.")] = 3,
     models: Annotated[int, typer.Option(help="Attributed models.")] = 3,
     test_points: Annotated[int, typer.Option(help="The second half is reported.")] = 400,
@@ -277,12 +334,14 @@ def recovery_curve_command(
         "out/store"
     ),
     out: Out = Path("out/recovery-curve"),
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
 ) -> None:
     """Fidelity of trained operators and Lasso as K grows, against ridge and the closed form on the same phi.
 
     Example: stride-captum recovery-curve --task digits --n-subsets 50 --n-subsets 500
     """
-    with _one_sentence_errors():
+    with one_sentence_errors(store):
         loaded = load_task(task, preset=preset, data_root=data_root, data=data)
         curve = recovery_curve(
             loaded,
@@ -292,9 +351,13 @@ def recovery_curve_command(
             n_seeds=seeds,
             n_models=models,
             n_test=test_points,
-            show_progress=True,
+            show_progress=not quiet,
         )
-        _write_json(out / "results.json", curve.to_dict())
+        results = _write_json(out / "results.json", curve.to_dict())
+    Voice(quiet, as_json).results(results, lambda: _show_curve(curve, models))
+
+
+def _show_curve(curve: RecoveryCurve, models: int) -> None:
     table = Table(title=f"{curve.task}: LDS of trained operators, mean of {models} models [95%]")
     for column in ("K", "|S_k|", "Lasso", "ridge", "closed form on phi", "stage 1, s"):
         table.add_column(column)
@@ -320,15 +383,23 @@ def _lds_cell(result: LDSResult) -> str:
 def bench_core_command(
     repeats: Annotated[int, typer.Option(help="Timed repetitions; medians are reported.")] = 5,
     out: Out = Path("out/bench"),
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
 ) -> None:
     """Fit and query against the floor of the hardware, and against Captum's TracInCPFast.
 
     Example: stride-captum bench core
     """
-    with _one_sentence_errors():
+    with one_sentence_errors():
         rows = bench_core(repeats=repeats)
         environment = describe()
-        _write_json(out / "core.json", {"environment": environment, "rows": [row.to_dict() for row in rows]})
+        results = _write_json(
+            out / "core.json", {"environment": environment, "rows": [row.to_dict() for row in rows]}
+        )
+    Voice(quiet, as_json).results(results, lambda: _show_core(rows, environment))
+
+
+def _show_core(rows: Sequence[CoreRow], environment: dict[str, Any]) -> None:
     table = Table(title="Seconds are medians; ratios are goals at most (<) or at least (>)")
     for column in (
         "model", "N", "d", "n_test", "fit / floor (<1.5)", "dense / floor (<1.5)", "top-100 / floor (<2)",
@@ -361,12 +432,14 @@ def bench_recovery_command(
     subset_size: Annotated[int, typer.Option(help="|S_k|.")] = 100,
     reference: Annotated[int, typer.Option(help="Test points that scikit-learn is timed on.")] = 5,
     out: Out = Path("out/bench"),
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
 ) -> None:
     """The batched Lasso against a loop over scikit-learn's at the same duality gap.
 
     Example: stride-captum bench recovery
     """
-    with _one_sentence_errors():
+    with one_sentence_errors():
         rows = bench_lasso(
             n_test=test_points,
             n_subsets=n_subsets,
@@ -374,11 +447,12 @@ def bench_recovery_command(
             subset_size=subset_size,
             n_reference=reference,
         )
-        _show_rows("Lasso: seconds for all test points, in one run", rows, out / "recovery.json")
+    title = "Lasso: seconds for all test points, in one run"
+    _show_rows(title, rows, out / "recovery.json", Voice(quiet, as_json))
 
 
 #: Of `compare`, what may be said anew of a run that is resumed.
-_SAID_ANEW = ("out", "yes", "quiet", "resume", "dry_run")
+_SAID_ANEW = ("out", "yes", "quiet", "as_json", "resume", "dry_run")
 
 
 def _keep_asked(path: Path, parameters: dict[str, Any]) -> None:
@@ -402,22 +476,80 @@ def _read_asked(path: Path) -> dict[str, Any]:
 @bench.command("retraining")
 def bench_retraining_command(
     case: Annotated[
-        list[str] | None, typer.Option(help="May be repeated; one of: " + ", ".join(CASES) + ".")
+        list[str] | None,
+        typer.Option(
+            help="May be repeated; one of: " + ", ".join(CASES) + ".", autocompletion=completion.cases
+        ),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where models are trained.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Where models are trained.", autocompletion=completion.devices)
+    ] = "cpu",
     stack: Annotated[list[int] | None, typer.Option(help="Models of a stack; may be repeated.")] = None,
     epochs: Annotated[int, typer.Option(help="Few will do.")] = 1,
     out: Out = Path("out/bench"),
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
 ) -> None:
     """Many small models trained at once against the same models one by one.
 
     Example: stride-captum bench retraining --device cuda
     """
-    with _one_sentence_errors():
+    with one_sentence_errors():
         rows = bench_retraining(case or ("digits", "mnist"), device=device, stack_sizes=stack, epochs=epochs)
-        _show_rows(
-            "Retraining: seconds of a model, with all workers busy, in one run", rows, out / "retraining.json"
+    title = "Retraining: seconds of a model, with all workers busy, in one run"
+    _show_rows(title, rows, out / "retraining.json", Voice(quiet, as_json))
+
+
+@bench.command("store")
+def bench_store_command(
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="May be repeated; one of: " + ", ".join(PARTS) + ". Default: all.",
+            autocompletion=completion.parts,
+        ),
+    ] = None,
+    n_train: Annotated[
+        int, typer.Option(help="N of the large files; the other parts take a tenth.")
+    ] = 2_000_000,
+    n_features: Annotated[int, typer.Option(help="d.")] = 512,
+    test_points: Annotated[int, typer.Option(help="Test points of a query.")] = 200,
+    k: Annotated[int, typer.Option(help="Training examples for each.")] = 100,
+    limit: Annotated[str, typer.Option(help="Data segment that the large fit and query may have.")] = "2GiB",
+    out: Out = Path("out/bench"),
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Features on disk: memory of a large training set, building and querying against plain writes and reads.
+
+    Example: stride-captum bench store --part large --n-train 200000
+    """
+    with one_sentence_errors():
+        rows = bench_store(
+            part or PARTS,
+            n_train=n_train,
+            n_features=n_features,
+            n_test=test_points,
+            k=k,
+            limit=parse_bytes(limit, name="--limit"),
         )
+    _show_rows("Features on disk", rows, out / "store.json", Voice(quiet, as_json))
+
+
+@bench.command("estimate")
+def bench_estimate_command(
+    test_points: Annotated[int, typer.Option(help="Test points of a query.")] = 100,
+    out: Out = Path("out/bench"),
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
+) -> None:
+    """What `method.estimate()` says before, against what is measured after.
+
+    Example: stride-captum bench estimate
+    """
+    with one_sentence_errors():
+        rows = bench_estimate(n_test=test_points)
+    _show_rows("Estimated, measured and their ratio", rows, out / "estimate.json", Voice(quiet, as_json))
 
 
 @bench.command("scalability")
@@ -427,14 +559,20 @@ def bench_scalability_command(
     ] = False,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="May be repeated; one of: " + ", ".join(METHODS) + ". Default: all."),
+        typer.Option(
+            help="May be repeated; one of: " + ", ".join(METHODS) + ". Default: all.",
+            autocompletion=completion.scalable_methods,
+        ),
     ] = None,
     size: Annotated[
         list[str] | None, typer.Option(help="Depth x width of a model, such as 4x64; may be repeated.")
     ] = None,
     train: Annotated[int | None, typer.Option(help="Training examples [500; 5,000 with --full].")] = None,
     test_points: Annotated[int, typer.Option(help="Test points of a query.")] = 100,
-    device: Annotated[str | None, typer.Option(help="Default: a GPU where there is one.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Default: a GPU where there is one.", autocompletion=completion.devices),
+    ] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds of each phase of a case.")] = 120.0,
     memory_limit: Annotated[str, typer.Option(help="What a process may add to memory, on the CPU.")] = "8GiB",
     exponents: Annotated[
@@ -444,6 +582,8 @@ def bench_scalability_command(
         Path,
         typer.Option(help="Folder of results.json, the plot and the cases: a killed run resumes."),
     ] = Path("out/scalability"),
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
 ) -> None:
     """Setup, queries and memory of every method as models grow: Table 5, Figure 2 and Proposition 1.
 
@@ -453,7 +593,8 @@ def bench_scalability_command(
 
         stride-captum bench scalability --size 4x64 --train 5000 --method STRIDE --no-exponents
     """
-    with _one_sentence_errors():
+    voice = Voice(quiet, as_json)
+    with one_sentence_errors(out):
         found = bench_scalability(
             out / "cases",
             full=full,
@@ -465,55 +606,67 @@ def bench_scalability_command(
             time_limit=time_limit,
             memory_limit=memory_limit,
             exponents=exponents,
-            say=console.print,
+            say=voice.note,
         )
         files = write_scalability(found, out)
-    show_scalability(found)
+    voice.results(json.loads(files[0].read_text(encoding="utf-8")), lambda: show_scalability(found))
     for path in files:
-        console.print(f"Wrote {path}")
+        voice.note(f"Wrote {path}")
 
 
-def _show_rows(title: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Rows of plain values, in the terminal and as JSON."""
+def _show_rows(title: str, rows: Sequence[dict[str, Any]], path: Path, voice: Voice) -> None:
+    """Rows of plain values, as JSON in a file and as a table in the terminal."""
     environment = describe()
-    _write_json(path, {"environment": environment, "rows": list(rows)})
-    table = Table(title=title)
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "))
-    for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    console.print(table)
-    console.print(one_line(environment))
+
+    def show() -> None:
+        table = Table(title=title)
+        for column in rows[0]:
+            table.add_column(column.replace("_", " "))
+        for row in rows:
+            table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+        console.print(table)
+        console.print(one_line(environment))
+
+    voice.results(_write_json(path, {"environment": environment, "rows": list(rows)}), show)
 
 
-def _affordable(found: list[RetrainingEstimate], dry_run: bool, yes: bool, quiet: bool) -> bool:
+@app.command("doctor")
+def doctor_command(quiet: Quiet = False, as_json: AsJSON = False) -> None:
+    """Say which versions, devices and extras are there, and check the methods on planted data in ten seconds.
+
+    The exit code is 1 where something is broken. What the check does not cover is named.
+
+    Examples:
+
+        stride-captum doctor
+
+        stride-captum doctor --json
+    """
+    with one_sentence_errors():
+        diagnosis = diagnose(show_progress=not quiet)
+    Voice(quiet, as_json).results(diagnosis.to_dict(), lambda: typer.echo(str(diagnosis)))
+    if not diagnosis.ok:
+        raise typer.Exit(1)
+
+
+def _affordable(found: list[RetrainingEstimate], dry_run: bool, yes: bool, voice: Voice) -> bool:
     """Whether to go on: not after a dry run, and not for more than two hours without being told so.
 
     Raises:
         ValueError: It would take more than two hours.
     """
-    if dry_run or not quiet:
-        for estimate in found:
-            console.print(str(estimate))
+    if dry_run:
+        results = {"estimates": [asdict(estimate) for estimate in found]}
+        voice.results(results, lambda: console.print("\n".join(map(str, found))))
+        return False
+    for estimate in found:
+        voice.note(str(estimate))
     hours = sum(estimate.seconds for estimate in found) / 3600
-    if hours > 2 and not (dry_run or yes):
+    if hours > 2 and not yes:
         raise bad_value(
             "--yes", "be given for more than two hours of retraining", f"{hours:.1f} h without it"
         )
-    return not dry_run
-
-
-@contextmanager
-def _one_sentence_errors() -> Iterator[None]:
-    """Errors that a user can mend are one sentence and exit code 2; Ctrl-C says how to go on."""
-    try:
-        yield
-    except (ValueError, TypeError, IndexError, FileNotFoundError, RuntimeError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        typer.echo("Interrupted. Finished work is kept: the same command goes on from here.", err=True)
-        raise typer.Exit(130) from error
+    return True
 
 
 def _json(argument: str, text: str) -> dict[str, Any]:
@@ -526,8 +679,13 @@ def _json(argument: str, text: str) -> dict[str, Any]:
     return options
 
 
-def _write(out: Path, results: dict[str, Any], write_report: Callable[[dict[str, Any], Path], Path]) -> None:
-    write_report(_write_json(out / "results.json", results), out / "report.html")
+def _write(
+    out: Path, results: dict[str, Any], write_report: Callable[[dict[str, Any], Path], Path]
+) -> dict[str, Any]:
+    """Write the results and the report; gives the results as they are in the file."""
+    written = _write_json(out / "results.json", results)
+    write_report(written, out / "report.html")
+    return written
 
 
 def _write_json(path: Path, results: dict[str, Any]) -> dict[str, Any]:

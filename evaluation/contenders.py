@@ -32,6 +32,10 @@ class Contender:
             the attributed model last; 1 gives none.
         needs: Module of an extra without which it cannot run.
         settable: Options that may be set on a fitted method, so that a grid over them fits once.
+
+    >>> row = Contender("TracIn, T=2", adapter(adapters.TracIn, residuals="temperature", temperature=2.0))
+    >>> row.available
+    True
     """
 
     name: str

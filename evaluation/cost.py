@@ -40,6 +40,10 @@ class Cost:
         n_queries: Number of test points.
         forward_seconds: One forward pass over the training set, F.
         peak_bytes: The most memory that the method held at once; None where it does not say.
+
+    >>> cost = Cost(fit_seconds=3.0, query_seconds=4.0, n_queries=8, forward_seconds=1.5)
+    >>> cost.fit_ratio, cost.seconds_per_query
+    (2.0, 0.5)
     """
 
     fit_seconds: float
@@ -209,6 +213,14 @@ def measure_cost(
 
     Raises:
         ValueError: `repeats` is below 1.
+
+    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> model, train, test = trained(MLP)
+    >>> from stride_captum.adapters import Similarity
+    >>> from stride_captum.evaluation.contenders import adapter
+    >>> costs = measure_cost({"Similarity": adapter(Similarity)}, model, train, test.tensors, repeats=1)
+    >>> costs["Similarity"].n_queries
+    7
     """
     costs = {}
     for name, build in methods.items():

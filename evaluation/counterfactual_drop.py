@@ -41,6 +41,10 @@ class CounterfactualResult:
         drops: `(n_models, n_counts, n_seeds, n_test)`.
         depletions: `(n_models, n_counts, n_test)`.
         opponents: Whether the lowest scores were removed instead of the highest.
+
+    >>> result = counterfactual([[0.9]], [[[0.6]]], [[0.5]], counts=[10], n_resamples=0)
+    >>> result.counts, result.depletion
+    ((10,), (0.5,))
     """
 
     counts: tuple[int, ...]
@@ -169,6 +173,15 @@ def counterfactual(
 
     Raises:
         ValueError: Shapes do not match, or a value is not a probability.
+
+    >>> intact = [[0.9, 0.8]]  # one seed, two test points
+    >>> without_ten, without_twenty = [[0.6, 0.7]], [[0.3, 0.6]]
+    >>> depletions = [[0.1, 0.1], [0.2, 0.2]]
+    >>> result = counterfactual(
+    ...     intact, [without_ten, without_twenty], depletions, counts=[10, 20], n_resamples=0
+    ... )
+    >>> [round(drop, 6) for drop in result.drop]
+    [0.2, 0.4]
     """
     whole, without = _probability("intact", intact), _probability("removed", removed)
     shares = np.asarray(depletions, dtype=np.float64)

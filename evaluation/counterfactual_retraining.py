@@ -186,6 +186,28 @@ def measure_counterfactual(
 
     Raises:
         ValueError: A count or a test point out of range.
+
+    >>> from stride_captum.evaluation import load_task
+    >>> from stride_captum.evaluation.models import TrainingSettings
+    >>> training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
+    >>> task = load_task("synthetic", preset="smoke", training=training)
+    >>> import tempfile
+    >>> from stride_captum.adapters import Similarity
+    >>> from stride_captum.evaluation import train_attributed
+    >>> from stride_captum.evaluation.contenders import adapter
+    >>> with tempfile.TemporaryDirectory() as store:
+    ...     (row,) = measure_counterfactual(
+    ...         task,
+    ...         {"Similarity": adapter(Similarity)},
+    ...         {"seed 0": train_attributed(task, 0)},
+    ...         store=store,
+    ...         counts=(20,),
+    ...         test_points=[0],
+    ...         n_seeds=1,
+    ...         n_jobs=1,
+    ...     )
+    >>> row.name, row.result.counts
+    ('Similarity', (20,))
     """
     points = [int(t) for t in test_points]
     if not points or len(set(points)) < len(points) or not 0 <= min(points) <= max(points) < len(task.test):

@@ -72,6 +72,14 @@ class Explanation:
         settings: Options of the method.
         layers: Where features were read.
         environment: Versions and hardware.
+
+    >>> from stride_captum.evaluation import load_task
+    >>> from stride_captum.evaluation.models import TrainingSettings
+    >>> training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
+    >>> task = load_task("synthetic", preset="smoke", training=training)
+    >>> explanation, _ = explain(task, indices=[0], k=2, n_suspects=3)
+    >>> len(explanation.suspects)
+    3
     """
 
     task: str
@@ -119,6 +127,15 @@ def explain(
 
     Raises:
         IndexError: A test point that does not exist.
+
+    >>> from stride_captum.evaluation import load_task
+    >>> from stride_captum.evaluation.models import TrainingSettings
+    >>> training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
+    >>> task = load_task("synthetic", preset="smoke", training=training)
+    >>> explanation, method = explain(task, indices=[5], k=2)
+    >>> (point,) = explanation.points
+    >>> point.index, len(point.proponents), len(point.opponents)
+    (5, 2, 2)
     """
     model = train_attributed(task, seed, store) if model is None else model.eval()
     x, y = task.train.tensors

@@ -114,6 +114,16 @@ def measure_leakage(
 
     Raises:
         ValueError: An argument out of its range.
+
+    >>> from stride_captum.evaluation import load_task
+    >>> from stride_captum.evaluation.models import TrainingSettings
+    >>> training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
+    >>> task = load_task("synthetic", preset="smoke", training=training)
+    >>> from stride_captum.adapters import Similarity
+    >>> from stride_captum.evaluation.contenders import adapter
+    >>> rows = measure_leakage(task, {"Similarity": adapter(Similarity)}, counts=(5,), n_resamples=0)
+    >>> [(row.normalize, row.n_planted) for row in rows]
+    [(None, 5), ('cosine', 5)]
     """
     if n_models < 1:
         raise bad_value("n_models", "be at least 1", n_models)

@@ -45,6 +45,10 @@ class LeakageResult:
             or where no resamples were asked for.
         interval_top1: The same of `top1`.
         n_train: Number of training examples, the planted ones included.
+
+    >>> result = leakage(np.array([[0.1, 0.9, 0.5]]), [2], n_resamples=0)
+    >>> result.top1, result.chance_rank
+    (0.0, 1.0)
     """
 
     mean_rank: float
@@ -92,6 +96,10 @@ def leakage(
 
     Raises:
         ValueError: Shapes do not match, a value is not finite, or a position or k is out of range.
+
+    >>> scores = np.array([[0.1, 0.9, 0.5], [0.2, 0.1, 0.7]])  # two test points, three training examples
+    >>> leakage(scores, [1, 0], n_resamples=0).mean_rank  # the duplicates come first and second
+    0.5
     """
     single = not isinstance(scores, list | tuple) and np.ndim(scores) == 2
     matrices = [finite_array("scores", s) for s in ([scores] if single else scores)]

@@ -47,6 +47,13 @@ class LDSResult:
         seed: Seed of the bootstrap.
         draws: The bootstrap's draws `(n_resamples, n_models)`, paired between results of one seed.
 
+    >>> import numpy as np
+    >>> from stride_captum.subsets import random_subsets
+    >>> effects = np.random.default_rng(0).normal(size=(4, 20))  # (n_test, n_train)
+    >>> halves = random_subsets(20, 40, 10)
+    >>> result = lds([effects, -effects], halves, halves @ effects.T, n_resamples=0)
+    >>> [round(value, 6) for value in result.per_model], round(result.worst, 6)
+    ([1.0, -1.0], -1.0)
     """
 
     value: float
@@ -121,6 +128,13 @@ def lds(
     Raises:
         ValueError: Shapes do not match, a value is not finite, or there are fewer than 3 subsets.
 
+    >>> import numpy as np
+    >>> from stride_captum.subsets import random_subsets
+    >>> effects = np.random.default_rng(0).normal(size=(4, 20))  # (n_test, n_train)
+    >>> halves = random_subsets(20, 40, 10)
+    >>> measured = halves @ effects.T  # (n_subsets, n_test): here a sum of effects
+    >>> round(lds(effects, halves, measured, n_resamples=0).value, 6)
+    1.0
     """
     matrices, responses = check_inputs(scores, membership, responses)
     if n_resamples < 0:

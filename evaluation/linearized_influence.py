@@ -47,6 +47,13 @@ class LinearizedInfluenceResult:
         penalty: The ridge penalty that cross-validation chose.
         n_items: What is correlated: n_train examples, or the subsets of the subset-level reading.
 
+    >>> import numpy as np
+    >>> from stride_captum.subsets import random_subsets
+    >>> effects = np.random.default_rng(0).normal(size=(4, 20))  # (n_test, n_train)
+    >>> halves = random_subsets(20, 40, 10)
+    >>> result = linearized_influence_correlation(effects, halves, halves @ effects.T, n_resamples=10)
+    >>> result.n_items
+    20
     """
 
     spearman: float
@@ -100,6 +107,13 @@ def linearized_influence_correlation(
     Raises:
         ValueError: Shapes do not match, a count is below 1, or there are fewer than 6 subsets.
 
+    >>> import numpy as np
+    >>> from stride_captum.subsets import random_subsets
+    >>> effects = np.random.default_rng(0).normal(size=(4, 20))  # (n_test, n_train)
+    >>> halves = random_subsets(20, 40, 10)
+    >>> result = linearized_influence_correlation(effects, halves, halves @ effects.T, n_resamples=10)
+    >>> result.spearman > 0.9
+    True
     """
     matrices, responses = check_inputs(scores, membership, responses)
     target = responses.mean(0)

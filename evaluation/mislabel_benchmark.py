@@ -157,6 +157,16 @@ def measure_mislabel(
 
     Raises:
         ValueError: A name is both a method and a detector, or an argument is out of range.
+
+    >>> from stride_captum.evaluation import load_task
+    >>> from stride_captum.evaluation.models import TrainingSettings
+    >>> training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
+    >>> task = load_task("synthetic", preset="smoke", training=training)
+    >>> from stride_captum.adapters import KNNShapley
+    >>> from stride_captum.evaluation.contenders import adapter
+    >>> rows = measure_mislabel(task, {"KNNShapley": adapter(KNNShapley)}, n_held_out=50, n_resamples=0)
+    >>> [row.ranking for row in rows]
+    ['self-influence', 'held-out influence']
     """
     detectors = detectors or {}
     if n_models < 1:

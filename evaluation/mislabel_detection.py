@@ -49,6 +49,10 @@ class MislabelResult:
         m: M of each model.
         seed: Seed of the bootstrap.
         draws: The bootstrap's precisions `(n_resamples, n_models)`, paired between results of one seed.
+
+    >>> result = mislabel([0.9, 0.8, 0.1, 0.2], [True, False, False, False], n_resamples=0)
+    >>> result.m, result.rate, result.auc
+    ((1,), 0.25, 1.0)
     """
 
     precision: float
@@ -137,6 +141,10 @@ def mislabel(
 
     Raises:
         ValueError: Shapes do not match, a value is not finite, or all or no labels are flipped.
+
+    >>> suspicion, flipped = [0.9, 0.8, 0.1, 0.2], [True, False, False, True]
+    >>> mislabel(suspicion, flipped, n_resamples=0).precision  # one of the two most suspect
+    0.5
     """
     vectors = [finite_array("scores", s) for s in _vectors(scores)]
     masks = np.atleast_2d(np.asarray(flipped))

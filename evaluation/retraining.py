@@ -87,6 +87,17 @@ class RetrainingPlan:
         ValueError: The membership is of another training set or has an empty subset, or a count is out of
             range.
 
+    >>> import tempfile
+    >>> from stride_captum.subsets import random_subsets
+    >>> from stride_captum.evaluation import load_task
+    >>> from stride_captum.evaluation.models import TrainingSettings
+    >>> training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
+    >>> task = load_task("synthetic", preset="smoke", training=training)
+    >>> subsets = random_subsets(task.n_train, 3, 150)
+    >>> with tempfile.TemporaryDirectory() as store:
+    ...     plan = RetrainingPlan(task, subsets, n_seeds=2, store=store, n_test=10)
+    ...     plan.execute(n_jobs=1, show_progress=False).shape
+    (2, 3, 10, 4)
     """
 
     task: Task

@@ -38,6 +38,9 @@ class Task:
         training: How it is trained.
         note: What a reader must know beside every figure, or "".
 
+    >>> task = load_task("synthetic", preset="smoke")
+    >>> task.name, task.n_train, task.n_classes
+    ('synthetic-300', 300, 4)
     """
 
     name: str
@@ -84,6 +87,8 @@ def load_task(
         ValueError: Unknown name or preset, or a factory that cannot be imported.
         FileNotFoundError: The data are not where they should be.
 
+    >>> load_task("digits").n_train
+    1397
     """
     if name not in TASKS:
         raise bad_choice("task", name, TASKS)

@@ -6,10 +6,14 @@ import sys
 
 
 def main() -> None:
-    """Run the command line of `stride_captum.evaluation`."""
+    """Run the command line of `stride_captum.evaluation`; `doctor` runs without its extra."""
     try:
         from .evaluation.cli import app
     except ModuleNotFoundError as error:
+        if sys.argv[1:2] == ["doctor"]:
+            from .doctor import main as doctor
+
+            sys.exit(doctor(sys.argv[2:]))
         sys.exit(f'The command line needs {error.name}: pip install "stride-captum[eval]"')
     app()
 

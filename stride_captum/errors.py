@@ -12,7 +12,7 @@ def _sentence(name: str, must: str, got: object, remedy: str | None) -> str:
 
 
 def bad_value(name: str, must: str, got: object, remedy: str | None = None) -> ValueError:
-    """A `ValueError` to raise: "`name` must <must>; got <got>. <remedy>".
+    """A `ValueError` to raise: which argument, what it must be, what came and the remedy.
 
     >>> str(bad_value("damping", "be positive", -1.0, "Leave it out for the default 0.3."))
     '`damping` must be positive; got -1.0. Leave it out for the default 0.3.'

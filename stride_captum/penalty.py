@@ -58,6 +58,15 @@ def choose_alpha(
         TypeError: Y or membership is of another type.
         ValueError: The rule does not exist, or an argument is out of range.
 
+    >>> from stride_captum.subsets import random_subsets
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> noise = 0.1 * torch.randn(1, 40, generator=generator, dtype=torch.float64)
+    >>> subsets = random_subsets(60, 40, 6)
+    >>> y = torch.from_numpy(subsets[:, :3].sum(1).T) + noise  # three of 60 examples matter
+    >>> alpha = choose_alpha(y, subsets, "bic")
+    >>> from stride_captum.recovery import lasso
+    >>> bool((lasso(y, subsets, alpha).weights[0, :3] > 0).all())
+    True
     """
     if rule not in RULES:
         raise bad_choice("rule", rule, RULES)

@@ -38,6 +38,10 @@ class LassoFit:
         objective: `(n_test,)` float64, at the returned weights.
         alpha: `(n_test,)` float64.
         intercept: `(n_test,)` float64; 0 without `center`.
+
+    >>> fit = lasso(torch.tensor([[3.0, -5.0]]), torch.eye(2), 1.0)
+    >>> fit.weights, bool(fit.duality_gap < 1e-6)
+    (tensor([[ 2., -4.]]), True)
     """
 
     weights: Tensor
@@ -113,6 +117,9 @@ def lasso_path(
     Raises:
         ValueError: As in `lasso`, or a fraction is not positive.
 
+    >>> path = lasso_path(torch.tensor([[3.0, -5.0]]), torch.eye(2), [1.0, 0.2])
+    >>> [fit.weights.tolist() for fit in path]
+    [[[0.0, 0.0]], [[2.0, -4.0]]]
     """
     values = [float(fraction) for fraction in fractions]
     if not all(0 < value < float("inf") for value in values):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +61,101 @@ def test_make_targets_of_the_documents_exist():
             r"^make ([a-z-]+)", (ROOT / document).read_text(encoding="utf-8"), re.MULTILINE
         ):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def section(document: str, title: str) -> str:
+    """The text of a document between a heading that begins so and the next heading of the same kind."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return text.split(f"\n## {title}", 1)[1].split("\n## ", 1)[0]
+
+
+def module_of(name: str) -> str:
+    """The longest part of a dotted name that can be imported."""
+    while True:
+        try:
+            return importlib.import_module(name).__name__
+        except ModuleNotFoundError:
+            name = name.rpartition(".")[0]
+
+
+def look_up(name: str) -> Any:
+    """What a dotted name stands for; raises where it stands for nothing."""
+    found: Any = importlib.import_module(module_of(name))
+    for part in name.removeprefix(f"{found.__name__}.").split("."):
+        found = getattr(found, part)
+    return found
+
+
+def names_of(cell: str) -> list[str]:
+    """The dotted names of a cell: one without its module is in that of the last one that has it."""
+    full: list[str] = []
+    for name in re.findall(r"`([A-Za-z_.]+)`", cell):
+        full.append(name if name.startswith("stride_captum.") else f"{module_of(full[-1])}.{name}")
+    return full
+
+
+class TestArchitecture:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def rows(cls):
+        cells = re.findall(r"^\| ([^|`]+) \| (.+) \|$", section("CONTRIBUTING.md", "Architecture"), re.M)
+        return [(what, names_of(cell)) for what, cell in cells if not what.startswith("the paper")]
+
+    def test_every_function_of_the_map_exists(self, rows):
+        for what, names in rows:
+            assert names, what
+            for name in names:
+                assert callable(look_up(name)), name
+
+    @pytest.mark.parametrize("equation", range(1, 14))
+    def test_every_equation_of_the_paper_is_on_the_map(self, rows, equation):
+        covered: set[int] = set()
+        for what, _ in rows:
+            for first, last in re.findall(r"\((\d+)\)(?: to \((\d+)\))?", what):
+                covered |= set(range(int(first), int(last or first) + 1))
+        assert equation in covered
+
+
+class TestTheMethodOfTheGuide:
+    """The fences of CONTRIBUTING, one after the other, as a reader would run them."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def after(cls, tmp_path_factory):
+        fences = re.findall(r"```python\n(.*?)```", section("CONTRIBUTING.md", "How a method is added"), re.S)
+        names: dict[str, Any] = {"__name__": "agreement"}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path_factory.mktemp("guide"))
+            for fence in fences:
+                exec(compile(fence, "CONTRIBUTING.md", "exec"), names)
+        return names
+
+    def test_it_keeps_every_law(self, after):
+        assert after["report"].passed, after["report"]
+        assert f"{len(after['report'].verdicts)} laws" in section("CONTRIBUTING.md", "How a method is added")
+
+    def test_it_is_in_every_table_and_beats_chance(self, after):
+        names = ["STRIDE", "Agreement", "Random"]
+        fidelity = {row.name: row.lds.value for row in after["table"].rows}
+        assert list(fidelity) == names
+        assert fidelity["Agreement"] > fidelity["Random"]
+        assert list(dict.fromkeys(row.name for row in after["table"].leakage)) == names
+
+
+PUBLIC = [
+    (package, name)
+    for package in ("", ".adapters", ".evaluation", ".recovery", ".conformance")
+    for name in importlib.import_module(f"stride_captum{package}").__all__
+]
+
+
+@pytest.mark.parametrize(("package", "name"), PUBLIC)
+def test_every_public_class_and_function_has_an_example(package, name):
+    found = getattr(importlib.import_module(f"stride_captum{package}"), name)
+    if inspect.isclass(found) or inspect.isfunction(found):
+        assert ">>> " in (vars(found).get("__doc__", found.__doc__) or ""), name
+    else:  # a constant, or the name of a type
+        assert name in {"__version__", "CONTENDERS", "LAWS", "Law"}
 
 
 def test_the_readme_is_short():

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+#: `build(model, train_dataset, **options)`, the class of a method or a factory of it.
 Build = Callable[..., Any]
+#: What is called with a `Build` and raises where the method does not keep it.
 Law = Callable[[Build], None]
 
 #: What rounding may change in float32, relative to the largest score of the row.

@@ -13,7 +13,11 @@ _READS_NOTHING = "the values of the inputs do not enter the scores"
 
 
 def shipped() -> list[Subject]:
-    """The methods of this package, with the laws that each does not keep."""
+    """The methods of this package, with the laws that each does not keep.
+
+    >>> [subject.name for subject in shipped()][:2]
+    ['STRIDE', 'TracIn']
+    """
     from .. import adapters
     from ..stride import STRIDE
 
@@ -61,7 +65,12 @@ def shipped() -> list[Subject]:
 
 
 def missing_extra(build: Build) -> str | None:
-    """What the method says of a package that is not installed; None where it can be fitted."""
+    """What the method says of a package that is not installed; None where it can be fitted.
+
+    >>> from ..stride import STRIDE
+    >>> missing_extra(STRIDE) is None
+    True
+    """
     model, train, _ = trained(MLP)
     try:
         build(model, train).fit()
@@ -73,7 +82,13 @@ def missing_extra(build: Build) -> str | None:
 
 
 def main(subjects: Iterable[Subject] | None = None) -> int:
-    """Print the matrix of the methods whose extras are installed; 0 where all of them pass."""
+    """Print the matrix of the methods whose extras are installed; 0 where all of them pass.
+
+    >>> main([])  # of no methods at all
+    <BLANKLINE>
+    <BLANKLINE>
+    0
+    """
     reports: list[ConformanceReport] = []
     absent: list[str] = []
     for subject in shipped() if subjects is None else subjects:

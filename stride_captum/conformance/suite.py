@@ -22,6 +22,10 @@ class ConformanceReport:
         method: Its name.
         verdicts: For each law "pass", "fail: why", "exception: stated reason", or "needless exception:
             stated reason" where the law holds after all.
+
+    >>> report = ConformanceReport("MyMethod", {"ties_go_to_the_lower_index": "fail: ties are shuffled"})
+    >>> report.passed, report.failures
+    (False, {'ties_go_to_the_lower_index': 'ties are shuffled'})
     """
 
     method: str
@@ -57,6 +61,10 @@ class Subject:
         name: What the matrix calls it.
         build: `build(model, train_dataset, **options)`.
         exceptions: Laws that it does not keep, and why.
+
+    >>> from stride_captum.adapters import Random
+    >>> Subject("Random", Random, {"self_influence_is_not_negative": "scores are random"}).name
+    'Random'
     """
 
     name: str
@@ -71,6 +79,10 @@ def judge(law: Law, build: Build, reason: str | None = None) -> str:
         law: One of `LAWS`.
         build: `build(model, train_dataset, **options)`.
         reason: Why the law need not hold; None where it must.
+
+    >>> from stride_captum.adapters import Similarity
+    >>> judge(LAWS["the_top_k_are_the_best_of_all"], Similarity)
+    'pass'
     """
     try:
         law(build)
@@ -96,6 +108,10 @@ def check(
 
     Raises:
         ValueError: An exception to a law that does not exist, or without a reason.
+
+    >>> from stride_captum.adapters import Similarity
+    >>> check(Similarity).passed
+    True
     """
     exceptions = {} if exceptions is None else exceptions
     for law, reason in exceptions.items():
@@ -113,6 +129,12 @@ def matrix(reports: Sequence[ConformanceReport]) -> str:
     """Methods by laws as plain text: + holds, F fails, e stated exception, ? needless exception.
 
     Below the matrix stand the laws by number, and the reason of everything that is not a plus.
+
+    >>> print(matrix([ConformanceReport("MyMethod", {"ties_go_to_the_lower_index": "pass"})]))
+              1
+    MyMethod  +
+    <BLANKLINE>
+      1  ties go to the lower index
     """
     laws = list(dict.fromkeys(law for report in reports for law in report.verdicts))
     width = max([len(report.method) for report in reports], default=0)
