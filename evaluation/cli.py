@@ -33,7 +33,8 @@ from .paper_tables import TABLES, find_table
 from .recovery_curve import RecoveryCurve, recovery_curve
 from .report import read_results, write_comparison, write_explanation
 from .retraining_estimate import RetrainingEstimate
-from .scalability import METHODS, bench_scalability, parse_size
+from .scalability import bench_scalability, parse_size
+from .scalability_case import METHODS
 from .scalability_report import show_scalability, write_scalability
 from .tasks import PRESETS, TASKS, load_task
 from .terminal import console, show_comparison, show_explanation, show_printed

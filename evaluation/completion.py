@@ -11,7 +11,7 @@ from .benchmark_store import PARTS
 from .comparison import MEASURES
 from .contenders import CONTENDERS
 from .paper_tables import TABLES
-from .scalability import METHODS
+from .scalability_case import METHODS
 from .tasks import PRESETS, TASKS
 
 ENGINES = ("auto", "processes", "stacked")
