@@ -28,6 +28,7 @@ from .newton import (
     score_block,
     working_dtype,
 )
+from .process_group import ALONE, Alone
 from .residuals import choose_residuals, one_hot, project_on_simplex, tempered_residuals
 
 
@@ -45,6 +46,7 @@ class ClosedForm:
         curvature: Approximation of F + lambda I.
         kind: The option `residuals`.
         temperature: T.
+        n_train: N, all training examples: more than there are features where processes share them.
     """
 
     features: Tensor
@@ -56,11 +58,7 @@ class ClosedForm:
     curvature: Curvature
     kind: str
     temperature: float
-
-    @property
-    def n_train(self) -> int:
-        """N."""
-        return len(self.residuals)
+    n_train: int
 
     def prepare(self, features: Tensor, gradients: Tensor) -> tuple[list[Term], Tensor, Tensor]:
         """What the scores of test points need.
@@ -127,7 +125,7 @@ class ClosedForm:
         if isinstance(self.curvature, IdentityCurvature | KroneckerCurvature):
             return self._leverage_forms * self.curvature.class_product(left, right) / self.n_train
         parts = []
-        for rows in blocks(self.n_train, 256):
+        for rows in blocks(len(self.residuals), 256):
             phi = scaled_features(self.features[rows], self.scale)
             parts.append(quadratic_forms(self.curvature, phi, left[rows], right[rows]))
         return torch.cat(parts) / self.n_train
@@ -152,6 +150,7 @@ def fit_closed_form(
     widths: Sequence[int],
     config: STRIDEConfig,
     temperature: float,
+    ranks: Alone = ALONE,
 ) -> ClosedForm:
     """Fit the closed form: two products of n_train x n_features x n_features, or less.
 
@@ -163,14 +162,17 @@ def fit_closed_form(
         config: `residuals`, `damping`, `head_damping`, `curvature`.
         temperature: T of the tempered residuals; also of p in the curvature, unless the residuals are
             those of training.
+        ranks: Who else has a share of the training set.
     """
     logits = logits.to(working_dtype(features))
-    moments = feature_moments(features, labels, logits.shape[1], widths)
+    moments = feature_moments(features, labels, logits.shape[1], widths, ranks)
     # The last layer has memorised the training labels: what it says of them is not out of sample.
     head_width = sum(widths[:-1]) if len(widths) > 1 else features.shape[1]
     head = fit_ridge_head(features[:, :head_width], labels, moments.first(head_width), config.head_damping)
     predictions = project_on_simplex(one_hot(labels, logits) - head.left_out)
-    residuals, ratio = choose_residuals(config.residuals, logits, labels, predictions, temperature)
+    residuals, ratio = choose_residuals(
+        config.residuals, logits, labels, predictions, temperature, ranks=ranks
+    )
     softened = logits if config.residuals == "training" else logits / temperature
     curvature = fit_curvature(
         config.curvature,
@@ -179,6 +181,7 @@ def fit_closed_form(
         moments,
         config.damping,
         damped_inverse(moments.second_moment, config.damping),
+        ranks,
     )
     return ClosedForm(
         features=features,
@@ -190,4 +193,5 @@ def fit_closed_form(
         curvature=curvature,
         kind=config.residuals,
         temperature=temperature,
+        n_train=moments.n_train,
     )

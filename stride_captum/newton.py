@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .errors import bad_value
+from .process_group import ALONE, Alone
 from .residuals import leave_one_out_residuals
 from .symmetric import gram_matrix, inverse_forms
 
@@ -70,7 +71,9 @@ def blocks(n: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, n))
 
 
-def feature_moments(features: Tensor, labels: Tensor, n_classes: int, widths: Sequence[int]) -> Moments:
+def feature_moments(
+    features: Tensor, labels: Tensor, n_classes: int, widths: Sequence[int], ranks: Alone = ALONE
+) -> Moments:
     """Accumulate the moments over chunks: float32 products, float64 sums.
 
     Args:
@@ -78,6 +81,7 @@ def feature_moments(features: Tensor, labels: Tensor, n_classes: int, widths: Se
         labels: `(n_train,)` int64.
         n_classes: C.
         widths: Widths of the layers, in the order of the columns.
+        ranks: Who else has a share of the training set.
 
     Raises:
         ValueError: NaN or infinite features.
@@ -95,6 +99,8 @@ def feature_moments(features: Tensor, labels: Tensor, n_classes: int, widths: Se
         targets[:d] += (h.T @ e).to(gram)
         targets[d] += e.sum(0).to(gram)
     gram[d, :d], gram[d, d] = gram[:d, d], n
+    gram, targets = ranks.total(gram, "Gram matrix"), ranks.total(targets, "class moments")
+    n = int(gram[d, d])
     energy = gram.diagonal()
     if not bool(torch.isfinite(energy).all()):
         column = int((~torch.isfinite(energy)).nonzero()[0])
@@ -369,7 +375,13 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
 
 
 def fit_curvature(
-    name: str, features: Tensor, probabilities: Tensor, moments: Moments, damping: float, inverse: Tensor
+    name: str,
+    features: Tensor,
+    probabilities: Tensor,
+    moments: Moments,
+    damping: float,
+    inverse: Tensor,
+    ranks: Alone = ALONE,
 ) -> Curvature:
     """Fit one of the approximations of F.
 
@@ -384,6 +396,7 @@ def fit_curvature(
         moments: Of the features.
         damping: Relative.
         inverse: `(A + damping mean(diag A) I)^-1` in float64.
+        ranks: Who else has a share of the training set.
 
     Raises:
         ValueError: Logits with NaN, or a model without any uncertainty left.
@@ -394,7 +407,7 @@ def fit_curvature(
         wrong = int((~finite).nonzero()[0])
         raise bad_value("model", "return logits without NaN", f"NaN for training example {wrong}")
     n_classes = p.shape[1]
-    sigma = p.mean(0).diag() - p.T @ p / len(p)
+    sigma = ranks.total(p.sum(0).diag() - p.T @ p, "class covariance") / moments.n_train
     mean_sigma = sigma.trace() / (n_classes - 1)
     if not mean_sigma > 0:
         raise bad_value(
@@ -421,28 +434,31 @@ def fit_curvature(
             tolerance=1e-10 if phi.dtype == torch.float64 else 1e-6,
         )
     if name == "eigenvalue-corrected":
-        return _eigenvalue_corrected(features, p, moments, a, sigma, damping * mean_diagonal)
+        return _eigenvalue_corrected(features, p, moments, a, sigma, damping * mean_diagonal, ranks)
     blocks_of_f = torch.zeros(n_classes, *a.shape, dtype=a.dtype, device=a.device)
     weights = (p * (1 - p)).to(probabilities)
     for rows in blocks(len(features), 8192):
         phi = scaled_features(features[rows], moments.scale)
         for c in range(n_classes):
-            blocks_of_f[c] += ((phi * weights[rows, c : c + 1]).T @ phi).to(a) / len(features)
+            blocks_of_f[c] += ((phi * weights[rows, c : c + 1]).T @ phi).to(a) / moments.n_train
+    blocks_of_f = ranks.total(blocks_of_f, "blocks of the Fisher")
     inverses = damped_inverse(blocks_of_f, damping, mean_diagonal.expand(n_classes))
     return ClassBlockCurvature(inverses.to(probabilities))
 
 
 def _eigenvalue_corrected(
-    features: Tensor, p: Tensor, moments: Moments, a: Tensor, sigma: Tensor, damping: Tensor
+    features: Tensor, p: Tensor, moments: Moments, a: Tensor, sigma: Tensor, damping: Tensor, ranks: Alone
 ) -> EigenvalueCorrectedCurvature:
-    basis, class_basis = torch.linalg.eigh(a)[1], torch.linalg.eigh(sigma)[1]
+    # Other hardware may turn eigenvectors, and what is summed below must be in one basis.
+    basis, class_basis = (ranks.same(torch.linalg.eigh(m)[1], "eigenvectors") for m in (a, sigma))
     diagonal = torch.zeros(a.shape[0], p.shape[1], dtype=a.dtype, device=a.device)
     for rows in blocks(len(features), 8192):
         phi = scaled_features(features[rows], moments.scale)
         rotated = phi @ basis.to(phi)
         v = class_basis
         weights = p[rows] @ v.square() - (p[rows] @ v).square()
-        diagonal += (rotated.square().T @ weights.to(phi)).to(a) / len(features)
+        diagonal += (rotated.square().T @ weights.to(phi)).to(a) / moments.n_train
+    diagonal = ranks.total(diagonal, "corrected eigenvalues")
     device, dtype = features.device, working_dtype(features)
     parts = (basis, class_basis, 1 / (diagonal + damping))
     return EigenvalueCorrectedCurvature(*(part.to(device, dtype) for part in parts))

@@ -93,7 +93,7 @@ def load_method(
             "other weights",
             "Pass the same `checkpoints`, if there were any, or fit again.",
         )
-    if data_fingerprint(train_dataset) != description["data"]:
+    if data_fingerprint(method.train_dataset) != description["data"]:
         raise bad_value("train_dataset", "be the data of the saved method", "other data", "Fit again.")
     device = method._work_device()
     for name, value in description["defaults"].items():

@@ -156,12 +156,15 @@ class STRIDE(InfluenceMethod):
     def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> STRIDEState:
         taps = self._choose_taps(model)
         features, logits, labels, widths = self._precomputed or self._read(model, taps, show_progress)
-        self.n_train_ = len(labels)
         if self.config.operators == "newton":
             self.temperature_ = self._choose_temperature(model, logits, labels, self.config.temperature)
-            form = fit_closed_form(features, logits, labels, widths, self.config, self.temperature_)
+            form = fit_closed_form(
+                features, logits, labels, widths, self.config, self.temperature_, self.ranks
+            )
+            self.n_train_ = form.n_train
             self.coverage_ = torch.ones(self.n_train_, dtype=torch.bool)
             return STRIDEState(taps, form)
+        self.n_train_ = len(labels)
         check_finite(features)
         check_finite(logits, "logits")
         head = _head(model, taps, features, logits) if self.config.steering == "representation" else None
@@ -173,14 +176,25 @@ class STRIDE(InfluenceMethod):
         return STRIDEState(taps, steering)
 
     def _prepare(self, state: STRIDEState, model: nn.Module, batch: Any, ask: Ask) -> Any:
+        if isinstance(state.operators, ClosedForm):
+            return state.operators.prepare(*self._query(state, model, batch, ask))
+        features, logits, classes, response = self._asked(state, model, batch, ask)
+        responses = state.operators.subset_responses(features, logits, classes, response)
+        return state.operators.weights(responses, self.config)
+
+    def _query(self, state: STRIDEState, model: nn.Module, batch: Any, ask: Ask) -> tuple[Tensor, Tensor]:
+        """What the closed form needs to know of test points: raw features, gradients of the response."""
+        features, logits, classes, response = self._asked(state, model, batch, ask)
+        return features, response_gradient(logits, classes, response)
+
+    def _asked(
+        self, state: STRIDEState, model: nn.Module, batch: Any, ask: Ask
+    ) -> tuple[Tensor, Tensor, Tensor, str]:
         features, logits, one_logit = self._read_batch(model, state.taps, batch)
         classes = ask.classes(logits, batch)
         # The logit of a binary model with one output is, up to its sign, the margin.
         response = "margin" if one_logit and ask.response == "logit" else ask.response
-        if isinstance(state.operators, ClosedForm):
-            return state.operators.prepare(features, response_gradient(logits, classes, response))
-        responses = state.operators.subset_responses(features, logits, classes, response)
-        return state.operators.weights(responses, self.config)
+        return features, logits, classes, response
 
     def _scores(self, state: STRIDEState, prepared: Any, columns: slice) -> Tensor:
         if isinstance(state.operators, TrainedSteering):
