@@ -16,6 +16,7 @@ from rich.table import Table
 from ..checkpoints import load_checkpoint
 from ..config import STRIDEConfig
 from ..errors import bad_value
+from ..process_group import is_first
 from .benchmark_core import bench_core
 from .benchmark_recovery import bench_lasso
 from .comparison import MEASURES, compare, comparison_sizes, estimates
@@ -72,6 +73,8 @@ def explain_command(
         stride-captum explain --task digits --index 3
 
         stride-captum explain --task mnist --data-root ~/data --checkpoint mlp.pt --index 8 --index 9
+
+        torchrun --nproc-per-node 4 -m stride_captum explain --task digits
     """
     with _one_sentence_errors():
         loaded = load_task(task, preset=preset, data_root=data_root, data=data, model=model)
@@ -89,8 +92,9 @@ def explain_command(
             config=None if config is None else STRIDEConfig.from_dict(_json("config", config)),
             show_progress=not quiet,
         )
-        _write(out, explanation.to_dict(), lambda _, path: write_explanation(explanation, loaded, path))
-    if not quiet:
+        if is_first():
+            _write(out, explanation.to_dict(), lambda _, path: write_explanation(explanation, loaded, path))
+    if not quiet and is_first():
         show_explanation(explanation)
         console.print(f"Report: {out / 'report.html'}")
 

@@ -144,11 +144,14 @@ class DistributedSTRIDE(STRIDE):
 
     # The seams of the base class.
 
-    def _collect(self, inputs: Any, collector: Callable[[], Collector], *args: Any) -> tuple[Tensor, ...]:
+    def _collect(
+        self, inputs: Any, collector: Callable[[], Collector], show_progress: bool, *args: Any
+    ) -> tuple[Tensor, ...]:
+        def merged() -> Collector:
+            return _Merged(collector(), self.ranks, self.columns)
+
         with self.ranks.call("influence"):
-            if self._states is None:
-                self.fit()
-            return super()._collect(inputs, lambda: _Merged(collector(), self.ranks, self.columns), *args)
+            return super()._collect(inputs, merged, show_progress and self.ranks.rank == 0, *args)
 
     def _prepare(self, state: STRIDEState, model: nn.Module, batch: Any, ask: Ask) -> Any:
         form: Any = state.operators

@@ -63,7 +63,7 @@ class Ranks(Alone):
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        if not dist.is_available() or not dist.is_initialized():
+        if not in_group():
             raise bad_value(
                 "process_group",
                 "be initialised",
@@ -213,6 +213,44 @@ class Ranks(Alone):
             "and start all processes again with the same command; `torchrun --max-restarts` does so by "
             "itself. Raise the `timeout` of init_process_group() if a rank was only slow."
         )
+
+
+def in_group() -> bool:
+    """Whether a default process group has been initialised."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes: rank 0, or the only one."""
+    return not in_group() or dist.get_rank() == 0
+
+
+@contextmanager
+def started_by_torchrun() -> Iterator[bool]:
+    """Join the group (gloo) that torchrun has started this process for; says whether there is one."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield False
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield True
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def first_rank_first() -> Iterator[None]:
+    """The block runs on rank 0, then on all others: they find the files that rank 0 has written."""
+    if not in_group():
+        yield
+        return
+    ranks = Ranks()
+    with ranks.call("what rank 0 does first"):
+        if ranks.rank:
+            ranks.same(torch.zeros(1), "wait for rank 0")
+        yield
+        if not ranks.rank:
+            ranks.same(torch.zeros(1), "wait for rank 0")
 
 
 def _named(ranks: list[int]) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import json
 import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,14 +19,17 @@ import torch.distributed as dist
 from planted import MLP, HuggingFaceLike, ListOfDicts, built, loader, planted_classes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from typer.testing import CliRunner
 
 from stride_captum import STRIDE, STRIDEConfig
+from stride_captum.__main__ import main
 from stride_captum.distributed import DistributedSTRIDE
+from stride_captum.evaluation.cli import app
 from stride_captum.streaming import merge_top_k
 
 N_TRAIN = 47  # no multiple of 2 or 4
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["stride_captum.distributed", "planted"])
+CONTEXT.set_forkserver_preload(["stride_captum.evaluation.cli", "planted", "pytest"])
 
 
 def data_and_model():
@@ -399,6 +405,67 @@ class TestALostRank:
 def dense(rank):
     model, train, test = data_and_model()
     return DistributedSTRIDE(model, train, batch_size=4).influence(test.tensors).numpy()
+
+
+# The command line under torchrun.
+
+EXPLAIN = ["explain", "--preset", "smoke", "--index", "3", "--index", "17", "--store"]
+
+
+def as_torchrun_starts_it(rank, size, port, out, arguments):
+    torch.set_num_threads(1)
+    known = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in known.items()}, TORCHELASTIC_RUN_ID="test")
+    sys.argv = ["stride-captum", *arguments]
+    sys.stdout = open(f"{out}-{rank}.txt", "w")  # noqa: SIM115
+    sys.stderr = sys.stdout
+    main()
+
+
+def torchrun(size, port, out, *arguments):
+    """What each rank prints, and their exit codes."""
+    processes = [
+        CONTEXT.Process(target=as_torchrun_starts_it, args=(rank, size, port, out, arguments))
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(50)
+        process.kill()
+    said = [Path(f"{out}-{rank}.txt").read_text() for rank in range(size)]
+    return said, [process.exitcode for process in processes]
+
+
+def test_explain_under_torchrun(tmp_path, free_port):
+    alone = CliRunner().invoke(app, [*EXPLAIN, f"{tmp_path}/a", "--out", f"{tmp_path}/one", "--quiet"])
+    assert alone.exit_code == 0, alone.output
+    arguments = [*EXPLAIN, f"{tmp_path}/b", "--out", f"{tmp_path}/two"]
+    said, codes = torchrun(2, free_port, tmp_path / "said", *arguments)
+    assert codes == [0, 0], said
+    assert "report.html" in said[0]
+    assert said[1] == ""
+    one, two = (json.loads((tmp_path / out / "results.json").read_text()) for out in ("one", "two"))
+    same = one.keys() - {"command", "seconds", "points", "suspects"}
+    assert {key: one[key] for key in same} == {key: two[key] for key in same}
+    for point, other in zip(one["points"], two["points"], strict=True):
+        for side in ("proponents", "opponents"):
+            equal_neighbours(point.pop(side), other.pop(side))
+        assert point == other
+    equal_neighbours(one["suspects"], two["suspects"])
+    assert (tmp_path / "two" / "report.html").exists()
+
+
+def equal_neighbours(found, wanted):
+    assert [n["index"] for n in found] == [n["index"] for n in wanted]
+    assert [n["score"] for n in found] == pytest.approx([n["score"] for n in wanted], rel=1e-4)
+
+
+def test_other_commands_are_refused_under_torchrun(tmp_path, free_port):
+    said, codes = torchrun(2, free_port, tmp_path / "said", "compare")
+    assert codes == [1, 1]
+    assert said[0].startswith("Only `explain` runs under torchrun. Retrainings use --jobs")
+    assert said[1] == ""
 
 
 @pytest.fixture
