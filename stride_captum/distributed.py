@@ -95,8 +95,9 @@ class DistributedSTRIDE(STRIDE):
         """As `STRIDE.from_features`: every rank passes all of it (memory-mapped) and reads its rows."""
         method = super().from_features(features, logits, labels, widths=widths, config=config)
         assert method._precomputed is not None
-        *parts, widths = method._precomputed
-        method._precomputed = (*(part[method.columns] for part in parts), widths)
+        features, logits, labels, widths = method._precomputed
+        rows = method.columns
+        method._precomputed = features[rows], logits[rows], labels[rows], widths
         return method
 
     def fit(self: Self, show_progress: bool = False) -> Self:

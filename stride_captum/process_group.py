@@ -78,7 +78,7 @@ class Ranks(Alone):
         # torch has no public way to the store. The processes make their objects in the same order.
         store = dist.distributed_c10d._get_default_store()
         name = getattr(group or dist.group.WORLD, "group_name", "")
-        self._store = dist.PrefixStore(f"stride_captum/{name}/{next(_counter)}", store)
+        self._store: Any = dist.distributed_c10d.PrefixStore(f"stride_captum/{name}/{next(_counter)}", store)
         self._call, self._open = 0, False
         self._stopped: str | None = None
 
