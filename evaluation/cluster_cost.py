@@ -112,7 +112,8 @@ class ClusterCost:
             f"{self.n_train:.3g} examples, d = {self.n_features:,}, C = {self.n_classes:,}, "
             f"{self.gpus} GPUs: {self.share:.3g} examples each",
             f"on disk {self.disk_bytes() / 1e9:,.0f} GB a GPU, "
-            f"{self.disk_bytes() * self.gpus / 1e12:,.1f} TB in all; sent in a fit {self.network_bytes() / 1e9:.2f} GB a GPU",
+            f"{self.disk_bytes() * self.gpus / 1e12:,.1f} TB in all",
+            f"sent in a fit {self.network_bytes() / 1e9:.2f} GB a GPU",
         ]
         for name, parts in (
             ("fit", self.fit()),
