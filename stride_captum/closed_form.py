@@ -14,6 +14,7 @@ from .newton import (
     Curvature,
     IdentityCurvature,
     KroneckerCurvature,
+    Moments,
     RidgeHead,
     Term,
     blocks,
@@ -39,26 +40,40 @@ class ClosedForm:
     Attributes:
         features: Raw features h of the training set, `(n_train, n_features)`, as they were stored.
         residuals: r_i, `(n_train, n_classes)`.
-        loss_residuals: e_y - p at temperature 1, `(n_train, n_classes)`.
+        logits: z, `(n_train, n_classes)`.
+        labels: y, `(n_train,)` int64.
+        widths: Widths of the layers, in the order of the columns.
+        moments: What `update` changes when examples come or go.
         scale: Factor of each feature, 1 for the constant, `(n_features + 1,)`.
         head: Ridge head on all layers but the last.
         ridge_ratio: Factor of the ridge part of the residuals "both".
         curvature: Approximation of F + lambda I.
         kind: The option `residuals`.
         temperature: T.
-        n_train: N, all training examples: more than there are features where processes share them.
     """
 
     features: Tensor
     residuals: Tensor
-    loss_residuals: Tensor
+    logits: Tensor
+    labels: Tensor
+    widths: list[int]
+    moments: Moments
     scale: Tensor
     head: RidgeHead
     ridge_ratio: Tensor
     curvature: Curvature
     kind: str
     temperature: float
-    n_train: int
+
+    @property
+    def n_train(self) -> int:
+        """N, all training examples: more than there are features where processes share them."""
+        return self.moments.n_train
+
+    @property
+    def loss_residuals(self) -> Tensor:
+        """e_y - p at temperature 1, `(n_train, n_classes)`."""
+        return tempered_residuals(self.logits, self.labels)
 
     def prepare(self, features: Tensor, gradients: Tensor) -> tuple[list[Term], Tensor, Tensor]:
         """What the scores of test points need.
@@ -151,6 +166,7 @@ def fit_closed_form(
     config: STRIDEConfig,
     temperature: float,
     ranks: Alone = ALONE,
+    moments: Moments | None = None,
 ) -> ClosedForm:
     """Fit the closed form: two products of n_train x n_features x n_features, or less.
 
@@ -163,9 +179,11 @@ def fit_closed_form(
         temperature: T of the tempered residuals; also of p in the curvature, unless the residuals are
             those of training.
         ranks: Who else has a share of the training set.
+        moments: Of the features, where they are known: one of the two products is saved.
     """
     logits = logits.to(working_dtype(features))
-    moments = feature_moments(features, labels, logits.shape[1], widths, ranks)
+    if moments is None:
+        moments = feature_moments(features, labels, logits.shape[1], widths, ranks)
     # The last layer has memorised the training labels: what it says of them is not out of sample.
     head_width = sum(widths[:-1]) if len(widths) > 1 else features.shape[1]
     head = fit_ridge_head(features[:, :head_width], labels, moments.first(head_width), config.head_damping)
@@ -186,12 +204,14 @@ def fit_closed_form(
     return ClosedForm(
         features=features,
         residuals=residuals,
-        loss_residuals=tempered_residuals(logits, labels),
+        logits=logits,
+        labels=labels,
+        widths=list(widths),
+        moments=moments,
         scale=moments.scale.to(logits),
         head=head,
         ridge_ratio=ratio,
         curvature=curvature,
         kind=config.residuals,
         temperature=temperature,
-        n_train=moments.n_train,
     )

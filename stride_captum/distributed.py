@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from . import inputs as data
 from .config import STRIDEConfig
@@ -143,6 +142,10 @@ class DistributedSTRIDE(STRIDE):
             method._agree_on_weights()
         return method
 
+    def _change(self: Self, *_: Any) -> Self:
+        must = "be changed in a single process"
+        raise bad_value("train_dataset", must, f"a group of {self.ranks.size}", "Fit again.")
+
     # The seams of the base class.
 
     def _collect(
@@ -214,17 +217,7 @@ def _share(dataset: Any, ranks: Ranks) -> tuple[int, Any]:
         raise bad_value(
             "train_dataset", f"hold an example for each of {ranks.size} ranks", n, "Start fewer processes."
         )
-    rows = ranks.share(n)
-    if isinstance(dataset, DataLoader):
-        # Sampler and batches stay the user's: what the loader gives is what is shared.
-        order = [i for batch in dataset.batch_sampler or () for i in batch]
-        subset = Subset(dataset.dataset, order[rows])
-        return n, DataLoader(
-            subset, dataset.batch_size, collate_fn=dataset.collate_fn, num_workers=dataset.num_workers
-        )
-    if type(dataset) is TensorDataset:
-        return n, TensorDataset(*(tensor[rows] for tensor in dataset.tensors))
-    return n, Subset(dataset, range(rows.start, rows.stop))
+    return n, data.some_examples(dataset, ranks.share(n))
 
 
 __all__ = ["DistributedSTRIDE"]

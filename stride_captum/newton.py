@@ -115,13 +115,23 @@ def feature_moments(
             f"NaN or infinity in feature {column}",
             "Look for it in the inputs, or for an overflow in half precision.",
         )
-    scale = torch.ones(d + 1, dtype=torch.float64, device=device)
-    start = 0
+    return Moments(gram, targets, layer_scale(energy, widths, n), n)
+
+
+def layer_scale(energy: Tensor, widths: Sequence[int], n_train: int) -> Tensor:
+    """Factor of each feature that gives every layer unit mean square norm; 1 for the constant.
+
+    Args:
+        energy: Diagonal of the Gram matrix, `(n_features + 1,)`.
+        widths: Widths of the layers, in the order of the columns.
+        n_train: N.
+    """
+    scale, start = torch.ones_like(energy), 0
     for width in widths:
-        norm = (energy[start : start + width].sum() / n).sqrt()
+        norm = (energy[start : start + width].sum() / n_train).sqrt()
         scale[start : start + width] = 1 / norm if norm > 0 else 1.0
         start += width
-    return Moments(gram, targets, scale, n)
+    return scale
 
 
 def damped_inverse(matrix: Tensor, damping: float, mean_diagonal: Tensor | None = None) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from .recovery import soft_threshold
 from .responses import class_labels, multiclass_logits, response_gradient
 from .steering import TrainedSteering, fit_steering
 from .subsets import coverage
+from .update import Changed, new_examples, rows_to_keep, with_examples, without_examples
 
 Self = TypeVar("Self", bound="STRIDE")
 
@@ -253,6 +255,87 @@ class STRIDE(InfluenceMethod):
         if self._states is not None:
             fitted = f"n_train={self.n_train_}, layers={self.layers_}"
         return f"STRIDE(operators={self.config.operators!r}, {fitted})"
+
+    # Training examples that come and go.
+
+    def add_examples(self: Self, examples: Any) -> Self:
+        """Add training examples behind those that were fitted, without reading those again.
+
+        Only the new examples go through the model. Scores equal those of a refit up to rounding; what is
+        done instead, and what it costs, is in `stride_captum.update`. `train_dataset` becomes the longer one.
+        The features must be those of the same model: where training has gone on, fit again.
+
+        Args:
+            examples: Dataset, DataLoader or tensors `(inputs..., labels)`.
+
+        Returns:
+            The method itself; fitted first, where it was not.
+
+        Raises:
+            ValueError: Trained operators, or a model that has changed since `fit`.
+            TypeError: Examples of another kind, or without a length.
+        """
+        examples = new_examples(examples)
+        reader = copy.copy(self)
+        reader.train_dataset, reader._precomputed = examples, None
+
+        def change(state: STRIDEState, model: nn.Module, form: ClosedForm) -> Changed:
+            features, logits, labels, _ = reader._read(model, state.taps, False)
+            return with_examples(form, features, logits, labels)
+
+        return self._change(change, lambda dataset: data.joined(dataset, examples))
+
+    def remove_examples(self: Self, indices: Sequence[int] | Tensor) -> Self:
+        """Remove training examples, without a pass through the model; the others keep their order.
+
+        Args:
+            indices: Places in the training set, each once; not all of them.
+
+        Returns:
+            The method itself; fitted first, where it was not.
+
+        Raises:
+            ValueError: Trained operators, a model that has changed since `fit`, or wrong indices.
+            TypeError: Indices that are no integers.
+        """
+        if self._states is None:
+            self.fit()
+        keep = rows_to_keep(indices, self.n_train_)
+        return self._change(
+            lambda state, model, form: without_examples(form, keep),
+            lambda dataset: data.some_examples(dataset, keep),
+        )
+
+    def _change(
+        self: Self,
+        change: Callable[[STRIDEState, nn.Module, ClosedForm], Changed],
+        dataset: Callable[[Any], Any],
+    ) -> Self:
+        """Fit the changed training set from what is known; nothing is changed where that fails."""
+        if self.config.operators == "trained":
+            raise bad_value(
+                "operators", "be 'newton' for adding or removing examples", "'trained'", "Fit again."
+            )
+        if self._states is None:
+            self.fit()
+        states: list[Any] = []
+        with self._session() as model:
+            self._check_unchanged()
+            for checkpoint, state in zip(self._checkpoints(), self._states or [], strict=True):
+                self._load(model, checkpoint)
+                widths = state.operators.widths
+                new = change(state, model, state.operators)
+                t = self._choose_temperature(model, new.logits, new.labels, self.config.temperature)
+                form = fit_closed_form(
+                    new.features, new.logits, new.labels, widths, self.config, t, moments=new.moments
+                )
+                states.append(STRIDEState(state.taps, form))
+        self._states, self.train_dataset = states, dataset(self.train_dataset)
+        self.n_train_, self.temperature_ = form.n_train, t
+        self.coverage_ = torch.ones(self.n_train_, dtype=torch.bool)
+        if self._precomputed is not None:
+            self._precomputed = new.features, new.logits, new.labels, widths
+        return self
 
     # Reading features.
 
