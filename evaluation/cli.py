@@ -17,6 +17,7 @@ from ..config import STRIDEConfig
 from ..doctor import diagnose
 from ..errors import bad_value
 from ..memory_budget import parse_bytes
+from ..process_group import is_first
 from . import completion
 from .benchmark_core import CoreRow, bench_core
 from .benchmark_estimate import bench_estimate
@@ -105,6 +106,8 @@ def explain_command(
         stride-captum explain --task digits --index 3
 
         stride-captum explain --task mnist --data-root ~/data --checkpoint mlp.pt --index 8 --index 9
+
+        torchrun --nproc-per-node 4 -m stride_captum explain --task digits
     """
     voice = Voice(quiet, as_json)
     with one_sentence_errors(store):
@@ -123,11 +126,12 @@ def explain_command(
             config=None if config is None else STRIDEConfig.from_dict(_json("config", config)),
             show_progress=not quiet,
         )
-        results = _write(
-            out, explanation.to_dict(), lambda _, path: write_explanation(explanation, loaded, path)
-        )
-    voice.results(results, lambda: show_explanation(explanation))
-    voice.note(f"Report: {out / 'report.html'}")
+        results = explanation.to_dict()
+        if is_first():
+            results = _write(out, results, lambda _, path: write_explanation(explanation, loaded, path))
+    if is_first():
+        voice.results(results, lambda: show_explanation(explanation))
+        voice.note(f"Report: {out / 'report.html'}")
 
 
 @app.command("compare")

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import STRIDEConfig
+from ..distributed import DistributedSTRIDE
+from ..process_group import first_rank_first, in_group
 from ..responses import multiclass_logits, response_value
 from ..stride import STRIDE
 from . import environment
@@ -109,7 +111,7 @@ def explain(
     config: STRIDEConfig | None = None,
     show_progress: bool = False,
 ) -> tuple[Explanation, STRIDE]:
-    """Explain test points of a task.
+    """Explain test points of a task; in a process group, every rank gets the same explanation.
 
     Args:
         task: Data, network and training settings.
@@ -137,7 +139,10 @@ def explain(
     >>> point.index, len(point.proponents), len(point.opponents)
     (5, 2, 2)
     """
-    model = train_attributed(task, seed, store) if model is None else model.eval()
+    if model is None:
+        with first_rank_first():
+            model = train_attributed(task, seed, store)
+    model.eval()
     x, y = task.train.tensors
     x_test, y_test = task.test.tensors
     test_logits = multiclass_logits(logits_of(model, x_test))
@@ -150,7 +155,8 @@ def explain(
     started = time.perf_counter()
     train_logits = multiclass_logits(logits_of(model, x))
     forward_seconds = time.perf_counter() - started
-    method = STRIDE(model, task.train, config=config).fit(show_progress)
+    method = (DistributedSTRIDE if in_group() else STRIDE)(model, task.train, config=config)
+    method.fit(show_progress)
     rows = torch.as_tensor(indices)
     batch = (x_test[rows], y_test[rows])
     best = method.influence(batch, k, True, show_progress)

@@ -6,7 +6,12 @@ import sys
 
 
 def main() -> None:
-    """Run the command line of `stride_captum.evaluation`; `doctor` runs without its extra."""
+    """Run the command line of `stride_captum.evaluation`; under torchrun, in its process group.
+
+    `doctor` runs without the extra.
+    """
+    from .process_group import is_first, started_by_torchrun
+
     try:
         from .evaluation.cli import app
     except ModuleNotFoundError as error:
@@ -15,7 +20,11 @@ def main() -> None:
 
             sys.exit(doctor(sys.argv[2:]))
         sys.exit(f'The command line needs {error.name}: pip install "stride-captum[eval]"')
-    app()
+    with started_by_torchrun() as grouped:
+        if grouped and sys.argv[1:2] != ["explain"]:
+            said = "Only `explain` runs under torchrun. Retrainings use --jobs, or a cluster through joblib."
+            sys.exit(said if is_first() else 1)
+        app()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from .newton import (
     Curvature,
     IdentityCurvature,
     KroneckerCurvature,
+    Moments,
     RidgeHead,
     Term,
     blocks,
@@ -29,6 +30,7 @@ from .newton import (
     score_block,
     working_dtype,
 )
+from .process_group import ALONE, Alone
 from .residuals import choose_residuals, project_on_simplex, tempered_residuals, training_residuals
 
 
@@ -39,7 +41,10 @@ class ClosedForm:
     Attributes:
         features: Raw features h of the training set, `(n_train, n_features)`, as they were stored.
         residuals: r_i, `(n_train, n_classes)`.
-        loss_residuals: e_y - p at temperature 1, `(n_train, n_classes)`.
+        logits: z, `(n_train, n_classes)`.
+        labels: y, `(n_train,)` int64.
+        widths: Widths of the layers, in the order of the columns.
+        moments: What `update` changes when examples come or go.
         scale: Factor of each feature, 1 for the constant, `(n_features + 1,)`.
         head: Ridge head on all layers but the last.
         ridge_ratio: Factor of the ridge part of the residuals "both".
@@ -51,7 +56,10 @@ class ClosedForm:
 
     features: Tensor
     residuals: Tensor
-    loss_residuals: Tensor
+    logits: Tensor
+    labels: Tensor
+    widths: list[int]
+    moments: Moments
     scale: Tensor
     head: RidgeHead
     ridge_ratio: Tensor
@@ -62,8 +70,15 @@ class ClosedForm:
 
     @property
     def n_train(self) -> int:
-        """N."""
-        return len(self.residuals)
+        """N, all training examples: more than there are features where processes share them."""
+        return self.moments.n_train
+
+    @property
+    def loss_residuals(self) -> Tensor:
+        """e_y - p at temperature 1, `(n_train, n_classes)`."""
+        return _by_blocks(
+            self.logits, self.residuals, self.block_rows, lambda z, b: tempered_residuals(z, self.labels[b])
+        )
 
     def prepare(self, features: Tensor, gradients: Tensor) -> tuple[list[Term], Tensor, Tensor]:
         """What the scores of test points need.
@@ -133,11 +148,11 @@ class ClosedForm:
 
     def _forms(self, left: Tensor, right: Tensor) -> Tensor:
         if isinstance(self.curvature, IdentityCurvature | KroneckerCurvature):
-            product, every = self.curvature.class_product, blocks(self.n_train, self.block_rows)
+            product, every = self.curvature.class_product, blocks(len(self.residuals), self.block_rows)
             products = torch.cat([product(left[rows], right[rows]) for rows in every])
             return self._leverage_forms * products / self.n_train
         parts = []
-        for rows in blocks(self.n_train, 256):
+        for rows in blocks(len(self.residuals), 256):
             phi = scaled_features(self.features[rows], self.scale)
             parts.append(quadratic_forms(self.curvature, phi, left[rows], right[rows]))
         return torch.cat(parts) / self.n_train
@@ -162,6 +177,8 @@ def fit_closed_form(
     widths: Sequence[int],
     config: STRIDEConfig,
     temperature: float,
+    ranks: Alone = ALONE,
+    moments: Moments | None = None,
 ) -> ClosedForm:
     """Fit the closed form: two products of n_train x n_features x n_features, or less.
 
@@ -173,14 +190,19 @@ def fit_closed_form(
         config: `residuals`, `damping`, `head_damping`, `curvature`, `memory_budget`.
         temperature: T of the tempered residuals; also of p in the curvature, unless the residuals are
             those of training.
+        ranks: Who else has a share of the training set.
+        moments: Of the features, where they are known: one of the two products is saved.
     """
     dtype, n_classes = working_dtype(features), logits.shape[1]
     rows = block_rows(config, features.shape[1], n_classes, dtype, labels.device)
-    moments = feature_moments(features, labels, n_classes, widths, rows)
+    if moments is None:
+        moments = feature_moments(features, labels, n_classes, widths, rows, ranks)
     # The last layer has memorised the training labels: what it says of them is not out of sample.
     d = sum(widths[:-1]) if len(widths) > 1 else features.shape[1]
     head = fit_ridge_head(features[:, :d], labels, moments.first(d), config.head_damping, rows)
-    residuals, ratio = training_residuals(config.residuals, logits, labels, head.left_out, temperature, rows)
+    residuals, ratio = training_residuals(
+        config.residuals, logits, labels, head.left_out, temperature, rows, ranks
+    )
     softening = 1.0 if config.residuals == "training" else temperature
     curvature = fit_curvature(
         config.curvature,
@@ -190,11 +212,15 @@ def fit_closed_form(
         config.damping,
         damped_inverse(moments.second_moment, config.damping),
         rows,
+        ranks,
     )
     return ClosedForm(
         features=features,
         residuals=residuals,
-        loss_residuals=_by_blocks(logits, residuals, rows, lambda z, b: tempered_residuals(z, labels[b])),
+        logits=logits,
+        labels=labels,
+        widths=list(widths),
+        moments=moments,
         scale=moments.scale.to(residuals),
         head=head,
         ridge_ratio=ratio,

@@ -38,6 +38,7 @@ from .errors import bad_choice, bad_type, bad_value
 from .estimate import Estimate, from_small_runs
 from .memory_budget import parse_bytes, rows_that_fit
 from .peak_memory import PeakMemory
+from .process_group import ALONE, Alone
 from .residuals import DEFAULT_TEMPERATURE, match_temperature, mean_residual
 from .responses import RESPONSES, class_labels, multiclass_logits
 from .restoring import untouched, weights_fingerprint, weights_version
@@ -133,6 +134,8 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
     needs_gradients: ClassVar[bool] = False
     #: Whether scores need the training examples again, so that blocks of columns are training batches.
     reads_training_data: ClassVar[bool] = False
+    #: The processes that share the training set.
+    ranks: Alone = ALONE
 
     def __init__(
         self,
@@ -524,7 +527,8 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
             classes = Ask("loss", "label").classes(outputs, batch)
             residual += mean_residual(outputs, classes) * len(outputs)
             seen += len(outputs)
-        return match_temperature(logits, labels, residual / seen)
+        sums = self.ranks.total(torch.tensor([residual, seen], dtype=torch.float64), "held-out residual")
+        return match_temperature(logits, labels, float(sums[0] / sums[1]), ranks=self.ranks)
 
     def _train_batches(self, show_progress: bool) -> Iterator[Any]:
         return self._batches(

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
@@ -175,6 +177,45 @@ def check_source(source: Any, argument: str) -> None:
         empty = _length(source) == 0
     if empty:
         raise bad_value(argument, "hold at least one example", "an empty one")
+
+
+def some_examples(source: Any, rows: slice | Tensor) -> Any:
+    """Rows of a training set that has a length, as one of the same kind.
+
+    Of a DataLoader these are rows of what it gives, in its order; sampler and batches stay the user's.
+    """
+    if isinstance(source, DataLoader):
+        return loader_like(source, some_examples(in_order(source), rows))
+    if type(source) is TensorDataset:
+        return TensorDataset(*(tensor[rows] for tensor in source.tensors))
+    order = range(len(source))[rows] if isinstance(rows, slice) else rows.tolist()
+    return Subset(source, order)
+
+
+def in_order(source: Any) -> Any:
+    """The examples of a DataLoader as a data set, in the order in which it gives them; others as they are."""
+    if not isinstance(source, DataLoader):
+        return source
+    if type(source.sampler) is SequentialSampler and not source.drop_last:
+        return source.dataset
+    return Subset(source.dataset, [i for batch in source.batch_sampler or () for i in batch])
+
+
+def joined(source: Any, more: Any) -> Any:
+    """A training set with other examples behind it, as one of the same kind."""
+    if isinstance(source, DataLoader):
+        return loader_like(source, joined(in_order(source), more))
+    more = in_order(more)
+    if type(source) is type(more) is TensorDataset:
+        return TensorDataset(*(torch.cat(pair) for pair in zip(source.tensors, more.tensors, strict=True)))
+    return ConcatDataset([source, more])
+
+
+def loader_like(loader: DataLoader[Any], dataset: Any) -> DataLoader[Any]:
+    """A loader of another data set, in order, with the batches of this one."""
+    return DataLoader(
+        dataset, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers
+    )
 
 
 def count_batches(source: Any, batch_size: int) -> int | None:

@@ -25,11 +25,14 @@ from torch import Tensor
 
 from .errors import bad_value
 from .memory_budget import MOST_ROWS
+from .process_group import ALONE, Alone
 from .residuals import leave_one_out_residuals, one_hot
 from .symmetric import gram_matrix, inverse_forms
 
 #: Classes up to which Sigma is kept whole.
 MOST_CLASSES = 4096
+#: Multiplications of a Gram matrix in float64 that take no time to speak of: 0.02 s on one core.
+_CHEAP = 2**28
 #: `(U, V)` with U `(n, n_features + 1)` and V `(n, n_classes)`: one Kronecker term of (F + lambda)^-1.
 Term = tuple[Tensor, Tensor]
 
@@ -74,9 +77,14 @@ def blocks(n: int, size: int) -> Iterator[slice]:
 
 
 def feature_moments(
-    features: Tensor, labels: Tensor, n_classes: int, widths: Sequence[int], block_rows: int = MOST_ROWS
+    features: Tensor,
+    labels: Tensor,
+    n_classes: int,
+    widths: Sequence[int],
+    block_rows: int = MOST_ROWS,
+    ranks: Alone = ALONE,
 ) -> Moments:
-    """Accumulate the moments over chunks: float32 products, float64 sums.
+    """Accumulate the moments over chunks: float32 products, float64 sums; all float64 where that is cheap.
 
     Args:
         features: `(n_train, n_features)`, may be memory-mapped, and elsewhere than the labels.
@@ -84,6 +92,7 @@ def feature_moments(
         n_classes: C.
         widths: Widths of the layers, in the order of the columns.
         block_rows: Rows of a chunk.
+        ranks: Who else has a share of the training set.
 
     Raises:
         ValueError: NaN or infinite features.
@@ -92,7 +101,9 @@ def feature_moments(
     device = _float64_device(labels.device)
     gram = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=device)
     targets = torch.zeros(d + 1, n_classes, dtype=torch.float64, device=device)
-    dtype = working_dtype(features)
+    # The inverse of A magnifies a rounding of the sums to 1e-5 of a score: how the rows are cut would show.
+    cheap = device == labels.device and n * d * d <= _CHEAP
+    dtype = torch.float64 if cheap else working_dtype(features)
     for rows in blocks(n, block_rows):
         h = features[rows].to(labels.device, dtype)
         e = one_hot(labels[rows], h.new_empty(0, n_classes))
@@ -101,22 +112,35 @@ def feature_moments(
         targets[:d] += (h.T @ e).to(gram)
         targets[d] += e.sum(0).to(gram)
     gram[d, :d], gram[d, d] = gram[:d, d], n
+    gram, targets = ranks.total(gram, "Gram matrix"), ranks.total(targets, "class moments")
+    n = int(gram[d, d])
     energy = gram.diagonal()
-    if not bool(torch.isfinite(energy).all()):
-        column = int((~torch.isfinite(energy)).nonzero()[0])
+    finite = torch.isfinite(energy.to(working_dtype(features)))
+    if not bool(finite.all()):
+        column = int((~finite).nonzero()[0])
         raise bad_value(
             "train_dataset",
             "give finite activations",
             f"NaN or infinity in feature {column}",
             "Look for it in the inputs, or for an overflow in half precision.",
         )
-    scale = torch.ones(d + 1, dtype=torch.float64, device=device)
-    start = 0
+    return Moments(gram, targets, layer_scale(energy, widths, n), n)
+
+
+def layer_scale(energy: Tensor, widths: Sequence[int], n_train: int) -> Tensor:
+    """Factor of each feature that gives every layer unit mean square norm; 1 for the constant.
+
+    Args:
+        energy: Diagonal of the Gram matrix, `(n_features + 1,)`.
+        widths: Widths of the layers, in the order of the columns.
+        n_train: N.
+    """
+    scale, start = torch.ones_like(energy), 0
     for width in widths:
-        norm = (energy[start : start + width].sum() / n).sqrt()
+        norm = (energy[start : start + width].sum() / n_train).sqrt()
         scale[start : start + width] = 1 / norm if norm > 0 else 1.0
         start += width
-    return Moments(gram, targets, scale, n)
+    return scale
 
 
 def damped_inverse(matrix: Tensor, damping: float, mean_diagonal: Tensor | None = None) -> Tensor:
@@ -360,13 +384,13 @@ class GaussNewtonCurvature(Curvature):
 
     def _solve(self, right: Tensor) -> Tensor:
         """Conjugate gradients, all right-hand sides at once; stops when each residual is small."""
-        x = torch.zeros_like(right)
+        x = 0 * right  # not zeros: a right-hand side with NaN has no solution
         r = right.clone()
         direction = z = self.inverse @ r / self.scale
         rho = (r * z).sum((1, 2))
         goal = self.tolerance * r.norm(dim=(1, 2))
         for _ in range(10 * right.shape[1] * right.shape[2]):
-            if bool((r.norm(dim=(1, 2)) <= goal).all()):
+            if not bool((r.norm(dim=(1, 2)) > goal).any()):  # one with NaN must not keep the others going
                 break
             product = self.multiply(direction)
             step = _ratio(rho, (direction * product).sum((1, 2)))
@@ -391,6 +415,7 @@ def fit_curvature(
     damping: float,
     inverse: Tensor,
     block_rows: int = MOST_ROWS,
+    ranks: Alone = ALONE,
 ) -> Curvature:
     """Fit one of the approximations of F.
 
@@ -406,13 +431,14 @@ def fit_curvature(
         damping: Relative.
         inverse: `(A + damping mean(diag A) I)^-1` in float64.
         block_rows: Rows of a chunk.
+        ranks: Who else has a share of the training set.
 
     Raises:
         ValueError: Logits with NaN, or a model without any uncertainty left.
     """
     n_classes = probabilities.shape[1]
     diagonal_only = n_classes > MOST_CLASSES and name in ("identity", "kronecker")
-    sigma = _softmax_covariance(probabilities, inverse, block_rows, diagonal_only)
+    sigma = _softmax_covariance(probabilities, inverse, block_rows, diagonal_only, moments.n_train, ranks)
     mean_sigma = (sigma.sum() if diagonal_only else sigma.trace()) / (n_classes - 1)
     if not mean_sigma > 0:
         raise bad_value(
@@ -444,19 +470,22 @@ def fit_curvature(
         )
     if name == "eigenvalue-corrected":
         return _eigenvalue_corrected(
-            features, probabilities.to(inverse), moments, a, sigma, damping * mean_diagonal
+            features, probabilities.to(inverse), moments, a, sigma, damping * mean_diagonal, ranks
         )
     blocks_of_f = torch.zeros(n_classes, *a.shape, dtype=a.dtype, device=a.device)
     weights = probabilities * (1 - probabilities)
     for rows in blocks(len(features), block_rows):
         phi = scaled_features(features[rows], moments.scale)
         for c in range(n_classes):
-            blocks_of_f[c] += ((phi * weights[rows, c : c + 1]).T @ phi).to(a) / len(features)
+            blocks_of_f[c] += ((phi * weights[rows, c : c + 1]).T @ phi).to(a) / moments.n_train
+    blocks_of_f = ranks.total(blocks_of_f, "blocks of the Fisher")
     inverses = damped_inverse(blocks_of_f, damping, mean_diagonal.expand(n_classes))
     return ClassBlockCurvature(inverses.to(probabilities))
 
 
-def _softmax_covariance(probabilities: Tensor, like: Tensor, block_rows: int, diagonal_only: bool) -> Tensor:
+def _softmax_covariance(
+    probabilities: Tensor, like: Tensor, block_rows: int, diagonal_only: bool, n_train: int, ranks: Alone
+) -> Tensor:
     """Sigma = E[diag p - p p^T] or its diagonal, in the dtype and on the device of `like`."""
     n, n_classes = probabilities.shape
     total = like.new_zeros(n_classes)
@@ -469,20 +498,23 @@ def _softmax_covariance(probabilities: Tensor, like: Tensor, block_rows: int, di
             raise bad_value("model", "return logits without NaN", f"NaN for training example {wrong}")
         total += p.sum(0)
         second += p.square().sum(0) if diagonal_only else p.T @ p
-    return (total if diagonal_only else total.diag()).div_(n) - second.div_(n)
+    covariance = (total if diagonal_only else total.diag()) - second
+    return ranks.total(covariance, "class covariance") / n_train
 
 
 def _eigenvalue_corrected(
-    features: Tensor, p: Tensor, moments: Moments, a: Tensor, sigma: Tensor, damping: Tensor
+    features: Tensor, p: Tensor, moments: Moments, a: Tensor, sigma: Tensor, damping: Tensor, ranks: Alone
 ) -> EigenvalueCorrectedCurvature:
-    basis, class_basis = torch.linalg.eigh(a)[1], torch.linalg.eigh(sigma)[1]
+    # Other hardware may turn eigenvectors, and what is summed below must be in one basis.
+    basis, class_basis = (ranks.same(torch.linalg.eigh(m)[1], "eigenvectors") for m in (a, sigma))
     diagonal = torch.zeros(a.shape[0], p.shape[1], dtype=a.dtype, device=a.device)
     for rows in blocks(len(features), MOST_ROWS):
         phi = scaled_features(features[rows], moments.scale)
         rotated = phi @ basis.to(phi)
         v = class_basis
         weights = p[rows] @ v.square() - (p[rows] @ v).square()
-        diagonal += (rotated.square().T @ weights.to(phi)).to(a) / len(features)
+        diagonal += (rotated.square().T @ weights.to(phi)).to(a) / moments.n_train
+    diagonal = ranks.total(diagonal, "corrected eigenvalues")
     device, dtype = features.device, working_dtype(features)
     parts = (basis, class_basis, 1 / (diagonal + damping))
     return EigenvalueCorrectedCurvature(*(part.to(device, dtype) for part in parts))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .influence import InfluenceMethod
 
 Method = TypeVar("Method", bound="InfluenceMethod")
-_FORMAT = 1
+_FORMAT = 2
 _SAMPLES = 64
 _DEFAULTS = ("response", "target", "normalize")
 
@@ -97,7 +97,7 @@ def load_method(
             "other weights",
             "Pass the same `checkpoints`, if there were any, or fit again.",
         )
-    if data_fingerprint(train_dataset) != description["data"]:
+    if data_fingerprint(method.train_dataset) != description["data"]:
         raise bad_value("train_dataset", "be the data of the saved method", "other data", "Fit again.")
     device = method._work_device()
     for name, value in description["defaults"].items():
@@ -214,7 +214,10 @@ def _decode(tree: Any, tensors: dict[str, Tensor], device: torch.device, trusted
     if "tensor" in tree:
         order = tree["order"]
         # A copy, because what safetensors gives is not aligned as torch aligns.
-        return tensors[tree["tensor"]].clone().to(device).permute([order.index(d) for d in range(len(order))])
+        saved = tensors[tree["tensor"]].clone()
+        if device.type != "mps" or saved.dtype != torch.float64:  # Apple's GPUs have no float64
+            saved = saved.to(device)
+        return saved.permute([order.index(d) for d in range(len(order))])
     if "dataclass" in tree:
         module, _, name = tree["dataclass"].partition(":")
         ours = module.startswith("stride_captum.") or module == trusted

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .memory_budget import MOST_ROWS
+from .process_group import ALONE, Alone
 
 #: The best of 2, 3 and 4 on digits and MNIST, and within .005 of the best on CIFAR-10 (LDS).
 DEFAULT_TEMPERATURE = 2.0
@@ -69,6 +70,7 @@ def choose_residuals(
     predictions: Tensor,
     temperature: float,
     ratio: Tensor | None = None,
+    ranks: Alone = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """The residuals that the option `residuals` names.
 
@@ -79,14 +81,16 @@ def choose_residuals(
         predictions: q of the ridge head, on the simplex, `(n, n_classes)`.
         temperature: T.
         ratio: Factor of the ridge part of "both"; None gives it the norm of the other part.
+        ranks: Who else has a share of the training set.
 
     Returns:
         Residuals `(n, n_classes)` and the factor that was used.
     """
     tempered, ridge = tempered_residuals(logits, labels, temperature), one_hot(labels, logits) - predictions
     if ratio is None:
-        norm = ridge.norm()
-        ratio = tempered.norm() / norm if norm > 0 else torch.ones_like(norm)
+        norms = torch.stack([tempered.norm(), ridge.norm()]).cpu().double()
+        sizes = ranks.total(norms.square(), "norms of the residuals").sqrt()
+        ratio = (sizes[0] / sizes[1] if sizes[1] > 0 else torch.ones_like(sizes[1])).to(logits)
     if kind == "both":
         return (1 - RIDGE_SHARE) * tempered + RIDGE_SHARE * ratio * ridge, ratio
     if kind == "leave-one-out":
@@ -101,6 +105,7 @@ def training_residuals(
     left_out: Tensor,
     temperature: float,
     block_rows: int = MOST_ROWS,
+    ranks: Alone = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """The residuals of a whole training set, block by block.
 
@@ -111,6 +116,7 @@ def training_residuals(
         left_out: Leave-one-out residuals of the ridge head, `(n_train, n_classes)`, not projected.
         temperature: T.
         block_rows: Examples at a time.
+        ranks: Who else has a share of the training set.
 
     Returns:
         Residuals `(n_train, n_classes)` and the factor of the ridge part of "both", a tensor of one number.
@@ -124,6 +130,7 @@ def training_residuals(
         ridge -= residuals[rows]
         tempered = tempered_residuals(logits[rows].to(left_out), labels[rows], temperature)
         squares += torch.stack([part.norm().cpu().double().square() for part in (tempered, ridge)])
+    squares = ranks.total(squares, "norms of the residuals")
     ratio = (squares[0] / squares[1]).sqrt() if squares[1] > 0 else torch.ones(())
     ratio = ratio.to(left_out)
     for rows in blocks:
@@ -146,14 +153,21 @@ def project_on_simplex(points: Tensor) -> Tensor:
     return (points - shift).clamp_min(0)
 
 
-def mean_residual(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> float:
+def mean_residual(logits: Tensor, labels: Tensor, temperature: float = 1.0, ranks: Alone = ALONE) -> float:
     """Mean of half the L1 norm of `e_y - p`, which is the mean of `1 - p_y`."""
     p = (logits / temperature).softmax(-1).gather(1, labels[:, None])
-    return float(1 - p.double().mean())
+    sums = torch.tensor([float(p.double().sum()), len(p)], dtype=torch.float64)
+    total, n = ranks.total(sums, "mean residual").tolist()
+    return float(1 - total / n)
 
 
 def match_temperature(
-    logits: Tensor, labels: Tensor, target: float, low: float = 1.0, high: float = 100.0
+    logits: Tensor,
+    labels: Tensor,
+    target: float,
+    low: float = 1.0,
+    high: float = 100.0,
+    ranks: Alone = ALONE,
 ) -> float:
     """The temperature at which the mean residual of the training set is that of held-out data.
 
@@ -167,14 +181,15 @@ def match_temperature(
         target: Mean residual on the held-out data at T = 1.
         low: Smallest temperature.
         high: Largest temperature.
+        ranks: Who else has a share of the training set.
     """
-    if mean_residual(logits, labels, low) >= target:
+    if mean_residual(logits, labels, low, ranks) >= target:
         return low
-    if mean_residual(logits, labels, high) <= target:
+    if mean_residual(logits, labels, high, ranks) <= target:
         return high
     while high / low > 1 + 1e-4:
         middle = math.sqrt(low * high)
-        if mean_residual(logits, labels, middle) < target:
+        if mean_residual(logits, labels, middle, ranks) < target:
             low = middle
         else:
             high = middle

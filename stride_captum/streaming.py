@@ -128,6 +128,19 @@ class StreamedTopK:
         return self._indices, self._scores if self.largest else -self._scores
 
 
+def merge_top_k(indices: Tensor, scores: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    """The k best of lists that are side by side, such as those of several processes; ties by lower index.
+
+    Args:
+        indices: Columns that the lists name, `(n_rows, n)` int64.
+        scores: Their scores, `(n_rows, n)`.
+        k: How many are kept.
+        largest: Proponents or opponents.
+    """
+    best, chosen = _best(scores if largest else -scores, indices, min(k, scores.shape[1]))
+    return chosen, best if largest else -best
+
+
 def _candidates(signed: Tensor, kth: Tensor, start: int) -> tuple[Tensor, Tensor]:
     """What beats the k-th score of its row, left-aligned and padded with -inf; an equal score has a
     higher index and cannot enter.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from .steering import TrainedSteering, fit_steering
 from .store_files import as_tensor
 from .store_filling import Computed
 from .subsets import coverage
+from .update import Changed, new_examples, rows_to_keep, with_examples, without_examples
 
 Self = TypeVar("Self", bound="STRIDE")
 
@@ -175,7 +177,6 @@ class STRIDE(InfluenceMethod):
 
     def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> STRIDEState:
         taps, features, logits, labels, widths = self._training_features(model, show_progress)
-        self.n_train_ = len(labels)
         projection = self._fit_projection(features, widths, labels.device)
         self.projection_error_ = 0.0
         if projection is not None:
@@ -183,9 +184,13 @@ class STRIDE(InfluenceMethod):
             self.projection_error_ = projection.error
         if self.config.operators == "newton":
             self.temperature_ = self._choose_temperature(model, logits, labels, self.config.temperature)
-            form = fit_closed_form(features, logits, labels, widths, self.config, self.temperature_)
+            form = fit_closed_form(
+                features, logits, labels, widths, self.config, self.temperature_, self.ranks
+            )
+            self.n_train_ = form.n_train
             self.coverage_ = torch.ones(self.n_train_, dtype=torch.bool)
             return STRIDEState(taps, form, projection)
+        self.n_train_ = len(labels)
         check_finite(features)
         check_finite(logits, "logits")
         head = _head(model, taps, features, logits) if self.config.steering == "representation" else None
@@ -197,14 +202,25 @@ class STRIDE(InfluenceMethod):
         return STRIDEState(taps, steering, projection)
 
     def _prepare(self, state: STRIDEState, model: nn.Module, batch: Any, ask: Ask) -> Any:
+        if isinstance(state.operators, ClosedForm):
+            return state.operators.prepare(*self._query(state, model, batch, ask))
+        features, logits, classes, response = self._asked(state, model, batch, ask)
+        responses = state.operators.subset_responses(features, logits, classes, response)
+        return state.operators.weights(responses, self.config)
+
+    def _query(self, state: STRIDEState, model: nn.Module, batch: Any, ask: Ask) -> tuple[Tensor, Tensor]:
+        """What the closed form needs to know of test points: raw features, gradients of the response."""
+        features, logits, classes, response = self._asked(state, model, batch, ask)
+        return features, response_gradient(logits, classes, response)
+
+    def _asked(
+        self, state: STRIDEState, model: nn.Module, batch: Any, ask: Ask
+    ) -> tuple[Tensor, Tensor, Tensor, str]:
         features, logits, one_logit = self._read_batch(model, state.taps, batch, state.projection)
         classes = ask.classes(logits, batch)
         # The logit of a binary model with one output is, up to its sign, the margin.
         response = "margin" if one_logit and ask.response == "logit" else ask.response
-        if isinstance(state.operators, ClosedForm):
-            return state.operators.prepare(features, response_gradient(logits, classes, response))
-        responses = state.operators.subset_responses(features, logits, classes, response)
-        return state.operators.weights(responses, self.config)
+        return features, logits, classes, response
 
     def _scores(self, state: STRIDEState, prepared: Any, columns: slice) -> Tensor:
         if isinstance(state.operators, TrainedSteering):
@@ -269,6 +285,92 @@ class STRIDE(InfluenceMethod):
         if self._states is not None:
             fitted = f"n_train={self.n_train_}, layers={self.layers_}"
         return f"STRIDE(operators={self.config.operators!r}, {fitted})"
+
+    # Training examples that come and go.
+
+    def add_examples(self: Self, examples: Any) -> Self:
+        """Add training examples behind those that were fitted, without reading those again.
+
+        Only the new examples go through the model. Scores equal those of a refit up to rounding; what is
+        done instead, and what it costs, is in `stride_captum.update`. `train_dataset` becomes the longer one.
+        The features must be those of the same model: where training has gone on, fit again.
+
+        Args:
+            examples: Dataset, DataLoader or tensors `(inputs..., labels)`.
+
+        Returns:
+            The method itself; fitted first, where it was not.
+
+        Raises:
+            ValueError: Trained operators, or a model that has changed since `fit`.
+            TypeError: Examples of another kind, or without a length.
+        """
+        examples = new_examples(examples)
+        reader = copy.copy(self)
+        reader.train_dataset, reader._precomputed = examples, None
+
+        def change(state: STRIDEState, model: nn.Module, form: ClosedForm) -> Changed:
+            features, logits, labels, _ = reader._read(model, state.taps, False)
+            if state.projection is not None:
+                features = state.projection(features)
+            return with_examples(form, features, logits, labels)
+
+        return self._change(change, lambda dataset: data.joined(dataset, examples))
+
+    def remove_examples(self: Self, indices: Sequence[int] | Tensor) -> Self:
+        """Remove training examples, without a pass through the model; the others keep their order.
+
+        Args:
+            indices: Places in the training set, each once; not all of them.
+
+        Returns:
+            The method itself; fitted first, where it was not.
+
+        Raises:
+            ValueError: Trained operators, a model that has changed since `fit`, or wrong indices.
+            TypeError: Indices that are no integers.
+        """
+        if self._states is None:
+            self.fit()
+        keep = rows_to_keep(indices, self.n_train_)
+        return self._change(
+            lambda state, model, form: without_examples(form, keep),
+            lambda dataset: data.some_examples(dataset, keep),
+        )
+
+    def _change(
+        self: Self,
+        change: Callable[[STRIDEState, nn.Module, ClosedForm], Changed],
+        dataset: Callable[[Any], Any],
+    ) -> Self:
+        """Fit the changed training set from what is known; nothing is changed where that fails."""
+        if self.config.operators == "trained":
+            raise bad_value(
+                "operators", "be 'newton' for adding or removing examples", "'trained'", "Fit again."
+            )
+        if self.feature_store is not None:
+            must = "be None for adding or removing examples: a store is of one training set"
+            raise bad_value("feature_store", must, repr(self.feature_store), "Fit again.")
+        if self._states is None:
+            self.fit()
+        states: list[Any] = []
+        with self._session() as model:
+            self._check_unchanged()
+            for checkpoint, state in zip(self._checkpoints(), self._states or [], strict=True):
+                self._load(model, checkpoint)
+                widths = state.operators.widths
+                new = change(state, model, state.operators)
+                t = self._choose_temperature(model, new.logits, new.labels, self.config.temperature)
+                form = fit_closed_form(
+                    new.features, new.logits, new.labels, widths, self.config, t, moments=new.moments
+                )
+                states.append(STRIDEState(state.taps, form, state.projection))
+        self._states, self.train_dataset = states, dataset(self.train_dataset)
+        self.n_train_, self.temperature_ = form.n_train, t
+        self.coverage_ = torch.ones(self.n_train_, dtype=torch.bool)
+        if self._precomputed is not None:
+            self._precomputed = new.features, new.logits, new.labels, widths
+        return self
 
     # Reading features.
 

@@ -1,0 +1,223 @@
+"""Owns `DistributedSTRIDE`: `STRIDE` in a `torch.distributed` process group, each rank with its share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import inputs as data
+from .config import STRIDEConfig
+from .errors import bad_type, bad_value
+from .influence import Ask
+from .newton import blocks
+from .process_group import Ranks
+from .streaming import Collector, DenseScores, GroupSums, StreamedTopK, merge_top_k
+from .stride import STRIDE, STRIDEState
+
+Self = TypeVar("Self", bound="DistributedSTRIDE")
+
+
+class DistributedSTRIDE(STRIDE):
+    """STRIDE on the training set of all processes together.
+
+        # torchrun --nproc-per-node 8 attribute.py
+        torch.distributed.init_process_group()
+        method = DistributedSTRIDE(model, train_dataset)
+        top = method.influence((x, y), k=100)
+
+    A class of its own and not a keyword, as `DistributedDataParallel` and `DistributedSampler` are: where a
+    call is one that all processes must make, its name says so. Everything else is as with `STRIDE`. Every
+    rank makes the same calls with the same arguments and gets the same results, those of a single process
+    up to rounding.
+
+    Each rank passes the whole training set and reads its share of it alone: rows
+    `rank * N // world_size` and following. What is summed over the training set (Gram matrix, class
+    moments, norms, the mean residual that sets the temperature) is all-reduced in float64. The test
+    points are those of rank 0: it runs the model on them and broadcasts features and gradients. Lists of the
+    k best are merged, ties by the lower index in the whole training set; dense scores, which are what
+    `influence` without k asks for, are gathered on every rank, so ask for k where N is large.
+
+    gloo and nccl run the same code; with nccl, call `torch.cuda.set_device` first and put the model there.
+
+    A rank that dies or stops with an exception ends the call on all others with a `RuntimeError` that says
+    which collective, which rank where that is known, and what to do. Start all of them again: `fit` is
+    one forward pass, and what `save` has written (one file a rank) is read by `load` with as many ranks.
+
+    Args:
+        model: As for `STRIDE`; the same weights on every rank.
+        train_dataset: The whole training set: a Dataset with a length, or a DataLoader of one.
+        process_group: The processes; None means all.
+        **options: As for `STRIDE`; every rank reads the whole of `held_out`.
+
+    Attributes:
+        train_dataset: The share of this rank.
+        columns: Its places in the whole training set.
+
+    Raises:
+        ValueError: No group has been initialised; fewer examples than ranks; operators or a curvature that
+            need the whole training set in one place.
+    """
+
+    ranks: Ranks
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Any,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        **options: Any,
+    ) -> None:
+        self.ranks = Ranks(process_group)
+        n, share = _share(train_dataset, self.ranks)
+        super().__init__(model, share, **options)
+        self._n_whole, self.columns = n, self.ranks.share(n)
+        for name, only in (("operators", "trained"), ("curvature", "gauss-newton")):
+            if getattr(self.config, name) == only:
+                raise bad_value(name, "be another one in a process group", repr(only), "Use STRIDE.")
+
+    @classmethod
+    def from_features(
+        cls: type[Self],
+        features: Any,
+        logits: Any,
+        labels: Any,
+        *,
+        widths: Sequence[int] | None = None,
+        config: STRIDEConfig | None = None,
+    ) -> Self:
+        """As `STRIDE.from_features`: every rank passes all of it (memory-mapped) and reads its rows."""
+        method = super().from_features(features, logits, labels, widths=widths, config=config)
+        assert method._precomputed is not None
+        features, logits, labels, widths = method._precomputed
+        rows = method.columns
+        method._precomputed = features[rows], logits[rows], labels[rows], widths
+        return method
+
+    def fit(self: Self, show_progress: bool = False) -> Self:
+        """Learn from the training set; a bar shows the share of rank 0."""
+        with self.ranks.call("fit"):
+            self.ranks.agree(
+                f"{self._n_whole} {self.layers} {self.config}",
+                "config",
+                "be the same on every rank, as the layers and the length of the training set must",
+            )
+            super().fit(show_progress and self.ranks.rank == 0)
+            if self.n_train_ != self._n_whole:
+                raise bad_value("train_dataset", f"give {self._n_whole} examples", self.n_train_)
+            self._agree_on_weights()
+        return self
+
+    def self_influence(self, inputs: Any = None, *args: Any, **options: Any) -> Tensor:
+        """As `STRIDE.self_influence`, gathered on every rank."""
+        with self.ranks.call("self_influence"):
+            own = super().self_influence(inputs, *args, **options)
+            whole = inputs is None and options.get("inputs_dataset") is None
+            return self.ranks.cat(own, "self-influence") if whole else own
+
+    def mislabel_scores(self) -> Tensor:
+        """As `STRIDE.mislabel_scores`, gathered on every rank."""
+        with self.ranks.call("mislabel_scores"):
+            return self.ranks.cat(super().mislabel_scores(), "mislabel scores")
+
+    def save(self, path: str | Path) -> None:
+        """Write what this rank has learnt to a file of its own, `path.rank0-of-4` and so on."""
+        super().save(_file_of_rank(path, self.ranks))
+
+    @classmethod
+    def load(cls: type[Self], path: str | Path, model: nn.Module, train_dataset: Any, **options: Any) -> Self:
+        """As `STRIDE.load`, by as many processes as have saved."""
+        ranks = Ranks(options.get("process_group"))
+        file = _file_of_rank(path, ranks)
+        with ranks.call("load"):
+            if not file.exists():
+                must = f"have been written by `save` in a group of {ranks.size} processes"
+                raise bad_value("path", must, f"no file {str(file)!r}", "Use as many, or fit again.")
+            method = super().load(file, model, train_dataset, **options)
+            method._agree_on_weights()
+        return method
+
+    def _change(self: Self, *_: Any) -> Self:
+        must = "be changed in a single process"
+        raise bad_value("train_dataset", must, f"a group of {self.ranks.size}", "Fit again.")
+
+    # The seams of the base class.
+
+    def _collect(
+        self, inputs: Any, collector: Callable[[], Collector], show_progress: bool, *args: Any
+    ) -> tuple[Tensor, ...]:
+        def merged() -> Collector:
+            return _Merged(collector(), self.ranks, self.columns)
+
+        with self.ranks.call("influence"):
+            return super()._collect(inputs, merged, show_progress and self.ranks.rank == 0, *args)
+
+    def _prepare(self, state: STRIDEState, model: nn.Module, batch: Any, ask: Ask) -> Any:
+        form: Any = state.operators
+        n, d, c = data.batch_length(batch), len(form.scale) - 1, form.residuals.shape[1]
+        self.ranks.agree(f"{n} {ask.response}", "inputs", "be the same test points on every rank")
+        query = form.scale.new_empty(n, d + c)
+        if self.ranks.rank == 0:
+            query = torch.cat([part.to(query) for part in self._query(state, model, batch, ask)], 1)
+        return form.prepare(*self.ranks.same(query, "test points").split([d, c], 1))
+
+    def _column_blocks(self, size: int) -> Iterator[tuple[slice, Any]]:
+        for columns in blocks(self.columns.stop - self.columns.start, max(size, 1)):
+            yield columns, None
+
+    def _agree_on_weights(self) -> None:
+        assert self._fitted_on is not None
+        self.ranks.agree(self._fitted_on[1], "model", "have the same weights on every rank")
+
+
+class _Merged:
+    """A collector of the columns of this rank, whose result is that of all ranks."""
+
+    def __init__(self, whole: Collector, ranks: Ranks, columns: slice) -> None:
+        self._dense = isinstance(whole, DenseScores)
+        self._inner = DenseScores(columns.stop - columns.start) if self._dense else whole
+        self._ranks, self._start = ranks, 0 if self._dense else columns.start
+        self.keeps_all = self._inner.keeps_all
+
+    def update(self, block: Tensor, start: int) -> None:
+        """Take in the scores of columns `start, start + 1, ...` of the share, `(n_rows, n_block)`."""
+        self._inner.update(block, self._start + start)
+
+    def result(self) -> tuple[Tensor, ...]:
+        """What all ranks have collected."""
+        found = self._inner.result()
+        if isinstance(self._inner, GroupSums):
+            return (self._ranks.total(found[0], "sums of groups"),)
+        parts = [self._ranks.cat(part, "scores", dim=1) for part in found]
+        if not isinstance(self._inner, StreamedTopK):
+            return tuple(parts)
+        return merge_top_k(parts[0], parts[1], self._inner.k, self._inner.largest)
+
+
+def _file_of_rank(path: str | Path, ranks: Ranks) -> Path:
+    return Path(f"{path}.rank{ranks.rank}-of-{ranks.size}")
+
+
+def _share(dataset: Any, ranks: Ranks) -> tuple[int, Any]:
+    """The number of examples of a training set, and what one rank reads of it."""
+    if data.is_batch(dataset):
+        return 0, dataset  # which the base class refuses
+    data.check_source(dataset, "train_dataset")
+    n = data.count_examples(dataset)
+    if n is None:
+        raise bad_type(
+            "train_dataset", "have a length in a process group", dataset, "Use a map-style Dataset."
+        )
+    if n < ranks.size:
+        raise bad_value(
+            "train_dataset", f"hold an example for each of {ranks.size} ranks", n, "Start fewer processes."
+        )
+    return n, data.some_examples(dataset, ranks.share(n))
+
+
+__all__ = ["DistributedSTRIDE"]

@@ -1,0 +1,475 @@
+"""Two and four gloo processes give what one process gives, and say so where they cannot."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from planted import MLP, HuggingFaceLike, ListOfDicts, built, loader, planted_classes
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from typer.testing import CliRunner
+
+from stride_captum import STRIDE, STRIDEConfig
+from stride_captum.__main__ import main
+from stride_captum.distributed import DistributedSTRIDE
+from stride_captum.evaluation.cli import app
+from stride_captum.streaming import merge_top_k
+
+N_TRAIN = 47  # no multiple of 2 or 4
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["stride_captum.evaluation.cli", "planted", "pytest"])
+
+
+def data_and_model():
+    """Not trained: the optimizers of torch take a second to import in every process."""
+    return built(MLP), planted_classes(N_TRAIN), planted_classes(7, seed=1)
+
+
+def in_double():
+    model, train, test = data_and_model()
+    double = [TensorDataset(d.tensors[0].double(), d.tensors[1]) for d in (train, test)]
+    return model.double(), *double
+
+
+def answers(method, batch) -> dict[str, Tensor]:
+    """What one can ask, by name."""
+    best, worst = method.influence(batch, 5), method.influence(batch, 5, False)
+    every = method.influence(batch, N_TRAIN + 1)
+    return {
+        "dense": method.influence(batch),
+        "predicted logit": method.influence(batch, response="logit", target="predicted"),
+        "cosine": method.influence(batch, normalize="cosine"),
+        "cosine, best": method.influence(batch, 3, normalize="cosine").indices,
+        "best": best.indices,
+        "best scores": best.influence_scores,
+        "worst": worst.indices,
+        "worst scores": worst.influence_scores,
+        "all in order": every.indices,
+        "groups": method.subset_influence(batch, [[0, 46, 23], range(30), [45]]),
+        "self-influence": method.self_influence(),
+        "self-influence of others": method.self_influence(batch),
+        "mislabel": method.mislabel_scores(),
+        "temperature": torch.tensor([method.temperature_]),
+        "coverage": method.coverage_,
+    }
+
+
+def of_config(**options):
+    def run(cls):
+        model, train, test = data_and_model()
+        return answers(cls(model, train, batch_size=9, config=STRIDEConfig(**options)), test.tensors)
+
+    return run
+
+
+def of_double(cls):
+    model, train, test = in_double()
+    return answers(cls(model, train, config=STRIDEConfig(curvature="eigenvalue-corrected")), test.tensors)
+
+
+def of_held_out(cls):
+    model, train, test = data_and_model()
+    return answers(cls(model, train, held_out=planted_classes(30, seed=9)), test.tensors)
+
+
+def of_loaders(cls):
+    model, train, test = data_and_model()
+    method = cls(model, DataLoader(train, batch_size=6, drop_last=True), layers=["fc1", "fc2"])
+    return {"dense": method.influence(loader(test)), "best": method.influence(loader(test), 4).indices}
+
+
+def of_dicts(cls):
+    train, test = ListOfDicts(N_TRAIN), ListOfDicts(5, seed=1)
+    return {"dense": cls(built(HuggingFaceLike), train).influence(test)}
+
+
+def of_checkpoints(cls):
+    model, train, test = data_and_model()
+    weights = [model.state_dict(), built(MLP, seed=2).state_dict()]
+    return answers(cls(model, train, checkpoints=weights), test.tensors)
+
+
+def of_features(cls):
+    model, train, test = data_and_model()
+    x, y = train.tensors
+    with torch.no_grad():
+        method = cls.from_features(x.numpy(), model(x), y)
+        return answers(method, (test.tensors[0], model(test.tensors[0]), test.tensors[1]))
+
+
+CASES = {
+    "default": of_config(),
+    "identity": of_config(curvature="identity", residuals="temperature"),
+    "eigenvalue-corrected": of_config(curvature="eigenvalue-corrected", residuals="leave-one-out"),
+    "class-blocks": of_config(curvature="class-blocks", residuals="training"),
+    "many ties": of_config(threshold=0.02),
+    "double": of_double,
+    "held-out": of_held_out,
+    "loaders": of_loaders,
+    "dicts": of_dicts,
+    "checkpoints": of_checkpoints,
+    "features": of_features,
+}
+
+
+# What runs in the processes.
+
+
+def enter(rank, size, work, method, timeout, queue, arguments):
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=timeout)
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=size, timeout=limit)
+    try:
+        queue.put((rank, work(rank, *arguments)))
+    except Exception:
+        queue.put((rank, traceback.format_exc()))
+    queue.close()
+    queue.join_thread()
+    os._exit(0)
+
+
+def start(size, work, *arguments, folder, timeout=60, method=None, survivors=None):
+    """Run `work(rank, *arguments)` in `size` processes; gives what the `survivors` return, by rank."""
+    queue = CONTEXT.Queue()
+    method = method or f"file://{folder}/init-{time.monotonic_ns()}"
+    processes = [
+        CONTEXT.Process(target=enter, args=(rank, size, work, method, timeout, queue, arguments))
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        found = dict(queue.get(timeout=50) for _ in range(survivors or size))
+        assert not any(str(result).startswith("Traceback") for result in found.values()), found
+        return found
+    finally:
+        for process in processes:
+            process.join(1 if survivors is None else 0.1)
+            process.kill()
+            process.join()
+
+
+def all_cases(rank):
+    found = {
+        name: {key: value.numpy() for key, value in case(DistributedSTRIDE).items()}
+        for name, case in CASES.items()
+    }
+    dist.barrier()
+    return found
+
+
+@pytest.fixture(scope="module")
+def single():
+    return {name: case(STRIDE) for name, case in CASES.items()}
+
+
+def differences(single, found):
+    """Largest difference in each case, in units of the largest score of its row."""
+    worst = {}
+    for rank, cases in found.items():
+        for case, answers_of_case in cases.items():
+            for name, value in answers_of_case.items():
+                wanted, value = single[case][name], torch.from_numpy(value)
+                assert value.shape == wanted.shape, (rank, case, name)
+                assert value.dtype == wanted.dtype, (rank, case, name)
+                if not value.is_floating_point():
+                    assert torch.equal(value, wanted), (rank, case, name)
+                    continue
+                largest = wanted.abs().amax(-1, keepdim=True)
+                error = float(((value - wanted).abs() / largest.where(largest > 0, 1.0)).max())
+                worst[case] = max(worst.get(case, 0.0), error)
+    return worst
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_all_ranks_have_the_answers_of_one_process(single, tmp_path, size):
+    worst = differences(single, start(size, all_cases, folder=tmp_path))
+    assert worst.pop("double") < 1e-12
+    assert worst.keys() == CASES.keys() - {"double"}
+    assert max(worst.values()) < 5e-6, worst
+
+
+def test_ties_between_lists_go_to_the_lower_index():
+    indices = torch.tensor([[4, 9, 0, 2]])
+    scores = torch.tensor([[1.0, 0.5, 1.0, 0.5]])
+    for largest in (True, False):
+        found = merge_top_k(indices, scores if largest else -scores, 3, largest)
+        assert found[0].tolist() == [[0, 4, 2]]
+        assert found[1].abs().tolist() == [[1.0, 1.0, 0.5]]
+    assert merge_top_k(indices, scores, 9, True)[0].tolist() == [[0, 4, 2, 9]]
+
+
+# One rank reads its share only; what differs between ranks is refused.
+
+
+class Counting(TensorDataset):
+    def __init__(self, *tensors):
+        super().__init__(*tensors)
+        self.read = set()
+
+    def __getitem__(self, i):
+        self.read.add(i)
+        return super().__getitem__(i)
+
+
+def said(call) -> str:
+    try:
+        call()
+    except (ValueError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    except RuntimeError as error:
+        return f"RuntimeError: {error}"
+    return "nothing"
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+def one_after_the_other(rank, folder):
+    """Every case has a group of its own: one that has failed is not used again."""
+
+    def method(model=None, train=None, **options):
+        return DistributedSTRIDE(model or mlp, train or whole, process_group=dist.new_group(), **options)
+
+    mlp, whole, test = data_and_model()
+    found = {}
+    counting = Counting(*whole.tensors)
+    reader = method(train=counting)
+    reader.fit()
+    found["read"] = sorted(counting.read), (reader.columns.start, reader.columns.stop)
+    reader.save(f"{folder}/method")
+    loaded = DistributedSTRIDE.load(f"{folder}/method", mlp, counting, process_group=reader.ranks.group)
+    found["loaded"] = torch.equal(loaded.influence(test.tensors), reader.influence(test.tensors))
+    found["no file"] = said(lambda: DistributedSTRIDE.load(f"{folder}/other", mlp, whole))
+    other = torch.tensor([[5.0] * 6]), torch.tensor([0])
+    asked = test.tensors if rank == 0 else (other[0].expand(7, 6), other[1].expand(7))
+    found["queries are those of rank 0"] = reader.influence(asked)[0, :3].tolist()
+    found["few"] = said(lambda: method(train=TensorDataset(*whole[:1])))
+    found["stream"] = said(lambda: method(train=Stream()))
+    found["trained"] = said(lambda: method(config=STRIDEConfig(operators="trained")))
+    found["gauss-newton"] = said(lambda: method(config=STRIDEConfig(curvature="gauss-newton")))
+    found["batch"] = said(lambda: method(train=whole.tensors))
+    found["config"] = said(lambda: method(config=STRIDEConfig(damping=0.1 + rank)).fit())
+    found["lengths"] = said(lambda: method(train=TensorDataset(*whole[: 20 + rank])).fit())
+    found["weights"] = said(lambda: method(model=built(MLP, seed=7 + rank)).fit())
+    found["inputs"] = said(lambda: reader.influence(tuple(t[: 3 + rank] for t in test.tensors)))
+    inputs = whole.tensors[0].clone()
+    inputs[30] = torch.nan  # in the share of rank 1, but seen in sums
+    found["nan"] = said(method(train=TensorDataset(inputs, whole.tensors[1])).fit)
+    labels = whole.tensors[1].clone()
+    labels[30] = 99  # in the share of rank 1
+    found["bad label"] = said(method(train=TensorDataset(whole.tensors[0], labels)).fit)
+    dist.barrier()
+    return found
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    return start(2, one_after_the_other, folder, folder=folder)
+
+
+class TestTwoRanks:
+    def test_each_reads_its_share(self, both):
+        assert both[0]["read"] == (list(range(23)), (0, 23))
+        assert both[1]["read"] == (list(range(23, 47)), (23, 47))
+
+    def test_what_is_saved_is_loaded(self, both):
+        assert both[0]["loaded"]
+        assert both[1]["loaded"]
+        for rank, found in both.items():
+            assert f"other.rank{rank}-of-2'. Use as many, or fit again." in found["no file"]
+
+    def test_queries_are_those_of_rank_0(self, both):
+        model, train, test = data_and_model()
+        wanted = STRIDE(model, train).influence(test.tensors)[0, :3]
+        for found in both.values():
+            assert found["queries are those of rank 0"] == pytest.approx(wanted.tolist(), abs=1e-5)
+
+    @pytest.mark.parametrize(
+        ("case", "message"),
+        [
+            (
+                "few",
+                "ValueError: `train_dataset` must hold an example for each of 2 ranks; got 1. Start fewer",
+            ),
+            ("stream", "TypeError: `train_dataset` must have a length in a process group; got Stream."),
+            ("trained", "ValueError: `operators` must be another one in a process group; got 'trained'."),
+            ("gauss-newton", "ValueError: `curvature` must be another one in a process group; got 'gauss"),
+            ("batch", "TypeError: `train_dataset` must be a Dataset or a DataLoader; got tuple."),
+            ("config", "ValueError: `config` must be the same on every rank"),
+            ("lengths", "ValueError: `config` must be the same on every rank, as the layers and the length"),
+            (
+                "weights",
+                "ValueError: `model` must have the same weights on every rank; got something else than",
+            ),
+            ("inputs", "ValueError: `inputs` must be the same test points on every rank"),
+            (
+                "nan",
+                "ValueError: `train_dataset` must give finite activations; got NaN or infinity in feature",
+            ),
+        ],
+    )
+    def test_all_refuse_in_the_same_words(self, both, case, message):
+        assert both[0][case].startswith(message)
+        assert both[1][case] == both[0][case]
+
+    def test_an_exception_in_one_ends_the_call_in_all(self, both):
+        assert both[1]["bad label"].startswith("ValueError: `train_dataset` must")
+        assert both[0]["bad label"].startswith("RuntimeError: The collective ")
+        assert "failed on rank 0 of 2: rank 1 stopped in fit: ValueError: `train_d" in both[0]["bad label"]
+
+
+def test_outside_of_a_group():
+    model, train, _ = data_and_model()
+    with pytest.raises(
+        ValueError, match=r"`process_group` must be initialised; got none\. Start with torchrun"
+    ):
+        DistributedSTRIDE(model, train)
+
+
+# A rank that is lost.
+
+
+class Deadly(nn.Module):
+    """Its forward pass over the training set ends the process, or lasts for ever, on one rank."""
+
+    def __init__(self, model, here, how):
+        super().__init__()
+        self.model, self.here, self.how, self.passes = model, here, how, 0
+
+    def forward(self, x):
+        self.passes += 1
+        if self.here and self.passes == 3:
+            os.kill(os.getpid(), signal.SIGKILL) if self.how == "dies" else time.sleep(100)
+        return self.model(x)
+
+
+def with_a_loss(rank, how, lost=1):
+    model, train, test = data_and_model()
+    method = DistributedSTRIDE(Deadly(model, rank == lost, how), train, batch_size=4)
+    return said(lambda: method.influence(test.tensors)), said(lambda: method.influence(test.tensors))
+
+
+class TestALostRank:
+    @pytest.mark.parametrize("kind", ["file", "tcp"])
+    def test_is_named_by_the_others(self, tmp_path, free_port, kind):
+        method = f"tcp://127.0.0.1:{free_port}" if kind == "tcp" else None
+        found = start(4, with_a_loss, "dies", folder=tmp_path, method=method, survivors=3)
+        assert found.keys() == {0, 2, 3}
+        for rank, (message, again) in found.items():
+            assert message.startswith("RuntimeError: The collective "), message
+            assert f"failed on rank {rank} of 4" in message
+            assert "No answer from rank 1: dead, or still busy elsewhere." in message
+            assert "start all processes again with the same command" in message
+            assert again == message
+
+    def test_that_keeps_the_store_is_known_by_its_silence(self, tmp_path, free_port):
+        method = f"tcp://127.0.0.1:{free_port}"
+        found = start(3, with_a_loss, "dies", 0, folder=tmp_path, method=method, survivors=2, timeout=20)
+        assert found.keys() == {1, 2}
+        for message, _ in found.values():
+            assert message.startswith("RuntimeError: The collective ")
+            assert (
+                "The store of the group does not answer: its keeper, in general rank 0, is gone." in message
+            )
+
+    def test_that_hangs_is_named_within_the_timeout(self, tmp_path):
+        found = start(2, with_a_loss, "hangs", folder=tmp_path, timeout=3, survivors=1)
+        message, _ = found[0]
+        assert "it took longer than the timeout of the process group" in message
+        assert "No answer from rank 1" in message
+
+    def test_starting_again_gives_the_scores_of_one_process(self, tmp_path):
+        start(2, with_a_loss, "dies", folder=tmp_path, survivors=1, timeout=20)
+        model, train, test = data_and_model()
+        wanted = STRIDE(model, train, batch_size=4).influence(test.tensors)
+        for scores in start(2, dense, folder=tmp_path).values():
+            assert torch.allclose(torch.from_numpy(scores), wanted, atol=1e-5 * float(wanted.abs().max()))
+
+
+def dense(rank):
+    model, train, test = data_and_model()
+    return DistributedSTRIDE(model, train, batch_size=4).influence(test.tensors).numpy()
+
+
+# The command line under torchrun.
+
+EXPLAIN = ["explain", "--preset", "smoke", "--index", "3", "--index", "17", "--store"]
+
+
+def as_torchrun_starts_it(rank, size, port, out, arguments):
+    torch.set_num_threads(1)
+    known = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in known.items()}, TORCHELASTIC_RUN_ID="test")
+    sys.argv = ["stride-captum", *arguments]
+    sys.stdout = open(f"{out}-{rank}.txt", "w")  # noqa: SIM115
+    sys.stderr = sys.stdout
+    main()
+
+
+def torchrun(size, port, out, *arguments):
+    """What each rank prints, and their exit codes."""
+    processes = [
+        CONTEXT.Process(target=as_torchrun_starts_it, args=(rank, size, port, out, arguments))
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(50)
+        process.kill()
+    said = [Path(f"{out}-{rank}.txt").read_text() for rank in range(size)]
+    return said, [process.exitcode for process in processes]
+
+
+def test_explain_under_torchrun(tmp_path, free_port):
+    alone = CliRunner().invoke(app, [*EXPLAIN, f"{tmp_path}/a", "--out", f"{tmp_path}/one", "--quiet"])
+    assert alone.exit_code == 0, alone.output
+    arguments = [*EXPLAIN, f"{tmp_path}/b", "--out", f"{tmp_path}/two"]
+    said, codes = torchrun(2, free_port, tmp_path / "said", *arguments)
+    assert codes == [0, 0], said
+    assert "report.html" in said[0]
+    assert said[1] == ""
+    one, two = (json.loads((tmp_path / out / "results.json").read_text()) for out in ("one", "two"))
+    same = one.keys() - {"command", "seconds", "points", "suspects"}
+    assert {key: one[key] for key in same} == {key: two[key] for key in same}
+    for point, other in zip(one["points"], two["points"], strict=True):
+        for side in ("proponents", "opponents"):
+            equal_neighbours(point.pop(side), other.pop(side))
+        assert point == other
+    equal_neighbours(one["suspects"], two["suspects"])
+    assert (tmp_path / "two" / "report.html").exists()
+
+
+def equal_neighbours(found, wanted):
+    assert [n["index"] for n in found] == [n["index"] for n in wanted]
+    assert [n["score"] for n in found] == pytest.approx([n["score"] for n in wanted], rel=1e-4)
+
+
+def test_other_commands_are_refused_under_torchrun(tmp_path, free_port):
+    said, codes = torchrun(2, free_port, tmp_path / "said", "compare")
+    assert codes == [1, 1]
+    assert said[0].startswith("Only `explain` runs under torchrun. Retrainings use --jobs")
+    assert said[1] == ""
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -1,0 +1,277 @@
+"""Examples that are added or removed give what a refit gives, without the model seeing the others again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from planted import (
+    MLP,
+    HuggingFaceLike,
+    Items,
+    ListOfDicts,
+    built,
+    expect_untouched,
+    loader,
+    planted_classes,
+    trained,
+)
+from torch import nn
+from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDataset
+
+from stride_captum import STRIDE, STRIDEConfig
+
+CURVATURES = ("identity", "kronecker", "eigenvalue-corrected", "class-blocks", "gauss-newton")
+REMOVED = [0, 17, 41, 5]
+KEPT = [i for i in range(48) if i not in REMOVED]
+
+
+class Counting(nn.Module):
+    """Counts the examples that go through the model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.seen = model, 0
+
+    def forward(self, *inputs):
+        self.seen += len(inputs[0])
+        return self.model(*inputs)
+
+
+def some(dataset, rows):
+    return TensorDataset(*(tensor[rows] for tensor in dataset.tensors))
+
+
+def in_double(planted):
+    _, train, test = planted
+    x, y = test.tensors
+    return (
+        built(MLP, seed=3).double(),
+        TensorDataset(train.tensors[0].double(), train.tensors[1]),
+        (x.double(), y),
+    )
+
+
+def answers(method, batch):
+    return {
+        "dense": method.influence(batch),
+        "loss": method.influence(batch, response="loss"),
+        "cosine": method.influence(batch, normalize="cosine"),
+        "self": method.self_influence()[None],
+        "others": method.self_influence(batch)[None],
+        "mislabel": method.mislabel_scores()[None],
+    }
+
+
+def same(found, wanted, batch, tolerance):
+    assert (found.n_train_, found.temperature_) == (wanted.n_train_, pytest.approx(wanted.temperature_))
+    assert torch.equal(found.coverage_, wanted.coverage_)
+    ours, theirs = answers(found, batch), answers(wanted, batch)
+    for name, value in theirs.items():
+        assert ours[name].shape == value.shape, name
+        assert ours[name].dtype == value.dtype, name
+        error = (ours[name] - value).abs() / value.abs().amax(1, keepdim=True)
+        assert float(error.max()) < tolerance, name
+    assert torch.equal(found.influence(batch, 3).indices, wanted.influence(batch, 3).indices)
+
+
+class TestEqualToARefit:
+    @pytest.mark.parametrize("curvature", CURVATURES)
+    def test_in_float64(self, planted, curvature):
+        model, train, batch = in_double(planted)
+        # The solver of gauss-newton stops at 1e-10.
+        tolerance, config = 1e-8 if curvature == "gauss-newton" else 1e-10, STRIDEConfig(curvature=curvature)
+        method = STRIDE(model, some(train, slice(0, 40)), config=config).fit()
+        method.add_examples(some(train, slice(40, 48)))
+        same(method, STRIDE(model, train, config=config).fit(), batch, tolerance)
+        method.remove_examples(REMOVED)
+        same(method, STRIDE(model, some(train, KEPT), config=config).fit(), batch, tolerance)
+
+    @pytest.mark.parametrize("residuals", ["training", "temperature", "leave-one-out", "both"])
+    def test_in_float32(self, planted, residuals):
+        model, train, test = planted
+        config = STRIDEConfig(residuals=residuals)
+        method = STRIDE(model, some(train, slice(0, 40)), config=config).fit()
+        method.add_examples(some(train, slice(40, 48)).tensors).remove_examples(torch.tensor(REMOVED))
+        same(method, STRIDE(model, some(train, KEPT), config=config).fit(), test.tensors, 1e-5)
+
+    def test_many_changes_one_after_the_other(self, planted):
+        model, train, batch = in_double(planted)
+        method = STRIDE(model, train).fit()
+        order = list(range(48))
+        for i in range(20):
+            method.remove_examples([i])
+            order.append(order.pop(i))
+            method.add_examples(some(train, order[-1:]))
+        same(method, STRIDE(model, some(train, order)).fit(), batch, 1e-10)
+
+    def test_with_held_out_data_the_temperature_follows(self, planted):
+        _, train, batch = in_double(planted)
+        model = copy.deepcopy(planted[0]).double()
+        x, y = planted_classes(30, seed=9, noise=2.0).tensors
+        held_out = TensorDataset(x.double(), y)
+        method = STRIDE(model, some(train, slice(0, 20)), held_out=held_out).fit()
+        before = method.temperature_
+        method.add_examples(some(train, slice(20, 48)))
+        assert method.temperature_ != before
+        same(method, STRIDE(model, train, held_out=held_out).fit(), batch, 1e-10)
+
+    def test_checkpoints(self, planted):
+        model, train, test = planted
+        weights = [model.state_dict(), built(MLP).state_dict()]
+        method = STRIDE(model, some(train, slice(0, 40)), checkpoints=weights).fit()
+        with expect_untouched(model):
+            method.add_examples(some(train, slice(40, 48)))
+        same(method, STRIDE(model, train, checkpoints=weights).fit(), test.tensors, 1e-5)
+
+    def test_features_without_a_model(self, planted):
+        model, train, test = planted
+        with torch.no_grad():
+            rows = (train.tensors[0], model(train.tensors[0]), train.tensors[1])
+            batch = (test.tensors[0], model(test.tensors[0]), test.tensors[1])
+        method = STRIDE.from_features(*(part[:40] for part in rows)).fit()
+        method.add_examples(tuple(part[40:] for part in rows)).remove_examples(REMOVED)
+        wanted = STRIDE.from_features(*(part[KEPT] for part in rows)).fit()
+        same(method, wanted, batch, 1e-5)
+        same(method.fit(), wanted, batch, 1e-5)
+
+    def test_a_feature_that_only_one_example_has(self):
+        """The difference of its two sums in float32 would be a rounding error of 1e8."""
+        generator = torch.Generator().manual_seed(0)
+        features, labels = torch.randn(600, 130, generator=generator), torch.arange(600) % 3
+        logits = torch.randn(600, 3, generator=generator)
+        features[:, 7] *= 1e-3
+        features[5, 7] = 3e4
+        features[:, 9] = 0.0
+        features[5, 9] = 2.0
+        batch = (features[:4], logits[:4], labels[:4])
+        method = STRIDE.from_features(features, logits, labels).fit().remove_examples([5])
+        keep = [i for i in range(600) if i != 5]
+        wanted = STRIDE.from_features(features[keep], logits[keep], labels[keep]).fit()
+        same(method, wanted, batch, 1e-5)
+        gram = method._states[0].operators.moments.gram
+        assert float(gram[9].abs().max()) == 0.0
+        assert float(gram[7, 7]) == pytest.approx(
+            float(features[keep][:, 7].double().square().sum()), rel=1e-6
+        )
+
+
+class TestWork:
+    def test_only_new_examples_go_through_the_model(self, planted):
+        model, train, _ = planted
+        counting = Counting(model)
+        method = STRIDE(counting, some(train, slice(0, 40)), layers=["model.fc2"]).fit()
+        counting.seen = 0
+        method.add_examples(some(train, slice(40, 43)))
+        assert counting.seen == 3
+        method.remove_examples([1, 2])
+        assert counting.seen == 3
+        assert method.n_train_ == 41
+
+    def test_the_products_that_a_refit_takes_of_all_are_taken_of_the_changed(self, monkeypatch):
+        from stride_captum import newton
+
+        taken = []
+        whole = newton.gram_matrix
+        monkeypatch.setattr(newton, "gram_matrix", lambda rows: taken.append(len(rows)) or whole(rows))
+        model, train, _ = trained(MLP, steps=1)
+        method = STRIDE(model, train).fit()
+        assert taken == [48]
+        method.remove_examples([4])
+        method.add_examples(some(train, slice(0, 2)))
+        assert taken == [48, 1, 2]
+
+
+class TestTrainingSet:
+    """`train_dataset` follows, so that a refit, `save` and `load` see the same examples."""
+
+    @pytest.mark.parametrize(
+        "kind", [lambda d: d, Items, lambda d: loader(d, 7), lambda d: Subset(d, range(len(d)))]
+    )
+    def test_of_every_kind(self, planted, kind):
+        model, train, test = planted
+        first, second = kind(some(train, slice(0, 40))), kind(some(train, slice(40, 48)))
+        method = STRIDE(model, first).fit().add_examples(second).remove_examples(REMOVED)
+        changed = method.influence(test.tensors)
+        scale = changed.abs().amax(1, keepdim=True)
+        again = method.fit().influence(test.tensors)
+        assert float(((again - changed).abs() / scale).max()) < 1e-5
+        assert method.n_train_ == 44
+
+    def test_dicts(self):
+        examples = ListOfDicts(30)
+        method = STRIDE(built(HuggingFaceLike), Subset(examples, range(25)))
+        method.add_examples(Subset(examples, range(25, 30)))
+        wanted = STRIDE(built(HuggingFaceLike), examples).influence(ListOfDicts(4, seed=1))
+        assert torch.allclose(method.influence(ListOfDicts(4, seed=1)), wanted, atol=1e-5)
+        assert isinstance(method.train_dataset, ConcatDataset)
+
+    def test_saved_and_loaded_it_can_be_changed_again(self, planted, tmp_path):
+        model, train, test = planted
+        method = STRIDE(model, some(train, slice(0, 40))).add_examples(some(train, slice(40, 48)))
+        method.save(tmp_path / "method")
+        loaded = STRIDE.load(tmp_path / "method", model, train)
+        assert torch.equal(loaded.influence(test.tensors), method.influence(test.tensors))
+        assert torch.equal(
+            loaded.remove_examples(REMOVED).influence(test.tensors),
+            method.remove_examples(REMOVED).influence(test.tensors),
+        )
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("indices", "error", "message"),
+        [
+            ([], ValueError, "`indices` must name between 1 and 47 examples; got 0"),
+            (range(48), ValueError, "`indices` must name between 1 and 47 examples; got 48"),
+            ([3, 3], ValueError, "`indices` must name each example once; got one of them twice"),
+            ([-1], ValueError, "`indices` must be between 0 and 47; got -1 to -1"),
+            ([2, 48], ValueError, "`indices` must be between 0 and 47; got 2 to 48"),
+            ([0.5], TypeError, "`indices` must be a list of places in the training set; got list"),
+            (3, TypeError, "`indices` must be a list of places in the training set; got int"),
+            (torch.ones(48, dtype=torch.bool), TypeError, "`indices` must be a list of places"),
+        ],
+    )
+    def test_indices(self, planted, indices, error, message):
+        model, train, test = planted
+        method = STRIDE(model, train).fit()
+        before = method.influence(test.tensors)
+        with pytest.raises(error, match=message):
+            method.remove_examples(indices)
+        assert torch.equal(method.influence(test.tensors), before)
+
+    @pytest.mark.parametrize("examples", [{"x": torch.ones(3)}, (), Endless(), [torch.ones(2, 6)]])
+    def test_examples(self, planted, examples):
+        model, train, _ = planted
+        with pytest.raises(TypeError, match="`examples` must be a Dataset or DataLoader with a length"):
+            STRIDE(model, train).add_examples(examples)
+
+    def test_a_bad_example_changes_nothing(self, planted):
+        model, train, test = planted
+        method = STRIDE(model, train).fit()
+        before = method.influence(test.tensors)
+        for x, y in ((torch.full((1, 6), torch.nan), 0), (torch.ones(1, 6), 7)):
+            with pytest.raises(ValueError, match="`train_dataset`"):
+                method.add_examples((x, torch.tensor([y])))
+        assert method.train_dataset is train
+        assert torch.equal(method.influence(test.tensors), before)
+
+    def test_other_weights(self, planted):
+        model, train = built(MLP), planted[1]
+        method = STRIDE(model, train).fit()
+        with torch.no_grad():
+            model.fc1.weight.add_(1)
+        with pytest.raises(ValueError, match="`model` must have the weights that the method was fitted on"):
+            method.remove_examples([0])
+
+    def test_trained_operators(self, planted):
+        model, train, _ = planted
+        config = STRIDEConfig(operators="trained", subsets="partition", n_subsets=4, rank=2, iterations=1)
+        with pytest.raises(ValueError, match="`operators` must be 'newton' for adding or removing"):
+            STRIDE(model, train, config=config).fit().remove_examples([0])
