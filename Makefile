@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-quanda test-dattri lint types docs clean
+.PHONY: demo test test-quanda test-dattri lint types notebooks docs clean
 
 demo: $(VENV)/.eval
 	$(BIN)/stride-captum explain --task digits --out out/demo
@@ -31,6 +31,10 @@ types: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
 	MYPYPATH=build/types $(BIN)/mypy -p stride_captum
 
+# One thread: a small transformer is forty times slower where two threads wait for a busy core.
+notebooks: $(VENV)/.tutorials
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/in_notebooks
+
 # The site is built from the package as it installs, where adapters/ and evaluation/ are sub-packages.
 docs: $(VENV)/.docs
 	rm -rf build/docs
@@ -46,6 +50,10 @@ $(VENV)/.eval: $(VENV)/bin/python pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.eval
 	$(BIN)/python -m pip install --quiet --editable ".[eval,kronfluence,cleanlab,dev]"
+	touch $@
+
+$(VENV)/.tutorials: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --editable ".[tutorials]"
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.eval

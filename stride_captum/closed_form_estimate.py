@@ -26,7 +26,7 @@ from . import inputs as data
 from .activations import Tap, recording
 from .closed_form import ClosedForm, block_rows, fit_closed_form
 from .estimate import Estimate, along_a_line, median_seconds, some_test_points, timed, training_examples
-from .newton import KroneckerCurvature, RidgeHead
+from .newton import KroneckerCurvature, Moments, RidgeHead
 from .peak_memory import PeakMemory, release_free_memory
 from .restoring import weights_fingerprint
 
@@ -197,7 +197,10 @@ def _random_state(method: STRIDE, reading: _Reading, n: int) -> Any:
     form = ClosedForm(
         features=torch.randn(n, d, generator=generator).to(device),
         residuals=residuals,
-        loss_residuals=residuals,
+        logits=residuals,
+        labels=torch.arange(n, device=device) % n_classes,
+        widths=reading.widths,
+        moments=Moments(residuals[:0], residuals[:0], residuals[:0], n),
         scale=torch.ones(d + 1, device=device),
         head=RidgeHead(residuals[:0], residuals[:0]),
         ridge_ratio=residuals.new_ones(()),
@@ -214,12 +217,12 @@ def _fit_bytes(
     """What a fit keeps, and what it needs beside that at its worst moment."""
     d, n_classes = sum(reading.widths) + 1, reading.n_classes
     rows = min(n, block_rows(method.config, d - 1, n_classes, torch.float32, device))
-    kept = n * (4 * d * in_memory + 4 * 3 * n_classes) + 4 * d * d + 4 * d * n_classes
+    kept = n * (4 * d * in_memory + 4 * 3 * n_classes + 8) + (4 + 8) * d * (d + n_classes)
     reading_pass = reading.bytes + n * (4 * n_classes + 8)
     square = 5 * 8 * d * d
     solving = square + 2 * 8 * d * n_classes + 4 * n * n_classes + 4 * rows * (d + 4 * n_classes)
     classes = 4 * 8 * n_classes**2
-    return kept, max(reading_pass, solving + classes - 4 * d * d)
+    return kept, max(reading_pass, solving + classes - (4 + 8) * d * d)
 
 
 def _query_bytes(method: STRIDE, reading: _Reading, points: int, n_test: int, n: int, k: int | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from html import escape
 from typing import Any, Literal, get_args
 
 from .errors import bad_choice, bad_value, nearest
@@ -209,6 +210,14 @@ class STRIDEConfig:
             )
         parse_bytes(self.memory_budget)
 
+    def _repr_html_(self) -> str:
+        every, default = self.to_dict(), type(self)().to_dict()
+        changed = {name: value for name, value in every.items() if value != default[name]}
+        return (
+            f"<b>STRIDEConfig</b>{html_table(changed) if changed else ', all defaults'}"
+            f"<details><summary>all {len(every)} options</summary>{html_table(every)}</details>"
+        )
+
     @classmethod
     def paper(cls, data: str, **changes: Any) -> STRIDEConfig:
         """The paper's own setting: Algorithm 1 with Table 4 and B.2.
@@ -263,6 +272,16 @@ class STRIDEConfig:
             if name not in known:
                 raise bad_value("options", "hold options of STRIDEConfig", repr(name), nearest(name, known))
         return cls(**options)
+
+
+def html_table(values: dict[str, Any]) -> str:
+    """A table of names and values, for a notebook."""
+    left = 'style="text-align:left"'
+    rows = (
+        f"<tr><th {left}>{name}</th><td {left}><code>{escape(repr(v))}</code></td></tr>"
+        for name, v in values.items()
+    )
+    return f"<table>{''.join(rows)}</table>"
 
 
 def _is_number(value: Any) -> bool:

@@ -19,7 +19,7 @@ from .activations import Tap, check_finite, default_taps, named_taps, recording
 from .checkpoints import LoadCheckpoint, load_checkpoint
 from .closed_form import ClosedForm, fit_closed_form
 from .closed_form_estimate import estimate_closed_form
-from .config import STRIDEConfig
+from .config import STRIDEConfig, html_table
 from .errors import bad_type, bad_value
 from .estimate import Estimate, from_fewer_steps
 from .feature_store import FeatureStore
@@ -285,6 +285,12 @@ class STRIDE(InfluenceMethod):
         if self._states is not None:
             fitted = f"n_train={self.n_train_}, layers={self.layers_}"
         return f"STRIDE(operators={self.config.operators!r}, {fitted})"
+
+    def _repr_html_(self) -> str:
+        facts: dict[str, Any] = {"operators": self.config.operators, "fitted": self._states is not None}
+        if self._states is not None:
+            facts |= {"n_train": self.n_train_, "layers": ", ".join(self.layers_)}
+        return f"<b>{type(self).__name__}</b>{html_table(facts)}{self.config._repr_html_()}"
 
     # Training examples that come and go.
 

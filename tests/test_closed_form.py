@@ -5,6 +5,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from planted import MLP, planted_classes
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -678,3 +679,12 @@ def test_a_damping_that_is_too_small_for_float32_is_refused():
     x, y = blobs(40, n_features=200, dtype=torch.float32)
     with pytest.raises(ValueError, match="`damping` must be large enough"):
         STRIDE.from_features(x, x[:, :3], y, config=STRIDEConfig(damping=1e-12)).fit()
+
+
+def test_a_notebook_shows_whether_it_is_fitted_and_on_what():
+    data = planted_classes(20, seed=0)
+    method = STRIDE(MLP().eval(), data)
+    assert "n_train" not in method._repr_html_()
+    shown = method.fit()._repr_html_()
+    assert "<th" in shown
+    assert all(str(name) in shown for name in ["20", *method.layers_])

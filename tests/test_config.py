@@ -212,3 +212,12 @@ class TestPaper:
             ValueError, match=r"`data` must be one of 'mnist', 'cifar10'; got 'minst'\. Nearest: 'mnist'"
         ):
             STRIDEConfig.paper("minst")
+
+
+def test_a_notebook_shows_what_was_changed_first():
+    assert "all defaults" in STRIDEConfig()._repr_html_()
+    html = STRIDEConfig(damping=0.7)._repr_html_()
+    changed, _, every = html.partition("<details>")
+    assert "0.7" in changed
+    assert "temperature" not in changed
+    assert "temperature" in every

@@ -78,9 +78,8 @@ def test_the_bytes_that_a_fit_keeps_are_those_that_were_counted(n_classes):
     model, train = network(3_000, 64, n_classes)
     method = STRIDE(model, train).fit()
     form = method._states[0].operators
-    tensors = [
-        t for t in tree_leaves([vars(form), vars(form.head), vars(form.curvature)]) if torch.is_tensor(t)
-    ]
+    parts = [vars(part) for part in (form, form.head, form.curvature, form.moments)]
+    tensors = [t for t in tree_leaves(parts) if torch.is_tensor(t)]
     kept = sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
     reading = closed_form_estimate._Reading(0.0, 0, [t.width for t in method._states[0].taps], n_classes, [])
     cpu = torch.device("cpu")
