@@ -165,7 +165,7 @@ def _best(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, places = scores.topk(k, dim=1)
     kth = values[:, -1:]
     # topk breaks ties at the k-th score as it likes: redo the rows in which that can matter.
-    tied = (scores == kth).sum(1) > (values == kth).sum(1)
+    tied = (scores == kth).sum(1, dtype=torch.int32) > (values == kth).sum(1)
     ambiguous = (tied | kth.isnan().squeeze(1)).nonzero().squeeze(1)
     if ambiguous.numel():
         rows = scores[ambiguous]
