@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -10,7 +11,7 @@ def main() -> None:
 
     `doctor` runs without the extra.
     """
-    from .process_group import is_first, started_by_torchrun
+    from .process_group import group_of_torchrun, started_by_torchrun
 
     try:
         from .evaluation.cli import app
@@ -20,10 +21,10 @@ def main() -> None:
 
             sys.exit(doctor(sys.argv[2:]))
         sys.exit(f'The command line needs {error.name}: pip install "stride-captum[eval]"')
-    with started_by_torchrun() as grouped:
-        if grouped and sys.argv[1:2] != ["explain"]:
-            said = "Only `explain` runs under torchrun. Retrainings use --jobs, or a cluster through joblib."
-            sys.exit(said if is_first() else 1)
+    if started_by_torchrun() and sys.argv[1:2] != ["explain"]:
+        said = "Only `explain` runs under torchrun. Retrainings use --jobs, or a cluster through joblib."
+        sys.exit(said if os.environ["RANK"] == "0" else 1)
+    with group_of_torchrun():
         app()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +47,8 @@ class DistributedSTRIDE(STRIDE):
 
     A rank that dies or stops with an exception ends the call on all others with a `RuntimeError` that says
     which collective, which rank where that is known, and what to do. Start all of them again: `fit` is
-    one forward pass, and what `save` has written (one file a rank) is read by `load` with as many ranks.
+    one forward pass, which with a `feature_store` (one folder a rank) goes on behind the last whole chunk;
+    and what `save` has written (one file a rank) is read by `load` with as many ranks.
 
     Args:
         model: As for `STRIDE`; the same weights on every rank.
@@ -80,6 +82,11 @@ class DistributedSTRIDE(STRIDE):
         for name, only in (("operators", "trained"), ("curvature", "gauss-newton")):
             if getattr(self.config, name) == only:
                 raise bad_value(name, "be another one in a process group", repr(only), "Use STRIDE.")
+        if self.config.projection is not None:
+            raise bad_value("projection", "be None in a process group", repr(self.config.projection))
+        if self.feature_store is not None:  # every rank keeps its share
+            folder = f"rank{self.ranks.rank}-of-{self.ranks.size}"
+            self.feature_store = replace(self.feature_store, path=Path(self.feature_store.path) / folder)
 
     @classmethod
     def from_features(
@@ -141,6 +148,12 @@ class DistributedSTRIDE(STRIDE):
             method = super().load(file, model, train_dataset, **options)
             method._agree_on_weights()
         return method
+
+    def _settings(self) -> dict[str, Any]:
+        settings = super()._settings()
+        if self.feature_store is not None:  # of all ranks: `load` finds the folder of this one again
+            settings["feature_store"]["path"] = str(Path(self.feature_store.path).parent)
+        return settings
 
     def _change(self: Self, *_: Any) -> Self:
         must = "be changed in a single process"

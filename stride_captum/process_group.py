@@ -225,15 +225,20 @@ def is_first() -> bool:
     return not in_group() or dist.get_rank() == 0
 
 
+def started_by_torchrun() -> bool:
+    """Whether torchrun has started this process."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
 @contextmanager
-def started_by_torchrun() -> Iterator[bool]:
-    """Join the group (gloo) that torchrun has started this process for; says whether there is one."""
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
-        yield False
+def group_of_torchrun() -> Iterator[None]:
+    """Join the group (gloo) that torchrun has started this process for, if it has."""
+    if not started_by_torchrun():
+        yield
         return
     dist.init_process_group("gloo")
     try:
-        yield True
+        yield
     finally:
         dist.destroy_process_group()
 

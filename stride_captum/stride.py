@@ -130,6 +130,7 @@ class STRIDE(InfluenceMethod):
             feature_store = FeatureStore(feature_store)
         self.feature_store = feature_store
         self._precomputed: tuple[Tensor, Tensor, Tensor, list[int]] | None = None
+        self._changed = False
 
     @classmethod
     def from_features(
@@ -177,6 +178,7 @@ class STRIDE(InfluenceMethod):
 
     def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> STRIDEState:
         taps, features, logits, labels, widths = self._training_features(model, show_progress)
+        self._changed = False
         projection = self._fit_projection(features, widths, labels.device)
         self.projection_error_ = 0.0
         if projection is not None:
@@ -299,6 +301,7 @@ class STRIDE(InfluenceMethod):
 
         Only the new examples go through the model. Scores equal those of a refit up to rounding; what is
         done instead, and what it costs, is in `stride_captum.update`. `train_dataset` becomes the longer one.
+        Features that were read from a store are in memory from then on; the store stays as it is.
         The features must be those of the same model: where training has gone on, fit again.
 
         Args:
@@ -354,9 +357,9 @@ class STRIDE(InfluenceMethod):
             raise bad_value(
                 "operators", "be 'newton' for adding or removing examples", "'trained'", "Fit again."
             )
-        if self.feature_store is not None:
-            must = "be None for adding or removing examples: a store is of one training set"
-            raise bad_value("feature_store", must, repr(self.feature_store), "Fit again.")
+        if self.config.projection == "pca":
+            must = "be None or 'random' for adding or removing examples"
+            raise bad_value("projection", must, "'pca', which depends on them", "Fit again.")
         if self._states is None:
             self.fit()
         states: list[Any] = []
@@ -374,6 +377,7 @@ class STRIDE(InfluenceMethod):
         self._states, self.train_dataset = states, dataset(self.train_dataset)
         self.n_train_, self.temperature_ = form.n_train, t
         self.coverage_ = torch.ones(self.n_train_, dtype=torch.bool)
+        self._changed = True
         if self._precomputed is not None:
             self._precomputed = new.features, new.logits, new.labels, widths
         return self
@@ -503,22 +507,35 @@ class STRIDE(InfluenceMethod):
         if not self._features_are_stored():
             return states
         return [
-            replace(s, operators=replace(s.operators, features=s.operators.features[:0].clone()))
+            replace(
+                s,
+                operators=replace(
+                    s.operators,
+                    features=s.operators.features[:0].clone(),
+                    logits=s.operators.logits[:0].clone(),
+                ),
+            )
             for s in states
         ]
 
     def _features_are_stored(self) -> bool:
         """Whether the features that the operators read are those of the store, as they are."""
         config = self.config
-        return self.feature_store is not None and config.operators == "newton" and not config.projection
+        stored = self.feature_store is not None and not self._changed
+        return stored and config.operators == "newton" and not config.projection
 
     def _loaded_states(self, states: list[Any], fingerprints: list[str]) -> list[Any]:
         """Put the stored features back in their place."""
         if not self._features_are_stored():
             return states
         for index, (state, weights) in enumerate(zip(states, fingerprints, strict=True)):
-            store, key = self._store(index, weights)
-            state.operators.features = self._placed(store.open(key).features)
+            if len(state.operators.features) == 0:
+                store, key = self._store(index, weights)
+                stored = store.open(key)
+                state.operators.features = self._placed(stored.features)
+                state.operators.logits = stored.logits.to(self._work_device())
+            else:  # saved after examples had come or gone
+                self._changed = True
         return states
 
 

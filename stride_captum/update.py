@@ -59,7 +59,7 @@ def with_examples(form: ClosedForm, features: Tensor, logits: Tensor, labels: Te
     old, part = form.moments, feature_moments(features, labels, logits.shape[1], form.widths)
     n, gram, targets = old.n_train + len(labels), old.gram + part.gram, old.targets + part.targets
     return Changed(
-        torch.cat([form.features, features.to(form.features)]),
+        torch.cat([form.features, features.to(form.features)]),  # a memory map becomes a tensor
         torch.cat([form.logits, logits.to(form.logits)]),
         torch.cat([form.labels, labels.to(form.labels)]),
         Moments(gram, targets, layer_scale(gram.diagonal(), form.widths, n), n),

@@ -25,6 +25,7 @@ from stride_captum import STRIDE, STRIDEConfig
 from stride_captum.__main__ import main
 from stride_captum.distributed import DistributedSTRIDE
 from stride_captum.evaluation.cli import app
+from stride_captum.feature_store import FeatureStore
 from stride_captum.streaming import merge_top_k
 
 N_TRAIN = 47  # no multiple of 2 or 4
@@ -262,6 +263,7 @@ def one_after_the_other(rank, folder):
     found["stream"] = said(lambda: method(train=Stream()))
     found["trained"] = said(lambda: method(config=STRIDEConfig(operators="trained")))
     found["gauss-newton"] = said(lambda: method(config=STRIDEConfig(curvature="gauss-newton")))
+    found["projection"] = said(lambda: method(config=STRIDEConfig(projection="random")))
     found["batch"] = said(lambda: method(train=whole.tensors))
     found["config"] = said(lambda: method(config=STRIDEConfig(damping=0.1 + rank)).fit())
     found["lengths"] = said(lambda: method(train=TensorDataset(*whole[: 20 + rank])).fit())
@@ -310,6 +312,7 @@ class TestTwoRanks:
             ("stream", "TypeError: `train_dataset` must have a length in a process group; got Stream."),
             ("trained", "ValueError: `operators` must be another one in a process group; got 'trained'."),
             ("gauss-newton", "ValueError: `curvature` must be another one in a process group; got 'gauss"),
+            ("projection", "ValueError: `projection` must be None in a process group; got 'random'."),
             ("batch", "TypeError: `train_dataset` must be a Dataset or a DataLoader; got tuple."),
             ("config", "ValueError: `config` must be the same on every rank"),
             ("lengths", "ValueError: `config` must be the same on every rank, as the layers and the length"),
@@ -348,13 +351,13 @@ def test_outside_of_a_group():
 class Deadly(nn.Module):
     """Its forward pass over the training set ends the process, or lasts for ever, on one rank."""
 
-    def __init__(self, model, here, how):
+    def __init__(self, model, here, how, at=3):
         super().__init__()
-        self.model, self.here, self.how, self.passes = model, here, how, 0
+        self.model, self.here, self.how, self.at, self.passes = model, here, how, at, 0
 
     def forward(self, x):
         self.passes += 1
-        if self.here and self.passes == 3:
+        if self.here and self.passes == self.at:
             os.kill(os.getpid(), signal.SIGKILL) if self.how == "dies" else time.sleep(100)
         return self.model(x)
 
@@ -400,6 +403,52 @@ class TestALostRank:
         wanted = STRIDE(model, train, batch_size=4).influence(test.tensors)
         for scores in start(2, dense, folder=tmp_path).values():
             assert torch.allclose(torch.from_numpy(scores), wanted, atol=1e-5 * float(wanted.abs().max()))
+
+    def test_with_a_store_finished_chunks_are_not_computed_again(self, tmp_path):
+        start(2, with_a_store, str(tmp_path), "dies", folder=tmp_path, survivors=1, timeout=20)
+        model, train, test = data_and_model()
+        wanted = STRIDE(model, train).influence(test.tensors)
+        again = start(2, with_a_store, str(tmp_path), "lives", folder=tmp_path)
+        # Of 23 and 24 examples rank 0 had read all, and rank 1 the first chunk.
+        assert again[0][1] == 0
+        assert 0 < again[1][1] < 24
+        for scores, _ in again.values():
+            assert torch.allclose(torch.from_numpy(scores), wanted, atol=1e-5 * float(wanted.abs().max()))
+        loaded = start(2, from_a_file, str(tmp_path), folder=tmp_path)
+        for rank, scores in loaded.items():
+            assert (scores == again[rank][0]).all()
+
+
+class Counts(nn.Module):
+    """Counts the training examples that it sees, which are in batches of 4 or less."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.seen = model, 0
+
+    def forward(self, x):
+        self.seen += len(x) if len(x) < 5 else 0
+        return self.model(x)
+
+
+def with_a_store(rank, folder, how):
+    model, train, test = data_and_model()
+    counts = Counts(Deadly(model, rank == 1 and how == "dies", "dies", at=5))
+    store = FeatureStore(f"{folder}/store", chunk="1KiB")
+    method = DistributedSTRIDE(counts, train, batch_size=4, feature_store=store)
+    said_or_scores = said(method.fit)
+    if said_or_scores != "nothing":
+        return said_or_scores, counts.seen
+    method.save(f"{folder}/method")
+    seen = counts.seen
+    return method.influence(test.tensors).numpy(), seen
+
+
+def from_a_file(rank, folder):
+    model, train, test = data_and_model()
+    counts = Counts(Deadly(model, False, "dies"))
+    method = DistributedSTRIDE.load(f"{folder}/method", counts, train)
+    return method.influence(test.tensors).numpy()
 
 
 def dense(rank):

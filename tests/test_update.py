@@ -219,6 +219,42 @@ class TestTrainingSet:
         )
 
 
+class TestStore:
+    """Features from a store are in memory once examples have come or gone; the store stays as it is."""
+
+    def test_changed_saved_loaded_and_fitted_again(self, planted, tmp_path):
+        model, train, test = planted
+        counting, options = Counting(model), {"layers": ["model.fc2"], "feature_store": tmp_path / "store"}
+        method = STRIDE(counting, train, **options).fit()
+        counting.seen = 0
+        method.remove_examples(REMOVED)
+        assert counting.seen == 0
+        same(method, STRIDE(model, some(train, KEPT), layers=["fc2"]).fit(), test.tensors, 1e-5)
+        method.save(tmp_path / "method")
+        kept = method.train_dataset
+        loaded = STRIDE.load(tmp_path / "method", counting, kept)
+        assert torch.equal(loaded.influence(test.tensors), method.influence(test.tensors))
+        loaded.save(tmp_path / "again")
+        assert (tmp_path / "again").read_bytes() == (tmp_path / "method").read_bytes()
+        with pytest.raises(ValueError, match="feature_store"):
+            loaded.fit()
+        other = STRIDE(counting, train, **options).fit()
+        assert other.n_train_ == 48
+
+    def test_principal_directions_depend_on_the_examples(self, planted):
+        model, train, _ = planted
+        config = STRIDEConfig(projection="pca", projection_width=4)
+        with pytest.raises(ValueError, match="`projection` must be None or 'random' for adding or removing"):
+            STRIDE(model, train, config=config).fit().remove_examples([0])
+
+    def test_random_directions_do_not(self, planted):
+        model, train, test = planted
+        config = STRIDEConfig(projection="random", projection_width=4)
+        method = STRIDE(model, some(train, slice(0, 40)), config=config).fit()
+        method.add_examples(some(train, slice(40, 48)))
+        same(method, STRIDE(model, train, config=config).fit(), test.tensors, 1e-5)
+
+
 class Endless(IterableDataset):
     def __iter__(self):
         return iter(())
