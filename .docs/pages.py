@@ -20,7 +20,11 @@ from typer.cli import get_docs_for_click
 from typer.main import get_command
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = {"Contributing": "CONTRIBUTING.md", "Changelog": "CHANGELOG.md"}
+DOCUMENTS = {
+    "Performance": "PERFORMANCE.md",
+    "Contributing": "CONTRIBUTING.md",
+    "Changelog": "CHANGELOG.md",
+}
 PACKAGES = {
     "stride_captum": "stride_captum",
     "stride_captum.adapters": "adapters",

@@ -347,7 +347,8 @@ def compare(
         "n_resamples": n_resamples,
     }
     parts: dict[str, Any] = {}
-    skipped = {c.name: f"needs {c.needs}" for c in every if c not in contenders}
+    taken = {c.name for c in contenders}
+    skipped = {c.name: f"needs {c.needs}" for c in every if c.name not in taken}
     if "counterfactual" in wanted:
         settings = {"n_jobs": n_jobs, **wanted["counterfactual"]}
         last = half + settings.pop("n_points", 10)  # none that options were chosen on

@@ -781,6 +781,7 @@ def test_without_halves_there_is_no_panel_of_lds(tmp_path):
     )  # fmt: skip
     assert found.rows == []
     assert found.protocol["options"] == {"STRIDE": {}, "KNNShapley": {"k": 7}, "Random": {}}
+    assert found.skipped == {}
     assert "no options were chosen" in repr(found)
     assert [row.name for row in found.mislabel if not row.uses_influence] == ["loss"]
     with pytest.raises(ValueError, match=r"`detectors` must be one of 'loss', .*; got 'lost'"):
