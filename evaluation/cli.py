@@ -208,8 +208,9 @@ def compare_command(
     with one_sentence_errors(store):
         asked = out / "asked.json"
         if resume:
-            anew = {"out": out, "yes": yes, "quiet": quiet, "as_json": as_json}
-            context.invoke(compare_command, context, **_read_asked(asked), **anew)
+            before = _read_asked(asked)
+            context.params.update(before)  # which is what is kept again
+            context.invoke(compare_command, context, **before, out=out, yes=yes, quiet=quiet, as_json=as_json)
             return
         loaded = load_task(task, preset=preset, data_root=data_root, data=data, model=model)
         sizes, measures = comparison_sizes(preset)
