@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
-import statistics
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,6 +21,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 from ..stride import STRIDE
+from .cost import median_seconds
 from .models import mnist_mlp
 
 _BATCH = 1024
@@ -131,25 +130,25 @@ def bench_case(case: Case, repeats: int) -> CoreRow:
         for batch in x.split(_BATCH):
             model(batch)
 
-    forward_seconds = _median(forward, repeats)
+    forward_seconds = median_seconds(forward, repeats)
     layers = None if case.layers is None else list(case.layers)
     before = _peak_bytes()
     method = STRIDE(model, dataset, layers=layers, batch_size=_BATCH).fit()
     fit_bytes = max(_peak_bytes() - before, 0)
-    fit = _median(method.fit, repeats)
+    fit = median_seconds(method.fit, repeats)
     d = sum(tap.width for state in method._states or [] for tap in state.taps)
     features = torch.randn(case.n_train, d, generator=generator)
     queries = torch.randn(case.n_test, d, generator=generator)
-    product = _median(partial(torch.matmul, features.T, features), repeats)
-    scoring = _median(partial(torch.matmul, queries, features.T), repeats)
+    product = median_seconds(partial(torch.matmul, features.T, features), repeats)
+    scoring = median_seconds(partial(torch.matmul, queries, features.T), repeats)
     del features
     one = test[0][:1], test[1][:1]
-    dense = _median(lambda: method.influence(test), repeats)
-    top100 = _median(lambda: method.influence(test, 100), repeats)
-    single = _median(lambda: method.influence(one), 2 * repeats)
+    dense = median_seconds(lambda: method.influence(test), repeats)
+    top100 = median_seconds(lambda: method.influence(test, 100), repeats)
+    single = median_seconds(lambda: method.influence(one), 2 * repeats)
     tracin = _tracin(model, dataset)
-    tracin_single = _median(lambda: tracin.influence(one), max(repeats // 2, 2))
-    tracin_many = _median(lambda: tracin.influence(test), 2)
+    tracin_single = median_seconds(lambda: tracin.influence(one), max(repeats // 2, 2))
+    tracin_many = median_seconds(lambda: tracin.influence(test), 2)
     return CoreRow(
         model=case.name,
         n_train=case.n_train,
@@ -200,16 +199,6 @@ def _tracin(model: nn.Module, dataset: TensorDataset) -> TracInCPFast:
         checkpoints_load_func=lambda net, state: 1.0,
         loss_fn=nn.CrossEntropyLoss(reduction="sum"),
     )
-
-
-def _median(run: Callable[[], Any], repeats: int) -> float:
-    run()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
 
 
 def _peak_bytes() -> int:

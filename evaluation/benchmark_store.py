@@ -15,13 +15,11 @@ from __future__ import annotations
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from torch.utils.data import TensorDataset
 from ..errors import bad_choice
 from ..feature_store import FeatureStore
 from ..stride import STRIDE
+from .cost import median_seconds
 
 #: The measurements.
 PARTS = ("large", "build", "query")
@@ -121,11 +120,11 @@ def build(n_train: int, width: int, dtype: str) -> dict[str, Any]:
                 file.unlink()
             method._training_features(model, False)
 
-        filled = _median(fill)
-        reopened = _median(lambda: method._training_features(model, False))
-        forward = _median(lambda: [model(x) for x in dataset.tensors[0].split(method.batch_size)])
+        filled = median_seconds(fill)
+        reopened = median_seconds(lambda: method._training_features(model, False))
+        forward = median_seconds(lambda: [model(x) for x in dataset.tensors[0].split(method.batch_size)])
         size = store.disk_bytes
-        written = _median(lambda: _plain_write(Path(folder) / "plain", size))
+        written = median_seconds(lambda: _plain_write(Path(folder) / "plain", size))
     return {
         "n_train": n_train,
         "width": width,
@@ -153,8 +152,8 @@ def query(n_train: int, n_features: int, n_test: int, k: int) -> dict[str, Any]:
         for points in (1, n_test):
             test = _test_points(points, n_features, 10)
             for state, before in (("cached", lambda: None), ("uncached", lambda: _drop(path))):
-                read = _median(lambda: _read_all(path), before)
-                asked = _median(lambda: method.influence(test, k), before)  # noqa: B023
+                read = median_seconds(lambda: _read_all(path), before=before)
+                asked = median_seconds(lambda: method.influence(test, k), before=before)  # noqa: B023
                 figures[f"{points} points, {state}"] = {
                     "read_seconds": read,
                     "query_seconds": asked,
@@ -266,18 +265,6 @@ def _drop(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _median(run: Callable[[], Any], before: Callable[[], Any] = lambda: None, repeats: int = 3) -> float:
-    before()
-    run()
-    seconds = []
-    for _ in range(repeats):
-        before()
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
 
 
 if __name__ == "__main__":

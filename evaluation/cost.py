@@ -159,6 +159,25 @@ def cost_of(method: InfluenceMethod, n_queries: int, forward_seconds: float) -> 
     )
 
 
+def median_seconds(
+    run: Callable[[], Any], repeats: int = 3, before: Callable[[], Any] = lambda: None
+) -> float:
+    """Median seconds of some calls, after one that is not counted.
+
+    Args:
+        run: What is timed.
+        repeats: Calls that are timed.
+        before: Called before each of them, and not timed.
+    """
+    seconds = []
+    for _ in range(repeats + 1):
+        before()
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds[1:]))
+
+
 def forward_seconds(model: nn.Module, dataset: Any, *, batch_size: int = 1024, repeats: int = 3) -> float:
     """Median seconds of one forward pass of a model over a data set, after one that is not counted.
 
@@ -175,16 +194,15 @@ def forward_seconds(model: nn.Module, dataset: Any, *, batch_size: int = 1024, r
         raise bad_value("repeats", "be at least 1", repeats)
     first = next(iter([*model.parameters(), *model.buffers()]), None)
     device = torch.device("cpu") if first is None else first.device
-    seconds = []
+
+    def forward() -> None:
+        for batch in data.batches(dataset, batch_size, "dataset"):
+            data.forward(model, data.to_device(batch, device))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     with untouched(model), torch.no_grad():
-        for _ in range(repeats + 1):
-            started = time.perf_counter()
-            for batch in data.batches(dataset, batch_size, "dataset"):
-                data.forward(model, data.to_device(batch, device))
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds[1:]))
+        return median_seconds(forward, repeats)
 
 
 def measure_cost(

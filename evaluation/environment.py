@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..installed import version
 
 
 def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -25,7 +26,8 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of Python and of what figures can depend on."""
     packages = ("stride-captum", "torch", "captum", "kronfluence", "numpy", "scikit-learn")
-    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+    found = {name: version(name) or "not installed" for name in packages}
+    return {"python": platform.python_version(), **found}
 
 
 def one_line(environment: dict[str, Any]) -> str:
@@ -35,13 +37,6 @@ def one_line(environment: dict[str, Any]) -> str:
         f"{environment['cores']} x {environment['processor']}, {environment['torch_threads']} threads on "
         f"{environment['device']}; torch {versions['torch']}, captum {versions['captum']}"
     )
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _processor() -> str:

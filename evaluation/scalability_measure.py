@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from torch.utils.data import TensorDataset
 
 from .. import adapters
 from ..config import STRIDEConfig, parse_bytes
+from ..estimate import timed
 from ..influence import InfluenceMethod
 from ..peak_memory import release_free_memory
 from ..restoring import same_random_state, weights_fingerprint
@@ -187,9 +187,5 @@ def _median(run: Callable[[], Any], device: torch.device) -> float:
     """Median seconds of a few runs after one that warms up, or the seconds of one that takes long."""
     seconds: list[float] = []
     while not seconds or (len(seconds) <= _REPEATS and sum(seconds) < _REPEATED_SECONDS):
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(timed(run, device))
     return statistics.median(seconds[1:] or seconds)

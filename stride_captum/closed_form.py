@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import STRIDEConfig
-from .memory_budget import MOST_ROWS, parse_bytes, rows_that_fit
+from .memory_budget import MOST_ROWS, blocks, parse_bytes, rows_that_fit
 from .newton import (
     Curvature,
     IdentityCurvature,
@@ -18,7 +18,6 @@ from .newton import (
     Moments,
     RidgeHead,
     Term,
-    blocks,
     damped_inverse,
     feature_moments,
     fit_curvature,

@@ -15,7 +15,7 @@ from . import inputs as data
 from .config import STRIDEConfig
 from .errors import bad_type, bad_value
 from .influence import Ask
-from .newton import blocks
+from .memory_budget import blocks
 from .process_group import Ranks
 from .streaming import Collector, DenseScores, GroupSums, StreamedTopK, merge_top_k
 from .stride import STRIDE, STRIDEState

@@ -554,8 +554,15 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
     def _batches(
         self, source: Any, argument: str, show_progress: bool, what: str, size: int | None = None
     ) -> Iterator[Any]:
-        size = size or self.batch_size
         device = self._work_device()
+        for batch in self._batches_as_they_are(source, argument, show_progress, what, size):
+            yield data.to_device(batch, device)
+
+    def _batches_as_they_are(
+        self, source: Any, argument: str, show_progress: bool, what: str, size: int | None = None
+    ) -> Iterator[Any]:
+        """Batches with a bar, where the source has put them."""
+        size = size or self.batch_size
         bar = tqdm(
             data.batches(source, size, argument),
             total=data.count_batches(source, size),
@@ -564,7 +571,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         )
         batch = None
         for batch in bar:
-            yield data.to_device(batch, device)
+            yield batch
         if batch is None:
             raise bad_value(argument, "hold at least one example", "an empty one")
 

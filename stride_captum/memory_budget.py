@@ -10,6 +10,7 @@ operators) and what it returns come on top: `method.estimate()` adds them up.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,12 @@ def rows_that_fit(budget: int, bytes_per_row: int, most: int | None = MOST_ROWS)
     return rows if most is None else min(rows, most)
 
 
+def blocks(n: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` rows."""
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
 def _available() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -108,4 +115,4 @@ def _group_free() -> int | None:
     return None if limit == "max" else max(int(limit) - int(used), 0)
 
 
-__all__ = ["AUTO_SHARE", "MOST_ROWS", "auto_bytes", "free_bytes", "parse_bytes", "rows_that_fit"]
+__all__ = ["AUTO_SHARE", "MOST_ROWS", "auto_bytes", "blocks", "free_bytes", "parse_bytes", "rows_that_fit"]

@@ -17,14 +17,14 @@ taken in float32, or float64 where the features are: half precision is only for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .errors import bad_value
-from .memory_budget import MOST_ROWS
+from .memory_budget import MOST_ROWS, blocks
 from .process_group import ALONE, Alone
 from .residuals import leave_one_out_residuals, one_hot
 from .symmetric import gram_matrix, inverse_forms
@@ -68,12 +68,6 @@ class Moments:
 def working_dtype(features: Tensor) -> torch.dtype:
     """The dtype of all products with these features: float64 for float64, float32 for all others."""
     return torch.float64 if features.dtype == torch.float64 else torch.float32
-
-
-def blocks(n: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most `size` rows."""
-    for start in range(0, n, size):
-        yield slice(start, min(start + size, n))
 
 
 def feature_moments(

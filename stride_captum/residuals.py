@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from .memory_budget import MOST_ROWS
+from .memory_budget import MOST_ROWS, blocks
 from .process_group import ALONE, Alone
 
 #: The best of 2, 3 and 4 on digits and MNIST, and within .005 of the best on CIFAR-10 (LDS).
@@ -70,7 +70,6 @@ def choose_residuals(
     predictions: Tensor,
     temperature: float,
     ratio: Tensor | None = None,
-    ranks: Alone = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """The residuals that the option `residuals` names.
 
@@ -81,21 +80,28 @@ def choose_residuals(
         predictions: q of the ridge head, on the simplex, `(n, n_classes)`.
         temperature: T.
         ratio: Factor of the ridge part of "both"; None gives it the norm of the other part.
-        ranks: Who else has a share of the training set.
 
     Returns:
         Residuals `(n, n_classes)` and the factor that was used.
     """
     tempered, ridge = tempered_residuals(logits, labels, temperature), one_hot(labels, logits) - predictions
     if ratio is None:
-        norms = torch.stack([tempered.norm(), ridge.norm()]).cpu().double()
-        sizes = ranks.total(norms.square(), "norms of the residuals").sqrt()
-        ratio = (sizes[0] / sizes[1] if sizes[1] > 0 else torch.ones_like(sizes[1])).to(logits)
+        ratio = _ratio_of(_squares(tempered, ridge)).to(logits)
     if kind == "both":
         return (1 - RIDGE_SHARE) * tempered + RIDGE_SHARE * ratio * ridge, ratio
     if kind == "leave-one-out":
         return ridge, ratio
     return (tempered if kind == "temperature" else tempered_residuals(logits, labels)), ratio
+
+
+def _squares(tempered: Tensor, ridge: Tensor) -> Tensor:
+    """Squared norms of the two parts, `(2,)` float64 on the CPU."""
+    return torch.stack([part.norm().cpu().double().square() for part in (tempered, ridge)])
+
+
+def _ratio_of(squares: Tensor) -> Tensor:
+    """The factor that gives the ridge part the norm of the other; 1 where it is nothing."""
+    return (squares[0] / squares[1]).sqrt() if squares[1] > 0 else torch.ones_like(squares[1])
 
 
 def training_residuals(
@@ -123,17 +129,14 @@ def training_residuals(
     """
     residuals = torch.empty_like(left_out)
     squares = torch.zeros(2, dtype=torch.float64)
-    blocks = [slice(start, start + block_rows) for start in range(0, len(labels), block_rows)]
-    for rows in blocks:
+    for rows in blocks(len(labels), block_rows):
         ridge = one_hot(labels[rows], left_out)
         residuals[rows] = project_on_simplex(ridge - left_out[rows])  # for the second walk
         ridge -= residuals[rows]
         tempered = tempered_residuals(logits[rows].to(left_out), labels[rows], temperature)
-        squares += torch.stack([part.norm().cpu().double().square() for part in (tempered, ridge)])
-    squares = ranks.total(squares, "norms of the residuals")
-    ratio = (squares[0] / squares[1]).sqrt() if squares[1] > 0 else torch.ones(())
-    ratio = ratio.to(left_out)
-    for rows in blocks:
+        squares += _squares(tempered, ridge)
+    ratio = _ratio_of(ranks.total(squares, "norms of the residuals")).to(left_out)
+    for rows in blocks(len(labels), block_rows):
         z = logits[rows].to(left_out)
         residuals[rows] = choose_residuals(kind, z, labels[rows], residuals[rows], temperature, ratio)[0]
     return residuals, ratio

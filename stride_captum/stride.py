@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
-from tqdm.auto import tqdm
 
 from . import inputs as data
 from .activations import Tap, check_finite, default_taps, named_taps, recording
@@ -395,12 +394,8 @@ class STRIDE(InfluenceMethod):
             return taps, *self._read(model, taps, show_progress)
         store, key = self._store(self._checkpoint_index, weights_fingerprint(model))
         taps = store.taps(key) or self._choose_taps(model)
-        batches = tqdm(
-            data.batches(self.train_dataset, self.batch_size, "train_dataset"),
-            total=data.count_batches(self.train_dataset, self.batch_size),
-            desc=f"fitting {type(self).__name__}",
-            disable=not show_progress,
-        )
+        what = f"fitting {type(self).__name__}"
+        batches = self._batches_as_they_are(self.train_dataset, "train_dataset", show_progress, what)
         with recording(model, taps) as run:
             stored = store.fill(key, taps, batches, partial(self._compute, run))
         device = self._work_device()
@@ -418,9 +413,8 @@ class STRIDE(InfluenceMethod):
         asked = f"{self.config.feature_layers}, at most {self.config.max_width}"
         layers = asked if self.layers is None else ", ".join(map(str, self.layers))
         key = self.feature_store.key(weights, self.model, self.train_dataset, layers)
-        return self.feature_store if self.checkpoints is None else self.feature_store.for_checkpoint(
-            index
-        ), key
+        store = self.feature_store if self.checkpoints is None else self.feature_store.for_checkpoint(index)
+        return store, key
 
     def _placed(self, features: Tensor) -> Tensor:
         """Stored features as the operators read them: mapped where blocks are enough, else in memory."""

@@ -26,7 +26,8 @@ from torch.utils.data import TensorDataset
 from . import inputs as data
 from .closed_form import ClosedForm
 from .errors import bad_type, bad_value
-from .newton import Moments, blocks, feature_moments, layer_scale
+from .memory_budget import blocks
+from .newton import Moments, feature_moments, layer_scale
 from .residuals import one_hot
 
 
