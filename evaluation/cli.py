@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from ..checkpoints import load_checkpoint
 from ..config import STRIDEConfig
@@ -38,7 +37,7 @@ from .scalability import bench_scalability, parse_size
 from .scalability_case import METHODS
 from .scalability_report import show_scalability, write_scalability
 from .tasks import PRESETS, TASKS, load_task
-from .terminal import console, show_comparison, show_explanation, show_printed
+from .terminal import console, show_comparison, show_explanation, show_printed, table_of
 
 app = typer.Typer(
     name="stride-captum",
@@ -364,17 +363,18 @@ def recovery_curve_command(
 
 
 def _show_curve(curve: RecoveryCurve, models: int) -> None:
-    table = Table(title=f"{curve.task}: LDS of trained operators, mean of {models} models [95%]")
-    for column in ("K", "|S_k|", "Lasso", "ridge", "closed form on phi", "stage 1, s"):
-        table.add_column(column)
-    for point in curve.points:
-        table.add_row(
+    title = f"{curve.task}: LDS of trained operators, mean of {models} models [95%]"
+    columns = ("K", "|S_k|", "Lasso", "ridge", "closed form on phi", "stage 1, s")
+    cells = [
+        (
             str(point.n_subsets),
             str(point.subset_size),
             *(_lds_cell(result) for result in (point.lasso, point.ridge, point.closed_form)),
             f"{point.fit_seconds:.1f}",
         )
-    console.print(table)
+        for point in curve.points
+    ]
+    console.print(table_of(title, columns, cells))
     console.print(f"The paper's preset: {_lds_cell(curve.paper)}")
     console.print(one_line(curve.environment))
 
@@ -406,14 +406,13 @@ def bench_core_command(
 
 
 def _show_core(rows: Sequence[CoreRow], environment: dict[str, Any]) -> None:
-    table = Table(title="Seconds are medians; ratios are goals at most (<) or at least (>)")
-    for column in (
+    title = "Seconds are medians; ratios are goals at most (<) or at least (>)"
+    columns = (
         "model", "N", "d", "n_test", "fit / floor (<1.5)", "dense / floor (<1.5)", "top-100 / floor (<2)",
         "one point: x TracInCPFast (>50)", "n_test points: x TracInCPFast (>3)", "fit MiB", "formula MiB",
-    ):  # fmt: skip
-        table.add_column(column)
-    for row in rows:
-        table.add_row(
+    )  # fmt: skip
+    cells = [
+        (
             row.model,
             f"{row.n_train:,}",
             str(row.n_features),
@@ -426,7 +425,9 @@ def _show_core(rows: Sequence[CoreRow], environment: dict[str, Any]) -> None:
             f"{row.fit_bytes / 2**20:.0f}",
             f"{row.formula_bytes / 2**20:.0f}",
         )
-    console.print(table)
+        for row in rows
+    ]
+    console.print(table_of(title, columns, cells))
     console.print(one_line(environment))
 
 
@@ -625,12 +626,9 @@ def _show_rows(title: str, rows: Sequence[dict[str, Any]], path: Path, voice: Vo
     environment = describe()
 
     def show() -> None:
-        table = Table(title=title)
-        for column in rows[0]:
-            table.add_column(column.replace("_", " "))
-        for row in rows:
-            table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-        console.print(table)
+        columns = [column.replace("_", " ") for column in rows[0]]
+        cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+        console.print(table_of(title, columns, cells))
         console.print(one_line(environment))
 
     voice.results(_write_json(path, {"environment": environment, "rows": list(rows)}), show)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.table import Table
@@ -15,7 +15,7 @@ from .scalability import Scalability
 from .scalability_case import METHODS, CaseResult, Outcome
 from .scalability_plot import scalability_plot
 from .scalability_printed import PROPOSITION1_NOTE, TABLE5, TABLE5_NOTE
-from .terminal import console
+from .terminal import console, table_of
 
 #: Goals of the closed form.
 FLOOR_GOAL, QUERY_GOAL = 1.3, 0.05
@@ -90,7 +90,7 @@ def _setup(found: Scalability) -> Table:
         f"Setup with {found.settings['n_train']:,} training examples, seconds. F: one forward pass of them. "
         "Floor: F and two products of the size of a Gram matrix"
     )
-    return _table(title, columns, rows)
+    return table_of(title, columns, rows)
 
 
 def _queries(found: Scalability) -> Table:
@@ -102,7 +102,7 @@ def _queries(found: Scalability) -> Table:
         (size, *(_seconds(results, method, "inference") for method in METHODS))
         for size, results in _by_model(found).items()
     ]
-    return _table(title, ("model", *METHODS), rows)
+    return table_of(title, ("model", *METHODS), rows)
 
 
 def _memory(found: Scalability) -> Table:
@@ -112,7 +112,7 @@ def _memory(found: Scalability) -> Table:
         weights = f"{4 * next(iter(results.values())).n_params / 2**20:,.0f}"
         rows.append((size, weights, *(_mebibytes(results, method) for method in METHODS)))
     title = "Most memory that setup and query added, MiB"
-    return _table(title, ("model", "its weights", *METHODS), rows)
+    return table_of(title, ("model", "its weights", *METHODS), rows)
 
 
 def _by_model(found: Scalability) -> dict[str, dict[str, CaseResult]]:
@@ -132,7 +132,7 @@ def _exponents(found: Scalability) -> Table:
         span = f"{min(one.sizes):,.0f} to {max(one.sizes):,.0f}" if one.sizes else "none"
         rows.append((one.method, one.cost, one.quantity, span, measured, one.stated))
     columns = ("method", "cost", "of", "sizes", "measured exponent +- s.e.", "stated")
-    return _table("Growth: slopes of log cost", columns, rows)
+    return table_of("Growth: slopes of log cost", columns, rows)
 
 
 _SHORT = {"out of memory": "OOM", "over time limit": "> limit"}
@@ -161,12 +161,3 @@ def _mebibytes(results: Mapping[str, CaseResult], method: str) -> str:
     peaks = [getattr(results[method], phase).peak_bytes for phase in ("setup", "inference")]
     known = [peak for peak in peaks if peak is not None]
     return f"{max(known) / 2**20:,.0f}" if known else ""
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*row)
-    return table

@@ -18,6 +18,7 @@ from stride_captum.evaluation.benchmark_retraining import bench_retraining
 from stride_captum.evaluation.cli import app
 from stride_captum.evaluation.models import TrainingSettings, cifar10_cnn, digits_mlp, mnist_mlp
 from stride_captum.evaluation.stacked_training import train_stacked, why_not_stacked
+from stride_captum.evaluation.terminal import console
 
 ADAM = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=4, batch_size=8, weight_decay=0.01)
 SGD = TrainingSettings(
@@ -177,7 +178,8 @@ def test_the_benchmark_reports_ratios_and_sizes():
     assert 0 < row["smallest_ratio"] <= row["ratio"] <= row["largest_ratio"]
 
 
-def test_the_command_prints_the_benchmark(tmp_path):
+def test_the_command_prints_the_benchmark(tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "_width", 200)  # cells wrap in a narrow terminal
     arguments = ["bench", "retraining", "--case", "digits", "--stack", "2", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
