@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -16,15 +15,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from captum.influence import TracInCPFast
-from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 from ..stride import STRIDE
+from .benchmark_networks import examples, network
+from .benchmark_peers import BATCH_SIZE, tracin_fast
 from .cost import median_seconds
-from .models import mnist_mlp
-
-_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,7 @@ class Case:
     """One model and training set size.
 
     Attributes:
-        name: What the table calls it.
+        name: Name of a network.
         n_train: N.
         layers: Layers that are read; None selects them.
         n_test: Test points of one call.
@@ -118,25 +113,22 @@ def bench_core(cases: Sequence[Case] = CASES, repeats: int = 5) -> list[CoreRow]
 
 def bench_case(case: Case, repeats: int) -> CoreRow:
     """Measure one case in this process."""
-    model, shape = _model(case.name)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(case.n_train, *shape, generator=generator)
-    y = torch.randint(0, 10, (case.n_train,), generator=generator)
-    test = torch.randn(case.n_test, *shape, generator=generator), y[: case.n_test]
-    dataset = TensorDataset(x, y)
+    model = network(case.name)
+    dataset, test = examples(case.name, case.n_train, case.n_test)
 
     @torch.no_grad()
     def forward() -> None:
-        for batch in x.split(_BATCH):
+        for batch in dataset.tensors[0].split(BATCH_SIZE):
             model(batch)
 
     forward_seconds = median_seconds(forward, repeats)
     layers = None if case.layers is None else list(case.layers)
     before = _peak_bytes()
-    method = STRIDE(model, dataset, layers=layers, batch_size=_BATCH).fit()
+    method = STRIDE(model, dataset, layers=layers, batch_size=BATCH_SIZE).fit()
     fit_bytes = max(_peak_bytes() - before, 0)
     fit = median_seconds(method.fit, repeats)
     d = sum(tap.width for state in method._states or [] for tap in state.taps)
+    generator = torch.Generator().manual_seed(1)
     features = torch.randn(case.n_train, d, generator=generator)
     queries = torch.randn(case.n_test, d, generator=generator)
     product = median_seconds(partial(torch.matmul, features.T, features), repeats)
@@ -146,7 +138,7 @@ def bench_case(case: Case, repeats: int) -> CoreRow:
     dense = median_seconds(lambda: method.influence(test), repeats)
     top100 = median_seconds(lambda: method.influence(test, 100), repeats)
     single = median_seconds(lambda: method.influence(one), 2 * repeats)
-    tracin = _tracin(model, dataset)
+    tracin = tracin_fast(model, dataset)
     tracin_single = median_seconds(lambda: tracin.influence(one), max(repeats // 2, 2))
     tracin_many = median_seconds(lambda: tracin.influence(test), 2)
     return CoreRow(
@@ -170,34 +162,6 @@ def bench_case(case: Case, repeats: int) -> CoreRow:
         many_speedup=tracin_many / dense,
         fit_bytes=fit_bytes,
         formula_bytes=4 * case.n_train * (d + 50) + 5 * 8 * (d + 1) ** 2,
-    )
-
-
-def _model(name: str) -> tuple[nn.Module, tuple[int, ...]]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if name == "MLP of Table 2":
-            return mnist_mlp().eval(), (784,)
-        if name == "width 512":
-            layers = OrderedDict(fc1=nn.Linear(784, 512), relu=nn.ReLU(), fc2=nn.Linear(512, 10))
-            return nn.Sequential(layers).eval(), (784,)
-        from torchvision.models import resnet18
-
-        return resnet18(num_classes=10).eval(), (3, 32, 32)
-
-
-def _tracin(model: nn.Module, dataset: TensorDataset) -> TracInCPFast:
-    """TracInCPFast at its best: large batches that are sliced, not collated example by example."""
-    sampler = BatchSampler(SequentialSampler(dataset), _BATCH, drop_last=False)
-    loader = DataLoader(dataset, sampler=sampler, batch_size=None)
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-    return TracInCPFast(
-        model,
-        last,
-        loader,
-        checkpoints=[model.state_dict()],
-        checkpoints_load_func=lambda net, state: 1.0,
-        loss_fn=nn.CrossEntropyLoss(reduction="sum"),
     )
 
 

@@ -13,13 +13,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from ..influence import InfluenceMethod
 from ..peak_memory import release_free_memory
-from .models import cifar10_cnn, mnist_mlp
+from .benchmark_networks import examples, network
 
 #: What is estimated.
 QUANTITIES = ("fit_seconds", "query_seconds", "fit_bytes")
@@ -31,7 +30,7 @@ class Case:
     """A model, a number of synthetic training examples and a method.
 
     Attributes:
-        model: "mlp" (Table 2), "width 512" or "cnn" (Table 2, on 32x32 images).
+        model: Name of a network.
         n_train: N.
         method: Name of the class.
         k: Training examples returned for each test point, None for all scores.
@@ -44,15 +43,15 @@ class Case:
 
 
 CASES = (
-    Case("mlp", 5_000),
-    Case("mlp", 50_000),
-    Case("mlp", 50_000, k=100),
+    Case("MLP of Table 2", 5_000),
+    Case("MLP of Table 2", 50_000),
+    Case("MLP of Table 2", 50_000, k=100),
     Case("width 512", 5_000),
     Case("width 512", 50_000),
-    Case("cnn", 5_000),
-    Case("mlp", 5_000, "Similarity"),
-    Case("mlp", 5_000, "TracIn"),
-    Case("mlp", 5_000, "DiagonalEKFAC"),
+    Case("CNN of Table 2", 5_000),
+    Case("MLP of Table 2", 5_000, "Similarity"),
+    Case("MLP of Table 2", 5_000, "TracIn"),
+    Case("MLP of Table 2", 5_000, "DiagonalEKFAC"),
 )
 
 
@@ -90,12 +89,8 @@ def bench_estimate(cases: Sequence[Case] = (), n_test: int = 100) -> list[dict[s
 
 def run_case(case: Case, n_test: int = 100) -> dict[str, Any]:
     """Estimate, then fit and ask; the case and a `Compared` for each quantity as plain values."""
-    model, shape = _network(case.model)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(case.n_train, *shape, generator=generator)
-    y = torch.randint(10, (case.n_train,), generator=generator)
-    test = torch.randn(n_test, *shape, generator=generator), y[:n_test]
-    dataset = TensorDataset(x, y)
+    model = network(case.model)
+    dataset, test = examples(case.model, case.n_train, n_test)
     estimate = _method(case.method, model, dataset).estimate(n_test, case.k)
     fits, queries, peaks = [], [], []
     for _ in range(_REPEATS):
@@ -123,13 +118,3 @@ def _method(name: str, model: nn.Module, dataset: TensorDataset) -> InfluenceMet
 
     method: InfluenceMethod = (STRIDE if name == "STRIDE" else getattr(adapters, name))(model, dataset)
     return method
-
-
-def _network(name: str) -> tuple[nn.Module, tuple[int, ...]]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if name == "mlp":
-            return mnist_mlp().eval(), (784,)
-        if name == "cnn":
-            return cifar10_cnn().eval(), (3, 32, 32)
-        return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 10)).eval(), (784,)

@@ -1,6 +1,6 @@
 """Owns what a feature store costs: memory of a large training set, speed against the disk's own.
 
-Three measurements. Files go to a temporary folder that is removed.
+Four measurements. Files go to a temporary folder that is removed.
 
     large  `STRIDE.from_features` on files of any size: fit and top-k in a process of its own whose data
            segment is limited. RLIMIT_DATA is the limit that suits memory maps: Linux counts in it the
@@ -8,6 +8,7 @@ Three measurements. Files go to a temporary folder that is removed.
            only read. (RLIMIT_AS would count the map, RLIMIT_RSS does nothing.)
     build  filling a store against one forward pass plus one plain write of the same bytes.
     query  top-k from a mapped store against reading the file from start to end, in and out of the page cache.
+    precision  features in bfloat16 and float16 against float32: bytes, time, and whether the ranks agree.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ from ..errors import bad_choice
 from ..feature_store import FeatureStore
 from ..stride import STRIDE
 from .cost import median_seconds
+from .statistics import spearman
 
 #: The measurements.
-PARTS = ("large", "build", "query")
+PARTS = ("large", "build", "query", "precision")
 _BLOCK = 8192
 _READ = 2**24
 
@@ -54,7 +56,7 @@ def bench_store(
 
     Args:
         parts: From `PARTS`.
-        n_train: N of "large"; the other two take a tenth of it.
+        n_train: N of "large"; the others take a tenth of it.
         n_features: d.
         n_classes: C.
         n_test: Test points of a query.
@@ -69,6 +71,7 @@ def bench_store(
         "large": lambda: large(n_train, n_features, n_classes, n_test, k, limit),
         "build": lambda: build(few, n_features, "float32"),
         "query": lambda: query(few, n_features, n_test, k),
+        "precision": lambda: precision(few, n_features, n_test, k),
     }
     rows = []
     for part in parts:
@@ -163,6 +166,53 @@ def query(n_train: int, n_features: int, n_test: int, k: int) -> dict[str, Any]:
     return {"n_train": n_train, "n_features": n_features, "k": k, "bytes": size, **figures}
 
 
+def precision(n_train: int, n_features: int, n_test: int, k: int) -> dict[str, Any]:
+    """Fit and query of the same features in three precisions, all mapped from files.
+
+    Returns:
+        By dtype: `bytes`, `fit_seconds`, `query_seconds` (all scores of `n_test` points) and
+        `one_point_seconds`, their ratios to float32, and of the scores `spearman` with those of float32
+        (mean over test points) and `top_overlap`, the share of the k best that are the same.
+    """
+    figures: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write_features(folder, n_train, n_features, 10)
+        features, logits, labels = _mapped(folder, n_train, n_features, 10)
+        test = _test_points(n_test, n_features, 10)
+        exact, first = None, None
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            stored = _stored_as(folder, features, dtype)
+            found, scores = _timed_scores(STRIDE.from_features(stored, logits, labels), test)
+            found["bytes"] = float(stored.nbytes)
+            exact, first = scores if exact is None else exact, first or dict(found)
+            figures[str(dtype).removeprefix("torch.")] = {
+                **found,
+                **{f"{key.removesuffix('_seconds')}_ratio": found[key] / first[key] for key in first},
+                "spearman": float(spearman(scores.numpy(), exact.numpy()).mean()),
+                "top_overlap": _overlap(scores, exact, k),
+            }
+            del stored
+    return {"n_train": n_train, "n_features": n_features, "n_test": n_test, "k": k, **figures}
+
+
+def _timed_scores(method: STRIDE, test: tuple[torch.Tensor, ...]) -> tuple[dict[str, float], torch.Tensor]:
+    one = tuple(part[:1] for part in test)
+    found = {
+        "fit_seconds": median_seconds(method.fit),
+        "query_seconds": median_seconds(lambda: method.influence(test)),
+        "one_point_seconds": median_seconds(lambda: method.influence(one)),
+    }
+    scores: Any = method.influence(test)
+    return found, scores
+
+
+def _overlap(scores: torch.Tensor, exact: torch.Tensor, k: int) -> float:
+    """The share of the k best of each row that are the same."""
+    both = zip(scores.topk(k).indices.tolist(), exact.topk(k).indices.tolist(), strict=True)
+    return float(np.mean([len({*a} & {*b}) / k for a, b in both]))
+
+
 class PeakAnonymous:
     """The highest RssAnon of this process inside a `with` block, in `bytes`, read every five milliseconds."""
 
@@ -226,6 +276,15 @@ def _mapped(folder: Path, n_train: int, n_features: int, n_classes: int) -> list
         np.memmap(folder / "logits", np.float32, "r", shape=(n_train, n_classes)),
         np.memmap(folder / "labels", np.int64, "r", shape=(n_train,)),
     ]
+
+
+def _stored_as(folder: Path, features: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+    """The features in another precision, mapped from a file of their own."""
+    path = folder / str(dtype)
+    stored = torch.from_file(str(path), shared=True, size=features.size, dtype=dtype).view(features.shape)
+    for start in range(0, len(features), _BLOCK):
+        stored[start : start + _BLOCK] = torch.from_numpy(features[start : start + _BLOCK].copy())
+    return stored
 
 
 def _test_points(n: int, n_features: int, n_classes: int) -> tuple[torch.Tensor, ...]:

@@ -20,6 +20,7 @@ from ..process_group import is_first
 from . import completion
 from .benchmark_core import CoreRow, bench_core
 from .benchmark_estimate import bench_estimate
+from .benchmark_peers import bench_peers
 from .benchmark_recovery import bench_lasso
 from .benchmark_retraining import CASES, bench_retraining
 from .benchmark_store import PARTS, bench_store
@@ -424,6 +425,45 @@ def _show_core(rows: Sequence[CoreRow], environment: dict[str, Any]) -> None:
             f"{row.many_speedup:.1f} ({row.tracin_many:.2f} s)",
             f"{row.fit_bytes / 2**20:.0f}",
             f"{row.formula_bytes / 2**20:.0f}",
+        )
+        for row in rows
+    ]
+    console.print(table_of(title, columns, cells))
+    console.print(one_line(environment))
+
+
+@bench.command("peers")
+def bench_peers_command(
+    repeats: Annotated[int, typer.Option(help="Timed repetitions; medians are reported.")] = 5,
+    out: Out = Path("out/bench"),
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Fit and query beside feature similarity, Captum's TracInCPFast and kronfluence's EKFAC.
+
+    Example: stride-captum bench peers
+    """
+    with one_sentence_errors():
+        rows = bench_peers(repeats=repeats)
+        results = _write_json(out / "peers.json", {"environment": describe(), "rows": rows})
+    Voice(quiet, as_json).results(results, lambda: _show_peers(rows, results["environment"]))
+
+
+def _show_peers(rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> None:
+    title = "Medians of one run; in brackets the ratio to feature similarity on the same layers"
+    columns = (
+        "network", "N", "d", "method", "fit s (forward passes)", "test points",
+        "query ms", "top-k ms", "one point ms",
+    )  # fmt: skip
+    cells = [
+        (
+            row["network"],
+            f"{row['n_train']:,}",
+            str(row["n_features"]),
+            row["method"],
+            f"{row['fit']:.3f} ({row['fit_ratio']:.1f})",
+            str(row["n_test"]),
+            *(f"{1e3 * row[key]:.1f} ({row[key + '_ratio']:.2f})" for key in ("query", "top_k", "one_point")),
         )
         for row in rows
     ]

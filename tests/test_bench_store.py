@@ -8,13 +8,17 @@ import os
 import pytest
 from typer.testing import CliRunner
 
+from stride_captum import STRIDE
+from stride_captum.evaluation import benchmark_peers as peers
 from stride_captum.evaluation.benchmark_estimate import QUANTITIES, Case, bench_estimate
+from stride_captum.evaluation.benchmark_networks import examples, network
+from stride_captum.evaluation.benchmark_peers import bench_peers
 from stride_captum.evaluation.benchmark_store import PARTS, bench_store
 from stride_captum.evaluation.cli import app
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="reads /proc and the page cache")
-def test_the_store_is_measured_in_three_parts(tmp_path):
+def test_the_store_is_measured_in_four_parts(tmp_path):
     arguments = [
         "bench",
         "store",
@@ -41,10 +45,15 @@ def test_the_store_is_measured_in_three_parts(tmp_path):
     )
     assert found["build", "build_ratio"] == pytest.approx(ratio)
     assert found["query", "1 points, cached ratio"] > 0
+    assert found["precision", "bfloat16 bytes"] == found["precision", "float32 bytes"] / 2 == 300 * 16 * 2
+    assert found["precision", "float32 spearman"] == pytest.approx(1)
+    assert 0.99 < found["precision", "bfloat16 spearman"] < found["precision", "float16 spearman"] < 1
 
 
 def test_what_is_no_part_is_refused():
-    with pytest.raises(ValueError, match="`part` must be one of 'large', 'build', 'query'; got 'larg'"):
+    with pytest.raises(
+        ValueError, match="`part` must be one of 'large', 'build', 'query', 'precision'; got 'larg'"
+    ):
         bench_store(["larg"])
 
 
@@ -54,3 +63,29 @@ def test_estimates_stand_beside_measurements():
     for name in QUANTITIES:
         estimated, measured = row[f"{name}_estimated"], row[f"{name}_measured"]
         assert row[f"{name}_ratio"] == pytest.approx(estimated / measured)
+
+
+def test_peers_are_measured_on_the_same_network():
+    rows = bench_peers([peers.Case("width 512", 200, n_test=3, k=5)], repeats=1)
+    assert [row["method"] for row in rows] == [
+        "STRIDE",
+        "Similarity, the same layers",
+        "Similarity, last layer",
+        "TracInCPFast (Captum)",
+        "EKFAC (kronfluence)",
+    ]
+    for row in rows:
+        assert row["query_ratio"] == pytest.approx(row["query"] / rows[1]["query"])
+        assert row["fit_ratio"] == pytest.approx(row["fit"] / row["forward"])
+        assert row["n_features"] == 512 + 784
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_b_16"])
+def test_the_networks_of_torchvision_can_be_attributed(name):
+    train, test = examples(name, 12, 2)
+    assert STRIDE(network(name), train).influence(test).shape == (2, 12)
+
+
+def test_another_network_is_refused():
+    with pytest.raises(ValueError, match="`network` must be one of 'MLP of Table 2'"):
+        network("mlp")
