@@ -31,6 +31,7 @@ from .newton import (
 )
 from .process_group import ALONE, Alone
 from .residuals import choose_residuals, project_on_simplex, tempered_residuals, training_residuals
+from .staging import staged
 
 
 @dataclass
@@ -101,7 +102,9 @@ class ClosedForm:
             return score_block(terms, features, residuals)
         scores = like.new_empty(len(like), len(features))
         for rows in blocks(len(features), self.block_rows):
-            scores[:, rows] = score_block(terms, features[rows].to(like), residuals[rows])
+            scores[:, rows] = score_block(
+                terms, staged(features[rows], like.device, like.dtype), residuals[rows]
+            )
         return scores
 
     def train_norms(self) -> Tensor:
@@ -244,5 +247,5 @@ def _by_blocks(
     """A function of logits, row by row; `(n_train, n_classes)` in the dtype and on the device of `like`."""
     result = torch.empty_like(like)
     for rows in blocks(len(logits), size):
-        result[rows] = function(logits[rows].to(like), rows)
+        result[rows] = function(staged(logits[rows], like.device, like.dtype), rows)
     return result

@@ -27,6 +27,7 @@ from .errors import bad_value
 from .memory_budget import MOST_ROWS, blocks
 from .process_group import ALONE, Alone
 from .residuals import leave_one_out_residuals, one_hot
+from .staging import staged
 from .symmetric import gram_matrix, inverse_forms
 
 #: Classes up to which Sigma is kept whole.
@@ -99,7 +100,7 @@ def feature_moments(
     cheap = device == labels.device and n * d * d <= _CHEAP
     dtype = torch.float64 if cheap else working_dtype(features)
     for rows in blocks(n, block_rows):
-        h = features[rows].to(labels.device, dtype)
+        h = staged(features[rows], labels.device, dtype)
         e = one_hot(labels[rows], h.new_empty(0, n_classes))
         gram[:d, :d] += gram_matrix(h).to(gram)
         gram[:d, d] += h.sum(0).to(gram)
@@ -182,7 +183,7 @@ def leverage_forms(features: Tensor, scale: Tensor, inverse: Tensor, block_rows:
     scaled = (inverse * scale[:, None] * scale).to(dtype)
     forms = scaled.new_empty(len(features))
     for rows in blocks(len(features), block_rows):
-        h = features[rows].to(scaled)
+        h = staged(features[rows], scaled.device, dtype)
         product = torch.addmm(2 * scaled[d, :d], h, scaled[:d, :d])
         forms[rows] = torch.einsum("nd,nd->n", product, h) + scaled[d, d]
     return forms
@@ -225,7 +226,7 @@ def fit_ridge_head(
     factor, weights = factor.to(labels.device, dtype), weights.to(labels.device, dtype)
     left_out = weights.new_empty(len(features), weights.shape[1])
     for rows in blocks(len(features), block_rows):
-        h = features[rows].to(weights)
+        h = staged(features[rows], weights.device, dtype)
         fitted = torch.addmm(weights[d], h, weights[:d])
         leverages = inverse_forms(h, factor) / moments.n_train
         left_out[rows] = leave_one_out_residuals(fitted, leverages, labels[rows])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .memory_budget import MOST_ROWS, blocks
 from .process_group import ALONE, Alone
+from .staging import staged
 
 #: The best of 2, 3 and 4 on digits and MNIST, and within .005 of the best on CIFAR-10 (LDS).
 DEFAULT_TEMPERATURE = 2.0
@@ -134,11 +135,12 @@ def training_residuals(
         ridge = one_hot(labels[rows], left_out)
         residuals[rows] = project_on_simplex(ridge - left_out[rows])  # for the second walk
         ridge -= residuals[rows]
-        tempered = tempered_residuals(logits[rows].to(left_out), labels[rows], temperature)
+        z = staged(logits[rows], left_out.device, left_out.dtype)
+        tempered = tempered_residuals(z, labels[rows], temperature)
         squares += _squares(tempered, ridge)
     ratio = _ratio_of(ranks.total(squares, "norms of the residuals")).to(left_out)
     for rows in blocks(len(labels), block_rows):
-        z = logits[rows].to(left_out)
+        z = staged(logits[rows], left_out.device, left_out.dtype)
         residuals[rows] = choose_residuals(kind, z, labels[rows], residuals[rows], temperature, ratio)[0]
     return residuals, ratio
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .subsets import Membership
 
+#: Groups of columns for each of the k best, and the width from which looking at groups first is faster.
+_GROUPS, _WIDE = 5, 20
+
 
 class Collector(Protocol):
     """Takes in blocks of columns from left to right.
@@ -109,14 +112,18 @@ class StreamedTopK:
     def update(self, block: Tensor, start: int) -> None:
         """Take in the scores of columns `start, start + 1, ...`, `(n_rows, n_block)`."""
         signed = block if self.largest else -block
-        columns = torch.arange(start, start + block.shape[1], device=block.device).expand_as(signed)
-        if self._scores is None or self._indices is None:
-            self._scores, self._indices = _best(signed, columns, self.k)
+        if block.is_cuda:
+            self._scores, self._indices = _merged(self._scores, self._indices, signed, start, self.k)
             return
-        if self._scores.shape[1] == self.k:
-            signed, columns = _candidates(signed, self._scores[:, -1:], start)
-            if signed.shape[1] == 0:
-                return
+        if self._scores is None or self._indices is None:
+            self._scores, self._indices = _best(*_worth_ranking(signed, self.k, start), self.k)
+            return
+        # What only equals the k-th score has a higher index and cannot enter.
+        full = self._scores.shape[1] == self.k
+        enters = ~(signed <= self._scores[:, -1:]) if full else torch.ones_like(signed, dtype=torch.bool)
+        signed, columns = _picked(signed, enters, start)
+        if signed.shape[1] == 0:
+            return
         self._scores, self._indices = _best(
             torch.cat([self._scores, signed], 1), torch.cat([self._indices, columns], 1), self.k
         )
@@ -126,6 +133,19 @@ class StreamedTopK:
         assert self._scores is not None, "no block has been seen"
         assert self._indices is not None
         return self._indices, self._scores if self.largest else -self._scores
+
+
+def _merged(
+    scores: Tensor | None, indices: Tensor | None, block: Tensor, start: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k best of those that were kept and of a block to their right. Nothing depends on a value, so that a
+    GPU need not be waited for; a stable sort leaves ties, whose indices ascend, as they are.
+    """
+    columns = torch.arange(start, start + block.shape[1], device=block.device).expand_as(block)
+    if scores is not None and indices is not None:
+        block, columns = torch.cat([scores, block], 1), torch.cat([indices, columns], 1)
+    order = block.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return block.gather(1, order), columns.gather(1, order)
 
 
 def merge_top_k(indices: Tensor, scores: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
@@ -141,22 +161,40 @@ def merge_top_k(indices: Tensor, scores: Tensor, k: int, largest: bool) -> tuple
     return chosen, best if largest else -best
 
 
-def _candidates(signed: Tensor, kth: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """What beats the k-th score of its row, left-aligned and padded with -inf; an equal score has a
-    higher index and cannot enter.
+def _worth_ranking(scores: Tensor, k: int, start: int) -> tuple[Tensor, Tensor]:
+    """Scores and indices (from `start` on) that hold the k best of each row: of a wide block, little else."""
+    if scores.shape[1] >= _WIDE * k:
+        chosen = ~(scores < _reached_by(scores, k))
+        if int(chosen.count_nonzero()) <= chosen.numel() // 4:  # else ties: picking would save nothing
+            return _picked(scores, chosen, start)
+    return scores, torch.arange(start, start + scores.shape[1], device=scores.device).expand_as(scores)
+
+
+def _reached_by(scores: Tensor, k: int) -> Tensor:
+    """A score that at least k columns of each row reach, `(n_rows, 1)`: the k-th largest of the maxima of
+    groups of columns, which costs a fraction of the k-th largest of all.
+    """
+    groups = _GROUPS * k
+    size = scores.shape[1] // groups
+    maxima = scores[:, : groups * size].unflatten(1, (size, groups)).amax(1)
+    return maxima.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+
+
+def _picked(scores: Tensor, chosen: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """What is chosen of each row, left-aligned and padded with -inf.
 
     Returns:
-        Scores and indices, `(n_rows, most)`, where most is the largest number in a row.
+        Scores and indices (from `start` on), `(n_rows, most)`, where most is the largest number in a row.
     """
-    rows, places = (~(signed <= kth)).nonzero(as_tuple=True)
-    counts = torch.bincount(rows, minlength=len(signed))
+    rows, places = chosen.nonzero(as_tuple=True)
+    counts = torch.bincount(rows, minlength=len(scores))
     most = int(counts.max()) if len(rows) else 0
     slots = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-    scores = signed.new_full((len(signed), most), -torch.inf)
-    indices = places.new_full((len(signed), most), torch.iinfo(torch.int64).max)
-    scores[rows, slots] = signed[rows, places]
+    picked = scores.new_full((len(scores), most), -torch.inf)
+    indices = places.new_full((len(scores), most), torch.iinfo(torch.int64).max)
+    picked[rows, slots] = scores[rows, places]
     indices[rows, slots] = places + start
-    return scores, indices
+    return picked, indices
 
 
 def _best(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:

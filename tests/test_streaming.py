@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE, STRIDEConfig
 from stride_captum.adapters import Random, Similarity
-from stride_captum.streaming import DenseScores, GroupSums, StreamedTopK
+from stride_captum.streaming import DenseScores, GroupSums, StreamedTopK, _merged
 from stride_captum.subsets import membership_from_indices
 
 
@@ -64,11 +64,53 @@ class TestStreamedTopK:
         scores[7] = special[2]
         agree(streamed(scores, k, largest, size), dense_top(scores, k, largest))
 
+    @pytest.mark.parametrize("k", [1, 5, 10])
+    def test_one_row_of_ties_beside_rows_without(self, k, size, largest):
+        scores = torch.randn(9, 200, generator=torch.Generator().manual_seed(k))
+        scores[4] = 1.0
+        scores[5, 30:170] = float("-inf") if largest else float("inf")
+        agree(streamed(scores, k, largest, size), dense_top(scores, k, largest))
+
     def test_the_blocks_are_not_written_to(self, size, largest):
         scores = torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
         before = scores.clone()
         streamed(scores, 5, largest, size)
         assert torch.equal(scores, before)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("k", [1, 6, 90])
+def test_the_form_for_a_gpu_says_the_same_and_never_waits(k, largest):
+    class NeverWaits(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            waits = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.item)
+            assert func.overloadpacket not in waits, func
+            return func(*args, **(kwargs or {}))
+
+    generator = torch.Generator().manual_seed(k)
+    scores = torch.cat([torch.randn(5, 80, generator=generator), torch.ones(2, 80)])
+    scores[0, [3, 50, 79]] = float("nan")
+    scores[1, ::7] = float("inf")
+    best, indices = None, None
+    with NeverWaits():
+        for start in range(0, 80, 16):
+            block = scores[:, start : start + 16]
+            best, indices = _merged(best, indices, block if largest else -block, start, k)
+    agree((indices, best if largest else -best), dense_top(scores, k, largest))
+
+
+def test_of_a_wide_block_little_is_ranked():
+    class Ranked(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.topk.default:
+                widths.append(args[0].shape[1])
+            return func(*args, **(kwargs or {}))
+
+    scores, widths = torch.randn(50, 4000, generator=torch.Generator().manual_seed(0)), []
+    with Ranked():
+        found = streamed(scores, 40, True, 4000)
+    assert max(widths) == 200  # five groups of columns for each of the best
+    agree(found, dense_top(scores, 40, True))
 
 
 @pytest.mark.parametrize("size", [1, 3, 20])
