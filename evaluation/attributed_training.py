@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import bad_value
+from ..whole_files import write_whole
 from . import run_store
 from .base_training import mean_residual, single_thread, train_model
 from .tasks import Task
@@ -66,7 +67,7 @@ def train_attributed(
     if spike:
         model.load_state_dict(worst["state"])
     if path is not None:
-        run_store.write_atomically(path, lambda name: save_file(model.state_dict(), name))
+        write_whole(path, lambda name: save_file(model.state_dict(), name))
     return model
 
 
@@ -126,7 +127,7 @@ def train_checkpoints(task: Task, seed: int, store: str | Path, n_checkpoints: i
     def keep(epoch: int, model: nn.Module) -> None:
         if epoch in kept:
             state = model.state_dict()
-            run_store.write_atomically(paths[kept.index(epoch)], lambda name: save_file(state, name))
+            write_whole(paths[kept.index(epoch)], lambda name: save_file(state, name))
 
     with torch.random.fork_rng(devices=[]):
         network = task.build_model()

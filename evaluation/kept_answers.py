@@ -24,6 +24,7 @@ from .. import adapters
 from .. import influence as core
 from ..influence import InfluenceMethod
 from ..peak_memory import release_free_memory
+from ..whole_files import write_whole
 from . import environment, run_store
 from .cost import Build, Cost
 from .tasks import Task
@@ -161,7 +162,7 @@ def _write(path: Path, answer: Answer) -> None:
 
     facts = {k: v for k, v in vars(answer).items() if k != "values"}
     metadata = {"cost": json.dumps(facts)}
-    run_store.write_atomically(path, lambda name: save_file({"values": answer.values}, name, metadata))
+    write_whole(path, lambda name: save_file({"values": answer.values}, name, metadata))
 
 
 def _read(path: Path) -> tuple[Answer | None, str | None]:

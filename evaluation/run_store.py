@@ -10,10 +10,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
-import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..whole_files import write_whole
 from .tasks import Task
 
 #: Increased whenever `train_model` changes what it computes.
@@ -91,19 +90,6 @@ def hash_tensors(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, write: Callable[[str], None]) -> None:
-    """Write a file under a temporary name and rename it; nothing is left where the writing fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    try:
-        write(name)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def write_array(path: Path, array: NDArray[Any]) -> None:
     """Write an array as .npy, atomically."""
 
@@ -111,7 +97,7 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
         with open(name, "wb") as file:
             np.save(file, array)
 
-    write_atomically(path, write)
+    write_whole(path, write)
 
 
 def read_array(path: Path, shape: tuple[int, ...]) -> tuple[NDArray[np.float32] | None, str | None]:

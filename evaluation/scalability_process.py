@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ..config import parse_bytes
-from .run_store import write_atomically
+from ..whole_files import write_whole
 from .scalability_case import PHASES, Case, CaseResult, Outcome
 from .scalability_measure import measure
 
@@ -109,4 +109,4 @@ def _write(path: Path, result: CaseResult) -> None:
     def write(name: str) -> None:
         Path(name).write_text(text, encoding="utf-8")
 
-    write_atomically(path, write)
+    write_whole(path, write)

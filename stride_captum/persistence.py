@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,6 +22,7 @@ from .config import STRIDEConfig
 from .errors import bad_type, bad_value
 from .operators import SteeringOperators
 from .restoring import bits, same_random_state
+from .whole_files import write_whole
 
 if TYPE_CHECKING:
     from .influence import InfluenceMethod
@@ -54,13 +54,8 @@ def save_method(method: InfluenceMethod, path: str | Path) -> None:
         "states": _encode(method._states_to_save(), "states", tensors),
         "learned": _encode(learned, "learned", tensors),
     }
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        save_file(tensors, partial, metadata={"stride_captum": json.dumps(description)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    metadata = {"stride_captum": json.dumps(description)}
+    write_whole(Path(path), lambda name: save_file(tensors, name, metadata))
 
 
 def load_method(

@@ -27,6 +27,7 @@ from torch import Tensor
 from .errors import bad_value
 from .persistence import digest_item
 from .restoring import bits
+from .whole_files import write_whole
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -145,12 +146,7 @@ class StoreFiles:
         """Put a manifest in the place of the one before, at once."""
         content = asdict(manifest)
         text = json.dumps({"format": FORMAT, "checksum": _manifest_checksum(content), **content}, indent=1)
-        partial = self.folder / f"{_MANIFEST}.part"
-        with open(partial, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.folder / _MANIFEST)
+        write_whole(self.folder / _MANIFEST, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
     def append(self, manifest: Manifest, values: Mapping[str, Tensor], examples: str) -> None:
         """Write one chunk behind the whole ones, then the manifest that names it.

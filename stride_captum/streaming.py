@@ -177,7 +177,8 @@ def _reached_by(scores: Tensor, k: int) -> Tensor:
     groups = _GROUPS * k
     size = scores.shape[1] // groups
     maxima = scores[:, : groups * size].unflatten(1, (size, groups)).amax(1)
-    return maxima.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    bound: Tensor = maxima.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    return bound
 
 
 def _picked(scores: Tensor, chosen: Tensor, start: int) -> tuple[Tensor, Tensor]:

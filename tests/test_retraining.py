@@ -29,6 +29,7 @@ from stride_captum.evaluation.retraining import (
 )
 from stride_captum.evaluation.tasks import Task, load_task
 from stride_captum.subsets import members, membership_from_indices, random_subsets
+from stride_captum.whole_files import write_whole
 
 SETTINGS = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=3, batch_size=8)
 
@@ -314,7 +315,7 @@ class TestPlan:
             raise OSError("disk full")
 
         with pytest.raises(OSError, match="disk full"):
-            run_store.write_atomically(tmp_path / "run.npy", write)
+            write_whole(tmp_path / "run.npy", write)
         assert list(tmp_path.iterdir()) == []
 
     def test_bad_plans_are_refused(self, plan):
