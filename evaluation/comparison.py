@@ -560,7 +560,7 @@ def _row(contender: Contender, setting: _Setting, first: Row | None) -> Row:
     if "linearized" in setting.measures:
         linearized = linearized_influence_correlation(scores, membership, reported)
     cost = median_cost([answer.cost(reported.shape[-1]) for answer in answers])
-    setting.gallery.add(contender.name, best[2][0])
+    setting.gallery.add(contender.name, best[2][0], scores[0])
     return Row(
         name=contender.name,
         options=dict(best[1]),

@@ -59,7 +59,7 @@ class Gallery:
         x_test, y_test = (t[candidates.start : candidates.stop] for t in task.test.tensors)
         logits = multiclass_logits(logits_of(models[self.model_name], x_test))
         rows = choose_points(logits, y_test, n_points)
-        self.batch = (x_test[rows], y_test[rows])
+        self._rows = rows
         p = logits[rows].softmax(1)
         self.points = [
             {
@@ -71,11 +71,16 @@ class Gallery:
             for i, row in enumerate(rows)
         ]
 
-    def add(self, name: str, method: KeptMethod) -> None:
-        """Ask a method on the first model about the test points."""
-        scores = method.margins(self.batch).values
+    def add(self, name: str, method: KeptMethod, scores: NDArray[Any]) -> None:
+        """Show what a method says of the test points on the first model.
+
+        Args:
+            name: Its row.
+            method: Asked for the most suspect training examples.
+            scores: What it said of all candidates, `(n_candidates, n_train)`.
+        """
         points = []
-        for row in scores:
+        for row in scores[self._rows]:
             best, worst = (np.argsort(sign * row, kind="stable")[: self.k] for sign in (-1, 1))
             points.append({"proponents": self._examples(best, row), "opponents": self._examples(worst, row)})
         self.methods.append({"name": name, "points": points})

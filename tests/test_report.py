@@ -83,9 +83,6 @@ class Scored:
     def __init__(self, seed):
         self.scores = torch.from_numpy(np.random.default_rng(seed).normal(size=(N_TEST, N_TRAIN)))
 
-    def margins(self, batch):
-        return SimpleNamespace(values=self.scores[: len(batch[-1])].numpy())
-
     def ask(self, what, about, compute):
         assert what == "mislabel scores"
         return SimpleNamespace(values=compute(self).numpy())
@@ -133,7 +130,7 @@ def comparison(*, images=True, n_resamples=40, constant=False):
                 else None,
             )
         )
-        gallery.add(name, Scored(m))
+        gallery.add(name, Scored(m), Scored(m).scores[2:].numpy())
         for opponents in (False, True):
             whole = rng.uniform(0.6, 0.9, size=(3, N_TEST))
             without = np.clip(whole - rng.uniform(0, 0.3, size=(2, 2, 3, N_TEST)), 0, 1)
@@ -582,7 +579,7 @@ class TestGallery:
         assert [m["name"] for m in gallery["methods"]] == list(NAMES)
         for m, method in enumerate(gallery["methods"]):
             scores = Scored(m).scores.numpy()
-            for t, point in enumerate(method["points"]):
+            for t, point in zip([p["index"] for p in gallery["points"]], method["points"], strict=True):
                 order = np.argsort(-scores[t])
                 assert [n["index"] for n in point["proponents"]] == order[:5].tolist()
                 assert [n["index"] for n in point["opponents"]] == order[::-1][:5].tolist()
@@ -609,7 +606,7 @@ class TestGallery:
     def test_without_flips_it_ranks_by_the_methods_and_says_nothing_of_truth(self):
         task = tiny_task()
         gallery = Gallery(task, {"seed 0": task.build_model()}, range(N_TEST))
-        gallery.add("one", Scored(0))
+        gallery.add("one", Scored(0), Scored(0).scores.numpy())
         (ranking,) = gallery.to_dict()["suspects"]
         expected = Scored(0).mislabel_scores().argsort(descending=True)[:10]
         assert [n["index"] for n in ranking["examples"]] == expected.tolist()
