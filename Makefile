@@ -40,6 +40,7 @@ docs: $(VENV)/.docs
 	rm -rf build/docs
 	$(BIN)/python -m pip install --quiet --no-deps --target build/docs .
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=build/docs $(BIN)/mkdocs build --strict
+	@echo "The site: out/docs/index.html"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

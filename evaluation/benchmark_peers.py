@@ -110,7 +110,7 @@ def bench_case(case: Case, repeats: int) -> list[dict[str, Any]]:
         peer: InfluenceMethod = EKFAC(model, train, batch_size=case.batch_size).fit()
         row = {
             "method": "EKFAC (kronfluence)",
-            **_measure(None, peer.influence, test=test, k=case.k, repeats=1),
+            **_measure(None, peer.influence, test=test, k=case.k, repeats=1, warm_up=False),
         }
         rows.append({**row, "fit": peer.fit_seconds_ or 0.0})
     for row in rows:
@@ -147,12 +147,14 @@ def _measure(
     test: tuple[torch.Tensor, ...],
     k: int,
     repeats: int,
+    warm_up: bool = True,
 ) -> dict[str, Any]:
     """Median seconds of a fit (0 without one), all scores, top-k, and top-k of one point."""
     one = tuple(part[:1] for part in test)
+    seconds = partial(median_seconds, repeats=repeats, warm_up=warm_up)
     return {
-        "fit": 0.0 if fit is None else median_seconds(fit, repeats),
-        "query": median_seconds(lambda: influence(test), repeats),
-        "top_k": median_seconds(lambda: influence(test, k), repeats),
-        "one_point": median_seconds(lambda: influence(one), repeats),
+        "fit": 0.0 if fit is None else seconds(fit),
+        "query": seconds(lambda: influence(test)),
+        "top_k": seconds(lambda: influence(test, k)),
+        "one_point": seconds(lambda: influence(one)),
     }

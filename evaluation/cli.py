@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,13 @@ from .scalability_report import show_scalability, write_scalability
 from .tasks import PRESETS, TASKS, load_task
 from .terminal import console, show_comparison, show_explanation, show_printed, table_of
 
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"stride-captum {metadata.version('stride-captum')}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="stride-captum",
     no_args_is_help=True,
@@ -55,6 +63,17 @@ app = typer.Typer(
         stride-captum doctor
     """,
 )
+
+
+@app.callback()
+def main_command(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    """What every subcommand shares."""
+
+
 bench = typer.Typer(
     no_args_is_help=True,
     help="""Measure speed as ratios in one run.
@@ -74,8 +93,20 @@ Preset = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="Folder for report.html and results.json.")]
 DataRoot = Annotated[Path | None, typer.Option(help="Folder of MNIST or CIFAR-10 in torchvision's layout.")]
-Data = Annotated[str | None, typer.Option(help="Your own data set, as module:factory.")]
-Model = Annotated[str | None, typer.Option(help="Your own network, as module:factory.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Your own data set, as module:factory; factory(train=True) and factory(train=False) return a "
+        "map-style data set of (input, label). With --data-root it is called factory(DIR, train=...)."
+    ),
+]
+Model = Annotated[
+    str | None, typer.Option(help="Your own network, as module:factory; factory() returns it untrained.")
+]
+Training = Annotated[
+    str | None,
+    typer.Option(help='How models are trained, as JSON: \'{"epochs": 40, "learning_rate": 0.01}\'.'),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print the results as JSON; all else goes to stderr.")]
 
@@ -89,6 +120,7 @@ def explain_command(
     data_root: DataRoot = None,
     data: Data = None,
     model: Model = None,
+    training: Training = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Trained weights instead of training.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
     config: Annotated[
@@ -111,7 +143,9 @@ def explain_command(
     """
     voice = Voice(quiet, as_json)
     with one_sentence_errors(store):
-        loaded = load_task(task, preset=preset, data_root=data_root, data=data, model=model)
+        loaded = load_task(
+            task, preset=preset, data_root=data_root, data=data, model=model, training=_training(training)
+        )
         trained = None
         if checkpoint is not None:
             trained = loaded.build_model()
@@ -141,7 +175,7 @@ def compare_command(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="A row; may be repeated. Default: " + ", ".join(DEFAULT_METHODS),
+            help="A row; may be repeated. Default: " + "; ".join(DEFAULT_METHODS) + ".",
             autocompletion=completion.methods,
         ),
     ] = None,
@@ -149,6 +183,7 @@ def compare_command(
     data_root: DataRoot = None,
     data: Data = None,
     model: Model = None,
+    training: Training = None,
     subsets: Annotated[int | None, typer.Option(help="Random halves of the training set [100].")] = None,
     seeds: Annotated[int | None, typer.Option(help="Retrainings of each half; 2 give a ceiling [2].")] = None,
     models: Annotated[int | None, typer.Option(help="Attributed models [3].")] = None,
@@ -191,12 +226,17 @@ def compare_command(
 ) -> None:
     """Compare methods on the same models, subsets and test points.
 
+    LDS, the first measure: random halves of the training set are retrained from scratch, and a method is as
+    good as the sums of its scores rank the margins (log odds of the true label) that come out.
+
     Options of a method are chosen by LDS on one half of the test points and reported on the other. Whatever
     has been retrained, fitted and asked is kept: --resume, or the same command again, goes on from there.
 
     Examples:
 
         stride-captum compare --task digits --seeds 3 --measure all
+
+        stride-captum compare --data mydata:wine --model mydata:network --training '{"epochs": 40}'
 
         stride-captum compare --method STRIDE --method EKFAC --measure lds --measure leakage
 
@@ -212,7 +252,9 @@ def compare_command(
             context.params.update(before)  # which is what is kept again
             context.invoke(compare_command, context, **before, out=out, yes=yes, quiet=quiet, as_json=as_json)
             return
-        loaded = load_task(task, preset=preset, data_root=data_root, data=data, model=model)
+        loaded = load_task(
+            task, preset=preset, data_root=data_root, data=data, model=model, training=_training(training)
+        )
         sizes, measures = comparison_sizes(preset)
         own = {} if settings is None else _json("settings", settings)
         wanted = MEASURES if measure and "all" in measure else tuple(measure or ("lds", "calibration"))
@@ -711,6 +753,10 @@ def _affordable(found: list[RetrainingEstimate], dry_run: bool, yes: bool, voice
             "--yes", "be given for more than two hours of retraining", f"{hours:.1f} h without it"
         )
     return True
+
+
+def _training(text: str | None) -> dict[str, Any] | None:
+    return None if text is None else _json("training", text)
 
 
 def _json(argument: str, text: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 from torch import nn
+from tqdm.auto import tqdm
 
 from .. import adapters
 from ..errors import bad_choice, bad_value
@@ -338,7 +339,9 @@ def compare(
             forward=forward_seconds(next(iter(models.values())), task.train),
             gallery=gallery,
         )
-        for contender in contenders:
+        bar = tqdm(contenders, desc="methods", disable=not show_progress)
+        for contender in bar:
+            bar.set_postfix_str(contender.name)
             rows.append(_row(contender, setting, rows[0] if rows else None))
     builds = {c.name: c.build for c in contenders if c.n_checkpoints == 1}
     common: dict[str, Any] = {
@@ -470,25 +473,25 @@ def estimates(
     The store is looked at, and one epoch is timed.
     """
     wanted = _wanted(measures)
+    names = [find_contender(m).name for m in (DEFAULT_METHODS if methods is None else methods)]
     found = []
     if _OF_HALVES & wanted.keys():
-        found.append(halves(task, store, n_subsets, n_seeds, n_test).estimate(n_jobs, engine=engine))
+        of_halves = halves(task, store, n_subsets, n_seeds, n_test).estimate(n_jobs, engine=engine)
+        found.append(replace(of_halves, purpose="LDS"))
     if "counterfactual" in wanted:
         settings = wanted["counterfactual"]
-        names = [find_contender(m).name for m in (DEFAULT_METHODS if methods is None else methods)]
         kept = {*settings.get("methods", names)} | ({"ClassRandom", "Similarity"} & set(names))
-        for _ in settings.get("arms", ("proponents",)):
-            found.append(
-                counterfactual_cost(
-                    task,
-                    n_methods=len(kept),
-                    counts=settings.get("counts", (50, 100, 500)),
-                    n_test=len(settings.get("test_points", range(settings.get("n_points", 10)))),
-                    n_seeds=settings.get("n_seeds", 3),
-                    n_models=n_models,
-                    n_jobs=n_jobs,
-                )
+        for arm in settings.get("arms", ("proponents",)):
+            of_arm = counterfactual_cost(
+                task,
+                n_methods=len(kept),
+                counts=settings.get("counts", (50, 100, 500)),
+                n_test=len(settings.get("test_points", range(settings.get("n_points", 10)))),
+                n_seeds=settings.get("n_seeds", 3),
+                n_models=n_models,
+                n_jobs=n_jobs,
             )
+            found.append(replace(of_arm, purpose=f"counterfactual drop, {arm}", at_most=True))
     return found
 
 

@@ -160,7 +160,10 @@ def cost_of(method: InfluenceMethod, n_queries: int, forward_seconds: float) -> 
 
 
 def median_seconds(
-    run: Callable[[], Any], repeats: int = 3, before: Callable[[], Any] = lambda: None
+    run: Callable[[], Any],
+    repeats: int = 3,
+    before: Callable[[], Any] = lambda: None,
+    warm_up: bool = True,
 ) -> float:
     """Median seconds of some calls, after one that is not counted.
 
@@ -168,14 +171,15 @@ def median_seconds(
         run: What is timed.
         repeats: Calls that are timed.
         before: Called before each of them, and not timed.
+        warm_up: Whether there is one that is not counted; what takes minutes needs none.
     """
     seconds = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats + warm_up):
         before()
         started = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds[1:]))
+    return float(np.median(seconds[warm_up:]))
 
 
 def forward_seconds(model: nn.Module, dataset: Any, *, batch_size: int = 1024, repeats: int = 3) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import STRIDEConfig
 from ..distributed import DistributedSTRIDE
+from ..errors import bad_value
 from ..process_group import first_rank_first, in_group
 from ..responses import multiclass_logits, response_value
 from ..stride import STRIDE
@@ -129,6 +130,7 @@ def explain(
 
     Raises:
         IndexError: A test point that does not exist.
+        ValueError: `k` is below 1.
 
     >>> from stride_captum.evaluation import load_task
     >>> from stride_captum.evaluation.models import TrainingSettings
@@ -139,6 +141,8 @@ def explain(
     >>> point.index, len(point.proponents), len(point.opponents)
     (5, 2, 2)
     """
+    if k < 1:
+        raise bad_value("k", "be at least 1", k)
     if model is None:
         with first_rank_first():
             model = train_attributed(task, seed, store)

@@ -50,7 +50,7 @@ def forest(rows: Sequence[Mapping[str, Any]]) -> str:
             axes.plot(models, [i] * len(models), "|", color=_COLOURS["series-2"], markersize=12)
             axes.plot([_number(result["value"])], [i], "o", color=_COLOURS["accent"], markersize=6)
         ceiling = rows[0]["lds"]["ceiling"]
-        if ceiling is not None:
+        if ceiling:
             axes.axvline(ceiling, color=_COLOURS["soft"], linestyle="--", linewidth=1)
         axes.axvline(0, color=_COLOURS["soft"], linewidth=1)
         axes.set_yticks(range(len(rows)), [row["name"] for row in reversed(rows)])

@@ -113,7 +113,13 @@ def recovery_curve(
         n_test: Test points, both halves together.
         n_jobs: Processes for the retrainings.
         show_progress: Whether to show bars.
+
+    Raises:
+        ValueError: A number of subsets or a preset that does not exist, before anything is retrained.
     """
+    for k in ks:
+        STRIDEConfig(operators="trained", n_subsets=k)
+    STRIDEConfig.paper(preset)
     n_test = min(n_test, len(task.test))
     membership = random_subsets(task.n_train, 100, task.n_train // 2, seed=0)
     plan = RetrainingPlan(task, membership, n_seeds, Path(store), n_test)

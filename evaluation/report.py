@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template, select_autoescape
 from markupsafe import Markup
+from torch import Tensor
 
 from ..errors import bad_value
 from . import plots
@@ -26,6 +27,8 @@ from .tasks import Task
 
 #: What the drops of the other methods are compared with, as in `measure_counterfactual`.
 _REFERENCE = "ClassRandom"
+#: Of an example that is no picture, so many values are shown.
+_FIRST_VALUES = 8
 #: Three digits; thousands are written out.
 _SHORT = "{:.3g}"
 _UNDEFINED = "\u2013"
@@ -55,8 +58,16 @@ def write_explanation(explanation: Explanation, task: Task, path: str | Path) ->
         path,
         explanation=explanation,
         pictures=pictures,
+        values={"train": partial(_first_values, train), "test": partial(_first_values, test)},
         environment=one_line(explanation.environment),
     )
+
+
+def _first_values(inputs: Tensor, index: int) -> str:
+    """What is shown of an example that is no picture."""
+    flat = inputs[index].reshape(-1)
+    shown = " ".join(f"{value:.2g}" for value in flat[:_FIRST_VALUES].tolist())
+    return shown + (" …" if len(flat) > _FIRST_VALUES else "")
 
 
 def write_comparison(results: Mapping[str, Any], path: str | Path) -> Path:

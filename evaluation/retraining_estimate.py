@@ -19,7 +19,8 @@ class RetrainingEstimate:
         n_workers: Workers that have something to do.
         seconds: Of the runs to do, where each worker has a free core.
         n_bytes: That the runs to do will take on disk.
-
+        purpose: What they are for.
+        at_most: Whether some of the runs may prove to be the same, or to be in the store.
     """
 
     task: str
@@ -31,6 +32,8 @@ class RetrainingEstimate:
     n_workers: int
     seconds: float
     n_bytes: int
+    purpose: str = ""
+    at_most: bool = False
 
     @property
     def n_runs(self) -> int:
@@ -44,11 +47,17 @@ class RetrainingEstimate:
 
     def __str__(self) -> str:
         what = f"{self.n_runs} retrainings of {self.task} ({self.n_subsets} subsets x {self.n_seeds} seeds)"
+        what = f"{self.purpose}: {what}" if self.purpose else what
         if not self.n_missing:
             return f"{what}: all are in the store."
         damaged = f" ({self.n_damaged} damaged)" if self.n_damaged else ""
         workers = "1 worker" if self.n_workers == 1 else f"{self.n_workers} workers"
         how = "one by one" if self.engine == "processes" else "in stacks"
+        if self.at_most:
+            return (
+                f"{what} at most, which would take about {_duration(self.seconds)} with {workers}: how many "
+                "sets differ, and which are in the store, is known once the methods have answered."
+            )
         return (
             f"{what}: {self.n_stored} are in the store, {self.n_missing}{damaged} are to do {how}, which "
             f"takes about {_duration(self.seconds)} with {workers} and {self.n_bytes / 1e6:.2f} MB of disk."

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.table import Table
+from rich.console import Group
 
 from .environment import one_line
 from .scalability import Scalability
@@ -61,7 +61,7 @@ def write_scalability(found: Scalability, out: Path) -> list[Path]:
     return [results, plot]
 
 
-def _setup(found: Scalability) -> Table:
+def _setup(found: Scalability) -> Group:
     """Seconds of setup, with those of Table 5."""
     printed = {f"{row.depth} x {row.width}": row for row in TABLE5}
     rows = []
@@ -93,7 +93,7 @@ def _setup(found: Scalability) -> Table:
     return table_of(title, columns, rows)
 
 
-def _queries(found: Scalability) -> Table:
+def _queries(found: Scalability) -> Group:
     """Seconds of a query."""
     title = (
         f"Query of {found.settings['n_test']} test points, seconds (goal of STRIDE on a GPU: {QUERY_GOAL})"
@@ -105,7 +105,7 @@ def _queries(found: Scalability) -> Table:
     return table_of(title, ("model", *METHODS), rows)
 
 
-def _memory(found: Scalability) -> Table:
+def _memory(found: Scalability) -> Group:
     """Peak memory of setup and query."""
     rows = []
     for size, results in _by_model(found).items():
@@ -123,7 +123,7 @@ def _by_model(found: Scalability) -> dict[str, dict[str, CaseResult]]:
     return models
 
 
-def _exponents(found: Scalability) -> Table:
+def _exponents(found: Scalability) -> Group:
     rows = []
     for one in found.growth:
         measured = "fewer than three sizes"

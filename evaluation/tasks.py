@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ..errors import bad_choice, bad_value
+from ..responses import multiclass_logits
+from ..restoring import same_random_state
 from . import models
 from .models import TrainingSettings
 from .synthetic import planted_clusters
@@ -68,7 +71,7 @@ def load_task(
     data_root: str | Path | None = None,
     data: str | None = None,
     model: str | None = None,
-    training: TrainingSettings | None = None,
+    training: TrainingSettings | Mapping[str, Any] | None = None,
 ) -> Task:
     """Load a task by name.
 
@@ -81,10 +84,11 @@ def load_task(
             `train=False` (without `data_root` where none is given). It returns a map-style data set of
             `(input, label)`; torchvision's uint8 image classes are normalised as the built-in tasks are.
         model: "module:factory" of your own network, called without arguments.
-        training: Replaces the settings of Table 3.
+        training: Replaces the settings of the task (Table 3), or those of them that a mapping names.
 
     Raises:
-        ValueError: Unknown name or preset, or a factory that cannot be imported.
+        ValueError: Unknown name, preset or setting, a factory that cannot be imported, or a network that
+            cannot read the inputs.
         FileNotFoundError: The data are not where they should be.
 
     >>> load_task("digits").n_train
@@ -122,14 +126,49 @@ def load_task(
         "cifar10": models.CIFAR10_TRAINING,
         "synthetic": models.DIGITS_TRAINING,
     }
-    return Task(
-        name=f"{name}-{len(train)}",
+    own = data is not None and model is not None
+    task = Task(
+        name=f"{data.rpartition(':')[2] if own and data else name}-{len(train)}",
         train=train,
         test=test,
         build_model=builders[name] if model is None else import_factory("model", model),
-        training=training or settings[name],
+        training=_trained_with(settings[name], training),
         note=note,
     )
+    if data is not None or model is not None:
+        _check_fits(task, model)
+    return task
+
+
+def _trained_with(
+    usual: TrainingSettings, given: TrainingSettings | Mapping[str, Any] | None
+) -> TrainingSettings:
+    if given is None or isinstance(given, TrainingSettings):
+        return given or usual
+    known = [setting.name for setting in dataclasses.fields(usual)]
+    for name in given:
+        if name not in known:
+            raise bad_choice("training", name, known)
+    return dataclasses.replace(usual, **given)
+
+
+def _check_fits(task: Task, model: str | None) -> None:
+    """Whether the network reads the first training example and knows the label."""
+    with same_random_state():
+        network = task.build_model().eval()
+    x = task.train.tensors[0][:2]
+    try:
+        with torch.no_grad():
+            logits = multiclass_logits(network(x))
+    except (RuntimeError, TypeError) as error:
+        raise bad_value(
+            "model",
+            f"read inputs of shape {tuple(x.shape)}",
+            f"{'the network of the task' if model is None else repr(model)} ({error})",
+            "Name your network with --model module:factory (in Python: model=)." if model is None else None,
+        ) from error
+    if task.n_classes > logits.shape[1]:
+        raise bad_value("model", f"give {task.n_classes} logits", f"{logits.shape[1]}")
 
 
 def import_factory(argument: str, path: str) -> Callable[..., Any]:
@@ -153,8 +192,9 @@ def import_factory(argument: str, path: str) -> Callable[..., Any]:
         ) from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
-        names = ", ".join(repr(n) for n in vars(module) if not n.startswith("_"))
-        raise bad_value(argument, f"name a callable of {module_name!r}", repr(attribute), f"It has {names}.")
+        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        has = f"It has {', '.join(map(repr, names))}." if names else f"{module.__file__} has none."
+        raise bad_value(argument, f"name a callable of {module_name!r}", repr(attribute), has)
     found: Callable[..., Any] = factory
     return found
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 from .comparison import Comparison
@@ -13,7 +15,16 @@ from .explanation import Explanation
 from .paper_tables import PaperTable
 from .statistics import Interval
 
+#: Characters that the title of a column may have before it is wrapped.
+_WRAPPED = 12
+#: Where nobody looks at it as it is written, a table is as wide as it needs to be.
+_FILE_WIDTH = 240
+#: Mean training residual above which a model has not learnt its training set.
+_UNDERFITTED = 0.25
+
 console = Console()
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = _FILE_WIDTH
 
 
 def show_explanation(explanation: Explanation) -> None:
@@ -117,10 +128,14 @@ def _show_fidelity(result: Comparison) -> None:
             for row in result.rows
         ],
     )  # fmt: skip
-    ceiling = result.rows[0].lds.ceiling
-    console.print("Ceiling: " + ("needs two retrainings" if ceiling is None else f"{ceiling:.3f}"))
+    console.print(f"Ceiling: {_ceiling(result.rows[0].lds.ceiling)}")
     for name, residual in protocol["models"].items():
         console.print(f"Attributed model {name}: mean training residual {residual:.4f}")
+    if max(protocol["models"].values()) > _UNDERFITTED:
+        console.print(
+            f"These models hardly fit their training set ({_settings(protocol['training'])}): retrainings "
+            "differ by chance more than by their examples. Train longer or with larger steps (--training)."
+        )
     if any(row.linearized is not None for row in result.rows):
         _print(
             "C.1: scores against per-example effects",
@@ -168,18 +183,44 @@ def _show_counterfactual(result: Comparison) -> None:
         )
 
 
-def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table of cells that are text already."""
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*row)
-    return table
+def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Group:
+    """A table of cells that are text already.
+
+    Where the terminal is too narrow for all columns it comes in pieces, each with the first column.
+    """
+    rows = list(rows)
+    widths = [
+        max(min(len(column), _WRAPPED), *(len(row[i]) for row in rows), 1) + 3
+        for i, column in enumerate(columns)
+    ]
+    pieces: list[list[int]] = [[]]
+    for i in range(1, len(columns)):
+        if pieces[-1] and sum(widths[j] for j in (0, *pieces[-1], i)) + 1 > console.width:
+            pieces.append([])
+        pieces[-1].append(i)
+    tables = []
+    for n, piece in enumerate(pieces):
+        table = Table(title=title if n == 0 else None)
+        for i in (0, *piece):
+            table.add_column(columns[i], overflow="fold")
+        for row in rows:
+            table.add_row(*(row[i] for i in (0, *piece)))
+        tables.append(table)
+    return Group(*tables)
 
 
 def _print(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     console.print(table_of(title, columns, rows))
+
+
+def _ceiling(value: float | None) -> str:
+    if value is None:
+        return "needs two retrainings"
+    return f"{value:.3f}" if value > 0 else "none: retrainings of one half with two seeds do not agree"
+
+
+def _settings(training: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in training.items())
 
 
 def _interval(interval: Interval | None) -> str:

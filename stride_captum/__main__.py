@@ -13,6 +13,8 @@ def main() -> None:
     """
     from .process_group import group_of_torchrun, started_by_torchrun
 
+    if os.getcwd() not in sys.path:  # as `python -m` does: --data and --model name modules of the user's
+        sys.path.insert(0, os.getcwd())
     try:
         from .evaluation.cli import app
     except ModuleNotFoundError as error:

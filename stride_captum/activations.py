@@ -101,6 +101,7 @@ def recording(
                         "layers",
                         f"give one row per example ({outputs.shape[0]} in this batch)",
                         f"{row.shape[0]} rows from {str(tap)!r}",
+                        "Is a batch dimension missing from the inputs, as in x[0] instead of x[:1]?",
                     )
             return outputs, rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -28,7 +29,16 @@ def load_checkpoint(model: nn.Module, checkpoint: Any) -> float:
 
         state = load_file(checkpoint)
     else:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise bad_value(
+                "checkpoint",
+                "be a file of weights, as torch.save(model.state_dict(), path) writes it",
+                f"{str(checkpoint)!r}, which is none or holds more than weights",
+            ) from error
+    if not isinstance(state, Mapping):
+        raise bad_type("checkpoint", "hold a state dict", state)
     for key in ("state_dict", "model_state_dict"):
         if isinstance(state.get(key), Mapping):
             state = state[key]

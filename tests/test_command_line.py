@@ -127,6 +127,36 @@ def test_mistakes_get_one_sentence_and_exit_code_2(arguments, sentence, store, t
     assert "Traceback" not in result.output
 
 
+def test_the_version_is_told():
+    assert re.fullmatch(r"stride-captum \d+\.\d+\.\d+\n", invoke("--version").stdout)
+
+
+def test_a_file_that_holds_no_weights_is_one_sentence(tmp_path, store):
+    (tmp_path / "weights.pt").write_text("none")
+    result = invoke("explain", "--checkpoint", tmp_path / "weights.pt", "--store", store, "--out", tmp_path)
+    assert (result.exit_code, result.output.count("\n")) == (2, 1)
+    assert "`checkpoint` must be a file of weights" in result.output
+
+
+def test_a_dry_run_knows_the_methods(store, tmp_path):
+    result = invoke("compare", "--method", "ekfac", "--dry-run", "--store", store, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "Nearest" in result.stderr
+
+
+def test_a_table_that_is_too_wide_comes_in_pieces_with_the_first_column(monkeypatch):
+    from stride_captum.evaluation import terminal
+
+    rows = [("STRIDE, a long name", *(f"{i}.{i}{i}{i}" for i in range(8)))]
+    monkeypatch.setattr(terminal.console, "width", 50)
+    with terminal.console.capture() as captured:
+        terminal.console.print(terminal.table_of("title", ("method", *"abcdefgh"), rows))
+    text = captured.get()
+    assert text.count("STRIDE, a long name") == 3
+    assert all(f"{i}.{i}{i}{i}" in text for i in range(8))
+    assert "…" not in text
+
+
 class TestCompare:
     @pytest.fixture(scope="class")
     @classmethod

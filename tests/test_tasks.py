@@ -92,6 +92,22 @@ class TestNames:
             import_factory("data", "json:lods")
 
 
+class TestOwn:
+    def test_some_settings_of_the_training_can_be_replaced(self):
+        usual = load_task("digits").training
+        found = load_task("digits", training={"epochs": 3}).training
+        assert (found.epochs, found.learning_rate) == (3, usual.learning_rate)
+        with pytest.raises(ValueError, match=r"`training` must be one of .*got 'epoch'. Nearest: 'epochs'"):
+            load_task("digits", training={"epoch": 3})
+
+    def test_a_network_that_cannot_read_the_inputs_is_refused_before_anything_is_trained(self):
+        own = "stride_captum.evaluation.models:synthetic_mlp"
+        with pytest.raises(
+            ValueError, match=r"`model` must read inputs of shape \(2, 1, 8, 8\); got .*synthetic"
+        ):
+            load_task("digits", model=own)
+
+
 class TestMissingData:
     @pytest.mark.parametrize("name", ["mnist", "cifar10"])
     def test_without_a_folder_the_flag_is_named(self, name):
