@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import nn
 
 from ..checkpoints import load_checkpoint
 from ..config import STRIDEConfig
@@ -39,7 +41,7 @@ from .scalability import bench_scalability, parse_size
 from .scalability_case import METHODS
 from .scalability_report import show_scalability, write_scalability
 from .tasks import PRESETS, TASKS, load_task
-from .terminal import console, show_comparison, show_explanation, show_printed, table_of
+from .terminal import console, show_comparison, show_explanation, show_measured, show_printed, table_of
 
 
 def _version(wanted: bool) -> None:
@@ -148,8 +150,7 @@ def explain_command(
         )
         trained = None
         if checkpoint is not None:
-            trained = loaded.build_model()
-            load_checkpoint(trained, checkpoint)
+            trained = _loaded(loaded.build_model(), checkpoint)
         explanation, _ = explain(
             loaded,
             indices=index,
@@ -470,8 +471,7 @@ def _show_core(rows: Sequence[CoreRow], environment: dict[str, Any]) -> None:
         )
         for row in rows
     ]
-    console.print(table_of(title, columns, cells))
-    console.print(one_line(environment))
+    show_measured(title, columns, cells, environment)
 
 
 @bench.command("peers")
@@ -509,8 +509,7 @@ def _show_peers(rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> 
         )
         for row in rows
     ]
-    console.print(table_of(title, columns, cells))
-    console.print(one_line(environment))
+    show_measured(title, columns, cells, environment)
 
 
 @bench.command("recovery")
@@ -710,8 +709,7 @@ def _show_rows(title: str, rows: Sequence[dict[str, Any]], path: Path, voice: Vo
     def show() -> None:
         columns = [column.replace("_", " ") for column in rows[0]]
         cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-        console.print(table_of(title, columns, cells))
-        console.print(one_line(environment))
+        show_measured(title, columns, cells, environment)
 
     voice.results(_write_json(path, {"environment": environment, "rows": list(rows)}), show)
 
@@ -753,6 +751,18 @@ def _affordable(found: list[RetrainingEstimate], dry_run: bool, yes: bool, voice
             "--yes", "be given for more than two hours of retraining", f"{hours:.1f} h without it"
         )
     return True
+
+
+def _loaded(model: nn.Module, checkpoint: Path) -> nn.Module:
+    try:
+        load_checkpoint(model, checkpoint)
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise bad_value(
+            "checkpoint",
+            "be a file of weights, as torch.save(model.state_dict(), path) writes it",
+            f"{str(checkpoint)!r}, which is none or holds more than weights",
+        ) from error
+    return model
 
 
 def _training(text: str | None) -> dict[str, Any] | None:

@@ -209,6 +209,14 @@ def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) 
     return Group(*tables)
 
 
+def show_measured(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], environment: dict[str, Any]
+) -> None:
+    """A table, and the machine that it was measured on."""
+    _print(title, columns, rows)
+    console.print(one_line(environment))
+
+
 def _print(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     console.print(table_of(title, columns, rows))
 

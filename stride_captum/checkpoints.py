@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -29,14 +28,7 @@ def load_checkpoint(model: nn.Module, checkpoint: Any) -> float:
 
         state = load_file(checkpoint)
     else:
-        try:
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError) as error:
-            raise bad_value(
-                "checkpoint",
-                "be a file of weights, as torch.save(model.state_dict(), path) writes it",
-                f"{str(checkpoint)!r}, which is none or holds more than weights",
-            ) from error
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     if not isinstance(state, Mapping):
         raise bad_type("checkpoint", "hold a state dict", state)
     for key in ("state_dict", "model_state_dict"):
