@@ -6,10 +6,8 @@ of a shared machine mean little.
 
 from __future__ import annotations
 
-import multiprocessing
 import resource
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +17,7 @@ import torch
 from ..stride import STRIDE
 from .benchmark_networks import examples, network
 from .benchmark_peers import BATCH_SIZE, tracin_fast
-from .cost import median_seconds
+from .cost import in_a_fresh_process, median_seconds
 
 
 @dataclass(frozen=True)
@@ -103,12 +101,7 @@ class CoreRow:
 
 def bench_core(cases: Sequence[Case] = CASES, repeats: int = 5) -> list[CoreRow]:
     """Run all cases, each in a fresh process so that its peak memory is its own."""
-    context = multiprocessing.get_context("spawn")
-    rows = []
-    for case in cases:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            rows.append(pool.submit(bench_case, case, repeats).result())
-    return rows
+    return [in_a_fresh_process(bench_case, case, repeats) for case in cases]
 
 
 def bench_case(case: Case, repeats: int) -> CoreRow:

@@ -5,12 +5,9 @@ Each case runs in a process of its own. The estimate is made first. Seconds are 
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -19,6 +16,7 @@ from torch.utils.data import TensorDataset
 from ..influence import InfluenceMethod
 from ..peak_memory import release_free_memory
 from .benchmark_networks import examples, network
+from .cost import in_a_fresh_process
 
 #: What is estimated.
 QUANTITIES = ("fit_seconds", "query_seconds", "fit_bytes")
@@ -77,10 +75,9 @@ def bench_estimate(cases: Sequence[Case] = (), n_test: int = 100) -> list[dict[s
         cases: What is estimated and measured.
         n_test: Test points of a query.
     """
-    context, rows = multiprocessing.get_context("spawn"), []
+    rows = []
     for case in cases or CASES:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            row = pool.submit(partial(run_case, n_test=n_test), case).result()
+        row = in_a_fresh_process(run_case, case, n_test)
         for name in QUANTITIES:
             row.update({f"{name}_{part}": value for part, value in row.pop(name).items()})
         rows.append(row)

@@ -7,9 +7,7 @@ set and test points. Two bars: one forward pass over the training set for a fit,
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +21,7 @@ from ..adapters import EKFAC, Similarity
 from ..influence import InfluenceMethod
 from ..stride import STRIDE
 from .benchmark_networks import examples, network
-from .cost import forward_seconds, median_seconds
+from .cost import forward_seconds, in_a_fresh_process, median_seconds
 
 BATCH_SIZE = 1024
 
@@ -71,11 +69,7 @@ def bench_peers(cases: Sequence[Case] = CASES, repeats: int = 5) -> list[dict[st
         `one_point`; `fit_ratio`, the fit over `forward`; and `query_ratio`, `top_k_ratio` and
         `one_point_ratio`, each over that of Similarity on the same layers.
     """
-    context, rows = multiprocessing.get_context("spawn"), []
-    for case in cases:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            rows += pool.submit(bench_case, case, repeats).result()
-    return rows
+    return [row for case in cases for row in in_a_fresh_process(bench_case, case, repeats)]
 
 
 def bench_case(case: Case, repeats: int) -> list[dict[str, Any]]:

@@ -11,8 +11,10 @@ belong to a machine, ratios travel.
 from __future__ import annotations
 
 import math
+import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,6 +182,17 @@ def median_seconds(
         run()
         seconds.append(time.perf_counter() - started)
     return float(np.median(seconds[warm_up:]))
+
+
+def in_a_fresh_process(run: Callable[..., Any], *arguments: Any) -> Any:
+    """What a module-level function returns in a process of its own, whose memory and caches are its own.
+
+    Args:
+        run: The function.
+        arguments: Given to it.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(run, *arguments).result()
 
 
 def forward_seconds(model: nn.Module, dataset: Any, *, batch_size: int = 1024, repeats: int = 3) -> float:

@@ -106,7 +106,4 @@ def _read(path: Path) -> CaseResult | None:
 def _write(path: Path, result: CaseResult) -> None:
     text = json.dumps(result.to_dict(), indent=1, allow_nan=False)
 
-    def write(name: str) -> None:
-        Path(name).write_text(text, encoding="utf-8")
-
-    write_whole(path, write)
+    write_whole(path, lambda name: Path(name).write_text(text, encoding="utf-8"))

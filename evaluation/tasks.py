@@ -126,9 +126,8 @@ def load_task(
         "cifar10": models.CIFAR10_TRAINING,
         "synthetic": models.DIGITS_TRAINING,
     }
-    own = data is not None and model is not None
     task = Task(
-        name=f"{data.rpartition(':')[2] if own and data else name}-{len(train)}",
+        name=f"{data.rpartition(':')[2] if data and model else name}-{len(train)}",
         train=train,
         test=test,
         build_model=builders[name] if model is None else import_factory("model", model),
