@@ -25,13 +25,14 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from .. import inputs as data
 from ..errors import bad_type, bad_value
 from ..influence import InfluenceMethod
+from ..installed import install_command
 from ..restoring import same_random_state
 from ..stride import STRIDE
 
 try:
     from dattri.algorithm.base import BaseAttributor
 except ImportError as error:
-    hint = f'The dattri plugin needs dattri: pip install "stride-captum[dattri]" ({error}).'
+    hint = f"The dattri plugin needs dattri: {install_command('dattri')} ({error})."
     raise ImportError(hint) from error
 
 

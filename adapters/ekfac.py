@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .. import inputs as data
 from ..errors import bad_choice, bad_value
 from ..influence import Ask
+from ..installed import install_command
 from .controls import input_keys
 from .gradients import GradientMethod, GradientState
 from .kronfluence_calls import Batch, Kronfluence, tracked_layers
@@ -86,7 +87,7 @@ class EKFAC(GradientMethod):
         try:
             import kronfluence  # noqa: F401
         except ImportError as error:
-            hint = 'EKFAC needs kronfluence: pip install "stride-captum[kronfluence]"'
+            hint = f"EKFAC needs kronfluence: {install_command('kronfluence')}"
             raise ImportError(f"{hint} ({error}).") from error
         for name, value, choices in (("strategy", strategy, STRATEGIES), ("fisher", fisher, FISHERS)):
             if value not in choices:

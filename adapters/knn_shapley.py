@@ -33,9 +33,11 @@ class KNNShapley(Similarity):
 
     and the score of i is its Shapley value, the mean of `v(S + i) - v(S)` over the sizes of S and over the
     sets of each size: the scores of a row add up to v of the whole training set. Distances are Euclidean
-    between unit features, the order of `Similarity`; equal ones go by lower index. Features are those of the
-    penultimate layer unless `layers` says otherwise, as in Jia et al., "Efficient task-specific data
-    valuation for nearest neighbor algorithms" (VLDB 2019), Theorem 1.
+    between unit features, the order of `Similarity`; equal ones go by lower index. Neighbours that follow one
+    another and are all of class c, or all not, have exactly one value: lists of the best examples hold many
+    ties, in the order of the training set. Features are those of the penultimate layer unless `layers` says
+    otherwise, as in Jia et al., "Efficient task-specific data valuation for nearest neighbor algorithms"
+    (VLDB 2019), Theorem 1.
 
     It does not depend on the response, but its sign does: what helps the class lowers the "loss". The
     values of a batch of test points are held at once, `(n_batch, n_train)`.

@@ -20,6 +20,7 @@ from .. import inputs as data
 from ..activations import Tap, check_finite, default_taps, named_taps, recording
 from ..config import STRIDEConfig
 from ..errors import bad_choice, bad_value
+from ..installed import install_command
 from ..responses import class_labels, multiclass_logits, response_value
 from ..restoring import untouched
 from ..stride import STRIDE
@@ -266,7 +267,7 @@ def _cleanlab_quality_scores() -> Callable[..., Any]:
     try:
         from cleanlab.rank import get_label_quality_scores
     except ImportError as error:
-        hint = 'ConfidentLearning needs cleanlab: pip install "stride-captum[cleanlab]"'
+        hint = f"ConfidentLearning needs cleanlab: {install_command('cleanlab')}"
         raise ImportError(hint) from error
     scores: Callable[..., Any] = get_label_quality_scores
     return scores

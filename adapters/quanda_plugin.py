@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from ..errors import bad_type, bad_value
 from ..influence import InfluenceMethod
+from ..installed import install_command
 from ..stride import STRIDE
 
 try:
     from quanda.explainers import Explainer
     from quanda.utils.datasets.dataset_handlers import HuggingFaceDatasetHandler, get_dataset_handler
 except ImportError as error:
-    hint = f'The quanda plugin needs quanda: pip install "stride-captum[quanda]" ({error}).'
+    hint = f"The quanda plugin needs quanda: {install_command('quanda')} ({error})."
     raise ImportError(hint) from error
 
 #: Distance of neighbouring ranks. quanda adds `1e-4 * index` to the scores it sorts, which would put scores

@@ -117,9 +117,8 @@ def recovery_curve(
     Raises:
         ValueError: A number of subsets or a preset that does not exist, before anything is retrained.
     """
-    for k in ks:
-        STRIDEConfig(operators="trained", n_subsets=k)
-    STRIDEConfig.paper(preset)
+    configs = {k: STRIDEConfig(operators="trained", n_subsets=k) for k in ks}
+    paper = STRIDEConfig.paper(preset, **_fitting(task.n_train))
     n_test = min(n_test, len(task.test))
     membership = random_subsets(task.n_train, 100, task.n_train // 2, seed=0)
     plan = RetrainingPlan(task, membership, n_seeds, Path(store), n_test)
@@ -133,8 +132,7 @@ def recovery_curve(
         return lds(results, membership, responses)
 
     points = []
-    for k in ks:
-        config = STRIDEConfig(operators="trained", n_subsets=k)
+    for k, config in configs.items():
         found: dict[str, list[NDArray[Any]]] = {"lasso": [], "ridge": [], "closed form": []}
         seconds, size = 0.0, 0
         for model in models:
@@ -152,7 +150,6 @@ def recovery_curve(
                 k, size, score(found["lasso"]), score(found["ridge"]), score(found["closed form"]), seconds
             )
         )
-    paper = STRIDEConfig.paper(preset, **_fitting(task.n_train))
     preset_scores = [np.asarray(STRIDE(model, task.train, config=paper).influence(batch)) for model in models]
     protocol = {
         "n_train": task.n_train,

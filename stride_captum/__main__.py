@@ -11,6 +11,7 @@ def main() -> None:
 
     `doctor` runs without the extra.
     """
+    from .installed import install_command
     from .process_group import group_of_torchrun, started_by_torchrun
 
     if os.getcwd() not in sys.path:  # as `python -m` does: --data and --model name modules of the user's
@@ -22,7 +23,7 @@ def main() -> None:
             from .doctor import main as doctor
 
             sys.exit(doctor(sys.argv[2:]))
-        sys.exit(f'The command line needs {error.name}: pip install "stride-captum[eval]"')
+        sys.exit(f"The command line needs {error.name}: {install_command('eval')}")
     if started_by_torchrun() and sys.argv[1:2] != ["explain"]:
         said = "Only `explain` runs under torchrun. Retrainings use --jobs, or a cluster through joblib."
         sys.exit(said if os.environ["RANK"] == "0" else 1)

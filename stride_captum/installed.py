@@ -54,7 +54,7 @@ def check_packages() -> list[Finding]:
 def check_extra(name: str) -> Finding:
     """Whether the packages of an extra are there, in the right versions, and can be imported."""
     gives, module = EXTRAS[name]
-    install = f'Run `pip install "{PACKAGE}[{name}]"`.'
+    install = f"Run `{install_command(name)}`."
     wanted = requirements(name)
     missing = [r.name for r in wanted if version(r.name) is None]
     if not wanted:
@@ -70,6 +70,16 @@ def check_extra(name: str) -> Finding:
         detail = f"{gives}; importing it fails: {type(error).__name__}: {error}".rstrip(".")
         return Finding(f"extra {name}", "broken", detail, f"Reinstall it. {install}")
     return Finding(f"extra {name}", "ok", gives)
+
+
+def install_command(extra: str) -> str:
+    """The command that installs what an extra adds, from any folder and wherever this package came from.
+
+    >>> install_command("kronfluence").startswith('pip install "kronfluence>=')
+    True
+    """
+    packages = [f'"{requirement.name}{requirement.specifier}"' for requirement in requirements(extra)]
+    return " ".join(["pip install", *(packages or [f'"{PACKAGE}[{extra}]"'])])
 
 
 def requirements(extra: str = "") -> list[Requirement]:

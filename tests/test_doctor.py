@@ -107,7 +107,7 @@ class TestPackages:
         requires("captum>=0.8", 'kronfluence>=1.0.1; extra == "kronfluence"', captum="0.9.0")
         finding = check_extra("kronfluence")
         assert finding.status == "absent"
-        assert finding.remedy == 'Run `pip install "stride-captum[kronfluence]"`.'
+        assert finding.remedy == 'Run `pip install "kronfluence>=1.0.1"`.'
 
     def test_an_extra_in_another_version_is_broken(self, requires):
         requires('cleanlab>=2.6; extra == "cleanlab"', cleanlab="2.0")

@@ -263,7 +263,5 @@ class TestConfidentLearning:
 def test_without_cleanlab_there_is_a_hint(noisy, monkeypatch):
     monkeypatch.setitem(sys.modules, "cleanlab", None)
     monkeypatch.setitem(sys.modules, "cleanlab.rank", None)
-    with pytest.raises(
-        ImportError, match=r'ConfidentLearning needs cleanlab: pip install "stride-captum\[cleanlab\]"'
-    ):
+    with pytest.raises(ImportError, match=r'ConfidentLearning needs cleanlab: pip install "cleanlab>=\S+"'):
         ConfidentLearning(*noisy)
