@@ -1,6 +1,7 @@
 """Owns the pages of the site: made from the documents, the notebooks and the modules of the checkout.
 
-MkDocs calls `on_files` when it has looked for pages, and `on_page_content` for each page in HTML.
+MkDocs calls `on_files` when it has looked for pages, `on_page_markdown` for each page as it is written, and
+`on_page_content` for each page in HTML.
 """
 
 from __future__ import annotations
@@ -60,6 +61,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         *({title: path} for title, path in DOCUMENTS.items()),
     ]
     return files
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Lead a link to a notebook to its page."""
+    return re.sub(r"(\]\(tutorials/[^)\s]+)\.ipynb\)", r"\1.md)", markdown)
 
 
 def on_page_content(content: str, **_: object) -> str:

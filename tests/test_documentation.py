@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from stride_captum.evaluation import load_task, train_attributed
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("stride_captum", "adapters", "evaluation")
@@ -156,6 +159,24 @@ def test_every_public_class_and_function_has_an_example(package, name):
         assert ">>> " in (vars(found).get("__doc__", found.__doc__) or ""), name
     else:  # a constant, or the name of a type
         assert name in {"__version__", "CONTENDERS", "LAWS", "Law"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_python_of_the_readme_runs_as_printed(tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    script = "".join(block for block in blocks if "torchrun" not in block)
+    torch.manual_seed(0)
+    features, labels = torch.randn(30, 4), torch.arange(30) % 3
+    yours = {"features": features, "logits": torch.randn(30, 3), "labels": labels, "rates": [0.1, 0.1]}
+    yours["more"] = load_task("digits").test
+    yours["files"] = ["a.pt", "b.pt"]
+    model = train_attributed(load_task("digits"), seed=0)
+    monkeypatch.chdir(tmp_path)
+    for name in yours["files"]:
+        torch.save(model.state_dict(), name)
+    exec(script, yours)
+    assert Path("stride.safetensors").exists()
 
 
 def test_the_readme_is_short():
