@@ -93,6 +93,9 @@ Preset = Annotated[
     str,
     typer.Option(help="Size of the task: " + ", ".join(PRESETS) + ".", autocompletion=completion.presets),
 ]
+Models = Annotated[
+    int | None, typer.Option(help="Attributed models [3; for flipped labels and leaked examples 1].")
+]
 Out = Annotated[Path, typer.Option(help="Folder for report.html and results.json.")]
 DataRoot = Annotated[Path | None, typer.Option(help="Folder of MNIST or CIFAR-10 in torchvision's layout.")]
 Data = Annotated[
@@ -187,7 +190,7 @@ def compare_command(
     training: Training = None,
     subsets: Annotated[int | None, typer.Option(help="Random halves of the training set [100].")] = None,
     seeds: Annotated[int | None, typer.Option(help="Retrainings of each half; 2 give a ceiling [2].")] = None,
-    models: Annotated[int | None, typer.Option(help="Attributed models [3].")] = None,
+    models: Models = None,
     spiked: Annotated[int, typer.Option(help="Further models, stopped on a spike of the training loss.")] = 0,
     test_points: Annotated[int | None, typer.Option(help="Half tunes, half is reported [300].")] = None,
     measure: Annotated[
@@ -265,7 +268,7 @@ def compare_command(
             **{name: value for name, value in given.items() if value is not None},
             "store": store,
             "measures": {
-                name: {**measures.get(name, {}), **own.get(name, {})}
+                name: {**measures.get(name, {}), **_models_of(name, models), **own.get(name, {})}
                 for name in dict.fromkeys((*wanted, *own))
             },
             "n_jobs": jobs,
@@ -295,7 +298,7 @@ def reproduce_command(
     ] = None,
     subsets: Annotated[int, typer.Option(help="Random halves that are retrained for LDS.")] = 100,
     seeds: Annotated[int, typer.Option(help="Retrainings of each half.")] = 2,
-    models: Annotated[int, typer.Option(help="Attributed models.")] = 3,
+    models: Models = None,
     test_points: Annotated[int, typer.Option(help="One half tunes, the other is reported.")] = 300,
     settings: Annotated[str | None, typer.Option(help="Options of the table's measure as JSON.")] = None,
     jobs: Annotated[int, typer.Option(help="Processes for the retrainings; -1 takes all cores.")] = -1,
@@ -327,12 +330,13 @@ def reproduce_command(
             measures={
                 printed.measure: {
                     **printed.settings,
+                    **_models_of(printed.measure, models),
                     **({} if settings is None else _json("settings", settings)),
                 }
             },
             n_subsets=subsets,
             n_seeds=seeds,
-            n_models=models,
+            n_models=3 if models is None else models,
             n_test=test_points,
             n_jobs=jobs,
             show_progress=not quiet,
@@ -767,6 +771,11 @@ def _loaded(model: nn.Module, checkpoint: Path) -> nn.Module:
 
 def _training(text: str | None) -> dict[str, Any] | None:
     return None if text is None else _json("training", text)
+
+
+def _models_of(measure: str, models: int | None) -> dict[str, int]:
+    """How many models a measure trains that trains its own: as many as were asked for."""
+    return {} if models is None or measure not in ("mislabel", "leakage") else {"n_models": models}
 
 
 def _json(argument: str, text: str) -> dict[str, Any]:

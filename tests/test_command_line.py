@@ -228,6 +228,16 @@ class TestCompare:
         assert found["rows"] == []
         assert "Leaked test examples" in result.output
 
+    @pytest.mark.parametrize(("settings", "n_models"), [("", 2), (', "n_models": 1', 1)])
+    def test_models_also_counts_those_that_a_measure_trains(self, store, tmp_path, settings, n_models):
+        result = invoke(
+            "compare", "--method", "Similarity", "--preset", "smoke", "--measure", "leakage", "--models", 2,
+            "--store", store, "--out", tmp_path, "--settings", f'{{"leakage": {{"counts": [2]{settings}}}}}',
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        found = json.loads((tmp_path / "results.json").read_text())
+        assert len(found["leakage"][0]["result"]["ranks"]) == n_models
+
     def test_nothing_can_be_resumed_where_nothing_was_started(self, tmp_path):
         result = invoke("compare", "--resume", "--out", tmp_path)
         assert result.exit_code == 2
