@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .memory_budget import MOST_ROWS
+from .memory_budget import MOST_ROWS, blocks
 from .newton import working_dtype
-from .symmetric import gram_matrix
+from .symmetric import add_gram_matrix
 
 _SAMPLE = 512
 
@@ -116,7 +116,7 @@ def _principal(layer: Tensor, width: int, device: torch.device, block_rows: int)
     """The leading eigenvectors of the second moment, `(old width, width)`."""
     old, dtype = layer.shape[1], working_dtype(layer)
     total = torch.zeros(old, old, dtype=torch.float64)
-    for start in range(0, len(layer), block_rows):
-        total += gram_matrix(layer[start : start + block_rows].to(device, dtype)).cpu().double()
+    for rows in blocks(len(layer), block_rows):
+        add_gram_matrix(total, layer[rows].to(device, dtype))
     vectors: Tensor = torch.linalg.eigh(total)[1]
     return vectors[:, -width:].flip(1).to(dtype).to(device)

@@ -15,21 +15,16 @@ _BLOCKS = 4
 _NARROWEST = 128
 
 
-def gram_matrix(rows: Tensor) -> Tensor:
-    """`rows^T rows`.
+def add_gram_matrix(total: Tensor, rows: Tensor) -> None:
+    """Add `rows^T rows` to a sum of such matrices, in its dtype and on its device.
 
     Args:
+        total: Symmetric, `(d, d)`; changed in place.
         rows: `(n, d)`.
-
-    Returns:
-        `(d, d)`.
     """
-    gram = rows.new_empty(rows.shape[1], rows.shape[1])
     for block in _feature_blocks(rows.shape[1]):
-        product = rows[:, block].T @ rows[:, block.start :]
-        gram[block, block.start :] = product
-        gram[block.start :, block] = product.T
-    return gram
+        total[block, block.start :] += (rows[:, block].T @ rows[:, block.start :]).to(total.device)
+        total[block.stop :, block] = total[block, block.stop :].T
 
 
 def inverse_forms(rows: Tensor, factor: Tensor) -> Tensor:

@@ -281,6 +281,15 @@ class TestMoments:
         assert working_dtype(features) == torch.float32
         assert scaled_features(features, moments.scale).dtype == torch.float32
 
+    def test_sums_by_class_lose_no_digits_to_many_rows(self, monkeypatch):
+        """Features behind a ReLU are of one sign: a sum in float32 over all rows would be off by 2e-6."""
+        monkeypatch.setattr("stride_captum.newton._CHEAP", 0)  # or all would be float64
+        features = torch.rand(8192, 6, generator=torch.Generator().manual_seed(0))
+        labels = torch.zeros(8192, dtype=torch.long)
+        moments = feature_moments(features, labels, 2, [6])
+        exact = features.double().sum(0)
+        assert float((moments.targets[:6, 0] / exact - 1).abs().max()) < 3e-7
+
     def test_a_layer_of_zeros_is_left_alone(self):
         features = torch.cat([torch.zeros(5, 2), torch.ones(5, 1)], dim=1)
         moments = feature_moments(features, torch.zeros(5, dtype=torch.long), 2, [2, 1])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from stride_captum.symmetric import gram_matrix, inverse_forms
+from stride_captum.symmetric import add_gram_matrix, inverse_forms
 
 WIDTHS = [1, 127, 128, 129, 300, 600]
 
@@ -21,9 +21,18 @@ def _factor(d: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("d", WIDTHS)
-def test_gram_matrix_is_the_product(d: int) -> None:
-    rows = _rows(40, d)
-    torch.testing.assert_close(gram_matrix(rows), rows.T @ rows)
+def test_the_gram_matrix_of_all_rows_is_added(d: int) -> None:
+    first, rows = _rows(40, d), _rows(41, d)
+    total = first.T @ first
+    add_gram_matrix(total, rows)
+    torch.testing.assert_close(total, first.T @ first + rows.T @ rows)
+    torch.testing.assert_close(total, total.T, rtol=1e-13, atol=1e-13)
+
+
+def test_no_rows_add_nothing() -> None:
+    total = torch.eye(3, dtype=torch.float64)
+    add_gram_matrix(total, torch.zeros(0, 3))
+    assert torch.equal(total, torch.eye(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("d", WIDTHS)
@@ -39,7 +48,8 @@ def test_both_do_five_eighths_of_the_plain_product() -> None:
     rows = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
     factor = torch.eye(d + 1)
     plain = 2 * n * d * d
-    for product in (lambda: gram_matrix(rows), lambda: inverse_forms(rows, factor)):
+    total = torch.zeros(d, d, dtype=torch.float64)
+    for product in (lambda: add_gram_matrix(total, rows), lambda: inverse_forms(rows, factor)):
         with FlopCounterMode(display=False) as counter:
             product()
         assert counter.get_total_flops() <= 0.64 * plain

@@ -173,8 +173,10 @@ class TestWork:
         from stride_captum import newton
 
         taken = []
-        whole = newton.gram_matrix
-        monkeypatch.setattr(newton, "gram_matrix", lambda rows: taken.append(len(rows)) or whole(rows))
+        whole = newton.add_gram_matrix
+        monkeypatch.setattr(
+            newton, "add_gram_matrix", lambda total, rows: taken.append(len(rows)) or whole(total, rows)
+        )
         model, train, _ = trained(MLP, steps=1)
         method = STRIDE(model, train).fit()
         assert taken == [48]
