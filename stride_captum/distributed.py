@@ -34,7 +34,8 @@ class DistributedSTRIDE(STRIDE):
     A class of its own and not a keyword, as `DistributedDataParallel` and `DistributedSampler` are: where a
     call is one that all processes must make, its name says so. Everything else is as with `STRIDE`. Every
     rank makes the same calls with the same arguments and gets the same results, those of a single process
-    up to rounding.
+    up to rounding: 1e-5 of the largest score, and 1e-4 of the largest cosine, which magnifies what is left of
+    examples that the model is sure of.
 
     Each rank passes the whole training set and reads its share of it alone: rows
     `rank * N // world_size` and following. What is summed over the training set (Gram matrix, class
