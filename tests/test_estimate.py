@@ -61,7 +61,8 @@ def test_options_that_are_not_counted_are_run_small(planted, config):
     assert found.fit_seconds > 0
 
 
-def test_a_few_batches_are_read_and_not_the_training_set():
+def test_a_few_batches_are_read_and_not_the_training_set(monkeypatch):
+    monkeypatch.setattr("stride_captum.estimate._LONG_ENOUGH", 0.0)  # as where a batch takes a while
     model, train = network(20_000)
     seen = []
     handle = model.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
@@ -125,6 +126,31 @@ def test_small_runs_are_extrapolated_along_a_line(monkeypatch):
     found = from_small_runs(Linear(model, train, batch_size=256), 7, None)
     assert found.fit_seconds == pytest.approx(5 + 0.25 * 30_000)
     assert found.query_seconds == pytest.approx(1 + 0.5 * 30_000 * 7)
+
+
+def test_runs_grow_until_they_take_a_while(monkeypatch):
+    """A fit that starts fast says nothing of the slope; a query that is slow is not made on many examples."""
+    clock, fits, queries = Clock(), [], []
+    monkeypatch.setattr(time, "perf_counter", clock)
+
+    class StartsFast(Similarity):
+        def fit(self, show_progress=False):
+            n = len(self.train_dataset)
+            fits.append(n)
+            clock.now += max(0.05, 1e-4 * n)
+            return self
+
+        def influence(self, inputs, k=None, *args, **options):
+            queries.append(len(self.train_dataset))
+            clock.now += 0.01 * len(self.train_dataset)
+            return None
+
+    model, train = network(30_000)
+    found = from_small_runs(StartsFast(model, train, batch_size=64), 7, None)
+    assert found.fit_seconds == pytest.approx(3, rel=0.2)
+    assert max(fits) == 4096
+    assert max(queries) == 256
+    assert "64 and 256 and 1,024 and 4,096 training examples" in found.basis
 
 
 def test_wide_features_follow_a_power_of_the_width(monkeypatch):
