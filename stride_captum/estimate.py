@@ -1,9 +1,8 @@
 """Owns the estimate of what a method will cost, and how it is extrapolated from small runs.
 
-Any method is fitted and asked on the first few of its training examples, and on four times as many until
-that takes a while. Seconds and bytes are taken to grow in a straight line with n_train from the last two
-runs. That is what methods do whose work is a pass over the training set plus something that depends on the
-model alone.
+Any method is fitted and asked twice on the first few of its training examples. Seconds and bytes are
+taken to grow in a straight line with n_train from there. That is what methods do whose work is a pass over
+the training set plus something that depends on the model alone.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import copy
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,12 +27,8 @@ if TYPE_CHECKING:
     from .stride import STRIDE
 
 Method = TypeVar("Method", bound="InfluenceMethod")
-#: Seconds, and bytes where the system tells.
-Measured = tuple[float, int | None]
 _SMALL = 1024
 _REPEATS = 3
-#: Seconds from which a run says more of the work than of the machine.
-_LONG_ENOUGH = 0.15
 _STEPS = (4, 16)
 
 
@@ -109,23 +104,23 @@ def from_small_runs(method: Method, n_test: int, k: int | None) -> Estimate:
     Raises:
         ValueError: The length of the training set is not known.
     """
-    n_train, device = training_examples(method), method._work_device()
+    n_train = training_examples(method)
     high = min(n_train, 4 * min(_SMALL, max(method.batch_size, 64)))
     sizes = sorted({max(high // 4, 2), high})
     test, times = some_test_points(method, n_test)
-
-    def fit_of(n: int) -> Measured:
-        return measured(shortened(method, n).fit, device)
-
-    def query_of(n: int) -> Measured:
-        twin = shortened(method, n).fit()
-        return measured(lambda: twin.influence(test, k), device)
-
+    fits: list[tuple[float, int | None]] = []
+    asks: list[tuple[float, int | None]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a fit warns of, it says when it runs
-        fit, fitted = _grown(fit_of, sizes, n_train)
-        query, asked = _grown(query_of, sizes, n_train)
-    ran = sorted({*fitted, *asked})
+        warm = shortened(method, sizes[0]).fit()  # the first run of all imports and allocates
+        warm.influence(data.slice_batch(test, torch.arange(1)), k)
+        for n in sizes:
+            twin, device = shortened(method, n), method._work_device()
+            fits.append(measured(twin.fit, device))
+            asks.append(measured(lambda t=twin: t.influence(test, k), device))  # type: ignore[misc]
+    fit, query = (
+        [along_a_line(sizes, [part[i] for part in parts], n_train) for i in (0, 1)] for parts in (fits, asks)
+    )
     return Estimate(
         n_train=n_train,
         n_test=n_test,
@@ -135,20 +130,8 @@ def from_small_runs(method: Method, n_test: int, k: int | None) -> Estimate:
         fit_bytes=None if fit[1] is None else int(fit[1]),
         query_bytes=None if query[1] is None else int(query[1]),
         disk_bytes=0,
-        basis=f"runs on {' and '.join(f'{n:,}' for n in ran)} training examples",
+        basis=f"runs on {' and '.join(f'{n:,}' for n in sizes)} training examples",
     )
-
-
-def _grown(
-    run: Callable[[int], Measured], sizes: Sequence[int], n_train: int
-) -> tuple[list[float | None], list[int]]:
-    """Seconds and bytes at n_train, and the sizes that were run: ever more until one takes long enough."""
-    sizes = list(sizes)
-    found = [run(n) for n in sizes]
-    while found[-1][0] < _LONG_ENOUGH and sizes[-1] < n_train:
-        sizes.append(min(4 * sizes[-1], n_train))
-        found.append(run(sizes[-1]))
-    return [along_a_line(sizes[-2:], [each[i] for each in found[-2:]], n_train) for i in (0, 1)], sizes
 
 
 def from_fewer_steps(method: STRIDE, n_test: int, k: int | None) -> Estimate:
@@ -166,7 +149,7 @@ def from_fewer_steps(method: STRIDE, n_test: int, k: int | None) -> Estimate:
     return replace(found[-1], fit_seconds=float(seconds or 0), basis=basis)
 
 
-def measured(run: Callable[[], Any], device: torch.device) -> Measured:
+def measured(run: Callable[[], Any], device: torch.device) -> tuple[float, int | None]:
     """Median seconds of a few calls, and the memory that the first one adds."""
     release_free_memory()
     with PeakMemory(device) as memory:
