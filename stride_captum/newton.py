@@ -106,11 +106,11 @@ def feature_moments(
         h = staged(features[rows], labels.device, dtype)
         e = one_hot(labels[rows], h.new_empty(0, n_classes))
         add_gram_matrix(gram[:d, :d], h)
-        gram[:d, d] += h.sum(0).to(gram)
         for few in blocks(len(h), block_rows if dtype == torch.float64 else _CLASS_ROWS):
             targets[:d] += (h[few].T @ e[few]).to(gram)
         targets[d] += e.sum(0).to(gram)
-    gram[d, :d], gram[d, d] = gram[:d, d], n
+    gram[:d, d] = gram[d, :d] = targets[:d].sum(1)  # every example is of one class
+    gram[d, d] = n
     gram, targets = ranks.total(gram, "Gram matrix"), ranks.total(targets, "class moments")
     n = int(gram[d, d])
     energy = gram.diagonal()
