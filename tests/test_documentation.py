@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from stride_captum.evaluation import load_task, train_attributed
+from stride_captum.evaluation import load_task
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("stride_captum", "adapters", "evaluation")
@@ -169,12 +169,11 @@ def test_the_python_of_the_readme_runs_as_printed(tmp_path, monkeypatch):
     torch.manual_seed(0)
     features, labels = torch.randn(30, 4), torch.arange(30) % 3
     yours = {"features": features, "logits": torch.randn(30, 3), "labels": labels, "rates": [0.1, 0.1]}
-    yours["more"] = load_task("digits").test
-    yours["files"] = ["a.pt", "b.pt"]
-    model = train_attributed(load_task("digits"), seed=0)
+    digits = load_task("digits")
+    yours |= {"more": digits.test, "files": ["a.pt", "b.pt"]}
     monkeypatch.chdir(tmp_path)
     for name in yours["files"]:
-        torch.save(model.state_dict(), name)
+        torch.save(digits.build_model().state_dict(), name)
     exec(script, yours)
     assert Path("stride.safetensors").exists()
 
