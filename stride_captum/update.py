@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from . import inputs as data
+from .batch import is_batch
 from .closed_form import ClosedForm
 from .errors import bad_type, bad_value
 from .memory_budget import blocks
@@ -122,7 +123,7 @@ def new_examples(examples: Any) -> Any:
     """Added examples as a data set: a Dataset or DataLoader as it is, or tensors `(inputs..., labels)`."""
     if isinstance(examples, tuple | list) and len(examples) > 1 and all(map(torch.is_tensor, examples)):
         examples = TensorDataset(*examples)
-    if data.is_batch(examples) or data.count_examples(examples) is None:
+    if is_batch(examples) or data.count_examples(examples) is None:
         must = "be a Dataset or DataLoader with a length, or tensors (inputs..., labels)"
         raise bad_type("examples", must, examples)
     data.check_source(examples, "examples")
