@@ -365,7 +365,7 @@ def test_the_factors_of_a_layer_that_reads_what_all_examples_share_do_not_depend
 
 
 class Norms(nn.Module):
-    """Adds the root of a norm, whose gradient at 0 is infinite; of a layer, or of a product with its weight."""
+    """Adds the root of a norm, whose gradient at 0 is infinite."""
 
     def __init__(self, of_layer: bool) -> None:
         super().__init__()
