@@ -100,11 +100,14 @@ def _logits_alone(model: nn.Module, probe: ExampleBatch) -> Tensor:
 def _check_dependence(model: nn.Module, names: Iterable[str], probe: ExampleBatch) -> None:
     """Refuse logits without a gradient, of which every score would be 0."""
     named = dict(model.named_parameters())
-    with torch.enable_grad(), requiring_gradients(named[name] for name in names) as parameters:
+    chosen = {name: named[name] for name in names}
+    with torch.enable_grad(), requiring_gradients(chosen.values()) as parameters:
         logits = probe.logits(model)
-        found: tuple[Tensor | None, ...] = ()
+        found: tuple[Tensor | None, ...] = (None,) * len(parameters)
         if logits.requires_grad:
             found = torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
+        if any(gradient is None for gradient in found):
+            _check_backward(model, dict(zip(chosen, found, strict=True)), probe)
     if all(gradient is None for gradient in found):
         raise bad_value(
             "model",
@@ -112,6 +115,24 @@ def _check_dependence(model: nn.Module, names: Iterable[str], probe: ExampleBatc
             "logits without a gradient with respect to any of them",
             "Look for torch.no_grad or detach in `forward`, for a Batch(forward=...) that calls another "
             "model, and at `layers`.",
+        )
+
+
+def _check_backward(model: nn.Module, found: dict[str, Tensor | None], probe: ExampleBatch) -> None:
+    """Refuse parameters that `backward` gives a gradient and `torch.autograd.grad` does not."""
+    logits = probe.logits(model)
+    try:
+        if logits.requires_grad:
+            logits.sum().backward()
+        missed = [n for n, p in model.named_parameters() if p.grad is not None and found.get(n, p) is None]
+    finally:
+        model.zero_grad(set_to_none=True)
+    if missed:
+        raise bad_value(
+            "model",
+            "give gradients to torch.autograd.grad",
+            f"none for {missed[0]!r}, which backward() has one for",
+            "Turn gradient checkpointing off, or write checkpoint(..., use_reentrant=False).",
         )
 
 

@@ -10,8 +10,6 @@ where M is what distinguishes the methods. A positive score is a proponent for e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
@@ -21,16 +19,15 @@ from torch import Tensor, nn
 from ..batch import ExampleBatch
 from ..config import Residuals, STRIDEConfig
 from ..errors import bad_choice, bad_value
-from ..influence import Ask, InfluenceMethod
+from ..influence import Ask
 from ..memory_budget import rows_that_fit
 from ..residuals import choose_residuals, tempered_residuals
 from ..responses import response_gradient
-from ..restoring import weights_fingerprint, weights_version
 from ..stride import STRIDE
 from .gradient_checks import check_gradients, check_layers, check_model, probe_of
 from .per_example_gradients import Gradients, chosen_parameters, example_gradients, flat
-from .traces import attributes_put_back
-from .working_copies import check_copy, needs_copy, wide_copy, widened
+from .working_copies import check_copy, widened
+from .working_model import OnWorkingCopy
 
 
 @dataclass
@@ -65,7 +62,7 @@ class GradientTest:
     preconditioned: Tensor
 
 
-class GradientMethod(InfluenceMethod):
+class GradientMethod(OnWorkingCopy):
     """Base class of gradient methods; a subclass says what M is.
 
     It implements `_fit_kernel` and `_precondition`, and may replace `_side`, which maps gradients to the
@@ -105,7 +102,6 @@ class GradientMethod(InfluenceMethod):
             raise bad_value("temperature", "be positive, or None", temperature)
         self.residuals = residuals
         self.temperature = temperature
-        self._wide_copy: tuple[Any, nn.Module] | None = None
 
     # What a subclass says.
 
@@ -193,42 +189,6 @@ class GradientMethod(InfluenceMethod):
         residuals: Tensor = form.residuals  # type: ignore[union-attr]
         return residuals
 
-    # The model that it works on.
-
-    def _model_on_device(self) -> nn.Module:
-        """The model, or a copy in float32 whose tensors have gradients, where its own have none worth it."""
-        model = super()._model_on_device()
-        if not needs_copy(model):
-            return model
-        version = weights_version(model)
-        if self._wide_copy is None or self._wide_copy[0] != version:
-            self._wide_copy = version, wide_copy(model)
-        return self._wide_copy[1]
-
-    @contextmanager
-    def _session(self) -> Iterator[nn.Module]:
-        device = self._work_device().type
-        with super()._session() as model, attributes_put_back(model), ExitStack() as stack:
-            if device in ("cpu", "cuda"):  # what the caller casts by autocast has no three digits
-                stack.enter_context(torch.autocast(device, enabled=False))
-            yield model
-
-    def _check_unchanged(self) -> None:
-        if self._fitted_on is not None and self.checkpoints is None and needs_copy(self.model):
-            # What was fitted is the copy, so that is what has the fingerprint.
-            version, fingerprint = weights_version(self.model), self._fitted_on[1]
-            if version != self._fitted_on[0] and weights_fingerprint(self._model_on_device()) == fingerprint:
-                self._fitted_on = version, fingerprint
-        super()._check_unchanged()
-
-    def _batches(self, source: Any, argument: str, show_progress: bool, what: str) -> Iterator[ExampleBatch]:
-        for batch in super()._batches(source, argument, show_progress, what):
-            if len(batch):
-                yield batch
-
-    def _as_logits(self, outputs: Tensor, batch: ExampleBatch) -> Tensor:
-        return widened(super()._as_logits(outputs, batch))
-
     # Gradients and products of them.
 
     def _gradients(self, model: nn.Module, batch: ExampleBatch, vectors: Tensor) -> Gradients:
@@ -276,6 +236,8 @@ class GradientMethod(InfluenceMethod):
     ) -> Tensor:
         left, right = self._both_residuals(state, model, batch, rows)
         sides = self._side(state.kernel, self._gradients(model, batch, right))
+        if rows is not None:
+            check_gradients(sides, rows.start)
         other = sides
         if self.residuals != "training":
             other = self._side(state.kernel, self._gradients(model, batch, left))

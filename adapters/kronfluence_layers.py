@@ -92,8 +92,10 @@ def tracked_layers(model: nn.Module, parameters: Collection[str], batch: Example
     }
     calls: Counter[nn.Module] = Counter()
     hooks = [(module, lambda module, *_: calls.update([module])) for module in names]
+    with hooked(hooks), torch.no_grad():  # a backward pass may call layers again
+        batch.outputs(model)
     weights = [module.weight for module in names]
-    with hooked(hooks), torch.enable_grad(), requiring_gradients(weights) as chosen:
+    with torch.enable_grad(), requiring_gradients(weights) as chosen:
         response = batch.logits(model).sum()
         needed = torch.autograd.grad(response, chosen, allow_unused=True) if chosen else ()
     taken = [m for m, gradient in zip(names, needed, strict=True) if calls[m] and gradient is not None]

@@ -20,16 +20,20 @@ class Positional(nn.Module):
     Args:
         network: The network itself.
         template: A batch, for what is the same for all examples.
+        chosen: Parameters that Captum asks gradients of, in the graph whether the network uses them or not.
     """
 
-    def __init__(self, network: nn.Module, template: ExampleBatch) -> None:
+    def __init__(self, network: nn.Module, template: ExampleBatch, chosen: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.network = network
         self.template = template
+        self.chosen = nn.ParameterList(chosen)
 
     def forward(self, *parts: Any) -> Tensor:
         """Outputs for the parts in the order of `parts_by_position`."""
         outputs = outputs_by_position(self.template, self.network, parts)
+        for parameter in self.chosen:  # Captum fails where there is no gradient
+            outputs = outputs + 0 * (parameter - parameter.detach()).sum().to(outputs)
         return outputs[:, None] if outputs.ndim == 1 else outputs
 
 

@@ -148,7 +148,8 @@ class TracIn(GradientMethod):
         asked: Any = [(*parts_by_position(batch), vectors)]
         if not batched:  # Captum's loop runs every gradient of an example through its whole batch
             asked = [(*parts_by_position(batch[i : i + 1]), v[None]) for i, v in enumerate(vectors)]
-        network = Positional(model, batch)
+        named = dict(model.named_parameters())
+        network = Positional(model, batch, [] if batched else [named[name] for name in self.parameters_])
         with quiet(), attributes_put_back(model):
             captum = self._captum(network, _as_they_are(training), batched)
             scores: Tensor = captum.influence(asked[0] if self.fast else _as_they_are(asked))
@@ -167,8 +168,6 @@ class TracIn(GradientMethod):
         if batched:
             layers = [f"network.{name}" if name else "network" for name in owners(self.parameters_)]
         else:
-            named = dict(network.network.named_parameters())
-            network.chosen = nn.ParameterList(named[name] for name in self.parameters_)
             layers = ["chosen"]
         return TracInCP(
             network,

@@ -1,8 +1,8 @@
 """A working copy of a model whose own tensors are no good for gradients.
 
 Gradients of half precision have three digits (bfloat16) or four, and products of them fewer: scores were off
-by 10 to 35%. Tensors made under `torch.inference_mode` have no gradients at all. Both are copied into float32
-tensors that autograd knows; everything wider keeps its dtype.
+by 10 to 35%. Tensors made under `torch.inference_mode` have no gradients at all, those with hooks may have
+others. All are copied into tensors that autograd knows, in float32 or wider.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ from .traces import hooked
 
 
 def needs_copy(model: nn.Module) -> bool:
-    """Whether a model has parameters or buffers of half precision, or some made under `inference_mode`."""
-    return any(_is_narrow(t) or t.is_inference() for t in [*model.parameters(), *model.buffers()])
+    """Whether gradients of a model's own tensors are no good.
+
+    They are of half precision, or made under `inference_mode`, or have hooks of the user, which change
+    gradients or, as an optimizer that steps in the backward pass, the weights.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    return any(_is_narrow(t) or t.is_inference() or _has_hooks(t) for t in tensors)
 
 
 def wide_copy(model: nn.Module) -> nn.Module:
@@ -110,6 +115,10 @@ def check_copy(model: nn.Module, copied: nn.Module, batch: ExampleBatch) -> None
 def widened(values: Tensor) -> Tensor:
     """Values of half precision in float32, others as they are."""
     return values.float() if _is_narrow(values) else values
+
+
+def _has_hooks(tensor: Tensor) -> bool:
+    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
 
 
 def _is_narrow(tensor: Tensor) -> bool:

@@ -22,6 +22,7 @@ from planted import (
     trained,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from stride_captum import STRIDE, STRIDEConfig
@@ -128,7 +129,41 @@ def shared_argument() -> tuple[nn.Module, Any]:
     return built(Shift).double(), (x, torch.tensor(2.0).double(), y)
 
 
+class Encoder(nn.Module):
+    """Attention, whose eval mode has a shortcut without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(torch.stack([x, x.flip(1)], 1)).mean(1))
+
+
+def encoder_batch() -> tuple[nn.Module, Any]:
+    return built(Encoder).double(), mlp_batch()[1]
+
+
+class Checkpoints(MLP):
+    """Computes its first layer again in the backward pass."""
+
+    def __init__(self, reentrant: bool = False) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = checkpoint(self.fc1, x.requires_grad_(self.reentrant), use_reentrant=self.reentrant)
+        return self.fc3(self.fc2(h.relu()).relu())
+
+
+def checkpointed_batch() -> tuple[nn.Module, Any]:
+    return built(Checkpoints).double(), mlp_batch()[1]
+
+
 BATCHES = [
+    encoder_batch,
+    checkpointed_batch,
     mlp_batch,
     cnn_batch,
     two_inputs_batch,
@@ -588,9 +623,10 @@ class TestOptions:
         x, y = (t.clone() for t in train.tensors)
         x[9] = 0
         method = PlainProducts(built(Norms).double(), TensorDataset(x, y), batch_size=4)
-        for ask in (method.influence, partial(method.influence, normalize="cosine")):
+        asks = [method.influence, partial(method.influence, normalize="cosine")]
+        for ask in [*(partial(ask, test.tensors) for ask in asks), method.self_influence]:
             with pytest.raises(ValueError, match="finite gradients; got NaN or infinity for example 9"):
-                ask(test.tensors)
+                ask()
 
     def test_empty_batches_are_passed_over(self, exact):
         model, train, test = exact
@@ -647,6 +683,22 @@ class TestModels:
             pytest.raises(ValueError, match=match),
         ):
             PlainProducts(model, exact[1]).fit()
+
+    def test_checkpoints_that_hide_gradients_are_refused(self, exact):
+        model = built(lambda: Checkpoints(reentrant=True)).double()
+        with (
+            expect_untouched(model),
+            pytest.raises(
+                ValueError, match=r"`model` must give gradients .* none for 'fc1.weight', .*reentrant"
+            ),
+        ):
+            PlainProducts(model, exact[1]).fit()
+
+    def test_a_layer_that_is_not_used_is_no_reason_to_refuse(self, exact):
+        model, train, test = exact
+        wanted = PlainProducts(model, train).influence(test.tensors)
+        model.spare = nn.Linear(2, 2).double()
+        torch.testing.assert_close(PlainProducts(model, train).influence(test.tensors), wanted)
 
     def test_a_forward_that_calls_another_model_is_refused(self, exact):
         other, train, _ = exact

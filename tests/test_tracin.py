@@ -517,6 +517,16 @@ class TestTheModelComesBack:
 
 
 class TestManners:
+    @pytest.mark.parametrize("batched", [False, True])
+    def test_parameters_that_are_not_used_add_nothing(self, mlp, batched):
+        model, train, test = mlp
+        wanted = TracIn(model, train).influence(test.tensors)
+        model.spare = nn.Linear(2, 2).double() if batched else nn.PReLU(3).double()
+        method = TracIn(model, train)
+        torch.testing.assert_close(method.influence(test.tensors), wanted)
+        assert "spare.weight" in method.parameters_
+        assert method.batched_ == batched
+
     @pytest.mark.parametrize("size", [1, 2])
     def test_the_shortcut_is_looked_at_with_several_examples_where_batches_hold_one(self, size):
         model, train, test = untrained(lambda: Tokens("a learned query"), TOKENS)

@@ -174,6 +174,30 @@ def test_a_model_made_under_inference_mode_has_the_scores_of_an_ordinary_one(met
     assert weights_fingerprint(model) == before
 
 
+# Hooks on parameters.
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name_of)
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_of_parameters_change_neither_scores_nor_weights(method, kind) -> None:
+    model, train, test = trained(MLP, n_train=12, steps=2)
+    wanted = method(model, train).influence(test.tensors)
+
+    def clip(gradient: Tensor) -> Tensor:
+        return gradient.clamp(-0.01, 0.01)
+
+    def step(parameter: Tensor) -> None:
+        parameter.data.sub_(parameter.grad)
+
+    for parameter in model.parameters():
+        getattr(parameter, kind)(clip if kind == "register_hook" else step)
+    before = weights_fingerprint(model)
+    found = method(model, train)
+    torch.testing.assert_close(found.influence(test.tensors), wanted)
+    found.self_influence()
+    assert weights_fingerprint(model) == before
+
+
 # Copies.
 
 

@@ -1,0 +1,64 @@
+"""Base class of methods that work on a copy of the model where its own tensors are no good for gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import ExampleBatch
+from ..influence import InfluenceMethod
+from ..restoring import weights_fingerprint, weights_version
+from .traces import attributes_put_back
+from .working_copies import needs_copy, wide_copy, widened
+
+
+class OnWorkingCopy(InfluenceMethod):
+    """A method whose model has gradients worth having, in float32 or wider.
+
+    Args:
+        model: As for every method.
+        train_dataset: As for every method.
+        **options: Those of `InfluenceMethod`.
+    """
+
+    def __init__(self, model: nn.Module, train_dataset: Any, **options: Any) -> None:
+        super().__init__(model, train_dataset, **options)
+        self._wide_copy: tuple[Any, nn.Module] | None = None
+
+    def _model_on_device(self) -> nn.Module:
+        """The model, or a copy in float32 whose tensors have gradients, where its own have none worth it."""
+        model = super()._model_on_device()
+        if not needs_copy(model):
+            return model
+        version = weights_version(model)
+        if self._wide_copy is None or self._wide_copy[0] != version:
+            self._wide_copy = version, wide_copy(model)
+        return self._wide_copy[1]
+
+    @contextmanager
+    def _session(self) -> Iterator[nn.Module]:
+        device = self._work_device().type
+        with super()._session() as model, attributes_put_back(model), ExitStack() as stack:
+            if device in ("cpu", "cuda"):  # what the caller casts by autocast has no three digits
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield model
+
+    def _check_unchanged(self) -> None:
+        if self._fitted_on is not None and self.checkpoints is None and needs_copy(self.model):
+            # What was fitted is the copy, so that is what has the fingerprint.
+            version, fingerprint = weights_version(self.model), self._fitted_on[1]
+            if version != self._fitted_on[0] and weights_fingerprint(self._model_on_device()) == fingerprint:
+                self._fitted_on = version, fingerprint
+        super()._check_unchanged()
+
+    def _batches(self, source: Any, argument: str, show_progress: bool, what: str) -> Iterator[ExampleBatch]:
+        for batch in super()._batches(source, argument, show_progress, what):
+            if len(batch):
+                yield batch
+
+    def _as_logits(self, outputs: Tensor, batch: ExampleBatch) -> Tensor:
+        return widened(super()._as_logits(outputs, batch))
