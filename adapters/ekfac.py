@@ -134,7 +134,7 @@ class EKFAC(GradientMethod):
             state.kernel = self._kronfluence(model).fit(
                 lambda draw: self._fisher_batches(state.loss_residuals, draw, show_progress)
             )
-        except torch.linalg.LinAlgError:  # what eigh says of NaN
+        except RuntimeError:  # what eigh says of NaN
             self._find_bad_gradient(model, state.loss_residuals)
             raise
         self._check_damping(self.damping, state)
@@ -144,11 +144,12 @@ class EKFAC(GradientMethod):
         """The layout in which products of the gradients of a few examples are those of autograd."""
         vectors = self._probe_vectors(model)
         wanted = self._plain_products(model, layers, vectors)
-        batches = [{"gradients": vectors, "residuals": vectors, "examples": self._probe}]
-        wrong, fault = layers, None
+        few: Batch = {"gradients": vectors, "residuals": vectors, "examples": self._probe}
+        wrong: list[str] = layers
+        fault: Exception | None = None
         for layout in LAYOUTS:
             try:
-                found = Kronfluence(model, layers, layout=layout).scores_by_layer(*batches, batches)
+                found = Kronfluence(model, layers, layout=layout).scores_by_layer(few, [few])
             except Exception as error:  # of kronfluence or of a reshape: not in this layout
                 fault = fault or error
                 continue

@@ -89,7 +89,9 @@ class LabelNoiseDetector(ABC):
 
     def _read(self, taps: Sequence[Tap] = ()) -> tuple[Tensor, Tensor, Tensor]:
         """Features at the taps `(n_train, n_features)`, logits `(n_train, n_classes)` and labels."""
-        features, logits, labels = [], [], []
+        features: list[Tensor] = []
+        logits: list[Tensor] = []
+        labels: list[Tensor] = []
         with untouched(self.model), torch.no_grad(), recording(self.model, taps) as run:
             check = OutputCheck(self.loss, self.model)
             for batch in self._passes.walk():
