@@ -105,7 +105,7 @@ def _check_dependence(model: nn.Module, names: Iterable[str], probe: ExampleBatc
         logits = probe.logits(model)
         found: tuple[Tensor | None, ...] = (None,) * len(parameters)
         if logits.requires_grad:
-            found = torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
+            found = _gradients(logits, parameters)
         if any(gradient is None for gradient in found):
             _check_backward(model, dict(zip(chosen, found, strict=True)), probe)
     if all(gradient is None for gradient in found):
@@ -116,6 +116,18 @@ def _check_dependence(model: nn.Module, names: Iterable[str], probe: ExampleBatc
             "Look for torch.no_grad or detach in `forward`, for a Batch(forward=...) that calls another "
             "model, and at `layers`.",
         )
+
+
+def _gradients(logits: Tensor, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
+    except RuntimeError as error:
+        raise bad_value(
+            "model",
+            "be differentiable by autograd with respect to the parameters that are chosen",
+            f"the error: {error}",
+            "Choose others by `layers`, or change `forward`.",
+        ) from error
 
 
 def _check_backward(model: nn.Module, found: dict[str, Tensor | None], probe: ExampleBatch) -> None:

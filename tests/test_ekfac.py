@@ -495,6 +495,7 @@ def test_a_layer_with_two_names_and_one_without_effect() -> None:
     found, wanted = (EKFAC(built(build).double(), train) for build in (Aliases, Plain))
     torch.testing.assert_close(found.influence(test.tensors), wanted.influence(test.tensors))
     assert found.parameters_ == ["first.weight", "first.bias", "last.weight", "last.bias"]
+    assert found.layout_ == "rows"
 
 
 def test_weights_that_two_modules_share_are_refused() -> None:

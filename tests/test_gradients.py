@@ -694,6 +694,20 @@ class TestModels:
         ):
             PlainProducts(model, exact[1]).fit()
 
+    def test_what_autograd_objects_to_is_said_with_the_remedy(self, exact):
+        class Overwrites(MLP):
+            def forward(self, x: Tensor) -> Tensor:
+                h = self.fc1(x).relu()
+                h += 1  # the backward pass of ReLU needs it
+                return self.fc3(self.fc2(h).relu())
+
+        model, (_, train, test) = built(Overwrites).double(), exact
+        with pytest.raises(
+            ValueError, match=r"`model` must be differentiable by autograd .* inplace .*`layers`"
+        ):
+            PlainProducts(model, train).fit()
+        assert PlainProducts(model, train, layers=["fc3"]).influence(test.tensors).isfinite().all()
+
     def test_a_layer_that_is_not_used_is_no_reason_to_refuse(self, exact):
         model, train, test = exact
         wanted = PlainProducts(model, train).influence(test.tensors)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from captum.influence import TracInCP
-from planted import BatchNormCNN, built, expect_untouched, trained, unusual
+from planted import BatchNormCNN, built, expect_untouched, planted_classes, trained, unusual
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.utils.data import TensorDataset
 
 from stride_captum.adapters import EKFAC, TRAK, CaptumInfluence, DiagonalEKFAC, TracIn
 from stride_captum.adapters.captum_influence import ResidualLoss, keep_weights
@@ -138,6 +139,45 @@ def test_nothing_is_left_wherever_an_exception_comes(name, place) -> None:
                 assert isinstance(raised_by(ask), Injected | None)
             assert (attributes(model), list(warnings.filters), gc.get_freeze_count()) == before
     assert torch.equal(vmap(torch.sin)(torch.ones(2)), torch.ones(2).sin())  # no transform is open
+
+
+class WritesToItsInput(nn.Module):
+    """Normalizes in place, as networks do that save memory."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.fc, self.relu, self.head, self.in_place = (
+            nn.Linear(6, 5),
+            nn.ReLU(True),
+            nn.Linear(5, 3),
+            in_place,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.sub_(0.5).div_(2) if self.in_place else (x - 0.5) / 2
+        h = self.fc(x)
+        h += 1
+        return self.head(self.relu(h))
+
+
+@pytest.mark.parametrize("batch_size", [4, 100])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "TracIn"])
+def test_data_stay_as_they_are_under_a_network_that_writes_to_them(name, batch_size) -> None:
+    x, y = planted_classes(9).tensors
+    u, v = planted_classes(3, seed=1).tensors
+    before = x.clone(), u.clone()
+    scores = []
+    for in_place in (False, True):
+        model = built(partial(WritesToItsInput, in_place)).eval()
+        options = {"layers": ["fc", "head"]} if name == "TracIn one by one" else {}
+        method = METHODS[name](model, TensorDataset(x, y), batch_size=batch_size, **options)
+        scores.append(
+            [method.influence((u, v)), method.influence((u, v), normalize="cosine"), method.self_influence()]
+        )
+        assert torch.equal(x, before[0])
+        assert torch.equal(u, before[1])
+    for found, wanted in zip(*scores, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_hooks_are_gone_also_where_one_cannot_be_put_on() -> None:

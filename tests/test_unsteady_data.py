@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from captum.influence import TracInCP
-from planted import MLP, trained
+from planted import MLP, BatchNormCNN, trained
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -218,3 +218,13 @@ def test_empty_batches_change_no_detector(problem, detector) -> None:
     batches = [(x[:25], y[:25]), (x[:0], y[:0]), (x[25:], y[25:]), (x[:0], y[:0])]
     found = detector(model, DataLoader(batches, batch_size=None)).mislabel_scores()
     torch.testing.assert_close(found, detector(model, train).mislabel_scores(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*GRADIENTS, *IN_ONE_PASS])
+def test_a_last_batch_of_one_example_changes_nothing_under_batch_norm(name) -> None:
+    model, train, test = trained(BatchNormCNN, n_train=9, steps=2)
+    build = {**GRADIENTS, **IN_ONE_PASS}[name]
+    last = {"layers": ["fc"]} if name == "TracIn fast" else {}
+    wanted = build(model, train, **last).influence(test.tensors)
+    found = build(model.train(), train, batch_size=4, **last).influence(DataLoader(test, 3))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
