@@ -76,12 +76,12 @@ def outputs_by_position(template: ExampleBatch, model: Callable[..., Any], parts
 
 def _like(kind: Any, part: Any) -> Any:
     """A copy of a part that a loader has put together, in the form that the data set gives it."""
+    if isinstance(kind, list | tuple):
+        return type(kind)(part.tolist() if isinstance(part, Tensor) else part)
     if not isinstance(part, Tensor):
-        return list(part) if isinstance(kind, list) else part
+        return part
     if isinstance(kind, np.ndarray):
         return part.detach().cpu().numpy().copy()
-    if isinstance(kind, list):
-        return part.tolist()
     return part.clone()  # stays in the graph: Captum's hooks want inputs that require a gradient
 
 
