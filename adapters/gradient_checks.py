@@ -158,7 +158,10 @@ def check_gradients(sides: Tensor, start: int) -> None:
     Raises:
         ValueError: NaN or infinity.
     """
-    finite = torch.isfinite(sides.flatten(1)).all(1)
+    rows = sides.flatten(1)
+    if bool(torch.isfinite(rows.sum(1)).all()):  # one look at each number, not three
+        return
+    finite = torch.isfinite(rows).all(1)
     if not bool(finite.all()):
         raise bad_value(
             "train_dataset",

@@ -69,7 +69,8 @@ class GradientMethod(OnWorkingCopy):
     coordinates in which M acts.
 
     Args:
-        model: As for every method; its frozen parameters are left out (unless all are).
+        model: As for every method; its frozen parameters are left out (unless all are). Of a model in half
+            precision gradients are taken in a float32 copy, which is kept.
         train_dataset: As for every method.
         residuals: "training" as published, or "temperature", "leave-one-out" and "both", which take the
             example out of its own sample (`stride_captum.residuals`).
