@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import resource
+import mmap
 import threading
 from contextlib import suppress
 from types import TracebackType
@@ -74,7 +74,7 @@ def resident_bytes() -> int | None:
             _, resident, shared = map(int, file.read().split()[:3])
     except OSError:
         return None
-    return (resident - shared) * resource.getpagesize()
+    return (resident - shared) * mmap.PAGESIZE
 
 
 def release_free_memory() -> None:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from scipy import sparse
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
 from .config import STRIDEConfig
+from .digests import data_fingerprint
 from .errors import bad_type, bad_value
 from .operators import SteeringOperators
-from .restoring import bits, same_random_state
+from .restoring import same_random_state
 from .whole_files import write_whole
 
 if TYPE_CHECKING:
@@ -106,55 +103,6 @@ def load_method(
     for name, value in learned.items():
         setattr(method, name, value)
     return method
-
-
-def data_fingerprint(dataset: Any, sampled: bool = False) -> str:
-    """SHA-256 of a data set's length and contents, and of the order in which a loader reads it.
-
-    All of a `TensorDataset` is read; of others, 64 examples spread evenly over it: a change between these
-    goes unseen.
-
-    Args:
-        dataset: Data set or loader.
-        sampled: Take 64 examples of a `TensorDataset` as well.
-    """
-    source = dataset.dataset if isinstance(dataset, DataLoader) else dataset
-    if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
-        return "unknown: an iterable data set"
-    n, digest = len(source), hashlib.sha256()
-    with same_random_state():
-        if isinstance(dataset, DataLoader) and type(dataset.sampler) is not SequentialSampler:
-            order = dataset.sampler if dataset.batch_sampler is None else dataset.batch_sampler
-            digest_item(list(order), digest)
-        digest.update(str(n).encode())
-        if type(source) is TensorDataset and not sampled:
-            digest_item(source.tensors, digest)
-        else:
-            for i in np.unique(np.linspace(0, n - 1, num=min(n, _SAMPLES)).astype(int)):
-                digest_item(source[int(i)], digest)
-    return digest.hexdigest()
-
-
-def digest_item(item: Any, digest: Any) -> None:
-    """Feed the content of an example or a part of one to a hash; of an unknown object only its type."""
-    if isinstance(item, Tensor):
-        digest.update(f"{item.dtype} {tuple(item.shape)}".encode())
-        digest.update(bits(item).numpy().data)
-    elif isinstance(item, Mapping):
-        for key in sorted(item):
-            digest.update(str(key).encode())
-            digest_item(item[key], digest)
-    elif isinstance(item, tuple | list):
-        for part in item:
-            digest_item(part, digest)
-    elif hasattr(item, "__array__") or hasattr(item, "__array_interface__"):
-        array = np.ascontiguousarray(item)
-        digest.update(f"{array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    elif isinstance(item, str | bytes | int | float | None):
-        digest.update(repr(item).encode())
-    else:  # the repr of other objects may hold their address
-        digest.update(type(item).__qualname__.encode())
 
 
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

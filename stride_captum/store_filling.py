@@ -1,4 +1,4 @@
-"""Owns the walk over a training set that fills a feature store, or compares the examples with it."""
+"""Walk over a training set that fills a feature store, or compares the examples with it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import inputs as data
+from .digests import ExampleDigest
 from .errors import bad_value
-from .store_files import ExampleDigest, Manifest, StoreFiles
+from .store_files import Manifest, StoreFiles
 
 #: Of one batch: the rows of each tap, the logits `(n, n_classes)` and the labels `(n,)`.
 Computed = tuple[Sequence[Tensor], Tensor, Tensor]
@@ -109,7 +110,13 @@ class Filling:
 
     def _refuse(self, got: str) -> None:
         where = f"hold the examples that the feature store {str(self.files.folder)!r} was built from"
-        raise bad_value("train_dataset", where, got, "Give another folder, or delete this one.")
+        raise bad_value(
+            "train_dataset",
+            where,
+            got,
+            "Give another folder, or delete this one; leave `feature_store` out if examples differ from one "
+            "reading to the next.",
+        )
 
 
 def _check_range(features: Tensor) -> None:

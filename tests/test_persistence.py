@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from planted import (
@@ -15,7 +14,6 @@ from planted import (
     MLP,
     BatchNormCNN,
     Fails,
-    ListOfDicts,
     built,
     expect_untouched,
     planted_classes,
@@ -23,11 +21,10 @@ from planted import (
 )
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from stride_captum import STRIDE, InfluenceMethod, STRIDEConfig, persistence
 from stride_captum.adapters import Random, Similarity
-from stride_captum.persistence import data_fingerprint
 
 TRAINED = {"operators": "trained", "subsets": "partition", "n_subsets": 8, "rank": 4, "iterations": 5}
 CONFIGS = {
@@ -314,56 +311,3 @@ class TestAtomicWrite:
             STRIDE(model, train, config=STRIDEConfig(damping=damping)).fit().save(tmp_path / "method")
         assert STRIDE.load(tmp_path / "method", model, train).config.damping == 0.5
         assert os.listdir(tmp_path) == ["method"]
-
-
-class TestDataFingerprint:
-    def test_every_kind_of_example_counts(self):
-        class Items(list):
-            pass
-
-        class Picture:
-            """As PIL's: an address in its repr, its pixels in the array interface."""
-
-            def __init__(self, value: int) -> None:
-                self.pixels = np.full(3, value)
-                self.__array_interface__ = self.pixels.__array_interface__
-
-        def prints(make: Any) -> set[str]:
-            return {data_fingerprint(Items([make(i), make(0)])) for i in range(3)}
-
-        for make in (
-            lambda i: (torch.tensor(i), 0),
-            lambda i: {"x": torch.tensor([i]), "labels": 1},
-            lambda i: (np.array([i]), [0]),
-            lambda i: (Picture(i), 0),
-            lambda i: ("text", i),
-            lambda i: (None, float(i)),
-        ):
-            assert len(prints(make)) == 3
-            assert prints(make) == prints(make)
-
-    def test_all_of_a_tensor_data_set_and_samples_of_others(self):
-        x = torch.zeros(1000)
-        prints = set()
-        for i in (None, *range(0, 1000, 97)):
-            changed = x.clone()
-            if i is not None:
-                changed[i] = 1
-            prints.add(data_fingerprint(TensorDataset(changed)))
-        assert len(prints) == 12
-        assert data_fingerprint(ListOfDicts(100)) != data_fingerprint(ListOfDicts(101))
-        assert data_fingerprint(ListOfDicts(100)) == data_fingerprint(ListOfDicts(100))
-
-    def test_streams_are_unknown(self):
-        class Stream(IterableDataset):
-            def __len__(self) -> int:
-                return 3
-
-            def __iter__(self) -> Iterator[int]:
-                return iter(range(3))
-
-        assert (
-            data_fingerprint(Stream())
-            == data_fingerprint(DataLoader(Stream()))
-            == "unknown: an iterable data set"
-        )
