@@ -124,7 +124,8 @@ class StoreFiles:
             got = f"a manifest in {str(self.folder)!r} that names {name!r}"
             raise bad_value("feature_store", "keep its files in its own folder", got, _REMEDY)
         if path.is_symlink():
-            raise bad_value("feature_store", "hold files, not links", f"the link {str(path)!r}", _REMEDY)
+            remedy = "Delete the link, or give another folder."
+            raise bad_value("feature_store", "hold files, not links", f"the link {str(path)!r}", remedy)
         return path
 
     @contextmanager
