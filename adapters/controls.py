@@ -15,11 +15,13 @@ from .. import inputs as data
 from ..errors import bad_value
 from ..influence import Ask, InfluenceMethod
 from ..restoring import bits
+from ..saved_values import saved_as
 
 #: Columns that one generator serves.
 _CHUNK = 1024
 
 
+@saved_as("random")
 @dataclass
 class RandomState:
     """What a control keeps.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import bad_choice, bad_value
 from ..inputs import slice_batch
+from ..saved_values import saved_as
 from .dense_sides import dense_layers, dense_sides
 from .fisher import FISHERS, fisher_sample, fisher_vectors
 from .gradients import GradientMethod
@@ -26,6 +27,7 @@ from .per_example_gradients import example_gradients
 DENSE = ("kronecker", "diagonal")
 
 
+@saved_as("diagonal-ekfac")
 @dataclass
 class DiagonalKernel:
     """M of one model, by parameter.

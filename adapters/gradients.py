@@ -22,10 +22,12 @@ from ..influence import Ask, InfluenceMethod
 from ..memory_budget import rows_that_fit
 from ..residuals import choose_residuals, tempered_residuals
 from ..responses import response_gradient
+from ..saved_values import saved_as
 from ..stride import STRIDE
 from .per_example_gradients import Gradients, chosen_parameters, example_gradients, flat
 
 
+@saved_as("gradients")
 @dataclass
 class GradientState:
     """What a gradient method keeps.

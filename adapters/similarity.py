@@ -12,8 +12,10 @@ from .. import inputs as data
 from ..activations import Tap, check_finite, default_taps, named_taps, recording
 from ..influence import Ask, InfluenceMethod
 from ..responses import multiclass_logits
+from ..saved_values import saved_as
 
 
+@saved_as("similarity")
 @dataclass
 class SimilarityState:
     """Unit features of the training set.

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from ..errors import bad_value
 from ..responses import response_gradient
+from ..saved_values import saved_as
 from .count_sketch import count_sketch, random_places
 from .gradients import GradientMethod, GradientState
 from .per_example_gradients import Gradients, chosen_parameters
 
 
+@saved_as("trak")
 @dataclass
 class TRAKKernel:
     """What TRAK keeps of one model.

@@ -153,9 +153,10 @@ def _left_alone(
     load: LoadCheckpoint, model: nn.Module, checkpoint: Any, before: Mapping[str, tuple[Any, int, Tensor]]
 ) -> list[str]:
     """Parameters that the function does not write to."""
-    now, same = dict(model.named_parameters()), {}
+    there = set(map(id, model.parameters()))
+    same: dict[str, tuple[Any, Tensor]] = {}
     for key, (parameter, version, old) in before.items():
-        if now.get(key) is parameter and parameter._version == version and torch.equal(parameter, old):
+        if id(parameter) in there and parameter._version == version and torch.equal(parameter, old):
             same[key] = (parameter, old)
     if not same:
         return []
@@ -165,8 +166,8 @@ def _left_alone(
     left = list(same)
     try:
         load(model, checkpoint)
-        now = dict(model.named_parameters())
-        left = [key for key, (p, old) in same.items() if now.get(key) is p and torch.equal(p, _other(old))]
+        there = set(map(id, model.parameters()))
+        left = [key for key, (p, old) in same.items() if id(p) in there and torch.equal(p, _other(old))]
     finally:
         with torch.no_grad():
             for key in left:

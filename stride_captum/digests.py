@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
+from . import inputs as data
 from .errors import bad_value
 from .restoring import bits, same_random_state
+
+if TYPE_CHECKING:
+    from .influence import InfluenceMethod
 
 #: What `data_fingerprint` says of data that can only be read from the first example to the last.
 STREAM = "unknown: an iterable data set"
@@ -48,6 +52,16 @@ class Digests:
         """Several digests, one after the other."""
         return cls(torch.cat([p.labels for p in parts]), torch.cat([p.inputs for p in parts]))
 
+    def rows(self, rows: Tensor) -> Digests:
+        """The digests of some examples."""
+        return Digests(self.labels[rows], self.inputs[rows])
+
+    def replaced(self, rows: Tensor, others: Digests) -> Digests:
+        """The digests with others in some places."""
+        return Digests(
+            self.labels.index_copy(0, rows, others.labels), self.inputs.index_copy(0, rows, others.inputs)
+        )
+
     @classmethod
     def of(cls, n: int, labels: Any, inputs: Iterable[Any]) -> Digests:
         """Digests of the `n` examples of a batch.
@@ -61,6 +75,57 @@ class Digests:
             row_digests(n, () if labels is None else (labels,)),
             row_digests(n, inputs),
         )
+
+
+def digest_training_set(method: InfluenceMethod) -> Digests:
+    """Digests of a method's training set, in the order of its columns.
+
+    The data set is read once, and the model is not run. The caller's random state is left as it was.
+    """
+    with same_random_state():
+        return read_digests(method)
+
+
+def read_digests(method: InfluenceMethod) -> Digests:
+    """`digest_training_set`, which draws random numbers where the data set does."""
+    return Digests.joined([digest_batch(batch) for batch in method._train_batches(False)])
+
+
+def digest_batch(batch: Any) -> Digests:
+    """Digests of the examples of a batch `(inputs..., labels)` or dict; 0 for labels that are not there."""
+    n = data.batch_length(batch)
+    return Digests.of(n, data.labels_of(batch), _inputs(batch, n))
+
+
+def input_bytes(batch: Any) -> int:
+    """Bytes of the inputs of a batch."""
+    n = data.batch_length(batch)
+    return sum(len(row) for part in _inputs(batch, n) for row in _rows(part, n))
+
+
+def _inputs(batch: Any, n: int) -> Iterator[Any]:
+    if isinstance(batch, Mapping):
+        return _parts({key: value for key, value in batch.items() if key != data.LABEL_KEY}, n)
+    return _parts(list(batch[:-1] if len(batch) > 1 else batch), n)
+
+
+def _parts(value: Any, n: int) -> Iterator[Any]:
+    """What there is for each of `n` examples; what they share is given to all of them."""
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            yield from _parts(value[key], n)
+    elif isinstance(value, Tensor | np.ndarray):
+        yield value if value.ndim and len(value) == n else [value] * n
+    elif isinstance(value, list | tuple):
+        if len(value) == n and not any(
+            isinstance(v, Tensor | np.ndarray | Mapping | list | tuple) for v in value
+        ):
+            yield value  # texts and the like
+        else:
+            for part in value:
+                yield from _parts(part, n)
+    else:
+        yield [value] * n
 
 
 def row_digests(n: int, parts: Iterable[Any]) -> Tensor:
@@ -77,7 +142,7 @@ def row_digests(n: int, parts: Iterable[Any]) -> Tensor:
     for part in parts:
         for i, row in enumerate(_rows(part, n)):
             digests[i] = zlib.crc32(row, digests[i])
-    return torch.tensor(digests, dtype=torch.int64)
+    return torch.tensor(digests, dtype=torch.int64, device="cpu")
 
 
 def _rows(part: Any, n: int) -> Iterable[Any]:

@@ -156,7 +156,7 @@ class DistributedSTRIDE(STRIDE):
             settings["feature_store"]["path"] = str(Path(self.feature_store.path).parent)
         return settings
 
-    def _change(self: Self, *_: Any) -> Self:
+    def _check_changeable(self) -> None:
         must = "be changed in a single process"
         raise bad_value("train_dataset", must, f"a group of {self.ranks.size}", "Fit again.")
 

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from . import inputs as data
 from .checkpoints import LoadCheckpoint, checkpoint_list, load_checkpoint
+from .digests import Digests
 from .errors import bad_choice, bad_type, bad_value
 from .estimate import Estimate, from_small_runs
 from .memory_budget import parse_bytes, rows_that_fit
@@ -114,6 +115,8 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         fit_seconds_: Duration of `fit`.
         query_seconds_: Duration of the last `influence`.
         peak_bytes_: Most memory that `fit` or the last `influence` has added (`PeakMemory`).
+        digests_: `Digests` of the training examples, in the order of the columns.
+        compared_: After `load`: what of the training set was compared with that of the saved method.
 
     >>> class SameClass(InfluenceMethod):
     ...     def _fit_checkpoint(self, model, show_progress):
@@ -136,6 +139,8 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
     reads_training_data: ClassVar[bool] = False
     #: The processes that share the training set.
     ranks: Alone = ALONE
+    digests_: Digests | None
+    compared_: str
 
     def __init__(
         self,
@@ -652,29 +657,45 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
             path: File name.
 
         Raises:
-            ValueError: Nothing has been fitted.
+            ValueError: Nothing has been fitted, or `path` is a folder.
+            OSError: The file cannot be written.
         """
         from .persistence import save_method
 
         save_method(self, path)
 
     @classmethod
-    def load(cls: type[Self], path: str | Path, model: nn.Module, train_dataset: Any, **options: Any) -> Self:
-        """Read a method that `save` has written; no pass over the training set is made.
+    def load(
+        cls: type[Self],
+        path: str | Path,
+        model: nn.Module,
+        train_dataset: Any,
+        *,
+        changed: str = "refuse",
+        **options: Any,
+    ) -> Self:
+        """Read a method that `save` has written, without a pass of the training set through the model.
+
+        The labels of all training examples are compared with those that the method was fitted on, and their
+        inputs up to `stale_data.INPUT_BYTES`; `compared_` says what was. That reads the data set, unless its
+        labels can be had alone and its inputs are more than that.
 
         Args:
             path: File name.
             model: The model that it was fitted on.
             train_dataset: The training set that it was fitted on.
+            changed: What to do about examples that have changed: "refuse" them; "update" the method by these
+                alone (closed-form STRIDE: what a refit would give); or "ignore", which compares nothing but
+                the length, for data that are slow to read and sure to be the same.
             **options: Constructor arguments that are not saved (device, checkpoints, ...), or another
                 batch_size.
 
         Raises:
-            ValueError: The file belongs to other weights, other data or another class.
+            ValueError: The file is damaged, or belongs to other weights, other data or another class.
         """
         from .persistence import load_method
 
-        return load_method(cls, path, model, train_dataset, options)
+        return load_method(cls, path, model, train_dataset, options, changed)
 
     def _states_to_save(self) -> list[Any]:
         """What `save` keeps of each checkpoint."""

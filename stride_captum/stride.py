@@ -19,6 +19,7 @@ from .checkpoints import LoadCheckpoint, load_checkpoint
 from .closed_form import ClosedForm, fit_closed_form
 from .closed_form_estimate import estimate_closed_form
 from .config import STRIDEConfig, html_table
+from .digests import Digests, digest_training_set
 from .errors import bad_type, bad_value
 from .estimate import Estimate, from_fewer_steps
 from .feature_store import FeatureStore
@@ -31,7 +32,7 @@ from .steering import TrainedSteering, fit_steering
 from .store_files import as_tensor
 from .store_filling import Computed
 from .subsets import coverage
-from .update import Changed, new_examples, rows_to_keep, with_examples, without_examples
+from .update import Changed, new_examples, rows_to_keep, with_examples, with_others, without_examples
 
 Self = TypeVar("Self", bound="STRIDE")
 
@@ -314,16 +315,12 @@ class STRIDE(InfluenceMethod):
             TypeError: Examples of another kind, or without a length.
         """
         examples = new_examples(examples)
-        reader = copy.copy(self)
-        reader.train_dataset, reader._precomputed = examples, None
-
-        def change(state: STRIDEState, model: nn.Module, form: ClosedForm) -> Changed:
-            features, logits, labels, _ = reader._read(model, state.taps, False)
-            if state.projection is not None:
-                features = state.projection(features)
-            return with_examples(form, features, logits, labels)
-
-        return self._change(change, lambda dataset: data.joined(dataset, examples))
+        reader = self._reader_of(examples)
+        return self._change(
+            lambda state, model, form: with_examples(form, *reader._read_as_fitted(state, model)),
+            lambda dataset: data.joined(dataset, examples),
+            lambda digests: Digests.joined([digests, digest_training_set(reader)]),
+        )
 
     def remove_examples(self: Self, indices: Sequence[int] | Tensor) -> Self:
         """Remove training examples, without a pass through the model; the others keep their order.
@@ -344,14 +341,38 @@ class STRIDE(InfluenceMethod):
         return self._change(
             lambda state, model, form: without_examples(form, keep),
             lambda dataset: data.some_examples(dataset, keep),
+            lambda digests: digests.rows(keep),
         )
 
-    def _change(
-        self: Self,
-        change: Callable[[STRIDEState, nn.Module, ClosedForm], Changed],
-        dataset: Callable[[Any], Any],
-    ) -> Self:
-        """Fit the changed training set from what is known; nothing is changed where that fails."""
+    def _read_again(self: Self, rows: Tensor) -> Self:
+        """Take in training examples that have changed in `train_dataset`, at their places."""
+        if data.count_examples(self.train_dataset) is None:
+            must = "have a length, and examples that can be read one by one, for changed='update'"
+            raise bad_value("train_dataset", must, type(self.train_dataset).__name__, "Fit again.")
+        reader = self._reader_of(data.some_examples(self.train_dataset, rows))
+        return self._change(
+            lambda state, model, form: with_others(form, rows, *reader._read_as_fitted(state, model)),
+            lambda dataset: dataset,
+            lambda digests: digests.replaced(rows, digest_training_set(reader)),
+        )
+
+    def _reader_of(self: Self, examples: Any) -> Self:
+        """A copy of the method that reads other examples."""
+        reader = copy.copy(self)
+        reader.train_dataset, reader._precomputed = examples, None
+        return reader
+
+    def _read_as_fitted(self, state: STRIDEState, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """Features as the operators have them, logits and labels."""
+        features, logits, labels, _ = self._read(model, state.taps, False)
+        return features if state.projection is None else state.projection(features), logits, labels
+
+    def _check_changeable(self) -> None:
+        """Refuse operators that cannot take in a change.
+
+        Raises:
+            ValueError: Trained operators, or principal directions, which depend on all examples.
+        """
         if self.config.operators == "trained":
             raise bad_value(
                 "operators", "be 'newton' for adding or removing examples", "'trained'", "Fit again."
@@ -359,6 +380,15 @@ class STRIDE(InfluenceMethod):
         if self.config.projection == "pca":
             must = "be None or 'random' for adding or removing examples"
             raise bad_value("projection", must, "'pca', which depends on them", "Fit again.")
+
+    def _change(
+        self: Self,
+        change: Callable[[STRIDEState, nn.Module, ClosedForm], Changed],
+        dataset: Callable[[Any], Any],
+        digests: Callable[[Digests], Digests],
+    ) -> Self:
+        """Fit the changed training set from what is known; nothing is changed where that fails."""
+        self._check_changeable()
         if self._states is None:
             self.fit()
         states: list[Any] = []
@@ -373,6 +403,8 @@ class STRIDE(InfluenceMethod):
                     new.features, new.logits, new.labels, widths, self.config, t, moments=new.moments
                 )
                 states.append(STRIDEState(state.taps, form, state.projection))
+        known: Digests | None = getattr(self, "digests_", None)
+        self.digests_ = None if known is None else digests(known)
         self._states, self.train_dataset = states, dataset(self.train_dataset)
         self.n_train_, self.temperature_ = form.n_train, t
         self.coverage_ = torch.ones(self.n_train_, dtype=torch.bool)

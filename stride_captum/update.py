@@ -1,4 +1,4 @@
-"""Owns how a fitted closed form takes in or gives up training examples without the others being read again.
+"""Update of a fitted closed form when training examples come, go or change, without reading the others again.
 
 With k changed examples among n, d features and C classes:
 
@@ -70,9 +70,6 @@ def with_examples(form: ClosedForm, features: Tensor, logits: Tensor, labels: Te
 def without_examples(form: ClosedForm, keep: Tensor) -> Changed:
     """Keep some examples of a closed form.
 
-    A feature that loses more than half of its energy is summed again from the rows that stay: the
-    difference of two sums would show their rounding.
-
     Args:
         form: As it was fitted.
         keep: Rows that stay, in order, `(n_kept,)`.
@@ -80,11 +77,53 @@ def without_examples(form: ClosedForm, keep: Tensor) -> Changed:
     keep = keep.to(form.labels.device)
     gone = torch.ones(len(form.labels), dtype=torch.bool, device=keep.device)
     gone[keep] = False
+    features, labels = form.features[keep], form.labels[keep]
+    moments = _moments_without(form, gone, None, features, labels)
+    return Changed(features, form.logits[keep], labels, moments)
+
+
+def with_others(form: ClosedForm, rows: Tensor, features: Tensor, logits: Tensor, labels: Tensor) -> Changed:
+    """Put other examples in the places of some of a closed form.
+
+    Args:
+        form: As it was fitted.
+        rows: Their places, `(k,)`.
+        features: Raw features of the new examples, `(k, n_features)`.
+        logits: `(k, n_classes)`.
+        labels: `(k,)`.
+    """
+    rows = rows.to(form.labels.device)
+    new = feature_moments(features, labels, logits.shape[1], form.widths)
+
+    def replaced(old: Tensor, part: Tensor) -> Tensor:
+        return old.clone().index_copy_(0, rows.to(old.device), part.to(old))
+
+    every, all_labels = replaced(form.features, features), replaced(form.labels, labels)
+    moments = _moments_without(form, rows, new, every, all_labels)
+    return Changed(every, replaced(form.logits, logits), all_labels, moments)
+
+
+def _moments_without(
+    form: ClosedForm, gone: Tensor, new: Moments | None, features: Tensor, labels: Tensor
+) -> Moments:
+    """Moments after the rows `gone` have left a closed form and `new` ones have come.
+
+    A feature that loses more than half of its energy is summed again from all rows that there are now: the
+    difference of two sums would show their rounding.
+
+    Args:
+        form: As it was fitted.
+        gone: Rows, or a mask of them.
+        new: Moments of what has come, None for nothing.
+        features: Of all examples that there are now.
+        labels: Theirs.
+    """
     old, n_classes = form.moments, form.logits.shape[1]
     part = feature_moments(form.features[gone], form.labels[gone], n_classes, form.widths)
-    features, labels = form.features[keep], form.labels[keep]
     gram, targets = old.gram - part.gram, old.targets - part.targets
     again = (gram.diagonal()[:-1] < 0.5 * old.gram.diagonal()[:-1]).nonzero().squeeze(1)
+    if new is not None:
+        gram, targets = gram + new.gram, targets + new.targets
     if len(again):
         gram[again], targets[again] = 0.0, 0.0
         for rows in blocks(len(features), 8192):
@@ -92,9 +131,8 @@ def without_examples(form: ClosedForm, keep: Tensor) -> Changed:
             gram[again] += h[:, again].T @ h
             targets[again] += h[:, again].T @ one_hot(labels[rows].to(gram.device), targets)
         gram[:, again] = gram[again].T
-    n = len(keep)
-    moments = Moments(gram, targets, layer_scale(gram.diagonal(), form.widths, n), n)
-    return Changed(features, form.logits[keep], labels, moments)
+    n = len(labels)
+    return Moments(gram, targets, layer_scale(gram.diagonal(), form.widths, n), n)
 
 
 def rows_to_keep(indices: Any, n_train: int) -> Tensor:
