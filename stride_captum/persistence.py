@@ -169,7 +169,6 @@ def _restore(
         setattr(method, name, value)
     if found is not None and len(found.rows):
         method._read_again(found.rows)
-        method.digests_ = found.digests
 
 
 def _decoded(

@@ -280,6 +280,8 @@ class TestUpdated:
         loaded = STRIDE.load(path, method.model, data, changed="update")
         wanted = STRIDE.from_features(features, logits, labels).fit()
         self.same(loaded, wanted, (features[:4], logits[:4], labels[:4]), 1e-5)
+        energy = loaded._states[0].operators.moments.gram[7, 7]
+        assert float(energy) == pytest.approx(float(features[:, 7].double().square().sum()), rel=1e-6)
 
     @pytest.mark.parametrize(
         "config",
