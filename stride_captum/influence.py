@@ -177,7 +177,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         if response not in RESPONSES:
             raise bad_choice("response", response, RESPONSES)
         data.check_source(train_dataset, "train_dataset")
-        with draws_put_back(), user_code():
+        with draws_put_back(), user_code("order"):
             data.check_places(train_dataset, "train_dataset")
         # Captum's own constructor is misspelt and cannot be called.
         self.model = model

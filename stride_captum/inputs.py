@@ -43,11 +43,12 @@ def raw_batches(source: Any, batch_size: int, argument: str) -> Iterator[Any]:
         for start in range(0, len(source), batch_size):
             yield tuple(tensor[start : start + batch_size] for tensor in source.tensors)
         return
-    with user_code():  # the order of a sampler, workers, ...
+    with user_code("order"):  # of a sampler; workers
         iterator = iter(_loader_of(source, batch_size))
     while True:
-        with user_code():
+        with user_code("examples") as code:
             batch = next(iterator, _END)
+            code.did_something = batch is not _END
         if batch is _END:
             return
         if not is_batch(batch):
@@ -79,7 +80,7 @@ def is_one_pass(source: Any) -> bool:
     if not is_stream(source):
         return False
     stream = source.dataset if isinstance(source, DataLoader) else source
-    with user_code():
+    with user_code("stream"):
         first = iter(stream)
         return first is iter(stream)
 
@@ -221,7 +222,7 @@ def _shuffles(loader: DataLoader[Any]) -> bool:
     if type(loader.sampler) is SequentialSampler and type(loader.batch_sampler) in (BatchSampler, type(None)):
         return False
     order = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
-    with draws_put_back(), user_code():
+    with draws_put_back(), user_code("order"):
         first = list(order)
         # Several times, because a shuffle of a few examples often leaves them in place.
         return any(list(order) != first for _ in range(1 if len(first) > 16 else 8))

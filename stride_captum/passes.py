@@ -224,7 +224,7 @@ class Passes:
             groups = [list(range(self._first_length))]
         parts = []
         for places in groups:
-            with user_code():
+            with user_code("examples"):
                 content = collate([dataset[place] for place in places])
             if not is_batch(content):
                 return
