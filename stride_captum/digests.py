@@ -76,7 +76,7 @@ def _rows(part: Any, n: int) -> Iterable[Any]:
     if isinstance(part, np.ndarray) and part.dtype.kind in "biufc":
         part = torch.from_numpy(np.ascontiguousarray(part))
     if isinstance(part, Tensor):
-        content = memoryview(bits(part).numpy())
+        content = memoryview(bits(part).numpy().data)
         width = len(content) // max(n, 1)
         return (content[i * width : (i + 1) * width] for i in range(n))
     return (_item_bytes(item) for item in part)

@@ -116,6 +116,13 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
             what its outputs are.
         batch: How a batch is read, where it is not `(inputs..., labels)` or a dict with "labels".
 
+    The training set is read in passes (`stride_captum.passes`): column i of the scores is its i-th example,
+    and a pass that gives other examples, or another order, is refused. The model is given copies of inputs.
+
+    Threads: methods may be shared between threads, and models between methods; one thread at a time works
+    with a model. Other code that uses the model meanwhile sees it in eval mode. Global random states are put
+    back where the data set or the model has drawn from them (`stride_captum.restoring`).
+
     Attributes:
         digests_: A number for the label and one for the inputs of each training example, as they were read.
         n_train_: Number of training examples.
@@ -616,8 +623,9 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         self, source: Any, argument: str, show_progress: bool, what: str
     ) -> Iterator[ExampleBatch]:
         """Batches with a bar, where the source has put them."""
+        total: int | None = 1
         if is_batch(source):
-            batches, total = iter([self._example_batch(source, argument)]), 1
+            batches = iter([self._example_batch(source, argument)])
         elif source is self.train_dataset:
             batches = self._training_passes().walk()
             total = data.count_batches(source, self.batch_size)

@@ -146,7 +146,7 @@ class _RandomStates:
         """Around a forward pass, while other threads run; the first one of a model shows whether it draws."""
         known = _drawing_models.get(model)
         if known is None:
-            with _Draws() as draws:
+            with _Draws() as draws:  # type: ignore[no-untyped-call]
                 yield
             known = _drawing_models[model] = draws.seen
         else:
@@ -158,7 +158,7 @@ class _RandomStates:
     def watching(self, code: UserCode) -> Iterator[None]:
         """Around other code of the user, while other threads run."""
         numpy, python = np.random.get_state(), random.getstate()
-        draws = _Draws()
+        draws = _Draws()  # type: ignore[no-untyped-call]
         try:
             with draws:
                 yield
