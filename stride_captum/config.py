@@ -201,6 +201,13 @@ class STRIDEConfig:
                 raise bad_choice("alpha", self.alpha, get_args(AlphaRule))
         elif not (_is_number(self.alpha) and 0 <= self.alpha < float("inf")):
             raise bad_value("alpha", "be a fraction of alpha_max of at least 0, or a rule", repr(self.alpha))
+        elif self.alpha == 0 and self.recovery == "lasso":
+            raise bad_value(
+                "alpha",
+                "be above 0 for the Lasso",
+                0,
+                "Without a penalty many weights fit: use recovery='ridge'.",
+            )
         if self.coverage == "paper" and (self.subsets != "partition" or self.subset_size is None):
             raise bad_value(
                 "coverage",

@@ -42,6 +42,7 @@ from .losses import CrossEntropy, OutputCheck, loss_of
 from .memory_budget import parse_bytes, rows_that_fit
 from .passes import Passes
 from .peak_memory import PeakMemory
+from .places import groups_of_places
 from .process_group import ALONE, Alone
 from .residuals import DEFAULT_TEMPERATURE, match_temperature, mean_residual
 from .responses import RESPONSES, class_labels
@@ -416,7 +417,8 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
 
         Args:
             inputs: As for `influence`.
-            groups: Index lists, one per group; they may overlap.
+            groups: One for each group, which may overlap: indices, a boolean mask over the training set, or
+                a slice.
             response: As for `influence`.
             target: As for `influence`.
 
@@ -426,7 +428,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         with exclusive(self):
             if self._states is None:
                 self.fit()
-            membership = membership_from_indices(groups, self.n_train_)
+            membership = membership_from_indices(groups_of_places(groups, self.n_train_), self.n_train_)
             return self._collect(inputs, lambda: GroupSums(membership), False, response, target, None)[0]
 
     def estimate(self, n_test: int = 100, k: int | None = None) -> Estimate:
