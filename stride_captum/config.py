@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from html import escape
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from .errors import bad_choice, bad_value, nearest
 from .memory_budget import parse_bytes as parse_bytes
 
@@ -147,6 +149,10 @@ class STRIDEConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):  # numbers of NumPy would not be saved as they are
+                object.__setattr__(self, field.name, value.item())
         choices: dict[str, Sequence[Any]] = {
             "operators": get_args(Operators),
             "response": get_args(Response),
