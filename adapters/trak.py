@@ -99,7 +99,7 @@ class TRAK(GradientMethod):
         for rows, batch in self._train_blocks(self.n_train_, show_progress):
             with torch.no_grad():
                 logits = self._logits(model, batch)
-            labels = self._train_labels(batch, logits.shape[1], len(logits))
+            labels = self._train_labels(batch, logits.shape[1])
             margins = response_gradient(logits, labels, "margin")
             phi = count_sketch(self._gradients(model, batch, margins), places, k)
             gram += phi.T @ phi

@@ -11,21 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
-from . import inputs as data
+from .batch import ExampleBatch, walk
 from .errors import bad_value
-from .restoring import bits, same_random_state
-
-if TYPE_CHECKING:
-    from .influence import InfluenceMethod
+from .restoring import bits, draws_put_back, user_code
 
 #: What `data_fingerprint` says of data that can only be read from the first example to the last.
 STREAM = "unknown: an iterable data set"
@@ -77,57 +74,6 @@ class Digests:
         )
 
 
-def digest_training_set(method: InfluenceMethod) -> Digests:
-    """Digests of a method's training set, in the order of its columns.
-
-    The data set is read once, and the model is not run. The caller's random state is left as it was.
-    """
-    with same_random_state():
-        return read_digests(method)
-
-
-def read_digests(method: InfluenceMethod) -> Digests:
-    """`digest_training_set`, which draws random numbers where the data set does."""
-    return Digests.joined([digest_batch(batch) for batch in method._train_batches(False)])
-
-
-def digest_batch(batch: Any) -> Digests:
-    """Digests of the examples of a batch `(inputs..., labels)` or dict; 0 for labels that are not there."""
-    n = data.batch_length(batch)
-    return Digests.of(n, data.labels_of(batch), _inputs(batch, n))
-
-
-def input_bytes(batch: Any) -> int:
-    """Bytes of the inputs of a batch."""
-    n = data.batch_length(batch)
-    return sum(len(row) for part in _inputs(batch, n) for row in _rows(part, n))
-
-
-def _inputs(batch: Any, n: int) -> Iterator[Any]:
-    if isinstance(batch, Mapping):
-        return _parts({key: value for key, value in batch.items() if key != data.LABEL_KEY}, n)
-    return _parts(list(batch[:-1] if len(batch) > 1 else batch), n)
-
-
-def _parts(value: Any, n: int) -> Iterator[Any]:
-    """What there is for each of `n` examples; what they share is given to all of them."""
-    if isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            yield from _parts(value[key], n)
-    elif isinstance(value, Tensor | np.ndarray):
-        yield value if value.ndim and len(value) == n else [value] * n
-    elif isinstance(value, list | tuple):
-        if len(value) == n and not any(
-            isinstance(v, Tensor | np.ndarray | Mapping | list | tuple) for v in value
-        ):
-            yield value  # texts and the like
-        else:
-            for part in value:
-                yield from _parts(part, n)
-    else:
-        yield [value] * n
-
-
 def row_digests(n: int, parts: Iterable[Any]) -> Tensor:
     """One CRC-32 for each of `n` examples over its rows in all `parts`, `(n,)` int64.
 
@@ -145,10 +91,15 @@ def row_digests(n: int, parts: Iterable[Any]) -> Tensor:
     return torch.tensor(digests, dtype=torch.int64, device="cpu")
 
 
+def n_bytes(n: int, parts: Iterable[Any]) -> int:
+    """Bytes that `row_digests` of these parts looks at."""
+    return sum(len(row) for part in parts for row in _rows(part, n))
+
+
 def _rows(part: Any, n: int) -> Iterable[Any]:
     """The bytes of each row."""
     if isinstance(part, Tensor) or _is_numeric(part):
-        content = memoryview(_bytes(part))
+        content = memoryview(_bytes(part).data)
         width = len(content) // max(n, 1)
         return (content[i * width : (i + 1) * width] for i in range(n))
     return (_item_bytes(item) for item in part)
@@ -190,20 +141,25 @@ class ExampleDigest:
     def __init__(self) -> None:
         self._fields: dict[str, Any] = {}
 
-    def update(self, batch: Any) -> None:
-        """Take in the examples of one batch (tuple, list or dict)."""
-        items = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
-        for name, values in items:
-            whole = isinstance(values, Tensor) or _is_numeric(values)
-            digest = self._fields.get(str(name))
-            if digest is None:
-                shape = f"{values.dtype} {tuple(values.shape[1:])}" if whole else "objects"
-                digest = self._fields[str(name)] = hashlib.sha256(shape.encode())
-            if whole:
-                digest.update(_bytes(values).data)
+    def update(self, batch: ExampleBatch) -> None:
+        """Take in the examples of one batch."""
+        for path, part in walk(batch.content):
+            name = str(path)
+            by_rows = batch.has_rows(path, part)
+            whole = isinstance(part, Tensor) or _is_numeric(part)
+            known = name in self._fields
+            if not known:
+                shape = part.shape[1:] if by_rows and whole else None
+                text = f"{part.dtype} {tuple(shape)}" if shape is not None else "objects"
+                self._fields[name] = hashlib.sha256(text.encode())
+            if not by_rows:  # the same for all examples
+                if not known:
+                    digest_item(part, self._fields[name])
+            elif whole:
+                self._fields[name].update(_bytes(part).data)
             else:  # texts and the like
-                for item in values if isinstance(values, list | tuple) else [values]:
-                    digest_item(item, digest)
+                for item in part:
+                    digest_item(item, self._fields[name])
 
     def finish(self) -> str:
         """The digest of what came since the last call, in hexadecimal."""
@@ -233,7 +189,7 @@ def data_fingerprint(dataset: Any) -> str:
         return STREAM
     n, whole = len(source), hashlib.sha256()
     rows = np.unique(np.linspace(0, n - 1, num=min(n, _SAMPLES)).astype(int)).tolist()
-    with same_random_state():
+    with draws_put_back():
         if isinstance(dataset, DataLoader) and type(dataset.sampler) is not SequentialSampler:
             order = dataset.sampler if dataset.batch_sampler is None else dataset.batch_sampler
             digest_item(list(order), whole)
@@ -252,7 +208,9 @@ def data_fingerprint(dataset: Any) -> str:
 def _digest_of(source: Any, rows: Sequence[int]) -> str:
     digest = hashlib.sha256()
     for i in rows:
-        digest_item(source[i], digest)
+        with user_code("examples"):
+            item = source[i]
+        digest_item(item, digest)
     return digest.hexdigest()
 
 

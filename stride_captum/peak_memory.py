@@ -11,6 +11,8 @@ from types import TracebackType
 
 import torch
 
+from .restoring import QUIET_THREAD
+
 _SECONDS = 0.005
 
 
@@ -39,7 +41,7 @@ class PeakMemory:
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         if self._before is not None:
-            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread = threading.Thread(target=self._watch, name=QUIET_THREAD, daemon=True)
             self._thread.start()
         return self
 

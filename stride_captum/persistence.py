@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .activations import Tap
 from .closed_form import ClosedForm
 from .config import STRIDEConfig
-from .digests import Digests, digest_training_set
+from .digests import Digests
 from .errors import bad_choice, bad_value
 from .feature_store import FeatureStore
 from .newton import (
@@ -29,9 +29,9 @@ from .newton import (
     RidgeHead,
 )
 from .projection import Projection
-from .restoring import bits, same_random_state
+from .restoring import bits, draws_put_back, same_random_state
 from .saved_values import decode, encode, saved_as
-from .stale_data import batch_layout, changed_data, check_length, compare
+from .stale_data import batch_layout, changed_data, check_length, compare, read_digests
 from .steering import TrainedSteering
 from .stride import STRIDEState
 from .whole_files import write_whole
@@ -95,7 +95,8 @@ def save_method(method: InfluenceMethod, path: str | Path) -> None:
 
 def _digests_now(method: InfluenceMethod) -> Digests:
     """Digests of a training set of which `fit` has kept none."""
-    digests = digest_training_set(method)
+    with draws_put_back():
+        digests = read_digests(method)
     if len(digests) != method.n_train_ and not hasattr(method, "columns"):
         must = f"hold the {method.n_train_:,} examples that the method was fitted on"
         raise bad_value("train_dataset", must, f"{len(digests):,}", "Fit again.")

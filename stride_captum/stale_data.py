@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from . import inputs as data
-from .digests import Digests, input_bytes, read_digests, row_digests
+from .batch import ExampleBatch
+from .digests import Digests, n_bytes, row_digests
 from .errors import bad_value
-from .restoring import same_random_state
+from .passes import digests_of
+from .restoring import draws_put_back
 from .state_dicts import first_few
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ def compare(method: InfluenceMethod, saved: Digests, layout: int | None) -> Comp
         ValueError: Another number of examples.
     """
     check_length(method, len(saved))
-    with same_random_state():
+    with draws_put_back():
         now, n_inputs = _read(method, saved)
         _same_length(len(saved), len(now))
         labels = (now.labels != saved.labels).nonzero()[:, 0]
@@ -119,16 +121,25 @@ def _sorted(digests: Digests) -> Tensor:
 # Reading.
 
 
+def read_digests(method: InfluenceMethod) -> Digests:
+    """Digests of a method's training set, in the order of its columns; the data set is read once."""
+    passes = method._training_passes()
+    for _ in passes.walk():
+        pass
+    assert passes.digests is not None, "a pass is done"
+    return passes.digests
+
+
 def _read(method: InfluenceMethod, saved: Digests) -> tuple[Digests, int]:
     """Digests of the training set, and of how many inputs; the others are taken to be as they were."""
     n, labels = len(saved), own_labels(method.train_dataset)
     if labels is not None and len(labels) == n:
-        batch = next(iter(_some(method, _spread(n, _FEW))._train_batches(False)))
-        given, size = data.labels_of(batch), input_bytes(batch) // data.batch_length(batch)
-        if given is not None and n * size > INPUT_BYTES:
+        batch = next(_batches(method, _spread(n, _FEW)))
+        size = n_bytes(len(batch), (part for _, part in batch.example_parts())) // len(batch)
+        if batch.labels is not None and n * size > INPUT_BYTES:
             rows = _spread(n, max(INPUT_BYTES // size, _FEW))
-            part = read_digests(_some(method, rows))
-            own = row_digests(n, [labels.to(given)])
+            part = _digests_of(method, rows)
+            own = row_digests(n, [labels.to(batch.labels)])
             if torch.equal(own[rows], part.labels):
                 return Digests(own, saved.inputs.index_copy(0, rows, part.inputs)), len(rows)
     return read_digests(method), n
@@ -138,27 +149,32 @@ def _incomparable(method: InfluenceMethod, now: Digests, rows: Tensor, other_lay
     """Why inputs that differ in these rows say nothing; None if they do."""
     again = "differ from one reading to the next"
     source, rows = method.train_dataset, rows[:_FEW]
+    if method._training_passes().repeatable is False:
+        return again
     by_items = isinstance(source, DataLoader) and source.batch_sampler is None
     if data.count_examples(source) is None or by_items:  # no row can be read alone
-        return None if torch.equal(read_digests(method).inputs, now.inputs) else again
-    first, second = (read_digests(_some(method, rows, 1)).inputs for _ in range(2))
+        if data.is_one_pass(source):
+            return None
+        return None if torch.equal(_digests_of(method, None).inputs, now.inputs) else again
+    first, second = (_digests_of(method, rows, 1).inputs for _ in range(2))
     if not torch.equal(first, second):
         return again
     padded = other_layout and not torch.equal(first, now.inputs[rows])
     return "depend on the batch that they come in" if padded else None
 
 
-def _some(method: InfluenceMethod, rows: Tensor, size: int | None = None) -> InfluenceMethod:
-    """A copy of the method whose training set is these rows, in batches of `size`."""
-    reader, source = copy.copy(method), method.train_dataset
-    reader.train_dataset = data.some_examples(source, rows)
-    if size is not None:
-        reader.batch_size = size
-        if isinstance(source, DataLoader):
-            reader.train_dataset = DataLoader(
-                reader.train_dataset.dataset, size, collate_fn=source.collate_fn
-            )
-    return reader
+def _digests_of(method: InfluenceMethod, rows: Tensor | None, size: int | None = None) -> Digests:
+    """Digests of some training examples, which are read in batches of `size`; None reads all."""
+    return Digests.joined([digests_of(batch) for batch in _batches(method, rows, size)])
+
+
+def _batches(method: InfluenceMethod, rows: Tensor | None, size: int | None = None) -> Iterator[ExampleBatch]:
+    source = method.train_dataset
+    examples = source if rows is None else data.some_examples(source, rows)
+    if size is not None and isinstance(source, DataLoader):
+        examples = DataLoader(examples.dataset, size, collate_fn=source.collate_fn)
+    for content in data.raw_batches(examples, size or method.batch_size, "train_dataset"):
+        yield method._example_batch(content, "train_dataset")
 
 
 def _spread(n: int, k: int) -> Tensor:

@@ -24,10 +24,12 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from . import inputs as data
+from .batch import is_batch
 from .closed_form import ClosedForm
 from .errors import bad_type, bad_value
 from .memory_budget import blocks
 from .newton import Moments, feature_moments, layer_scale
+from .places import places
 from .residuals import one_hot
 
 
@@ -139,20 +141,14 @@ def rows_to_keep(indices: Any, n_train: int) -> Tensor:
     """The rows that stay when `indices` are removed, `(n_kept,)` int64.
 
     Raises:
-        TypeError: Not a list of integers.
+        TypeError: Not places in the training set (`places`).
         ValueError: Out of range, twice the same, none at all, or every example.
     """
-    gone = indices.cpu().numpy() if isinstance(indices, Tensor) else np.asarray(indices)
-    if gone.ndim != 1 or (gone.size and not np.issubdtype(gone.dtype, np.integer)):
-        raise bad_type("indices", "be a list of places in the training set", indices)
+    gone = places(indices, n_train, "indices")
     if not 0 < gone.size < n_train:
         raise bad_value("indices", f"name between 1 and {n_train - 1} examples", gone.size)
-    if gone.min() < 0 or gone.max() >= n_train:
-        raise bad_value("indices", f"be between 0 and {n_train - 1}", f"{gone.min()} to {gone.max()}")
     keep = np.ones(n_train, dtype=bool)
     keep[gone] = False
-    if n_train - int(keep.sum()) != gone.size:
-        raise bad_value("indices", "name each example once", "one of them twice")
     return torch.from_numpy(keep.nonzero()[0])
 
 
@@ -160,7 +156,7 @@ def new_examples(examples: Any) -> Any:
     """Added examples as a data set: a Dataset or DataLoader as it is, or tensors `(inputs..., labels)`."""
     if isinstance(examples, tuple | list) and len(examples) > 1 and all(map(torch.is_tensor, examples)):
         examples = TensorDataset(*examples)
-    if data.is_batch(examples) or data.count_examples(examples) is None:
+    if is_batch(examples) or data.count_examples(examples) is None:
         must = "be a Dataset or DataLoader with a length, or tensors (inputs..., labels)"
         raise bad_type("examples", must, examples)
     data.check_source(examples, "examples")

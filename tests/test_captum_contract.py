@@ -228,12 +228,12 @@ class TestThirdParties:
             """Minus the distance of the inputs."""
 
             def _fit_checkpoint(self, model, show_progress):
-                x = torch.cat([batch[0] for batch in self._train_batches(show_progress)])
+                x = torch.cat([batch.first_tensor for batch in self._train_batches(show_progress)])
                 self.n_train_ = len(x)
                 return x
 
             def _prepare(self, state, model, batch, ask):
-                return batch[0]
+                return batch.first_tensor
 
             def _scores(self, state, prepared, columns):
                 return -torch.cdist(prepared, state[columns])

@@ -11,6 +11,7 @@ import torch
 from planted import Items, ListOfDicts
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from stride_captum.batch import Batch, ExampleBatch, Reading
 from stride_captum.digests import STREAM, Digests, ExampleDigest, data_fingerprint, row_digests
 
 
@@ -71,6 +72,7 @@ class Picture:
         self.__array_interface__ = self.pixels.__array_interface__
 
 
+READING = Reading(Batch(per_example=["x", "names", ("inner", "array")]))
 MAKERS = {
     "tensors": lambda i: (torch.tensor(i), 0),
     "dicts": lambda i: {"x": torch.tensor([i]), "labels": 1},
@@ -147,7 +149,9 @@ def test_the_digest_of_examples_does_not_depend_on_batches_but_on_every_value():
         taken, start = ExampleDigest(), 0
         for size in sizes:
             rows = slice(start, start + size)
-            taken.update({"x": x[rows], "names": names[rows], "array": y[rows].numpy(), "labels": y[rows]})
+            inner = {"array": y[rows].numpy(), "same for all": torch.ones(2, 2)}
+            content = {"x": x[rows], "names": names[rows], "inner": inner, "labels": y[rows]}
+            taken.update(ExampleBatch(content, READING))
             start += size
         return taken.finish()
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from stride_captum import STRIDE, STRIDEConfig
+from stride_captum.batch import ExampleBatch, Reading
 from stride_captum.feature_store import FeatureStore
 from stride_captum.store_files import StoreFiles, _manifest_checksum
 
@@ -396,6 +397,7 @@ import torch
 sys.path.insert(0, sys.argv[2])
 from planted import MLP, trained
 from stride_captum import STRIDE
+from stride_captum.batch import ExampleBatch, Reading
 from stride_captum.feature_store import FeatureStore
 
 torch.set_num_threads(1)
@@ -557,7 +559,8 @@ class TestSources:
         store = FeatureStore(tmp_path, chunk=CHUNK)
         method = STRIDE(model, train, batch_size=BATCH, feature_store=store).fit()
         key, taps = manifest(tmp_path)["key"], method._states[0].taps
-        longer, shorter = ((torch.cat([x, x[:1]]), torch.cat([y, y[:1]])),), ((x[:40], y[:40]),)
+        longer = [ExampleBatch((torch.cat([x, x[:1]]), torch.cat([y, y[:1]])), Reading())]
+        shorter = [ExampleBatch((x[:40], y[:40]), Reading())]
         with pytest.raises(ValueError, match=f"more than {len(x)} examples"):
             store.fill(key, taps, longer, None)
         with pytest.raises(ValueError, match=r"others among examples|40 examples, not 48"):

@@ -163,10 +163,10 @@ class OwnMethod(Similarity):
 
     def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> OwnState:
         self.n_train_ = 48
-        return OwnState(sum(batch[0].sum(0) for batch in self._train_batches(False)), NOTE)
+        return OwnState(sum(b.first_tensor.sum(0) for b in self._train_batches(False)), NOTE)
 
     def _prepare(self, state: OwnState, model: nn.Module, batch: Any, ask: Any) -> Tensor:
-        return batch[0] @ state.total
+        return batch.first_tensor @ state.total
 
     def _scores(self, state: OwnState, prepared: Tensor, columns: slice) -> Tensor:
         return prepared[:, None].expand(-1, columns.stop - columns.start)
@@ -296,7 +296,7 @@ class TestRefusals:
             TensorDataset(x, y.roll(1)),
             TensorDataset(x[:-1], y[:-1]),
             Subset(train, range(47, -1, -1)),
-            DataLoader(train, sampler=range(47, -1, -1)),
+            DataLoader(Subset(train, range(47, -1, -1))),
         ):
             with pytest.raises(ValueError, match=r"must (be the data|hold the 48 examples) of the saved"):
                 STRIDE.load(saved, model, other)
