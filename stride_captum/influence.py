@@ -21,7 +21,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -799,7 +799,9 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
 
     def _settings(self) -> dict[str, Any]:
         """Constructor arguments that `save` keeps, as plain values."""
-        return {"layers": None if self.layers is None else list(self.layers), "batch_size": self.batch_size}
+        loss = {} if self.loss == CrossEntropy() else {"loss": asdict(self.loss)}
+        layers = None if self.layers is None else list(self.layers)
+        return {"layers": layers, "batch_size": self.batch_size, **loss}
 
 
 def _slice_target(target: str | Tensor, start: int, n: int) -> str | Tensor:

@@ -1,24 +1,23 @@
-"""Files of fitted methods: tensors in safetensors, everything else as JSON beside them, and a checksum."""
+"""Saving and loading of fitted methods: what a file holds, and whether it fits the model and the data."""
 
 from __future__ import annotations
 
-import json
-import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .activations import Tap
+from .batch import Batch
 from .closed_form import ClosedForm
 from .config import STRIDEConfig
 from .digests import Digests
 from .errors import bad_choice, bad_value
 from .feature_store import FeatureStore
+from .losses import CrossEntropy, loss_of
 from .newton import (
     ClassBlockCurvature,
     EigenvalueCorrectedCurvature,
@@ -29,21 +28,29 @@ from .newton import (
     RidgeHead,
 )
 from .projection import Projection
-from .restoring import bits, draws_put_back, same_random_state
+from .restoring import draws_put_back, same_random_state
+from .saved_files import not_ours, read_file, write_file
 from .saved_values import decode, encode, saved_as
 from .stale_data import batch_layout, changed_data, check_length, compare, read_digests
 from .steering import TrainedSteering
 from .stride import STRIDEState
-from .whole_files import write_whole
 
 if TYPE_CHECKING:
     from .influence import InfluenceMethod
 
 Method = TypeVar("Method", bound="InfluenceMethod")
-_FORMAT = 3
-_KEY = "stride_captum"
 _DEFAULTS = ("response", "target", "normalize")
-_PARTS = ("class", "settings", "defaults", "weights", "batch", "checkpoint_weights", "states", "learned")
+_PARTS = (
+    "class",
+    "settings",
+    "defaults",
+    "weights",
+    "batch",
+    "batch_options",
+    "checkpoint_weights",
+    "states",
+    "learned",
+)
 #: Attributes that say something of the object and nothing of what was learned.
 _NOT_LEARNED = ("query_seconds_", "peak_bytes_", "compared_")
 
@@ -80,17 +87,17 @@ def save_method(method: InfluenceMethod, path: str | Path) -> None:
     if learned.get("digests_") is None:
         learned["digests_"] = _digests_now(method)
     description = {
-        "format": _FORMAT,
         "class": type(method).__name__,
         "settings": encode(method._settings(), "settings", tensors),
         "defaults": encode({name: getattr(method, name) for name in _DEFAULTS}, "defaults", tensors),
         "weights": method._fitted_on[1],
         "batch": batch_layout(method),
+        "batch_options": _said(method.batch),
         "checkpoint_weights": method._weights,
         "states": encode(method._states_to_save(), "states", tensors),
         "learned": encode(learned, "learned", tensors),
     }
-    _write(path, json.dumps(description), tensors)
+    write_file(path, description, tensors)
 
 
 def _digests_now(method: InfluenceMethod) -> Digests:
@@ -114,19 +121,30 @@ def load_method(
     """Read a fitted method (see `InfluenceMethod.load`)."""
     if changed not in ("refuse", "update", "ignore"):
         raise bad_choice("changed", changed, ["refuse", "update", "ignore"])
-    description, tensors = _read(path)
+    description, tensors = read_file(path, _PARTS)
     if description["class"] != cls.__name__:
         got = f"{str(path)!r} with a {description['class']}"
         raise bad_value("path", f"hold a {cls.__name__}", got, f"Call {description['class']}.load.")
     settings, defaults = _decoded(path, description, tensors, ("settings", "defaults"))
-    for name in options:
-        if name in settings and name not in ("batch_size", "feature_store"):
-            raise bad_value("options", "leave what has been fitted as it is", repr(name), "Fit again.")
+    loss = CrossEntropy(**settings.pop("loss", {}))
+    fitted = [name for name in options if name in settings and name not in ("batch_size", "feature_store")]
+    if loss_of(options.get("loss", loss)) != loss:
+        fitted.append("loss")
+    if fitted:
+        raise bad_value("options", "leave what has been fitted as it is", repr(fitted[0]), "Fit again.")
     if "config" in settings:
         settings["config"] = STRIDEConfig.from_dict(settings["config"])
     if settings.get("feature_store"):
         settings["feature_store"] = FeatureStore(**settings["feature_store"])
     method = cls(model, train_dataset, **{**settings, **options})
+    method.loss = loss
+    if _said(method.batch) != description["batch_options"]:
+        raise bad_value(
+            "batch",
+            f"be as for the saved method ({_shown(description['batch_options'])})",
+            _shown(_said(method.batch)),
+            "Pass the same batch=Batch(...).",
+        )
     if method._fingerprint() != description["weights"]:
         raise bad_value(
             "model" if method.checkpoints is None else "checkpoints",
@@ -141,6 +159,19 @@ def load_method(
     return method
 
 
+def _said(batch: Batch) -> dict[str, Any]:
+    """How batches are read, in plain values; of functions only that there is one."""
+    options = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {
+        name: "a function" if callable(value) else None if value is None else repr(value)
+        for name, value in options.items()
+    }
+
+
+def _shown(said: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in said.items() if value is not None) or "the default"
+
+
 def _restore(
     method: InfluenceMethod,
     path: str | Path,
@@ -152,7 +183,7 @@ def _restore(
     (learned,) = _decoded(path, description, tensors, ("learned",))
     saved = learned.get("digests_")
     if not isinstance(saved, Digests):
-        raise _not_ours(path, "has no digests of the training set")
+        raise not_ours(path, "has no digests of the training set")
     found = None
     if changed == "ignore":
         check_length(method, len(saved))
@@ -184,7 +215,7 @@ def _decoded(
         with same_random_state():
             return [decode(description[name], tensors, torch.device(device)) for name in names]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise _not_ours(path, "has a description that does not fit its tensors") from error
+        raise not_ours(path, "has a description that does not fit its tensors") from error
 
 
 def _can_update(method: InfluenceMethod) -> bool:
@@ -202,66 +233,6 @@ def _remedy(method: InfluenceMethod) -> str:
     if _can_update(method):
         return "Fit again, or pass changed='update' to read only these and bring the method up to date."
     return "Fit again: this method cannot take in single examples."
-
-
-# One file.
-
-
-def _write(path: str | Path, description: str, tensors: dict[str, Tensor]) -> None:
-    # One entry: safetensors writes several in any order, and the same method is to give the same file.
-    metadata = {_KEY: f"{_checksum(description, tensors)} {description}"}
-    try:
-        write_whole(path, lambda name: save_file(tensors, name, metadata))
-    except SafetensorError as error:
-        raise OSError(f"{str(path)!r} was not written: {error}") from error
-
-
-def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors of a file.
-
-    Raises:
-        ValueError: The file is damaged, of another format or not one of ours.
-    """
-    if Path(path).is_dir():
-        raise _not_ours(path, "is a folder")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        what = "is cut off, damaged or of another kind" if Path(path).stat().st_size else "is empty"
-        raise _not_ours(path, what) from error
-    if _KEY not in metadata:
-        raise _not_ours(path, "has no description of a method")
-    checksum, _, text = metadata[_KEY].partition(" ")
-    try:
-        description = json.loads(text)
-        version = description["format"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise _not_ours(path, "has a broken description") from error
-    if version != _FORMAT:
-        raise _not_ours(path, f"is in format {version}, where this version reads format {_FORMAT}")
-    if checksum != _checksum(text, tensors):
-        raise _not_ours(path, "is damaged: its checksum differs")
-    missing = [part for part in _PARTS if part not in description]
-    if missing:
-        raise _not_ours(path, f"has a description without {', '.join(missing)}")
-    return description, tensors
-
-
-def _checksum(description: str, tensors: Mapping[str, Tensor]) -> str:
-    """CRC-32 of the description and of all tensors, in hexadecimal."""
-    checksum = zlib.crc32(description.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        checksum = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
-        checksum = zlib.crc32(bits(tensor).numpy().data, checksum)
-    return f"{checksum:08x}"
-
-
-def _not_ours(path: str | Path, what: str) -> ValueError:
-    must = "name a whole file that `save` has written"
-    return bad_value("path", must, f"{str(path)!r}, which {what}", "Fit, and save it again.")
 
 
 __all__ = ["load_method", "save_method", "saved_as"]

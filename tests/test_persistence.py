@@ -28,8 +28,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from stride_captum import STRIDE, InfluenceMethod, STRIDEConfig, persistence
+from stride_captum import STRIDE, InfluenceMethod, STRIDEConfig, persistence, saved_files
 from stride_captum.adapters import TRAK, Random, Similarity
+from stride_captum.batch import Batch
+from stride_captum.losses import CrossEntropy
 from stride_captum.persistence import saved_as
 
 TRAINED = {"operators": "trained", "subsets": "partition", "n_subsets": 8, "rank": 4, "iterations": 5}
@@ -251,7 +253,7 @@ def rewritten(path: Path, change: Any, right: bool = True) -> None:
     description = json.loads(text)
     found = change(description)
     text = found if isinstance(found, str) else json.dumps(description)
-    checksum = persistence._checksum(text, tensors) if right else checksum
+    checksum = saved_files.checksum(text, tensors) if right else checksum
     save_file(tensors, path, {"stride_captum": f"{checksum} {text}"})
 
 
@@ -324,6 +326,36 @@ class TestRefusals:
         assert torch.equal(loaded.target, target)
         assert TRAK.load(tmp_path / "method", *planted[:2], response="logit").response == "logit"
 
+    def test_the_loss_is_kept_and_cannot_be_another(self, planted, tmp_path):
+        model, train, test = planted
+        probabilities = nn.Sequential(model, nn.Softmax(1))
+        said = CrossEntropy(outputs="probabilities")
+        saved = STRIDE(probabilities, train, loss=said).fit()
+        saved.save(tmp_path / "method")
+        for options in ({}, {"loss": said}):
+            loaded = STRIDE.load(tmp_path / "method", probabilities, train, **options)
+            assert loaded.loss == said
+            same_bits(loaded, saved, test)
+        for other in (CrossEntropy(outputs="logits"), "cross_entropy"):
+            with pytest.raises(ValueError, match=r"`options` must leave what has been fitted .*; got 'loss'"):
+                STRIDE.load(tmp_path / "method", probabilities, train, loss=other)
+
+    def test_how_a_batch_is_read_must_be_said_again(self, planted, tmp_path):
+        model, train, test = planted
+
+        def twice(model: nn.Module, batch: Any) -> Tensor:
+            return 2 * model(batch[0])
+
+        said = Batch(forward=twice, label_key=-1)
+        saved = STRIDE(model, train, batch=said).fit()
+        saved.save(tmp_path / "method")
+        same_bits(STRIDE.load(tmp_path / "method", model, train, batch=said), saved, test)
+        match = r"`batch` must be as for the saved method \(forward=a function, label_key=-1\); got "
+        with pytest.raises(ValueError, match=match + r"the default\. Pass the same batch="):
+            STRIDE.load(tmp_path / "method", model, train)
+        with pytest.raises(ValueError, match=match + "forward=a function"):
+            STRIDE.load(tmp_path / "method", model, train, batch=Batch(forward=twice))
+
     def test_what_to_do_about_changes_is_one_of_three(self, planted, saved):
         with pytest.raises(ValueError, match="`changed` must be one of 'refuse', 'update', 'ignore'"):
             STRIDE.load(saved, *planted[:2], changed="updated")
@@ -360,7 +392,7 @@ class TestDamage:
             damaged[bit // 8] ^= 1 << bit % 8
             path.write_bytes(damaged)
             with pytest.raises(ValueError, match="`path` must name a whole file"):
-                persistence._read(path)
+                saved_files.read_file(path, persistence._PARTS)
 
     def test_more_or_less_of_it(self, planted, path):
         content = path.read_bytes()
@@ -393,6 +425,8 @@ class TestDamage:
     def test_another_format(self, planted, path):
         rewritten(path, lambda description: description.update(format=2), right=False)
         self.refused(planted, path, "is in format 2, where this version reads format 3")
+        save_file({"a": torch.zeros(1)}, path, {"stride_captum": '{"format": 1, "class": "STRIDE"}'})
+        self.refused(planted, path, "is in format 1, where this version reads format 3")
 
     @pytest.mark.parametrize("part", persistence._PARTS)
     def test_a_description_without_a_part(self, planted, path, part):
@@ -464,7 +498,7 @@ class TestWhereItIsWritten:
         def full(tensors: Any, path: Path, metadata: Any) -> None:
             raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-        monkeypatch.setattr(persistence, "save_file", full)
+        monkeypatch.setattr(saved_files, "save_file", full)
         with pytest.raises(OSError, match=f"'{tmp_path / 'method'}' was not written: .*No space left"):
             method.save(tmp_path / "method")
         assert os.listdir(tmp_path) == ["file"]
@@ -480,7 +514,7 @@ class TestAtomicWrite:
             Path(path).write_bytes(b"half a file")
             raise OSError("no space left")
 
-        monkeypatch.setattr(persistence, "save_file", half)
+        monkeypatch.setattr(saved_files, "save_file", half)
         with pytest.raises(OSError, match="no space left"):
             method.save(tmp_path / "method")
         assert os.listdir(tmp_path) == ["method"]
