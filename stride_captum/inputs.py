@@ -111,6 +111,8 @@ def slice_batch(batch: Any, rows: slice | Tensor) -> Any:
     def some(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value[rows] if value.ndim else value
+        if isinstance(value, list) and len(value) == n and isinstance(rows, Tensor):
+            return [value[row] for row in rows.tolist()]
         return value[rows] if isinstance(value, list | np.ndarray) and len(value) == n else value
 
     if isinstance(batch, Mapping):

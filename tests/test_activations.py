@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from planted import N_CLASSES, BatchNormCNN, HuggingFaceLike, ListOfDicts, built, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE, STRIDEConfig
 from stride_captum.activations import Tap, default_taps, named_taps, recording, to_rows
@@ -275,21 +276,16 @@ class TestNamedTaps:
         with pytest.raises(TypeError, match=r"`layers` must give a tensor \('odd'\); got str"):
             named_taps(model, ["odd"], (noise(2, 2), None))
 
-    def test_a_layer_without_one_row_per_example(self):
-        class Transposing(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
-
-            def forward(self, x):
-                return self.head(self.fc(x.transpose(0, 1)).mean(0))
-
-        train = TensorDataset(noise(6, 5, 4), torch.zeros(6))
+    def test_a_batch_without_a_batch_dimension(self):
+        model, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), noise(6, 4)
+        with torch.no_grad():
+            taps = named_taps(model, ["0"], (x, None))
+        model.forward = lambda x: model[1](model[0](x)).mean(0, keepdim=True)
         with pytest.raises(
             ValueError,
-            match=r"`layers` must give one row per example \(6 in this batch\); got 5 rows from 'fc'",
+            match=r"`layers` must give one row per example \(1 in this batch\); got 6 rows from '0'. Is a",
         ):
-            STRIDE(built(Transposing), train, layers=["fc"]).fit()
+            read(model, taps, (x, None))
 
     def test_outputs_that_are_tuples_or_objects_are_unwrapped(self):
         model = nn.ModuleDict({"lstm": nn.LSTM(4, 3, batch_first=True)})
@@ -337,23 +333,55 @@ class TestRecording:
                 torch.testing.assert_close(rows[2], model.b(a.relu()))
         assert torch.equal(x, given)
 
-    def test_a_shared_module_is_read_the_last_time_it_runs(self):
-        class Shared(nn.Module):
+    def test_a_model_that_writes_over_its_inputs_and_its_residuals_runs_once(self):
+        class InPlace(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.a, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
-                self.again = self.a
+                self.a, self.r, self.b = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, N_CLASSES)
+                self.passes = 0
 
             def forward(self, x):
-                return self.head(self.again(self.a(x).relu()).relu())
+                self.passes += 1
+                x.sub_(0.5).div_(2)
+                h = self.a(x).relu_()
+                h += self.r(h).relu_()
+                return self.b(h)
 
-        model, x = built(Shared), noise(3, 4)
+        model, x = built(InPlace), noise(6, 4)
         taps = choose(model, (x, None))
-        assert names(taps) == ["a:input", "head:input"]
-        _, rows = read(model, taps, (x, None))
-        torch.testing.assert_close(rows[0], model.a(x).relu())
-        _, rows = read(model, named_taps(model, ["a"], (x, None)), (x, None))
-        torch.testing.assert_close(rows[0], model.a(model.a(x).relu()))
+        assert torch.equal(x, noise(6, 4))  # a probe gets copies
+        assert names(taps) == ["a:input", "r:input", "b:input"]
+        model.passes = 0
+        outputs, rows = read(model, taps, (x.clone(), None))
+        assert model.passes == 1
+        inside = (x - 0.5) / 2
+        h = model.a(inside).relu()
+        sums = h + model.r(h).relu()
+        for row, wanted in zip(rows, [inside, h, sums], strict=True):
+            torch.testing.assert_close(row, wanted)
+        torch.testing.assert_close(outputs, model.b(sums))
+
+    def test_maps_are_not_kept_whole(self):
+        held = []
+
+        class Watches(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.relu, self.head = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Linear(4, N_CLASSES)
+
+            def forward(self, x):
+                maps = self.relu(self.conv(x))
+                kept, means = weakref.ref(maps), maps.mean((2, 3))
+                del maps
+                held.append(kept() is not None)
+                return self.head(means)
+
+        model, x = built(Watches), noise(5, 1, 12, 12)
+        with torch.no_grad():
+            taps = named_taps(model, ["relu"], (x, None))
+        held.clear()
+        read(model, taps, (x, None))
+        assert held == [False]
 
     def test_hooks_are_gone_after_an_exception(self, planted):
         model = planted[0]
