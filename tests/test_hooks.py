@@ -10,6 +10,7 @@ from torch import nn
 
 from stride_captum.activations import default_taps, named_taps, recording
 from stride_captum.hooks import check_weights_exist, watching
+from stride_captum.probes import check_deterministic
 
 BATCH = noise(5, 6), torch.zeros(5)
 
@@ -89,6 +90,7 @@ class TestCompiledModels:
         wanted, expected = read(layers(), default_taps(layers(), BATCH, 4096), BATCH)
         assert all(torch.equal(a, b) for a, b in zip(rows, expected, strict=True))
         assert torch.equal(outputs, wanted)
+        check_deterministic(model, lambda batch: model(batch[0]), BATCH)
 
     def test_take_the_names_from_before(self):
         model = torch.compile(layers(), backend="eager")
@@ -126,6 +128,7 @@ class TestOtherModels:
         for call in (
             lambda: default_taps(model, BATCH, 4096),
             lambda: named_taps(model, ["0"], BATCH),
+            lambda: check_deterministic(model, lambda batch: model(batch[0]), BATCH),
         ):
             with pytest.raises(
                 ValueError,
@@ -142,6 +145,7 @@ class TestOtherModels:
         assert names(taps) == ["0:input", "2:input"]
         rows = read(model, taps, BATCH)[1]
         torch.testing.assert_close(rows[1], model[:2](BATCH[0]))
+        check_deterministic(model, lambda batch: model(batch[0]), BATCH)
 
     def test_weights_made_in_inference_mode(self):
         with torch.inference_mode():
