@@ -7,7 +7,7 @@ they are. Rows are concatenated in the order of the taps; scaling is left to the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .errors import bad_value
 from .hooks import watching
-from .pooling import Place, Tap, activation_in, to_rows
+from .pooling import Place, Tap, activation_in, mean_of_tokens, to_rows
 from .tap_probe import not_run
 from .taps import default_taps, layer_places, named_taps
 
@@ -38,13 +38,19 @@ def recording(
     with watching(model, recorder.taps, recorder.see) as forward:
 
         def run(batch: Any) -> tuple[Tensor, list[Tensor]]:
-            recorder.start()
+            recorder.start(token_mask(batch))
             outputs = forward(batch)
             rows = [recorder.rows(tap, len(outputs)) for tap in taps]
-            recorder.start()
+            recorder.start(None)
             return outputs, rows
 
         yield run
+
+
+def token_mask(batch: Any) -> Tensor | None:
+    """`attention_mask` of a batch that is a dict, `(n, tokens)` with 0 for padding; None without one."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 class _Recorder:
@@ -52,10 +58,11 @@ class _Recorder:
 
     def __init__(self, taps: Sequence[Tap]) -> None:
         self.taps = {(tap.name, tap.reads_input): tap for tap in taps}
-        self.start()
+        self.start(None)
 
-    def start(self) -> None:
+    def start(self, mask: Tensor | None) -> None:
         """Forget the pass before."""
+        self._mask = mask
         self._parts: dict[Place, list[Tensor]] = {}
         self._runs: dict[Place, int] = {}
 
@@ -67,7 +74,7 @@ class _Recorder:
             if tap.spatial and activation.ndim not in (2, tap.spatial + 2):
                 must = f"give maps with {tap.spatial} dimensions in every batch"
                 raise bad_value("layers", must, f"the shape {tuple(activation.shape)} from {str(tap)!r}")
-            rows = to_rows(activation, tap.spatial, tap.pool, tap.batch_dim)
+            rows = to_rows(activation, tap.spatial, tap.pool, tap.batch_dim, self._mask)
             if rows.untyped_storage().data_ptr() == activation.untyped_storage().data_ptr():
                 rows = rows.clone()
             parts = self._parts.setdefault(place, [])
@@ -106,6 +113,8 @@ class _Recorder:
         if tap.rows != "one" and len(rows) % n == 0:
             first = tap.rows == "examples first"
             each: Tensor = rows.unflatten(0, (n, -1)) if first else rows.unflatten(0, (-1, n)).transpose(0, 1)
+            if self._mask is not None and self._mask.shape == each.shape[:2]:
+                return mean_of_tokens(each, self._mask)
             return each.mean(1)
         if len(rows) != n:
             raise bad_value(
@@ -142,4 +151,5 @@ __all__ = [
     "named_taps",
     "recording",
     "to_rows",
+    "token_mask",
 ]

@@ -116,7 +116,9 @@ def in_single(activation: Tensor) -> Tensor:
     return activation if activation.dtype in (torch.float32, torch.float64) else activation.float()
 
 
-def to_rows(activation: Tensor, spatial: int, pool: int, batch_dim: int = 0) -> Tensor:
+def to_rows(
+    activation: Tensor, spatial: int, pool: int, batch_dim: int = 0, mask: Tensor | None = None
+) -> Tensor:
     """Activations as one row of features per example.
 
     Args:
@@ -124,6 +126,7 @@ def to_rows(activation: Tensor, spatial: int, pool: int, batch_dim: int = 0) -> 
         spatial: Dimensions of the maps behind the channels; 0 averages over tokens.
         pool: Side to which maps are pooled by averaging.
         batch_dim: Dimension of the n examples, where it is not the first.
+        mask: `(n, tokens)`, 0 for tokens that are padding; ignored for activations of other shapes.
 
     Returns:
         `(n, width)`, in float32, or float64 where the activation is.
@@ -132,6 +135,8 @@ def to_rows(activation: Tensor, spatial: int, pool: int, batch_dim: int = 0) -> 
     if activation.ndim <= 2:
         return activation[:, None] if activation.ndim == 1 else activation
     if spatial == 0:
+        if mask is not None and activation.ndim == 3 and mask.shape == activation.shape[:2]:
+            return mean_of_tokens(activation, mask)
         return activation.flatten(1, -2).mean(1)
     sides = [min(pool, side) for side in activation.shape[2:]]
     if sides != list(activation.shape[2:]):
@@ -142,3 +147,17 @@ def to_rows(activation: Tensor, spatial: int, pool: int, batch_dim: int = 0) -> 
         ]
         activation = pooling[spatial - 1](activation, sides)
     return activation.flatten(1)
+
+
+def mean_of_tokens(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the tokens that are no padding, 0 where all are.
+
+    Args:
+        tokens: `(n, tokens, d)`.
+        mask: `(n, tokens)`, 0 for padding.
+
+    Returns:
+        `(n, d)`.
+    """
+    kept = (mask != 0)[..., None]
+    return tokens.masked_fill(~kept, 0).sum(1) / kept.sum(1).clamp_min(1)

@@ -58,6 +58,15 @@ class TestRows:
         assert torch.equal(to_rows(x[:, 0, 0], 0, 1), x[:, 0, 0])
         assert to_rows(torch.ones(3), 0, 1).shape == (3, 1)
 
+    def test_examples_in_another_dimension_and_padding(self):
+        x, mask = noise(4, 2, 5), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+        torch.testing.assert_close(to_rows(x, 0, 1, batch_dim=1), x.mean(0))
+        wanted = torch.stack([x[:2, 0].mean(0), x[:, 1].mean(0)])
+        torch.testing.assert_close(to_rows(x, 0, 1, 1, mask), wanted)
+        x[2:, 0] = float("nan")
+        torch.testing.assert_close(to_rows(x, 0, 1, 1, mask), wanted)
+        assert torch.equal(to_rows(x[:3], 0, 1, 1, mask)[1], x[:3].mean(0)[1])  # the mask is of other tokens
+
     def test_half_precision_becomes_single_and_double_stays(self):
         assert to_rows(noise(2, 3).bfloat16(), 0, 1).dtype == torch.float32
         assert to_rows(noise(2, 3).double(), 0, 1).dtype == torch.float64
@@ -391,6 +400,20 @@ class TestRecording:
         with pytest.raises(RuntimeError), recording(model, taps[:1]) as run:
             run((torch.zeros(2, 99), None))
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+    def test_padding_does_not_count_among_the_tokens(self):
+        model = built(HuggingFaceLike)
+        given = ListOfDicts(6, seed=3)[:]
+        given["attention_mask"][0] = 0
+        taps = choose(model, given)
+        _, rows = read(model, taps, given)
+        embedded, mask = model.embedding(given["input_ids"]), given["attention_mask"].bool()
+        for i in range(1, 6):
+            torch.testing.assert_close(rows[0][i], embedded[i, mask[i]].mean(0))
+        assert torch.equal(rows[0][0], torch.zeros(6))
+        longer = {**given, "input_ids": F.pad(given["input_ids"], (0, 3), value=7)}
+        longer["attention_mask"] = F.pad(given["attention_mask"], (0, 3))
+        torch.testing.assert_close(read(model, taps, longer)[1][0], rows[0])
 
     def test_what_is_read_carries_no_graph(self, planted):
         with recording(planted[0], [Tap("fc1", False, 0, 1, 8)]) as run:
