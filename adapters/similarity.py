@@ -59,7 +59,7 @@ class Similarity(InfluenceMethod):
     fits_in_one_pass = True
 
     def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> SimilarityState:
-        first = self._first_train_batch().first(2)
+        first = self._first_train_batch()
         taps = (
             default_taps(model, first, 2**31, penultimate=True)
             if self.layers is None

@@ -98,6 +98,11 @@ class ExampleBatch:
         self.columns = columns
         self.argument = argument
 
+    @classmethod
+    def of(cls, batch: Any) -> ExampleBatch:
+        """A batch that is read by the conventions; one that is an `ExampleBatch` stays as it is."""
+        return batch if isinstance(batch, ExampleBatch) else cls(batch, Reading())
+
     @cached_property
     def _label_path(self) -> Path | None:
         """Where the labels stand; None where there are none."""
@@ -117,6 +122,8 @@ class ExampleBatch:
         if self._label_path is None:
             return None
         labels = self.content[self._label_path[0]]
+        if labels is None:
+            return None
         if isinstance(labels, Tensor):
             return labels.detach()
         try:
@@ -181,7 +188,7 @@ class ExampleBatch:
             ValueError: That cannot be known.
         """
         declared, length = self.declared(path), _rows_of(part)
-        if declared is False or (declared is None and length is None):
+        if part is None or declared is False or (declared is None and length is None):
             return False
         if length == len(self):
             return True

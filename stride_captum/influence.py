@@ -44,6 +44,7 @@ from .memory_budget import parse_bytes, rows_that_fit
 from .passes import Passes
 from .peak_memory import PeakMemory
 from .places import groups_of_places
+from .probes import check_deterministic
 from .process_group import ALONE, Alone
 from .residuals import DEFAULT_TEMPERATURE, match_temperature, mean_residual
 from .responses import RESPONSES, class_labels
@@ -152,6 +153,8 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
     needs_gradients: ClassVar[bool] = False
     #: Whether scores need the training examples again, so that blocks of columns are training batches.
     reads_training_data: ClassVar[bool] = False
+    #: Whether outputs of the model enter what is learned, so that they must not depend on chance.
+    _asks_the_model: ClassVar[bool] = True
     #: Whether `fit` reads the training set once (for each checkpoint), and queries never do.
     fits_in_one_pass: ClassVar[bool] = False
     #: The processes that share the training set.
@@ -303,7 +306,9 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         return self
 
     def _fit_one(self, model: nn.Module, show_progress: bool) -> Any:
-        """`_fit_checkpoint`, with a look at the outputs for the training set."""
+        """`_fit_checkpoint`, with a look at the model before and at its outputs for the training set."""
+        if self._asks_the_model:
+            check_deterministic(model, self._first_train_batch())
         self._output_check = OutputCheck(self.loss, model)
         try:
             state = self._fit_checkpoint(model, show_progress)

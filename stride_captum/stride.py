@@ -483,7 +483,7 @@ class STRIDE(InfluenceMethod):
         return rows, logits, self._train_labels(batch, logits.shape[1])
 
     def _choose_taps(self, model: nn.Module) -> list[Tap]:
-        few = self._first_train_batch().first(2)
+        few = self._first_train_batch()
         if self.layers is not None:
             return named_taps(model, self.layers, few)
         return default_taps(model, few, self.config.max_width, self.config.feature_layers == "penultimate")
