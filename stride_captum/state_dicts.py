@@ -128,7 +128,8 @@ def _differences(state: State, wanted: State) -> list[str]:
         other = [
             f"{key} of {kind} {of(state[key])}, not {of(value)}"
             for key, value in wanted.items()
-            if isinstance(value, Tensor) and key in state and of(state[key]) != of(value)
+            if isinstance(value, Tensor) and key in state and _must_agree(kind, value)
+            if of(state[key]) != of(value)
         ]
         if other:
             found.append(f"with {first_few(other)}")
@@ -143,6 +144,11 @@ def _kind(value: Any) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
     return "complex" if value.is_complex() else "float" if value.is_floating_point() else "integer"
+
+
+def _must_agree(kind: str, value: Tensor) -> bool:
+    """Whether another shape or type is refused: counters become floats where they were averaged."""
+    return kind == "shape" or value.is_floating_point() or value.is_complex()
 
 
 def _content(content: State) -> str:

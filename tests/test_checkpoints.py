@@ -131,6 +131,12 @@ class TestWhereTheStateDictIs:
         load_checkpoint(model, old)
         assert same(model, {**state, "bn1.num_batches_tracked": torch.tensor(0)})
 
+    def test_averaged_checkpoints_have_counters_that_are_floats(self):
+        state = built(BatchNormCNN, 7).state_dict()
+        model = built(BatchNormCNN)
+        load_checkpoint(model, {key: value * 1.0 for key, value in state.items()})
+        assert same(model, state)
+
     def test_half_precision_is_cast(self, state):
         half = {key: value.half() for key, value in state.items()}
         assert same(loaded(half), {key: value.half().float() for key, value in state.items()})
