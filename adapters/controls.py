@@ -68,7 +68,9 @@ class Random(InfluenceMethod):
     """
 
     fits_in_one_pass = True
-    _asks_the_model = False
+
+    def _check_model(self, model: nn.Module) -> None:
+        """Nothing: `fit` reads labels alone."""
 
     def __init__(self, model: nn.Module, train_dataset: Any, *, seed: int = 0, **options: Any) -> None:
         super().__init__(model, train_dataset, **options)

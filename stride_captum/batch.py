@@ -169,7 +169,10 @@ class ExampleBatch:
     @property
     def first_tensor(self) -> Tensor | None:
         """The first tensor that is given to the model."""
-        return next((part for _, part in self.parts() if isinstance(part, Tensor)), None)
+        for _, part in self.parts():
+            if isinstance(part, Tensor):
+                return part
+        return None
 
     def declared(self, path: Path) -> bool | None:
         """Whether a part has one row for each example, as far as it was said or recognized."""

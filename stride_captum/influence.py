@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from . import inputs as data
 from .batch import Batch, ExampleBatch, Reading, is_batch
-from .checkpoints import LoadCheckpoint, checkpoint_list, load_checkpoint
+from .checkpoints import LoadCheckpoint, checkpoint_list, load_checkpoint, load_with, warn_of_equal
 from .devices import device_of, existing_device, full_precision
 from .digests import Digests
 from .errors import bad_choice, bad_type, bad_value, whole_number
@@ -153,8 +153,6 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
     needs_gradients: ClassVar[bool] = False
     #: Whether scores need the training examples again, so that blocks of columns are training batches.
     reads_training_data: ClassVar[bool] = False
-    #: Whether outputs of the model enter what is learned, so that they must not depend on chance.
-    _asks_the_model: ClassVar[bool] = True
     #: Whether `fit` reads the training set once (for each checkpoint), and queries never do.
     fits_in_one_pass: ClassVar[bool] = False
     #: The processes that share the training set.
@@ -298,6 +296,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
                         states.append(self._fit_one(model, show_progress))
                 finally:
                     passes.release()
+            warn_of_equal(self._checkpoints(), fingerprints)
             self._states, self._weights = states, self._combine_weights(rates)
             self._mark_fitted(" ".join(fingerprints))
             self.digests_ = passes.digests
@@ -307,8 +306,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
 
     def _fit_one(self, model: nn.Module, show_progress: bool) -> Any:
         """`_fit_checkpoint`, with a look at the model before and at its outputs for the training set."""
-        if self._asks_the_model:
-            check_deterministic(model, self._first_train_batch())
+        self._check_model(model)
         self._output_check = OutputCheck(self.loss, model)
         try:
             state = self._fit_checkpoint(model, show_progress)
@@ -660,6 +658,10 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
     def _reading(self) -> Reading:
         return Reading(self.batch, self.loss)
 
+    def _check_model(self, model: nn.Module) -> None:
+        """Refuse a model whose outputs for an example depend on chance or on the other examples."""
+        check_deterministic(model, self._first_train_batch())
+
     def _training_passes(self) -> Passes:
         """Passes over the present training set."""
         if self._passes is None or self._passes.source is not self.train_dataset:
@@ -703,9 +705,9 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
     def _load(self, model: nn.Module, checkpoint: Any) -> float:
         if checkpoint is None:
             return 1.0
-        rate = self.checkpoints_load_func(model, checkpoint)
+        rate = load_with(self.checkpoints_load_func, model, checkpoint)
         model.eval()
-        return 1.0 if rate is None else float(rate)
+        return rate
 
     def _fingerprint(self) -> str:
         """Of the weights of `model`, or of all checkpoints."""

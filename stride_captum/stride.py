@@ -27,6 +27,7 @@ from .feature_store import FeatureStore
 from .influence import Ask, InfluenceMethod
 from .losses import CrossEntropy, OutputCheck
 from .memory_budget import MOST_ROWS, blocks
+from .probes import check_deterministic
 from .projection import Projection, fit_projection
 from .recovery import soft_threshold
 from .responses import class_labels, response_gradient
@@ -482,8 +483,13 @@ class STRIDE(InfluenceMethod):
         logits = self._as_logits(outputs, batch)
         return rows, logits, self._train_labels(batch, logits.shape[1])
 
+    def _check_model(self, model: nn.Module) -> None:
+        """Nothing: the model is checked where layers are chosen, which a filled store has done."""
+
     def _choose_taps(self, model: nn.Module) -> list[Tap]:
         few = self._first_train_batch()
+        if self._precomputed is None:
+            check_deterministic(model, few)
         if self.layers is not None:
             return named_taps(model, self.layers, few)
         return default_taps(model, few, self.config.max_width, self.config.feature_layers == "penultimate")

@@ -407,7 +407,7 @@ examples = 0
 def count(module, inputs, output):
     global examples
     examples += len(output)
-    if examples > 30:
+    if examples > 45:  # some of which look at the model before it starts
         os.kill(os.getpid(), signal.SIGKILL)
 
 model.register_forward_hook(count)

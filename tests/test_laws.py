@@ -156,9 +156,7 @@ class TestSTRIDE:
         assert float((method.self_influence() + effect).abs().max()) <= 0.02 * (1 + 1e-5)
 
     def test_groups_hold_training_indices(self, planted):
-        with pytest.raises(
-            ValueError, match=r"`subsets\[1\]` must hold training indices in \[0, 48\); got 48"
-        ):
+        with pytest.raises(ValueError, match=r"`groups\[1\]` must hold places in \[0, 48\); got 48"):
             STRIDE(*planted[:2]).subset_influence(planted[2].tensors, [[0], [48]])
 
     def test_losses_and_log_probabilities_are_opposites(self, planted):
