@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
+import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,9 +17,10 @@ from captum.influence._utils.nearest_neighbors import NearestNeighbors
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from .. import inputs as data
+from ..batch import ExampleBatch
 from ..errors import bad_choice, bad_value
 from ..influence import InfluenceMethod
+from ..restoring import same_random_state
 
 
 class ResidualLoss(nn.Module):
@@ -59,20 +61,22 @@ class NoIndex(NearestNeighbors):  # type: ignore[misc]
         raise NotImplementedError("ask CaptumInfluence.influence for the top k")
 
 
-def input_names(batch: Any) -> list[str] | None:
-    """Names of the inputs of a dict, in an order that all batches share; None for a tuple."""
-    return sorted(key for key in batch if key != data.LABEL_KEY) if isinstance(batch, Mapping) else None
+def parts_by_position(batch: ExampleBatch) -> list[Any]:
+    """The parts of the inputs that have one row for each example, in an order that all batches share."""
+    return [part for _, part in _ordered(batch)]
 
 
-def inputs_by_position(batch: Any) -> list[Any]:
-    """The inputs of a batch without its labels, those of a dict in the order of `input_names`."""
-    names = input_names(batch)
-    return list(batch[:-1] if len(batch) > 1 else batch) if names is None else [batch[n] for n in names]
+def outputs_by_position(template: ExampleBatch, model: Callable[..., Any], parts: Sequence[Any]) -> Tensor:
+    """Outputs of a model for parts by position; all else is as in a batch of the same source."""
+    paths = [path for path, _ in _ordered(template)]
+    # Copies that stay in the graph: Captum's hooks want inputs that require a gradient.
+    copies = [part.clone() if isinstance(part, Tensor) else part for part in parts]
+    batch = template.copied().with_parts(dict(zip(paths, copies, strict=True)))
+    return batch.outputs_of_these(model)
 
 
-def batch_of(names: list[str] | None, values: tuple[Any, ...]) -> Any:
-    """The batch without labels that has these inputs by position."""
-    return (*values, None) if names is None else dict(zip(names, values, strict=True))
+def _ordered(batch: ExampleBatch) -> list[tuple[Any, Any]]:
+    return sorted(batch.example_parts(), key=lambda found: str(found[0]))
 
 
 class Examples(IterableDataset[Any]):
@@ -94,15 +98,26 @@ class Examples(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         for rows, batch in self.method._train_blocks(len(self), False):
-            labels: Any = data.labels_of(batch) if self.residuals is None else self.residuals[rows]
-            yield from zip(*inputs_by_position(batch), labels, strict=True)
+            labels: Any = batch.labels if self.residuals is None else self.residuals[rows]
+            yield from zip(*parts_by_position(batch), labels, strict=True)
+
+
+#: One at a time: the filters of warnings belong to the process.
+_filters = threading.RLock()
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without Captum's advice on reductions, memory, progress bars and inputs without gradients."""
-    with warnings.catch_warnings():
+    with _filters, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+@contextmanager
+def traceless() -> Iterator[None]:
+    """`quiet`, for code that draws from the global random state of torch or sets its seed."""
+    with quiet(), same_random_state():
         yield
 
 
@@ -125,7 +140,7 @@ def check_losses(captum: Any) -> None:
 
 def squared_norms(captum: Any, batch: tuple[Any, ...]) -> Tensor:
     """`|J^T v|^2` in the kernel of an object for every example of `(inputs..., v)`, `(n,)`."""
-    with quiet():
+    with traceless():
         try:
             squares: Tensor = captum.self_influence(batch)
         except NotImplementedError:  # TracInCPFastRandProj

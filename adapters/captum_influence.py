@@ -42,24 +42,22 @@ import torch
 from captum.influence import DataInfluence, SimilarityInfluence
 from torch import Tensor, nn
 
-from .. import inputs as data
 from ..errors import bad_choice, bad_type, bad_value
 from ..influence import Ask, InfluenceMethod
-from ..responses import RESPONSES, multiclass_logits, response_gradient
+from ..responses import RESPONSES, response_gradient
 from .captum_calls import (
     Examples,
     NoIndex,
     ResidualLoss,
-    batch_of,
     check_losses,
-    input_names,
-    inputs_by_position,
     keep_weights,
     mend_similarity,
-    quiet,
+    outputs_by_position,
+    parts_by_position,
     response_factor,
     similarities,
     squared_norms,
+    traceless,
 )
 from .gradients import GradientMethod, GradientState
 
@@ -137,7 +135,7 @@ class CaptumInfluence(GradientMethod):
 
     def _fit_kernel(self, model: nn.Module, residuals: Tensor, show_progress: bool) -> Any:
         network = self._network(model)
-        with quiet():
+        with traceless():
             captum = self.build(network, Examples(self, residuals if self.answers == "every" else None))
         if not isinstance(captum, DataInfluence):
             raise bad_type("build", "return an object of captum.influence", captum)
@@ -154,11 +152,11 @@ class CaptumInfluence(GradientMethod):
         network = copy.deepcopy(model)
         for parameter in network.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        names, run = input_names(next(iter(self._train_batches(False)))), network.forward
+        template, run = self._first_train_batch(), network.forward
 
         def forward(*values: Any) -> Tensor:
-            outputs = data.forward(run, batch_of(names, values))
-            return multiclass_logits(outputs) if self.answers == "every" else outputs
+            outputs = outputs_by_position(template, run, values)
+            return self.loss.logits(outputs) if self.answers == "every" else outputs
 
         vars(network)["forward"] = forward
         return network
@@ -167,15 +165,15 @@ class CaptumInfluence(GradientMethod):
         with torch.no_grad():
             logits = self._logits(model, batch)
         classes, factor = ask.classes(logits, batch), response_factor(self.answers, self.sign, ask.response)
-        labels = data.labels_of(batch)
+        labels = batch.labels
         if self.answers == "every":
             labels = response_gradient(logits, classes, ask.response)
         elif labels is None:
             labels = classes
         elif not isinstance(ask.target, str) or ask.target != "label":
             labels = classes.to(labels.dtype).reshape(labels.shape)
-        asked = (*inputs_by_position(batch), labels)
-        with quiet():
+        asked = (*parts_by_position(batch), labels)
+        with traceless():
             if isinstance(state.kernel, SimilarityInfluence):
                 scores = similarities(state.kernel, asked[:-1], self.n_train_)
             else:
@@ -195,7 +193,7 @@ class CaptumInfluence(GradientMethod):
             raise self._no_norms()
         if state.norms is None:
             squares = [
-                squared_norms(state.kernel, (*inputs_by_position(batch), state.residuals[rows]))
+                squared_norms(state.kernel, (*parts_by_position(batch), state.residuals[rows]))
                 for rows, batch in self._train_blocks(self.n_train_, False)
             ]
             state.norms = torch.cat(squares).sqrt()
@@ -210,7 +208,7 @@ class CaptumInfluence(GradientMethod):
         if self.answers != "every":
             return InfluenceMethod._self_influence(self, state, model, batch, rows)
         left, right = self._both_residuals(state, model, batch, rows)
-        inputs = inputs_by_position(batch)
+        inputs = parts_by_position(batch)
         if self.residuals == "training":
             return squared_norms(state.kernel, (*inputs, left))
         plus, minus = (squared_norms(state.kernel, (*inputs, v)) for v in (left + right, left - right))

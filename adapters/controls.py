@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import inputs as data
+from ..batch import ExampleBatch
+from ..digests import digest_item
 from ..errors import bad_value
 from ..influence import Ask, InfluenceMethod
 from ..restoring import bits
+from ..saved_values import saved_as
 
 #: Columns that one generator serves.
 _CHUNK = 1024
 
 
+@saved_as("random")
 @dataclass
 class RandomState:
     """What a control keeps.
@@ -65,6 +67,8 @@ class Random(InfluenceMethod):
     True
     """
 
+    fits_in_one_pass = True
+
     def __init__(self, model: nn.Module, train_dataset: Any, *, seed: int = 0, **options: Any) -> None:
         super().__init__(model, train_dataset, **options)
         if not isinstance(seed, int) or seed < 0:
@@ -74,7 +78,7 @@ class Random(InfluenceMethod):
     def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> RandomState:
         labels = []
         for batch in self._train_batches(show_progress):
-            labels.append(self._train_labels(batch, 2**62, data.batch_length(batch)))
+            labels.append(self._train_labels(batch, 2**62))
         every = torch.cat(labels)
         self.n_train_ = len(every)
         return RandomState(every, self.seed)
@@ -111,18 +115,15 @@ class ClassRandom(Random):
         return torch.where(same, size, -size)
 
 
-def input_keys(batch: Any) -> list[int]:
+def input_keys(batch: ExampleBatch) -> list[int]:
     """A number for each example that its inputs alone decide: batches and their order do not matter."""
-    values = (
-        [value for key, value in sorted(batch.items()) if key != data.LABEL_KEY]
-        if isinstance(batch, Mapping)
-        else batch[:-1] or batch
-    )
-    digests = [hashlib.sha256() for _ in range(data.batch_length(batch))]
-    for value in values:
-        if isinstance(value, Tensor) and value.ndim:
-            for digest, row in zip(digests, value, strict=True):
+    digests = [hashlib.sha256() for _ in range(len(batch))]
+    for _, part in sorted(batch.example_parts(), key=lambda found: str(found[0])):
+        for digest, row in zip(digests, part, strict=True):
+            if isinstance(row, Tensor):  # bits alone: how the inputs are cut into parts changes nothing
                 digest.update(bits(row).numpy().data)
+            else:
+                digest_item(row, digest)
     return [int.from_bytes(digest.digest()[:8], "little") for digest in digests]
 
 

@@ -6,13 +6,11 @@ For `y = W a`, the gradient of an example is the sum of `b a^T` over its positio
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import inputs as data
-from ..responses import multiclass_logits
+from ..batch import ExampleBatch
 
 
 def dense_layers(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[nn.Module, str]:
@@ -28,7 +26,7 @@ def dense_layers(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[nn.
 
 
 def dense_sides(
-    model: nn.Module, layers: Mapping[nn.Module, str], batch: Any, vectors: Tensor
+    model: nn.Module, layers: Mapping[nn.Module, str], batch: ExampleBatch, vectors: Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Inputs a and gradients b of `<logits, v>` with respect to the outputs, of one batch.
 
@@ -51,7 +49,7 @@ def dense_sides(
 
     handles = [layer.register_forward_hook(record) for layer in layers]
     try:
-        response = (multiclass_logits(data.forward(model, batch)) * vectors).sum()
+        response = (batch.logits(model) * vectors).sum()
     finally:
         for handle in handles:
             handle.remove()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import bad_choice, bad_value
-from ..inputs import slice_batch
+from ..saved_values import saved_as
 from .dense_sides import dense_layers, dense_sides
 from .fisher import FISHERS, fisher_sample, fisher_vectors
 from .gradients import GradientMethod
@@ -26,6 +26,7 @@ from .per_example_gradients import example_gradients
 DENSE = ("kronecker", "diagonal")
 
 
+@saved_as("diagonal-ekfac")
 @dataclass
 class DiagonalKernel:
     """M of one model, by parameter.
@@ -101,7 +102,7 @@ class DiagonalEKFAC(GradientMethod):
         for batch, uniforms in self._fisher_batches(show_progress):
             with torch.no_grad():
                 logits = self._logits(model, batch)
-            labels = self._train_labels(batch, logits.shape[1], len(logits))
+            labels = self._train_labels(batch, logits.shape[1])
             draws = fisher_vectors(self.fisher, logits, labels, uniforms)
             for vectors in draws:
                 sides = dense_sides(model, layers, batch, vectors)
@@ -122,7 +123,7 @@ class DiagonalEKFAC(GradientMethod):
             inside = (chosen >= rows.start) & (chosen < rows.stop)
             if inside.any():
                 places = chosen[inside] - rows.start
-                yield slice_batch(batch, places.to(device)), uniforms[inside].to(device)
+                yield batch[places], uniforms[inside].to(device)
 
     def _invert(self, fisher: Mapping[str, list[Tensor]]) -> DiagonalKernel:
         scales, bases = {}, {}

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import inputs as data
 from ..errors import bad_choice, bad_value
 from ..influence import Ask
 from ..installed import install_command
@@ -111,7 +110,7 @@ class EKFAC(GradientMethod):
 
     def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> GradientState:
         state = super()._fit_checkpoint(model, show_progress)
-        some = data.slice_batch(next(iter(self._train_batches(False))), slice(0, 2))
+        some = self._first_train_batch().first(2)
         layers = tracked_layers(model, self.parameters_, some)
         self.parameters_ = [n for n, _ in model.named_parameters() if n.rpartition(".")[0] in layers]
         state.kernel = self._kronfluence(model).fit(
@@ -132,11 +131,12 @@ class EKFAC(GradientMethod):
 
     def _train_sides(self, show_progress: bool = False, **vectors: Tensor) -> Iterator[Batch]:
         for rows, batch in self._train_blocks(self.n_train_, show_progress):
-            yield {"examples": batch, **{name: every[rows] for name, every in vectors.items()}}
+            # kronfluence takes the number of examples from what stands first.
+            yield {**{name: every[rows] for name, every in vectors.items()}, "examples": batch}
 
     def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Ask) -> EKFACTest:
         vectors = self._response_gradients(model, batch, ask)
-        query = {"examples": batch, "gradients": vectors}
+        query = {"gradients": vectors, "examples": batch}
         train = self._train_sides(residuals=state.residuals)
         scores = self._kronfluence(model).scores(state.kernel, query, train) / self.n_train_
         return EKFACTest(scores, lambda: self._norms_of(state, model, [{**query, "residuals": vectors}]))
@@ -148,7 +148,7 @@ class EKFAC(GradientMethod):
         self, state: GradientState, model: nn.Module, batch: Any, rows: slice | None
     ) -> Tensor:
         left, right = self._both_residuals(state, model, batch, rows)
-        return self._self_scores(state, model, [{"examples": batch, "gradients": left, "residuals": right}])
+        return self._self_scores(state, model, [{"gradients": left, "residuals": right, "examples": batch}])
 
     def _norms_of(self, state: GradientState, model: nn.Module, batches: Iterable[Batch]) -> Tensor:
         return self._self_scores(state, model, batches).clamp_min(0).sqrt()

@@ -16,16 +16,19 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
+from ..batch import ExampleBatch
 from ..config import Residuals, STRIDEConfig
 from ..errors import bad_choice, bad_value
 from ..influence import Ask, InfluenceMethod
 from ..memory_budget import rows_that_fit
 from ..residuals import choose_residuals, tempered_residuals
 from ..responses import response_gradient
+from ..saved_values import saved_as
 from ..stride import STRIDE
 from .per_example_gradients import Gradients, chosen_parameters, example_gradients, flat
 
 
+@saved_as("gradients")
 @dataclass
 class GradientState:
     """What a gradient method keeps.
@@ -127,7 +130,7 @@ class GradientMethod(InfluenceMethod):
         logits, labels = [], []
         for batch in self._train_batches(show_progress):
             logits.append(self._logits(model, batch))
-            labels.append(self._train_labels(batch, logits[-1].shape[1], len(logits[-1])))
+            labels.append(self._train_labels(batch, logits[-1].shape[1]))
         z, y = torch.cat(logits), torch.cat(labels)
         if not bool(torch.isfinite(z).all()):
             wrong = int((~torch.isfinite(z).all(1)).nonzero()[0])
@@ -143,21 +146,25 @@ class GradientMethod(InfluenceMethod):
             self.train_dataset,
             batch_size=self.batch_size,
             device=self.device,
+            loss=self.loss,
+            batch=self.batch,
             config=STRIDEConfig(residuals=self.residuals, temperature=temperature),  # type: ignore[arg-type]
         )
         form = stride._fit_checkpoint(model, False).operators
         return form.residuals, loss_residuals, temperature  # type: ignore[union-attr]
 
-    def _gradients(self, model: nn.Module, batch: Any, vectors: Tensor) -> Gradients:
+    def _gradients(self, model: nn.Module, batch: ExampleBatch, vectors: Tensor) -> Gradients:
         every = dict(model.named_parameters())
         parameters = {name: every[name].detach() for name in self.parameters_}
         return example_gradients(model, parameters, batch, vectors)
 
-    def _response_gradients(self, model: nn.Module, batch: Any, ask: Ask) -> Tensor:
+    def _response_gradients(self, model: nn.Module, batch: ExampleBatch, ask: Ask) -> Tensor:
         """G of each test point, `(n, n_classes)`."""
         with torch.no_grad():
-            logits = self._logits(model, batch)
-        return response_gradient(logits, ask.classes(logits, batch), ask.response)
+            outputs = batch.outputs(model)
+        logits = batch.logits_of(outputs)
+        response = self.loss.response_of(outputs, ask.response)
+        return response_gradient(logits, ask.classes(logits, batch), response)
 
     def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Ask) -> Any:
         vectors = self._response_gradients(model, batch, ask)

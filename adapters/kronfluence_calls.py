@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import inputs as data
+from ..batch import ExampleBatch
 from ..errors import bad_value
 from ..residuals import tempered_residuals
-from ..responses import multiclass_logits
 
 Batch = dict[str, Any]
 Factors = dict[str, dict[str, Tensor]]
@@ -166,7 +165,8 @@ def _minus_product(logits: Tensor, vectors: Tensor) -> Tensor:
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
     assert isinstance(model, nn.Sequential)
-    return multiclass_logits(data.forward(model[0], batch["examples"]))
+    logits: Tensor = batch["examples"].logits(model[0])
+    return logits
 
 
 def drawn_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ class Batches:
         return 1
 
 
-def tracked_layers(model: nn.Module, parameters: Collection[str], batch: Any) -> list[str]:
+def tracked_layers(model: nn.Module, parameters: Collection[str], batch: ExampleBatch) -> list[str]:
     """Names of the layers that kronfluence can track: Linear and Conv2d that a forward pass calls.
 
     Args:
@@ -215,7 +215,7 @@ def tracked_layers(model: nn.Module, parameters: Collection[str], batch: Any) ->
             hooks.append(module.register_forward_hook(lambda *_, name=name: calls.update([name])))
     try:
         with torch.no_grad():
-            data.forward(model, batch)
+            batch.outputs(model)
     finally:
         for hook in hooks:
             hook.remove()

@@ -7,7 +7,7 @@ take `(model, train_dataset, *, layers, batch_size)`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,14 @@ from torch.nn import functional as F
 
 from .. import inputs as data
 from ..activations import Tap, check_finite, default_taps, named_taps, recording
+from ..batch import Batch, Reading
 from ..config import STRIDEConfig
+from ..devices import device_of
 from ..errors import bad_choice, bad_value
 from ..installed import install_command
-from ..responses import class_labels, multiclass_logits, response_value
+from ..losses import CrossEntropy, OutputCheck, loss_of
+from ..passes import Passes
+from ..responses import class_labels, response_value
 from ..restoring import untouched
 from ..stride import STRIDE
 
@@ -40,6 +44,8 @@ class LabelNoiseDetector(ABC):
         train_dataset: Dataset or (not shuffling) DataLoader of `(inputs..., label)` or dicts.
         layers: Submodules whose outputs are features, for detectors that read them; None selects them.
         batch_size: Examples a forward pass, where a data set is given.
+        loss: What the model was trained with (see `InfluenceMethod`).
+        batch: How a batch is read (see `InfluenceMethod`).
 
     >>> class Coin(LabelNoiseDetector):
     ...     def mislabel_scores(self):
@@ -57,12 +63,16 @@ class LabelNoiseDetector(ABC):
         *,
         layers: Sequence[str] | None = None,
         batch_size: int = 1024,
+        loss: str | CrossEntropy = "cross_entropy",
+        batch: Batch | None = None,
     ) -> None:
         data.check_source(train_dataset, "train_dataset")
         self.model = model
         self.train_dataset = train_dataset
         self.layers = layers
         self.batch_size = batch_size
+        self.loss = loss_of(loss)
+        self.batch = Batch() if batch is None else batch
 
     @abstractmethod
     def mislabel_scores(self) -> Tensor:
@@ -72,23 +82,21 @@ class LabelNoiseDetector(ABC):
         """Features at the taps `(n_train, n_features)`, logits `(n_train, n_classes)` and labels."""
         features, logits, labels = [], [], []
         with untouched(self.model), torch.no_grad(), recording(self.model, taps) as run:
-            for batch in self._batches():
+            check = OutputCheck(self.loss, self.model)
+            for batch in self._passes().walk():
+                batch = batch.to(device_of(self.model))
                 outputs, rows = run(batch)
-                logits.append(multiclass_logits(outputs))
+                check.look(outputs)
+                logits.append(batch.logits_of(outputs))
                 features.append(torch.cat(rows, 1) if rows else logits[-1].new_empty(len(logits[-1]), 0))
-                given = data.labels_of(batch)
-                if given is None or len(given) != len(outputs):
-                    got = "none" if given is None else f"{len(given)} for {len(outputs)} examples"
-                    raise bad_value("train_dataset", "give one label per example", got)
-                labels.append(class_labels(given.to(outputs.device), logits[-1].shape[1], "train_dataset"))
+                if batch.labels is None:
+                    raise bad_value("train_dataset", "give one label per example", "none")
+                labels.append(class_labels(batch.labels, logits[-1].shape[1], "train_dataset"))
+            check.finish()
         return torch.cat(features), torch.cat(logits), torch.cat(labels)
 
-    def _batches(self) -> Iterator[Any]:
-        """Batches of the training set on the device of the model."""
-        first = next(iter([*self.model.parameters(), *self.model.buffers()]), None)
-        device = torch.device("cpu") if first is None else first.device
-        for batch in data.batches(self.train_dataset, self.batch_size, "train_dataset"):
-            yield data.to_device(batch, device)
+    def _passes(self) -> Passes:
+        return Passes(self.train_dataset, self.batch_size, Reading(self.batch, self.loss))
 
 
 class LossDetector(LabelNoiseDetector):
@@ -122,7 +130,14 @@ class RidgeLeaveOneOut(LabelNoiseDetector):
 
     def mislabel_scores(self) -> Tensor:
         """`|e_y - q|`, where q is what the head fitted without the example predicts, `(n_train,)`."""
-        head = STRIDE(self.model, self.train_dataset, layers=self.layers, batch_size=self.batch_size)
+        head = STRIDE(
+            self.model,
+            self.train_dataset,
+            layers=self.layers,
+            batch_size=self.batch_size,
+            loss=self.loss,
+            batch=self.batch,
+        )
         return head.mislabel_scores()
 
 
@@ -190,7 +205,7 @@ class ConfidentLearning(LabelNoiseDetector):
 
     def _taps(self) -> list[Tap]:
         with untouched(self.model), torch.no_grad():
-            few = data.slice_batch(next(self._batches()), slice(0, 2))
+            few = self._passes().first().to(device_of(self.model)).first(2)
             if self.layers is not None:
                 return named_taps(self.model, self.layers, few)
             taps = default_taps(self.model, few, STRIDEConfig().max_width)

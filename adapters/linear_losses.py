@@ -8,23 +8,28 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from .. import inputs as data
+from ..batch import ExampleBatch
 from ..influence import InfluenceMethod
-from ..responses import multiclass_logits
-from .captum_calls import batch_of, inputs_by_position
+from ..losses import CrossEntropy
+from .captum_calls import outputs_by_position, parts_by_position
 
 
 class Positional(nn.Module):
-    """A network that takes tensors by position, as Captum calls it, and gives `(n, n_outputs)`."""
+    """A network that takes the parts of a batch by position, as Captum calls it, and gives `(n, n_outputs)`.
 
-    def __init__(self, network: nn.Module, names: list[str] | None) -> None:
+    Args:
+        network: The network itself.
+        template: A batch, for what is the same for all examples.
+    """
+
+    def __init__(self, network: nn.Module, template: ExampleBatch) -> None:
         super().__init__()
         self.network = network
-        self.names = names
+        self.template = template
 
-    def forward(self, *values: Any) -> Tensor:
-        """Outputs for the inputs in the order of their names."""
-        outputs = data.forward(self.network, batch_of(self.names, values))
+    def forward(self, *parts: Any) -> Tensor:
+        """Outputs for the parts in the order of `parts_by_position`."""
+        outputs = outputs_by_position(self.template, self.network, parts)
         return outputs[:, None] if outputs.ndim == 1 else outputs
 
 
@@ -36,7 +41,7 @@ class ResidualsAsLabels(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         for rows, batch in self.method._train_blocks(self.size, False):
-            yield (*inputs_by_position(batch), self.residuals[rows])
+            yield (*parts_by_position(batch), self.residuals[rows])
 
 
 def has_batched_gradients(module: nn.Module) -> bool:
@@ -46,14 +51,14 @@ def has_batched_gradients(module: nn.Module) -> bool:
     return type(module) is nn.Linear
 
 
-def linear_losses(outputs: Tensor, vectors: Tensor) -> Tensor:
+def linear_losses(loss: CrossEntropy, outputs: Tensor, vectors: Tensor) -> Tensor:
     """`-<logits, v>` of each example, `(n,)`; its gradient with respect to the logits is -v."""
-    return -(multiclass_logits(outputs) * vectors).sum(1)
+    return -(loss.logits(outputs) * vectors).sum(1)
 
 
-def linear_loss(outputs: Tensor, vectors: Tensor) -> Tensor:
+def linear_loss(loss: CrossEntropy, outputs: Tensor, vectors: Tensor) -> Tensor:
     """Their sum."""
-    return linear_losses(outputs, vectors).sum()
+    return linear_losses(loss, outputs, vectors).sum()
 
 
 def owners(names: Sequence[str]) -> list[str]:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from .. import inputs as data
+from ..batch import ExampleBatch
 from ..errors import bad_value, nearest
-from ..responses import multiclass_logits
 
 Gradients = dict[str, Tensor]
 
@@ -45,7 +44,7 @@ def chosen_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[st
 
 
 def example_gradients(
-    model: nn.Module, parameters: Mapping[str, Tensor], batch: Any, vectors: Tensor
+    model: nn.Module, parameters: Mapping[str, Tensor], batch: ExampleBatch, vectors: Tensor
 ) -> Gradients:
     """`J_i^T v_i` of every example of a batch, by parameter, `(n, *shape)` each.
 
@@ -58,17 +57,13 @@ def example_gradients(
     Raises:
         ValueError: A model that `torch.func.vmap` cannot run.
     """
-    values = dict(batch) if isinstance(batch, Mapping) else dict(enumerate(batch))
-    label = data.LABEL_KEY if isinstance(batch, Mapping) else len(values) - 1
-    if len(values) > 1:
-        values.pop(label, None)
-    tensors = {key: v for key, v in values.items() if isinstance(v, Tensor) and v.ndim}
+    one = batch.copied()[:1]
+    tensors = {path: part for path, part in batch.copied().example_parts() if isinstance(part, Tensor)}
 
     def response(parameters: dict[str, Tensor], example: dict[Any, Tensor], vector: Tensor) -> Tensor:
-        one = {**values, **{key: v[None] for key, v in example.items()}}
-        call = partial(_call, model, parameters)
-        outputs = data.forward(call, one if isinstance(batch, Mapping) else (*one.values(), None))
-        return (multiclass_logits(outputs)[0] * vector).sum()
+        alone = one.with_parts({path: part[None] for path, part in example.items()})
+        outputs = alone.call(partial(_call, model, parameters))
+        return (alone.logits_of(outputs)[0] * vector).sum()
 
     try:
         with torch.no_grad():  # of the others; `grad` takes its own all the same

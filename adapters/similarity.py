@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import inputs as data
 from ..activations import Tap, check_finite, default_taps, named_taps, recording
 from ..influence import Ask, InfluenceMethod
-from ..responses import multiclass_logits
+from ..saved_values import saved_as
 
 
+@saved_as("similarity")
 @dataclass
 class SimilarityState:
     """Unit features of the training set.
@@ -56,8 +56,10 @@ class Similarity(InfluenceMethod):
     True
     """
 
+    fits_in_one_pass = True
+
     def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> SimilarityState:
-        first = data.slice_batch(next(iter(self._train_batches(False))), slice(0, 2))
+        first = self._first_train_batch().first(2)
         taps = (
             default_taps(model, first, 2**31, penultimate=True)
             if self.layers is None
@@ -68,8 +70,8 @@ class Similarity(InfluenceMethod):
             for batch in self._train_batches(show_progress):
                 outputs, rows = run(batch)
                 features.append(_unit(torch.cat(rows, dim=1)))
-                n_classes = multiclass_logits(outputs).shape[1]
-                labels.append(self._train_labels(batch, n_classes, len(outputs)))
+                n_classes = self._as_logits(outputs, batch).shape[1]
+                labels.append(self._train_labels(batch, n_classes))
         self.n_train_ = sum(map(len, labels))
         every = torch.cat(features)
         check_finite(every)
@@ -78,7 +80,7 @@ class Similarity(InfluenceMethod):
     def _prepare(self, state: SimilarityState, model: nn.Module, batch: Any, ask: Ask) -> SimilarityTest:
         with recording(model, state.taps) as run:
             outputs, rows = run(batch)
-        classes = ask.classes(multiclass_logits(outputs), batch)
+        classes = ask.classes(batch.logits_of(outputs), batch)
         return SimilarityTest(_unit(torch.cat(rows, dim=1)), classes, -1 if ask.response == "loss" else 1)
 
     def _scores(self, state: SimilarityState, prepared: SimilarityTest, columns: slice) -> Tensor:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ from captum.influence import TracInCP, TracInCPFast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .. import inputs as data
+from ..batch import ExampleBatch
 from ..errors import bad_value
 from ..influence import Ask
-from .captum_calls import input_names, inputs_by_position, quiet
+from .captum_calls import parts_by_position, quiet
 from .gradients import GradientMethod, GradientState
 from .linear_losses import (
     Positional,
@@ -107,7 +108,7 @@ class TracIn(GradientMethod):
         if self.fast:
             self.parameters_ = [name for name in self.parameters_ if name.endswith("weight")]
         modules = [model.get_submodule(name) for name in owners(self.parameters_)]
-        first = data.slice_batch(next(iter(self._train_batches(False))), slice(0, _PROBE))
+        first = self._first_train_batch().first(_PROBE)
         shortcut = self.fast or all(has_batched_gradients(module) for module in modules)
         self.batched_ = shortcut and self._shortcut_is_right(model, first)
         if self.fast and not self.batched_:
@@ -128,7 +129,7 @@ class TracIn(GradientMethod):
         wanted = rows @ rows.T
         try:
             found = self._ask_captum(
-                model, batch, vectors, [(*inputs_by_position(batch), vectors)], batched=True
+                model, batch, vectors, [(*parts_by_position(batch), vectors)], batched=True
             )
         except (RuntimeError, AssertionError):
             return False
@@ -141,7 +142,7 @@ class TracIn(GradientMethod):
         parameters = [named[name].requires_grad_(True) for name in self.parameters_]
         rows = []
         for i, vector in enumerate(vectors):
-            logits = self._logits(model, data.slice_batch(batch, slice(i, i + 1)))
+            logits = self._logits(model, batch[i : i + 1])
             gradients = torch.autograd.grad((logits * vector).sum(), parameters, materialize_grads=True)
             rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
         return torch.stack(rows)
@@ -153,14 +154,14 @@ class TracIn(GradientMethod):
         return TracInTest(scores, lambda: flat(self._gradients(model, batch, vectors)))
 
     def _ask_captum(
-        self, model: nn.Module, batch: Any, vectors: Tensor, training: Any, batched: bool
+        self, model: nn.Module, batch: ExampleBatch, vectors: Tensor, training: Any, batched: bool
     ) -> Tensor:
         """Products of the gradients of a batch with those of training batches `(inputs..., residuals)`."""
-        asked: Any = (*inputs_by_position(batch), vectors)
+        asked: Any = (*parts_by_position(batch), vectors)
         if not batched:  # Captum's loop runs every gradient of an example through its whole batch
-            alone: Any = list(data.split_batch(asked, 1))
+            alone: Any = [(*parts_by_position(batch[i : i + 1]), v[None]) for i, v in enumerate(vectors)]
             asked = DataLoader(alone, batch_size=None)
-        network = Positional(model, input_names(batch))
+        network = Positional(model, batch)
         with quiet():
             try:
                 captum = self._captum(network, DataLoader(training, batch_size=None), batched)
@@ -179,7 +180,7 @@ class TracIn(GradientMethod):
         if self.fast:
             assert self.layers is not None
             last = network.network.get_submodule(self.layers[0])
-            return TracInCPFast(network, last, loader, loss_fn=linear_loss, **checkpoint)
+            return TracInCPFast(network, last, loader, loss_fn=partial(linear_loss, self.loss), **checkpoint)
         if batched:
             layers = [f"network.{name}" if name else "network" for name in owners(self.parameters_)]
         else:
@@ -190,7 +191,7 @@ class TracIn(GradientMethod):
             network,
             loader,
             layers=layers,
-            loss_fn=linear_loss if batched else linear_losses,
+            loss_fn=partial(linear_loss if batched else linear_losses, self.loss),
             sample_wise_grads_per_batch=batched,
             **checkpoint,
         )

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from ..errors import bad_value
 from ..responses import response_gradient
+from ..saved_values import saved_as
 from .count_sketch import count_sketch, random_places
 from .gradients import GradientMethod, GradientState
 from .per_example_gradients import Gradients, chosen_parameters
 
 
+@saved_as("trak")
 @dataclass
 class TRAKKernel:
     """What TRAK keeps of one model.
@@ -97,7 +99,7 @@ class TRAK(GradientMethod):
         for rows, batch in self._train_blocks(self.n_train_, show_progress):
             with torch.no_grad():
                 logits = self._logits(model, batch)
-            labels = self._train_labels(batch, logits.shape[1], len(logits))
+            labels = self._train_labels(batch, logits.shape[1])
             margins = response_gradient(logits, labels, "margin")
             phi = count_sketch(self._gradients(model, batch, margins), places, k)
             gram += phi.T @ phi

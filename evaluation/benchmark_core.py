@@ -6,7 +6,6 @@ of a shared machine mean little.
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -159,4 +158,6 @@ def bench_case(case: Case, repeats: int) -> CoreRow:
 
 
 def _peak_bytes() -> int:
+    import resource  # which Windows does not have
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from .. import inputs as data
+from ..batch import ExampleBatch, Reading
 from ..errors import bad_value
 from ..influence import InfluenceMethod
+from ..passes import Passes
 from ..restoring import untouched
 from .linear_datamodeling import plain
 
@@ -213,8 +214,8 @@ def forward_seconds(model: nn.Module, dataset: Any, *, batch_size: int = 1024, r
     device = torch.device("cpu") if first is None else first.device
 
     def forward() -> None:
-        for batch in data.batches(dataset, batch_size, "dataset"):
-            data.forward(model, data.to_device(batch, device))
+        for batch in Passes(dataset, batch_size, Reading(), "dataset").walk():
+            batch.to(device).outputs(model)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
@@ -264,6 +265,6 @@ def measure_cost(
         for _ in range(repeats):
             method = build(model, dataset, (options or {}).get(name, {})).fit()
             method.influence(test, response="margin", target="label")
-            runs.append(cost_of(method, data.batch_length(test), forward))
+            runs.append(cost_of(method, len(ExampleBatch(test, Reading())), forward))
         costs[name] = median_cost(runs)
     return costs

@@ -175,7 +175,8 @@ def _closed_form_on_phi(
         taps = method._states[0].taps if method._states else []
 
         def encode(inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            features, logits, _ = method._read_batch(model, taps, (inputs, labels))
+            batch = method._example_batch((inputs, labels), "inputs")
+            features, logits, _ = method._read_batch(model, taps, batch)
             return steering.operators.encode(features * steering.scale), logits
 
         codes, logits = encode(*task.train.tensors)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import signal
 from contextlib import suppress
 from copy import copy
@@ -68,6 +67,8 @@ def ended(result: CaseResult, exit_code: int) -> CaseResult:
 
 def _child(case: Case, path: Path) -> None:
     if case.memory_limit is not None and torch.device(case.device).type != "cuda":
+        import resource  # which Windows does not have
+
         limit = _data_bytes() + parse_bytes(case.memory_limit)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     # Without a handler in Python the alarm ends the process at once, also inside a library.

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .batch import ExampleBatch
 from .errors import bad_type, bad_value, nearest
-from .inputs import first_input, forward
 
 _POOL = 4
 _INPUT_SUFFIX = ":input"
@@ -81,7 +81,7 @@ def to_rows(activation: Tensor, spatial: int, pool: int) -> Tensor:
 @contextmanager
 def recording(
     model: nn.Module, taps: Sequence[Tap]
-) -> Iterator[Callable[[Any], tuple[Tensor, list[Tensor]]]]:
+) -> Iterator[Callable[[ExampleBatch], tuple[Tensor, list[Tensor]]]]:
     """Record the taps during forward passes; the hooks are gone afterwards.
 
     Yields:
@@ -92,7 +92,7 @@ def recording(
     overwritten: set[tuple[str, bool]] = set()
     with _hooks(model, places, overwritten) as caught:
 
-        def run(batch: Any) -> tuple[Tensor, list[Tensor]]:
+        def run(batch: ExampleBatch) -> tuple[Tensor, list[Tensor]]:
             outputs = _run_hooked(model, batch, places, caught, overwritten)
             rows = [to_rows(caught[p][0], t.spatial, t.pool) for p, t in zip(places, taps, strict=True)]
             for tap, row in zip(taps, rows, strict=True):
@@ -113,14 +113,14 @@ _Caught = dict[tuple[str, bool], tuple[Tensor, int]]
 
 def _run_hooked(
     model: nn.Module,
-    batch: Any,
+    batch: ExampleBatch,
     places: Sequence[tuple[str, bool]],
     caught: _Caught,
     overwritten: set[tuple[str, bool]],
 ) -> Tensor:
     """One forward pass; repeated with a copy where an in-place operation wrote over what was caught."""
     caught.clear()
-    outputs = forward(model, batch)
+    outputs = batch.outputs(model)
     for place in places:
         if place not in caught:
             raise bad_value("layers", "name submodules that run in the forward pass", repr(place[0]))
@@ -128,7 +128,7 @@ def _run_hooked(
     if changed:
         overwritten |= changed
         caught.clear()
-        outputs = forward(model, batch)
+        outputs = batch.outputs(model)
     return outputs
 
 
@@ -184,7 +184,7 @@ def check_finite(values: Tensor, what: str = "activations") -> None:
         )
 
 
-def named_taps(model: nn.Module, layers: Sequence[str], batch: Any) -> list[Tap]:
+def named_taps(model: nn.Module, layers: Sequence[str], batch: ExampleBatch) -> list[Tap]:
     """Taps for the names that the user gave.
 
     Args:
@@ -213,7 +213,9 @@ def named_taps(model: nn.Module, layers: Sequence[str], batch: Any) -> list[Tap]
     return [_tap(modules[n], n, r, caught[n, r][0]) for n, r in places]
 
 
-def default_taps(model: nn.Module, batch: Any, max_width: int, penultimate: bool = False) -> list[Tap]:
+def default_taps(
+    model: nn.Module, batch: ExampleBatch, max_width: int, penultimate: bool = False
+) -> list[Tap]:
     """Tap what every Linear and convolution reads: post-activation features, and a flat float input.
 
     Places that read the same tensor count once. Raw images (also where the network normalises
@@ -232,8 +234,9 @@ def default_taps(model: nn.Module, batch: Any, max_width: int, penultimate: bool
     """
     weight_layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, *_CONVOLUTIONS))}
     with _hooks(model, [(name, True) for name in weight_layers], set()) as caught:
-        forward(model, batch)
-    raw = first_input(batch)
+        given = batch.copied()
+        given.outputs_of_these(model)
+    raw = given.first_tensor
     found: dict[tuple[int, int, tuple[int, ...]], Tap] = {}
     for position, ((name, _), (value, version)) in enumerate(caught.items()):
         is_raw = raw is not None and (

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import inputs as data
 from .activations import Tap, recording
+from .batch import ExampleBatch, walk
 from .closed_form import ClosedForm, block_rows, fit_closed_form
 from .estimate import Estimate, along_a_line, median_seconds, some_test_points, timed, training_examples
 from .newton import KroneckerCurvature, Moments, RidgeHead
+from .passes import Passes
 from .peak_memory import PeakMemory, release_free_memory
 from .restoring import weights_fingerprint
 
@@ -85,7 +86,7 @@ def estimate_closed_form(method: STRIDE, n_test: int, k: int | None) -> Estimate
         fit_seconds=copies * (reading.seconds + fingerprint + solving),
         query_seconds=copies * query_seconds,
         fit_bytes=copies * held + most,
-        query_bytes=_query_bytes(method, reading, data.batch_length(test), n_test, n, k),
+        query_bytes=_query_bytes(method, reading, len(test), n_test, n, k),
         disk_bytes=copies * disk,
         basis=f"{_BATCHES} batches of the training set and products of random features",
     )
@@ -96,8 +97,9 @@ def _read_a_little(method: STRIDE, model: nn.Module, n: int) -> _Reading:
         features, logits, _, widths = method._precomputed
         del features
         return _Reading(0.0, 0, widths, logits.shape[1], method._choose_taps(model))
+    method = copy.copy(method)  # which reads the training set on its own
     device = method._work_device()
-    source = iter(data.batches(method.train_dataset, method.batch_size, "train_dataset"))
+    source = Passes(method.train_dataset, method.batch_size, method._reading()).walk()
     batches = [batch for _, batch in zip(range(_BATCHES), source, strict=False)]
     loading = timed(lambda: next(source, None), device) if len(batches) == _BATCHES else 0.0
     release_free_memory()
@@ -106,14 +108,14 @@ def _read_a_little(method: STRIDE, model: nn.Module, n: int) -> _Reading:
         taps = method._choose_taps(model)
         with recording(model, taps) as run:
 
-            def read(batch: Any) -> Tensor:
+            def read(batch: ExampleBatch) -> Tensor:
                 rows, logits, _ = method._compute(run, batch)
                 return torch.cat([*rows, logits], 1)
 
-            warm = read(data.slice_batch(batches[0], slice(0, 64)))
+            warm = read(batches[0].first(64))
             seconds = statistics.median(timed(lambda b=batch: read(b), device) for batch in batches)  # type: ignore[misc]
     widths = [tap.width for tap in taps]
-    count = n / data.batch_length(batches[0])
+    count = n / len(batches[0])
     if method.feature_store is not None:
         loading += _storing_seconds(method.feature_store.path, batches[0], sum(widths))
     return _Reading(
@@ -121,9 +123,9 @@ def _read_a_little(method: STRIDE, model: nn.Module, n: int) -> _Reading:
     )
 
 
-def _storing_seconds(path: str | Path, batch: Any, width: int) -> float:
+def _storing_seconds(path: str | Path, batch: ExampleBatch, width: int) -> float:
     """Digest of one batch, and writing its features."""
-    values = [v for v in (batch.values() if isinstance(batch, dict) else batch) if isinstance(v, Tensor)]
+    values = [part for _, part in walk(batch.content) if isinstance(part, Tensor)]
     size = sum(v.numel() * v.element_size() for v in values)
     block, cpu = bytes(_WRITTEN), torch.device("cpu")
     digest = timed(lambda: hashlib.sha256(block), cpu)
@@ -132,7 +134,7 @@ def _storing_seconds(path: str | Path, batch: Any, width: int) -> float:
     )
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         writing = timed(lambda: file.write(block), cpu)
-    return (size * digest + 4 * width * data.batch_length(batch) * writing) / _WRITTEN
+    return (size * digest + 4 * width * len(batch) * writing) / _WRITTEN
 
 
 def _solving_seconds(method: STRIDE, reading: _Reading, n: int, device: torch.device) -> float:
@@ -176,7 +178,7 @@ def _closed_form_seconds(
 
 def _query_seconds(method: STRIDE, reading: _Reading, test: Any, k: int | None, n: int) -> float:
     """Of `influence`, asked of random features at two sizes of the training set."""
-    d, points = sum(reading.widths), data.batch_length(test)
+    d, points = sum(reading.widths), len(test)
     low = max(2**23 // (4 * d), 2 * 2**22 // points if k else 0, 256)
     sizes = sorted({min(size, n) for size in (low, 4 * low)})
     seconds = []

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from html import escape
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from .errors import bad_choice, bad_value, nearest
 from .memory_budget import parse_bytes as parse_bytes
 
@@ -147,6 +149,10 @@ class STRIDEConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):  # numbers of NumPy would not be saved as they are
+                object.__setattr__(self, field.name, value.item())
         choices: dict[str, Sequence[Any]] = {
             "operators": get_args(Operators),
             "response": get_args(Response),
@@ -201,6 +207,13 @@ class STRIDEConfig:
                 raise bad_choice("alpha", self.alpha, get_args(AlphaRule))
         elif not (_is_number(self.alpha) and 0 <= self.alpha < float("inf")):
             raise bad_value("alpha", "be a fraction of alpha_max of at least 0, or a rule", repr(self.alpha))
+        elif self.alpha == 0 and self.recovery == "lasso":
+            raise bad_value(
+                "alpha",
+                "be above 0 for the Lasso",
+                0,
+                "Without a penalty many weights fit: use recovery='ridge'.",
+            )
         if self.coverage == "paper" and (self.subsets != "partition" or self.subset_size is None):
             raise bad_value(
                 "coverage",

@@ -12,9 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import inputs as data
+from .batch import is_batch
 from .config import STRIDEConfig
 from .errors import bad_type, bad_value
 from .influence import Ask
+from .losses import CrossEntropy
 from .memory_budget import blocks
 from .process_group import Ranks
 from .streaming import Collector, DenseScores, GroupSums, StreamedTopK, merge_top_k
@@ -98,9 +100,10 @@ class DistributedSTRIDE(STRIDE):
         *,
         widths: Sequence[int] | None = None,
         config: STRIDEConfig | None = None,
+        loss: str | CrossEntropy = "cross_entropy",
     ) -> Self:
         """As `STRIDE.from_features`: every rank passes all of it (memory-mapped) and reads its rows."""
-        method = super().from_features(features, logits, labels, widths=widths, config=config)
+        method = super().from_features(features, logits, labels, widths=widths, config=config, loss=loss)
         assert method._precomputed is not None
         features, logits, labels, widths = method._precomputed
         rows = method.columns
@@ -156,7 +159,7 @@ class DistributedSTRIDE(STRIDE):
             settings["feature_store"]["path"] = str(Path(self.feature_store.path).parent)
         return settings
 
-    def _change(self: Self, *_: Any) -> Self:
+    def _check_changeable(self) -> None:
         must = "be changed in a single process"
         raise bad_value("train_dataset", must, f"a group of {self.ranks.size}", "Fit again.")
 
@@ -173,7 +176,7 @@ class DistributedSTRIDE(STRIDE):
 
     def _prepare(self, state: STRIDEState, model: nn.Module, batch: Any, ask: Ask) -> Any:
         form: Any = state.operators
-        n, d, c = data.batch_length(batch), len(form.scale) - 1, form.residuals.shape[1]
+        n, d, c = len(batch), len(form.scale) - 1, form.residuals.shape[1]
         self.ranks.agree(f"{n} {ask.response}", "inputs", "be the same test points on every rank")
         query = form.scale.new_empty(n, d + c)
         if self.ranks.rank == 0:
@@ -219,7 +222,7 @@ def _file_of_rank(path: str | Path, ranks: Ranks) -> Path:
 
 def _share(dataset: Any, ranks: Ranks) -> tuple[int, Any]:
     """The number of examples of a training set, and what one rank reads of it."""
-    if data.is_batch(dataset):
+    if is_batch(dataset):
         return 0, dataset  # which the base class refuses
     data.check_source(dataset, "train_dataset")
     n = data.count_examples(dataset)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def _sentence(name: str, must: str, got: object, remedy: str | None) -> str:
@@ -38,6 +40,24 @@ def bad_choice(name: str, got: object, choices: Sequence[str]) -> ValueError:
     return bad_value(
         name, "be one of " + ", ".join(map(repr, choices)), repr(got), nearest(str(got), choices)
     )
+
+
+def whole_number(name: str, value: Any, least: int = 1, or_else: str = "") -> int:
+    """An argument that is an integer of any type (of NumPy or a tensor, too) as an `int`.
+
+    Raises:
+        ValueError: It is none, or below `least`.
+
+    >>> whole_number("k", 3)
+    3
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise bad_value(name, f"be an integer of at least {least}{or_else}", repr(value))
+    return number
 
 
 def nearest(name: str, known: Iterable[str], at_most: int = 3) -> str | None:

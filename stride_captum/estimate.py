@@ -19,7 +19,9 @@ import torch
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from . import inputs as data
+from .batch import ExampleBatch
 from .errors import bad_value
+from .passes import Passes
 from .peak_memory import PeakMemory, release_free_memory
 
 if TYPE_CHECKING:
@@ -113,7 +115,7 @@ def from_small_runs(method: Method, n_test: int, k: int | None) -> Estimate:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a fit warns of, it says when it runs
         warm = shortened(method, sizes[0]).fit()  # the first run of all imports and allocates
-        warm.influence(data.slice_batch(test, torch.arange(1)), k)
+        warm.influence(test[:1], k)
         for n in sizes:
             twin, device = shortened(method, n), method._work_device()
             fits.append(measured(twin.fit, device))
@@ -200,18 +202,12 @@ def training_examples(method: InfluenceMethod) -> int:
     return n
 
 
-def some_test_points(method: InfluenceMethod, n_test: int) -> tuple[Any, float]:
-    """A batch that stands for the test points, made of training examples, and how many of it they are.
-
-    Raises:
-        ValueError: `n_test` is below 1.
-    """
-    if not isinstance(n_test, int) or isinstance(n_test, bool) or n_test < 1:
-        raise bad_value("n_test", "be an integer of at least 1", repr(n_test))
-    batch = next(iter(data.batches(method.train_dataset, min(n_test, method.batch_size), "train_dataset")))
-    n = min(n_test, _SMALL)
-    rows = torch.arange(n) % data.batch_length(batch)
-    return data.slice_batch(batch, rows), n_test / n
+def some_test_points(method: InfluenceMethod, n_test: int) -> tuple[ExampleBatch, float]:
+    """A batch that stands for the test points, made of training examples, and how many of it they are."""
+    passes = Passes(method.train_dataset, min(n_test, method.batch_size), method._reading())
+    batch, n = passes.first(), min(n_test, _SMALL)
+    rows = torch.arange(n) % len(batch)
+    return batch[rows], n_test / n
 
 
 def shortened(method: Method, n: int) -> Method:
@@ -224,7 +220,9 @@ def shortened(method: Method, n: int) -> Method:
 def first_examples(source: Any, n: int) -> Any:
     """The first n examples of a data set or loader."""
     if isinstance(source, DataLoader):
-        size = source.batch_size or data.batch_length(next(iter(source)))
+        size = source.batch_size
+        if size is None:  # a batch sampler of the user's
+            size = len(next(iter(source.batch_sampler or [[0]])))
         first = Subset(source.dataset, range(min(n, len(source.dataset))))  # type: ignore[arg-type]
         return DataLoader(first, batch_size=size, collate_fn=source.collate_fn)
     if type(source) is TensorDataset:

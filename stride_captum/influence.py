@@ -21,7 +21,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -33,15 +33,21 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import inputs as data
+from .batch import Batch, ExampleBatch, Reading, is_batch
 from .checkpoints import LoadCheckpoint, checkpoint_list, load_checkpoint
-from .errors import bad_choice, bad_type, bad_value
+from .devices import device_of, existing_device, full_precision
+from .digests import Digests
+from .errors import bad_choice, bad_type, bad_value, whole_number
 from .estimate import Estimate, from_small_runs
+from .losses import CrossEntropy, OutputCheck, loss_of
 from .memory_budget import parse_bytes, rows_that_fit
+from .passes import Passes
 from .peak_memory import PeakMemory
+from .places import groups_of_places
 from .process_group import ALONE, Alone
 from .residuals import DEFAULT_TEMPERATURE, match_temperature, mean_residual
-from .responses import RESPONSES, class_labels, multiclass_logits
-from .restoring import untouched, weights_fingerprint, weights_version
+from .responses import RESPONSES, class_labels
+from .restoring import draws_put_back, exclusive, untouched, user_code, weights_fingerprint, weights_version
 from .streaming import Collector, DenseScores, GroupSums, StreamedTopK
 from .subsets import membership_from_indices
 
@@ -65,7 +71,7 @@ class Ask:
     response: str
     target: str | Tensor
 
-    def classes(self, logits: Tensor, batch: Any) -> Tensor:
+    def classes(self, logits: Tensor, batch: ExampleBatch) -> Tensor:
         """The class c of each test point, `(n,)` int64.
 
         Args:
@@ -76,7 +82,7 @@ class Ask:
             return class_labels(self.target.to(logits.device), logits.shape[1], "target")
         if self.target == "predicted":
             return logits.argmax(1)
-        labels = data.labels_of(batch)
+        labels = batch.labels
         if labels is None:
             raise bad_value(
                 "inputs",
@@ -108,16 +114,28 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         target: Default class of the response.
         normalize: Default normalisation, None or "cosine".
         memory_budget: Memory for one block of scores.
+        loss: What the model was trained with: "cross_entropy", or `stride_captum.losses.CrossEntropy` with
+            what its outputs are.
+        batch: How a batch is read, where it is not `(inputs..., labels)` or a dict with "labels".
+
+    The training set is read in passes (`stride_captum.passes`): column i of the scores is its i-th example,
+    and a pass that gives other examples, or another order, is refused. The model is given copies of inputs.
+
+    Threads: methods may be shared between threads, and models between methods; one thread at a time works
+    with a model. Other code that uses the model meanwhile sees it in eval mode. Global random states are put
+    back where the data set or the model has drawn from them (`stride_captum.restoring`).
 
     Attributes:
+        digests_: A number for the label and one for the inputs of each training example, as they were read.
         n_train_: Number of training examples.
         fit_seconds_: Duration of `fit`.
         query_seconds_: Duration of the last `influence`.
         peak_bytes_: Most memory that `fit` or the last `influence` has added (`PeakMemory`).
+        compared_: After `load`: what of the training set was compared with that of the saved method.
 
     >>> class SameClass(InfluenceMethod):
     ...     def _fit_checkpoint(self, model, show_progress):
-    ...         labels = torch.cat([batch[-1] for batch in self._train_batches(show_progress)])
+    ...         labels = torch.cat([batch.labels for batch in self._train_batches(show_progress)])
     ...         self.n_train_ = len(labels)
     ...         return labels
     ...     def _prepare(self, state, model, batch, ask):
@@ -134,8 +152,12 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
     needs_gradients: ClassVar[bool] = False
     #: Whether scores need the training examples again, so that blocks of columns are training batches.
     reads_training_data: ClassVar[bool] = False
+    #: Whether `fit` reads the training set once (for each checkpoint), and queries never do.
+    fits_in_one_pass: ClassVar[bool] = False
     #: The processes that share the training set.
     ranks: Alone = ALONE
+    digests_: Digests | None
+    compared_: str
 
     def __init__(
         self,
@@ -152,12 +174,12 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         target: str = "label",
         normalize: str | None = None,
         memory_budget: int | str = "256MiB",
+        loss: str | CrossEntropy = "cross_entropy",
+        batch: Batch | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise bad_type("model", "be a torch.nn.Module", model)
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise bad_value("batch_size", "be an integer of at least 1", repr(batch_size))
-        if data.is_batch(train_dataset):
+        if is_batch(train_dataset):
             raise bad_type(
                 "train_dataset",
                 "be a Dataset or a DataLoader",
@@ -167,12 +189,14 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         if response not in RESPONSES:
             raise bad_choice("response", response, RESPONSES)
         data.check_source(train_dataset, "train_dataset")
+        with draws_put_back(), user_code("order"):
+            data.check_places(train_dataset, "train_dataset")
         # Captum's own constructor is misspelt and cannot be called.
         self.model = model
         self.train_dataset = train_dataset
         self.layers = layers
-        self.batch_size = batch_size
-        self.device = None if device is None else torch.device(device)
+        self.batch_size = whole_number("batch_size", batch_size)
+        self.device = None if device is None else existing_device(device)
         self.checkpoints = None if checkpoints is None else checkpoint_list(checkpoints)
         self.checkpoints_load_func = checkpoints_load_func
         self.held_out = held_out
@@ -180,6 +204,13 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         self.target = target
         self.normalize = normalize
         self.memory_budget = parse_bytes(memory_budget, self._work_device())
+        if batch is not None and not isinstance(batch, Batch):
+            raise bad_type("batch", "be a stride_captum.Batch", batch, "Write Batch(label_key=...).")
+        self.loss = loss_of(loss)
+        self.batch = Batch() if batch is None else batch
+        self._passes: Passes | None = None
+        self._device_copy: tuple[Any, nn.Module] | None = None
+        self._output_check: OutputCheck | None = None
         self._states: list[Any] | None = None
         self._weights: list[float] = []
         self._fitted_on: tuple[Any, str] | None = None
@@ -249,20 +280,37 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         Returns:
             The method itself.
         """
-        started = time.perf_counter()
-        self._states = None
-        with self._session() as model, PeakMemory(self._work_device()) as memory:
-            states, rates, fingerprints = [], [], []
-            for index, checkpoint in enumerate(self._checkpoints()):
-                self._checkpoint_index = index
-                rates.append(self._load(model, checkpoint))
-                fingerprints.append(weights_fingerprint(model))
-                states.append(self._fit_checkpoint(model, show_progress))
-        self._states, self._weights = states, self._combine_weights(rates)
-        self._mark_fitted(" ".join(fingerprints))
-        self.fit_seconds_, self._fit_bytes = time.perf_counter() - started, memory.bytes
-        self.peak_bytes_ = memory.bytes
+        with exclusive(self):
+            started = time.perf_counter()
+            self._states = None
+            passes = self._training_passes()
+            with self._session() as model, PeakMemory(self._work_device()) as memory:
+                passes.restart(not self.fits_in_one_pass or len(self._checkpoints()) > 1)
+                states, rates, fingerprints = [], [], []
+                try:
+                    for index, checkpoint in enumerate(self._checkpoints()):
+                        self._checkpoint_index = index
+                        rates.append(self._load(model, checkpoint))
+                        fingerprints.append(weights_fingerprint(model))
+                        states.append(self._fit_one(model, show_progress))
+                finally:
+                    passes.release()
+            self._states, self._weights = states, self._combine_weights(rates)
+            self._mark_fitted(" ".join(fingerprints))
+            self.digests_ = passes.digests
+            self.fit_seconds_, self._fit_bytes = time.perf_counter() - started, memory.bytes
+            self.peak_bytes_ = memory.bytes
         return self
+
+    def _fit_one(self, model: nn.Module, show_progress: bool) -> Any:
+        """`_fit_checkpoint`, with a look at the outputs for the training set."""
+        self._output_check = OutputCheck(self.loss, model)
+        try:
+            state = self._fit_checkpoint(model, show_progress)
+            self._output_check.finish()
+        finally:
+            self._output_check = None
+        return state
 
     def influence(
         self,
@@ -294,8 +342,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
             ValueError: An argument out of its range, or a model that has changed since `fit`.
             TypeError: Inputs of another kind.
         """
-        if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
-            raise bad_value("k", "be an integer of at least 1, or None for all scores", repr(k))
+        k = None if k is None else whole_number("k", k, or_else=", or None for all scores")
 
         def collector() -> Collector:
             return DenseScores(self.n_train_) if k is None else StreamedTopK(k, proponents)
@@ -326,8 +373,14 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
             `(n_train,)`, or `(n_inputs,)`.
         """
         inputs = inputs_dataset if inputs is None else inputs
-        if self._states is None:
-            self.fit(show_progress)
+        if inputs is not None:
+            data.check_source(inputs, "inputs")
+        with exclusive(self):
+            if self._states is None:
+                self.fit(show_progress)
+            return self._total_self_influence(inputs, show_progress)
+
+    def _total_self_influence(self, inputs: Any, show_progress: bool) -> Tensor:
         total: Tensor | None = None
         with self._session() as model:
             self._check_unchanged()
@@ -345,13 +398,11 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
     def _self_influence_of(self, state: Any, model: nn.Module, inputs: Any, show_progress: bool) -> Tensor:
         """Self-influence of other inputs, or batch by batch of the training set (None)."""
         source, argument = (self.train_dataset, "train_dataset") if inputs is None else (inputs, "inputs")
-        parts, seen = [], 0
+        parts = []
         for batch in self._batches(source, argument, show_progress, "self-influence"):
-            for piece in data.split_batch(batch, self._max_rows() or data.batch_length(batch)):
-                n = data.batch_length(piece)
-                rows = slice(seen, seen + n) if inputs is None else None
+            for piece in batch.split(self._max_rows() or len(batch)):
+                rows = piece.columns if inputs is None else None
                 parts.append(self._self_influence(state, model, piece, rows))
-                seen += n
         return torch.cat(parts)
 
     def mislabel_scores(self) -> Tensor:
@@ -370,17 +421,19 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
 
         Args:
             inputs: As for `influence`.
-            groups: Index lists, one per group; they may overlap.
+            groups: One for each group, which may overlap: indices, a boolean mask over the training set, or
+                a slice.
             response: As for `influence`.
             target: As for `influence`.
 
         Returns:
             `(n_test, n_groups)`.
         """
-        if self._states is None:
-            self.fit()
-        membership = membership_from_indices(groups, self.n_train_)
-        return self._collect(inputs, lambda: GroupSums(membership), False, response, target, None)[0]
+        with exclusive(self):
+            if self._states is None:
+                self.fit()
+            membership = membership_from_indices(groups_of_places(groups, self.n_train_), self.n_train_)
+            return self._collect(inputs, lambda: GroupSums(membership), False, response, target, None)[0]
 
     def estimate(self, n_test: int = 100, k: int | None = None) -> Estimate:
         """What `fit` and a query will cost, before they run; printing it gives a small table.
@@ -396,9 +449,8 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         Raises:
             ValueError: `n_test` or `k` is below 1, or the training set has no length.
         """
-        if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
-            raise bad_value("k", "be an integer of at least 1, or None for all scores", repr(k))
-        return self._estimate(n_test, k)
+        k = None if k is None else whole_number("k", k, or_else=", or None for all scores")
+        return self._estimate(whole_number("n_test", n_test), k)
 
     def _estimate(self, n_test: int, k: int | None) -> Estimate:
         return from_small_runs(self, n_test, k)
@@ -423,15 +475,27 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
             raise bad_value("normalize", "be None or 'cosine'", repr(normalize))
         wanted = self._check_target(self.target if target is None else target)
         data.check_source(inputs, "inputs")
-        if self._states is None:
-            self.fit(show_progress)
+        with exclusive(self):
+            if self._states is None:
+                self.fit(show_progress)
+            return self._collected(inputs, collector, show_progress, response, wanted, normalize)
+
+    def _collected(
+        self,
+        inputs: Any,
+        collector: Callable[[], Collector],
+        show_progress: bool,
+        response: str,
+        wanted: str | Tensor,
+        normalize: str | None,
+    ) -> tuple[Tensor, ...]:
         started = time.perf_counter()
         results: list[tuple[Tensor, ...]] = []
         with self._session() as model, PeakMemory(self._work_device()) as memory:
             self._check_unchanged()
             seen = 0
             for batch in self._test_batches(inputs, show_progress):
-                n = data.batch_length(batch)
+                n = len(batch)
                 ask = Ask(response, _slice_target(wanted, seen, n))
                 seen += n
                 taken = collector()
@@ -496,15 +560,20 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
 
     def _train_blocks(self, size: int, show_progress: bool) -> Iterator[tuple[slice, Any]]:
         """Batches of the training set, cut to `size` and `_max_rows`, with their places in it."""
-        start = 0
         for batch in self._train_batches(show_progress):
-            for piece in data.split_batch(batch, min(size, self._max_rows() or size)):
-                n = data.batch_length(piece)
-                yield slice(start, start + n), piece
-                start += n
+            for piece in batch.split(min(size, self._max_rows() or size)):
+                assert piece.columns is not None, "a batch of the training set"
+                yield piece.columns, piece
 
-    def _logits(self, model: nn.Module, batch: Any) -> Tensor:
-        return multiclass_logits(data.forward(model, batch))
+    def _logits(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
+        """Logits of a batch, `(n, n_classes)`."""
+        return self._as_logits(batch.outputs(model), batch)
+
+    def _as_logits(self, outputs: Tensor, batch: ExampleBatch) -> Tensor:
+        """Outputs for a batch as logits; those for training examples are looked at in `fit`."""
+        if self._output_check is not None and batch.columns is not None:
+            self._output_check.look(outputs, batch.columns.start)
+        return batch.logits_of(outputs)
 
     def _choose_temperature(
         self, model: nn.Module, logits: Tensor, labels: Tensor, temperature: float | None
@@ -535,65 +604,93 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
             self.train_dataset, "train_dataset", show_progress, f"fitting {type(self).__name__}"
         )
 
-    def _train_labels(self, batch: Any, n_classes: int, n: int) -> Tensor:
-        """Labels of a batch of `n` training examples, `(n,)` int64 in `[0, n_classes)`."""
-        labels = data.labels_of(batch)
-        if labels is None or len(labels) != n:
+    def _train_labels(self, batch: ExampleBatch, n_classes: int) -> Tensor:
+        """Labels of a batch of training examples, `(n,)` int64 in `[0, n_classes)`."""
+        if batch.labels is None:
             raise bad_value(
                 "train_dataset",
                 "give one label per example, last in (inputs..., label) or under 'labels'",
-                "none" if labels is None else f"{len(labels)} for {n} examples",
+                "none",
             )
-        return class_labels(labels, n_classes, "train_dataset")
+        return class_labels(batch.labels, n_classes, "train_dataset")
 
-    def _test_batches(self, inputs: Any, show_progress: bool) -> Iterator[Any]:
-        size = max(self.batch_size, _TEST_ROWS) if data.is_batch(inputs) else self.batch_size
-        for batch in self._batches(inputs, "inputs", show_progress, type(self).__name__, size):
-            yield from data.split_batch(batch, self._max_rows() or max(self.batch_size, _TEST_ROWS))
+    def _test_batches(self, inputs: Any, show_progress: bool) -> Iterator[ExampleBatch]:
+        size = max(self.batch_size, _TEST_ROWS)
+        for batch in self._batches(inputs, "inputs", show_progress, type(self).__name__):
+            yield from batch.split(self._max_rows() or size)
 
-    def _batches(
-        self, source: Any, argument: str, show_progress: bool, what: str, size: int | None = None
-    ) -> Iterator[Any]:
+    def _batches(self, source: Any, argument: str, show_progress: bool, what: str) -> Iterator[ExampleBatch]:
+        """Batches on the working device, with a bar; those of the training set know their places in it."""
         device = self._work_device()
-        for batch in self._batches_as_they_are(source, argument, show_progress, what, size):
-            yield data.to_device(batch, device)
+        for batch in self._batches_as_they_are(source, argument, show_progress, what):
+            yield batch.to(device)
 
     def _batches_as_they_are(
-        self, source: Any, argument: str, show_progress: bool, what: str, size: int | None = None
-    ) -> Iterator[Any]:
+        self, source: Any, argument: str, show_progress: bool, what: str
+    ) -> Iterator[ExampleBatch]:
         """Batches with a bar, where the source has put them."""
-        size = size or self.batch_size
-        bar = tqdm(
-            data.batches(source, size, argument),
-            total=data.count_batches(source, size),
-            desc=what,
-            disable=not show_progress,
-        )
+        total: int | None = 1
+        if is_batch(source):
+            batches = iter([self._example_batch(source, argument)])
+        elif source is self.train_dataset:
+            batches = self._training_passes().walk()
+            total = data.count_batches(source, self.batch_size)
+        else:
+            found = data.raw_batches(source, self.batch_size, argument)
+            batches = (self._example_batch(content, argument) for content in found)
+            total = data.count_batches(source, self.batch_size)
         batch = None
-        for batch in bar:
+        for batch in tqdm(batches, total=total, desc=what, disable=not show_progress):
             yield batch
         if batch is None:
             raise bad_value(argument, "hold at least one example", "an empty one")
 
+    def _example_batch(self, content: Any, argument: str) -> ExampleBatch:
+        """A batch of examples outside the training set, read as those of the training set are."""
+        if isinstance(content, ExampleBatch):
+            return content
+        reading = None if self._passes is None else self._passes.reading
+        return ExampleBatch(content, reading or self._reading(), argument=argument)
+
+    def _reading(self) -> Reading:
+        return Reading(self.batch, self.loss)
+
+    def _training_passes(self) -> Passes:
+        """Passes over the present training set."""
+        if self._passes is None or self._passes.source is not self.train_dataset:
+            self._passes = Passes(self.train_dataset, self.batch_size, self._reading())
+        return self._passes
+
+    def _first_train_batch(self) -> ExampleBatch:
+        """The first training examples on the working device; the next pass gives them again."""
+        return self._training_passes().first().to(self._work_device())
+
     def _work_device(self) -> torch.device:
         if self.device is not None:
             return self.device
-        first = next(iter([*self.model.parameters(), *self.model.buffers()]), None)
-        return torch.device("cpu") if first is None else first.device
+        return device_of(self.model)
 
     @contextmanager
     def _session(self) -> Iterator[nn.Module]:
-        """The model on the working device, in eval mode; everything is put back at the end."""
-        model = self.model
-        first = next(model.parameters(), None)
-        if self.device is not None and first is not None and first.device != self.device:
-            model = copy.deepcopy(model).to(self.device)
+        """The model on the working device, in eval mode, for this thread alone; put back at the end."""
         with (
-            untouched(model, weights=self.checkpoints is not None),
+            exclusive(self, self.model),
+            untouched(self._model_on_device(), weights=self.checkpoints is not None) as model,
             torch.inference_mode(False),
             torch.set_grad_enabled(self.needs_gradients),
+            full_precision(self._work_device()),
         ):
             yield model
+
+    def _model_on_device(self) -> nn.Module:
+        """The model, or a copy on another device, which is made anew when the weights have changed."""
+        first = next(self.model.parameters(), None)
+        if self.device is None or first is None or first.device == self.device:
+            return self.model
+        version = weights_version(self.model)
+        if self._device_copy is None or self._device_copy[0] != version:
+            self._device_copy = version, copy.deepcopy(self.model).to(self.device)
+        return self._device_copy[1]
 
     def _checkpoints(self) -> Sequence[Any]:
         return [None] if self.checkpoints is None else self.checkpoints
@@ -652,29 +749,45 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
             path: File name.
 
         Raises:
-            ValueError: Nothing has been fitted.
+            ValueError: Nothing has been fitted, or `path` is a folder.
+            OSError: The file cannot be written.
         """
         from .persistence import save_method
 
         save_method(self, path)
 
     @classmethod
-    def load(cls: type[Self], path: str | Path, model: nn.Module, train_dataset: Any, **options: Any) -> Self:
-        """Read a method that `save` has written; no pass over the training set is made.
+    def load(
+        cls: type[Self],
+        path: str | Path,
+        model: nn.Module,
+        train_dataset: Any,
+        *,
+        changed: str = "refuse",
+        **options: Any,
+    ) -> Self:
+        """Read a method that `save` has written, without a pass of the training set through the model.
+
+        The labels of all training examples are compared with those that the method was fitted on, and their
+        inputs up to `stale_data.INPUT_BYTES`; `compared_` says what was. That reads the data set, unless its
+        labels can be had alone and its inputs are more than that.
 
         Args:
             path: File name.
             model: The model that it was fitted on.
             train_dataset: The training set that it was fitted on.
+            changed: What to do about examples that have changed: "refuse" them; "update" the method by these
+                alone (closed-form STRIDE: what a refit would give); or "ignore", which compares nothing but
+                the length, for data that are slow to read and sure to be the same.
             **options: Constructor arguments that are not saved (device, checkpoints, ...), or another
                 batch_size.
 
         Raises:
-            ValueError: The file belongs to other weights, other data or another class.
+            ValueError: The file is damaged, or belongs to other weights, other data or another class.
         """
         from .persistence import load_method
 
-        return load_method(cls, path, model, train_dataset, options)
+        return load_method(cls, path, model, train_dataset, options, changed)
 
     def _states_to_save(self) -> list[Any]:
         """What `save` keeps of each checkpoint."""
@@ -686,7 +799,9 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
 
     def _settings(self) -> dict[str, Any]:
         """Constructor arguments that `save` keeps, as plain values."""
-        return {"layers": None if self.layers is None else list(self.layers), "batch_size": self.batch_size}
+        loss = {} if self.loss == CrossEntropy() else {"loss": asdict(self.loss)}
+        layers = None if self.layers is None else list(self.layers)
+        return {"layers": layers, "batch_size": self.batch_size, **loss}
 
 
 def _slice_target(target: str | Tensor, start: int, n: int) -> str | Tensor:

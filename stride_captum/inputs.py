@@ -1,11 +1,10 @@
-"""Owns how data come in: data sets, loaders, batch tuples and dicts, and what in them is the label."""
+"""Sources of examples: data sets, loaders and single batches, and the order in which they are read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -20,131 +19,75 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    default_collate,
 )
 
+from .batch import ExampleBatch, Reading, is_batch
 from .errors import bad_type, bad_value
-from .restoring import same_random_state
+from .restoring import draws_put_back, user_code
 
-LABEL_KEY = "labels"
-
-
-def is_batch(inputs: Any) -> bool:
-    """Whether this is one batch (tuple, list or dict), not a source of batches."""
-    return isinstance(inputs, tuple | list | Mapping)
+_END = object()
 
 
-def labels_of(batch: Any) -> Tensor | None:
-    """The labels of a batch: the last element of a tuple or list, or the key "labels" of a dict.
-
-    None for a tuple with one element or a dict without that key.
-    """
-    if isinstance(batch, Mapping):
-        labels = batch.get(LABEL_KEY)
-    else:
-        labels = batch[-1] if len(batch) > 1 else None
-    if labels is not None and not isinstance(labels, Tensor):
-        labels = torch.as_tensor(labels)
-    return labels
-
-
-def forward(model: Callable[..., Any], batch: Any) -> Tensor:
-    """Outputs of the model: `model(*batch[:-1])`, or `model(**batch without labels)` for a dict.
-
-    Outputs that carry a `.logits` (Hugging Face) are unwrapped; a single number, which is what a binary
-    model that squeezes its output makes of one example, becomes `(1,)`.
-    """
-    if isinstance(batch, Mapping):
-        outputs = model(**{key: value for key, value in batch.items() if key != LABEL_KEY})
-    else:
-        outputs = model(*(batch[:-1] if len(batch) > 1 else batch))
-    outputs = getattr(outputs, "logits", outputs)
-    if not isinstance(outputs, Tensor):
-        raise bad_type("model", "return a tensor or an object with a tensor `.logits`", outputs)
-    return outputs if outputs.ndim else outputs[None]
-
-
-def batch_length(batch: Any) -> int:
-    """Number of examples, from the first tensor of the batch."""
-    for value in batch.values() if isinstance(batch, Mapping) else batch:
-        if isinstance(value, Tensor) and value.ndim:
-            return int(value.shape[0])
-    raise bad_type("inputs", "hold at least one tensor with a batch dimension", batch)
-
-
-def first_input(batch: Any) -> Tensor | None:
-    """The first tensor that is given to the model."""
-    if isinstance(batch, Mapping):
-        values = [value for key, value in batch.items() if key != LABEL_KEY]
-    else:
-        values = list(batch[:-1] if len(batch) > 1 else batch)
-    return next((value for value in values if isinstance(value, Tensor)), None)
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on `device`; the caller's object is not changed."""
-
-    def move(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        # Inference tensors do not count the writes to them, which reading activations relies on.
-        return value.clone().to(device) if value.is_inference() else value.to(device)
-
-    if isinstance(batch, Mapping):
-        return {key: move(value) for key, value in batch.items()}
-    return tuple(move(value) for value in batch)
-
-
-def split_batch(batch: Any, size: int) -> Iterator[Any]:
-    """Cut a batch into pieces of at most `size` examples; a batch that fits is yielded as it is."""
-    n = batch_length(batch)
-    if n <= size:
-        yield batch
-        return
-    for start in range(0, n, size):
-        yield slice_batch(batch, slice(start, start + size))
-
-
-def slice_batch(batch: Any, rows: slice | Tensor) -> Any:
-    """Some examples of a batch: of its tensors, and of arrays and lists that are as long."""
-    n = batch_length(batch)
-
-    def some(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[rows] if value.ndim else value
-        return value[rows] if isinstance(value, list | np.ndarray) and len(value) == n else value
-
-    if isinstance(batch, Mapping):
-        return {key: some(value) for key, value in batch.items()}
-    return tuple(some(value) for value in batch)
-
-
-def batches(source: Any, batch_size: int, argument: str) -> Iterator[Any]:
-    """Batches of a data set, a loader or one batch, in order.
+def raw_batches(source: Any, batch_size: int, argument: str) -> Iterator[Any]:
+    """Batches of a data set or a loader in order, as the source gives them.
 
     A `TensorDataset` is cut by slices instead of example by example.
 
     Args:
-        source: Dataset, DataLoader or batch.
+        source: Dataset or DataLoader.
         batch_size: Examples a batch, where the source does not decide.
         argument: What an error calls the source.
     """
-    check_source(source, argument)
-    if is_batch(source):
-        yield from split_batch(source, batch_size)
-    elif type(source) is TensorDataset:
+    if type(source) is TensorDataset:
         for start in range(0, len(source), batch_size):
             yield tuple(tensor[start : start + batch_size] for tensor in source.tensors)
-    else:
-        loader = source if isinstance(source, DataLoader) else DataLoader(source, batch_size=batch_size)
-        for batch in loader:
-            if not is_batch(batch):
-                raise bad_type(
-                    argument,
-                    "give batches (inputs..., labels) or dicts",
-                    batch,
-                    "An example is (inputs..., label), or (input,) with target='predicted'.",
-                )
-            yield batch
+        return
+    with user_code("order"):  # of a sampler; workers
+        iterator = iter(_loader_of(source, batch_size))
+    while True:
+        with user_code("examples") as code:
+            batch = next(iterator, _END)
+            code.did_something = batch is not _END
+        if batch is _END:
+            return
+        if not is_batch(batch):
+            raise bad_type(
+                argument,
+                "give batches (inputs..., labels) or dicts",
+                batch,
+                "An example is (inputs..., label), or (input,) with target='predicted'.",
+            )
+        yield batch
+
+
+def _loader_of(source: Any, batch_size: int) -> DataLoader[Any]:
+    """The source itself, or a loader of it that draws nothing from the global random state."""
+    if isinstance(source, DataLoader):
+        return source
+    return DataLoader(source, batch_size=batch_size, generator=torch.Generator())
+
+
+def stacks_examples(source: Any) -> bool:
+    """Whether each part of a batch has one row for each example because it was stacked."""
+    if not isinstance(source, DataLoader):
+        return True
+    return source.collate_fn is default_collate and source.batch_sampler is not None
+
+
+def is_one_pass(source: Any) -> bool:
+    """Whether a source says itself that it can be walked once: its iterator is always the same."""
+    if not is_stream(source):
+        return False
+    stream = source.dataset if isinstance(source, DataLoader) else source
+    with user_code("stream"):
+        first = iter(stream)
+        return first is iter(stream)
+
+
+def is_stream(source: Any) -> bool:
+    """Whether a source is walked without indices."""
+    return isinstance(source.dataset if isinstance(source, DataLoader) else source, IterableDataset)
 
 
 def check_source(source: Any, argument: str) -> None:
@@ -154,6 +97,8 @@ def check_source(source: Any, argument: str) -> None:
         TypeError: Not a Dataset, DataLoader or batch.
         ValueError: A shuffling loader, or nothing in it.
     """
+    if isinstance(source, ExampleBatch):
+        source = source.content
     if isinstance(source, DataLoader):
         if _shuffles(source):
             raise bad_value(
@@ -172,11 +117,36 @@ def check_source(source: Any, argument: str) -> None:
     elif not (is_batch(source) or isinstance(source, Dataset) or hasattr(source, "__getitem__")):
         raise bad_type(argument, "be a Dataset, a DataLoader or a batch (inputs..., labels)", source)
     if is_batch(source):
-        empty = len(source) == 0 or batch_length(source) == 0
+        empty = len(source) == 0 or len(ExampleBatch(source, Reading(), argument=argument)) == 0
     else:
         empty = _length(source) == 0
     if empty:
         raise bad_value(argument, "hold at least one example", "an empty one")
+
+
+def check_places(source: Any, argument: str) -> None:
+    """Refuse a loader that gives the examples of its data set in another order than the data set has.
+
+    Raises:
+        ValueError: Column i of the scores would not be `dataset[i]`.
+    """
+    if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
+        return
+    if type(source.sampler) is SequentialSampler and type(source.batch_sampler) in (BatchSampler, type(None)):
+        return
+    if source.batch_sampler is None:  # an item is a batch
+        order = list(source.sampler)
+    else:
+        order = [i for batch in source.batch_sampler for i in batch]
+    wrong = next((place for place, i in enumerate(order) if place != i), None)
+    if wrong is not None:
+        raise bad_value(
+            argument,
+            "give the examples of its data set in their order",
+            f"a DataLoader whose sampler puts example {order[wrong]} in place {wrong}",
+            "Column i of the scores is dataset[i]. Write DataLoader(Subset(dataset, order), ...) for another "
+            "order or a part of the data.",
+        )
 
 
 def some_examples(source: Any, rows: slice | Tensor) -> Any:
@@ -220,7 +190,7 @@ def loader_like(loader: DataLoader[Any], dataset: Any) -> DataLoader[Any]:
 
 def count_batches(source: Any, batch_size: int) -> int | None:
     """Number of batches for a progress bar, or None where it is unknown."""
-    n = batch_length(source) if is_batch(source) else _length(source)
+    n = _length(source)
     return n if n is None or isinstance(source, DataLoader) else -(-n // batch_size)
 
 
@@ -236,7 +206,7 @@ def count_examples(source: Any) -> int | None:
 
 def _length(source: Any) -> int | None:
     """`len(source)`, or None where it is unknown; a stream's own word for it is not relied on."""
-    if isinstance(getattr(source, "dataset", source), IterableDataset):
+    if is_stream(source):
         return None
     try:
         return len(source)
@@ -252,7 +222,7 @@ def _shuffles(loader: DataLoader[Any]) -> bool:
     if type(loader.sampler) is SequentialSampler and type(loader.batch_sampler) in (BatchSampler, type(None)):
         return False
     order = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
-    with same_random_state():
+    with draws_put_back(), user_code("order"):
         first = list(order)
         # Several times, because a shuffle of a few examples often leaves them in place.
         return any(list(order) != first for _ in range(1 if len(first) > 16 else 8))

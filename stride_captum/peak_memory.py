@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import resource
+import mmap
 import threading
 from contextlib import suppress
 from types import TracebackType
 
 import torch
+
+from .restoring import QUIET_THREAD
 
 _SECONDS = 0.005
 
@@ -39,7 +41,7 @@ class PeakMemory:
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         if self._before is not None:
-            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread = threading.Thread(target=self._watch, name=QUIET_THREAD, daemon=True)
             self._thread.start()
         return self
 
@@ -74,7 +76,7 @@ def resident_bytes() -> int | None:
             _, resident, shared = map(int, file.read().split()[:3])
     except OSError:
         return None
-    return (resident - shared) * resource.getpagesize()
+    return (resident - shared) * mmap.PAGESIZE
 
 
 def release_free_memory() -> None:

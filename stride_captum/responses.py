@@ -93,11 +93,12 @@ def multiclass_logits(outputs: Tensor) -> Tensor:
     if outputs.ndim == 1:
         outputs = outputs[:, None]
     if outputs.ndim != 2:
+        kinds = {3: "one row for each position, as of a sequence", 4: "a map, as of a segmentation"}
         raise bad_value(
             "model",
             "return logits of shape (n, n_classes) or, for a binary model, (n, 1)",
-            f"shape {tuple(outputs.shape)}",
-            "Sequence outputs are not supported: wrap the model so that it returns one row per example.",
+            f"shape {tuple(outputs.shape)}" + (f" ({kinds[outputs.ndim]})" if outputs.ndim in kinds else ""),
+            "Wrap the model so that it returns one row for each example.",
         )
     if outputs.shape[1] == 1:
         return torch.cat([-outputs / 2, outputs / 2], dim=1)
@@ -121,17 +122,35 @@ def class_labels(labels: Tensor, n_classes: int, argument: str) -> Tensor:
             argument,
             "hold one class index per example, shape (n,)",
             f"shape {tuple(labels.shape)}",
-            "Multi-label and sequence targets are not supported.",
+            _labels_of_another_kind(labels),
         )
-    if flat.is_floating_point() and not bool((flat == flat.round()).all()):
+    real = flat.is_floating_point() or flat.is_complex()
+    if real and not bool((flat == flat.round()).all()):
+        wrong = flat[flat != flat.round()][0].item()
         raise bad_value(
-            argument,
-            "hold class indices",
-            f"the value {flat[flat != flat.round()][0].item()}",
-            "Regression targets are not supported.",
+            argument, "hold class indices", f"the value {wrong}", "Targets of a regression are not supported."
         )
     classes = flat.long()
-    if classes.numel() and (int(classes.min()) < 0 or int(classes.max()) >= n_classes):
-        wrong = classes[(classes < 0) | (classes >= n_classes)][0].item()
-        raise bad_value(argument, f"hold class indices in [0, {n_classes})", wrong)
+    outside = (classes < 0) | (classes >= n_classes)
+    if bool(outside.any()):
+        wrong = flat[outside][0].item()
+        remedy = None
+        if real:
+            remedy = "Whole numbers that are no classes look like a regression, which is not supported."
+        elif wrong < 0:
+            remedy = "Leave out examples without a label (-1, -100, ...)."
+        raise bad_value(argument, f"hold class indices in [0, {n_classes})", wrong, remedy)
     return classes
+
+
+def _labels_of_another_kind(labels: Tensor) -> str:
+    """What labels with more than one number an example are likely to be."""
+    if labels.ndim == 0:
+        return "Write y[:1] instead of y[0]."
+    if labels.ndim > 2:
+        return "Labels of a sequence or a map (segmentation) are not supported."
+    if not labels.is_floating_point() or bool(((labels == 0) | (labels == 1)).all()):
+        if bool((labels.sum(1) == 1).all()):
+            return "One-hot labels: write labels.argmax(1)."
+        return "Several labels, or a sequence of labels, for an example are not supported."
+    return "Soft labels and several regression targets are not supported."

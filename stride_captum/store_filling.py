@@ -1,20 +1,20 @@
-"""Owns the walk over a training set that fills a feature store, or compares the examples with it."""
+"""Walk over a training set that fills a feature store, or compares the examples with it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import inputs as data
+from .batch import ExampleBatch
+from .digests import ExampleDigest
 from .errors import bad_value
-from .store_files import ExampleDigest, Manifest, StoreFiles
+from .store_files import Manifest, StoreFiles
 
 #: Of one batch: the rows of each tap, the logits `(n, n_classes)` and the labels `(n,)`.
 Computed = tuple[Sequence[Tensor], Tensor, Tensor]
-Run = Callable[[Any], Computed]
+Run = Callable[[ExampleBatch], Computed]
 
 
 class Filling:
@@ -34,10 +34,10 @@ class Filling:
         self.filled = 0  # rows of the current one
         self.buffers: dict[str, Tensor] = {}
 
-    def through(self, batches: Iterable[Any], run: Run) -> Manifest:
+    def through(self, batches: Iterable[ExampleBatch], run: Run) -> Manifest:
         """The whole walk; returns the complete manifest."""
         for batch in batches:
-            n = data.batch_length(batch)
+            n = len(batch)
             # A batch is run as a whole, so that a resumed store holds the bits of an uninterrupted one.
             computed = None
             if self.place + self.filled + n > self.stored:
@@ -66,13 +66,13 @@ class Filling:
             for name, part in self.manifest.parts.items():
                 self.buffers[name] = torch.empty(self.manifest.chunk_rows, part.width, dtype=part.torch_dtype)
 
-    def _take(self, batch: Any, computed: Computed | None, n: int) -> None:
+    def _take(self, batch: ExampleBatch, computed: Computed | None, n: int) -> None:
         """Take in the examples of one batch, piece by piece where chunks end."""
         assert self.manifest is not None, "nothing is stored, so the first batch was run"
         start = 0
         while start < n:
             stop = min(n, start + self._chunk_rows() - self.filled)
-            self.digest.update(data.slice_batch(batch, slice(start, stop)))
+            self.digest.update(batch[start:stop])
             if computed is not None and self.place >= self.stored:
                 self._copy(computed, slice(start, stop))
             self.filled += stop - start
@@ -109,7 +109,13 @@ class Filling:
 
     def _refuse(self, got: str) -> None:
         where = f"hold the examples that the feature store {str(self.files.folder)!r} was built from"
-        raise bad_value("train_dataset", where, got, "Give another folder, or delete this one.")
+        raise bad_value(
+            "train_dataset",
+            where,
+            got,
+            "Give another folder, or delete this one; leave `feature_store` out if examples differ from one "
+            "reading to the next.",
+        )
 
 
 def _check_range(features: Tensor) -> None:

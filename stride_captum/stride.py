@@ -15,23 +15,27 @@ from torch.utils.data import TensorDataset
 
 from . import inputs as data
 from .activations import Tap, check_finite, default_taps, named_taps, recording
+from .batch import Batch, ExampleBatch
 from .checkpoints import LoadCheckpoint, load_checkpoint
 from .closed_form import ClosedForm, fit_closed_form
 from .closed_form_estimate import estimate_closed_form
 from .config import STRIDEConfig, html_table
+from .digests import Digests
 from .errors import bad_type, bad_value
 from .estimate import Estimate, from_fewer_steps
 from .feature_store import FeatureStore
 from .influence import Ask, InfluenceMethod
+from .losses import CrossEntropy, OutputCheck
+from .memory_budget import MOST_ROWS, blocks
 from .projection import Projection, fit_projection
 from .recovery import soft_threshold
-from .responses import class_labels, multiclass_logits, response_gradient
+from .responses import class_labels, response_gradient
 from .restoring import weights_fingerprint
 from .steering import TrainedSteering, fit_steering
 from .store_files import as_tensor
 from .store_filling import Computed
 from .subsets import coverage
-from .update import Changed, new_examples, rows_to_keep, with_examples, without_examples
+from .update import Changed, new_examples, rows_to_keep, with_examples, with_others, without_examples
 
 Self = TypeVar("Self", bound="STRIDE")
 
@@ -76,6 +80,8 @@ class STRIDE(InfluenceMethod):
             first `fit` fills it; later ones, also of other processes and with other options, start
             from it without the pass. The closed form reads it chunk by chunk and never holds all of
             it; trained operators hold the features in memory.
+        loss: What the model was trained with (see `InfluenceMethod`).
+        batch: How a batch is read (see `InfluenceMethod`).
 
     Attributes:
         layers_: Names of the layers that were read.
@@ -93,6 +99,8 @@ class STRIDE(InfluenceMethod):
         torch.Size([3, 40])
     """
 
+    fits_in_one_pass = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -106,6 +114,8 @@ class STRIDE(InfluenceMethod):
         held_out: Any = None,
         config: STRIDEConfig | None = None,
         feature_store: str | Path | FeatureStore | None = None,
+        loss: str | CrossEntropy = "cross_entropy",
+        batch: Batch | None = None,
     ) -> None:
         config = STRIDEConfig() if config is None else config
         if not isinstance(config, STRIDEConfig):
@@ -123,6 +133,8 @@ class STRIDE(InfluenceMethod):
             target=config.target,
             normalize=config.normalize,
             memory_budget=config.memory_budget,
+            loss=loss,
+            batch=batch,
         )
         self.config = config
         if feature_store is not None and not isinstance(feature_store, FeatureStore):
@@ -140,6 +152,7 @@ class STRIDE(InfluenceMethod):
         *,
         widths: Sequence[int] | None = None,
         config: STRIDEConfig | None = None,
+        loss: str | CrossEntropy = "cross_entropy",
     ) -> Self:
         """STRIDE on precomputed features, without a model.
 
@@ -151,9 +164,10 @@ class STRIDE(InfluenceMethod):
             labels: `(n_train,)`.
             widths: Widths of the layers that the columns come from; None means one layer.
             config: Options.
+            loss: What `logits` are: probabilities in their place are refused unless it says so.
 
         Raises:
-            ValueError: Shapes that do not fit one another.
+            ValueError: Shapes that do not fit one another, or probabilities that are not declared.
         """
         features, logits, labels = (as_tensor(a) for a in (features, logits, labels))
         for name, value, ndim in (("features", features, 2), ("logits", logits, 2), ("labels", labels, 1)):
@@ -167,8 +181,12 @@ class STRIDE(InfluenceMethod):
         if sum(widths) != features.shape[1]:
             raise bad_value("widths", f"add up to n_features = {features.shape[1]}", sum(widths))
         dataset = TensorDataset(features, logits, labels)
-        method = cls(PrecomputedFeatures(), dataset, layers=["features"], config=config)
-        multiclass = multiclass_logits(logits)
+        method = cls(PrecomputedFeatures(), dataset, layers=["features"], config=config, loss=loss)
+        check = OutputCheck(method.loss, None)
+        for rows in blocks(len(logits), MOST_ROWS):
+            check.look(logits[rows], rows.start)
+        check.finish()
+        multiclass = method.loss.logits(logits)
         classes = class_labels(labels, multiclass.shape[1], "labels")
         method._precomputed = (features, multiclass, classes, widths)
         return method
@@ -217,11 +235,8 @@ class STRIDE(InfluenceMethod):
     def _asked(
         self, state: STRIDEState, model: nn.Module, batch: Any, ask: Ask
     ) -> tuple[Tensor, Tensor, Tensor, str]:
-        features, logits, one_logit = self._read_batch(model, state.taps, batch, state.projection)
-        classes = ask.classes(logits, batch)
-        # The logit of a binary model with one output is, up to its sign, the margin.
-        response = "margin" if one_logit and ask.response == "logit" else ask.response
-        return features, logits, classes, response
+        features, logits, outputs = self._read_batch(model, state.taps, batch, state.projection)
+        return features, logits, ask.classes(logits, batch), self.loss.response_of(outputs, ask.response)
 
     def _scores(self, state: STRIDEState, prepared: Any, columns: slice) -> Tensor:
         if isinstance(state.operators, TrainedSteering):
@@ -314,16 +329,12 @@ class STRIDE(InfluenceMethod):
             TypeError: Examples of another kind, or without a length.
         """
         examples = new_examples(examples)
-        reader = copy.copy(self)
-        reader.train_dataset, reader._precomputed = examples, None
-
-        def change(state: STRIDEState, model: nn.Module, form: ClosedForm) -> Changed:
-            features, logits, labels, _ = reader._read(model, state.taps, False)
-            if state.projection is not None:
-                features = state.projection(features)
-            return with_examples(form, features, logits, labels)
-
-        return self._change(change, lambda dataset: data.joined(dataset, examples))
+        reader = self._reader_of(examples)
+        return self._change(
+            lambda state, model, form: with_examples(form, *reader._read_as_fitted(state, model)),
+            lambda dataset: data.joined(dataset, examples),
+            lambda digests: Digests.joined([digests, reader._digests_read()]),
+        )
 
     def remove_examples(self: Self, indices: Sequence[int] | Tensor) -> Self:
         """Remove training examples, without a pass through the model; the others keep their order.
@@ -344,14 +355,44 @@ class STRIDE(InfluenceMethod):
         return self._change(
             lambda state, model, form: without_examples(form, keep),
             lambda dataset: data.some_examples(dataset, keep),
+            lambda digests: digests.rows(keep),
         )
 
-    def _change(
-        self: Self,
-        change: Callable[[STRIDEState, nn.Module, ClosedForm], Changed],
-        dataset: Callable[[Any], Any],
-    ) -> Self:
-        """Fit the changed training set from what is known; nothing is changed where that fails."""
+    def _read_again(self: Self, rows: Tensor) -> Self:
+        """Take in training examples that have changed in `train_dataset`, at their places."""
+        if data.count_examples(self.train_dataset) is None:
+            must = "have a length, and examples that can be read one by one, for changed='update'"
+            raise bad_value("train_dataset", must, type(self.train_dataset).__name__, "Fit again.")
+        reader = self._reader_of(data.some_examples(self.train_dataset, rows))
+        return self._change(
+            lambda state, model, form: with_others(form, rows, *reader._read_as_fitted(state, model)),
+            lambda dataset: dataset,
+            lambda digests: digests.replaced(rows, reader._digests_read()),
+        )
+
+    def _reader_of(self: Self, examples: Any) -> Self:
+        """A copy of the method that reads other examples."""
+        reader = copy.copy(self)
+        reader.train_dataset, reader._precomputed = examples, None
+        return reader
+
+    def _read_as_fitted(self, state: STRIDEState, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """Features as the operators have them, logits and labels."""
+        features, logits, labels, _ = self._read(model, state.taps, False)
+        return features if state.projection is None else state.projection(features), logits, labels
+
+    def _digests_read(self) -> Digests:
+        """Of the examples that `_read_as_fitted` has read."""
+        digests = self._training_passes().digests
+        assert digests is not None, "a pass is done"
+        return digests
+
+    def _check_changeable(self) -> None:
+        """Refuse operators that cannot take in a change.
+
+        Raises:
+            ValueError: Trained operators, or principal directions, which depend on all examples.
+        """
         if self.config.operators == "trained":
             raise bad_value(
                 "operators", "be 'newton' for adding or removing examples", "'trained'", "Fit again."
@@ -359,6 +400,15 @@ class STRIDE(InfluenceMethod):
         if self.config.projection == "pca":
             must = "be None or 'random' for adding or removing examples"
             raise bad_value("projection", must, "'pca', which depends on them", "Fit again.")
+
+    def _change(
+        self: Self,
+        change: Callable[[STRIDEState, nn.Module, ClosedForm], Changed],
+        dataset: Callable[[Any], Any],
+        digests: Callable[[Digests], Digests],
+    ) -> Self:
+        """Fit the changed training set from what is known; nothing is changed where that fails."""
+        self._check_changeable()
         if self._states is None:
             self.fit()
         states: list[Any] = []
@@ -373,6 +423,8 @@ class STRIDE(InfluenceMethod):
                     new.features, new.logits, new.labels, widths, self.config, t, moments=new.moments
                 )
                 states.append(STRIDEState(state.taps, form, state.projection))
+        known: Digests | None = getattr(self, "digests_", None)
+        self.digests_ = None if known is None else digests(known)
         self._states, self.train_dataset = states, dataset(self.train_dataset)
         self.n_train_, self.temperature_ = form.n_train, t
         self.coverage_ = torch.ones(self.n_train_, dtype=torch.bool)
@@ -423,16 +475,15 @@ class STRIDE(InfluenceMethod):
         by_blocks = self.config.curvature in ("identity", "kronecker")
         return features if by_blocks else features.to(self._work_device())
 
-    def _compute(self, run: Any, batch: Any) -> Computed:
+    def _compute(self, run: Any, batch: ExampleBatch) -> Computed:
         """Rows of each tap, logits and labels of one batch of training examples."""
-        batch = data.to_device(batch, self._work_device())
+        batch = batch.to(self._work_device())
         outputs, rows = run(batch)
-        logits = multiclass_logits(outputs)
-        return rows, logits, self._train_labels(batch, logits.shape[1], len(outputs))
+        logits = self._as_logits(outputs, batch)
+        return rows, logits, self._train_labels(batch, logits.shape[1])
 
     def _choose_taps(self, model: nn.Module) -> list[Tap]:
-        batch = next(iter(self._batches(self.train_dataset, "train_dataset", False, "")))
-        few = data.slice_batch(batch, slice(0, 2))
+        few = self._first_train_batch().first(2)
         if self.layers is not None:
             return named_taps(model, self.layers, few)
         return default_taps(model, few, self.config.max_width, self.config.feature_layers == "penultimate")
@@ -447,17 +498,17 @@ class STRIDE(InfluenceMethod):
 
     def _read_batch(
         self, model: nn.Module, taps: Sequence[Tap], batch: Any, projection: Projection | None = None
-    ) -> tuple[Tensor, Tensor, bool]:
-        """Features and logits of one batch, and whether the model has a single logit."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, logits and outputs of one batch."""
         with recording(model, taps) as run:
             outputs, rows = run(batch)
-        logits = multiclass_logits(outputs.detach())
+        logits = self._as_logits(outputs.detach(), batch)
         if logits.dtype not in (torch.float32, torch.float64):
             logits = logits.float()
         features = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
         if projection is not None:
             features = projection(features)
-        return features, logits, outputs.shape[-1] == 1 or outputs.ndim == 1
+        return features, logits, outputs
 
     def _read(
         self, model: nn.Module, taps: Sequence[Tap], show_progress: bool

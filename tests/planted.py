@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from stride_captum import STRIDE
 from stride_captum.adapters import ClassRandom, ClassSimilarity, Random, Similarity
+from stride_captum.batch import ExampleBatch, Reading
 from stride_captum.conformance.planted import (
     MLP,
     N_CLASSES,
@@ -80,3 +81,8 @@ __all__ = [
     "trained",
     "unusual",
 ]
+
+
+def examples(content: object) -> ExampleBatch:
+    """A batch `(inputs..., labels)` or dict as methods see it."""
+    return ExampleBatch(content, Reading())

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from planted import N_CLASSES, BatchNormCNN, HuggingFaceLike, ListOfDicts, built, trained
+from planted import N_CLASSES, BatchNormCNN, HuggingFaceLike, ListOfDicts, built, examples, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -23,12 +23,12 @@ def names(taps: list[Tap]) -> list[str]:
 @torch.no_grad()
 def read(model: nn.Module, taps: list[Tap], batch: object) -> tuple[Tensor, list[Tensor]]:
     with recording(model, taps) as run:
-        return run(batch)
+        return run(examples(batch))
 
 
 @torch.no_grad()
 def choose(model: nn.Module, batch: object, max_width: int = 4096, penultimate: bool = False) -> list[Tap]:
-    return default_taps(model.eval(), batch, max_width, penultimate)
+    return default_taps(model.eval(), examples(batch), max_width, penultimate)
 
 
 class TestRows:
@@ -224,7 +224,7 @@ class TestNamedTaps:
     def test_outputs_and_inputs_by_name(self, planted):
         model, _, test = planted
         with torch.no_grad():
-            taps = named_taps(model, ["relu1", "fc2:input", "fc2"], test.tensors)
+            taps = named_taps(model, ["relu1", "fc2:input", "fc2"], examples(test.tensors))
         assert names(taps) == ["relu1", "fc2:input", "fc2"]
         _, rows = read(model, taps, test.tensors)
         torch.testing.assert_close(rows[0], model.fc1(test.tensors[0]).relu())
@@ -263,7 +263,7 @@ class TestNamedTaps:
         with pytest.raises(
             ValueError, match="`layers` must name submodules that run in the forward pass; got 'unused'"
         ):
-            named_taps(model, ["unused"], (noise(2, 2), None))
+            named_taps(model, ["unused"], examples((noise(2, 2), None)))
 
     def test_a_layer_that_gives_no_tensor(self):
         class Odd(nn.Module):
@@ -273,7 +273,7 @@ class TestNamedTaps:
         model = nn.Module()
         model.odd, model.forward = Odd(), lambda x: (model.odd(x), x)[1]
         with pytest.raises(TypeError, match=r"`layers` must give a tensor \('odd'\); got str"):
-            named_taps(model, ["odd"], (noise(2, 2), None))
+            named_taps(model, ["odd"], examples((noise(2, 2), None)))
 
     def test_a_layer_without_one_row_per_example(self):
         class Transposing(nn.Module):
@@ -295,7 +295,7 @@ class TestNamedTaps:
         model = nn.ModuleDict({"lstm": nn.LSTM(4, 3, batch_first=True)})
         model.forward = lambda x: model["lstm"](x)[0][:, -1]
         x = noise(2, 5, 4)
-        taps = named_taps(model, ["lstm"], (x, None))
+        taps = named_taps(model, ["lstm"], examples((x, None)))
         _, rows = read(model, taps, (x, None))
         torch.testing.assert_close(rows[0], model["lstm"](x)[0].mean(1))
 
@@ -305,7 +305,7 @@ class TestRecording:
         model, train, _ = trained(BatchNormCNN, n_train=5, steps=1)
         x = train.tensors[0]
         with torch.no_grad():
-            taps = named_taps(model, ["bn1", "relu1"], train.tensors)
+            taps = named_taps(model, ["bn1", "relu1"], examples(train.tensors))
         outputs, rows = read(model, taps, train.tensors)
         before = model.bn1(model.conv1(x))
         torch.testing.assert_close(rows[0], to_rows(before, 2, 4))
@@ -328,9 +328,9 @@ class TestRecording:
         model, x = built(Overwriting), noise(6, 4)
         given = x.clone()
         with torch.no_grad():
-            taps = named_taps(model, ["a", "b:input", "b"], (x, None))
+            taps = named_taps(model, ["a", "b:input", "b"], examples((x, None)))
         with recording(model, taps) as run, torch.no_grad():
-            for rows in (run((x, None))[1], run((x, None))[1]):
+            for rows in (run(examples((x, None)))[1], run(examples((x, None)))[1]):
                 a = model.a(x)
                 torch.testing.assert_close(rows[0], a)
                 torch.testing.assert_close(rows[1], a.relu())
@@ -352,7 +352,7 @@ class TestRecording:
         assert names(taps) == ["a:input", "head:input"]
         _, rows = read(model, taps, (x, None))
         torch.testing.assert_close(rows[0], model.a(x).relu())
-        _, rows = read(model, named_taps(model, ["a"], (x, None)), (x, None))
+        _, rows = read(model, named_taps(model, ["a"], examples((x, None))), (x, None))
         torch.testing.assert_close(rows[0], model.a(model.a(x).relu()))
 
     def test_hooks_are_gone_after_an_exception(self, planted):
@@ -361,10 +361,10 @@ class TestRecording:
         with pytest.raises(KeyError), recording(model, taps):
             pass
         with pytest.raises(RuntimeError), recording(model, taps[:1]) as run:
-            run((torch.zeros(2, 99), None))
+            run(examples((torch.zeros(2, 99), None)))
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
     def test_what_is_read_carries_no_graph(self, planted):
         with recording(planted[0], [Tap("fc1", False, 0, 1, 8)]) as run:
-            _, rows = run(planted[2].tensors)
+            _, rows = run(examples(planted[2].tensors))
         assert not rows[0].requires_grad

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from typing import get_args
 
+import numpy as np
 import pytest
 
 from stride_captum import config as options
@@ -221,3 +222,9 @@ def test_a_notebook_shows_what_was_changed_first():
     assert "0.7" in changed
     assert "temperature" not in changed
     assert "temperature" in every
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = STRIDEConfig(damping=np.float32(0.5), n_subsets=np.int64(20), center=np.bool_(False))
+    assert config == STRIDEConfig(damping=0.5, n_subsets=20, center=False)
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()

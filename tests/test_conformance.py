@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from stride_captum import STRIDE, InfluenceMethod, STRIDEConfig, adapters
-from stride_captum import inputs as data
 from stride_captum.activations import check_finite
+from stride_captum.batch import ExampleBatch, Reading, is_batch
 from stride_captum.conformance import (
     LAWS,
     ConformanceReport,
@@ -125,7 +125,7 @@ class Honest(InfluenceMethod):
         logits, residuals = [], []
         for batch in self._train_batches(show_progress):
             logits.append(self._logits(model, batch))
-            labels = self._train_labels(batch, logits[-1].shape[1], len(logits[-1]))
+            labels = self._train_labels(batch, logits[-1].shape[1])
             residuals.append(tempered_residuals(logits[-1], labels))
         every = torch.cat(logits)
         check_finite(every, "logits")
@@ -249,7 +249,7 @@ class TrustsAStaleFit(Honest):
 
 class AnswersNothingWithNothing(Honest):
     def influence(self, inputs, *args, **ask):
-        if data.is_batch(inputs) and data.batch_length(inputs) == 0:
+        if is_batch(inputs) and len(ExampleBatch(inputs, Reading())) == 0:
             return torch.zeros(0, 0)
         return super().influence(inputs, *args, **ask)
 

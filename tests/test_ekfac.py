@@ -16,6 +16,7 @@ from planted import (
     ListOfDicts,
     TwoInputs,
     built,
+    examples,
     planted_classes,
     trained,
 )
@@ -70,7 +71,7 @@ def drawn_residuals(model: nn.Module, data: TensorDataset, draw: int) -> Tensor:
     """Residuals of labels that the model draws for every example."""
     x, _ = data.tensors
     p, labels = model(x).detach().softmax(1), []
-    for key, row in zip(input_keys(data.tensors), p, strict=True):
+    for key, row in zip(input_keys(examples(data.tensors)), p, strict=True):
         u = np.random.default_rng([0, draw, key]).random()
         labels.append(int(np.searchsorted(np.cumsum(row.numpy()), u, side="right")))
     assert len(set(labels)) > 1
@@ -202,7 +203,7 @@ def test_our_residuals_stand_on_the_training_side_only(small, residuals) -> None
 
 
 def flat_gradients(method: EKFAC, model: nn.Module, batch, vectors: Tensor) -> Tensor:
-    gradients = method._gradients(model, batch, vectors)
+    gradients = method._gradients(model, examples(batch), vectors)
     return torch.cat([g.flatten(1) for g in gradients.values()], 1)
 
 

@@ -118,7 +118,7 @@ def test_small_runs_are_extrapolated_along_a_line(monkeypatch):
             return self
 
         def influence(self, inputs, k=None, *args, **options):
-            clock.now += 1 + 0.5 * len(self.train_dataset) * len(inputs[1])
+            clock.now += 1 + 0.5 * len(self.train_dataset) * len(inputs)
             return None
 
     model, train = network(30_000)

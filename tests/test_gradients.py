@@ -13,6 +13,7 @@ from planted import (
     OneLogit,
     TwoInputs,
     built,
+    examples,
     planted_classes,
     trained,
 )
@@ -22,9 +23,8 @@ from torch.utils.data import TensorDataset
 from stride_captum import STRIDE, STRIDEConfig
 from stride_captum.adapters.gradients import GradientMethod
 from stride_captum.adapters.per_example_gradients import chosen_parameters, example_gradients, flat
-from stride_captum.inputs import forward, slice_batch
 from stride_captum.residuals import match_temperature, mean_residual, tempered_residuals
-from stride_captum.responses import RESPONSES, multiclass_logits, response_gradient, response_value
+from stride_captum.responses import RESPONSES, response_gradient, response_value
 
 N = 5
 
@@ -56,7 +56,7 @@ def loop(model: nn.Module, names: list[str], batch: Any, vectors: Tensor) -> Ten
     rows = []
     for i, vector in enumerate(vectors):
         with torch.enable_grad():
-            logits = multiclass_logits(forward(model, slice_batch(batch, slice(i, i + 1))))
+            logits = examples(batch)[i : i + 1].logits(model)
             gradients = torch.autograd.grad((logits * vector).sum(), wanted, materialize_grads=True)
         rows.append(torch.cat([g.flatten() for g in gradients]))
     return torch.stack(rows)
@@ -64,7 +64,7 @@ def loop(model: nn.Module, names: list[str], batch: Any, vectors: Tensor) -> Ten
 
 def vectors_for(model: nn.Module, batch: Any) -> Tensor:
     with torch.no_grad():
-        logits = multiclass_logits(forward(model, batch))
+        logits = examples(batch).logits(model)
     return torch.randn(logits.shape, generator=generator(), dtype=logits.dtype)
 
 
@@ -136,7 +136,7 @@ class TestExampleGradients:
         model, batch = make()
         model.eval()
         vectors, parameters = vectors_for(model, batch), chosen_parameters(model, None)
-        found = example_gradients(model, parameters, batch, vectors)
+        found = example_gradients(model, parameters, examples(batch), vectors)
         assert list(found) == list(parameters)
         assert all(found[name].shape == (N, *p.shape) for name, p in parameters.items())
         wanted = loop(model, list(parameters), batch, vectors)
@@ -151,12 +151,14 @@ class TestExampleGradients:
         batch = (torch.randn(N, 6, generator=generator(1)).double(), torch.zeros(N).long())
         vectors, parameters = vectors_for(model, batch), chosen_parameters(model, None)
         assert list(parameters) == ["0.weight", "0.bias", "2.bias"]
-        found = flat(example_gradients(model, parameters, batch, vectors))
+        found = flat(example_gradients(model, parameters, examples(batch), vectors))
         torch.testing.assert_close(found, loop(model, list(parameters), batch, vectors))
 
     def test_leave_no_gradient_and_no_graph(self):
         model, batch = mlp_batch()
-        found = example_gradients(model, chosen_parameters(model, None), batch, vectors_for(model, batch))
+        found = example_gradients(
+            model, chosen_parameters(model, None), examples(batch), vectors_for(model, batch)
+        )
         assert all(p.grad is None for p in model.parameters())
         assert not any(g.requires_grad for g in found.values())
 
@@ -169,12 +171,16 @@ class TestExampleGradients:
         with pytest.raises(
             ValueError, match=r"`model` must run under torch.func.vmap, which .* gradients need"
         ):
-            example_gradients(model, chosen_parameters(model, None), batch, torch.ones(N, 3).double())
+            example_gradients(
+                model, chosen_parameters(model, None), examples(batch), torch.ones(N, 3).double()
+            )
 
     def test_errors_of_the_model_itself_are_not_renamed(self):
         model, (x, y) = mlp_batch()
         with pytest.raises(RuntimeError, match="shape"):
-            example_gradients(model, chosen_parameters(model, None), (x[:, :4], y), torch.ones(N, 3).double())
+            example_gradients(
+                model, chosen_parameters(model, None), examples((x[:, :4], y)), torch.ones(N, 3).double()
+            )
 
 
 class TestChosenParameters:

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from planted import METHODS, MLP, HuggingFaceLike, OneLogit, TwoInputs, built, planted_classes
+from planted import METHODS, MLP, HuggingFaceLike, OneLogit, TwoInputs, built, examples, planted_classes
 from torch import nn
 from torch.utils.data import (
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     Sampler,
     SequentialSampler,
@@ -21,18 +22,7 @@ from torch.utils.data import (
 )
 
 from stride_captum import STRIDE
-from stride_captum.inputs import (
-    batch_length,
-    batches,
-    count_batches,
-    count_examples,
-    first_input,
-    forward,
-    labels_of,
-    slice_batch,
-    split_batch,
-    to_device,
-)
+from stride_captum.inputs import count_batches, count_examples, raw_batches
 
 SHUFFLES = "`train_dataset` must give its examples in the same order every time; .* shuffle=False: column i"
 
@@ -97,23 +87,35 @@ class TestOrder:
         assert random.getstate() == states[1]
         assert np.random.get_state()[1].tolist() == states[2]
 
-    def test_another_fixed_order_is_the_order_of_the_columns(self, planted):
-        model, train, test = planted
-        backwards = STRIDE(model, DataLoader(train, sampler=Backwards(48), batch_size=5))
-        scores = STRIDE(model, train).influence(test.tensors)
-        torch.testing.assert_close(backwards.influence(test.tensors), scores.flip(1), rtol=1e-4, atol=1e-5)
-        by_pairs = DataLoader(Subset(train, range(6)), batch_sampler=PairBatches())
-        scores = STRIDE(model, Subset(train, range(6))).influence(test.tensors)
-        found = STRIDE(model, by_pairs).influence(test.tensors)
-        torch.testing.assert_close(found, scores.flip(1), rtol=1e-4, atol=1e-5)
+    @pytest.mark.parametrize("method", METHODS)
+    def test_columns_that_are_not_the_places_in_the_data_set_are_refused(self, planted, method):
+        model, train, _ = planted
+        loaders = [
+            (DataLoader(train, sampler=Backwards(48), batch_size=5), "example 47 in place 0"),
+            (DataLoader(Subset(train, range(6)), batch_sampler=PairBatches()), "example 5 in place 0"),
+            (DataLoader(train, sampler=[i // 2 for i in range(96)], batch_size=7), "example 0 in place 1"),
+            (
+                DataLoader(train, sampler=DistributedSampler(train, 2, 0, shuffle=False)),
+                "example 2 in place 1",
+            ),
+            (DataLoader(train, sampler=DistributedSampler(train, 1, 0)), "example .* in place"),
+        ]
+        for loader, what in loaders:
+            with pytest.raises(
+                ValueError, match=rf"`train_dataset` must give .* {what}.*Subset\(dataset, order"
+            ):
+                method(model, loader)
 
-    def test_a_sampler_that_repeats_examples_gives_a_column_for_each(self, planted):
+    def test_samplers_in_the_order_of_the_data_set_are_examples(self, planted):
         model, train, test = planted
-        repeated = [i for i in range(len(train)) for _ in range(2)]
-        method = STRIDE(model, DataLoader(train, sampler=repeated, batch_size=7))
-        scores = method.influence(test.tensors)
-        assert scores.shape == (7, 96)
-        torch.testing.assert_close(scores[:, ::2], scores[:, 1::2])
+        scores = STRIDE(model, train).influence(test.tensors)
+        for loader in (
+            DataLoader(train, sampler=range(48), batch_size=5),
+            DataLoader(train, sampler=DistributedSampler(train, 1, 0, False), batch_size=5),
+        ):
+            torch.testing.assert_close(
+                STRIDE(model, loader).influence(test.tensors), scores, rtol=1e-4, atol=1e-5
+            )
 
     def test_dropping_the_last_batch_leaves_its_columns_out(self, planted):
         loader = DataLoader(planted[1], batch_size=10, drop_last=True)
@@ -160,7 +162,8 @@ class TestTargets:
     def test_regression_targets_are_refused(self, planted, method):
         train = TensorDataset(planted[1].tensors[0], torch.full((48,), 0.5))
         with pytest.raises(
-            ValueError, match=r"`train_dataset` must hold class indices; got the value 0[.]5[.] Regression"
+            ValueError,
+            match=r"`train_dataset` must hold class indices; got the value 0[.]5[.] Targets",
         ):
             method(planted[0], train).fit()
         with pytest.raises(ValueError, match=r"`inputs` must hold class indices; got the value 0[.]5"):
@@ -168,7 +171,7 @@ class TestTargets:
 
     def test_multi_label_targets_are_refused(self, planted, method):
         train = TensorDataset(planted[1].tensors[0], torch.ones(48, 3))
-        with pytest.raises(ValueError, match=r"one class index per example.*shape \(48, 3\).*Multi-label"):
+        with pytest.raises(ValueError, match=r"one class index per example.*shape \(48, 3\).*Several"):
             method(planted[0], train).fit()
 
     def test_labels_out_of_range_are_refused(self, planted, method):
@@ -205,7 +208,7 @@ class TestTargets:
 
     def test_sequence_outputs_are_refused(self, method):
         train = TensorDataset(torch.zeros(4, 5, 6), torch.zeros(4))
-        with pytest.raises(ValueError, match="Sequence outputs are not supported"):
+        with pytest.raises(ValueError, match="one row for each position, as of a sequence"):
             method(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), train).influence(
                 (torch.zeros(2, 5, 6), torch.zeros(2))
             )
@@ -296,8 +299,10 @@ class TestRefusedArguments:
                 STRIDE(*planted[:2]).influence(wrong)
 
     def test_a_batch_without_tensors(self, planted):
-        with pytest.raises(TypeError, match="`inputs` must hold at least one tensor"):
+        with pytest.raises(ValueError, match="`inputs` must hold a batch of examples; got one label"):
             STRIDE(*planted[:2]).influence([1, 2])
+        with pytest.raises(TypeError, match="`inputs` must hold at least one tensor"):
+            STRIDE(*planted[:2]).influence(["a"])
 
     def test_a_model_that_returns_no_tensor(self):
         class Odd(nn.Module):
@@ -305,9 +310,9 @@ class TestRefusedArguments:
                 return [x]
 
         with pytest.raises(
-            TypeError, match=r"`model` must return a tensor or an object with a tensor `.logits`"
+            TypeError, match=r"`model` must return a tensor, an object with a tensor `.logits`, or a dict"
         ):
-            forward(Odd(), (torch.zeros(1),))
+            examples((torch.zeros(1),)).outputs(Odd())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -386,52 +391,59 @@ class TwoLogits(nn.Module):
         return torch.cat([-z / 2, z / 2], 1)
 
 
-class TestBatchFunctions:
+class TestExampleBatch:
     def test_pieces_of_a_batch_are_the_batch(self):
         batch = (torch.arange(7.0)[:, None], torch.tensor(3.0), "kept", list(range(7)), np.arange(7))
-        pieces = list(split_batch(batch, 3))
-        assert [batch_length(piece) for piece in pieces] == [3, 3, 1]
+        pieces = list(examples(batch).split(3))
+        assert [len(piece) for piece in pieces] == [3, 3, 1]
+        pieces = [piece.content for piece in pieces]
         assert torch.equal(torch.cat([piece[0] for piece in pieces]), batch[0])
         assert [piece[1].item() for piece in pieces] == [3.0] * 3
         assert [piece[2] for piece in pieces] == ["kept"] * 3
         assert [i for piece in pieces for i in piece[3]] == list(range(7))
         assert np.concatenate([piece[4] for piece in pieces]).tolist() == list(range(7))
-        assert list(split_batch(batch, 7)) == [batch]
+        whole = examples(batch)
+        assert list(whole.split(7)) == [whole]
 
     def test_dicts_are_cut_by_key(self):
         batch = {"x": torch.arange(4), "scale": torch.tensor(2.0), "labels": torch.arange(4)}
-        piece = slice_batch(batch, slice(1, 3))
+        piece = examples(batch)[1:3].content
         assert piece["x"].tolist() == [1, 2]
         assert piece["scale"].item() == 2.0
 
     def test_labels_and_inputs_are_told_apart(self):
         x, y = torch.zeros(2, 3), torch.tensor([0, 1])
-        assert labels_of((x, y)) is y
-        assert labels_of((x,)) is None
-        assert labels_of({"x": x}) is None
-        assert labels_of({"x": x, "labels": [0, 1]}).tolist() == [0, 1]
-        assert first_input((x, y)) is x
-        assert first_input((x,)) is x
-        assert first_input({"labels": y, "x": x}) is x
-        assert first_input((None, y)) is None
+        assert torch.equal(examples((x, y)).labels, y)
+        assert examples((x,)).labels is None
+        assert examples({"x": x}).labels is None
+        assert examples({"x": x, "labels": [0, 1]}).labels.tolist() == [0, 1]
+        assert examples((x, y)).first_tensor is x
+        assert examples((x,)).first_tensor is x
+        assert examples({"labels": y, "x": x}).first_tensor is x
+        assert examples((None, y)).first_tensor is None
 
-    def test_forward_unwraps_outputs(self):
+    def test_outputs_are_unwrapped(self):
         class Wrapped(nn.Module):
             def forward(self, x):
                 return SimpleNamespace(logits=2 * x)
 
-        assert forward(Wrapped(), (torch.ones(1), None)).item() == 2
-        assert forward(nn.Identity(), (torch.tensor(1.0),)).shape == (1,)
+        class Keyed(nn.Module):
+            def forward(self, x):
+                return {"loss": None, "logits": 2 * x}
+
+        for model in (Wrapped(), Keyed()):
+            assert examples((torch.ones(1), None)).outputs(model).item() == 2
+        assert examples((torch.tensor(1.0),)).outputs(nn.Identity()).shape == (1,)
 
     def test_moving_keeps_the_callers_objects_and_other_values(self):
         x = torch.zeros(2)
         batch = {"x": x, "name": "a"}
-        moved = to_device(batch, torch.device("meta"))
+        moved = examples(batch).to(torch.device("meta")).content
         assert moved["x"].device.type == "meta"
         assert moved["name"] == "a"
         assert batch["x"] is x
 
-    def test_counts_are_what_is_read(self):
+    def test_counts_are_what_is_examples(self):
         dataset = planted_classes(10)
         sources = [
             dataset,
@@ -440,11 +452,10 @@ class TestBatchFunctions:
             DataLoader(dataset, sampler=SequentialSampler(range(6)), batch_size=4),
         ]
         for source in sources:
-            read = list(batches(source, 3, "inputs"))
-            assert count_batches(source, 3) == len(read)
-            assert count_examples(source) == sum(len(batch[-1]) for batch in read)
+            found = list(raw_batches(source, 3, "inputs"))
+            assert count_batches(source, 3) == len(found)
+            assert count_examples(source) == sum(len(batch[-1]) for batch in found)
         by_pairs = DataLoader(dataset, batch_sampler=PairBatches())
         for unknown in (Stream(dataset), DataLoader(Stream(dataset)), by_pairs):
             assert count_batches(unknown, 3) is None
             assert count_examples(unknown) is None
-        assert count_batches(dataset.tensors, 3) == 4

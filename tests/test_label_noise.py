@@ -91,7 +91,7 @@ def test_labels_of_another_length_are_refused(noisy):
     model, (x, y) = noisy[0], noisy[1].tensors
     two = [(x[:20], y[:19])]
     with pytest.raises(
-        ValueError, match="`train_dataset` must give one label per example; got 19 for 20 examples"
+        ValueError, match="`train_dataset` must carry one label for each of 20 examples; got 19"
     ):
         LossDetector(model, torch.utils.data.DataLoader(two, batch_size=None)).mislabel_scores()
 

@@ -113,7 +113,8 @@ def test_an_unknown_response_is_refused(function):
 @pytest.mark.parametrize("shape", [(2, 5, 7), ()])
 def test_sequence_and_scalar_outputs_are_refused(shape):
     with pytest.raises(
-        ValueError, match=r"`model` must return logits of shape \(n, n_classes\) .*Sequence outputs are not"
+        ValueError,
+        match=r"`model` must return logits of shape \(n, n_classes\) .*row for each example",
     ):
         multiclass_logits(torch.zeros(shape))
 
@@ -121,11 +122,11 @@ def test_sequence_and_scalar_outputs_are_refused(shape):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (torch.zeros(4, 3), r"`held_out` must hold one class index .*shape \(4, 3\). Multi-label"),
+        (torch.zeros(4, 3), r"`held_out` must hold one class index .*shape \(4, 3\). Several"),
         (torch.zeros(4, 3, 1), r"`held_out` must hold one class index .*shape \(4, 3, 1\)"),
         (torch.tensor(1), r"`held_out` must hold one class index per example, shape \(n,\); got shape \(\)"),
-        (torch.tensor([0.0, 0.5]), "`held_out` must hold class indices; got the value 0.5. Regression"),
-        (torch.tensor([0.0, float("nan")]), "got the value nan. Regression"),
+        (torch.tensor([0.0, 0.5]), "`held_out` must hold class indices; got the value 0.5. Targets"),
+        (torch.tensor([0.0, float("nan")]), "got the value nan. Targets"),
         (torch.tensor([0, 3]), r"`held_out` must hold class indices in \[0, 3\); got 3"),
         (torch.tensor([0, -1]), r"`held_out` must hold class indices in \[0, 3\); got -1"),
     ],

@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from stride_captum import STRIDE, STRIDEConfig
 from stride_captum.adapters.tracin import TracIn
-from stride_captum.inputs import forward, labels_of, slice_batch
+from stride_captum.batch import ExampleBatch, Reading
 from stride_captum.residuals import tempered_residuals
-from stride_captum.responses import RESPONSES, multiclass_logits, response_gradient
+from stride_captum.responses import RESPONSES, response_gradient
 
 Planted = tuple[nn.Module, TensorDataset, TensorDataset]
 
@@ -47,19 +47,21 @@ def products(
     model = copy.deepcopy(model).eval().requires_grad_(True)
     wanted = [dict(model.named_parameters())[name] for name in names]
 
-    def gradients(batch: Any, vectors: Tensor) -> Tensor:
+    train, test = (ExampleBatch(batch, Reading()) for batch in (train, test))
+
+    def gradients(batch: ExampleBatch, vectors: Tensor) -> Tensor:
         rows = []
         for i, vector in enumerate(vectors):
-            logits = multiclass_logits(forward(model, slice_batch(batch, slice(i, i + 1))))
+            logits = batch[i : i + 1].logits(model)
             found = torch.autograd.grad((logits * vector).sum(), wanted, materialize_grads=True)
             rows.append(torch.cat([g.flatten() for g in found]))
         return torch.stack(rows)
 
     with torch.no_grad():
-        left, right = (multiclass_logits(forward(model, batch)) for batch in (test, train))
+        left, right = test.logits(model), train.logits(model)
         if residuals is None:
-            residuals = tempered_residuals(right, labels_of(train))
-        vectors = response_gradient(left, labels_of(test), response)
+            residuals = tempered_residuals(right, train.labels)
+        vectors = response_gradient(left, test.labels, response)
     return gradients(test, vectors) @ gradients(train, residuals).T
 
 
