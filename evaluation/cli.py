@@ -16,6 +16,7 @@ from torch import nn
 
 from ..checkpoints import load_checkpoint
 from ..config import STRIDEConfig
+from ..devices import existing_device
 from ..doctor import diagnose
 from ..errors import bad_value
 from ..memory_budget import parse_bytes
@@ -29,7 +30,6 @@ from .benchmark_retraining import CASES, bench_retraining
 from .benchmark_store import PARTS, bench_store
 from .comparison import MEASURES, compare, comparison_sizes, estimates
 from .contenders import DEFAULT_METHODS
-from .devices import found_device
 from .environment import describe, one_line
 from .explanation import explain
 from .linear_datamodeling import LDSResult
@@ -161,7 +161,7 @@ def explain_command(
     """
     voice = Voice(quiet, as_json)
     with one_sentence_errors(store):
-        on = found_device(device)
+        on = existing_device(device)
         out.mkdir(parents=True, exist_ok=True)  # before the work
         loaded = load_task(
             task,
@@ -631,7 +631,7 @@ def bench_retraining_command(
     """
     with one_sentence_errors():
         rows = bench_retraining(
-            case or ("digits", "mnist"), device=found_device(device), stack_sizes=stack, epochs=epochs
+            case or ("digits", "mnist"), device=existing_device(device), stack_sizes=stack, epochs=epochs
         )
     title = "Retraining: seconds of a model, with all workers busy, in one run"
     _show_rows(title, rows, out / "retraining.json", Voice(quiet, as_json))
@@ -735,7 +735,7 @@ def bench_scalability_command(
         found = bench_scalability(
             out / "cases",
             full=full,
-            device=None if device is None else str(found_device(device)),
+            device=None if device is None else str(existing_device(device)),
             methods=method,
             sizes=None if size is None else [parse_size(text) for text in size],
             n_train=train,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..chance import at_chance
 from ..config import STRIDEConfig
+from ..devices import existing_device
 from ..distributed import DistributedSTRIDE
 from ..errors import bad_value
 from ..process_group import first_rank_first, in_group
@@ -23,7 +24,6 @@ from . import environment
 from .attributed_training import train_attributed
 from .base_training import logits_of
 from .class_logits import check_logits
-from .devices import found_device
 from .tasks import Task
 
 
@@ -151,7 +151,7 @@ def explain(
     """
     if k < 1:
         raise bad_value("k", "be at least 1", k)
-    device = None if device is None else found_device(device)
+    device = None if device is None else existing_device(device)
     if model is None:
         with first_rank_first():
             model = train_attributed(task, seed, store, device=device or "cpu")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from ..errors import bad_choice, bad_value
+from ..errors import bad_choice, bad_value, whole_number
 
 OPTIMIZERS = ("adam", "sgd")
 
@@ -43,21 +42,11 @@ class TrainingSettings:
         if self.optimizer not in OPTIMIZERS:
             raise bad_choice("optimizer", self.optimizer, OPTIMIZERS)
         for name in ("epochs", "batch_size"):
-            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         for name in ("learning_rate", "weight_decay", "momentum"):
             object.__setattr__(self, name, _number(name, getattr(self, name)))
         if self.momentum >= 1:
             raise bad_value("momentum", "be below 1", self.momentum)
-
-
-def _whole(name: str, value: Any) -> int:
-    try:
-        whole = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        whole = 0
-    if whole < 1:
-        raise bad_value(name, "be a whole number, at least 1", repr(value))
-    return whole
 
 
 def _number(name: str, value: Any) -> float:

@@ -25,7 +25,7 @@ def write_text(path: str | Path, text: str) -> Path:
     if target.exists() and not target.is_file():
         target.write_bytes(content)
     else:
-        write_whole(target, lambda name: Path(name).write_bytes(content))
+        write_whole(target, content)
     return Path(path)
 
 

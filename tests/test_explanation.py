@@ -109,8 +109,9 @@ class TestDevice:
         assert method.device == torch.device("cpu")
         assert explanation.environment["device"] == "cpu"
 
-    def test_one_that_is_not_there_is_refused_before_the_training(self, task, tmp_path, monkeypatch):
-        monkeypatch.setattr("stride_captum.evaluation.devices.accelerators", list)
-        with pytest.raises(ValueError, match="`device` must be one that is here: cpu; got 'cuda'"):
-            explain(task, device="cuda", store=tmp_path)
+    def test_one_that_is_not_there_is_refused_before_the_training(self, task, tmp_path):
+        with pytest.raises(
+            ValueError, match="`device` must be a device that torch can use here; got 'cuda:99'"
+        ):
+            explain(task, device="cuda:99", store=tmp_path)
         assert list(tmp_path.iterdir()) == []
