@@ -21,7 +21,7 @@ from .attributed_training import train_attributed, train_checkpoints, train_spik
 from .base_training import mean_residual
 from .calibration import CalibrationResult, calibration
 from .contenders import DEFAULT_METHODS, Contender, find_contender
-from .cost import Cost, forward_seconds, median_cost
+from .cost import Build, Cost, forward_seconds, median_cost
 from .counterfactual_retraining import CounterfactualRow, measure_counterfactual
 from .counterfactual_retraining import cost as counterfactual_cost
 from .gallery import Gallery
@@ -235,7 +235,7 @@ class _Setting:
             if contender.n_checkpoints > 1:
                 extra["checkpoints"] = [*self.checkpoints[name], model.state_dict()]
             given = {**options, **extra}
-            found.append(KeptMethod(contender.build, model, self.task, given, self.store, self.forward))
+            found.append(KeptMethod(contender, model, self.task, given, self.store, self.forward))
         return found
 
     def answers(self, methods: Sequence[KeptMethod], rows: slice) -> list[Answer]:
@@ -343,7 +343,7 @@ def compare(
         for contender in bar:
             bar.set_postfix_str(contender.name)
             rows.append(_row(contender, setting, rows[0] if rows else None))
-    builds = {c.name: c.build for c in contenders if c.n_checkpoints == 1}
+    builds: dict[str, Build] = {c.name: c for c in contenders if c.n_checkpoints == 1}
     common: dict[str, Any] = {
         "store": store,
         "options": {c.name: c.grid[0] for c in contenders} | {row.name: row.options for row in rows},

@@ -32,6 +32,10 @@ class Contender:
             the attributed model last; 1 gives none.
         needs: Module of an extra without which it cannot run.
         settable: Options that may be set on a fitted method, so that a grid over them fits once.
+        cache_key: Vouches for the row: what it answers depends on this key, the options, the weights and the
+            training set alone. None (the default) names the answers by everything that `build` makes.
+
+    A contender is called as its `build` is.
 
     >>> row = Contender("TracIn, T=2", adapter(adapters.TracIn, residuals="temperature", temperature=2.0))
     >>> row.available
@@ -44,6 +48,11 @@ class Contender:
     n_checkpoints: int = 1
     needs: str | None = None
     settable: frozenset[str] = frozenset()
+    cache_key: str | None = None
+
+    def __call__(self, model: Any, data: Any, options: Mapping[str, Any]) -> InfluenceMethod:
+        """The method on a model and its training set."""
+        return self.build(model, data, options)
 
     @property
     def available(self) -> bool:
