@@ -16,6 +16,8 @@ from typing import Any
 
 from ..installed import version
 
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
+
 
 def codes(code: CodeType) -> Iterator[CodeType]:
     """A code object and those of the functions and classes defined within it."""
@@ -62,6 +64,17 @@ def is_installed(module: str) -> bool:
     if spec is not None and spec.origin in ("built-in", "frozen"):
         return True
     return _is_library(getattr(found, "__file__", None) or next(iter(getattr(found, "__path__", [])), None))
+
+
+def is_there(value: type, module: str) -> bool:
+    """Whether a class is the one of that name in a module, or is not made by Python code.
+
+    One that was made while a program runs may claim any module: typed at a prompt it claims `builtins`.
+    """
+    found: Any = sys.modules.get(module)
+    for name in value.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is value or not value.__flags__ & _HEAP_TYPE
 
 
 @cache

@@ -37,10 +37,6 @@ from .retraining import RetrainingPlan
 from .retraining_estimate import RetrainingEstimate
 from .tasks import Task
 
-#: A run is named by how many test points it was evaluated on. This many are, at least, so that asking for
-#: more test points keeps what was done.
-_EVALUATED = 500
-
 Removed = Sequence[NDArray[np.int64]]
 
 
@@ -140,7 +136,7 @@ def counterfactual_plan(
                     kept.append(np.setdiff1d(kept[0], row))
                 found[c, t] = known[key]
         places[name] = found
-    n_test = min(len(task.test), max(_EVALUATED, *(t + 1 for t in test_points)))
+    n_test = 1 + max(test_points)
     membership = membership_from_indices(kept, task.n_train)
     return RetrainingPlan(task, membership, n_seeds, Path(store), n_test, common_seeds=True), places
 

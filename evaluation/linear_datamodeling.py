@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import sparse
 
-from ..errors import bad_type, bad_value
+from ..errors import bad_value
 from ..responses import class_labels, response_value
-from ..subsets import Membership
+from ..subsets import Membership, checked_membership
 from . import statistics
 from .statistics import Array, Interval, mean_defined
 
@@ -136,7 +135,7 @@ def lds(
     >>> round(lds(effects, halves, measured, n_resamples=0).value, 6)
     1.0
     """
-    matrices, responses = check_inputs(scores, membership, responses)
+    matrices, membership, responses = check_inputs(scores, membership, responses)
     if n_resamples < 0:
         raise bad_value("n_resamples", "be at least 0", n_resamples)
     target = responses.mean(0)
@@ -239,21 +238,18 @@ def margins(logits: Any, labels: Any) -> Array:
     return np.asarray(response_value(z, y, "margin").numpy())
 
 
-def check_inputs(scores: Any, membership: Membership, responses: Any) -> tuple[list[Array], Array]:
-    """Scores as one float64 matrix `(n_test, n_train)` a model, responses as `(n_seeds, n_subsets, n_test)`.
+def check_inputs(
+    scores: Any, membership: Membership, responses: Any
+) -> tuple[list[Array], Membership, Array]:
+    """One float64 matrix `(n_test, n_train)` a model, X, and responses `(n_seeds, n_subsets, n_test)`.
 
     Raises:
         TypeError: `membership` is not a scipy sparse matrix.
-        ValueError: Shapes do not match, a value is not finite, or there are fewer than 3 subsets.
+        ValueError: Shapes do not match, a value is not finite, an entry of `membership` is neither 0 nor 1,
+            or there are fewer than 3 subsets.
 
     """
-    if not sparse.issparse(membership):
-        raise bad_type(
-            "membership",
-            "be a scipy CSR matrix (n_subsets, n_train)",
-            membership,
-            "Use `stride_captum.subsets.membership_from_indices`.",
-        )
+    membership = checked_membership(membership)
     n_subsets, n_train = membership.shape
     if n_subsets < 3:
         raise bad_value("membership", "hold at least 3 subsets", n_subsets)
@@ -275,7 +271,7 @@ def check_inputs(scores: Any, membership: Membership, responses: Any) -> tuple[l
     for matrix in matrices:
         if matrix.shape != expected:
             raise bad_value("scores", f"have shape (n_test, n_train) = {expected}", matrix.shape)
-    return matrices, responses
+    return matrices, membership, responses
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from ..restoring import bits, same_random_state
-from .code_references import codes, globals_read, imported, is_installed, version_of
+from .code_references import codes, globals_read, imported, is_installed, is_there, version_of
 
 Parts = Iterator[bytes | memoryview | str]
 
@@ -268,7 +268,7 @@ class _Walk:
         module = (
             value.__module__ if isinstance(value.__module__, str) else "builtins"
         )  # a type of an extension
-        if self.by_name(module):
+        if self.by_name(module) and is_there(value, module):
             yield from (module, version_of(module))
             return
         yield self.of(type(value), "metaclass")

@@ -283,7 +283,7 @@ class TestPlan:
         assert members(plan.membership, 0).tolist() == list(range(60))
         assert members(plan.membership, 6).tolist() == [i for i in range(60) if i not in (1, 3, 9)]
         assert plan.membership.shape[0] == 7
-        assert plan.n_test == 20
+        assert plan.n_test == 2
 
     def test_all_runs_of_a_seed_start_alike(self, task, tmp_path):
         plan, _ = counterfactual_plan(task, {"a": [np.array([[3, 1]])]}, [0], n_seeds=2, store=tmp_path)

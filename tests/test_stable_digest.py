@@ -179,6 +179,10 @@ OTHERS = {
     "batches": (DataLoader(Streamed(4), batch_size=2), DataLoader(Streamed(4), batch_size=4)),
     "classes by a member": (type("A", (), {"n": 1}), type("A", (), {"n": 2})),
     "classes by a base": (type("A", (Options,), {}), type("A", (Net,), {})),
+    "classes that claim to be built in": (
+        compiled("class A:\n def f(self): return 1", "A"),
+        compiled("class A:\n def f(self): return 2", "A"),
+    ),
     "properties": (property(lambda s: 1), property(lambda s: 2)),
 }
 
