@@ -34,6 +34,8 @@ class Contender:
         settable: Options that may be set on a fitted method, so that a grid over them fits once.
         cache_key: Vouches for the row: what it answers depends on this key, the options, the weights and the
             training set alone. None (the default) names the answers by everything that `build` makes.
+        default: Options where nothing chooses among several points of the grid, that is without LDS; {} is
+            what the method does by default.
 
     A contender is called as its `build` is.
 
@@ -49,6 +51,7 @@ class Contender:
     needs: str | None = None
     settable: frozenset[str] = frozenset()
     cache_key: str | None = None
+    default: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, model: Any, data: Any, options: Mapping[str, Any]) -> InfluenceMethod:
         """The method on a model and its training set."""

@@ -7,6 +7,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .leakage_detection import LeakageResult, leakage, near_duplicate
 from .linear_datamodeling import finite_array
 from .retraining import train_attributed
 from .statistics import Array
+from .task_checks import check_task
 from .tasks import Task
 
 
@@ -82,8 +84,7 @@ def plant(task: Task, n_planted: int, *, kind: str = "exact", seed: int = 0) -> 
         ValueError: More are asked for than there are, or an unknown kind.
     """
     x_test, y_test = task.test.tensors
-    if not 1 <= n_planted <= len(y_test):
-        raise bad_value("n_planted", f"be between 1 and the {len(y_test)} test examples", n_planted)
+    check_planting(task, (n_planted,), (kind,), "n_planted")
     chosen = np.random.default_rng(seed).permutation(len(y_test))[:n_planted]
     x, y = task.train.tensors
     copies = near_duplicate(x_test[chosen], kind, scale=float(x.std()), seed=seed)
@@ -98,6 +99,26 @@ def plant(task: Task, n_planted: int, *, kind: str = "exact", seed: int = 0) -> 
         (places[one] | places[other]) - {int(own)} for one, other, own in zip(*keys, positions, strict=True)
     )
     return Planted(leaked, chosen, positions, tuple(np.array(sorted(o), dtype=np.int64) for o in others))
+
+
+def check_planting(task: Task, counts: Sequence[int], kinds: Sequence[str], name: str = "counts") -> None:
+    """Whether so many test examples can leak in these ways.
+
+    Args:
+        task: The task.
+        counts: Numbers of planted examples.
+        kinds: Of `near_duplicate`.
+        name: What an error calls the counts.
+
+    Raises:
+        ValueError: More are asked for than there are, or a kind that does not exist or is for images.
+    """
+    n_test = len(task.test)
+    for count in counts:
+        if not isinstance(count, Integral) or isinstance(count, bool) or not 1 <= count <= n_test:
+            raise bad_value(name, f"be between 1 and the {n_test} test examples", repr(count))
+    for kind in kinds:
+        near_duplicate(task.test.tensors[0][:1], kind, scale=1.0)
 
 
 def _row_keys(x: Tensor, y: Tensor) -> list[bytes]:
@@ -149,6 +170,8 @@ def measure_leakage(
     """
     if n_models < 1:
         raise bad_value("n_models", "be at least 1", n_models)
+    check_planting(task, counts, kinds)
+    check_task(task)
     rows = []
     for kind in kinds:
         for n_planted in counts:

@@ -32,6 +32,7 @@ from .retraining_estimate import RetrainingEstimate
 from .retraining_files import Run, RunFile
 from .run_store import Fingerprints
 from .stacked_training import why_not_stacked
+from .task_checks import check_task
 from .tasks import Task
 
 __all__ = [
@@ -152,7 +153,8 @@ class RetrainingPlan:
             Logits `(n_seeds, n_subsets, n_test, n_classes)`.
 
         Raises:
-            ValueError: An engine that does not exist, or "stacked" for a network that cannot be mapped.
+            ValueError: An engine that does not exist, "stacked" for a network that cannot be mapped, or
+                inputs or labels that the network cannot read.
             RuntimeError: A run failed.
 
         """
@@ -166,6 +168,8 @@ class RetrainingPlan:
                 todo.append(file)
             else:
                 found.update(file.by_run(logits, self.n_test))
+        if todo:
+            check_task(self.task)
         with tqdm(
             total=self.n_seeds * self.membership.shape[0],
             initial=len(found),
@@ -342,9 +346,10 @@ def without_diverged(
     left_out = np.flatnonzero(~whole).tolist()
     if len(left_out) > at_most * len(whole):
         runs = [(int(k), int(seed)) for seed, k in np.argwhere(~finite)]
+        share = f"at least {1 - at_most:.0%}" if at_most else "all"
         raise bad_value(
             "training",
-            f"let at least {1 - at_most:.0%} of the {len(whole)} subsets of {plan.task.name} converge",
+            f"let {share} of the {len(whole)} subsets of {plan.task.name} converge",
             f"{len(left_out)} that diverged, {retraining_files.named_few(runs)}",
             SMALLER_STEPS,
         )
