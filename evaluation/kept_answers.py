@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .. import adapters
 from .. import influence as core
-from .. import inputs as data
+from ..batch import is_batch
 from ..influence import InfluenceMethod
 from ..peak_memory import release_free_memory
 from ..restoring import weights_fingerprint
@@ -196,7 +196,7 @@ def _of_attribute(method: InfluenceMethod, task: Task, name: str) -> str:
     value = getattr(method, name)
     if name == "train_dataset" and value is task.train:
         value = task.train.tensors
-    elif name in ("train_dataset", "held_out") and not (value is None or data.is_batch(value)):
+    elif name in ("train_dataset", "held_out") and not (value is None or is_batch(value)):
         value = Examples(value)
     elif name == "checkpoints" and value is not None:
         value = _loaded(method)

@@ -12,7 +12,7 @@ from captum.influence import SimilarityInfluence
 from planted import MLP, planted_classes
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from stride_captum import STRIDE, STRIDEConfig, adapters
+from stride_captum import STRIDE, Batch, STRIDEConfig, adapters
 from stride_captum.adapters import EKFAC, CaptumInfluence, DiagonalEKFAC, Random, TracIn
 from stride_captum.checkpoints import load_checkpoint
 from stride_captum.evaluation import kept_answers
@@ -20,6 +20,7 @@ from stride_captum.evaluation.contenders import Contender
 from stride_captum.evaluation.kept_answers import KeptMethod
 from stride_captum.evaluation.models import TrainingSettings
 from stride_captum.evaluation.tasks import Task
+from stride_captum.losses import CrossEntropy
 
 
 @pytest.fixture
@@ -165,6 +166,7 @@ def rate_of(rate):
 #: What each constructor argument is changed to; a function of the task and the model where it needs them.
 CHANGED = {
     "answers": "similarity",
+    "batch": Batch(label_key=-1),
     "batch_size": 7,
     "build": lambda task, model: similar_by("relu1"),
     "checkpoints": lambda task, model: [{k: v + 1 for k, v in model.state_dict().items()}],
@@ -179,6 +181,7 @@ CHANGED = {
     "k": 3,
     "layers": ["relu1"],
     "learning_rates": [0.5],
+    "loss": CrossEntropy(outputs="probabilities"),
     "memory_budget": "1MiB",
     "n_fisher": 17,
     "normalize": "cosine",
