@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..errors import bad_value
+from ..errors import bad_value, whole_number
 from ..restoring import weights_fingerprint
 from ..subsets import Membership, random_subsets
 from . import environment
@@ -41,7 +41,6 @@ from .mislabel_benchmark import measure_mislabel
 from .retraining import RetrainingPlan, without_diverged
 from .retraining_estimate import RetrainingEstimate
 from .run_store import Fingerprints
-from .task_checks import check_count
 from .tasks import Task
 
 __all__ = [
@@ -281,7 +280,7 @@ def halves(task: Task, store: str | Path, n_subsets: int, n_seeds: int, n_test: 
     Raises:
         ValueError: Fewer than 2 test points.
     """
-    check_count("n_subsets", n_subsets, 1)
+    whole_number("n_subsets", n_subsets, 1)
     n_test = min(n_test, len(task.test))
     if n_test < 2:
         raise bad_value("n_test", "be at least 2: one half tunes, the other reports", n_test)

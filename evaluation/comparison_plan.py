@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import adapters
-from ..errors import bad_choice, bad_type, bad_value
+from ..errors import bad_choice, bad_type, bad_value, whole_number
 from .contenders import CONTENDERS, DEFAULT_METHODS, Contender, find_contender
 from .counterfactual_drop import resolve_counts
 from .counterfactual_retraining import measure_counterfactual
@@ -20,7 +20,7 @@ from .mislabel_benchmark import measure_mislabel
 from .mislabel_detection import flip_labels
 from .retraining import ENGINES
 from .run_store import built
-from .task_checks import check_count, check_task
+from .task_checks import check_task
 from .tasks import Task
 
 #: What can be measured.
@@ -205,7 +205,7 @@ def check(asked: Asked, task: Task, *, n_test: int, half: int, **sizes: Any) -> 
         ("n_spiked", 0),
         ("n_resamples", 0),
     ):
-        check_count(name, sizes[name], least)
+        whole_number(name, sizes[name], least)
     if sizes["engine"] not in ENGINES:
         raise bad_choice("engine", sizes["engine"], ENGINES)
     check_task(task)
@@ -214,7 +214,7 @@ def check(asked: Asked, task: Task, *, n_test: int, half: int, **sizes: Any) -> 
         if name in checks:
             for count in ("n_models", "n_seeds", "n_points", "n_held_out"):
                 if count in options:
-                    check_count(f"measures[{name!r}][{count!r}]", options[count], 1)
+                    whole_number(f"measures[{name!r}][{count!r}]", options[count], 1)
             checks[name](asked, task, options, n_test, half)
     _check_builds(asked, task)
 

@@ -1,7 +1,10 @@
-"""Owns the rows of a comparison: what each method is called, how it is built, and what may be tuned.
+"""Rows of a comparison: what each method is called, how it is built, and what may be tuned.
 
 Every gradient baseline is there twice: with the training residuals, as published, and with the
 out-of-sample residuals that STRIDE uses. Its options are chosen on the tuning half of the test points.
+
+Every grid has `GRID_SIZE` points, the defaults of the method among them, so that no row gains from a larger
+choice. TracIn as published, the similarities and the controls have no grid: they have nothing to tune.
 """
 
 from __future__ import annotations
@@ -87,23 +90,26 @@ def grid(**choices: Sequence[Any]) -> list[dict[str, Any]]:
     return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
 
 
-_OURS = {"residuals": ("both", "temperature")}
+#: Points of every grid.
+GRID_SIZE = 6
+#: Temperatures of out-of-sample residuals: the default, and what held-out labels of confident networks give.
+_TEMPERATURES = (2.0, 3.5)
 
 
 def _twice(
     cls: type[InfluenceMethod],
+    published: Sequence[Mapping[str, Any]],
+    ours: Sequence[Mapping[str, Any]],
     needs: str | None = None,
     settable: frozenset[str] = frozenset(),
-    **choices: Sequence[Any],
 ) -> list[Contender]:
     """A gradient method as published, and with our residuals."""
-    name, build = cls.__name__, adapter(cls)
+    name = cls.__name__
     return [
-        Contender(row, build, options, needs=needs, settable=settable)
-        for row, options in (
-            (name, grid(**choices)),
-            (f"{name}, our residuals", grid(**_OURS, **choices)),
-        )
+        Contender(name, adapter(cls), published, needs=needs, settable=settable),
+        Contender(
+            f"{name}, our residuals", adapter(cls, residuals="both"), ours, needs=needs, settable=settable
+        ),
     ]
 
 
@@ -112,23 +118,37 @@ CONTENDERS: dict[str, Contender] = {
     c.name: c
     for c in (
         Contender("STRIDE", stride()),
-        Contender(
-            "STRIDE (tuned)",
-            stride(),
-            grid(temperature=(2.0, 3.0, 4.0), damping=(0.1, 0.3, 1.0), residuals=("both", "temperature")),
-        ),
+        Contender("STRIDE (tuned)", stride(), grid(temperature=_TEMPERATURES, damping=(0.1, 0.3, 1.0))),
         Contender("STRIDE T=1", stride(residuals="training")),
         Contender("STRIDE trained + Lasso", stride(operators="trained")),
         Contender("STRIDE trained, no linearity", stride(operators="trained", linearity_weight=0.0)),
         Contender("STRIDE trained, no stability", stride(operators="trained", stability_weight=0.0)),
         Contender("STRIDE paper (mnist)", stride_paper("mnist")),
         Contender("STRIDE paper (cifar10)", stride_paper("cifar10")),
-        *_twice(adapters.EKFAC, "kronfluence", frozenset({"damping"}), damping=(None, 1e-4, 1e-3, 1e-2)),
-        *_twice(adapters.DiagonalEKFAC, damping=(0.1, 1.0), fisher=("sampled", "exact")),
-        *_twice(adapters.TRAK, damping=(0.3, 1.0, 3.0)),
-        *_twice(adapters.TracIn),
+        *_twice(
+            adapters.EKFAC,
+            grid(damping=(None, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)),
+            grid(temperature=_TEMPERATURES, damping=(None, 1e-2, 1e-1)),
+            needs="kronfluence",
+            settable=frozenset({"damping"}),
+        ),
+        *_twice(
+            adapters.DiagonalEKFAC,
+            grid(fisher=("sampled", "exact"), damping=(0.1, 0.3, 1.0)),
+            grid(temperature=_TEMPERATURES, damping=(0.1, 0.3, 1.0)),
+        ),
+        *_twice(
+            adapters.TRAK,
+            grid(damping=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
+            grid(temperature=_TEMPERATURES, damping=(0.3, 1.0, 3.0)),
+        ),
+        *_twice(
+            adapters.TracIn,
+            ({},),
+            grid(residuals=("both", "temperature"), temperature=(*_TEMPERATURES, 5.0)),
+        ),
         Contender("TracIn, 4 checkpoints", adapter(adapters.TracIn), n_checkpoints=4),
-        Contender("KNNShapley", adapter(adapters.KNNShapley), grid(k=(1, 5, 20))),
+        Contender("KNNShapley", adapter(adapters.KNNShapley), grid(k=(1, 2, 5, 10, 20, 50))),
         Contender("Similarity", adapter(adapters.Similarity)),
         Contender("ClassSimilarity", adapter(adapters.ClassSimilarity)),
         Contender("ClassRandom", adapter(adapters.ClassRandom)),

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ..errors import bad_choice, bad_value
+from ..errors import bad_choice, bad_value, whole_number
 from ..subsets import membership_from_indices
 from .calibration import CalibrationResult, calibration_of_removals, predicted_changes
 from .cost import Build, Cost, forward_seconds, median_cost
@@ -35,7 +35,7 @@ from .kept_answers import KeptMethod
 from .linear_datamodeling import finite_array, margins
 from .retraining import ENGINES, RetrainingPlan, without_diverged
 from .retraining_estimate import RetrainingEstimate
-from .task_checks import check_count, check_task
+from .task_checks import check_task
 from .tasks import Task
 
 Removed = Sequence[NDArray[np.int64]]
@@ -211,7 +211,7 @@ def measure_counterfactual(
     if not points or len(set(points)) < len(points) or not 0 <= min(points) <= max(points) < len(task.test):
         raise bad_value("test_points", f"be distinct places in [0, {len(task.test)})", points)
     numbers = resolve_counts(counts, task.n_train)
-    check_count("n_seeds", n_seeds, 1)
+    whole_number("n_seeds", n_seeds, 1)
     if engine not in ENGINES:
         raise bad_choice("engine", engine, ENGINES)
     check_task(task)

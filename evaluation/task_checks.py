@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-from typing import Any
-
 import torch
 
 from ..errors import bad_value
 from ..responses import multiclass_logits
 from .run_store import built
 from .tasks import Task
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """An integer of at least `least`.
-
-    Raises:
-        ValueError: Something else.
-    """
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise bad_value(name, f"be an integer of at least {least}", repr(value))
 
 
 def check_task(task: Task) -> None:
