@@ -213,7 +213,6 @@ CHANGED_CONFIG = {
     "curvature": "identity",
     "encoder": "per-subset",
     "feature_layers": "penultimate",
-    "held_out_fraction": 0.1,
     "linearity": "example",
     "memory_budget": "1MiB",
     "normalize": "cosine",
