@@ -66,14 +66,32 @@ class Contender:
         return self.needs is None or find_spec(self.needs) is not None
 
 
-def stride(**fixed: Any) -> Build:
-    """STRIDE with a configuration; the options of a grid point replace its fields."""
-    return lambda model, data, options: STRIDE(model, data, config=STRIDEConfig(**{**fixed, **options}))
+def stride(*, layers: Sequence[str] | None = None, **fixed: Any) -> Build:
+    """STRIDE with a configuration; the options of a grid point replace its fields.
+
+    Args:
+        layers: As for `STRIDE`.
+        **fixed: Options of `STRIDEConfig`.
+    """
+    return lambda model, data, options: STRIDE(
+        model, data, layers=layers, config=STRIDEConfig(**{**fixed, **options})
+    )
 
 
 def stride_paper(preset: str) -> Build:
-    """STRIDE with the settings of Table 4."""
-    return lambda model, data, options: STRIDE(model, data, config=STRIDEConfig.paper(preset, **options))
+    """STRIDE with the settings of Table 4, on smaller training sets as `fitting` says."""
+    return lambda model, data, options: STRIDE(
+        model, data, config=STRIDEConfig.paper(preset, **{**fitting(len(data)), **options})
+    )
+
+
+def fitting(n_train: int) -> dict[str, Any]:
+    """B.2's 50 subsets of 100 need 5,000 examples: smaller training sets are split into 50 parts.
+
+    >>> fitting(60_000), fitting(300)
+    ({}, {'coverage': 'partition', 'subset_size': None})
+    """
+    return {} if n_train >= 5_000 else {"coverage": "partition", "subset_size": None}
 
 
 def adapter(cls: type[InfluenceMethod], **fixed: Any) -> Build:
@@ -123,6 +141,13 @@ CONTENDERS: dict[str, Contender] = {
         Contender("STRIDE trained + Lasso", stride(operators="trained")),
         Contender("STRIDE trained, no linearity", stride(operators="trained", linearity_weight=0.0)),
         Contender("STRIDE trained, no stability", stride(operators="trained", stability_weight=0.0)),
+        Contender(
+            "STRIDE trained, no LDS loss",  # D.3: neither of the two constraints
+            stride(operators="trained", linearity_weight=0.0, stability_weight=0.0),
+        ),
+        # D.3, "layer sensitivity": the first hidden layer of the MLP, the convolutions of the CNN (Table 2).
+        Contender("STRIDE trained, layer1", stride(operators="trained", layers=["relu1"])),
+        Contender("STRIDE trained, conv", stride(operators="trained", layers=["relu2"])),
         Contender("STRIDE paper (mnist)", stride_paper("mnist")),
         Contender("STRIDE paper (cifar10)", stride_paper("cifar10")),
         *_twice(

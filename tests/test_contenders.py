@@ -87,10 +87,22 @@ def test_our_rows_differ_from_the_default_in_what_they_say(name, planted):
         "STRIDE trained + Lasso": STRIDEConfig(operators="trained"),
         "STRIDE trained, no linearity": STRIDEConfig(operators="trained", linearity_weight=0.0),
         "STRIDE trained, no stability": STRIDEConfig(operators="trained", stability_weight=0.0),
-        "STRIDE paper (mnist)": STRIDEConfig.paper("mnist"),
-        "STRIDE paper (cifar10)": STRIDEConfig.paper("cifar10"),
+        "STRIDE trained, no LDS loss": STRIDEConfig(
+            operators="trained", linearity_weight=0.0, stability_weight=0.0
+        ),
+        "STRIDE trained, layer1": STRIDEConfig(operators="trained"),
+        "STRIDE trained, conv": STRIDEConfig(operators="trained"),
+        "STRIDE paper (mnist)": STRIDEConfig.paper("mnist", coverage="partition", subset_size=None),
+        "STRIDE paper (cifar10)": STRIDEConfig.paper("cifar10", coverage="partition", subset_size=None),
     }
     assert config == expected[name]
+
+
+@pytest.mark.parametrize("preset", ["mnist", "cifar10"])
+def test_the_paper_s_row_is_the_preset_as_it_is_where_its_subsets_fit(planted, preset):
+    enough = torch.utils.data.TensorDataset(torch.zeros(5000, 6), torch.zeros(5000, dtype=torch.int64))
+    method = CONTENDERS[f"STRIDE paper ({preset})"](planted[0], enough, {})
+    assert method.config == STRIDEConfig.paper(preset)
 
 
 def test_four_checkpoints_are_three_and_the_attributed_model(planted):
