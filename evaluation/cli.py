@@ -364,7 +364,7 @@ def reproduce_command(
             store=store,
             measures={
                 printed.measure: {
-                    **printed.settings,
+                    **printed.settings_for(loaded.n_train),
                     **_models_of(printed.measure, models),
                     **({} if settings is None else _json("settings", settings)),
                 }

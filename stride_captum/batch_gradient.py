@@ -1,4 +1,4 @@
-"""Owns the gradient of equation (5) on one mini-batch: all subsets at once, or block by block."""
+"""Gradient of equation (5) on one mini-batch: all subsets at once, or block by block."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from .batches import SubsetRows, draw_uniforms, split_held_out
+from .batches import SubsetRows, draw_uniforms
 from .config import STRIDEConfig, parse_bytes
 from .objective import combined, example_responses, fidelity, linearity, stability, subset_responses
 from .operators import SteeringOperators
@@ -26,7 +26,6 @@ class BatchGradient:
         operators: Where the gradients go.
         blocks: Slices of the subsets.
         width: |B_S| = |B_R|.
-        held_out: The members kept aside; None where `config.held_out_fraction` is 0.
     """
 
     def __init__(
@@ -48,22 +47,16 @@ class BatchGradient:
             labels: `(n_train,)` int64.
             membership: CSR `(n_subsets, n_train)`.
             config: Options of stage 1.
-            seed: Of the batches, the sketch and the members kept aside.
+            seed: Of the batches and the sketch.
         """
         self.operators, self.features, self.config = operators, features, config
         parameter = operators.steering_matrices
         self.device, self.dtype = parameter.device, parameter.dtype
         self.logits, self.labels = logits.to(self.device, self.dtype), labels.to(self.device)
         self.generator = torch.Generator().manual_seed(seed)
-        self.all_rows = self.rows = SubsetRows.from_membership(membership, self.device)
-        self.held_out: SubsetRows | None = None
-        if config.held_out_fraction:
-            train, aside = split_held_out(membership, config.held_out_fraction, seed)
-            self.rows = SubsetRows.from_membership(train, self.device)
-            self.held_out = SubsetRows.from_membership(aside, self.device)
-        sizes = self.all_rows.sizes
+        self.rows = SubsetRows.from_membership(membership, self.device)
+        sizes = self.rows.sizes
         self.width = min(config.batch_size, max(int(sizes.max()), len(features) - int(sizes.min())))
-        self.held_out_uniforms = draw_uniforms(self.width, self.generator, self.device)
         size = largest_block(
             operators, len(features), self.width, parse_bytes(config.memory_budget, self.device)
         )
@@ -93,7 +86,7 @@ class BatchGradient:
         for block in self.blocks:
             parameters = self._block_parameters(block)
             inside, mask = self.rows.draw_members(block, self.width, uniforms[0])
-            outside, outside_mask = self.all_rows.draw_outsiders(block, self.width, uniforms[1])
+            outside, outside_mask = self.rows.draw_outsiders(block, self.width, uniforms[1])
             shift = self._shift(parameters, torch.cat([inside, outside], 1))
             inner, outer = shift[:, : self.width], shift[:, self.width :]
             fid = fidelity(self.logits[inside], inner, self.labels[inside], mask)
@@ -139,19 +132,6 @@ class BatchGradient:
         y = torch.cat(responses).requires_grad_()
         value = linearity(y, torch.as_tensor(self.sketch), self.config.sketch_ridge)
         return torch.autograd.grad(value, y)[0], value.detach()
-
-    @torch.no_grad()
-    def held_out_fidelity(self) -> float:
-        """Mean of (1) over the subsets with members kept aside, on the same draw of them every time."""
-        total, count = 0.0, 0
-        if self.held_out is None:
-            return float("nan")
-        for block in self.blocks:
-            rows, mask = self.held_out.draw_members(block, self.width, self.held_out_uniforms)
-            shift = self._shift(self._block_parameters(block), rows)
-            total += float(fidelity(self.logits[rows], shift, self.labels[rows], mask).sum())
-            count += int(mask.any(1).sum())
-        return total / count
 
     def _shift(self, parameters: dict[str, Tensor], rows: Tensor) -> Tensor:
         distinct, places = torch.unique(rows, return_inverse=True)

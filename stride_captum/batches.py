@@ -1,4 +1,4 @@
-"""Owns the mini-batches of Algorithm 1, line 6: B_S from each subset, B_R from what is outside it."""
+"""Mini-batches of Algorithm 1, line 6: B_S from each subset, B_R from what is outside it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from .errors import bad_value
 from .subsets import Membership
 
 _BITS = 31
@@ -105,40 +103,3 @@ def stratified_positions(sizes: Tensor, width: int, uniforms: Tensor) -> tuple[T
     drawn = lower + ((uniforms[:-1] * (upper - lower)) >> _BITS)
     rotated = (drawn + ((uniforms[-1] * sizes) >> _BITS)) % sizes.clamp(min=1)
     return torch.where(sizes <= width, slot, rotated), slot < sizes
-
-
-def split_held_out(membership: Membership, fraction: float, seed: int) -> tuple[Membership, Membership]:
-    """Keep a part of every subset aside.
-
-    Args:
-        membership: CSR `(K, N)`.
-        fraction: Share of each subset, in [0, 1); the rounded number of members leaves at least one.
-        seed: Seed of the choice.
-
-    Returns:
-        The memberships to train on and to stop on; together they are `membership`.
-
-    Raises:
-        ValueError: No subset has a member to spare.
-    """
-    csr = sparse.csr_matrix(membership)
-    generator = np.random.default_rng(seed)
-    sizes = np.diff(csr.indptr)
-    counts = np.minimum(np.rint(fraction * sizes), np.maximum(sizes - 1, 0)).astype(np.int64)
-    if not counts.any():
-        raise bad_value(
-            "held_out_fraction",
-            "keep at least one member of some subset aside",
-            f"{fraction} with subsets of at most {sizes.max()}",
-        )
-    subset = np.repeat(np.arange(len(sizes)), sizes)
-    order = np.lexsort((generator.random(csr.nnz), subset))
-    rank = np.empty(csr.nnz, dtype=np.int64)
-    rank[order] = np.arange(csr.nnz) - np.repeat(csr.indptr[:-1], sizes)
-    aside: NDArray[np.bool_] = rank < counts[subset]
-    return _entries(csr, ~aside, subset), _entries(csr, aside, subset)
-
-
-def _entries(csr: Membership, keep: NDArray[np.bool_], subset: NDArray[np.int64]) -> Membership:
-    pointers = np.concatenate([[0], np.cumsum(np.bincount(subset[keep], minlength=csr.shape[0]))])
-    return sparse.csr_matrix((csr.data[keep], csr.indices[keep], pointers), shape=csr.shape)

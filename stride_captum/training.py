@@ -1,4 +1,4 @@
-"""Owns stage 1 as Algorithm 1 writes it: all K operators are trained at once on cached features."""
+"""Stage 1 as Algorithm 1 writes it: all K operators are trained at once on cached features."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from .errors import bad_value
 from .operators import SteeringOperators
 from .subsets import Membership
 
-_CHECK_EVERY = 10
-
 
 @dataclass(frozen=True)
 class TrainedOperators:
@@ -30,14 +28,11 @@ class TrainedOperators:
         operators: phi and the K steering matrices.
         history: "fidelity", "stability" and "linearity", `(n_steps,)` each: the losses of the batches,
             averaged over subsets (the reading "subset" of (4) has one loss for all); NaN where a
-            weight of 0 left (4) out. "held_out", `(n_checks,)`: (1) on the members kept aside.
-        stopped_early: Whether the held-out loss ended the training; the operators are then those of
-            the best check.
+            weight of 0 left (4) out.
     """
 
     operators: SteeringOperators
     history: dict[str, Tensor]
-    stopped_early: bool
 
 
 def train_operators(
@@ -58,9 +53,8 @@ def train_operators(
     computation. A shared phi sees each distinct example of the batch once.
 
     Memory: one block of subsets (`batch_gradient.block_bytes`, at most `config.memory_budget`); five
-    times the operators (value, gradient, two moments and a temporary of Adam; six with early
-    stopping); z; the indices of the membership. The size of the blocks changes the result by rounding
-    only.
+    times the operators (value, gradient, two moments and a temporary of Adam); z; the indices of the
+    membership. The size of the blocks changes the result by rounding only.
 
     Args:
         features: h of the training set, `(n_train, d)`, of about unit mean square. They may be on
@@ -106,27 +100,15 @@ def _minimise(gradient: BatchGradient, config: STRIDEConfig, show_progress: bool
     for parameter in operators.parameters():
         parameter.grad = torch.zeros_like(parameter)
     losses: list[Tensor] = []
-    held_out: list[float] = []
-    best: dict[str, Tensor] = {}
-    stopped = False
     for step in tqdm(range(config.iterations), desc="operators", disable=not show_progress):
         optimizer.zero_grad(set_to_none=False)
         optimizer.param_groups[0]["lr"] = step_size(config, step)
         losses.append(gradient.accumulate())
         optimizer.step()
-        if gradient.held_out is not None and (step + 1) % _CHECK_EVERY == 0:
-            held_out.append(gradient.held_out_fidelity())
-            if held_out[-1] < min(held_out[:-1], default=math.inf):
-                best = {name: tensor.clone() for name, tensor in operators.state_dict().items()}
-            stopped = len(held_out) - 1 - int(np.argmin(held_out)) >= config.patience
-            if stopped:
-                operators.load_state_dict(best)
-                break
     operators.zero_grad(set_to_none=True)
     table = torch.stack(losses).cpu()
     history = dict(zip(("fidelity", "stability", "linearity"), table.unbind(1), strict=True))
-    history["held_out"] = torch.tensor(held_out, dtype=table.dtype)
-    return TrainedOperators(operators.requires_grad_(False), history, stopped)
+    return TrainedOperators(operators.requires_grad_(False), history)
 
 
 def step_size(config: STRIDEConfig, step: int) -> float:

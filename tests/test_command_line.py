@@ -332,7 +332,7 @@ class TestCompare:
             assert row["lds"]["value"] == pytest.approx(sum(row["lds"]["per_model"]) / 2)
             assert row["cost"]["fit_seconds"] > 0
         assert results["protocol"]["n_test_reported"] == 20
-        assert results["rows"][1]["options"].keys() == {"temperature", "damping", "residuals"}
+        assert results["rows"][1]["options"].keys() == {"temperature", "damping"}
 
     def test_stride_beats_its_random_control(self, run):
         _, results, _ = run

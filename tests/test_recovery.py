@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import tracemalloc
 import warnings
 
@@ -13,14 +14,17 @@ from sklearn.linear_model import Lasso
 from stride_captum import columns as columns_module
 from stride_captum import working_set
 from stride_captum.columns import Columns
+from stride_captum.config import STRIDEConfig
 from stride_captum.recovery import (
     alpha_max,
     choose_alpha,
     lasso,
     lasso_path,
     ridge,
+    ridge_scale,
     soft_threshold,
 )
+from stride_captum.steering import TrainedSteering
 from stride_captum.subsets import partition, random_subsets, singletons
 
 CPU = torch.device("cpu")
@@ -404,9 +408,63 @@ class TestRidge:
         assert not own[3].any()
         assert ridge(Y.float(), matrix, 1.0).dtype == torch.float32
 
+    @pytest.mark.parametrize("center", [False, True])
+    @pytest.mark.parametrize("name", DESIGNS)
+    def test_its_scale_is_the_mean_of_the_eigenvalues_that_can_differ_from_zero(self, name, center):
+        X = DESIGNS[name].toarray()
+        X = X - X.mean(0) if center else X
+        values = np.sort(np.linalg.eigvalsh(X @ X.T))[::-1]
+        expected = values[: min(len(X) - center, X.shape[1])].mean()
+        assert ridge_scale(DESIGNS[name], center=center) == pytest.approx(expected)
+        dense = torch.from_numpy(DESIGNS[name].toarray())
+        assert ridge_scale(dense, center=center) == pytest.approx(expected)
+
+    def test_a_penalty_in_its_scale_does_not_change_with_the_units_of_the_problem(self):
+        matrix, Y = DESIGNS["gaussian"], responses(DESIGNS["gaussian"])
+        one = ridge(Y, matrix, 0.3 * ridge_scale(matrix))
+        other = ridge(Y, 10 * matrix, 0.3 * ridge_scale(10 * matrix))
+        torch.testing.assert_close(10 * other, one)
+        assert ridge_scale(matrix.astype(bool).astype(np.int8)) == ridge_scale(
+            matrix.astype(bool).astype(float)
+        )
+
     def test_penalty_must_be_positive(self):
         with pytest.raises(ValueError, match=r"`penalty` must be positive and finite; got 0\.0\."):
             ridge(responses(DESIGNS["gaussian"]), DESIGNS["gaussian"], 0.0)
+
+
+class TestRecoveryOfOperators:
+    """The penalty of the configuration is relative to the problem, for the Lasso and for ridge."""
+
+    matrix = random_subsets(40, 20, 8, seed=3)
+
+    def steering(self):
+        return TrainedSteering(None, self.matrix, torch.ones(1), {})
+
+    @pytest.mark.parametrize("center", [False, True])
+    def test_the_lasso_takes_a_fraction_of_alpha_max(self, center):
+        Y = responses(self.matrix)
+        config = STRIDEConfig(operators="trained", recovery="lasso", alpha=0.1, center=center)
+        alpha = 0.1 * alpha_max(Y, self.matrix, center=center)
+        expected = lasso(Y, self.matrix, alpha, center=center).weights
+        torch.testing.assert_close(self.steering().weights(Y, config), expected)
+        largest = dataclasses.replace(config, alpha=1.0)
+        assert not self.steering().weights(Y, largest).any()
+        assert self.steering().weights(Y, dataclasses.replace(config, alpha=0.999)).any()
+
+    @pytest.mark.parametrize("center", [False, True])
+    def test_ridge_takes_a_multiple_of_its_scale(self, center):
+        Y = responses(self.matrix)
+        config = STRIDEConfig(operators="trained", recovery="ridge", alpha=0.1, center=center)
+        expected = ridge(Y, self.matrix, 0.1 * ridge_scale(self.matrix, center=center), center=center)
+        torch.testing.assert_close(self.steering().weights(Y, config), expected)
+
+    @pytest.mark.parametrize("recovery", ["lasso", "ridge"])
+    def test_responses_in_other_units_give_scores_in_other_units(self, recovery):
+        Y = responses(self.matrix)
+        config = STRIDEConfig(operators="trained", recovery=recovery, alpha=0.1)
+        one, other = (self.steering().weights(c * Y, config) for c in (1.0, 1000.0))
+        torch.testing.assert_close(other, 1000 * one, rtol=1e-4, atol=1e-6 * float(other.abs().max()))
 
 
 class TestSoftThreshold:
