@@ -558,8 +558,8 @@ class TestDivergence:
             pytest.warns(UserWarning, match="2 of 12 retrainings of clusters diverged"),
             pytest.raises(
                 ValueError,
-                match=r"`training` must let at least 90% of the 12 subsets .*\(subset 2, seed 0\), \(subset 5, "
-                r"seed 0\)\. Train with smaller steps",
+                match=r"`training` must let at least 90% of the 12 subsets .*\(subset 2, seed 0\), "
+                r"\(subset 5, seed 0\)\. Train with smaller steps",
             ),
         ):
             compare(["STRIDE"], task, store=tmp_path, **{**FEW, "engine": "processes"})

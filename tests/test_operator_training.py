@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_captum.batch_gradient import BatchGradient, block_bytes, largest_block
+from stride_captum.batches import SubsetRows
 from stride_captum.config import STRIDEConfig
 from stride_captum.objective import fidelity, stability, subset_responses
 from stride_captum.operators import SteeringOperators
@@ -142,6 +143,23 @@ def test_largest_block_is_the_largest_that_fits():
         exact = block_bytes(operators, n_subsets, N, 8)
         assert largest_block(operators, N, 8, exact) == n_subsets
         assert largest_block(operators, N, 8, exact - 1) == max(n_subsets - 1, 1)
+
+
+def test_batches_within_and_outside_a_subset_have_draws_of_their_own(data, monkeypatch):
+    drawn = {"draw_members": [], "draw_outsiders": []}
+    for name, seen in drawn.items():
+        draw = getattr(SubsetRows, name)
+
+        def watched(rows, block, width, uniforms, draw=draw, seen=seen):
+            seen.append(uniforms.clone())
+            return draw(rows, block, width, uniforms)
+
+        monkeypatch.setattr(SubsetRows, name, watched)
+    data.train(random_subsets(N, 5, 10), iterations=6)
+    every = [*drawn["draw_members"], *drawn["draw_outsiders"]]
+    assert len(every) == 12
+    for i, one in enumerate(every):
+        assert all(not torch.equal(one, other) for other in every[i + 1 :])
 
 
 def test_the_same_seed_gives_the_same_bits_and_the_global_state_is_untouched(data):

@@ -336,43 +336,48 @@ class TestChoice:
             assert np.array_equal(np.sign(found[largest]), np.sign(row[largest]))
             assert (found != 0).sum() <= (100 if rule == "cross-validation" else 50)
 
-    def test_bic_minimises_the_criterion(self):
-        matrix, Y = DESIGNS["half subsets"], responses(DESIGNS["half subsets"])
-        fractions = [0.8, 0.4, 0.2, 0.1]
-        chosen = choose_alpha(Y, matrix, "bic", fractions=fractions, tolerance=1e-10)
-        scores = []
-        for fit in lasso_path(Y, matrix, fractions, tolerance=1e-10):
-            square = ((Y.numpy() - (matrix @ fit.weights.numpy().T).T) ** 2).sum(1)
-            freedom = (fit.weights != 0).sum(1).numpy()
-            score = 40 * np.log(square / 40) + np.log(40) * freedom
-            scores.append(np.where(freedom <= 20, score, np.inf))
-        best = np.array(fractions)[np.argmin(scores, 0)]
-        np.testing.assert_allclose(chosen / alpha_max(Y, matrix), best)
+    @pytest.mark.parametrize(("rule", "price"), [("bic", np.log(40)), ("aic", 2.0)])
+    def test_a_criterion_is_minimised_with_its_own_price(self, rule, price):
+        matrix, Y = DESIGNS["half subsets"], responses(DESIGNS["half subsets"], n_test=25)
+        fractions = np.geomspace(0.9, 0.03, 15).tolist()
+        chosen = choose_alpha(Y, matrix, rule, fractions=fractions, tolerance=1e-10)
+        fits = lasso_path(Y, matrix, fractions, tolerance=1e-10)
+        squares = [((Y.numpy() - (matrix @ fit.weights.numpy().T).T) ** 2).sum(1) for fit in fits]
+        freedom = [(fit.weights != 0).sum(1).numpy() for fit in fits]
+
+        def best(price):
+            scores = [40 * np.log(s / 40) + price * f for s, f in zip(squares, freedom, strict=True)]
+            allowed = np.where(np.array(freedom) <= 20, scores, np.inf)
+            return np.array(fractions)[np.argmin(allowed, 0)]
+
+        np.testing.assert_allclose(chosen / alpha_max(Y, matrix), best(price))
+        for other in {2.0, np.log(40), np.log(60)} - {price}:  # AIC's, BIC's, and of the number of examples
+            assert (best(other) != best(price)).any()
 
     @pytest.mark.parametrize("center", [False, True])
     def test_cross_validation_minimises_the_held_out_error(self, center):
-        matrix, Y = DESIGNS["small subsets"], responses(DESIGNS["small subsets"])
-        fractions = [0.9, 0.3, 0.1]
+        matrix = DESIGNS["more subsets than examples"]  # predictions of the Lasso are unique there
+        Y = responses(matrix, n_test=25)
+        fractions = np.geomspace(0.9, 0.05, 10).tolist()
         top = alpha_max(Y, matrix, center=center)
-        errors = np.zeros((3, len(Y)))
-        for part in np.array_split(np.random.default_rng(7).permutation(50), 4):
-            kept = np.setdiff1d(np.arange(50), part)
-            for k, fraction in enumerate(fractions):
-                alpha = fraction * top * len(kept) / 50
-                fit = lasso(Y[:, kept], matrix[kept], alpha, center=center, tolerance=1e-10)
-                predicted = (matrix[part] @ fit.weights.numpy().T).T + fit.intercept.numpy()[:, None]
-                errors[k] += ((Y.numpy()[:, part] - predicted) ** 2).sum(1)
-        chosen = choose_alpha(
-            Y,
-            matrix,
-            "cross-validation",
-            fractions=fractions,
-            center=center,
-            folds=4,
-            seed=7,
-            tolerance=1e-10,
-        )
-        np.testing.assert_allclose(chosen / top, np.array(fractions)[errors.argmin(0)])
+        parts = np.array_split(np.random.default_rng(7).permutation(60), 2)
+
+        def best(share):
+            """With alphas that are `share` times as large on the kept half of the subsets."""
+            errors = np.zeros((len(fractions), len(Y)))
+            for part in parts:
+                kept = np.setdiff1d(np.arange(60), part)
+                for k, fraction in enumerate(fractions):
+                    alpha = share * fraction * top
+                    fit = lasso(Y[:, kept], matrix[kept], alpha, center=center, tolerance=1e-10)
+                    predicted = (matrix[part] @ fit.weights.numpy().T).T + fit.intercept.numpy()[:, None]
+                    errors[k] += ((Y.numpy()[:, part] - predicted) ** 2).sum(1)
+            return np.array(fractions)[errors.argmin(0)]
+
+        options = {"fractions": fractions, "center": center, "folds": 2, "seed": 7, "tolerance": 1e-10}
+        chosen = choose_alpha(Y, matrix, "cross-validation", **options)
+        np.testing.assert_allclose(chosen / top, best(0.5))
+        assert (best(0.5) != best(1.0)).any()
 
     def test_wrong_arguments_are_refused(self):
         matrix, Y = DESIGNS["gaussian"], responses(DESIGNS["gaussian"])
