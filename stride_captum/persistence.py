@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .influence import InfluenceMethod
 
 Method = TypeVar("Method", bound="InfluenceMethod")
-_FORMAT = 2
+_FORMAT = 3
 _SAMPLES = 64
 _DEFAULTS = ("response", "target", "normalize")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .memory_budget import MOST_ROWS, blocks
-from .newton import working_dtype
+from .staging import working_dtype
 from .symmetric import add_gram_matrix
 
 _SAMPLE = 512

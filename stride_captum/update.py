@@ -1,4 +1,4 @@
-"""Owns how a fitted closed form takes in or gives up training examples without the others being read again.
+"""Examples added to a fitted closed form, or removed from it, without the others being read again.
 
 With k changed examples among n, d features and C classes:
 
@@ -27,7 +27,7 @@ from . import inputs as data
 from .closed_form import ClosedForm
 from .errors import bad_type, bad_value
 from .memory_budget import blocks
-from .newton import Moments, feature_moments, layer_scale
+from .moments import Moments, feature_moments, layer_scale
 from .residuals import one_hot
 
 
@@ -57,7 +57,8 @@ def with_examples(form: ClosedForm, features: Tensor, logits: Tensor, labels: Te
         logits: `(k, n_classes)`.
         labels: `(k,)`.
     """
-    old, part = form.moments, feature_moments(features, labels, logits.shape[1], form.widths)
+    n_classes = logits.shape[1]
+    old, part = form.moments, feature_moments(features, labels, n_classes, form.widths, dtype=torch.float64)
     n, gram, targets = old.n_train + len(labels), old.gram + part.gram, old.targets + part.targets
     return Changed(
         torch.cat([form.features, features.to(form.features)]),  # a memory map becomes a tensor
@@ -81,8 +82,9 @@ def without_examples(form: ClosedForm, keep: Tensor) -> Changed:
     gone = torch.ones(len(form.labels), dtype=torch.bool, device=keep.device)
     gone[keep] = False
     old, n_classes = form.moments, form.logits.shape[1]
-    part = feature_moments(form.features[gone], form.labels[gone], n_classes, form.widths)
-    features, labels = form.features[keep], form.labels[keep]
+    lost = _rows(form.features, gone), form.labels[gone]
+    part = feature_moments(*lost, n_classes, form.widths, dtype=torch.float64)
+    features, labels = _rows(form.features, keep), form.labels[keep]
     gram, targets = old.gram - part.gram, old.targets - part.targets
     again = (gram.diagonal()[:-1] < 0.5 * old.gram.diagonal()[:-1]).nonzero().squeeze(1)
     if len(again):
@@ -94,7 +96,12 @@ def without_examples(form: ClosedForm, keep: Tensor) -> Changed:
         gram[:, again] = gram[again].T
     n = len(keep)
     moments = Moments(gram, targets, layer_scale(gram.diagonal(), form.widths, n), n)
-    return Changed(features, form.logits[keep], labels, moments)
+    return Changed(features, _rows(form.logits, keep), labels, moments)
+
+
+def _rows(stored: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of an array that may be elsewhere than their indices."""
+    return stored[rows.to(stored.device)]
 
 
 def rows_to_keep(indices: Any, n_train: int) -> Tensor:

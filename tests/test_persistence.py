@@ -243,7 +243,7 @@ class TestRefusals:
 
     def test_another_class(self, planted, saved):
         with pytest.raises(
-            ValueError, match="`path` must hold a Similarity in format 2; got a STRIDE in format 2"
+            ValueError, match="`path` must hold a Similarity in format 3; got a STRIDE in format 3"
         ):
             Similarity.load(saved, *planted[:2])
 

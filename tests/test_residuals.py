@@ -6,7 +6,6 @@ import torch
 from scipy.optimize import brentq, minimize
 from torch.nn import functional as F
 
-from stride_captum.newton import feature_moments, fit_ridge_head
 from stride_captum.residuals import (
     RIDGE_SHARE,
     choose_residuals,
@@ -51,23 +50,6 @@ class TestTempered:
         torch.testing.assert_close(
             tempered_residuals(logits.float(), labels).double(), exact, rtol=1e-4, atol=0
         )
-
-
-@pytest.mark.parametrize("damping", [0.3, 1e-3])
-def test_leave_one_out_residual_is_that_of_a_ridge_fitted_without_the_example(damping):
-    features, _, labels, _ = problem()
-    moments = feature_moments(features, labels, C, [2, 3])
-    residuals = fit_ridge_head(features, labels, moments, damping).left_out
-
-    norms = [features[:, :2].square().sum(1).mean().sqrt(), features[:, 2:].square().sum(1).mean().sqrt()]
-    phi = torch.cat([features[:, :2] / norms[0], features[:, 2:] / norms[1], torch.ones(N, 1)], dim=1).numpy()
-    y = np.eye(C)[labels.numpy()]
-    penalty = damping * np.mean(np.diag(phi.T @ phi))
-    for i in range(N):
-        others = [j for j in range(N) if j != i]
-        gram = phi[others].T @ phi[others] + penalty * np.eye(D + 1)
-        weights = np.linalg.solve(gram, phi[others].T @ y[others])
-        np.testing.assert_allclose(residuals[i].numpy(), y[i] - phi[i] @ weights, atol=1e-10)
 
 
 class TestSimplexProjection:
