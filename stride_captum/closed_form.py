@@ -7,6 +7,7 @@ fit the memory budget. Scores are the same bits either way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -43,6 +44,8 @@ from .staging import TrainingBlocks, working_dtype
 
 #: Rows that are taken at a time by curvatures with many Kronecker terms.
 _FEW_ROWS = 256
+#: Norm of residuals, in the unit of the curvature, up to which scores stay within float32.
+_LARGEST_RESIDUAL = 1e30
 
 
 @dataclass
@@ -317,8 +320,9 @@ def fit_closed_form(
         config.curvature == "kronecker" and logits.shape[1] > MOST_CLASSES
     )
     classes = class_moments(data, softening, diagonal_only, ranks)
-    _check_unit(classes.unit, config, features)
-    ridge = ranks.total(torch.tensor(head.square, dtype=torch.float64), "norms of the ridge residuals")
+    ridge = float(ranks.total(torch.tensor(head.square, dtype=torch.float64), "norms of the ridge residuals"))
+    largest = ridge if config.residuals == "leave-one-out" else classes.residual_square
+    _check_unit(largest, classes.unit, features)
     form = ClosedForm(
         features=features,
         logits=logits,
@@ -327,7 +331,7 @@ def fit_closed_form(
         moments=moments,
         scale=moments.scale.to(labels.device, data.dtype),
         head=head,
-        ridge_ratio=ratio_of_norms(classes.residual_square, float(ridge)),
+        ridge_ratio=ratio_of_norms(classes.residual_square, ridge),
         curvature=fit_curvature(config.curvature, data, softening, moments, classes, config.damping, ranks),
         kind=config.residuals,
         temperature=temperature,
@@ -346,12 +350,12 @@ def _blocks(
     return TrainingBlocks(features, logits, labels, dtype, rows)
 
 
-def _check_unit(unit: float, config: STRIDEConfig, features: Tensor) -> None:
-    """Refuse scores beyond float32: residuals of the head do not shrink with the model's uncertainty."""
-    if config.residuals == "leave-one-out" and working_dtype(features) == torch.float32 and unit < 1e-30:
+def _check_unit(square: float, unit: float, features: Tensor) -> None:
+    """Refuse residuals so large beside the model's uncertainty that float32 cannot hold their scores."""
+    if working_dtype(features) == torch.float32 and math.sqrt(square) > _LARGEST_RESIDUAL * unit:
         raise bad_value(
             "temperature",
-            "leave the model more uncertainty for residuals='leave-one-out' in float32",
+            "leave the model some uncertainty beside its errors, for scores that float32 can hold",
             f"a mean variance of {unit:.0e} of a class",
             "Raise it, or give the model and its data in float64.",
         )

@@ -58,7 +58,7 @@ class Moments:
     @property
     def in_float32(self) -> bool:
         """Whether the squares of features, and of their scales, are within the range of float32."""
-        return bool(((self.scale > 1 / _LARGEST) & (self.scale < 1 / _SMALLEST)).all())
+        return bool(in_float32(1 / self.scale).all())
 
 
 def feature_moments(
@@ -116,6 +116,11 @@ def _sums(
     return ranks.total(gram, "Gram matrix"), ranks.total(targets, "class moments")
 
 
+def in_float32(norms: Tensor) -> Tensor:
+    """Whether root mean square norms leave their sums of squares within float32, a bool for each."""
+    return (norms > _SMALLEST) & (norms < _LARGEST)
+
+
 def _layer_norms(gram: Tensor, widths: Sequence[int]) -> Tensor:
     """Root mean square norm of each layer, `(n_layers,)`."""
     energies = torch.stack([part.sum() for part in gram.diagonal()[:-1].split(list(widths))])
@@ -130,8 +135,8 @@ def _vanished(gram: Tensor, targets: Tensor, widths: Sequence[int]) -> Tensor:
 
 def _within_float32(gram: Tensor, targets: Tensor, widths: Sequence[int]) -> bool:
     norms = _layer_norms(gram, widths)
-    fits = (norms == 0) | ((norms > _SMALLEST) & (norms < _LARGEST))
-    return bool((fits & ~_vanished(gram, targets, widths)).all()) and bool(torch.isfinite(gram).all())
+    fits = ((norms == 0) & ~_vanished(gram, targets, widths)) | in_float32(norms)
+    return bool(fits.all()) and bool(torch.isfinite(gram).all())
 
 
 def _check_range(gram: Tensor, targets: Tensor, widths: Sequence[int]) -> None:

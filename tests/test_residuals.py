@@ -51,6 +51,22 @@ class TestTempered:
             tempered_residuals(logits.float(), labels).double(), exact, rtol=1e-4, atol=0
         )
 
+    def test_logits_that_are_all_large_keep_their_differences(self):
+        _, logits, labels, _ = problem()
+        logits = (8 * logits).round() / 8
+        found = tempered_residuals((logits + 2.0**16).float(), labels, 3.0)
+        torch.testing.assert_close(
+            found.double(), tempered_residuals(logits, labels, 3.0), rtol=1e-5, atol=1e-6
+        )
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_is_rounded_once(self, dtype):
+        _, logits, labels, _ = problem()
+        half = logits.to(dtype)
+        found = tempered_residuals(half, labels, 2.0)
+        assert found.dtype == dtype
+        assert torch.equal(found, tempered_residuals(half.float(), labels, 2.0).to(dtype))
+
 
 class TestSimplexProjection:
     def points(self):
@@ -136,6 +152,25 @@ class TestTemperature:
         _, logits, labels, _ = problem()
         target = mean_residual(logits, labels, planted)
         assert match_temperature(logits, labels, target) == pytest.approx(planted, rel=2e-4)
+
+    def test_a_mean_residual_keeps_its_digits_where_the_model_is_sure(self):
+        _, logits, labels, _ = problem()
+        logits = logits + 45 * F.one_hot(labels, C)
+        expected = float(tempered_residuals(logits, labels).gather(1, labels[:, None]).mean())
+        assert 0 < expected < 1e-18
+        assert mean_residual(logits.float(), labels) == pytest.approx(expected, rel=1e-4)
+        assert mean_residual(logits, labels) == pytest.approx(expected, rel=1e-12)
+
+    def test_half_precision_logits_are_widened(self):
+        _, logits, labels, _ = problem()
+        half = logits.bfloat16()
+        assert mean_residual(half, labels, 2.0) == pytest.approx(mean_residual(half.double(), labels, 2.0))
+
+    def test_a_mean_residual_is_read_block_by_block(self, monkeypatch):
+        _, logits, labels, _ = problem()
+        whole = mean_residual(logits, labels, 2.0)
+        monkeypatch.setattr("stride_captum.residuals._LOGITS", 3 * C)
+        assert mean_residual(logits, labels, 2.0) == pytest.approx(whole)
 
     def test_it_is_clipped_to_its_bounds(self):
         _, logits, labels, _ = problem()
