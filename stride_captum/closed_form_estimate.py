@@ -26,10 +26,12 @@ from .activations import Tap, recording
 from .batch import ExampleBatch, walk
 from .closed_form import ClosedForm, block_rows, fit_closed_form
 from .estimate import Estimate, along_a_line, median_seconds, some_test_points, timed, training_examples
-from .newton import KroneckerCurvature, Moments, RidgeHead
+from .moments import Moments
+from .newton import CenteredMap, KroneckerCurvature
 from .passes import Passes
 from .peak_memory import PeakMemory, release_free_memory
 from .restoring import weights_fingerprint
+from .ridge_head import RidgeHead
 
 if TYPE_CHECKING:
     from .stride import STRIDE
@@ -195,22 +197,32 @@ def _random_state(method: STRIDE, reading: _Reading, n: int) -> Any:
 
     device, d, n_classes = method._work_device(), sum(reading.widths), reading.n_classes
     generator = torch.Generator().manual_seed(0)
-    residuals = torch.randn(n, n_classes, generator=generator).to(device)
+    logits = torch.randn(n, n_classes, generator=generator).to(device)
+    none = logits[:0]
+    inverse = CenteredMap(torch.eye(d + 1, device=device), *torch.zeros(2, d + 1, device=device))
     form = ClosedForm(
         features=torch.randn(n, d, generator=generator).to(device),
-        residuals=residuals,
-        logits=residuals,
+        logits=logits,
         labels=torch.arange(n, device=device) % n_classes,
         widths=reading.widths,
-        moments=Moments(residuals[:0], residuals[:0], residuals[:0], n),
+        moments=Moments(none, none, none, n),
         scale=torch.ones(d + 1, device=device),
-        head=RidgeHead(residuals[:0], residuals[:0]),
-        ridge_ratio=residuals.new_ones(()),
-        curvature=KroneckerCurvature(torch.eye(d + 1, device=device), torch.eye(n_classes, device=device)),
+        head=_random_head(method, reading, n, device),
+        ridge_ratio=1.0,
+        curvature=KroneckerCurvature(1.0, inverse, torch.eye(n_classes, device=device)),
         kind=method.config.residuals,
         temperature=2.0,
+        block_rows=block_rows(method.config, d, n_classes, torch.float32, device),
     )
     return STRIDEState(reading.taps, form)
+
+
+def _random_head(method: STRIDE, reading: _Reading, n: int, device: torch.device) -> RidgeHead:
+    widths = reading.widths
+    d = sum(widths[:-1]) if len(widths) > 1 else sum(widths)
+    ones = torch.ones(n, dtype=torch.float64, device=device)
+    weights = torch.zeros(d + 1, reading.n_classes, dtype=torch.float64, device=device)
+    return RidgeHead(weights, ones, ones, ones < 0, ones, 1.0)
 
 
 def _fit_bytes(

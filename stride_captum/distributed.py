@@ -176,7 +176,7 @@ class DistributedSTRIDE(STRIDE):
 
     def _prepare(self, state: STRIDEState, model: nn.Module, batch: Any, ask: Ask) -> Any:
         form: Any = state.operators
-        n, d, c = len(batch), len(form.scale) - 1, form.residuals.shape[1]
+        n, d, c = len(batch), len(form.scale) - 1, form.n_classes
         self.ranks.agree(f"{n} {ask.response}", "inputs", "be the same test points on every rank")
         query = form.scale.new_empty(n, d + c)
         if self.ranks.rank == 0:

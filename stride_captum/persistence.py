@@ -18,17 +18,18 @@ from .digests import Digests
 from .errors import bad_choice, bad_value
 from .feature_store import FeatureStore
 from .losses import CrossEntropy, loss_of
+from .moments import Moments
 from .newton import (
+    CenteredMap,
     ClassBlockCurvature,
     EigenvalueCorrectedCurvature,
     GaussNewtonCurvature,
     IdentityCurvature,
     KroneckerCurvature,
-    Moments,
-    RidgeHead,
 )
 from .projection import Projection
 from .restoring import draws_put_back, same_random_state
+from .ridge_head import RidgeHead
 from .saved_files import not_ours, read_file, write_file
 from .saved_values import decode, encode, saved_as
 from .stale_data import batch_layout, changed_data, check_length, compare, read_digests
@@ -60,6 +61,7 @@ for _name, _class in {
     "closed-form": ClosedForm,
     "moments": Moments,
     "ridge-head": RidgeHead,
+    "centered-map": CenteredMap,
     "curvature.identity": IdentityCurvature,
     "curvature.kronecker": KroneckerCurvature,
     "curvature.eigenvalue-corrected": EigenvalueCorrectedCurvature,

@@ -1,4 +1,4 @@
-"""Owns the projection of wide layers to fewer features, and how far it moves their kernel.
+"""Projection of wide layers to fewer features, and how far it moves their kernel.
 
 With a matrix P of each layer, h becomes `h P`. What the closed form sees of features is their kernel
 `h(x)^T h(i)`, so the error is that of the kernel: `|K - K_P|_F / |K|_F` on a sample of training examples,
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .memory_budget import MOST_ROWS, blocks
-from .newton import working_dtype
+from .moments import in_float32
+from .staging import float64_device, working_dtype
 from .symmetric import add_gram_matrix
 
 _SAMPLE = 512
@@ -114,9 +115,16 @@ def _kernel(features: Tensor, widths: Sequence[int]) -> Tensor:
 
 def _principal(layer: Tensor, width: int, device: torch.device, block_rows: int) -> Tensor:
     """The leading eigenvectors of the second moment, `(old width, width)`."""
-    old, dtype = layer.shape[1], working_dtype(layer)
-    total = torch.zeros(old, old, dtype=torch.float64)
-    for rows in blocks(len(layer), block_rows):
-        add_gram_matrix(total, layer[rows].to(device, dtype))
+    dtype = working_dtype(layer)
+    total = _gram_matrix(layer, device, dtype, block_rows)
+    if not bool(in_float32((total.trace() / len(layer)).sqrt())):
+        total = _gram_matrix(layer, float64_device(device), torch.float64, block_rows)
     vectors: Tensor = torch.linalg.eigh(total)[1]
     return vectors[:, -width:].flip(1).to(dtype).to(device)
+
+
+def _gram_matrix(layer: Tensor, device: torch.device, dtype: torch.dtype, block_rows: int) -> Tensor:
+    total = torch.zeros(layer.shape[1], layer.shape[1], dtype=torch.float64)
+    for rows in blocks(len(layer), block_rows):
+        add_gram_matrix(total, layer[rows].to(device, dtype))
+    return total

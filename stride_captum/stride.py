@@ -32,6 +32,7 @@ from .projection import Projection, fit_projection
 from .recovery import soft_threshold
 from .responses import class_labels, response_gradient
 from .restoring import weights_fingerprint
+from .staging import float64_device, working_dtype
 from .steering import TrainedSteering, fit_steering
 from .store_files import as_tensor
 from .store_filling import Computed
@@ -213,6 +214,7 @@ class STRIDE(InfluenceMethod):
         self.n_train_ = len(labels)
         check_finite(features)
         check_finite(logits, "logits")
+        features = features.to(working_dtype(features))
         head = _head(model, taps, features, logits) if self.config.steering == "representation" else None
         scale = torch.ones(features.shape[1]).to(features) if head else _unit_scale(features, widths)
         with torch.enable_grad():  # reading the features needs none
@@ -455,7 +457,7 @@ class STRIDE(InfluenceMethod):
         return (
             stored.taps,
             self._placed(stored.features),
-            stored.logits.to(device),
+            self._placed(stored.logits),
             stored.labels.to(device),
             [tap.width for tap in stored.taps],
         )
@@ -469,12 +471,11 @@ class STRIDE(InfluenceMethod):
         store = self.feature_store if self.checkpoints is None else self.feature_store.for_checkpoint(index)
         return store, key
 
-    def _placed(self, features: Tensor) -> Tensor:
-        """Stored features as the operators read them: mapped where blocks are enough, else in memory."""
+    def _placed(self, stored: Tensor) -> Tensor:
+        """Stored features or logits as the operators read them: mapped by the closed form, else in memory."""
         if self.config.operators == "trained":
-            return features.to(self._work_device(), torch.float32)
-        by_blocks = self.config.curvature in ("identity", "kronecker")
-        return features if by_blocks else features.to(self._work_device())
+            return stored.to(self._work_device(), torch.float32)
+        return stored
 
     def _compute(self, run: Any, batch: ExampleBatch) -> Computed:
         """Rows of each tap, logits and labels of one batch of training examples."""
@@ -584,7 +585,7 @@ class STRIDE(InfluenceMethod):
                 store, key = self._store(index, weights)
                 stored = store.open(key)
                 state.operators.features = self._placed(stored.features)
-                state.operators.logits = stored.logits.to(self._work_device())
+                state.operators.logits = self._placed(stored.logits)
             else:  # saved after examples had come or gone
                 self._changed = True
         return states
@@ -607,9 +608,10 @@ def _unit_scale(features: Tensor, widths: Sequence[int]) -> Tensor:
     """Factor of each feature that gives every layer unit mean square per feature, `(n_features,)`."""
     scales = []
     for part in features.split(list(widths), dim=1):
-        mean_square = torch.stack([rows.square().sum() for rows in part.split(8192)]).sum() / part.numel()
-        factor = mean_square.rsqrt() if mean_square > 0 else torch.ones_like(mean_square)
-        scales.append(factor.expand(part.shape[1]))
+        exact = float64_device(part.device), torch.float64  # squares of float32 leave its range
+        squares = torch.stack([rows.to(*exact).square().sum() for rows in part.split(8192)]).sum()
+        scale = (part.numel() / squares).sqrt() if squares > 0 else torch.ones_like(squares)
+        scales.append(scale.to(features).expand(part.shape[1]))
     return torch.cat(scales)
 
 

@@ -28,7 +28,7 @@ from .batch import is_batch
 from .closed_form import ClosedForm
 from .errors import bad_type, bad_value
 from .memory_budget import blocks
-from .newton import Moments, feature_moments, layer_scale
+from .moments import Moments, feature_moments, layer_scale
 from .places import places
 from .residuals import one_hot
 
@@ -59,7 +59,8 @@ def with_examples(form: ClosedForm, features: Tensor, logits: Tensor, labels: Te
         logits: `(k, n_classes)`.
         labels: `(k,)`.
     """
-    old, part = form.moments, feature_moments(features, labels, logits.shape[1], form.widths)
+    n_classes = logits.shape[1]
+    old, part = form.moments, feature_moments(features, labels, n_classes, form.widths, dtype=torch.float64)
     n, gram, targets = old.n_train + len(labels), old.gram + part.gram, old.targets + part.targets
     return Changed(
         torch.cat([form.features, features.to(form.features)]),  # a memory map becomes a tensor
@@ -79,9 +80,9 @@ def without_examples(form: ClosedForm, keep: Tensor) -> Changed:
     keep = keep.to(form.labels.device)
     gone = torch.ones(len(form.labels), dtype=torch.bool, device=keep.device)
     gone[keep] = False
-    features, labels = form.features[keep], form.labels[keep]
+    features, labels = _rows(form.features, keep), form.labels[keep]
     moments = _moments_without(form, gone, None, features, labels)
-    return Changed(features, form.logits[keep], labels, moments)
+    return Changed(features, _rows(form.logits, keep), labels, moments)
 
 
 def with_others(form: ClosedForm, rows: Tensor, features: Tensor, logits: Tensor, labels: Tensor) -> Changed:
@@ -95,7 +96,7 @@ def with_others(form: ClosedForm, rows: Tensor, features: Tensor, logits: Tensor
         labels: `(k,)`.
     """
     rows = rows.to(form.labels.device)
-    new = feature_moments(features, labels, logits.shape[1], form.widths)
+    new = feature_moments(features, labels, logits.shape[1], form.widths, dtype=torch.float64)
 
     def replaced(old: Tensor, part: Tensor) -> Tensor:
         return old.clone().index_copy_(0, rows.to(old.device), part.to(old))
@@ -121,7 +122,8 @@ def _moments_without(
         labels: Theirs.
     """
     old, n_classes = form.moments, form.logits.shape[1]
-    part = feature_moments(form.features[gone], form.labels[gone], n_classes, form.widths)
+    lost = _rows(form.features, gone), form.labels[gone]
+    part = feature_moments(*lost, n_classes, form.widths, dtype=torch.float64)
     gram, targets = old.gram - part.gram, old.targets - part.targets
     again = (gram.diagonal()[:-1] < 0.5 * old.gram.diagonal()[:-1]).nonzero().squeeze(1)
     if new is not None:
@@ -135,6 +137,11 @@ def _moments_without(
         gram[:, again] = gram[again].T
     n = len(labels)
     return Moments(gram, targets, layer_scale(gram.diagonal(), form.widths, n), n)
+
+
+def _rows(stored: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of an array that may be elsewhere than their indices."""
+    return stored[rows.to(stored.device)]
 
 
 def rows_to_keep(indices: Any, n_train: int) -> Tensor:

@@ -170,12 +170,12 @@ class TestWork:
         assert method.n_train_ == 41
 
     def test_the_products_that_a_refit_takes_of_all_are_taken_of_the_changed(self, monkeypatch):
-        from stride_captum import newton
+        from stride_captum import moments
 
         taken = []
-        whole = newton.add_gram_matrix
+        whole = moments.add_gram_matrix
         monkeypatch.setattr(
-            newton, "add_gram_matrix", lambda total, rows: taken.append(len(rows)) or whole(total, rows)
+            moments, "add_gram_matrix", lambda total, rows: taken.append(len(rows)) or whole(total, rows)
         )
         model, train, _ = trained(MLP, steps=1)
         method = STRIDE(model, train).fit()

@@ -1,0 +1,162 @@
+"""Ridge regression of the labels on the features, and its residual for each example when that is left out.
+
+The leave-one-out residual has a closed form: `(e_y - f) / (1 - H)` with fitted value f and leverage H. It is
+not kept. The weights and two numbers an example give it again, block by block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .damping import damped_factor
+from .memory_budget import MOST_ROWS, blocks
+from .moments import Moments
+from .residuals import leave_one_out_residuals, one_hot, simplex_shift
+from .staging import float64_device, staged, working_dtype
+from .symmetric import inverse_forms
+
+#: Where 1 - H or the largest entry of a residual is below this, float32 keeps too few of their digits.
+_FEW_DIGITS = 0.01
+
+
+@dataclass
+class RidgeHead:
+    """Ridge regression of the one-hot labels on phi.
+
+    Attributes:
+        weights: On raw features and the constant, `(n_features + 1, n_classes)` float64.
+        slack: 1 - H of each training example, `(n_train,)` float64.
+        shifts: What the projection on the simplex takes off its prediction, `(n_train,)` float64.
+        delicate: Whether its residual is computed in float64 in any case, `(n_train,)` bool.
+        norms: Norm of its leave-one-out residual, `(n_train,)`.
+        square: Sum of the squares of `residuals` over the training set.
+    """
+
+    weights: Tensor
+    slack: Tensor
+    shifts: Tensor
+    delicate: Tensor
+    norms: Tensor
+    square: float
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Predictions for other examples, `(n, n_classes)` float64.
+
+        Args:
+            features: Raw features `(n, at least the head's)`; further columns are ignored.
+        """
+        return _fitted(features[:, : len(self.weights) - 1].to(self.weights), self.weights)
+
+    def residuals(self, features: Tensor, labels: Tensor, rows: slice) -> Tensor:
+        """`e_y - q` of training examples, where q is the leave-one-out prediction on the simplex.
+
+        Args:
+            features: Raw features of the rows, `(n_rows, n_features)`; the result is in their dtype.
+            labels: Of the rows, `(n_rows,)`.
+            rows: Their places in the training set.
+
+        Returns:
+            `(n_rows, n_classes)`.
+        """
+        slack, shifts = self.slack[rows], self.shifts[rows]
+        result = self._residuals(features, labels, slack, shifts)
+        few = self.delicate[rows].nonzero().squeeze(1)
+        if features.dtype != torch.float64 and len(few):
+            exact = self._residuals(_exact(features[few]), labels[few], slack[few], shifts[few])
+            result[few] = exact.to(result)
+        return result
+
+    def _residuals(self, features: Tensor, labels: Tensor, slack: Tensor, shifts: Tensor) -> Tensor:
+        left_out = leave_one_out_residuals(_fitted(features, self.weights), slack.to(features), labels)
+        return _off_the_simplex(left_out, labels, shifts.to(features)[:, None])
+
+
+def fit_ridge_head(
+    features: Tensor,
+    labels: Tensor,
+    moments: Moments,
+    damping: float,
+    block_rows: int = MOST_ROWS,
+    dtype: torch.dtype | None = None,
+) -> RidgeHead:
+    """Fit the head, and read from one pass what the leave-one-out residuals of all examples need.
+
+    Args:
+        features: Raw features `(n_train, n_features)`.
+        labels: `(n_train,)` int64.
+        moments: Of the same features.
+        damping: lambda relative to the mean diagonal of A.
+        block_rows: Rows of a block.
+        dtype: Of the products; None takes the working dtype of the features.
+    """
+    dtype, n = dtype or working_dtype(features), moments.n_train
+    factor = damped_factor(moments.second_moment, damping, name="head_damping")
+    factor = factor / moments.scale[:, None]  # of phi, acting on raw features
+    weights = torch.cholesky_solve(moments.targets, factor) / n
+    rounded = factor.to(labels.device, dtype)
+    read: list[_Block] = []
+    for rows in blocks(len(features), block_rows):
+        h, y = staged(features[rows], labels.device, dtype), labels[rows]
+        block = _read(h, y, weights, 1 - inverse_forms(h, rounded) / n)
+        few = block.delicate.nonzero().squeeze(1)
+        if dtype != torch.float64 and len(few):
+            exact = _exact(h[few])
+            block.replace(few, _read(exact, y[few], weights, 1 - inverse_forms(exact, factor) / n))
+        read.append(block)
+    return RidgeHead(
+        weights,
+        slack=torch.cat([block.slack for block in read]),
+        shifts=torch.cat([block.shifts for block in read]),
+        delicate=torch.cat([block.delicate for block in read]),
+        norms=torch.cat([block.norms for block in read]).to(working_dtype(features)),
+        square=sum(float(block.squares.sum()) for block in read),
+    )
+
+
+@dataclass
+class _Block:
+    """What the pass over the training set reads of one block; every tensor `(n_rows,)`."""
+
+    slack: Tensor
+    shifts: Tensor
+    norms: Tensor
+    squares: Tensor
+    delicate: Tensor
+
+    def replace(self, rows: Tensor, other: _Block) -> None:
+        """Put numbers that were computed in float64 in their places; which rows these are stays."""
+        for name in ("slack", "shifts", "norms", "squares"):
+            getattr(self, name)[rows] = getattr(other, name)
+
+
+def _read(features: Tensor, labels: Tensor, weights: Tensor, slack: Tensor) -> _Block:
+    left_out = leave_one_out_residuals(_fitted(features, weights), slack, labels)
+    shifts = simplex_shift(one_hot(labels, left_out) - left_out)
+    residuals = _off_the_simplex(left_out, labels, shifts)
+    largest = residuals.abs().amax(1)
+    return _Block(
+        slack=_exact(slack),
+        shifts=_exact(shifts.squeeze(1)),
+        norms=_exact(torch.linalg.vector_norm(left_out, dim=1)),
+        squares=_exact(residuals.square().sum(1)),
+        delicate=(slack < _FEW_DIGITS) | ((largest > 0) & (largest < _FEW_DIGITS)),
+    )
+
+
+def _fitted(features: Tensor, weights: Tensor) -> Tensor:
+    """Predictions of the head, `(n, n_classes)` in the dtype of the features."""
+    near = weights.to(features)
+    return torch.addmm(near[-1], features, near[:-1])
+
+
+def _off_the_simplex(left_out: Tensor, labels: Tensor, shifts: Tensor) -> Tensor:
+    """`e_y - q` for the projection q of `e_y - left_out`, given how far that shifts each row, `(n, 1)`."""
+    e = one_hot(labels, left_out)
+    return e - (e - left_out - shifts).clamp_min_(0)
+
+
+def _exact(values: Tensor) -> Tensor:
+    return values.to(float64_device(values.device), torch.float64)
