@@ -51,7 +51,7 @@ def first_logits(model: nn.Module, x: Tensor, n_classes: int) -> Tensor:
     try:
         outputs = model(x)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        if "memory" in str(error):  # of a GPU or a CPU: says nothing of the inputs
+        if "memory" in str(error):
             raise
         if "more than 1 value per channel" in str(error):
             raise bad_value(

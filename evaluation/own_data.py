@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,17 +144,22 @@ def _check_takes(factory: Callable[..., Any], path: str, data_root: str | Path |
 def _check_is_here(argument: str, module: ModuleType) -> None:
     """Whether a module of the current folder is what was imported, and not an installed one of its name."""
     top = module.__name__.partition(".")[0]
-    if top == __name__.partition(".")[0]:
-        return
     here = [path for path in (Path(f"{top}.py"), Path(top, "__init__.py")) if path.is_file()]
+    if top == __name__.partition(".")[0] or not here:
+        return
     file = getattr(module, "__file__", None)
-    if here and (file is None or not Path(file).resolve().is_relative_to(Path(os.getcwd()).resolve())):
-        raise bad_value(
-            argument,
-            "name a module of your own",
-            f"{top!r}, which is {here[0]} here and also {file or 'a module of Python'}",
-            "Installed packages come first: give yours another name, or install it with pip install -e.",
-        )
+    if file is not None:
+        path = Path(file).resolve()
+        of_python = path.is_relative_to(Path(sysconfig.get_path("stdlib")).resolve())
+        installed = of_python or not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+        if not installed or path.is_relative_to(Path.cwd().resolve()):
+            return
+    raise bad_value(
+        argument,
+        "name a module of your own",
+        f"{top!r}, which is {here[0]} here and also {file or 'a module of Python'}",
+        "Installed packages come first: give yours another name, or install it with pip install -e.",
+    )
 
 
 def _n_shared(train: Pair, test: Pair) -> int:

@@ -196,6 +196,13 @@ class TestWhatIsRefused:
         ):
             train(mlp, X[:, :5])
 
+    def test_no_memory_is_no_fault_of_the_inputs(self, train):
+        def fails(z):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+        with pytest.raises(RuntimeError, match=r"^DefaultCPUAllocator: can't allocate memory$"):
+            train(lambda: Returns(fails))
+
     def test_no_tensor(self, train):
         with pytest.raises(TypeError, match=r"`model` must return logits, or an object with .*got tuple"):
             train(lambda: Returns(lambda z: (z, z)))

@@ -356,6 +356,17 @@ class TestFactories:
             ValueError, match=r"'colorsys', which is colorsys.py here and also .*another name"
         ):
             import_factory("data", "colorsys:make")
+        (tmp_path / "time.py").write_text("def make(train): ...")
+        with pytest.raises(ValueError, match=r"'time', which is time.py here and also a module of Python"):
+            import_factory("data", "time:make")
+
+    def test_a_module_on_the_path_of_the_users_may_have_a_copy_here(self, tmp_path, monkeypatch):
+        for name in ("here", "there"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "copied_module_of_a_test.py").write_text(f"def make(): return {name!r}")
+        monkeypatch.chdir(tmp_path / "here")
+        monkeypatch.syspath_prepend(tmp_path / "there")
+        assert import_factory("data", "copied_module_of_a_test:make")() == "there"
 
     def test_a_module_that_cannot_be_read_is_a_sentence(self, tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path)
