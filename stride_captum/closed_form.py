@@ -44,6 +44,8 @@ from .staging import TrainingBlocks, working_dtype
 
 #: Rows that are taken at a time by curvatures with many Kronecker terms.
 _FEW_ROWS = 256
+#: Logits of a block: arrays twice as large are slower, because the system clears them at every use.
+_LOGITS = 2**21
 #: Norm of residuals, in the unit of the curvature, up to which scores stay within float32.
 _LARGEST_RESIDUAL = 1e30
 
@@ -219,12 +221,12 @@ class ClosedForm:
     def _computed_residuals(self, rows: slice) -> Tensor:
         data = self._data
         if self.kind == "leave-one-out":
-            return self._ridge(rows) / self.curvature.scale
+            return self._ridge(rows).div_(self.curvature.scale)
         temperature = 1.0 if self.kind == "training" else self.temperature
         tempered = tempered_residuals(data.logits_of(rows), data.labels_of(rows), temperature)
         if self.kind != "both":
-            return (tempered / self.curvature.scale).to(self.scale)
-        residuals = (tempered * ((1 - RIDGE_SHARE) / self.curvature.scale)).to(self.scale)
+            return tempered.div_(self.curvature.scale).to(self.scale)
+        residuals = tempered.mul_((1 - RIDGE_SHARE) / self.curvature.scale).to(self.scale)
         return residuals.add_(self._ridge(rows), alpha=RIDGE_SHARE * self.ridge_ratio / self.curvature.scale)
 
     def _ridge(self, rows: slice) -> Tensor:
@@ -366,4 +368,5 @@ def block_rows(
 ) -> int:
     """Training examples whose temporary arrays fit the budget: 3 of features, 6 of classes in float64."""
     bytes_per_row = 3 * dtype.itemsize * (n_features + 1) + 6 * 8 * n_classes
-    return rows_that_fit(parse_bytes(config.memory_budget, device), bytes_per_row)
+    most = min(MOST_ROWS, max(_LOGITS // n_classes, _FEW_ROWS))
+    return rows_that_fit(parse_bytes(config.memory_budget, device), bytes_per_row, most)
