@@ -126,13 +126,13 @@ def test_residuals_that_fit_the_budget_are_kept_once(tmp_path):
     features, logits, labels = mapped(tmp_path)
     method = STRIDE.from_features(features, logits, labels, config=STRIDEConfig(memory_budget="8MiB"))
     method.fit()
-    kept = method._states[0].operators._kept
+    kept = method._states[0].operators._residuals.kept
     assert kept.shape == (N, C)
     test = tuple(part[:N_TEST].clone() for part in arrays())
     with LargeAllocations(N * C) as large:
         method.influence(test, 3)
     assert large.shapes == []
-    assert method._states[0].operators._kept is kept
+    assert method._states[0].operators._residuals.kept is kept
 
 
 @pytest.mark.parametrize("residuals", Residuals.__args__)
@@ -146,8 +146,8 @@ def test_kept_or_computed_again_residuals_give_the_same_scores(residuals, dtype)
         ).fit()
         for budget in (SMALL, "64MiB")
     )
-    assert few._states[0].operators._kept is None
-    assert many._states[0].operators._kept is not None
+    assert few._states[0].operators._residuals.kept is None
+    assert many._states[0].operators._residuals.kept is not None
     bound = 1e-12 if dtype == torch.float64 else 1e-6
     for ask in ({}, {"normalize": "cosine"}, {"response": "loss"}):
         found, wanted = few.influence(test, **ask), many.influence(test, **ask)
@@ -159,7 +159,7 @@ def test_kept_or_computed_again_residuals_give_the_same_scores(residuals, dtype)
 def test_a_saved_method_holds_no_residuals(tmp_path):
     features, logits, labels = arrays(900)
     method = STRIDE.from_features(features, logits, labels).fit()
-    assert method._states[0].operators._kept is not None
+    assert method._states[0].operators._residuals.kept is not None
     method.save(tmp_path / "method")
     beside = (tmp_path / "method").stat().st_size - features.nbytes - logits.nbytes
     assert beside < logits.nbytes
