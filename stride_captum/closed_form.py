@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .class_moments import MOST_CLASSES, class_moments
 from .config import STRIDEConfig
+from .curvature_fit import fit_curvature
 from .damping import LEAST_OF_HEAD, check_damping, needs_float64
 from .errors import bad_value
 from .memory_budget import MOST_ROWS, blocks, parse_bytes, rows_that_fit
@@ -26,24 +27,20 @@ from .newton import (
     IdentityCurvature,
     KroneckerCurvature,
     Term,
-    fit_curvature,
     forms_of,
     on_raw_features,
     score_block,
 )
 from .process_group import ALONE, Alone
-from .residuals import (
-    RIDGE_SHARE,
-    choose_residuals,
-    project_on_simplex,
-    ratio_of_norms,
-    tempered_residuals,
-)
+from .residuals import choose_residuals, project_on_simplex, ratio_of_norms, tempered_residuals
 from .ridge_head import RidgeHead, fit_ridge_head
 from .staging import TrainingBlocks, working_dtype
+from .training_residuals import TrainingResiduals
 
 #: Rows that are taken at a time by curvatures with many Kronecker terms.
 _FEW_ROWS = 256
+#: Logits of a block: arrays twice as large are slower, because the system clears them at every use.
+_LOGITS = 2**21
 #: Norm of residuals, in the unit of the curvature, up to which scores stay within float32.
 _LARGEST_RESIDUAL = 1e30
 
@@ -95,12 +92,18 @@ class ClosedForm:
     @property
     def residuals(self) -> Tensor:
         """r_i of the whole training set, `(n_train, n_classes)`; made anew at every call."""
-        return self._whole(lambda rows: self.curvature.scale * self._residuals(rows))
+        return self._whole(lambda rows: self.curvature.scale * self._residuals.of(rows))
 
     @property
     def loss_residuals(self) -> Tensor:
         """e_y - p at temperature 1, `(n_train, n_classes)`; made anew at every call."""
-        return self._whole(self._loss_residuals)
+        return self._whole(self._residuals.of_loss)
+
+    def _whole(self, of_rows: Callable[[slice], Tensor]) -> Tensor:
+        whole = self.scale.new_empty(len(self.labels), self.n_classes, dtype=working_dtype(self.features))
+        for rows in self._data:
+            whole[rows] = of_rows(rows).to(whole)
+        return whole
 
     def prepare(self, features: Tensor, gradients: Tensor) -> tuple[list[Term], Tensor, Tensor]:
         """What the scores of test points need.
@@ -121,12 +124,12 @@ class ClosedForm:
         """Scores `(n_test, n_columns)` against a slice of the training set."""
         like, features = terms[0][0], self.features[columns]
         in_place = features.dtype == like.dtype and features.device == like.device
-        if in_place and self._kept is not None:
-            return score_block(terms, features, self._kept[columns])
+        if in_place and self._residuals.kept is not None:
+            return score_block(terms, features, self._residuals.kept[columns])
         scores = like.new_empty(len(like), len(features), dtype=working_dtype(features))
         for block in blocks(len(features), self.block_rows):
             rows = slice(columns.start + block.start, columns.start + block.stop)
-            scores[:, block] = score_block(terms, self._data.features_of(rows), self._residuals(rows))
+            scores[:, block] = score_block(terms, self._data.features_of(rows), self._residuals.of(rows))
         return scores
 
     def train_norms(self) -> Tensor:
@@ -137,7 +140,7 @@ class ClosedForm:
     def _train_norms(self) -> Tensor:
         norms = []
         for rows in self._form_blocks:
-            sizes, units = _sizes_and_units(self._residuals(rows))
+            sizes, units = _sizes_and_units(self._residuals.of(rows))
             norms.append(_norms(self._forms(rows, units, units), sizes))
         return torch.cat(norms).to(working_dtype(self.features))
 
@@ -152,9 +155,9 @@ class ClosedForm:
         """`<phi_i (x) (e_y - p), (F + lambda)^-1 (phi_i (x) r_i)> / N`, `(n_train,)`."""
         parts = []
         for rows in self._form_blocks:
-            sizes, units = _sizes_and_units(self._loss_residuals(rows))
+            sizes, units = _sizes_and_units(self._residuals.of_loss(rows))
             left = units.to(self.scale)
-            parts.append(sizes * self._forms(rows, left, self._residuals(rows)).to(sizes))
+            parts.append(sizes * self._forms(rows, left, self._residuals.of(rows)).to(sizes))
         return self._in_range(torch.cat(parts))
 
     def self_influence_of(self, features: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
@@ -175,9 +178,26 @@ class ClosedForm:
         """Norm of the leave-one-out residual of the ridge head, `(n_train,)`."""
         return self.head.norms
 
+    def keep_residuals(self) -> None:
+        """Compute residuals that fit the budget now, so that the first query is as fast as the second."""
+        _ = self._residuals.kept
+
     @property
     def _data(self) -> TrainingBlocks:
         return TrainingBlocks(self.features, self.logits, self.labels, self.scale.dtype, self.block_rows)
+
+    @cached_property
+    def _residuals(self) -> TrainingResiduals:
+        """Of the training set, in units of s."""
+        return TrainingResiduals(
+            self._data,
+            self.head,
+            self.kind,
+            self.temperature,
+            self.ridge_ratio,
+            self.curvature.scale,
+            self.residual_bytes,
+        )
 
     @property
     def _simple(self) -> bool:
@@ -200,46 +220,6 @@ class ClosedForm:
             return self._leverage_forms[rows] * self.curvature.class_product(left, right) / self.n_train
         phi = scaled_features(self._data.features_of(rows), self.scale)
         return forms_of(self.curvature.solve(phi, right), phi, left) / self.n_train
-
-    @cached_property
-    def _kept(self) -> Tensor | None:
-        """The residuals of the whole training set in units of s, where they fit the budget."""
-        n, item = len(self.labels), self.scale.element_size()
-        if n * self.n_classes * item > self.residual_bytes:
-            return None
-        kept = self.scale.new_empty(n, self.n_classes)
-        for rows in self._data:
-            kept[rows] = self._computed_residuals(rows)
-        return kept
-
-    def _residuals(self, rows: slice) -> Tensor:
-        """r_i in units of s, `(n_rows, n_classes)`."""
-        return self._computed_residuals(rows) if self._kept is None else self._kept[rows]
-
-    def _computed_residuals(self, rows: slice) -> Tensor:
-        data = self._data
-        if self.kind == "leave-one-out":
-            return self._ridge(rows) / self.curvature.scale
-        temperature = 1.0 if self.kind == "training" else self.temperature
-        tempered = tempered_residuals(data.logits_of(rows), data.labels_of(rows), temperature)
-        if self.kind != "both":
-            return (tempered / self.curvature.scale).to(self.scale)
-        residuals = (tempered * ((1 - RIDGE_SHARE) / self.curvature.scale)).to(self.scale)
-        return residuals.add_(self._ridge(rows), alpha=RIDGE_SHARE * self.ridge_ratio / self.curvature.scale)
-
-    def _ridge(self, rows: slice) -> Tensor:
-        width = len(self.head.weights) - 1
-        return self.head.residuals(self._data.features_of(rows, width), self.labels[rows], rows)
-
-    def _loss_residuals(self, rows: slice) -> Tensor:
-        """e_y - p of some rows at temperature 1, in float64."""
-        return tempered_residuals(self._data.logits_of(rows), self._data.labels_of(rows))
-
-    def _whole(self, of_rows: Callable[[slice], Tensor]) -> Tensor:
-        whole = self.scale.new_empty(len(self.labels), self.n_classes, dtype=working_dtype(self.features))
-        for rows in self._data:
-            whole[rows] = of_rows(rows).to(whole)
-        return whole
 
     def _in_range(self, values: Tensor) -> Tensor:
         """Results from float64 in the working dtype, unless all of them would become 0."""
@@ -338,7 +318,7 @@ def fit_closed_form(
         block_rows=data.block_rows,
         residual_bytes=parse_bytes(config.memory_budget, labels.device),
     )
-    form._kept  # noqa: B018, so that the first query is as fast as the second
+    form.keep_residuals()
     return form
 
 
@@ -366,4 +346,5 @@ def block_rows(
 ) -> int:
     """Training examples whose temporary arrays fit the budget: 3 of features, 6 of classes in float64."""
     bytes_per_row = 3 * dtype.itemsize * (n_features + 1) + 6 * 8 * n_classes
-    return rows_that_fit(parse_bytes(config.memory_budget, device), bytes_per_row)
+    most = min(MOST_ROWS, max(_LOGITS // n_classes, _FEW_ROWS))
+    return rows_that_fit(parse_bytes(config.memory_budget, device), bytes_per_row, most)

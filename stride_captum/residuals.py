@@ -28,7 +28,7 @@ DEFAULT_TEMPERATURE = 2.0
 #: stopped on a spike of its training loss (MNIST) .458 .488 .499.
 RIDGE_SHARE = 0.4
 #: Logits that `mean_residual` takes at a time.
-_LOGITS = 2**21
+_LOGITS = 2**18
 
 
 def tempered_residuals(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
@@ -41,9 +41,11 @@ def tempered_residuals(logits: Tensor, labels: Tensor, temperature: float = 1.0)
     """
     label, z = labels[:, None], logits if logits.dtype == torch.float64 else logits.float()
     # Divided by T before the largest is taken off, logits that are all large would be rounded too coarsely.
-    others = ((z - z.amax(1, keepdim=True)) / temperature).softmax(1).scatter(1, label, 0.0)
+    others = (z - z.amax(1, keepdim=True)).div_(temperature).exp_()
+    own = others.gather(1, label)
+    rest = others.scatter_(1, label, 0.0).sum(1, keepdim=True)
     # 1 - p_y of a confident model would be a rounding error: it is the sum of the other classes.
-    return (-others).scatter(1, label, others.sum(1, keepdim=True)).to(logits)
+    return others.div_(-(rest + own)).scatter_(1, label, rest / (rest + own)).to(logits)
 
 
 def one_hot(labels: Tensor, like: Tensor) -> Tensor:
@@ -63,8 +65,9 @@ def leave_one_out_residuals(predictions: Tensor, slack: Tensor, labels: Tensor) 
     Returns:
         `(n, n_classes)`; not projected.
     """
-    least = torch.finfo(slack.dtype).eps
-    return (one_hot(labels, predictions) - predictions) / slack.clamp_min(least)[:, None]
+    label, divisor = labels[:, None], slack.clamp_min(torch.finfo(slack.dtype).eps)[:, None]
+    own = (1 - predictions.gather(1, label)) / divisor
+    return (predictions / -divisor).scatter_(1, label, own)
 
 
 def choose_residuals(

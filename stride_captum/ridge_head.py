@@ -14,7 +14,7 @@ from torch import Tensor
 from .damping import damped_factor
 from .memory_budget import MOST_ROWS, blocks
 from .moments import Moments
-from .residuals import leave_one_out_residuals, one_hot, simplex_shift
+from .residuals import leave_one_out_residuals, simplex_shift
 from .staging import float64_device, staged, working_dtype
 from .symmetric import inverse_forms
 
@@ -134,13 +134,16 @@ class _Block:
 
 def _read(features: Tensor, labels: Tensor, weights: Tensor, slack: Tensor) -> _Block:
     left_out = leave_one_out_residuals(_fitted(features, weights), slack, labels)
-    shifts = simplex_shift(one_hot(labels, left_out) - left_out)
+    norms = torch.linalg.vector_norm(left_out, dim=1)
+    label = labels[:, None]
+    predictions = left_out.neg().scatter_(1, label, 1 - left_out.gather(1, label))
+    shifts = simplex_shift(predictions)
     residuals = _off_the_simplex(left_out, labels, shifts)
     largest = residuals.abs().amax(1)
     return _Block(
         slack=_exact(slack),
         shifts=_exact(shifts.squeeze(1)),
-        norms=_exact(torch.linalg.vector_norm(left_out, dim=1)),
+        norms=_exact(norms),
         squares=_exact(residuals.square().sum(1)),
         delicate=(slack < _FEW_DIGITS) | ((largest > 0) & (largest < _FEW_DIGITS)),
     )
@@ -153,9 +156,13 @@ def _fitted(features: Tensor, weights: Tensor) -> Tensor:
 
 
 def _off_the_simplex(left_out: Tensor, labels: Tensor, shifts: Tensor) -> Tensor:
-    """`e_y - q` for the projection q of `e_y - left_out`, given how far that shifts each row, `(n, 1)`."""
-    e = one_hot(labels, left_out)
-    return e - (e - left_out - shifts).clamp_min_(0)
+    """`e_y - q` for the projection q of `e_y - left_out`, given how far that shifts each row, `(n, 1)`.
+
+    Written into `left_out`: beside the label `-max(-left_out - shift, 0) = min(left_out + shift, 0)`.
+    """
+    label = labels[:, None]
+    own = 1 - (1 - left_out.gather(1, label) - shifts).clamp_min(0)
+    return left_out.add_(shifts).clamp_max_(0).scatter_(1, label, own)
 
 
 def _exact(values: Tensor) -> Tensor:

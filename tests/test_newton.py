@@ -9,11 +9,10 @@ from torch.nn import functional as F
 
 from stride_captum.class_moments import class_moments
 from stride_captum.config import Curvature as CurvatureName
+from stride_captum.curvature_fit import centered, fit_curvature
 from stride_captum.moments import feature_moments, scaled_features
 from stride_captum.newton import (
     GaussNewtonCurvature,
-    centered,
-    fit_curvature,
     on_raw_features,
     quadratic_forms,
     score_block,
