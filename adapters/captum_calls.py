@@ -1,17 +1,17 @@
-"""Owns how objects of `captum.influence` are called: the loss, the inputs by position, and their quirks."""
+"""Calls of `captum.influence`: the loss, the inputs by position, and the quirks of its classes."""
 
 from __future__ import annotations
 
 import math
 import shutil
 import tempfile
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from captum.influence._utils.nearest_neighbors import NearestNeighbors
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ..batch import ExampleBatch
 from ..errors import bad_choice, bad_value
 from ..influence import InfluenceMethod
 from ..restoring import same_random_state
+from .traces import process_wide
 
 
 class ResidualLoss(nn.Module):
@@ -68,11 +69,20 @@ def parts_by_position(batch: ExampleBatch) -> list[Any]:
 
 def outputs_by_position(template: ExampleBatch, model: Callable[..., Any], parts: Sequence[Any]) -> Tensor:
     """Outputs of a model for parts by position; all else is as in a batch of the same source."""
-    paths = [path for path, _ in _ordered(template)]
-    # Copies that stay in the graph: Captum's hooks want inputs that require a gradient.
-    copies = [part.clone() if isinstance(part, Tensor) else part for part in parts]
-    batch = template.copied().with_parts(dict(zip(paths, copies, strict=True)))
-    return batch.outputs_of_these(model)
+    places = _ordered(template)
+    given = {path: _like(kind, part) for (path, kind), part in zip(places, parts, strict=True)}
+    return template.copied().with_parts(given).outputs_of_these(model)
+
+
+def _like(kind: Any, part: Any) -> Any:
+    """A copy of a part that a loader has put together, in the form that the data set gives it."""
+    if not isinstance(part, Tensor):
+        return list(part) if isinstance(kind, list) else part
+    if isinstance(kind, np.ndarray):
+        return part.detach().cpu().numpy().copy()
+    if isinstance(kind, list):
+        return part.tolist()
+    return part.clone()  # stays in the graph: Captum's hooks want inputs that require a gradient
 
 
 def _ordered(batch: ExampleBatch) -> list[tuple[Any, Any]]:
@@ -102,14 +112,10 @@ class Examples(IterableDataset[Any]):
             yield from zip(*parts_by_position(batch), labels, strict=True)
 
 
-#: One at a time: the filters of warnings belong to the process.
-_filters = threading.RLock()
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without Captum's advice on reductions, memory, progress bars and inputs without gradients."""
-    with _filters, warnings.catch_warnings():
+    with process_wide, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
 

@@ -1,4 +1,4 @@
-"""Owns any object of `captum.influence` behind the interface of all methods.
+"""Any object of `captum.influence` behind the interface of all methods.
 
     CaptumInfluence(model, train_dataset, build=lambda model, train: TracInCPFastRandProj(
         model, model.fc3, train, [""], keep_weights, ResidualLoss("sum"), 256, nearest_neighbors=NoIndex()))
@@ -32,7 +32,6 @@ is not checked: `TracIn` is, against plain gradients.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +59,7 @@ from .captum_calls import (
     traceless,
 )
 from .gradients import GradientMethod, GradientState
+from .working_copies import check_copy, independent_copy, widened
 
 _ANSWERS = ["every", "similarity", *RESPONSES]
 
@@ -133,6 +133,10 @@ class CaptumInfluence(GradientMethod):
             raise bad_value("residuals", "be 'training' unless answers='every'", repr(self.residuals))
         self.build, self.answers, self.sign, self.orientation = build, answers, sign, orientation
 
+    def _check_gradients(self, model: nn.Module) -> None:
+        if self.answers != "similarity":  # which takes no gradients
+            super()._check_gradients(model)
+
     def _fit_kernel(self, model: nn.Module, residuals: Tensor, show_progress: bool) -> Any:
         network = self._network(model)
         with traceless():
@@ -149,7 +153,8 @@ class CaptumInfluence(GradientMethod):
 
     def _network(self, model: nn.Module) -> nn.Module:
         """A copy that takes tensors by position and gives a tensor; Captum may do with it what it likes."""
-        network = copy.deepcopy(model)
+        network = independent_copy(model)
+        check_copy(model, network, self._probe())
         for parameter in network.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         template, run = self._first_train_batch(), network.forward
@@ -163,11 +168,14 @@ class CaptumInfluence(GradientMethod):
 
     def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Ask) -> CaptumTest:
         with torch.no_grad():
-            logits = self._logits(model, batch)
-        classes, factor = ask.classes(logits, batch), response_factor(self.answers, self.sign, ask.response)
+            outputs = batch.outputs(model)
+        logits, response = widened(batch.logits_of(outputs)), ask.response
+        if response != self.answers:
+            response = self.loss.response_of(outputs, response)
+        classes, factor = ask.classes(logits, batch), response_factor(self.answers, self.sign, response)
         labels = batch.labels
         if self.answers == "every":
-            labels = response_gradient(logits, classes, ask.response)
+            labels = response_gradient(logits, classes, response)
         elif labels is None:
             labels = classes
         elif not isinstance(ask.target, str) or ask.target != "label":

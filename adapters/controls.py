@@ -1,4 +1,4 @@
-"""Owns the controls that belong in every table: scores that know nothing but, at most, the labels."""
+"""Controls that belong in every table: scores that know nothing but, at most, the labels."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..errors import bad_value
 from ..influence import Ask, InfluenceMethod
 from ..restoring import bits
 from ..saved_values import saved_as
+from .working_copies import widened
 
 #: Columns that one generator serves.
 _CHUNK = 1024
@@ -88,7 +89,7 @@ class Random(InfluenceMethod):
 
     def _prepare(self, state: RandomState, model: nn.Module, batch: Any, ask: Ask) -> RandomTest:
         logits = self._logits(model, batch)
-        sign = logits.new_tensor(-1.0 if ask.response == "loss" else 1.0)
+        sign = widened(logits).new_tensor(-1.0 if ask.response == "loss" else 1.0)
         return RandomTest(input_keys(batch), ask.classes(logits, batch), sign)
 
     def _scores(self, state: RandomState, prepared: RandomTest, columns: slice) -> Tensor:

@@ -1,4 +1,4 @@
-"""Owns the count sketch (Charikar et al., 2002): a random projection without a matrix.
+"""The count sketch (Charikar et al., 2002): a random projection without a matrix.
 
 Each parameter is added to one of k coordinates with a random sign. With S the matrix that this stands for,
 `E[S S^T] = I`: an inner product keeps its mean, and has a variance of at most `(|u|^2 |v|^2 + (u.v)^2) / k`.

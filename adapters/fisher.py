@@ -1,4 +1,4 @@
-"""Owns what the Fisher information is a mean over: examples, and labels that the model thinks possible.
+"""What the Fisher information is a mean over: examples, and labels that the model thinks possible.
 
 F = E_x E_c[J_x^T (e_c - p) (e_c - p)^T J_x]     c ~ p, the prediction at x
 """

@@ -1,4 +1,4 @@
-"""Owns the base class of the methods that are a kernel between per-example gradients.
+"""Base class of the methods that are a kernel between per-example gradients.
 
 With the Jacobian J_x of the logits with respect to the parameters, the gradient g of the response and
 the residual r_i of a training example (`e_y - p`, minus the loss gradient with respect to the logits),
@@ -10,6 +10,8 @@ where M is what distinguishes the methods. A positive score is a proponent for e
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
@@ -23,9 +25,13 @@ from ..influence import Ask, InfluenceMethod
 from ..memory_budget import rows_that_fit
 from ..residuals import choose_residuals, tempered_residuals
 from ..responses import response_gradient
+from ..restoring import weights_fingerprint, weights_version
 from ..saved_values import saved_as
 from ..stride import STRIDE
+from .gradient_checks import check_gradients, check_layers, check_model, probe_of
 from .per_example_gradients import Gradients, chosen_parameters, example_gradients, flat
+from .traces import attributes_put_back
+from .working_copies import check_copy, needs_copy, wide_copy, widened
 
 
 @saved_as("gradients")
@@ -101,6 +107,7 @@ class GradientMethod(InfluenceMethod):
             raise bad_value("temperature", "be positive, or None", temperature)
         self.residuals = residuals
         self.temperature = temperature
+        self._wide_copy: tuple[Any, nn.Module] | None = None
 
     # What a subclass says.
 
@@ -119,12 +126,36 @@ class GradientMethod(InfluenceMethod):
     # What it has.
 
     def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> GradientState:
+        check_layers(model)
         self.parameters_ = list(chosen_parameters(model, self.layers))
+        self._check_gradients(model)
         with torch.no_grad():
             residuals, loss_residuals, temperature = self._read_residuals(model, show_progress)
         self.n_train_ = len(residuals)
         kernel = self._fit_kernel(model, residuals, show_progress)
         return GradientState(residuals, loss_residuals, temperature, kernel)
+
+    def _check_gradients(self, model: nn.Module) -> None:
+        """Refuse a model whose gradients would be wrong, by a look at a few examples."""
+        probe = self._probe()
+        if self._wide_copy is not None and model is self._wide_copy[1]:
+            check_copy(self.model, model, probe)
+        self._rounding = check_model(model, self.parameters_, probe)
+
+    def _probe(self) -> ExampleBatch:
+        """A few training examples."""
+        return probe_of(self._first_train_batch())
+
+    def _probe_vectors(self, model: nn.Module, probe: ExampleBatch) -> Tensor:
+        """Vectors v that tell the examples of a probe apart: rows of the identity, `(n, n_classes)`."""
+        with torch.no_grad():
+            logits = self._logits(model, probe)
+        return torch.eye(logits.shape[1]).to(logits).repeat(len(logits), 1)[: len(logits)]
+
+    def _find_bad_gradient(self, model: nn.Module, residuals: Tensor) -> None:
+        """Refuse the first training example whose gradient is not finite, if there is one."""
+        for rows, batch in self._train_blocks(self.n_train_, False):
+            check_gradients(flat(self._gradients(model, batch, residuals[rows])), rows.start)
 
     def _read_residuals(self, model: nn.Module, show_progress: bool) -> tuple[Tensor, Tensor, float]:
         logits, labels = [], []
@@ -141,6 +172,10 @@ class GradientMethod(InfluenceMethod):
             return loss_residuals, loss_residuals, temperature
         if self.residuals == "temperature":
             return tempered_residuals(z, y, temperature), loss_residuals, temperature
+        return self._out_of_sample(model, temperature), loss_residuals, temperature
+
+    def _out_of_sample(self, model: nn.Module, temperature: float) -> Tensor:
+        """The residuals of STRIDE's ridge head, `(n_train, n_classes)`."""
         stride = STRIDE(
             self.model,
             self.train_dataset,
@@ -150,8 +185,57 @@ class GradientMethod(InfluenceMethod):
             batch=self.batch,
             config=STRIDEConfig(residuals=self.residuals, temperature=temperature),  # type: ignore[arg-type]
         )
-        form = stride._fit_checkpoint(model, False).operators
-        return form.residuals, loss_residuals, temperature  # type: ignore[union-attr]
+        stride._passes = self._training_passes()  # so that it reads the same examples, or says so
+        try:
+            form = stride._fit_checkpoint(model, False).operators
+        except ValueError as error:
+            if not str(error).startswith("`layers` must be given"):
+                raise
+            raise bad_value(
+                "residuals",
+                "be 'training' or 'temperature' for a model in which no Linear or convolution module runs",
+                repr(self.residuals),
+            ) from error
+        residuals: Tensor = form.residuals  # type: ignore[union-attr]
+        return residuals
+
+    # The model that it works on.
+
+    def _model_on_device(self) -> nn.Module:
+        """The model, or a copy in float32 whose tensors have gradients, where its own have none worth it."""
+        model = super()._model_on_device()
+        if not needs_copy(model):
+            return model
+        version = weights_version(model)
+        if self._wide_copy is None or self._wide_copy[0] != version:
+            self._wide_copy = version, wide_copy(model)
+        return self._wide_copy[1]
+
+    @contextmanager
+    def _session(self) -> Iterator[nn.Module]:
+        device = self._work_device().type
+        with super()._session() as model, attributes_put_back(model), ExitStack() as stack:
+            if device in ("cpu", "cuda"):  # what the caller casts by autocast has no three digits
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield model
+
+    def _check_unchanged(self) -> None:
+        if self._fitted_on is not None and self.checkpoints is None and needs_copy(self.model):
+            # What was fitted is the copy, so that is what has the fingerprint.
+            version, fingerprint = weights_version(self.model), self._fitted_on[1]
+            if version != self._fitted_on[0] and weights_fingerprint(self._model_on_device()) == fingerprint:
+                self._fitted_on = version, fingerprint
+        super()._check_unchanged()
+
+    def _batches(self, source: Any, argument: str, show_progress: bool, what: str) -> Iterator[ExampleBatch]:
+        for batch in super()._batches(source, argument, show_progress, what):
+            if len(batch):
+                yield batch
+
+    def _as_logits(self, outputs: Tensor, batch: ExampleBatch) -> Tensor:
+        return widened(super()._as_logits(outputs, batch))
+
+    # Gradients and products of them.
 
     def _gradients(self, model: nn.Module, batch: ExampleBatch, vectors: Tensor) -> Gradients:
         every = dict(model.named_parameters())
@@ -162,7 +246,7 @@ class GradientMethod(InfluenceMethod):
         """G of each test point, `(n, n_classes)`."""
         with torch.no_grad():
             outputs = batch.outputs(model)
-        logits = batch.logits_of(outputs)
+        logits = widened(batch.logits_of(outputs))
         response = self.loss.response_of(outputs, ask.response)
         return response_gradient(logits, ask.classes(logits, batch), response)
 
@@ -182,9 +266,16 @@ class GradientMethod(InfluenceMethod):
     ) -> Tensor:
         if not self.reads_training_data:
             return self._scores(state, prepared, columns)
-        gradients = self._gradients(model, batch, state.residuals[columns])
-        scores: Tensor = prepared.preconditioned @ self._side(state.kernel, gradients).T
+        scores: Tensor = prepared.preconditioned @ self._train_side(state, model, batch, columns).T
         return scores
+
+    def _train_side(
+        self, state: GradientState, model: nn.Module, batch: ExampleBatch, columns: slice
+    ) -> Tensor:
+        """`J_i^T r_i` of training examples, as `_side` gives it, `(n, n_coordinates)`."""
+        sides = self._side(state.kernel, self._gradients(model, batch, state.residuals[columns]))
+        check_gradients(sides, columns.start)
+        return sides
 
     def _self_influence(
         self, state: GradientState, model: nn.Module, batch: Any, rows: slice | None
@@ -217,7 +308,7 @@ class GradientMethod(InfluenceMethod):
         if state.norms is None:
             norms = []
             for rows, batch in self._train_blocks(self.n_train_, False):
-                sides = self._side(state.kernel, self._gradients(model, batch, state.residuals[rows]))
+                sides = self._train_side(state, model, batch, rows)
                 norms.append(self._norms(state, sides, self._precondition(state.kernel, sides)))
             state.norms = torch.cat(norms)
         return super()._inverse_norms(state, prepared, model)
@@ -236,7 +327,7 @@ class GradientMethod(InfluenceMethod):
     def _max_rows(self) -> int:
         """Examples whose gradients, in four copies, fit the memory budget."""
         parameters = chosen_parameters(self.model, self.layers)
-        size = sum(p.numel() * p.element_size() for p in parameters.values())
+        size = sum(p.numel() * max(p.element_size(), 4) for p in parameters.values())
         return rows_that_fit(self.memory_budget, 4 * size, None)
 
     def _settings(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Owns KNN-Shapley: the exact Shapley value of every training example for a nearest-neighbour classifier."""
+"""KNN-Shapley: the exact Shapley value of every training example for a nearest-neighbour classifier."""
 
 from __future__ import annotations
 

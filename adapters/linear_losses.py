@@ -1,4 +1,4 @@
-"""Owns the two linear losses whose gradients TracIn multiplies, and their data as Captum wants them."""
+"""The two linear losses whose gradients TracIn multiplies, and their data as Captum wants them."""
 
 from __future__ import annotations
 

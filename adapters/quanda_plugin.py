@@ -1,4 +1,4 @@
-"""Owns the way into quanda: every method of ours as one of its explainers.
+"""Plugin for quanda: every method of this package as one of its explainers.
 
     from stride_captum.adapters.quanda_plugin import STRIDEExplainer, explainer_for
 

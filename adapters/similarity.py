@@ -1,4 +1,4 @@
-"""Owns feature similarity: the cosine between activations, with the sign of class agreement on request."""
+"""Feature similarity: the cosine between activations, with the sign of class agreement on request."""
 
 from __future__ import annotations
 

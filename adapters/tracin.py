@@ -1,4 +1,4 @@
-"""Owns TracIn (Pruthi et al., 2020; equation 8 of the paper), computed by Captum's own classes.
+"""TracIn (Pruthi et al., 2020; equation 8 of the paper), computed by Captum's own classes.
 
     score(x, i) = sum_t eta_t (J_x^T g)^T (J_i^T r_i)   at checkpoint t with learning rate eta_t
 
@@ -29,6 +29,7 @@ from ..batch import ExampleBatch
 from ..errors import bad_value
 from ..influence import Ask
 from .captum_calls import parts_by_position, quiet
+from .gradient_checks import agree, check_gradients
 from .gradients import GradientMethod, GradientState
 from .linear_losses import (
     Positional,
@@ -38,10 +39,8 @@ from .linear_losses import (
     linear_losses,
     owners,
 )
-from .per_example_gradients import flat
-
-#: Examples on which Captum's shortcuts are compared with plain gradients.
-_PROBE = 3
+from .per_example_gradients import flat, gradients_one_by_one
+from .traces import attributes_put_back
 
 
 class TracIn(GradientMethod):
@@ -107,50 +106,41 @@ class TracIn(GradientMethod):
         state = super()._fit_checkpoint(model, show_progress)
         if self.fast:
             self.parameters_ = [name for name in self.parameters_ if name.endswith("weight")]
-        modules = [model.get_submodule(name) for name in owners(self.parameters_)]
-        first = self._first_train_batch().first(_PROBE)
+        known = dict(model.named_modules())
+        modules = [known[name] for name in owners(self.parameters_)]
         shortcut = self.fast or all(has_batched_gradients(module) for module in modules)
-        self.batched_ = shortcut and self._shortcut_is_right(model, first)
-        if self.fast and not self.batched_:
+        fault = self._fault_of_shortcut(model, self._probe()) if shortcut else None
+        self.batched_ = shortcut and fault is None
+        if self.fast and fault is not None:
             raise bad_value(
                 "layers",
                 "name the Linear layer whose outputs are those of `model` with fast=True",
                 repr(self.layers),
                 "Leave `fast` out if there is none.",
-            )
+            ) from fault
         return state
 
-    def _shortcut_is_right(self, model: nn.Module, batch: Any) -> bool:
-        """Whether Captum's products of the gradients of a few examples are those of plain gradients."""
-        with torch.no_grad():
-            logits = self._logits(model, batch)
-        vectors = torch.eye(logits.shape[1]).to(logits).repeat(len(logits), 1)[: len(logits)]
-        rows = self._plain_gradients(model, batch, vectors)
-        wanted = rows @ rows.T
+    def _fault_of_shortcut(self, model: nn.Module, batch: ExampleBatch) -> Exception | None:
+        """What is wrong with Captum's products of the gradients of a few examples, None if nothing is."""
+        vectors = self._probe_vectors(model, batch)
+        rows = flat(gradients_one_by_one(model, self.parameters_, batch, vectors))
+        check_gradients(rows, 0)
+        training = [(*parts_by_position(batch), vectors)]
         try:
-            found = self._ask_captum(
-                model, batch, vectors, [(*parts_by_position(batch), vectors)], batched=True
-            )
-        except (RuntimeError, AssertionError):
-            return False
-        rounding = torch.finfo(wanted.dtype).eps ** 0.5 * wanted.abs().max()
-        return found.shape == wanted.shape and bool(((found - wanted).abs() <= rounding).all())
-
-    def _plain_gradients(self, model: nn.Module, batch: Any, vectors: Tensor) -> Tensor:
-        """`J_i^T v_i` one example after another, `(n, n_parameters)`."""
-        named = dict(model.named_parameters())
-        parameters = [named[name].requires_grad_(True) for name in self.parameters_]
-        rows = []
-        for i, vector in enumerate(vectors):
-            logits = self._logits(model, batch[i : i + 1])
-            gradients = torch.autograd.grad((logits * vector).sum(), parameters, materialize_grads=True)
-            rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
-        return torch.stack(rows)
+            found = self._ask_captum(model, batch, vectors, training, batched=True)
+        except (
+            Exception
+        ) as error:  # of many kinds: a layer of another layout, an input that is no tensor, ...
+            return error
+        right = agree(found, rows @ rows.T, self._rounding)
+        return None if right else ArithmeticError("other products of gradients than those of autograd")
 
     def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Ask) -> TracInTest:
         vectors = self._response_gradients(model, batch, ask)
         training = ResidualsAsLabels(self, state.residuals, None if self.batched_ else 1)
         scores = self._ask_captum(model, batch, vectors, training, self.batched_)
+        # The column of a training example whose gradient is not finite; a row belongs to a test point.
+        check_gradients(scores[scores.isfinite().any(1)].T, 0)
         return TracInTest(scores, lambda: flat(self._gradients(model, batch, vectors)))
 
     def _ask_captum(
@@ -162,13 +152,9 @@ class TracIn(GradientMethod):
             alone: Any = [(*parts_by_position(batch[i : i + 1]), v[None]) for i, v in enumerate(vectors)]
             asked = DataLoader(alone, batch_size=None)
         network = Positional(model, batch)
-        with quiet():
-            try:
-                captum = self._captum(network, DataLoader(training, batch_size=None), batched)
-                scores: Tensor = captum.influence(asked)
-            finally:
-                for parameter in model.parameters():
-                    vars(parameter).pop("sample_grad", None)
+        with quiet(), attributes_put_back(model):
+            captum = self._captum(network, DataLoader(training, batch_size=None), batched)
+            scores: Tensor = captum.influence(asked)
         return scores
 
     def _test_norms(self, state: GradientState, prepared: Any) -> Tensor:

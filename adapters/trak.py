@@ -1,4 +1,4 @@
-"""Owns TRAK (Park et al., 2023): a linear model on randomly projected gradients of the margin.
+"""TRAK (Park et al., 2023): a linear model on randomly projected gradients of the margin.
 
     score(x, i) = phi(x)^T (Phi^T Phi + lambda I)^-1 phi_i (1 - p_i)
 
@@ -20,11 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import bad_value
+from ..memory_budget import MOST_ROWS
+from ..residuals import tempered_residuals
 from ..responses import response_gradient
 from ..saved_values import saved_as
 from .count_sketch import count_sketch, random_places
+from .gradient_checks import check_gradients
 from .gradients import GradientMethod, GradientState
 from .per_example_gradients import Gradients, chosen_parameters
+from .safe_damping import check_damping, least_lambda, rounding_of
+
+#: How far below the largest eigenvalue of a matrix in float64 the smallest may be, for scores within 1e-4.
+_INVERSE_ROUNDING = 2.0**-38
 
 
 @saved_as("trak")
@@ -34,13 +41,17 @@ class TRAKKernel:
 
     Attributes:
         places: Of `count_sketch`.
-        inverse: `(Phi^T Phi + lambda I)^-1`, `(n_coordinates, n_coordinates)`.
-        features: Projections of `J_i^T r_i`, `(n_train, n_coordinates)`.
+        inverse: `M = (Phi^T Phi + lambda I)^-1`, `(n_coordinates, n_coordinates)` float64.
+        features: M times the projections of `J_i^T r_i`, `(n_train, n_coordinates)`.
+        norms: Norms of these projections in M, `(n_train,)`.
+        own: Self-influence, `(n_train,)`.
     """
 
     places: Tensor
     inverse: Tensor
     features: Tensor
+    norms: Tensor
+    own: Tensor
 
 
 class TRAK(GradientMethod):
@@ -62,8 +73,8 @@ class TRAK(GradientMethod):
         **options: Those of `GradientMethod`.
 
     Raises:
-        ValueError: An option out of its range; in `fit`, a damping below the rounding errors of a
-            singular kernel.
+        ValueError: An option out of its range; in `fit`, a damping at which rounding errors would decide
+            (the least safe one is named).
 
     >>> from stride_captum.conformance.planted import MLP, trained
     >>> model, train, test = trained(MLP)
@@ -95,55 +106,87 @@ class TRAK(GradientMethod):
         n_parameters = sum(p.numel() for p in chosen_parameters(model, self.layers).values())
         k = min(self.projection_dim, n_parameters)
         places = random_places(n_parameters, k, self.seed).to(residuals.device)
-        gram, features = torch.zeros(k, k, dtype=torch.float64, device=residuals.device), []
+        gram = torch.zeros(k, k, dtype=torch.float64, device=residuals.device)
+        margins, doubts, sides = [], [], []
         for rows, batch in self._train_blocks(self.n_train_, show_progress):
             with torch.no_grad():
                 logits = self._logits(model, batch)
             labels = self._train_labels(batch, logits.shape[1])
-            margins = response_gradient(logits, labels, "margin")
-            phi = count_sketch(self._gradients(model, batch, margins), places, k)
-            gram += phi.T @ phi
-            if self.residuals == "training":
-                features.append(phi * residuals[rows].gather(1, labels[:, None]))
-            else:
-                features.append(count_sketch(self._gradients(model, batch, residuals[rows]), places, k))
-        return TRAKKernel(places, self._inverse(gram).to(residuals), torch.cat(features))
+            vectors = response_gradient(logits, labels, "margin")
+            margins.append(count_sketch(self._gradients(model, batch, vectors), places, k))
+            check_gradients(margins[-1], rows.start)
+            gram += margins[-1].double().T @ margins[-1].double()
+            doubts.append(tempered_residuals(logits, labels).gather(1, labels[:, None]))
+            if self.residuals != "training":
+                sides.append(count_sketch(self._gradients(model, batch, residuals[rows]), places, k))
+        inverse = self._inverse(gram, residuals.dtype)
+        return self._kernel(places, inverse, torch.cat(margins), torch.cat(doubts), sides)
 
-    def _inverse(self, gram: Tensor) -> Tensor:
-        rank = min(len(gram), self.n_train_)
-        damped = gram + torch.eye(len(gram)).to(gram) * (self.damping * gram.trace() / rank)
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if bool(info) or (self.damping == 0 and rank < len(gram)):
-            raise bad_value(
-                "damping",
-                "be large enough to make the kernel positive definite",
-                self.damping,
-                "Raise it (the default is 1), or lower projection_dim below the number of examples.",
-            )
-        return torch.cholesky_inverse(factor)
+    def _kernel(
+        self, places: Tensor, inverse: Tensor, phi: Tensor, doubts: Tensor, sides: list[Tensor]
+    ) -> TRAKKernel:
+        """What is kept: M is applied to phi itself, since phi, rounded, leaves the span that M was made of.
+
+        Args:
+            places: Of `count_sketch`.
+            inverse: M.
+            phi: `(n_train, n_coordinates)`.
+            doubts: `1 - p` of the labels, `(n_train, 1)`.
+            sides: Projections of `J_i^T r_i` in blocks, none where these are `phi_i (1 - p_i)`.
+        """
+        applied = _applied(inverse, phi)
+        if not sides:
+            norms = _norms(phi, inverse) * doubts.squeeze(1)
+            return TRAKKernel(places, inverse, applied * doubts, norms, norms.square())
+        right = torch.cat(sides)
+        own = (applied * right).sum(1) * doubts.squeeze(1)
+        return TRAKKernel(places, inverse, _applied(inverse, right), _norms(right, inverse), own)
+
+    def _inverse(self, gram: Tensor, dtype: torch.dtype) -> Tensor:
+        """M of `Phi^T Phi`, a sum of products of gradients of some dtype."""
+        rank, trace = min(len(gram), self.n_train_), float(gram.trace())
+        unit, rounding = trace / rank, rounding_of(dtype)
+        given = self.damping * unit
+        if given < rounding * trace:  # more is safe whatever the eigenvalues are
+            spectrum = torch.linalg.eigvalsh(gram)
+            # With more coordinates than examples the rest is 0, which matters for the inverse alone.
+            least = max(least_lambda(spectrum[-rank:], rounding), least_lambda(spectrum, _INVERSE_ROUNDING))
+            check_damping(self.damping, [(least, given, unit)], rounding, "Or lower projection_dim.")
+        damped = gram + torch.eye(len(gram)).to(gram) * given
+        return torch.cholesky_inverse(torch.linalg.cholesky(damped))
 
     def _side(self, kernel: TRAKKernel, gradients: Gradients) -> Tensor:
         return count_sketch(gradients, kernel.places, len(kernel.inverse))
 
     def _precondition(self, kernel: TRAKKernel, sides: Tensor) -> Tensor:
-        return sides @ kernel.inverse
+        return _applied(kernel.inverse, sides)
 
     def _scores(self, state: GradientState, prepared: Any, columns: slice) -> Tensor:
-        scores: Tensor = prepared.preconditioned @ state.kernel.features[columns].T
+        scores: Tensor = prepared.sides @ state.kernel.features[columns].T
         return scores
 
-    def _train_norms(self, state: GradientState) -> Tensor:
-        features = state.kernel.features
-        return self._norms(state, features, self._precondition(state.kernel, features))
+    def _test_norms(self, state: GradientState, prepared: Any) -> Tensor:
+        return _norms(prepared.sides, state.kernel.inverse)
 
     def _inverse_norms(self, state: GradientState, prepared: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
-        if state.norms is None:
-            state.norms = self._train_norms(state)
+        state.norms = state.kernel.norms
         return super()._inverse_norms(state, prepared, model)
 
     def _train_self_influence(self, state: GradientState) -> Tensor | None:
-        return self._train_norms(state).square() if self.residuals == "training" else None
+        own: Tensor = state.kernel.own
+        return own
 
     def _settings(self) -> dict[str, Any]:
         names = ("projection_dim", "damping", "seed")
         return {**super()._settings(), **{name: getattr(self, name) for name in names}}
+
+
+def _applied(inverse: Tensor, sides: Tensor) -> Tensor:
+    """M times each row; in float64 inside, in the dtype of the rows outside."""
+    return torch.cat([(part.double() @ inverse).to(sides) for part in sides.split(MOST_ROWS)])
+
+
+def _norms(sides: Tensor, inverse: Tensor) -> Tensor:
+    """The norm of each row in M."""
+    wide = (part.double() for part in sides.split(MOST_ROWS))
+    return torch.cat([((part @ inverse) * part).sum(1).clamp_min(0).sqrt().to(sides) for part in wide])

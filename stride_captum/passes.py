@@ -129,9 +129,11 @@ class Passes:
         return iterator, read
 
     def _next(self, iterator: Iterator[Any], n: int) -> list[Any]:
+        """The next `n` batches that hold examples, or what is left."""
         found: list[Any] = []
         for content in iterator:
-            found.append(content)
+            if len(ExampleBatch(content, self.said, argument=self.argument)):
+                found.append(content)
             if len(found) == n:
                 break
         return found

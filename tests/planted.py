@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -50,6 +52,14 @@ def loader(dataset: Dataset, batch_size: int = 4) -> DataLoader:
     return DataLoader(dataset, batch_size=batch_size)
 
 
+def scripted(model: nn.Module) -> nn.Module:
+    """A network as TorchScript, which torch now advises against."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(model)
+
+
 @contextmanager
 def expect_untouched(model: nn.Module) -> Iterator[None]:
     before = trace(model)
@@ -77,6 +87,7 @@ __all__ = [
     "expect_untouched",
     "loader",
     "planted_classes",
+    "scripted",
     "trace",
     "trained",
     "unusual",

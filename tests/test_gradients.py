@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,15 +16,23 @@ from planted import (
     TwoInputs,
     built,
     examples,
+    expect_untouched,
     planted_classes,
+    scripted,
     trained,
 )
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from stride_captum import STRIDE, STRIDEConfig
 from stride_captum.adapters.gradients import GradientMethod
-from stride_captum.adapters.per_example_gradients import chosen_parameters, example_gradients, flat
+from stride_captum.adapters.per_example_gradients import (
+    chosen_parameters,
+    example_gradients,
+    flat,
+    gradients_one_by_one,
+)
+from stride_captum.batch import Batch, ExampleBatch, Reading
 from stride_captum.residuals import match_temperature, mean_residual, tempered_residuals
 from stride_captum.responses import RESPONSES, response_gradient, response_value
 
@@ -130,6 +140,84 @@ BATCHES = [
 ]
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer of any kind."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.cells, self.head = kind(3, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(x.unflatten(1, (2, 3)))[0][:, -1])
+
+
+def recurrent(kind: type[nn.RNNBase]) -> tuple[nn.Module, Any]:
+    return built(lambda: Recurrent(kind)).double(), mlp_batch()[1]
+
+
+class LooksAtValues(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2 if x[:, 0].sum() > 0 else 1)
+
+
+class WritesToABuffer(MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last.copy_(x[:1])
+        return super().forward(x)
+
+
+class Words(MLP):
+    """Reads numbers that are written out."""
+
+    def forward(self, texts: list[str], scale: Tensor) -> Tensor:
+        x = torch.tensor([[float(word) for word in text.split()] for text in texts]).to(scale)
+        return super().forward(x) * scale[:, None]
+
+
+def looks_at_values() -> tuple[nn.Module, Any]:
+    return built(LooksAtValues).double(), mlp_batch()[1]
+
+
+def writes_to_a_buffer() -> tuple[nn.Module, Any]:
+    return built(WritesToABuffer).double(), mlp_batch()[1]
+
+
+def texts() -> tuple[nn.Module, Any]:
+    x, y = mlp_batch()[1]
+    written = [" ".join(map(repr, row)) for row in x.tolist()]
+    return built(Words).double(), (written, 1 + x[:, 0].abs(), y)
+
+
+def arrays() -> tuple[nn.Module, Any]:
+    class Arrays(MLP):
+        def forward(self, x: Any) -> Tensor:
+            return super().forward(torch.from_numpy(x))
+
+    x, y = mlp_batch()[1]
+    return built(Arrays).double(), (x.numpy(), y)
+
+
+def as_torchscript() -> tuple[nn.Module, Any]:
+    layers = [nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)]
+    return scripted(built(lambda: nn.Sequential(*layers)).double()), mlp_batch()[1]
+
+
+ONE_BY_ONE = [
+    lambda: recurrent(nn.RNN),
+    lambda: recurrent(nn.GRU),
+    lambda: recurrent(nn.LSTM),
+    looks_at_values,
+    writes_to_a_buffer,
+    texts,
+    arrays,
+    as_torchscript,
+]
+
+
 class TestExampleGradients:
     @pytest.mark.parametrize("make", BATCHES)
     def test_are_those_of_a_loop_of_autograd(self, make):
@@ -162,18 +250,62 @@ class TestExampleGradients:
         assert all(p.grad is None for p in model.parameters())
         assert not any(g.requires_grad for g in found.values())
 
-    def test_of_a_model_that_vmap_cannot_run_are_refused(self):
-        class LooksAtValues(MLP):
-            def forward(self, x: Tensor) -> Tensor:
-                return super().forward(x) * (2 if x.sum() > 0 else 1)
+    @pytest.mark.parametrize("make", ONE_BY_ONE)
+    def test_of_a_model_that_vmap_cannot_run_are_taken_one_by_one(self, make):
+        model, batch = make()
+        vectors, parameters = vectors_for(model, batch), chosen_parameters(model, None)
+        found = example_gradients(model, parameters, examples(batch), vectors)
+        wanted = loop(model, list(parameters), batch, vectors)
+        torch.testing.assert_close(flat(found), wanted, rtol=1e-11, atol=1e-12)
+        assert float((wanted[0] - wanted[1]).abs().max()) > 0
+        assert all(p.grad is None for p in model.parameters())
+        assert not any(g.requires_grad for g in found.values())
 
-        model, batch = built(LooksAtValues).double(), mlp_batch()[1]
-        with pytest.raises(
-            ValueError, match=r"`model` must run under torch.func.vmap, which .* gradients need"
-        ):
-            example_gradients(
-                model, chosen_parameters(model, None), examples(batch), torch.ones(N, 3).double()
-            )
+    @pytest.mark.parametrize("make", [mlp_batch, lambda: recurrent(nn.GRU)])
+    def test_of_frozen_parameters_leave_them_frozen(self, make):
+        model, batch = make()
+        wanted = loop(model, [name for name, _ in model.named_parameters()], batch, vectors_for(model, batch))
+        parameters = chosen_parameters(model.requires_grad_(False), None)
+        found = example_gradients(model, parameters, examples(batch), vectors_for(model, batch))
+        torch.testing.assert_close(flat(found), wanted, rtol=1e-11, atol=1e-12)
+        assert not any(p.requires_grad for p in model.parameters())
+
+    def test_of_no_examples_are_none(self):
+        model, (x, y) = mlp_batch()
+        parameters = chosen_parameters(model, None)
+        found = example_gradients(model, parameters, examples((x[:0], y[:0])), torch.zeros(0, 3).double())
+        assert {name: tuple(g.shape) for name, g in found.items()} == {
+            name: (0, *p.shape) for name, p in parameters.items()
+        }
+
+    def test_leave_no_dead_tensor_on_a_network_that_keeps_its_activations(self):
+        class Keeps(MLP):
+            def forward(self, x: Tensor) -> Tensor:
+                self.seen, self.all = x, [*self.all, x]
+                self.fc1.kept = self.fc1(x)
+                self.history.append(x)
+                return super().forward(x)
+
+        model, batch = built(Keeps).double(), mlp_batch()[1]
+        model.all, model.history, model.seen = [], [], None
+        example_gradients(model, chosen_parameters(model, None), examples(batch), torch.ones(N, 3).double())
+        assert (model.all, model.history, model.seen) == ([], [], None)
+        assert not hasattr(model.fc1, "kept")
+
+    def test_a_forward_of_the_users_is_given_the_network_itself(self):
+        model, (x, y) = mlp_batch()
+        reading = Reading(
+            Batch(forward=lambda model, batch: model.fc3(model.fc1(batch["x"])[:, :5]), label_key="y")
+        )
+        batch = ExampleBatch({"x": x, "y": y}, reading)
+        vectors, parameters = (
+            torch.randn(N, 3, generator=generator()).double(),
+            chosen_parameters(model, None),
+        )
+        found = flat(example_gradients(model, parameters, batch, vectors))
+        plain = flat(gradients_one_by_one(model, parameters, batch, vectors))
+        torch.testing.assert_close(found, plain, rtol=1e-11, atol=1e-12)
+        assert float(found.abs().max()) > 0
 
     def test_errors_of_the_model_itself_are_not_renamed(self):
         model, (x, y) = mlp_batch()
@@ -215,6 +347,20 @@ class TestChosenParameters:
             ValueError, match=r"`layers` must name submodules of `model`; got 'fc9'. Nearest: 'fc3'"
         ):
             chosen_parameters(built(MLP), ["fc9"])
+
+    def test_no_layers_and_a_name_instead_of_a_list_are_refused(self):
+        with pytest.raises(ValueError, match=r"`layers` must name at least one submodule; got an empty list"):
+            chosen_parameters(built(MLP), [])
+        with pytest.raises(TypeError, match=r"`layers` must be a list .*; got str. Write layers=\['fc1'\]"):
+            chosen_parameters(built(MLP), "fc1")
+
+    def test_complex_parameters_are_refused(self):
+        model = built(MLP)
+        model.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+        with pytest.raises(ValueError, match=r"`model` must have real parameters; got the complex 'phase'"):
+            chosen_parameters(model, None)
+        model.phase.requires_grad_(False)
+        assert "phase" not in chosen_parameters(model, None)
 
     def test_layers_without_parameters_are_refused(self):
         with pytest.raises(ValueError, match=r"`layers` must have parameters; got none"):
@@ -433,6 +579,29 @@ class TestOptions:
         with pytest.raises(ValueError, match=r"finite logits; got NaN or infinity for training example 9"):
             PlainProducts(model, TensorDataset(x, y)).fit()
 
+    def test_gradients_that_are_not_finite_are_refused(self, exact):
+        class Norms(MLP):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x) + (x @ self.fc1.weight.T).norm(dim=1, keepdim=True).sqrt()
+
+        _, train, test = exact
+        x, y = (t.clone() for t in train.tensors)
+        x[9] = 0
+        method = PlainProducts(built(Norms).double(), TensorDataset(x, y), batch_size=4)
+        for ask in (method.influence, partial(method.influence, normalize="cosine")):
+            with pytest.raises(ValueError, match="finite gradients; got NaN or infinity for example 9"):
+                ask(test.tensors)
+
+    def test_empty_batches_are_passed_over(self, exact):
+        model, train, test = exact
+        wanted = PlainProducts(model, train).influence(test.tensors)
+        x, y = train.tensors
+        batches = [(x[:20], y[:20]), (x[:0], y[:0]), (x[20:], y[20:]), (x[:0], y[:0])]
+        method = PlainProducts(model, DataLoader(batches, batch_size=None))
+        torch.testing.assert_close(method.influence(test.tensors), wanted)
+        rest = PlainProducts(model, DataLoader(batches[1:], batch_size=None))
+        torch.testing.assert_close(rest.influence(test.tensors), wanted[:, 20:])
+
     def test_a_misspelt_layer_is_refused_by_fit(self, exact):
         model, train, _ = exact
         with pytest.raises(ValueError, match=r"`layers` must name submodules .*; got 'fc4'"):
@@ -442,3 +611,83 @@ class TestOptions:
         model, train, _ = exact
         with pytest.raises(NotImplementedError, match="score batches of training examples"):
             PlainProducts(model, train)._scores(None, None, slice(0, 1))
+
+
+class Odd(MLP):
+    """A network whose examples meet, or that passes no gradient on."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.norm = how, nn.BatchNorm1d(5, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "batch statistics":
+            return self.fc3(self.norm(self.fc1(x)[:, :5]))
+        if self.how == "centered":
+            return super().forward(x - x.mean(0))
+        if self.how == "dropout":
+            return self.fc3(nn.functional.dropout(self.fc1(x)[:, :5], training=True))
+        with torch.no_grad():
+            return super().forward(x)
+
+
+class TestModels:
+    @pytest.mark.parametrize(
+        ("how", "match"),
+        [
+            (
+                "batch statistics",
+                r"`model` must give an example the same outputs in every batch; .*BatchNorm",
+            ),
+            (
+                "centered",
+                r"`model` must give an example the same outputs in every batch; .*running",
+            ),
+            ("dropout", r"`model` must give an example the same outputs in every pass; .*dropout"),
+            ("no_grad", "`model` must give logits that depend on the parameters .* torch.no_grad"),
+        ],
+    )
+    def test_whose_gradients_mean_something_else_are_refused(self, exact, how, match):
+        with (
+            expect_untouched(model := built(lambda: Odd(how)).double()),
+            pytest.raises(ValueError, match=match),
+        ):
+            PlainProducts(model, exact[1]).fit()
+
+    def test_a_forward_that_calls_another_model_is_refused(self, exact):
+        other, train, _ = exact
+        batch = Batch(forward=lambda model, batch: other(batch[0]))
+        with pytest.raises(ValueError, match=r"logits without a gradient .* Batch\(forward=...\)"):
+            PlainProducts(built(MLP).double(), train, batch=batch).fit()
+
+    def test_quantized_layers_are_refused(self):
+        model, train, _ = trained(MLP)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            quantized = torch.ao.quantization.quantize_dynamic(model, {"fc2"}, torch.qint8)
+        assert any(p.is_floating_point() for p in quantized.parameters())
+        with pytest.raises(ValueError, match="`model` must be differentiable; got the quantized layer 'fc2'"):
+            PlainProducts(quantized, train).fit()
+
+    def test_the_autocast_of_the_caller_changes_nothing(self, exact):
+        model, *data = trained(MLP)
+        wanted = PlainProducts(model, data[0]).influence(data[1].tensors)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = PlainProducts(model, data[0]).influence(data[1].tensors)
+        assert torch.equal(found, wanted)
+
+    @pytest.mark.parametrize("residuals", ["leave-one-out", "both"])
+    def test_residuals_that_read_features_need_some(self, exact, residuals):
+        class Bare(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weights = nn.ParameterList([torch.ones(6, 3).double()])
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x @ self.weights[0]
+
+        model = Bare()
+        with pytest.raises(
+            ValueError, match="`residuals` must be 'training' or 'temperature' for a model in which no Linear"
+        ):
+            PlainProducts(model, exact[1], residuals=residuals).fit()
