@@ -95,25 +95,26 @@ def fit_ridge_head(
     dtype, n = dtype or working_dtype(features), moments.n_train
     factor = damped_factor(moments.second_moment, damping, name="head_damping")
     factor = factor / moments.scale[:, None]  # of phi, acting on raw features
-    weights = torch.cholesky_solve(moments.targets, factor) / n
     rounded = factor.to(labels.device, dtype)
-    read: list[_Block] = []
+    head = RidgeHead(
+        weights=torch.cholesky_solve(moments.targets, factor) / n,
+        slack=factor.new_empty(len(features)),
+        shifts=factor.new_empty(len(features)),
+        delicate=torch.empty(len(features), dtype=torch.bool, device=factor.device),
+        norms=torch.empty(len(features), dtype=working_dtype(features), device=labels.device),
+        square=0.0,
+    )
     for rows in blocks(len(features), block_rows):
         h, y = staged(features[rows], labels.device, dtype), labels[rows]
-        block = _read(h, y, weights, 1 - inverse_forms(h, rounded) / n)
+        block = _read(h, y, head.weights, 1 - inverse_forms(h, rounded) / n)
         few = block.delicate.nonzero().squeeze(1)
         if dtype != torch.float64 and len(few):
             exact = _exact(h[few])
-            block.replace(few, _read(exact, y[few], weights, 1 - inverse_forms(exact, factor) / n))
-        read.append(block)
-    return RidgeHead(
-        weights,
-        slack=torch.cat([block.slack for block in read]),
-        shifts=torch.cat([block.shifts for block in read]),
-        delicate=torch.cat([block.delicate for block in read]),
-        norms=torch.cat([block.norms for block in read]).to(working_dtype(features)),
-        square=sum(float(block.squares.sum()) for block in read),
-    )
+            block.replace(few, _read(exact, y[few], head.weights, 1 - inverse_forms(exact, factor) / n))
+        head.slack[rows], head.shifts[rows] = block.slack, block.shifts
+        head.delicate[rows], head.norms[rows] = block.delicate, block.norms.to(head.norms)
+        head.square += float(block.squares.sum())
+    return head
 
 
 @dataclass
@@ -133,9 +134,8 @@ class _Block:
 
 
 def _read(features: Tensor, labels: Tensor, weights: Tensor, slack: Tensor) -> _Block:
-    left_out = leave_one_out_residuals(_fitted(features, weights), slack, labels)
+    label, left_out = labels[:, None], leave_one_out_residuals(_fitted(features, weights), slack, labels)
     norms = torch.linalg.vector_norm(left_out, dim=1)
-    label = labels[:, None]
     predictions = left_out.neg().scatter_(1, label, 1 - left_out.gather(1, label))
     shifts = simplex_shift(predictions)
     residuals = _off_the_simplex(left_out, labels, shifts)
