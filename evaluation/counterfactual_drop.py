@@ -14,14 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import bad_value
+from ..errors import bad_value, whole_number
 from ..responses import class_labels, response_value
 from . import statistics
 from .linear_datamodeling import finite_array, plain
@@ -81,9 +80,9 @@ def resolve_counts(counts: Sequence[int | float], n_train: int) -> tuple[int, ..
     """
     found = []
     for count in counts:
-        number = count if isinstance(count, Real) and not isinstance(count, bool) else 0
-        k = round(float(number) * n_train) if 0 < number < 1 else number
-        if not float(k).is_integer() or not 1 <= k < n_train:
+        number = float(count) if isinstance(count, int | float | np.number) else 0.0
+        k = round(number * n_train) if 0 < number < 1 else number
+        if isinstance(count, bool) or k % 1 or not 1 <= k < n_train:
             raise bad_value("counts", f"be integers in [1, {n_train}) or shares in (0, 1)", repr(count))
         found.append(int(k))
     if not found or any(b <= a for a, b in pairwise(found)):
@@ -93,9 +92,9 @@ def resolve_counts(counts: Sequence[int | float], n_train: int) -> tuple[int, ..
 
 def _check_counts(counts: Sequence[Any]) -> None:
     """Numbers of examples that were removed: integers of at least 1 that increase."""
-    whole = all(isinstance(k, Integral) and not isinstance(k, bool) and k >= 1 for k in counts)
-    if not whole or any(b <= a for a, b in pairwise(counts)):
-        raise bad_value("counts", "be increasing numbers of removed examples, from 1", tuple(counts))
+    numbers = [whole_number("counts", k) for k in counts]
+    if any(b <= a for a, b in pairwise(numbers)):
+        raise bad_value("counts", "be increasing numbers of removed examples", tuple(counts))
 
 
 def removals(

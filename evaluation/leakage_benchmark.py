@@ -7,7 +7,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from ..errors import bad_value
+from ..errors import bad_value, whole_number
 from .cost import Build, Cost, forward_seconds, median_cost
 from .kept_answers import Answer, KeptMethod
 from .leakage_detection import LeakageResult, leakage, near_duplicate
@@ -115,7 +114,7 @@ def check_planting(task: Task, counts: Sequence[int], kinds: Sequence[str], name
     """
     n_test = len(task.test)
     for count in counts:
-        if not isinstance(count, Integral) or isinstance(count, bool) or not 1 <= count <= n_test:
+        if whole_number(name, count) > n_test:
             raise bad_value(name, f"be between 1 and the {n_test} test examples", repr(count))
     for kind in kinds:
         near_duplicate(task.test.tensors[0][:1], kind, scale=1.0)

@@ -57,7 +57,7 @@ class CurvePoint:
     ridge: LDSResult
     closed_form: LDSResult
     fit_seconds: float
-    alphas: dict[str, float]
+    alphas: dict[Recovery, float]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from ..errors import bad_choice, bad_value
-from ..restoring import same_random_state
 from ..subsets import Membership, checked_membership, members
 from . import retraining_files, retraining_workers, run_store
 from .attributed_training import train_attributed, train_spiked
@@ -283,17 +282,14 @@ class RetrainingPlan:
         return files
 
     def _n_classes(self) -> int:
-        with same_random_state():
-            model = self.task.build_model().eval()
-            return logits_of(model, self.task.test.tensors[0][:1]).shape[1]
+        return logits_of(run_store.built(self.task).eval(), self.task.test.tensors[0][:1]).shape[1]
 
     def _stacks_are_faster(self, device: torch.device) -> bool:
         _, counts = np.unique(np.diff(self.membership.indptr), return_counts=True)
         if counts.max() * self.n_seeds < _SMALLEST_STACK:
             return False
         if device.type == "cpu":
-            with same_random_state():
-                weights = list(self.task.build_model().parameters())
+            weights = list(run_store.built(self.task).parameters())
             if sum(w.numel() for w in weights) > _CPU_PARAMETERS or any(w.dim() > 2 for w in weights):
                 return False
         return why_not_stacked(self.task.build_model, self.task.train.tensors[0][:2]) is None

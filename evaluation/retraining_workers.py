@@ -52,9 +52,10 @@ def _done(file: RunFile, arguments: dict[str, Any]) -> int:
     try:
         write_runs(file.path, **arguments)
     except Exception as error:
+        said = str(error).rstrip(".")
         raise RuntimeError(
-            f"Retraining {named_few(file.runs)} failed with {type(error).__name__}: {error}. Those that were "
-            f"done before are in {file.path.parent}: the same call goes on from there."
+            f"Retraining {named_few(file.runs)} failed with {type(error).__name__}: {said}. Those that "
+            f"were done before are in {file.path.parent}: the same call goes on from there."
         ) from error
     return len(file.runs)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import secrets
 import warnings
 from collections.abc import Iterable, Sequence
@@ -22,8 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..restoring import bits, same_random_state
+from ..restoring import bits
 from ..whole_files import write_whole
+from .new_network import new_network, seeded
 from .stable_digest import NoStableDigest, stable_digest
 from .tasks import Task
 
@@ -70,11 +70,8 @@ class Fingerprints:
 
 def built(task: Task, seed: int = 0) -> nn.Module:
     """An untrained network of a task under a fixed seed; the caller's random state is left as it was."""
-    with same_random_state():
-        torch.default_generator.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
-        return task.build_model()
+    with seeded(seed):
+        return new_network(task.build_model, seed)
 
 
 def _network(task: Task) -> list[str]:

@@ -214,7 +214,7 @@ def ridge_scale(membership: Any, *, center: bool = False) -> float:
     total = float(matrix.multiply(matrix).sum())
     if center:
         total -= n_subsets * float(np.square(np.asarray(matrix.mean(axis=0))).sum())
-    return total / max(min(n_subsets - center, n_train), 1)
+    return total / float(max(min(n_subsets - center, n_train), 1))
 
 
 def soft_threshold(scores: Tensor, alpha: float | Tensor) -> Tensor:
