@@ -144,6 +144,22 @@ def check_losses(captum: Any) -> None:
         )
 
 
+def check_parts(captum: Any, parts: Sequence[Any]) -> None:
+    """Refuse inputs that are no tensors for an object that copies them.
+
+    Raises:
+        ValueError: It does.
+    """
+    if all(isinstance(part, Tensor) for part in parts):
+        return
+    if getattr(captum, "sample_wise_grads_per_batch", False):
+        raise bad_value(
+            "build",
+            "leave sample_wise_grads_per_batch at False for inputs that are no tensors",
+            "an object that copies them",
+        )
+
+
 def squared_norms(captum: Any, batch: tuple[Any, ...]) -> Tensor:
     """`|J^T v|^2` in the kernel of an object for every example of `(inputs..., v)`, `(n,)`."""
     with traceless():
@@ -178,8 +194,9 @@ def similarities(captum: Any, inputs: tuple[Any, ...], n_train: int) -> Tensor:
     Raises:
         ValueError: More than one input, of which it would read the first.
     """
-    if len(inputs) != 1:
-        raise bad_value("inputs", "hold one tensor beside the labels for SimilarityInfluence", len(inputs))
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+        got = f"a {type(inputs[0]).__name__}" if len(inputs) == 1 else len(inputs)
+        raise bad_value("inputs", "hold one tensor beside the labels for SimilarityInfluence", got)
     indices, values = captum.influence(inputs, top_k=n_train)[captum.layers[0]]
     return torch.zeros_like(values).scatter(1, indices, values)
 

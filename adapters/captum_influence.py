@@ -49,6 +49,7 @@ from .captum_calls import (
     NoIndex,
     ResidualLoss,
     check_losses,
+    check_parts,
     keep_weights,
     mend_similarity,
     outputs_by_position,
@@ -181,6 +182,7 @@ class CaptumInfluence(GradientMethod):
         elif not isinstance(ask.target, str) or ask.target != "label":
             labels = classes.to(labels.dtype).reshape(labels.shape)
         asked = (*parts_by_position(batch), labels)
+        check_parts(state.kernel, asked[:-1])
         with traceless():
             if isinstance(state.kernel, SimilarityInfluence):
                 scores = similarities(state.kernel, asked[:-1], self.n_train_)

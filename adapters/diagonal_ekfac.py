@@ -1,4 +1,4 @@
-"""Owns the paper's EKFAC (Appendix E.2): gradients divided by a mostly diagonal Fisher information F.
+"""The paper's EKFAC (Appendix E.2): gradients divided by a mostly diagonal Fisher information F.
 
     score(x, i) = 1/n_train (J_x^T g)^T (F + eps)^-1 (J_i^T r_i)
 
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from ..errors import bad_choice, bad_value
 from ..saved_values import saved_as
-from .dense_sides import dense_layers, dense_sides
+from .dense_sides import dense_layers, dense_sides, sides_of_examples
 from .fisher import FISHERS, fisher_sample, fisher_vectors
 from .gradients import GradientMethod
 from .per_example_gradients import example_gradients
+from .safe_damping import check_damping, least_lambda, rounding_of
 
 DENSE = ("kronecker", "diagonal")
 
@@ -61,7 +62,8 @@ class DiagonalEKFAC(GradientMethod):
         **options: Those of `GradientMethod`.
 
     Raises:
-        ValueError: An option out of its range; in `fit`, a relative eps where F is 0 throughout.
+        ValueError: An option out of its range; in `fit`, a relative eps where F is 0 throughout, or one at
+            which rounding errors would decide (the least safe one is named).
 
     >>> from stride_captum.conformance.planted import MLP, trained
     >>> model, train, test = trained(MLP)
@@ -98,22 +100,30 @@ class DiagonalEKFAC(GradientMethod):
         fisher: dict[str, list[Tensor]] = {}
         parameters = {name: p.detach() for name, p in model.named_parameters() if name in self.parameters_}
         layers = dense_layers(model, parameters) if self.dense == "kronecker" else {}
+        probe = self._probe()
+        vectors = self._probe_vectors(model, probe)
+        together = sides_of_examples(model, layers, probe, vectors, self._rounding)
         n = min(self.n_fisher, self.n_train_)
         for batch, uniforms in self._fisher_batches(show_progress):
             with torch.no_grad():
                 logits = self._logits(model, batch)
             labels = self._train_labels(batch, logits.shape[1])
             draws = fisher_vectors(self.fisher, logits, labels, uniforms)
+            size = len(batch) if together else 1
             for vectors in draws:
-                sides = dense_sides(model, layers, batch, vectors)
-                for name, (a, b) in sides.items():
-                    # The positions of an example add up in one factor, and are averaged in the other.
-                    n_inputs = n * len(draws) * len(a) / len(vectors)
-                    _add(fisher, name, [b.T @ b / n, a.T @ a / n_inputs])
-                others = {name: p for name, p in parameters.items() if name not in sides}
+                dense: set[str] = set()
+                for piece, rows in zip(batch.split(size), vectors.split(size), strict=True):
+                    for name, (a, b) in dense_sides(model, layers, piece, rows).items():
+                        # The positions of an example add up in one factor, and are averaged in the other.
+                        n_inputs = n * len(draws) * len(a) / len(rows)
+                        _add(fisher, name, [b.T @ b / n, a.T @ a / n_inputs])
+                        dense.add(name)
+                others = {name: p for name, p in parameters.items() if name not in dense}
                 if others:
                     for name, g in example_gradients(model, others, batch, vectors).items():
                         _add(fisher, name, [g.square().sum(0) / n])
+        if not all(bool(torch.isfinite(part).all()) for parts in fisher.values() for part in parts):
+            self._find_bad_gradient(model, residuals)
         return self._invert({name: fisher[name] for name in parameters})
 
     def _fisher_batches(self, show_progress: bool) -> Iterator[tuple[Any, Tensor]]:
@@ -126,19 +136,25 @@ class DiagonalEKFAC(GradientMethod):
                 yield batch[places], uniforms[inside].to(device)
 
     def _invert(self, fisher: Mapping[str, list[Tensor]]) -> DiagonalKernel:
-        scales, bases = {}, {}
+        scales, bases, safe, rounding = {}, {}, [], 0.0
         for name, parts in fisher.items():
             spectrum = parts[0]
             if len(parts) == 2:
                 (u, left), (v, right) = (torch.linalg.eigh(part.double()) for part in parts)
                 bases[name] = [left.to(spectrum), right.to(spectrum)]
                 spectrum = (u.clamp_min(0)[:, None] * v.clamp_min(0)).to(spectrum)
-            damped = spectrum + self.damping * (spectrum.mean() if self.relative else 1)
+            unit = float(spectrum.mean()) if self.relative else 1.0
+            damped = spectrum + self.damping * unit
+            if name in bases:
+                rounding = rounding_of(spectrum.dtype)
+                least = least_lambda(spectrum, rounding)
+                safe.append((least, self.damping * unit, unit))
             # A tensor that F says nothing about takes no part. Not where(damped > 0): NaN must stay NaN.
             scales[name] = torch.where(damped == 0, 0, 1 / (self.n_train_ * damped))
         if not any(bool(scale.any()) for scale in scales.values()):
             remedy = "Take relative=False, or another one."
             raise bad_value("fisher", "be above 0 somewhere", f"0 throughout from {self.fisher!r}", remedy)
+        check_damping(self.damping, safe, rounding, "Or take dense='diagonal'.")
         return DiagonalKernel(scales, bases)
 
     def _precondition(self, kernel: DiagonalKernel, sides: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Owns true EKFAC (George et al., 2018; Grosse et al., 2023; E.2 of the paper), computed by kronfluence.
+"""True EKFAC (George et al., 2018; Grosse et al., 2023; E.2 of the paper), computed by kronfluence.
 
     score(x, i) = 1/N (J_x^T g)^T (F + lambda I)^-1 (J_i^T r_i),    F = Q diag(Lambda) Q^T, layer by layer
 
@@ -7,8 +7,8 @@ squares of gradients in it. kronfluence is asked for products of the gradients o
 `-<logits, r_i>` and `-<logits, g>`, whose gradients are those of the loss and of the response.
 
 kronfluence knows Linear and Conv2d layers, each with its bias. Norm layers, embeddings, convolutions that
-are grouped or not padded with zeros, and subclasses of the two (as inside attention) take no part; of
-layers that share a weight only the first does.
+are grouped or not padded with zeros, and subclasses of the two (as inside attention) take no part. What it
+makes of the gradients of a few examples is compared with autograd.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..batch import ExampleBatch
 from ..errors import bad_choice, bad_value
 from ..influence import Ask
 from ..installed import install_command
 from .controls import input_keys
+from .gradient_checks import agree, check_gradients
 from .gradients import GradientMethod, GradientState
-from .kronfluence_calls import Batch, Kronfluence, tracked_layers
+from .kronfluence_calls import Batch, Kronfluence, spectra
+from .kronfluence_layers import LAYOUTS, tracked_layers
+from .per_example_gradients import flat, gradients_one_by_one
+from .safe_damping import check_damping, least_lambda, rounding_of
 
 STRATEGIES = ("ekfac", "kfac", "diagonal", "identity")
 FISHERS = ("sampled", "empirical")
@@ -57,6 +62,7 @@ class EKFAC(GradientMethod):
 
     Attributes:
         parameters_: Names of the parameters that take part.
+        layout_: How the rows that layers see follow the examples (`kronfluence_layers`); "alone" is slow.
 
     Raises:
         ImportError: kronfluence is not installed.
@@ -104,23 +110,77 @@ class EKFAC(GradientMethod):
     def damping(self, value: float | None) -> None:
         if value is not None and not 0 <= value < math.inf:
             raise bad_value("damping", "be at least 0, or None for a tenth of the mean eigenvalue", value)
-        self._damping = value
         for state in self._states or []:
+            self._check_damping(value, state)
             state.norms = None
+        self._damping = value
+
+    def _check_damping(self, damping: float | None, state: GradientState) -> None:
+        """Refuse a lambda at which rounding errors would decide."""
+        rounding = rounding_of(state.residuals.dtype)
+        parts = []
+        for spectrum, rotated in spectra(state.kernel):
+            given = 0.1 * float(spectrum.mean()) if damping is None else damping
+            if float(spectrum.min().clamp_min(0)) + given <= 0:
+                raise bad_value("damping", "be above 0 where gradients are 0 in all examples", damping)
+            parts.append((least_lambda(spectrum, rounding) if rotated else 0.0, given, 1.0))
+        check_damping(damping, parts, rounding, "Or take strategy='diagonal'.")
 
     def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> GradientState:
         state = super()._fit_checkpoint(model, show_progress)
-        some = self._first_train_batch().first(2)
-        layers = tracked_layers(model, self.parameters_, some)
+        probe = self._probe()
+        layers = tracked_layers(model, self.parameters_, probe)
         self.parameters_ = [n for n, _ in model.named_parameters() if n.rpartition(".")[0] in layers]
-        state.kernel = self._kronfluence(model).fit(
-            lambda draw: self._fisher_batches(state.loss_residuals, draw, show_progress)
-        )
+        self.layout_ = self._layout_of(model, layers, probe)
+        try:
+            state.kernel = self._kronfluence(model).fit(
+                lambda draw: self._fisher_batches(state.loss_residuals, draw, show_progress)
+            )
+        except torch.linalg.LinAlgError:  # what eigh says of NaN
+            self._find_bad_gradient(model, state.loss_residuals)
+            raise
+        self._check_damping(self.damping, state)
         return state
+
+    def _layout_of(self, model: nn.Module, layers: list[str], probe: ExampleBatch) -> str:
+        """The layout in which products of the gradients of a few examples are those of autograd."""
+        vectors = self._probe_vectors(model, probe)
+        wanted = self._plain_products(model, layers, probe, vectors)
+        batches = [{"gradients": vectors, "residuals": vectors, "examples": probe}]
+        wrong, fault = layers, None
+        for layout in LAYOUTS:
+            try:
+                found = Kronfluence(model, layers, layout=layout).scores_by_layer(*batches, batches)
+            except Exception as error:  # of kronfluence or of a reshape: not in this layout
+                fault = fault or error
+                continue
+            wrong = [
+                n for n, a, b in zip(layers, found, wanted, strict=True) if not agree(a, b, self._rounding)
+            ]
+            if not wrong:
+                return layout
+        raise bad_value(
+            "model",
+            "use a layer on rows that are each of one example, and its weight nowhere else, for EKFAC",
+            f"{wrong[0]!r}, whose gradients kronfluence gets wrong",
+            "Leave it out with `layers`.",
+        ) from fault
+
+    def _plain_products(
+        self, model: nn.Module, layers: list[str], probe: ExampleBatch, vectors: Tensor
+    ) -> list[Tensor]:
+        gradients = gradients_one_by_one(model, self.parameters_, probe, vectors)
+        check_gradients(flat(gradients), 0)
+        rows = [
+            flat({name: g for name, g in gradients.items() if name.rpartition(".")[0] == layer})
+            for layer in layers
+        ]
+        return [part @ part.T for part in rows]
 
     def _kronfluence(self, model: nn.Module) -> Kronfluence:
         layers = dict.fromkeys(name.rpartition(".")[0] for name in self.parameters_)
-        return Kronfluence(model, layers, self.strategy, self.fisher == "empirical", self.damping)
+        empirical = self.fisher == "empirical"
+        return Kronfluence(model, layers, self.strategy, empirical, self.damping, self.layout_)
 
     def _fisher_batches(self, residuals: Tensor, draw: int, show_progress: bool) -> Iterator[Batch]:
         for batch in self._train_sides(show_progress, residuals=residuals):

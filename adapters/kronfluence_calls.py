@@ -1,4 +1,4 @@
-"""Owns the way kronfluence is called: its functions on loaders and tensors, not its `Analyzer`.
+"""Calls of kronfluence: its functions on loaders and tensors, not its `Analyzer`.
 
 Nothing is written to disk or cached by name, a copy of the model is wrapped, the process-wide state (which
 would fix the device at its first use) is neither read nor set, and nothing is logged or shown.
@@ -8,20 +8,19 @@ Batches are dicts: "examples", and beside them what the losses need of each exam
 
 from __future__ import annotations
 
-import copy
 import gc
 import warnings
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..batch import ExampleBatch
-from ..errors import bad_value
 from ..residuals import tempered_residuals
+from .kronfluence_layers import Grouped, group_rows, replace_modules
+from .traces import process_wide
+from .working_copies import independent_copy, widened
 
 Batch = dict[str, Any]
 Factors = dict[str, dict[str, Tensor]]
@@ -36,18 +35,30 @@ class Kronfluence:
         strategy: Of `FactorArguments`.
         empirical: Use training labels for the Fisher matrix instead of drawn ones.
         damping: Of `ScoreArguments`; None is a tenth of the mean eigenvalue.
+        layout: How the rows that a layer sees follow the examples, one of `LAYOUTS`.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Iterable[str], strategy: str, empirical: bool, damping: float | None
+        self,
+        model: nn.Module,
+        layers: Iterable[str],
+        strategy: str = "identity",
+        empirical: bool = False,
+        damping: float | None = None,
+        layout: str = "rows",
     ) -> None:
         from kronfluence import FactorArguments, ScoreArguments, prepare_model
+        from kronfluence.module import TrackedModule
         from kronfluence.utils.state import State
 
         first = next(model.parameters())
         # The wrapper of a layer needs a parent to be put into, also where the model is a layer itself.
-        self.losses = LinearLosses([f"0.{name}".rstrip(".") for name in layers])
-        self.model = prepare_model(nn.Sequential(copy.deepcopy(model)), self.losses).to(first.device)
+        root, names = nn.Sequential(independent_copy(model)), [f"0.{name}".rstrip(".") for name in layers]
+        groups, names = ([], names) if layout == "rows" else group_rows(root, names)
+        self.losses, self.alone = LinearLosses(names, groups), layout == "alone"
+        self.model = prepare_model(root, self.losses).to(first.device)
+        wrapped = [module for module in self.model.modules() if isinstance(module, TrackedModule)]
+        replace_modules(self.model, {module.original_module: module for module in wrapped})
         dtype = torch.promote_types(first.dtype, torch.float32)
         of_factors = ("activation_covariance", "gradient_covariance", "per_sample_gradient", "lambda")
         of_scores = ("per_sample_gradient", "precondition", "score")
@@ -71,14 +82,14 @@ class Kronfluence:
 
         needs, factors = FactorConfig.CONFIGS[self.factor_args.strategy], {}
         if needs.requires_covariance_matrices:
-            loader = Batches(batches(0))
+            loader = Batches(self._pieces(batches(0)))
             _, covariances = self._call(fit_covariance_matrices_with_loader, task=self.losses, loader=loader)
             factors = self._call(perform_eigendecomposition, covariance_factors=covariances)
         if needs.requires_lambda_matrices:
             _, corrected = self._call(
                 fit_lambda_matrices_with_loader,
                 task=self.losses,
-                loader=Batches(batches(1)),
+                loader=Batches(self._pieces(batches(1))),
                 eigen_factors=factors or None,
             )
             factors = {**factors, **corrected}
@@ -86,30 +97,52 @@ class Kronfluence:
 
     def scores(self, factors: Factors, query: Batch, train: Iterable[Batch]) -> Tensor:
         """`(J_x^T g)^T M (J_i^T r_i)`, `(n_query, n_train)`, of "gradients" g and "residuals" r."""
+        return self._pairwise(factors, query, train)["all_modules"].to(self.state.device)
+
+    def scores_by_layer(self, query: Batch, train: Iterable[Batch]) -> list[Tensor]:
+        """The terms of `scores` for each layer, where no factors are needed."""
+        self.score_args.compute_per_module_scores = True
+        return list(self._pairwise({}, query, train).values())
+
+    def _pairwise(self, factors: Factors, query: Batch, train: Iterable[Batch]) -> dict[str, Tensor]:
         from kronfluence.score.pairwise import compute_pairwise_scores_with_loaders
 
-        size = len(query["gradients"])
-        loaders = {"query_loader": Batches([query]), "train_loader": Batches(train)}
+        queries = Batches(list(self._pieces([query])))
+        self.score_args.query_gradient_accumulation_steps = len(queries)
         return self._score(
-            compute_pairwise_scores_with_loaders, factors, per_device_query_batch_size=size, **loaders
+            compute_pairwise_scores_with_loaders,
+            factors,
+            per_device_query_batch_size=len(query["gradients"]),
+            query_loader=queries,
+            train_loader=Batches(self._pieces(train)),
         )
 
     def self_scores(self, factors: Factors, batches: Iterable[Batch]) -> Tensor:
         """`(J_i^T g_i)^T M (J_i^T r_i)`, `(n,)`, of "gradients" g and "residuals" r."""
         from kronfluence.score.self import compute_self_measurement_scores_with_loaders
 
-        return self._score(
-            compute_self_measurement_scores_with_loaders, factors, train_loader=Batches(batches)
+        loader = Batches(self._pieces(batches))
+        found = self._score(compute_self_measurement_scores_with_loaders, factors, train_loader=loader)
+        return found["all_modules"].to(self.state.device)
+
+    def _pieces(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        """The batches, or their examples one at a time."""
+        if not self.alone:
+            return batches
+        return (
+            {name: part[i : i + 1] for name, part in batch.items()}
+            for batch in batches
+            for i in range(len(batch["examples"]))
         )
 
-    def _score(self, function: Callable[..., Any], factors: Factors, **loaders: Any) -> Tensor:
+    def _score(self, function: Callable[..., Any], factors: Factors, **loaders: Any) -> dict[str, Tensor]:
         fixed = {"task": self.losses, "score_args": self.score_args, "tracked_module_names": None}
-        scores: Tensor = self._call(function, loaded_factors=factors, **fixed, **loaders)["all_modules"]
-        return scores.to(self.state.device)
+        found: dict[str, Tensor] = self._call(function, loaded_factors=factors, **fixed, **loaders)
+        return found
 
     def _call(self, function: Callable[..., Any], **arguments: Any) -> Any:
         fixed = {"model": self.model, "state": self.state, "factor_args": self.factor_args}
-        with warnings.catch_warnings(), _cheap_collections():
+        with process_wide, warnings.catch_warnings(), _cheap_collections():
             warnings.filterwarnings("ignore", message=".*GradScaler", category=FutureWarning)
             return function(**fixed, **arguments, disable_tqdm=True)
 
@@ -127,20 +160,35 @@ def _cheap_collections() -> Iterator[None]:
             gc.unfreeze()
 
 
+def spectra(factors: Factors) -> Iterator[tuple[Tensor, bool]]:
+    """Eigenvalues of F of each layer `(n_out, n_in)`, and whether they belong to a basis of its own."""
+    for layer, total in factors.get("lambda_matrix", {}).items():
+        seen = factors["num_lambda_processed"][layer]
+        yield total.double() / seen, "activation_eigenvectors" in factors
+    if "lambda_matrix" not in factors:
+        for layer, a in factors.get("activation_eigenvalues", {}).items():
+            b = factors["gradient_eigenvalues"][layer]
+            yield torch.outer(b.double(), a.double()), True
+
+
 class LinearLosses:
     """What kronfluence calls a task: `-<logits, r>` in training and `-<logits, g>` as measurement.
 
     With `sample=True` r is `e_y - p` for a label y that the model draws.
+
+    Args:
+        layers: Names of the layers to wrap.
+        groups: Layers that must know the size of a batch.
     """
 
     enable_post_process_per_sample_gradient = False
 
-    def __init__(self, layers: Sequence[str]) -> None:
-        self.layers = list(layers)
+    def __init__(self, layers: Sequence[str], groups: Sequence[Grouped]) -> None:
+        self.layers, self.groups = list(layers), list(groups)
 
     def compute_train_loss(self, batch: Batch, model: nn.Module, sample: bool = False) -> Tensor:
         """Summed over the batch."""
-        logits = _logits(model, batch)
+        logits = self._logits(model, batch)
         if not sample:
             return _minus_product(logits, batch["residuals"])
         labels = drawn_labels(logits.detach(), batch["uniforms"])
@@ -148,7 +196,13 @@ class LinearLosses:
 
     def compute_measurement(self, batch: Batch, model: nn.Module) -> Tensor:
         """Summed over the batch."""
-        return _minus_product(_logits(model, batch), batch["gradients"])
+        return _minus_product(self._logits(model, batch), batch["gradients"])
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        assert isinstance(model, nn.Sequential)
+        for group in self.groups:
+            group.n = len(batch["examples"])
+        return widened(batch["examples"].logits(model[0]))
 
     def get_influence_tracked_modules(self) -> list[str]:
         """Names of the layers to wrap."""
@@ -161,12 +215,6 @@ class LinearLosses:
 def _minus_product(logits: Tensor, vectors: Tensor) -> Tensor:
     product: Tensor = (logits * vectors).sum()
     return -product
-
-
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    assert isinstance(model, nn.Sequential)
-    logits: Tensor = batch["examples"].logits(model[0])
-    return logits
 
 
 def drawn_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
@@ -185,7 +233,7 @@ def drawn_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 
 class Batches:
-    """What kronfluence reads instead of a DataLoader; its length only feeds bars that are not shown."""
+    """What kronfluence reads instead of a DataLoader; of a stream, the length only feeds bars not shown."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self.batches, self.dataset = batches, self
@@ -194,41 +242,4 @@ class Batches:
         return iter(self.batches)
 
     def __len__(self) -> int:
-        return 1
-
-
-def tracked_layers(model: nn.Module, parameters: Collection[str], batch: ExampleBatch) -> list[str]:
-    """Names of the layers that kronfluence can track: Linear and Conv2d that a forward pass calls.
-
-    Args:
-        model: In eval mode.
-        parameters: Names of parameters; a layer takes part if its weight is among them.
-        batch: Some examples to call the model with.
-
-    Raises:
-        ValueError: A layer that is called more than once (kronfluence would keep one of the calls), or none.
-    """
-    calls: Counter[str] = Counter()
-    hooks = []
-    for name, module in model.named_modules():
-        if _supported(module) and f"{name}.weight".lstrip(".") in parameters:
-            hooks.append(module.register_forward_hook(lambda *_, name=name: calls.update([name])))
-    try:
-        with torch.no_grad():
-            batch.outputs(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    remedy = "Leave it out with `layers`."
-    for name, count in calls.items():
-        if count > 1:
-            raise bad_value("model", "call each layer once for EKFAC", f"{count} calls of {name!r}", remedy)
-    if not calls:
-        raise bad_value("model", "have Linear or Conv2d layers with chosen weights for EKFAC", "none")
-    return [name for name, _ in model.named_modules() if name in calls]
-
-
-def _supported(module: nn.Module) -> bool:
-    if type(module) is nn.Conv2d:
-        return module.groups == 1 and module.padding_mode == "zeros"
-    return type(module) is nn.Linear
+        return len(self.batches) if isinstance(self.batches, list) else 1

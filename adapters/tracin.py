@@ -109,12 +109,12 @@ class TracIn(GradientMethod):
         known = dict(model.named_modules())
         modules = [known[name] for name in owners(self.parameters_)]
         shortcut = self.fast or all(has_batched_gradients(module) for module in modules)
-        fault = self._fault_of_shortcut(model, self._probe()) if shortcut else None
+        fault = self._fault_of_shortcut(model, self._probe()) if shortcut and modules else None
         self.batched_ = shortcut and fault is None
-        if self.fast and fault is not None:
+        if self.fast and (fault is not None or not modules):
             raise bad_value(
                 "layers",
-                "name the Linear layer whose outputs are those of `model` with fast=True",
+                "name the Linear layer, with a weight, whose outputs are those of `model` with fast=True",
                 repr(self.layers),
                 "Leave `fast` out if there is none.",
             ) from fault

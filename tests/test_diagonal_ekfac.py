@@ -4,7 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from planted import MLP, N_CLASSES, BatchNormCNN, Items, built, expect_untouched, planted_classes
+from planted import (
+    MLP,
+    N_CLASSES,
+    BatchNormCNN,
+    Items,
+    built,
+    examples,
+    expect_untouched,
+    planted_classes,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -267,8 +276,8 @@ class CalledForEach(Sequences):
 
 def test_sides_of_positions_add_up_to_the_gradient():
     model = built(Sequences).double()
-    x, vectors = float64(6, (12,)).tensors[0], torch.randn(6, N_CLASSES, dtype=torch.float64)
-    sides = dense_sides(model, dense_layers(model, dict(model.named_parameters())), (x, None), vectors)
+    (x, y), vectors = float64(6, (12,)).tensors, torch.randn(6, N_CLASSES, dtype=torch.float64)
+    sides = dense_sides(model, dense_layers(model, dict(model.named_parameters())), examples((x, y)), vectors)
     wanted = torch.autograd.grad((model(x) * vectors).sum(), [model.inner.weight, model.outer.weight])
     assert [len(sides[name][0]) for name in ("inner.weight", "outer.weight")] == [24, 6]
     for name, gradient in zip(("inner.weight", "outer.weight"), wanted, strict=True):
@@ -293,10 +302,92 @@ def test_equal_positions_give_the_kronecker_factors_of_one_input():
     )
     layers = {model.inner: "inner.weight"}
     residuals = F.one_hot(data.tensors[1], N_CLASSES) - model(data.tensors[0]).softmax(1).detach()
-    _, b = dense_sides(model, layers, (data.tensors[0], None), residuals)["inner.weight"]
+    _, b = dense_sides(model, layers, examples(data.tensors), residuals)["inner.weight"]
     left, right = 4 * b[::4].T @ b[::4] / N, x.T @ x / N
     spectrum = torch.outer(torch.linalg.eigvalsh(left).clamp_min(0), torch.linalg.eigvalsh(right))
     torch.testing.assert_close(kernel.scales["inner.weight"], 1 / (N * (spectrum + 1e-3)))
+
+
+class Layouts(nn.Module):
+    """Four rows an example, shown to a Linear layer in some layout."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.inner, self.outer, self.layout = nn.Linear(3, 5), nn.Linear(5, N_CLASSES), layout
+        self.query = nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(1, (4, 3))
+        if self.layout == "flat":
+            h = self.inner(x.flatten(0, 1)).unflatten(0, (len(x), 4))
+        elif self.layout == "rows first":
+            h = self.inner(x.transpose(0, 1)).transpose(0, 1)
+        elif self.layout == "called by name":
+            h = self.inner(input=x)
+        elif self.layout == "a learned query":
+            h = self.inner(self.query) * x.sum(2)[:, :2, None]
+        else:
+            h = self.inner(x)
+        return self.outer(h.tanh().sum(1))
+
+
+@pytest.mark.parametrize("layout", ["flat", "rows first", "called by name"])
+def test_scores_do_not_depend_on_how_a_layer_sees_the_rows_of_an_example(layout):
+    data, test = float64(N, (12,)), float64(3, (12,), seed=1)
+    options = {"layers": ["inner", "outer"], "batch_size": 5}
+    wanted = DiagonalEKFAC(built(lambda: Layouts("kept")).double(), data, **options).influence(test.tensors)
+    model = built(lambda: Layouts(layout)).double()
+    torch.testing.assert_close(DiagonalEKFAC(model, data, **options).influence(test.tensors), wanted)
+
+
+def test_the_factors_of_a_layer_that_reads_what_all_examples_share_do_not_depend_on_batches():
+    data, test = float64(N, (12,)), float64(3, (12,), seed=1)
+    model = built(lambda: Layouts("a learned query")).double()
+    options = {"layers": ["inner", "outer"], "fisher": "empirical", "relative": False, "damping": 1e-2}
+    found = DiagonalEKFAC(model, data, **options).fit()
+    torch.testing.assert_close(
+        found.influence(test.tensors),
+        DiagonalEKFAC(model, data, batch_size=1, **options).influence(test.tensors),
+    )
+    # E[b b^T] by hand: two rows an example, whose gradients belong to it alone.
+    left = torch.zeros(5, 5).double()
+    for x, y in zip(*data.tensors, strict=True):
+        h = model.inner(model.query).detach().requires_grad_(True)
+        logits = model.outer((h * x.view(4, 3).sum(1)[:2, None]).tanh().sum(0))
+        residual = F.one_hot(y, N_CLASSES) - logits.detach().softmax(0)
+        (b,) = torch.autograd.grad((logits * residual).sum(), h)
+        left += b.T @ b / N
+    right = (model.query.T @ model.query / 2).detach()
+    spectrum = torch.outer(
+        torch.linalg.eigvalsh(left).clamp_min(0), torch.linalg.eigvalsh(right).clamp_min(0)
+    )
+    torch.testing.assert_close(found._states[0].kernel.scales["inner.weight"], 1 / (N * (spectrum + 1e-2)))
+
+
+class Norms(nn.Module):
+    """Adds the root of a norm, whose gradient at 0 is infinite."""
+
+    def __init__(self, of_layer: bool) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(6, 5, bias=False), nn.Linear(5, N_CLASSES)
+        self.of_layer = of_layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc(x)
+        rooted = h if self.of_layer else x @ self.fc.weight.T
+        return self.head(h) + rooted.norm(dim=1, keepdim=True).sqrt()
+
+
+@pytest.mark.parametrize("of_layer", [False, True])
+@pytest.mark.parametrize("dense", ["kronecker", "diagonal"])
+def test_gradients_that_are_not_finite_are_refused_with_the_example(dense, of_layer):
+    x, y = float64(N, (6,)).tensors
+    x = x.clone()
+    x[8] = 0
+    model = built(lambda: Norms(of_layer)).double()
+    method = DiagonalEKFAC(model, TensorDataset(x, y), dense=dense, batch_size=5)
+    with pytest.raises(ValueError, match="finite gradients; got NaN or infinity for example 8"):
+        method.influence(float64(2, (6,)).tensors)
 
 
 class Attention(nn.Module):
@@ -334,8 +425,8 @@ class Tied(nn.Module):
 
 def test_layers_that_share_a_weight_share_their_factors():
     model = built(Tied).double()
-    x, vectors = float64(6, (4,)).tensors[0], torch.randn(6, N_CLASSES, dtype=torch.float64)
-    sides = dense_sides(model, dense_layers(model, dict(model.named_parameters())), (x, None), vectors)
+    (x, y), vectors = float64(6, (4,)).tensors, torch.randn(6, N_CLASSES, dtype=torch.float64)
+    sides = dense_sides(model, dense_layers(model, dict(model.named_parameters())), examples((x, y)), vectors)
     a, b = sides["fc1.weight"]
     (wanted,) = torch.autograd.grad((model(x) * vectors).sum(), [model.fc1.weight])
     torch.testing.assert_close(b.T @ a, wanted)

@@ -179,7 +179,7 @@ def test_damping_is_set_anew_without_another_fit(small, normalize) -> None:
 
 
 @pytest.mark.parametrize("residuals", ["temperature", "leave-one-out", "both"])
-def test_our_residuals_stand_on_the_training_side_only(small, residuals) -> None:
+def test_out_of_sample_residuals_stand_on_the_training_side_only(small, residuals) -> None:
     model, train, test = small
     published = EKFAC(model, train).fit()
     method = EKFAC(model, train, residuals=residuals).fit()
@@ -295,7 +295,7 @@ def test_laws(law) -> None:
     law(EKFAC)
 
 
-def test_the_law_of_self_influence_holds_with_our_residuals() -> None:
+def test_the_law_of_self_influence_holds_with_out_of_sample_residuals() -> None:
     law = laws_of_scores.self_influence_is_minus_the_effect_on_the_own_loss
     law(partial(EKFAC, residuals="both"))
 
@@ -368,6 +368,182 @@ def test_a_layer_that_is_called_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="call each layer once for EKFAC; got 2 calls of 'inner'"):
         EKFAC(model, doubled(8)).fit()
     assert EKFAC(model, doubled(8), layers=["head"]).fit().parameters_ == ["head.weight", "head.bias"]
+
+
+# Rows that layers see.
+
+
+class Bags(nn.Module):
+    """Five rows an example, shown to the first layer in some layout."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.first, self.last, self.layout = nn.Linear(6, 5), nn.Linear(5, 3), layout
+        if layout == "a learned query":
+            self.query = nn.Parameter(torch.linspace(-1, 1, 12).reshape(2, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = len(x)
+        if self.layout == "flat":
+            h = self.first(x.flatten(0, 1)).unflatten(0, (n, -1))
+        elif self.layout == "rows first":
+            h = self.first(x.transpose(0, 1)).transpose(0, 1)
+        elif self.layout == "rows first and flat":
+            h = self.first(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (-1, n)).transpose(0, 1)
+        elif self.layout == "a learned query":
+            h = x[:, :2, :5] * self.first(self.query)
+        elif self.layout == "called by name":
+            h = self.first(input=x)
+        else:
+            h = self.first(x)
+        # The width of a layer that is wrapped is still there.
+        return self.last(h.relu().mean(1) * self.first.weight.shape[1] / self.last.in_features)
+
+
+def bags(layout: str) -> nn.Module:
+    return built(lambda: Bags(layout)).double().eval()
+
+
+@pytest.mark.parametrize(
+    ("layout", "found"), [("flat", "grouped"), ("rows first", "alone"), ("rows first and flat", "alone")]
+)
+@pytest.mark.parametrize("rows", [5, 3])
+def test_scores_do_not_depend_on_how_a_layer_sees_the_rows_of_an_example(
+    layout, found, rows, tmp_path
+) -> None:
+    train, test = doubled(12, (rows, 6), seed=1), doubled(3, (rows, 6), seed=2)
+    plain = EKFAC(bags("kept"), train, batch_size=5)
+    method = EKFAC(bags(layout), train, batch_size=5)
+    for normalize in (None, "cosine"):
+        wanted = plain.influence(test.tensors, normalize=normalize)
+        torch.testing.assert_close(method.influence(test.tensors, normalize=normalize), wanted)
+    torch.testing.assert_close(method.self_influence(), plain.self_influence())
+    assert (method.layout_, plain.layout_) == (found, "rows")
+    method.save(tmp_path / "ekfac")
+    loaded = EKFAC.load(tmp_path / "ekfac", method.model, train)
+    assert torch.equal(loaded.influence(test.tensors), method.influence(test.tensors))
+
+
+def test_the_first_layer_alone_gives_one_row_a_test_point() -> None:
+    train, test = doubled(12, (5, 6), seed=1), doubled(3, (5, 6), seed=2)
+    found, wanted = (
+        EKFAC(bags(layout), train, layers=["first"]).influence(test.tensors) for layout in ("flat", "kept")
+    )
+    assert found.shape == (3, 12)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_layer_that_reads_what_all_examples_share_is_right_where_they_are_alone() -> None:
+    train, test = doubled(12, (5, 6), seed=1), doubled(3, (5, 6), seed=2)
+    method = EKFAC(bags("a learned query"), train, strategy="identity")
+    found = method.influence(test.tensors, response="log-probability")
+    assert method.layout_ == "alone"
+    x, (u, v) = train.tensors[0], test.tensors
+    left, right = (
+        gradients_of(
+            method.model, ["first", "last"], inputs, residuals_of(method.model, TensorDataset(inputs, y))
+        )
+        for inputs, y in ((u, v), train.tensors)
+    )
+    wanted = sum(left[name].flatten(1) @ right[name].flatten(1).T for name in left) / len(x)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_layer_that_kronfluence_gets_wrong_is_refused_by_name() -> None:
+    layout = "called by name"
+    train, test = doubled(12, (5, 6), seed=1), doubled(3, (5, 6), seed=2)
+    with pytest.raises(ValueError, match=r"`model` must use a layer on rows .* got 'first', whose"):
+        EKFAC(bags(layout), train).fit()
+    assert EKFAC(bags(layout), train, layers=["last"]).influence(test.tensors).shape == (3, 12)
+
+
+def test_a_convolution_on_flattened_images_is_refused_by_name() -> None:
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(2, 3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.conv(x.flatten(0, 1)).mean((2, 3)).unflatten(0, (len(x), -1))
+            return self.last(h.mean(1))
+
+    with pytest.raises(
+        ValueError, match=r"`model` must use a layer .* got 'conv', whose gradients .*`layers`"
+    ):
+        EKFAC(built(Frames).double(), doubled(8, (4, 2, 5, 5))).fit()
+
+
+class Aliases(nn.Module):
+    """A layer that is called by its second name, and one that changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.spare = nn.Linear(6, 5), nn.Linear(5, 3), nn.Linear(6, 2)
+        self.again = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.spare(x)
+        return self.last(self.again(x).relu())
+
+
+def test_a_layer_with_two_names_and_one_without_effect() -> None:
+    class Plain(Aliases):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x).relu())
+
+    train, test = doubled(12, seed=1), doubled(3, seed=2)
+    found, wanted = (EKFAC(built(build).double(), train) for build in (Aliases, Plain))
+    torch.testing.assert_close(found.influence(test.tensors), wanted.influence(test.tensors))
+    assert found.parameters_ == ["first.weight", "first.bias", "last.weight", "last.bias"]
+
+
+def test_weights_that_two_modules_share_are_refused() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.b(self.a(x).relu()).relu())
+
+    model = built(Tied).double()
+    with pytest.raises(
+        ValueError, match="`model` must have no shared weights for EKFAC; got one of 'a' and 'b'"
+    ):
+        EKFAC(model, doubled(8)).fit()
+    assert EKFAC(model, doubled(8), layers=["head"]).fit().parameters_ == ["head.weight", "head.bias"]
+
+
+def test_a_weight_that_is_used_a_second_time_is_refused() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.fc(x).relu() @ self.fc.weight)
+
+    with pytest.raises(ValueError, match="and its weight nowhere else, for EKFAC; got 'fc'"):
+        EKFAC(built(Twice).double(), doubled(8)).fit()
+
+
+def test_gradients_that_are_not_finite_are_refused_with_the_example() -> None:
+    class Norms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(6, 5, bias=False), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.fc(x)
+            return self.head(h) + h.norm(dim=1, keepdim=True).sqrt() * torch.tensor([1.0, 0.0, 0.0])
+
+    x, y = doubled(12).tensors
+    for at in (1, 7):
+        spoilt = x.clone()
+        spoilt[at] = 0
+        with pytest.raises(ValueError, match=f"finite gradients; got NaN or infinity for example {at}"):
+            EKFAC(built(Norms).double(), TensorDataset(spoilt, y), batch_size=5).fit()
 
 
 def test_a_model_without_layers_that_kronfluence_knows_is_refused() -> None:

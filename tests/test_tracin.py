@@ -24,6 +24,7 @@ from planted import (
     unusual,
 )
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, TensorDataset
 
 from stride_captum import STRIDE, STRIDEConfig
@@ -109,6 +110,8 @@ class Tokens(nn.Module):
     def __init__(self, layout: str) -> None:
         super().__init__()
         self.first, self.last, self.layout = nn.Linear(6, 5), nn.Linear(5, 3), layout
+        if layout == "a learned query":
+            self.query = nn.Parameter(torch.ones(1, 6))
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, _ = x.shape
@@ -116,9 +119,22 @@ class Tokens(nn.Module):
             return self.last(self.first(x.transpose(0, 1)).tanh().mean(0))
         if self.layout == "flat":
             return self.last(self.first(x.flatten(0, 1)).tanh().view(n, t, 5).mean(1))
+        if self.layout == "a learned query":
+            return self.last((x.mean(1) * self.first(self.query)[:, 0]).tanh()[:, :5])
         if self.layout == "mean of logits":
             return self.last(self.first(x).tanh()).mean(1)
         return self.last(self.first(x).tanh().mean(1))
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer before a linear one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.last = nn.GRU(6, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.cells(x)[0][:, -1])
 
 
 class Twice(nn.Module):
@@ -171,6 +187,9 @@ NETWORKS = {
     "a linear layer on tokens": (lambda: Tokens("examples first"), TOKENS, True),
     "a linear layer on tokens first": (lambda: Tokens("tokens first"), TOKENS, False),
     "a linear layer on flattened tokens": (lambda: Tokens("flat"), TOKENS, False),
+    "a linear layer on a learned query": (lambda: Tokens("a learned query"), TOKENS, False),
+    "a recurrent layer": (Recurrent, TOKENS, False),
+    "a weight with a norm of its own": (lambda: weight_norm(nn.Linear(6, 3)), FLAT, False),
     "a module used twice": (Twice, FLAT, True),
     "tied weights": (lambda: Twice(tied=True), FLAT, False),
     "a parameter of its own": (Scaled, FLAT, False),
@@ -242,7 +261,7 @@ class TestNotFast:
 
 
 class TestFast:
-    @pytest.mark.parametrize("name", [name for name in NETWORKS if name not in ("a parameter of its own",)])
+    @pytest.mark.parametrize("name", [name for name in NETWORKS if not name.endswith("of its own")])
     def test_scores_are_products_of_the_last_weight(self, name):
         build, shape, _ = NETWORKS[name]
         model, train, test = untrained(build, shape)
@@ -270,13 +289,15 @@ class TestFast:
             (Scaled, FLAT, None),
             (OutOfOrder, FLAT, None),
             (lambda: Tokens("mean of logits"), TOKENS, None),
+            (lambda: weight_norm(nn.Linear(6, 3)), FLAT, None),
             (MLP, FLAT, ["fc2"]),
         ],
     )
     def test_a_layer_whose_outputs_are_not_those_of_the_model_is_refused(self, build, shape, layers):
         model, train, _ = untrained(build, shape)
         with pytest.raises(
-            ValueError, match=r"`layers` must name the Linear layer .* fast=True; got .* Leave `fast` out"
+            ValueError,
+            match=r"`layers` must name the Linear layer, with a weight, .* fast=True; .* Leave `fast` out",
         ):
             TracIn(model, train, fast=True, layers=layers).fit()
 
@@ -496,6 +517,32 @@ class TestTheModelComesBack:
 
 
 class TestManners:
+    @pytest.mark.parametrize("size", [1, 2])
+    def test_the_shortcut_is_looked_at_with_several_examples_where_batches_hold_one(self, size):
+        model, train, test = untrained(lambda: Tokens("a learned query"), TOKENS)
+        method = TracIn(model, train, batch_size=size, layers=["first"])
+        wanted = products(model, ["first.weight", "first.bias"], train.tensors, test.tensors)
+        torch.testing.assert_close(method.influence(test.tensors), wanted, rtol=1e-10, atol=1e-12)
+        assert not method.batched_
+
+    @pytest.mark.parametrize("at", [1, 7])
+    def test_gradients_that_are_not_finite_are_refused_with_the_example(self, at):
+        class Norms(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.hidden, self.last = nn.Linear(6, 6, bias=False), nn.Linear(6, 3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                h = self.hidden(x)
+                return self.last(h + h.norm(dim=1, keepdim=True).sqrt())
+
+        model, train, test = untrained(Norms, FLAT)
+        x, y = train.tensors
+        x[at] = 0
+        match = f"finite gradients; got NaN or infinity for example {at}"
+        with pytest.raises(ValueError, match=match):
+            TracIn(model, TensorDataset(x, y), batch_size=4).influence(test.tensors)
+
     @pytest.mark.parametrize("frozen", [False, True])
     def test_one_test_point_with_nan_spoils_its_own_row_alone(self, mlp, frozen):
         model, train, test = mlp
