@@ -155,10 +155,10 @@ class CaptumInfluence(GradientMethod):
     def _network(self, model: nn.Module) -> nn.Module:
         """A copy that takes tensors by position and gives a tensor; Captum may do with it what it likes."""
         network = independent_copy(model)
-        check_copy(model, network, self._probe())
+        check_copy(model, network, self._probe)
         for parameter in network.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        template, run = self._first_train_batch(), network.forward
+        template, run = self._probe, network.forward
 
         def forward(*values: Any) -> Tensor:
             outputs = outputs_by_position(template, run, values)

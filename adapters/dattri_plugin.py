@@ -1,4 +1,4 @@
-"""Owns the way into dattri: every method of ours as one of its attributors.
+"""Plugin for dattri: every method of this package as one of its attributors.
 
     from stride_captum.adapters.dattri_plugin import STRIDEAttributor, attributor_for
 
@@ -62,10 +62,19 @@ class InfluenceAttributor(BaseAttributor):  # type: ignore[misc]
 
     def cache(self, full_train_dataloader: DataLoader[Any]) -> None:
         """Fit the method on all examples that the network was trained on, not shuffled."""
-        self._cached = _examples(full_train_dataloader, "full_train_dataloader")
+        dataset, order = self._cached = _examples(full_train_dataloader, "full_train_dataloader")
+        source = full_train_dataloader
+        if order != list(range(len(dataset))):  # column i of a method is the i-th example of its data set
+            batches = full_train_dataloader.batch_size or max(map(len, full_train_dataloader.batch_sampler))
+            source = DataLoader(
+                Subset(dataset, order),
+                batches,
+                collate_fn=source.collate_fn,
+                num_workers=source.num_workers,
+            )
         self.influence_method = self.method(
             self.task.get_model(),
-            full_train_dataloader,
+            source,
             checkpoints=self.task.get_checkpoints(),
             checkpoints_load_func=self._load,
             **self.options,

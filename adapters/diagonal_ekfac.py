@@ -100,9 +100,8 @@ class DiagonalEKFAC(GradientMethod):
         fisher: dict[str, list[Tensor]] = {}
         parameters = {name: p.detach() for name, p in model.named_parameters() if name in self.parameters_}
         layers = dense_layers(model, parameters) if self.dense == "kronecker" else {}
-        probe = self._probe()
-        vectors = self._probe_vectors(model, probe)
-        together = sides_of_examples(model, layers, probe, vectors, self._rounding)
+        vectors = self._probe_vectors(model)
+        together = sides_of_examples(model, layers, self._probe, vectors, self._rounding)
         n = min(self.n_fisher, self.n_train_)
         for batch, uniforms in self._fisher_batches(show_progress):
             with torch.no_grad():

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..batch import ExampleBatch
 from ..errors import bad_choice, bad_value
 from ..influence import Ask
 from ..installed import install_command
@@ -128,29 +127,28 @@ class EKFAC(GradientMethod):
 
     def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> GradientState:
         state = super()._fit_checkpoint(model, show_progress)
-        probe = self._probe()
-        layers = tracked_layers(model, self.parameters_, probe)
+        layers = tracked_layers(model, self.parameters_, self._probe)
         self.parameters_ = [n for n, _ in model.named_parameters() if n.rpartition(".")[0] in layers]
-        self.layout_ = self._layout_of(model, layers, probe)
+        self.layout_ = self._layout_of(model, layers)
         try:
             state.kernel = self._kronfluence(model).fit(
                 lambda draw: self._fisher_batches(state.loss_residuals, draw, show_progress)
             )
-        except torch.linalg.LinAlgError:  # what eigh says of NaN
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # what eigh says of NaN
             self._find_bad_gradient(model, state.loss_residuals)
             raise
         self._check_damping(self.damping, state)
         return state
 
-    def _layout_of(self, model: nn.Module, layers: list[str], probe: ExampleBatch) -> str:
+    def _layout_of(self, model: nn.Module, layers: list[str]) -> str:
         """The layout in which products of the gradients of a few examples are those of autograd."""
-        vectors = self._probe_vectors(model, probe)
-        wanted = self._plain_products(model, layers, probe, vectors)
-        batches = [{"gradients": vectors, "residuals": vectors, "examples": probe}]
+        vectors = self._probe_vectors(model)
+        wanted = self._plain_products(model, layers, vectors)
+        batch: Batch = {"gradients": vectors, "residuals": vectors, "examples": self._probe}
         wrong, fault = layers, None
         for layout in LAYOUTS:
             try:
-                found = Kronfluence(model, layers, layout=layout).scores_by_layer(*batches, batches)
+                found = Kronfluence(model, layers, layout=layout).scores_by_layer(batch, [batch])
             except Exception as error:  # of kronfluence or of a reshape: not in this layout
                 fault = fault or error
                 continue
@@ -166,10 +164,9 @@ class EKFAC(GradientMethod):
             "Leave it out with `layers`.",
         ) from fault
 
-    def _plain_products(
-        self, model: nn.Module, layers: list[str], probe: ExampleBatch, vectors: Tensor
-    ) -> list[Tensor]:
-        gradients = gradients_one_by_one(model, self.parameters_, probe, vectors)
+    def _plain_products(self, model: nn.Module, layers: list[str], vectors: Tensor) -> list[Tensor]:
+        """Products of the gradients of a few examples by autograd, `(n, n)` for each layer."""
+        gradients = gradients_one_by_one(model, self.parameters_, self._probe, vectors)
         check_gradients(flat(gradients), 0)
         rows = [
             flat({name: g for name, g in gradients.items() if name.rpartition(".")[0] == layer})

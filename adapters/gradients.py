@@ -128,6 +128,7 @@ class GradientMethod(InfluenceMethod):
     def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> GradientState:
         check_layers(model)
         self.parameters_ = list(chosen_parameters(model, self.layers))
+        self._probe = probe_of(self._first_train_batch())
         self._check_gradients(model)
         with torch.no_grad():
             residuals, loss_residuals, temperature = self._read_residuals(model, show_progress)
@@ -137,19 +138,14 @@ class GradientMethod(InfluenceMethod):
 
     def _check_gradients(self, model: nn.Module) -> None:
         """Refuse a model whose gradients would be wrong, by a look at a few examples."""
-        probe = self._probe()
         if self._wide_copy is not None and model is self._wide_copy[1]:
-            check_copy(self.model, model, probe)
-        self._rounding = check_model(model, self.parameters_, probe)
+            check_copy(self.model, model, self._probe)
+        self._rounding = check_model(model, self.parameters_, self._probe)
 
-    def _probe(self) -> ExampleBatch:
-        """A few training examples."""
-        return probe_of(self._first_train_batch())
-
-    def _probe_vectors(self, model: nn.Module, probe: ExampleBatch) -> Tensor:
-        """Vectors v that tell the examples of a probe apart: rows of the identity, `(n, n_classes)`."""
+    def _probe_vectors(self, model: nn.Module) -> Tensor:
+        """Vectors v that tell the examples of the probe apart: rows of the identity, `(n, n_classes)`."""
         with torch.no_grad():
-            logits = self._logits(model, probe)
+            logits = self._logits(model, self._probe)
         return torch.eye(logits.shape[1]).to(logits).repeat(len(logits), 1)[: len(logits)]
 
     def _find_bad_gradient(self, model: nn.Module, residuals: Tensor) -> None:

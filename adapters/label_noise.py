@@ -1,4 +1,4 @@
-"""Owns label-noise detectors that need no influence: how suspect each training label is.
+"""Label-noise detectors that need no influence: how suspect each training label is.
 
 All have `mislabel_scores() -> (n_train,)`, high for a suspect label, as every `InfluenceMethod` has, and
 take `(model, train_dataset, *, layers, batch_size)`.
@@ -18,16 +18,17 @@ from torch.nn import functional as F
 
 from .. import inputs as data
 from ..activations import Tap, check_finite, default_taps, named_taps, recording
-from ..batch import Batch, Reading
+from ..batch import Batch, Reading, is_batch
 from ..config import STRIDEConfig
 from ..devices import device_of
-from ..errors import bad_choice, bad_value
+from ..errors import bad_choice, bad_type, bad_value, whole_number
 from ..installed import install_command
 from ..losses import CrossEntropy, OutputCheck, loss_of
 from ..passes import Passes
 from ..responses import class_labels, response_value
-from ..restoring import untouched
+from ..restoring import draws_put_back, untouched, user_code
 from ..stride import STRIDE
+from .working_copies import widened
 
 #: Probabilities `(n_test_rows, n_classes)` for some rows of the training set from a fit on others.
 FitPredict = Callable[[NDArray[np.int64], NDArray[np.int64]], Any]
@@ -66,13 +67,21 @@ class LabelNoiseDetector(ABC):
         loss: str | CrossEntropy = "cross_entropy",
         batch: Batch | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise bad_type("model", "be a torch.nn.Module", model)
+        if is_batch(train_dataset):
+            remedy = "Write TensorDataset(inputs, labels)."
+            raise bad_type("train_dataset", "be a Dataset or a DataLoader", train_dataset, remedy)
         data.check_source(train_dataset, "train_dataset")
+        with draws_put_back(), user_code():
+            data.check_places(train_dataset, "train_dataset")
         self.model = model
         self.train_dataset = train_dataset
         self.layers = layers
-        self.batch_size = batch_size
+        self.batch_size = whole_number("batch_size", batch_size)
         self.loss = loss_of(loss)
         self.batch = Batch() if batch is None else batch
+        self._passes = Passes(train_dataset, self.batch_size, Reading(self.batch, self.loss))
 
     @abstractmethod
     def mislabel_scores(self) -> Tensor:
@@ -83,20 +92,17 @@ class LabelNoiseDetector(ABC):
         features, logits, labels = [], [], []
         with untouched(self.model), torch.no_grad(), recording(self.model, taps) as run:
             check = OutputCheck(self.loss, self.model)
-            for batch in self._passes().walk():
+            for batch in self._passes.walk():
                 batch = batch.to(device_of(self.model))
                 outputs, rows = run(batch)
-                check.look(outputs)
-                logits.append(batch.logits_of(outputs))
+                check.look(outputs, sum(map(len, labels)))
+                logits.append(widened(batch.logits_of(outputs)))
                 features.append(torch.cat(rows, 1) if rows else logits[-1].new_empty(len(logits[-1]), 0))
                 if batch.labels is None:
                     raise bad_value("train_dataset", "give one label per example", "none")
                 labels.append(class_labels(batch.labels, logits[-1].shape[1], "train_dataset"))
             check.finish()
         return torch.cat(features), torch.cat(logits), torch.cat(labels)
-
-    def _passes(self) -> Passes:
-        return Passes(self.train_dataset, self.batch_size, Reading(self.batch, self.loss))
 
 
 class LossDetector(LabelNoiseDetector):
@@ -205,7 +211,7 @@ class ConfidentLearning(LabelNoiseDetector):
 
     def _taps(self) -> list[Tap]:
         with untouched(self.model), torch.no_grad():
-            few = self._passes().first().to(device_of(self.model)).first(2)
+            few = self._passes.first().to(device_of(self.model)).first(2)
             if self.layers is not None:
                 return named_taps(self.model, self.layers, few)
             taps = default_taps(self.model, few, STRIDEConfig().max_width)

@@ -109,7 +109,7 @@ class TracIn(GradientMethod):
         known = dict(model.named_modules())
         modules = [known[name] for name in owners(self.parameters_)]
         shortcut = self.fast or all(has_batched_gradients(module) for module in modules)
-        fault = self._fault_of_shortcut(model, self._probe()) if shortcut and modules else None
+        fault = self._fault_of_shortcut(model) if shortcut and modules else None
         self.batched_ = shortcut and fault is None
         if self.fast and (fault is not None or not modules):
             raise bad_value(
@@ -120,17 +120,15 @@ class TracIn(GradientMethod):
             ) from fault
         return state
 
-    def _fault_of_shortcut(self, model: nn.Module, batch: ExampleBatch) -> Exception | None:
+    def _fault_of_shortcut(self, model: nn.Module) -> Exception | None:
         """What is wrong with Captum's products of the gradients of a few examples, None if nothing is."""
-        vectors = self._probe_vectors(model, batch)
+        batch, vectors = self._probe, self._probe_vectors(model)
         rows = flat(gradients_one_by_one(model, self.parameters_, batch, vectors))
         check_gradients(rows, 0)
         training = [(*parts_by_position(batch), vectors)]
         try:
             found = self._ask_captum(model, batch, vectors, training, batched=True)
-        except (
-            Exception
-        ) as error:  # of many kinds: a layer of another layout, an input that is no tensor, ...
+        except Exception as error:  # of many kinds: a layer of another layout, a text, ...
             return error
         right = agree(found, rows @ rows.T, self._rounding)
         return None if right else ArithmeticError("other products of gradients than those of autograd")
@@ -147,14 +145,13 @@ class TracIn(GradientMethod):
         self, model: nn.Module, batch: ExampleBatch, vectors: Tensor, training: Any, batched: bool
     ) -> Tensor:
         """Products of the gradients of a batch with those of training batches `(inputs..., residuals)`."""
-        asked: Any = (*parts_by_position(batch), vectors)
+        asked: Any = [(*parts_by_position(batch), vectors)]
         if not batched:  # Captum's loop runs every gradient of an example through its whole batch
-            alone: Any = [(*parts_by_position(batch[i : i + 1]), v[None]) for i, v in enumerate(vectors)]
-            asked = DataLoader(alone, batch_size=None)
+            asked = [(*parts_by_position(batch[i : i + 1]), v[None]) for i, v in enumerate(vectors)]
         network = Positional(model, batch)
         with quiet(), attributes_put_back(model):
-            captum = self._captum(network, DataLoader(training, batch_size=None), batched)
-            scores: Tensor = captum.influence(asked)
+            captum = self._captum(network, _as_they_are(training), batched)
+            scores: Tensor = captum.influence(asked[0] if self.fast else _as_they_are(asked))
         return scores
 
     def _test_norms(self, state: GradientState, prepared: Any) -> Tensor:
@@ -184,6 +181,11 @@ class TracIn(GradientMethod):
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "learning_rates": self.learning_rates, "fast": self.fast}
+
+
+def _as_they_are(batches: Any) -> DataLoader[Any]:
+    """Batches for Captum, in a loader that draws nothing from the global random state."""
+    return DataLoader(batches, batch_size=None, generator=torch.Generator())
 
 
 @dataclass

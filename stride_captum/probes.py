@@ -33,11 +33,11 @@ def check_deterministic(model: nn.Module, batch: Any) -> None:
         ValueError: Outputs that change from pass to pass, or with the other examples.
     """
     check_weights_exist(model)
-    batch = ExampleBatch.of(batch)
-    examples = spread(len(batch))
+    every = ExampleBatch.of(batch)
+    examples = spread(len(every))
 
     def inputs(rows: list[int]) -> ExampleBatch:
-        return batch[torch.tensor(rows)]
+        return every[torch.tensor(rows)]
 
     def outputs_of(some: ExampleBatch) -> Tensor:
         return some.outputs(model)

@@ -65,11 +65,11 @@ class TapProbe:
         self.ran: set[str] = set()
         self._channels = Channels()
         self._needs_channels = any(first_by_kind(self._modules[name]) is None for name, _ in places)
-        batch = ExampleBatch.of(batch)
-        examples = spread(len(batch))
+        every = ExampleBatch.of(batch)
+        examples = spread(len(every))
 
         def some(rows: list[int]) -> ExampleBatch:
-            return batch[torch.tensor([examples[row] for row in rows])].copied()
+            return every[torch.tensor([examples[row] for row in rows])].copied()
 
         with torch.no_grad():
             inputs = some(list(range(MANY)))

@@ -19,6 +19,7 @@ from stride_captum.adapters.label_noise import (
     logistic_regression,
     out_of_sample_probabilities,
 )
+from stride_captum.losses import CrossEntropy
 
 N, WRONG = 120, list(range(3, 120, 10))
 try:
@@ -72,6 +73,17 @@ class TestEveryDetector:
     def test_what_cannot_be_read_is_refused(self, noisy, detector):
         model, (x, y) = noisy[0], noisy[1].tensors
         shuffled = torch.utils.data.DataLoader(noisy[1], shuffle=True)
+        with pytest.raises(TypeError, match=r"`model` must be a torch.nn.Module; got function"):
+            detector(lambda x: x, noisy[1])
+        with pytest.raises(
+            TypeError, match=r"`train_dataset` must be a Dataset or .* TensorDataset\(inputs, lab"
+        ):
+            detector(model, (x, y))
+        with pytest.raises(ValueError, match=r"`batch_size` must be an integer of at least 1; got 0"):
+            detector(model, noisy[1], batch_size=0)
+        backwards = torch.utils.data.DataLoader(noisy[1], sampler=range(N - 1, -1, -1))
+        with pytest.raises(ValueError, match=r"`train_dataset` must give the examples .* 119 in place 0"):
+            detector(model, backwards)
         with pytest.raises(ValueError, match="`train_dataset` must give its examples in the same order"):
             detector(model, shuffled)
         with pytest.raises(ValueError, match="`train_dataset` must hold at least one example; got an empty"):
@@ -119,6 +131,16 @@ class TestLossDetector:
         spoilt[4] = float("nan")
         scores = LossDetector(model, TensorDataset(spoilt, y)).mislabel_scores()
         assert scores.isnan().nonzero().flatten().tolist() == [4]
+
+
+def test_a_probability_that_is_none_is_named_by_its_place_in_the_training_set(noisy):
+    y = noisy[1].tensors[1]
+    p = F.one_hot(y, 3) * 0.7 + 0.1
+    p[9] = 2.0
+    with pytest.raises(ValueError, match="other numbers for training example 9"):
+        LossDetector(
+            nn.Identity(), TensorDataset(p, y), batch_size=4, loss=CrossEntropy(outputs="probabilities")
+        ).mislabel_scores()
 
 
 def test_ridge_leave_one_out_is_that_of_stride(noisy):
