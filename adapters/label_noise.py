@@ -26,7 +26,7 @@ from ..installed import install_command
 from ..losses import CrossEntropy, OutputCheck, loss_of
 from ..passes import Passes
 from ..responses import class_labels, response_value
-from ..restoring import draws_put_back, untouched, user_code
+from ..restoring import untouched
 from ..stride import STRIDE
 from .working_copies import widened
 
@@ -73,8 +73,7 @@ class LabelNoiseDetector(ABC):
             remedy = "Write TensorDataset(inputs, labels)."
             raise bad_type("train_dataset", "be a Dataset or a DataLoader", train_dataset, remedy)
         data.check_source(train_dataset, "train_dataset")
-        with draws_put_back(), user_code():
-            data.check_places(train_dataset, "train_dataset")
+        data.check_places(train_dataset, "train_dataset")
         self.model = model
         self.train_dataset = train_dataset
         self.layers = layers
@@ -89,7 +88,9 @@ class LabelNoiseDetector(ABC):
 
     def _read(self, taps: Sequence[Tap] = ()) -> tuple[Tensor, Tensor, Tensor]:
         """Features at the taps `(n_train, n_features)`, logits `(n_train, n_classes)` and labels."""
-        features, logits, labels = [], [], []
+        features: list[Tensor] = []
+        logits: list[Tensor] = []
+        labels: list[Tensor] = []
         with untouched(self.model), torch.no_grad(), recording(self.model, taps) as run:
             check = OutputCheck(self.loss, self.model)
             for batch in self._passes.walk():

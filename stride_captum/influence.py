@@ -48,7 +48,7 @@ from .probes import check_deterministic
 from .process_group import ALONE, Alone
 from .residuals import DEFAULT_TEMPERATURE, match_temperature, mean_residual
 from .responses import RESPONSES, class_labels
-from .restoring import draws_put_back, exclusive, untouched, user_code, weights_fingerprint, weights_version
+from .restoring import exclusive, untouched, weights_fingerprint, weights_version
 from .streaming import Collector, DenseScores, GroupSums, StreamedTopK
 from .subsets import membership_from_indices
 
@@ -190,8 +190,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         if response not in RESPONSES:
             raise bad_choice("response", response, RESPONSES)
         data.check_source(train_dataset, "train_dataset")
-        with draws_put_back(), user_code("order"):
-            data.check_places(train_dataset, "train_dataset")
+        data.check_places(train_dataset, "train_dataset")
         # Captum's own constructor is misspelt and cannot be called.
         self.model = model
         self.train_dataset = train_dataset

@@ -134,10 +134,11 @@ def check_places(source: Any, argument: str) -> None:
         return
     if type(source.sampler) is SequentialSampler and type(source.batch_sampler) in (BatchSampler, type(None)):
         return
-    if source.batch_sampler is None:  # an item is a batch
-        order = list(source.sampler)
-    else:
-        order = [i for batch in source.batch_sampler for i in batch]
+    with draws_put_back(), user_code("order"):
+        if source.batch_sampler is None:  # an item is a batch
+            order = list(source.sampler)
+        else:
+            order = [i for batch in source.batch_sampler for i in batch]
     wrong = next((place for place, i in enumerate(order) if place != i), None)
     if wrong is not None:
         raise bad_value(
