@@ -136,10 +136,13 @@ class GradientMethod(InfluenceMethod):
         kernel = self._fit_kernel(model, residuals, show_progress)
         return GradientState(residuals, loss_residuals, temperature, kernel)
 
+    def _check_model(self, model: nn.Module) -> None:
+        if self._wide_copy is not None and model is self._wide_copy[1]:
+            check_copy(self.model, model, probe_of(self._first_train_batch()))
+        super()._check_model(model)
+
     def _check_gradients(self, model: nn.Module) -> None:
         """Refuse a model whose gradients would be wrong, by a look at a few examples."""
-        if self._wide_copy is not None and model is self._wide_copy[1]:
-            check_copy(self.model, model, self._probe)
         self._rounding = check_model(model, self.parameters_, self._probe)
 
     def _probe_vectors(self, model: nn.Module) -> Tensor:

@@ -21,8 +21,13 @@ from planted import (
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stride_captum import STRIDE
-from stride_captum.restoring import same_random_state, untouched, weights_fingerprint, weights_version
+from stride_captum import STRIDE, restoring
+from stride_captum.restoring import (
+    same_random_state,
+    untouched,
+    weights_fingerprint,
+    weights_version,
+)
 
 
 @pytest.fixture
@@ -89,6 +94,13 @@ def change_and_fail(change: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """As if no other thread ran: other tests leave some behind, which draw nothing."""
+    monkeypatch.setattr(restoring, "_alone", lambda: True)
+
+
+@pytest.mark.usefixtures("alone")
 class TestUntouched:
     def test_buffers_that_are_replaced_come_back_as_the_same_objects(self):
         model, train = built(Restless), planted_classes(12)
