@@ -127,5 +127,5 @@ def _variances_in(basis: Tensor, p: Probabilities) -> Tensor:
 
 def centered(matrix: Tensor, moments: Moments, data: TrainingBlocks) -> CenteredMap:
     """A `CenteredMap` in the precision and on the device of `data`, from a matrix in float64."""
-    center = moments.second_moment[-1]
+    center = moments.mean
     return CenteredMap(*(part.to(data.device, data.dtype) for part in (matrix, center, center @ matrix)))

@@ -56,6 +56,11 @@ class Moments:
         return self.gram * self.scale[:, None] * self.scale / self.n_train
 
     @property
+    def mean(self) -> Tensor:
+        """E[phi], the last row of A, `(n_features + 1,)` float64."""
+        return self.gram[-1] * self.scale / self.n_train
+
+    @property
     def in_float32(self) -> bool:
         """Whether the squares of features, and of their scales, are within the range of float32."""
         return bool(in_float32(1 / self.scale).all())

@@ -25,6 +25,7 @@ def test_sums_over_blocks_are_those_of_the_definition():
     torch.testing.assert_close(moments.targets, h.T @ F.one_hot(labels, 4).double())
     phi = h * moments.scale
     torch.testing.assert_close(moments.second_moment, phi.T @ phi / 9000)
+    torch.testing.assert_close(moments.mean, phi.mean(0))
     for layer in (phi[:, :2], phi[:, 2:3], phi[:, 3:]):
         assert float(layer.square().sum(1).mean()) == pytest.approx(1)
 
