@@ -282,3 +282,11 @@ def test_a_packed_sequence_is_moved_and_not_cut():
     assert batch.first(1) is batch
     with pytest.raises(ValueError, match="`inputs` must have 2 rows in each part"):
         batch[:1]
+
+
+def test_texts_that_the_default_collate_makes_a_tuple_of_are_one_part():
+    batch = examples((("a", "bb", "c"), torch.tensor([0, 1, 0])))
+    assert len(batch) == 3
+    assert batch[1:].content[0] == ("bb", "c")
+    assert batch[torch.tensor([2, 0])].content[0] == ("c", "a")
+    assert [path for path, _ in batch.example_parts()] == [(0,)]
