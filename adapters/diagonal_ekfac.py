@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..devices import as_float64
 from ..errors import bad_choice, bad_value
 from .dense_sides import dense_layers, dense_sides
 from .fisher import FISHERS, fisher_sample, fisher_vectors
@@ -128,7 +129,7 @@ class DiagonalEKFAC(GradientMethod):
         for name, parts in fisher.items():
             spectrum = parts[0]
             if len(parts) == 2:
-                (u, left), (v, right) = (torch.linalg.eigh(part.double()) for part in parts)
+                (u, left), (v, right) = (torch.linalg.eigh(as_float64(part)) for part in parts)
                 bases[name] = [left.to(spectrum), right.to(spectrum)]
                 spectrum = (u.clamp_min(0)[:, None] * v.clamp_min(0)).to(spectrum)
             damped = spectrum + self.damping * (spectrum.mean() if self.relative else 1)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..devices import float64_device, matching
 from ..errors import bad_value
 from ..responses import response_gradient
 from .count_sketch import count_sketch, random_places
@@ -93,14 +94,15 @@ class TRAK(GradientMethod):
         n_parameters = sum(p.numel() for p in chosen_parameters(model, self.layers).values())
         k = min(self.projection_dim, n_parameters)
         places = random_places(n_parameters, k, self.seed).to(residuals.device)
-        gram, features = torch.zeros(k, k, dtype=torch.float64, device=residuals.device), []
+        place = float64_device(residuals.device)
+        gram, features = torch.zeros(k, k, dtype=torch.float64, device=place), []
         for rows, batch in self._train_blocks(self.n_train_, show_progress):
             with torch.no_grad():
                 logits = self._logits(model, batch)
             labels = self._train_labels(batch, logits.shape[1])
             margins = response_gradient(logits, labels, "margin")
             phi = count_sketch(self._gradients(model, batch, margins), places, k)
-            gram += phi.T @ phi
+            gram += matching(phi.T @ phi, gram)
             if self.residuals == "training":
                 features.append(phi * residuals[rows].gather(1, labels[:, None]))
             else:

@@ -68,7 +68,7 @@ def row_digests(n: int, parts: Iterable[Any]) -> Tensor:
     for part in parts:
         for i, row in enumerate(_rows(part, n)):
             digests[i] = zlib.crc32(row, digests[i])
-    return torch.tensor(digests, dtype=torch.int64)
+    return torch.tensor(digests, dtype=torch.int64, device="cpu")
 
 
 def _rows(part: Any, n: int) -> Iterable[Any]:

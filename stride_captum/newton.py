@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .devices import float64_device, matching
 from .errors import bad_value
 from .memory_budget import MOST_ROWS, blocks
 from .process_group import ALONE, Alone
@@ -96,7 +97,7 @@ def feature_moments(
         ValueError: NaN or infinite features.
     """
     n, d = features.shape
-    device = _float64_device(labels.device)
+    device = float64_device(labels.device)
     gram = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=device)
     targets = torch.zeros(d + 1, n_classes, dtype=torch.float64, device=device)
     # The inverse of A magnifies a rounding of the sums to 1e-5 of a score: how the rows are cut would show.
@@ -107,8 +108,8 @@ def feature_moments(
         e = one_hot(labels[rows], h.new_empty(0, n_classes))
         add_gram_matrix(gram[:d, :d], h)
         for few in blocks(len(h), block_rows if dtype == torch.float64 else _CLASS_ROWS):
-            targets[:d] += (h[few].T @ e[few]).to(gram)
-        targets[d] += e.sum(0).to(gram)
+            targets[:d] += matching(h[few].T @ e[few], gram)
+        targets[d] += matching(e.sum(0), gram)
     gram[:d, d] = gram[d, :d] = targets[:d].sum(1)  # every example is of one class
     gram[d, d] = n
     gram, targets = ranks.total(gram, "Gram matrix"), ranks.total(targets, "class moments")
@@ -469,14 +470,14 @@ def fit_curvature(
         )
     if name == "eigenvalue-corrected":
         return _eigenvalue_corrected(
-            features, probabilities.to(inverse), moments, a, sigma, damping * mean_diagonal, ranks
+            features, matching(probabilities, inverse), moments, a, sigma, damping * mean_diagonal, ranks
         )
     blocks_of_f = torch.zeros(n_classes, *a.shape, dtype=a.dtype, device=a.device)
     weights = probabilities * (1 - probabilities)
     for rows in blocks(len(features), block_rows):
         phi = scaled_features(features[rows], moments.scale)
         for c in range(n_classes):
-            blocks_of_f[c] += ((phi * weights[rows, c : c + 1]).T @ phi).to(a) / moments.n_train
+            blocks_of_f[c] += matching((phi * weights[rows, c : c + 1]).T @ phi, a) / moments.n_train
     blocks_of_f = ranks.total(blocks_of_f, "blocks of the Fisher")
     inverses = damped_inverse(blocks_of_f, damping, mean_diagonal.expand(n_classes))
     return ClassBlockCurvature(inverses.to(probabilities))
@@ -490,7 +491,7 @@ def _softmax_covariance(
     total = like.new_zeros(n_classes)
     second = total.clone() if diagonal_only else like.new_zeros(n_classes, n_classes)
     for rows in blocks(n, block_rows):
-        p = probabilities[rows].to(like)
+        p = matching(probabilities[rows], like)
         finite = torch.isfinite(p).all(1)
         if not bool(finite.all()):
             wrong = rows.start + int((~finite).nonzero()[0])
@@ -512,7 +513,7 @@ def _eigenvalue_corrected(
         rotated = phi @ basis.to(phi)
         v = class_basis
         weights = p[rows] @ v.square() - (p[rows] @ v).square()
-        diagonal += (rotated.square().T @ weights.to(phi)).to(a) / moments.n_train
+        diagonal += matching(rotated.square().T @ weights.to(phi), a) / moments.n_train
     diagonal = ranks.total(diagonal, "corrected eigenvalues")
     device, dtype = features.device, working_dtype(features)
     parts = (basis, class_basis, 1 / (diagonal + damping))
@@ -573,8 +574,3 @@ def quadratic_forms(curvature: Curvature, phi: Tensor, left: Tensor, right: Tens
     """`<phi (x) left, (F + lambda I)^-1 (phi (x) right)>` of each row, `(n,)`."""
     terms = curvature.precondition(phi, right)
     return torch.stack([(u * phi).sum(1) * (v * left).sum(1) for u, v in terms]).sum(0)
-
-
-def _float64_device(device: torch.device) -> torch.device:
-    """Apple's GPUs have no float64: the small matrices go to the CPU there."""
-    return torch.device("cpu") if device.type == "mps" else device

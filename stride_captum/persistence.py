@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
 from .config import STRIDEConfig
+from .devices import float64_device
 from .errors import bad_type, bad_value
 from .operators import SteeringOperators
 from .restoring import bits, same_random_state
@@ -210,8 +211,7 @@ def _decode(tree: Any, tensors: dict[str, Tensor], device: torch.device, trusted
         order = tree["order"]
         # A copy, because what safetensors gives is not aligned as torch aligns.
         saved = tensors[tree["tensor"]].clone()
-        if device.type != "mps" or saved.dtype != torch.float64:  # Apple's GPUs have no float64
-            saved = saved.to(device)
+        saved = saved.to(float64_device(device) if saved.dtype == torch.float64 else device)
         return saved.permute([order.index(d) for d in range(len(order))])
     if "dataclass" in tree:
         module, _, name = tree["dataclass"].partition(":")

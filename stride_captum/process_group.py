@@ -88,7 +88,7 @@ class Ranks(Alone):
 
     def total(self, part: Tensor, what: str) -> Tensor:
         """The sum of `part` over all processes, added in float64."""
-        whole = part.detach().to(self._place(part), torch.float64, copy=True).contiguous()
+        whole = part.detach().to(self._place(part)).to(torch.float64, copy=True).contiguous()
         self._finish(what, lambda: dist.all_reduce(whole, group=self.group, async_op=True))
         return whole.to(part.device, part.dtype)
 
@@ -252,10 +252,10 @@ def first_rank_first() -> Iterator[None]:
     ranks = Ranks()
     with ranks.call("what rank 0 does first"):
         if ranks.rank:
-            ranks.same(torch.zeros(1), "wait for rank 0")
+            ranks.same(torch.zeros(1, device="cpu"), "wait for rank 0")
         yield
         if not ranks.rank:
-            ranks.same(torch.zeros(1), "wait for rank 0")
+            ranks.same(torch.zeros(1, device="cpu"), "wait for rank 0")
 
 
 def _named(ranks: list[int]) -> str:

@@ -86,7 +86,9 @@ def fit_projection(
         if old <= width:
             matrices.append(None)
         elif kind == "random":
-            drawn = torch.randn(old, width, generator=generator, dtype=torch.float64) / width**0.5
+            drawn = (
+                torch.randn(old, width, generator=generator, dtype=torch.float64, device="cpu") / width**0.5
+            )
             matrices.append(drawn.to(dtype).to(device))
         else:
             matrices.append(_principal(layer, width, device, block_rows))
@@ -97,7 +99,7 @@ def fit_projection(
 
 def kernel_error(projection: Projection, features: Tensor, device: torch.device) -> float:
     """`|K - K_P|_F / |K|_F` on at most 512 examples that are spread evenly over the training set."""
-    rows = torch.linspace(0, len(features) - 1, min(_SAMPLE, len(features))).long().unique()
+    rows = torch.linspace(0, len(features) - 1, min(_SAMPLE, len(features)), device="cpu").long().unique()
     sample = features[rows].to(device, working_dtype(features))
     before = _kernel(sample, projection.widths)
     gap = _kernel(projection(sample), projection.new_widths) - before
@@ -115,7 +117,7 @@ def _kernel(features: Tensor, widths: Sequence[int]) -> Tensor:
 def _principal(layer: Tensor, width: int, device: torch.device, block_rows: int) -> Tensor:
     """The leading eigenvectors of the second moment, `(old width, width)`."""
     old, dtype = layer.shape[1], working_dtype(layer)
-    total = torch.zeros(old, old, dtype=torch.float64)
+    total = torch.zeros(old, old, dtype=torch.float64, device="cpu")
     for rows in blocks(len(layer), block_rows):
         add_gram_matrix(total, layer[rows].to(device, dtype))
     vectors: Tensor = torch.linalg.eigh(total)[1]

@@ -17,6 +17,7 @@ import math
 import torch
 from torch import Tensor
 
+from .devices import as_float64
 from .memory_budget import MOST_ROWS, blocks
 from .process_group import ALONE, Alone
 from .staging import staged
@@ -88,7 +89,7 @@ def choose_residuals(
     """
     tempered, ridge = tempered_residuals(logits, labels, temperature), one_hot(labels, logits) - predictions
     if ratio is None:
-        ratio = _ratio_of(_squares(tempered, ridge)).to(logits)
+        ratio = _ratio_of(_squares([_norms(tempered, ridge)])).to(logits)
     if kind == "both":
         return (1 - RIDGE_SHARE) * tempered + RIDGE_SHARE * ratio * ridge, ratio
     if kind == "leave-one-out":
@@ -96,9 +97,14 @@ def choose_residuals(
     return (tempered if kind == "temperature" else tempered_residuals(logits, labels)), ratio
 
 
-def _squares(tempered: Tensor, ridge: Tensor) -> Tensor:
-    """Squared norms of the two parts, `(2,)` float64 on the CPU."""
-    return torch.stack([part.norm().cpu().double().square() for part in (tempered, ridge)])
+def _norms(tempered: Tensor, ridge: Tensor) -> Tensor:
+    """Norms of the two parts, `(2,)`."""
+    return torch.stack([tempered.norm(), ridge.norm()])
+
+
+def _squares(norms: list[Tensor]) -> Tensor:
+    """Sums of the squares of the norms of all blocks, `(2,)` float64 on the CPU."""
+    return torch.stack(norms).cpu().double().square().sum(0)
 
 
 def _ratio_of(squares: Tensor) -> Tensor:
@@ -130,15 +136,15 @@ def training_residuals(
         Residuals `(n_train, n_classes)` and the factor of the ridge part of "both", a tensor of one number.
     """
     residuals = torch.empty_like(left_out)
-    squares = torch.zeros(2, dtype=torch.float64)
+    norms = []
     for rows in blocks(len(labels), block_rows):
         ridge = one_hot(labels[rows], left_out)
         residuals[rows] = project_on_simplex(ridge - left_out[rows])  # for the second walk
         ridge -= residuals[rows]
         z = staged(logits[rows], left_out.device, left_out.dtype)
         tempered = tempered_residuals(z, labels[rows], temperature)
-        squares += _squares(tempered, ridge)
-    ratio = _ratio_of(ranks.total(squares, "norms of the residuals")).to(left_out)
+        norms.append(_norms(tempered, ridge))
+    ratio = _ratio_of(ranks.total(_squares(norms), "norms of the residuals")).to(left_out)
     for rows in blocks(len(labels), block_rows):
         z = staged(logits[rows], left_out.device, left_out.dtype)
         residuals[rows] = choose_residuals(kind, z, labels[rows], residuals[rows], temperature, ratio)[0]
@@ -162,7 +168,7 @@ def project_on_simplex(points: Tensor) -> Tensor:
 def mean_residual(logits: Tensor, labels: Tensor, temperature: float = 1.0, ranks: Alone = ALONE) -> float:
     """Mean of half the L1 norm of `e_y - p`, which is the mean of `1 - p_y`."""
     p = (logits / temperature).softmax(-1).gather(1, labels[:, None])
-    sums = torch.tensor([float(p.double().sum()), len(p)], dtype=torch.float64)
+    sums = torch.tensor([float(as_float64(p).sum()), len(p)], dtype=torch.float64, device="cpu")
     total, n = ranks.total(sums, "mean residual").tolist()
     return float(1 - total / n)
 

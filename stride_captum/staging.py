@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .devices import copied_in_background
+
 
 def staged(rows: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Rows of a stored array on a device; rounding and widening happen there, so that what travels is small.
@@ -21,6 +23,4 @@ def staged(rows: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     >>> staged(torch.ones(2, 3, dtype=torch.bfloat16), torch.device("cpu"), torch.float32).dtype
     torch.float32
     """
-    if device.type == "cuda" and rows.device.type == "cpu":
-        rows = rows.pin_memory().to(device, non_blocking=True)
-    return rows.to(device, dtype)
+    return copied_in_background(rows, device).to(dtype)

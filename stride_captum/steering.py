@@ -71,7 +71,7 @@ class TrainedSteering:
             if isinstance(config.alpha, str):
                 alpha = choose_alpha(responses, self.membership, config.alpha, center=config.center)
             else:
-                alpha = torch.as_tensor(config.alpha)
+                alpha = torch.as_tensor(config.alpha, dtype=torch.float64, device="cpu")
             return ridge(responses, self.membership, alpha, center=config.center)
         if isinstance(config.alpha, str):
             alpha = choose_alpha(responses, self.membership, config.alpha, center=config.center)

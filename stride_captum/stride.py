@@ -206,13 +206,13 @@ class STRIDE(InfluenceMethod):
                 features, logits, labels, widths, self.config, self.temperature_, self.ranks
             )
             self.n_train_ = form.n_train
-            self.coverage_ = torch.ones(self.n_train_, dtype=torch.bool)
+            self.coverage_ = torch.ones(self.n_train_, dtype=torch.bool, device="cpu")
             return STRIDEState(taps, form, projection)
         self.n_train_ = len(labels)
         check_finite(features)
         check_finite(logits, "logits")
         head = _head(model, taps, features, logits) if self.config.steering == "representation" else None
-        scale = torch.ones(features.shape[1]).to(features) if head else _unit_scale(features, widths)
+        scale = features.new_ones(features.shape[1]) if head else _unit_scale(features, widths)
         with torch.enable_grad():  # reading the features needs none
             steering = fit_steering(features, logits, labels, scale, self.config, head, show_progress)
         self.coverage_ = torch.from_numpy(coverage(steering.membership))
@@ -389,7 +389,7 @@ class STRIDE(InfluenceMethod):
                 states.append(STRIDEState(state.taps, form, state.projection))
         self._states, self.train_dataset = states, dataset(self.train_dataset)
         self.n_train_, self.temperature_ = form.n_train, t
-        self.coverage_ = torch.ones(self.n_train_, dtype=torch.bool)
+        self.coverage_ = torch.ones(self.n_train_, dtype=torch.bool, device="cpu")
         self._changed = True
         if self._precomputed is not None:
             self._precomputed = new.features, new.logits, new.labels, widths
@@ -439,8 +439,7 @@ class STRIDE(InfluenceMethod):
 
     def _compute(self, run: Any, batch: ExampleBatch) -> Computed:
         """Rows of each tap, logits and labels of one batch of training examples."""
-        batch = batch.to(self._work_device())
-        outputs, rows = run(batch)
+        outputs, rows = run(batch.to(self._work_device()))
         logits = self._as_logits(outputs, batch)
         return rows, logits, self._train_labels(batch, logits.shape[1])
 
@@ -481,7 +480,8 @@ class STRIDE(InfluenceMethod):
         features: Tensor | None = None
         parts, logits, labels, seen = [], [], [], 0
         with recording(model, taps) as run:
-            for batch in self._train_batches(show_progress):
+            what = f"fitting {type(self).__name__}"
+            for batch in self._batches_as_they_are(self.train_dataset, "train_dataset", show_progress, what):
                 rows, z, y = self._compute(run, batch)
                 n = len(z)
                 if expected is not None and seen + n <= expected:

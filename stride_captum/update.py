@@ -26,6 +26,7 @@ from torch.utils.data import TensorDataset
 from . import inputs as data
 from .batch import is_batch
 from .closed_form import ClosedForm
+from .devices import matching
 from .errors import bad_type, bad_value
 from .memory_budget import blocks
 from .newton import Moments, feature_moments, layer_scale
@@ -76,10 +77,9 @@ def without_examples(form: ClosedForm, keep: Tensor) -> Changed:
 
     Args:
         form: As it was fitted.
-        keep: Rows that stay, in order, `(n_kept,)`.
+        keep: Rows that stay, in order, `(n_kept,)`, on the CPU: stored features are, whatever the labels are.
     """
-    keep = keep.to(form.labels.device)
-    gone = torch.ones(len(form.labels), dtype=torch.bool, device=keep.device)
+    gone = torch.ones(len(form.labels), dtype=torch.bool, device="cpu")
     gone[keep] = False
     old, n_classes = form.moments, form.logits.shape[1]
     part = feature_moments(form.features[gone], form.labels[gone], n_classes, form.widths)
@@ -89,7 +89,7 @@ def without_examples(form: ClosedForm, keep: Tensor) -> Changed:
     if len(again):
         gram[again], targets[again] = 0.0, 0.0
         for rows in blocks(len(features), 8192):
-            h = torch.nn.functional.pad(features[rows].to(gram), (0, 1), value=1.0)
+            h = torch.nn.functional.pad(matching(features[rows], gram), (0, 1), value=1.0)
             gram[again] += h[:, again].T @ h
             targets[again] += h[:, again].T @ one_hot(labels[rows].to(gram.device), targets)
         gram[:, again] = gram[again].T
