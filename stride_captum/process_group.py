@@ -102,7 +102,7 @@ class Ranks(Alone):
     def cat(self, part: Tensor, what: str, dim: int = 0) -> Tensor:
         """The parts of all processes, one after the other; they may differ in length along `dim`."""
         rows = part.detach().transpose(0, dim)
-        sizes = [int(size) for size in self._gather(torch.tensor([len(rows)], device=part.device), what)]
+        sizes = torch.cat(self._gather(torch.tensor([len(rows)], device=part.device), what)).tolist()
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: len(rows)] = rows
         whole = [p[:n] for p, n in zip(self._gather(padded, what), sizes, strict=True)]

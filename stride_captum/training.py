@@ -51,6 +51,7 @@ def train_operators(
     seed: int | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = False,
+    fused: bool | None = None,
 ) -> TrainedOperators:
     """Minimise equation (5) over phi and all a_k with Adam on mini-batches.
 
@@ -73,6 +74,7 @@ def train_operators(
         seed: Replaces `config.seed`.
         device: Where the operators are trained; None means that of `features`.
         show_progress: Show a progress bar.
+        fused: Whether Adam makes a step in one kernel; None leaves it to torch.
 
     Returns:
         The operators, which no longer require gradients, and the history of the losses. The same
@@ -97,12 +99,14 @@ def train_operators(
     ).to(features.device if device is None else device)
     gradient = BatchGradient(operators, features, logits, labels, membership, config, seed)
     with tf32_products() if config.precision == "tf32" else nullcontext():
-        return _minimise(gradient, config, show_progress)
+        return _minimise(gradient, config, show_progress, fused)
 
 
-def _minimise(gradient: BatchGradient, config: STRIDEConfig, show_progress: bool) -> TrainedOperators:
+def _minimise(
+    gradient: BatchGradient, config: STRIDEConfig, show_progress: bool, fused: bool | None
+) -> TrainedOperators:
     operators = gradient.operators
-    optimizer = torch.optim.Adam(operators.parameters(), lr=config.learning_rate)
+    optimizer = torch.optim.Adam(operators.parameters(), lr=config.learning_rate, fused=fused)
     for parameter in operators.parameters():
         parameter.grad = torch.zeros_like(parameter)
     losses: list[Tensor] = []
