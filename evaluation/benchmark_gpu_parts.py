@@ -176,7 +176,7 @@ def transfers(device: torch.device, clock: Clock, *, n_train: int, n_test: int) 
         inside = STRIDE(model, dataset, layers=["relu"]).fit()
         stored, kept = (
             state.operators.features for method in (mapped, inside) for state in method._states or []
-        )  # type: ignore[union-attr]
+        )
         queries = torch.randn(n_test, stored.shape[1], generator=torch.Generator().manual_seed(1)).to(device)
         points = test[0].to(device), test[1].to(device)
 

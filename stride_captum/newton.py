@@ -492,12 +492,11 @@ def _softmax_covariance(
     second = total.clone() if diagonal_only else like.new_zeros(n_classes, n_classes)
     for rows in blocks(n, block_rows):
         p = matching(probabilities[rows], like)
-        finite = torch.isfinite(p).all(1)
-        if not bool(finite.all()):
-            wrong = rows.start + int((~finite).nonzero()[0])
-            raise bad_value("model", "return logits without NaN", f"NaN for training example {wrong}")
         total += p.sum(0)
         second += p.square().sum(0) if diagonal_only else p.T @ p
+    if not bool(torch.isfinite(total).all()):
+        wrong = int((~torch.isfinite(probabilities).all(1)).nonzero()[0])
+        raise bad_value("model", "return logits without NaN", f"NaN for training example {wrong}")
     covariance = (total if diagonal_only else total.diag()) - second
     return ranks.total(covariance, "class covariance") / n_train
 

@@ -128,7 +128,11 @@ class StrictDevice(TorchDispatchMode):
         if func in _COPIES:
             return self._copy(func, args, kwargs, on_device)
         self._refuse(func, args, kwargs, tensors, on_device)
-        if func in _WAITED_FOR or (_has_mask(args[1]) if func in _INDEXING else _READS & set(func.tags)):
+        if (
+            kwargs.get("check_errors")
+            or func in _WAITED_FOR
+            or (_has_mask(args[1]) if func in _INDEXING else _READS & set(func.tags))
+        ):
             self.waits[_place()] += 1
         result = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
         known = {id(t.inner): t for t in strict}

@@ -317,6 +317,19 @@ class TestWaits:
             )
         assert many == few
 
+    @pytest.mark.parametrize("curvature", ["kronecker", "eigenvalue-corrected", "class-blocks"])
+    def test_blocks_of_a_fit(self, curvature: Any) -> None:
+        model, train, _ = trained(MLP)
+        with strict_device() as device:
+            counts, sizes = [], []
+            for budget in ("256MiB", 2_000):
+                config = STRIDEConfig(memory_budget=budget, curvature=curvature)
+                method = STRIDE(moved(model), train, config=config)
+                counts.append(self.waits(method.fit, device))
+                sizes += [state.operators.block_rows for state in method._states or []]
+        assert sizes[0] > 48 >= 8 * sizes[1]
+        assert counts[1] == counts[0]
+
     @pytest.mark.parametrize("call", ["influence", "top-k", "subset influence", "cosine"])
     def test_blocks_of_a_query(self, call: str) -> None:
         model, train, test = trained(MLP)
@@ -485,6 +498,7 @@ class TestPlaces:
         rows = torch.ones(2, 3)
         with strict_device():
             copied = staged(rows, DEVICE, torch.float32)
+            assert not isinstance(copied._numbers, Tensor)  # the copy is still under way
             rows.fill_(7.0)
             assert copied.tolist() == torch.ones(2, 3).tolist()
             # This is what the device makes of a buffer that is used again too early.
