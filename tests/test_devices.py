@@ -213,6 +213,8 @@ class TestEveryMethod:
         with strict_device(float64):
             found = kind(moved(model), train).mislabel_scores().cpu()
         torch.testing.assert_close(found, wanted)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(kind(model, train).mislabel_scores(), wanted)
 
 
 class TestData:
@@ -284,6 +286,22 @@ class TestData:
         network.fc2.to("meta")
         with pytest.raises(ValueError, match=r"must hold its weights; got 'fc2.weight' on the meta device"):
             STRIDE(network, train)
+
+    @pytest.mark.parametrize("float64", [True, False])
+    @pytest.mark.parametrize("build", [STRIDE, TRAK, stride(curvature="eigenvalue-corrected")])
+    def test_a_saved_method_is_loaded_on_either_device(
+        self, build: Any, float64: bool, tmp_path: Path
+    ) -> None:
+        model, train, test = trained(MLP)
+        wanted = build(model, train).influence(test.tensors)
+        with strict_device(float64):
+            network = moved(model)
+            method = build(network, train).fit()
+            method.save(tmp_path / "method")
+            for place, points in ((network, on(DEVICE, *test.tensors)), (model, test.tensors)):
+                found = type(method).load(tmp_path / "method", place, train).influence(points)
+                assert found.device == points[0].device
+                torch.testing.assert_close(found.cpu(), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
     def test_stored_features_are_copied_in_blocks(self, tmp_path: Path) -> None:
         model, train, test = trained(MLP)
