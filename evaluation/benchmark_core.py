@@ -1,4 +1,4 @@
-"""Owns the speed of STRIDE's default settings, as ratios to the floor of the hardware and to TracInCPFast.
+"""Speed of STRIDE's default settings, as ratios to the floor of the hardware and to TracInCPFast.
 
 Every ratio compares two things that were timed in one process, a few seconds apart: absolute seconds
 of a shared machine mean little.

@@ -1,4 +1,4 @@
-"""Owns the measurement of one case of the scalability benchmark, phase after phase, in this process."""
+"""Measurement of one case of the scalability benchmark, phase after phase, in this process."""
 
 from __future__ import annotations
 

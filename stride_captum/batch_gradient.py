@@ -1,4 +1,4 @@
-"""Owns the gradient of equation (5) on one mini-batch: all subsets at once, or block by block."""
+"""Gradient of equation (5) on one mini-batch: all subsets at once, or block by block."""
 
 from __future__ import annotations
 

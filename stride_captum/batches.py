@@ -1,4 +1,4 @@
-"""Owns the mini-batches of Algorithm 1, line 6: B_S from each subset, B_R from what is outside it."""
+"""Mini-batches of Algorithm 1, line 6: B_S from each subset, B_R from what is outside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the distinct columns of the membership matrix X, as an operator that stage 2 solves with.
+"""Distinct columns of the membership matrix X, as an operator that stage 2 solves with.
 
 Training examples that belong to the same subsets have identical columns, and examples in no subset have
 a zero column. The responses cannot tell them apart, so the recovery is solved over the distinct nonzero

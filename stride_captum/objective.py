@@ -1,4 +1,4 @@
-"""Owns the objective of stage 1 (Appendix A): equations (1) to (5), one pure function each.
+"""Objective of stage 1 (Appendix A): equations (1) to (5), one pure function each.
 
 Leading dimensions are subsets: a batch of `n` examples for each of K subsets has logits z(x)
 `(K, n, n_classes)` and shifts a_k^T phi(h(x)) of the same shape, and every loss is `(K,)`. Where

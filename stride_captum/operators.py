@@ -1,4 +1,4 @@
-"""Owns the steering operators: the encoder phi and the K steering matrices a_k (section 3, E.1)."""
+"""Steering operators: the encoder phi and the K steering matrices a_k (section 3, E.1)."""
 
 from __future__ import annotations
 

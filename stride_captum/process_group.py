@@ -1,4 +1,4 @@
-"""Owns what the processes of a `torch.distributed` group exchange, and what is said when one is lost.
+"""Exchange between the processes of a `torch.distributed` group, and errors when one is lost.
 
 Sums over the training set are taken in float64 on every backend. A collective that cannot end (a process
 has died, or has stopped with an exception) ends in a `RuntimeError` that names the collective, the ranks

@@ -1,4 +1,4 @@
-"""Owns stage 2 of the paper: from what the subsets do to a test point to the influence of each example.
+"""Stage 2 of the paper: from what the subsets do to a test point to the influence of each example.
 
 The responses y in R^K of one test point to the K operators are explained by the members of the subsets,
 y ~ X w, with a sparse w (equation 7 of Appendix E.1, Algorithm 1, line 10):

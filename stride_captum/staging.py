@@ -1,4 +1,4 @@
-"""Owns how stored rows reach the device that computes with them.
+"""Stored rows on the device that computes with them.
 
 A copy to a GPU from pageable memory holds up the host until it is done. Through pinned memory it is queued:
 the host reads the next rows from the store while the GPU works on these.

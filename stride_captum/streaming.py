@@ -1,4 +1,4 @@
-"""Owns what becomes of scores that arrive in blocks of columns: all of them, the top k, or group sums."""
+"""Scores that arrive in blocks of columns: all are kept, the top k, or the sums of groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns stage 1 as Algorithm 1 writes it: all K operators are trained at once on cached features."""
+"""Stage 1 as Algorithm 1 writes it: all K operators are trained at once on cached features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the solver of the Lasso: working sets, accelerated proximal gradient, Newton on the support.
+"""Solver of the Lasso: working sets, accelerated proximal gradient, Newton on the support.
 
 All test points are solved at once. A round picks for each a small working set of columns (those whose
 dual constraint is nearest to being active, as in Blitz and Celer), brings it most of the way with FISTA,
