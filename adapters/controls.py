@@ -121,6 +121,7 @@ class ClassRandom(Random):
 
 def input_keys(batch: ExampleBatch) -> list[int]:
     """A number for each example that its inputs alone decide: batches and their order do not matter."""
+    batch = batch.to(torch.device("cpu"))  # at once, not row by row
     digests = [hashlib.sha256() for _ in range(len(batch))]
     for _, part in sorted(batch.example_parts(), key=lambda found: str(found[0])):
         for digest, row in zip(digests, part, strict=True):

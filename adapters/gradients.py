@@ -221,9 +221,10 @@ class GradientMethod(InfluenceMethod):
     def _check_unchanged(self) -> None:
         if self._fitted_on is not None and self.checkpoints is None and needs_copy(self.model):
             # What was fitted is the copy, so that is what has the fingerprint.
-            version, fingerprint = weights_version(self.model), self._fitted_on[1]
+            _, fingerprint, device = self._fitted_on
+            version = weights_version(self.model)
             if version != self._fitted_on[0] and weights_fingerprint(self._model_on_device()) == fingerprint:
-                self._fitted_on = version, fingerprint
+                self._fitted_on = version, fingerprint, device
         super()._check_unchanged()
 
     def _batches(self, source: Any, argument: str, show_progress: bool, what: str) -> Iterator[ExampleBatch]:

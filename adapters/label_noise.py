@@ -20,7 +20,7 @@ from .. import inputs as data
 from ..activations import Tap, check_finite, default_taps, named_taps, recording
 from ..batch import Batch, Reading, is_batch
 from ..config import STRIDEConfig
-from ..devices import device_of
+from ..devices import device_of, full_precision
 from ..errors import bad_choice, bad_type, bad_value, whole_number
 from ..installed import install_command
 from ..losses import CrossEntropy, OutputCheck, loss_of
@@ -91,7 +91,8 @@ class LabelNoiseDetector(ABC):
         features: list[Tensor] = []
         logits: list[Tensor] = []
         labels: list[Tensor] = []
-        with untouched(self.model), torch.no_grad(), recording(self.model, taps) as run:
+        precision = full_precision(device_of(self.model))
+        with untouched(self.model), torch.no_grad(), precision, recording(self.model, taps) as run:
             check = OutputCheck(self.loss, self.model)
             for batch in self._passes.walk():
                 batch = batch.to(device_of(self.model))

@@ -1,4 +1,4 @@
-"""Owns what a feature store costs: memory of a large training set, speed against the disk's own.
+"""Cost of a feature store: memory of a large training set, speed against the disk's own.
 
 Four measurements. Files go to a temporary folder that is removed.
 

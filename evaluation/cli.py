@@ -24,6 +24,8 @@ from ..process_group import is_first
 from . import completion
 from .benchmark_core import CoreRow, bench_core
 from .benchmark_estimate import bench_estimate
+from .benchmark_gpu import PARTS as GPU_PARTS
+from .benchmark_gpu import bench_gpu, tables
 from .benchmark_peers import bench_peers
 from .benchmark_recovery import bench_lasso
 from .benchmark_retraining import CASES, bench_retraining
@@ -635,6 +637,43 @@ def bench_retraining_command(
         )
     title = "Retraining: seconds of a model, with all workers busy, in one run"
     _show_rows(title, rows, out / "retraining.json", Voice(quiet, as_json))
+
+
+@bench.command("gpu")
+def bench_gpu_command(
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="May be repeated; one of: " + ", ".join(GPU_PARTS) + ". Default: all.",
+            autocompletion=completion.one_of(GPU_PARTS),
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Default: a GPU where there is one. On the CPU all sizes are toys.",
+            autocompletion=completion.devices,
+        ),
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="For everything; what does not fit is skipped.")] = 8.0,
+    out: Out = Path("out/bench"),
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
+) -> None:
+    """All that wants a GPU, in minutes: training, queries, retraining, transfers, nccl, models up to 1 B.
+
+    Example: stride-captum bench gpu
+    """
+    voice, path = Voice(quiet, as_json), out / "gpu.json"
+    with one_sentence_errors(out):
+        found = bench_gpu(path, device=device, parts=part or GPU_PARTS, minutes=minutes, say=voice.note)
+
+    def show() -> None:
+        for title, columns, cells in tables(found):
+            show_measured(title, columns, cells, found["environment"])
+
+    voice.results(found, show)
+    voice.note(f"Wrote {path}")
 
 
 @bench.command("store")

@@ -1,4 +1,4 @@
-"""Owns the process that a case of the scalability benchmark has to itself, with its limits and its file.
+"""One process for each case of the scalability benchmark, with its limits and its file.
 
 What has been measured is on disk before the next phase begins, so that neither running out of memory nor
 being killed loses it, and a benchmark that was interrupted goes on where it was.

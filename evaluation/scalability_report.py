@@ -1,4 +1,4 @@
-"""Owns how the results of the scalability benchmark are shown and written."""
+"""Results of the scalability benchmark: shown and written."""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .devices import as_float64
+
 #: Examples of the longer of two passes.
 MANY = 3
 #: Rounding of quantized activations, and of products in TF32, which cuDNN takes by default.
@@ -66,7 +68,7 @@ def are_alike(a: Tensor, b: Tensor, unit: float, scale: float | None = None) -> 
 
 
 def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor).double() if tensor.is_complex() else tensor.double()
+    return as_float64(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
 
 
 def thinned(tensor: Tensor, shape: torch.Size) -> Tensor:

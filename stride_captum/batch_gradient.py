@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from .batches import SubsetRows, draw_uniforms
+from .batches import MiniBatch, MiniBatches, SubsetRows
 from .config import STRIDEConfig, parse_bytes
 from .objective import combined, example_responses, fidelity, linearity, stability, subset_responses
 from .operators import SteeringOperators
@@ -53,15 +54,16 @@ class BatchGradient:
         parameter = operators.steering_matrices
         self.device, self.dtype = parameter.device, parameter.dtype
         self.logits, self.labels = logits.to(self.device, self.dtype), labels.to(self.device)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.rows = SubsetRows.from_membership(membership, self.device)
-        sizes = self.rows.sizes
-        self.width = min(config.batch_size, max(int(sizes.max()), len(features) - int(sizes.min())))
+        rows = SubsetRows.from_membership(membership, self.device)
+        smallest = int(membership.getnnz(axis=1).min())
+        self.width = min(config.batch_size, max(rows.largest, len(features) - smallest))
         size = largest_block(
             operators, len(features), self.width, parse_bytes(config.memory_budget, self.device)
         )
         n_subsets = operators.n_subsets
         self.blocks = [slice(k, min(k + size, n_subsets)) for k in range(0, n_subsets, size)]
+        generator = torch.Generator().manual_seed(seed)
+        self.batches = MiniBatches(rows, self.blocks, self.width, generator)
         self.sketch = self._sketch(membership, seed) if config.linearity_weight else None
 
     def _sketch(self, membership: Membership, seed: int) -> Tensor:
@@ -79,19 +81,20 @@ class BatchGradient:
             whole ("subset") or NaN (weight 0): `(3,)`.
         """
         config = self.config
-        uniforms = [draw_uniforms(self.width, self.generator, self.device) for _ in range(2)]
+        batches: Iterable[MiniBatch] = self.batches.step()
         couples = self.sketch is not None and config.linearity == "subset"
-        pull, value = self._pull(uniforms) if couples and len(self.blocks) > 1 else (None, None)
+        pull, value = None, None
+        if couples and len(self.blocks) > 1:
+            batches = list(batches)
+            pull, value = self._pull(batches)
         losses = torch.zeros(3, device=self.device, dtype=self.dtype)
-        for block in self.blocks:
+        for block, batch in zip(self.blocks, batches, strict=True):
             parameters = self._block_parameters(block)
-            inside, mask = self.rows.draw_members(block, self.width, uniforms[0])
-            outside, outside_mask = self.rows.draw_outsiders(block, self.width, uniforms[1])
-            shift = self._shift(parameters, torch.cat([inside, outside], 1))
+            shift = self._shift(parameters, batch.distinct, batch.places)
             inner, outer = shift[:, : self.width], shift[:, self.width :]
-            fid = fidelity(self.logits[inside], inner, self.labels[inside], mask)
-            stab = stability(self.logits[outside], outer, outside_mask)
-            lin = self._linearity(block, inside, inner, mask, pull)
+            fid = fidelity(self.logits[batch.inside], inner, self.labels[batch.inside], batch.mask)
+            stab = stability(self.logits[batch.outside], outer, batch.outside_mask)
+            lin = self._linearity(block, batch.inside, inner, batch.mask, pull)
             loss = combined(
                 fid,
                 stab,
@@ -122,19 +125,21 @@ class BatchGradient:
             return linearity(responses, self.sketch, self.config.sketch_ridge)
         return (pull[block] * responses).sum()
 
-    def _pull(self, uniforms: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _pull(self, batches: Iterable[MiniBatch]) -> tuple[Tensor, Tensor]:
         """The gradient of the reading "subset" of (4) in y, where no block sees all of y; its value."""
         responses = []
         with torch.no_grad():
-            for block in self.blocks:
-                rows, mask = self.rows.draw_members(block, self.width, uniforms[0])
-                responses.append(subset_responses(self._shift(self._block_parameters(block), rows), mask))
+            for block, batch in zip(self.blocks, batches, strict=True):
+                inside = batch.places[:, : self.width]
+                shift = self._shift(self._block_parameters(block), batch.distinct, inside)
+                responses.append(subset_responses(shift, batch.mask))
         y = torch.cat(responses).requires_grad_()
-        value = linearity(y, torch.as_tensor(self.sketch), self.config.sketch_ridge)
+        assert self.sketch is not None
+        value = linearity(y, self.sketch, self.config.sketch_ridge)
         return torch.autograd.grad(value, y)[0], value.detach()
 
-    def _shift(self, parameters: dict[str, Tensor], rows: Tensor) -> Tensor:
-        distinct, places = torch.unique(rows, return_inverse=True)
+    def _shift(self, parameters: dict[str, Tensor], distinct: Tensor, places: Tensor) -> Tensor:
+        """Shifts of the examples at some places of `distinct`, `(k, n, C)`."""
         features = self.features[distinct.to(self.features.device)].to(self.device, self.dtype)
         rounded = self.config.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16) if rounded else nullcontext():

@@ -103,22 +103,21 @@ def class_moments(
         ValueError: Logits with NaN or infinity, or no uncertainty left that float64 could hold.
     """
     n_classes = data.logits.shape[1]
-    total: Tensor | None = None
-    square, n = 0.0, len(data.labels)
+    like, n = data.logits_of(slice(0, 0)), len(data.labels)
+    total = like.new_zeros(n_classes if diagonal_only else (n_classes, n_classes))
+    square = like.new_zeros(())
     for rows in data:
         z = data.logits_of(rows)
         p = probabilities(z, temperature)
-        _check_finite(p, z, rows.start)
-        if total is None:
-            total = z.new_zeros(n_classes if diagonal_only else (n_classes, n_classes))
         if diagonal_only:
             total += p.variances().sum(0)
         else:
             add_gram_matrix(total, p.whole())
-        square += float(p.residuals(data.labels_of(rows)).square().sum())
-    assert total is not None, "there is at least one example"
+        square += p.residuals(data.labels_of(rows)).square().sum()
+    if not bool(total.isfinite().all()):
+        raise _not_finite(data)
     whole = ranks.total(total if diagonal_only else _laplacian(total), "class covariance")
-    sums = ranks.total(torch.tensor([square, n], dtype=torch.float64), "norms of the residuals")
+    sums = ranks.total(torch.stack([square, square.new_tensor(n)]).cpu(), "norms of the residuals")
     covariance = whole / float(sums[1])
     unit = float(covariance.sum() if diagonal_only else covariance.trace()) / (n_classes - 1)
     if not unit > _LEAST:
@@ -132,14 +131,17 @@ def _laplacian(products: Tensor) -> Tensor:
     return beside.sum(1).diag() - beside
 
 
-def _check_finite(p: Probabilities, logits: Tensor, start: int) -> None:
-    wrong = torch.isnan(p.rest).squeeze(1)
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        what = "NaN" if bool(logits[row].isnan().any()) else "infinity"
-        raise bad_value(
-            "model", f"return logits without {what}", f"{what} for training example {start + row}"
-        )
+def _not_finite(data: TrainingBlocks) -> ValueError:
+    """What to say of the first example whose probabilities are not numbers."""
+    for rows in data:
+        z = data.logits_of(rows)
+        wrong = probabilities(z, 1.0).rest.isnan().squeeze(1)
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            what = "NaN" if bool(z[row].isnan().any()) else "infinity"
+            got = f"{what} for training example {rows.start + row}"
+            return bad_value("model", f"return logits without {what}", got)
+    raise AssertionError("every row of logits is finite")
 
 
 def _certain(data: TrainingBlocks, temperature: float) -> ValueError:

@@ -19,6 +19,7 @@ from .class_moments import MOST_CLASSES, class_moments
 from .config import STRIDEConfig
 from .curvature_fit import fit_curvature
 from .damping import LEAST_OF_HEAD, check_damping, needs_float64
+from .devices import matching
 from .errors import bad_value
 from .memory_budget import MOST_ROWS, blocks, parse_bytes, rows_that_fit
 from .moments import Moments, feature_moments, scaled_features
@@ -157,7 +158,7 @@ class ClosedForm:
         for rows in self._form_blocks:
             sizes, units = _sizes_and_units(self._residuals.of_loss(rows))
             left = units.to(self.scale)
-            parts.append(sizes * self._forms(rows, left, self._residuals.of(rows)).to(sizes))
+            parts.append(sizes * matching(self._forms(rows, left, self._residuals.of(rows)), sizes))
         return self._in_range(torch.cat(parts))
 
     def self_influence_of(self, features: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
@@ -167,12 +168,12 @@ class ClosedForm:
         """
         phi = scaled_features(features.to(self.scale.device), self.scale, self.scale.dtype)
         predictions = project_on_simplex(self.head.predict(features))
-        z, y = logits.to(predictions), labels.to(predictions.device)
+        z, y = matching(logits, predictions), labels.to(predictions.device)
         residuals, _ = choose_residuals(self.kind, z, y, predictions, self.temperature, self.ridge_ratio)
         sizes, units = _sizes_and_units(tempered_residuals(z, y))
         right = (residuals / self.curvature.scale).to(phi)
         forms = forms_of(self.curvature.solve(phi, right), phi, units.to(phi))
-        return self._in_range(sizes * forms.to(sizes) / self.n_train)
+        return self._in_range(sizes * matching(forms, sizes) / self.n_train)
 
     def suspicion(self) -> Tensor:
         """Norm of the leave-one-out residual of the ridge head, `(n_train,)`."""
@@ -275,7 +276,9 @@ def fit_closed_form(
     """
     for name in ("damping", "head_damping"):
         check_damping(getattr(config, name), features, name)
-    n = int(ranks.total(torch.tensor(float(len(labels)), dtype=torch.float64), "number of examples"))
+    n = int(
+        ranks.total(torch.tensor(float(len(labels)), dtype=torch.float64, device="cpu"), "number of examples")
+    )
     # The last layer has memorised the training labels: what it says of them is not out of sample.
     d = sum(widths[:-1]) if len(widths) > 1 else features.shape[1]
     exact = needs_float64(config.damping, n, features.shape[1])
@@ -300,7 +303,11 @@ def fit_closed_form(
         config.curvature == "kronecker" and logits.shape[1] > MOST_CLASSES
     )
     classes = class_moments(data, softening, diagonal_only, ranks)
-    ridge = float(ranks.total(torch.tensor(head.square, dtype=torch.float64), "norms of the ridge residuals"))
+    ridge = float(
+        ranks.total(
+            torch.tensor(head.square, dtype=torch.float64, device="cpu"), "norms of the ridge residuals"
+        )
+    )
     largest = ridge if config.residuals == "leave-one-out" else classes.residual_square
     _check_unit(largest, classes.unit, features)
     form = ClosedForm(

@@ -173,8 +173,8 @@ def _closed_form_seconds(
     method: STRIDE, n: int, widths: Sequence[int], n_classes: int, device: torch.device
 ) -> float:
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(n, sum(widths), generator=generator).to(device)
-    logits = torch.randn(n, n_classes, generator=generator).to(device)
+    features = torch.randn(n, sum(widths), generator=generator, device="cpu").to(device)
+    logits = torch.randn(n, n_classes, generator=generator, device="cpu").to(device)
     labels = torch.arange(n, device=device) % n_classes
     config = method.config
     return median_seconds(lambda: fit_closed_form(features, logits, labels, widths, config, 2.0), device)
@@ -202,11 +202,11 @@ def _random_state(method: STRIDE, reading: _Reading, n: int, of: int, like: Clos
     device, d, n_classes = method._work_device(), sum(reading.widths), reading.n_classes
     dtype = products_dtype(method.config, of, d)
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(n, n_classes, generator=generator).to(device)
+    logits = torch.randn(n, n_classes, generator=generator, device="cpu").to(device)
     none = logits[:0]
     eye, classes = (torch.eye(size, dtype=dtype, device=device) for size in (d + 1, n_classes))
     form = ClosedForm(
-        features=torch.randn(n, d, generator=generator).to(device),
+        features=torch.randn(n, d, generator=generator, device="cpu").to(device),
         logits=logits,
         labels=torch.arange(n, device=device) % n_classes,
         widths=reading.widths,

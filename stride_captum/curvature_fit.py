@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .class_moments import ClassMoments, Probabilities, probabilities
 from .damping import damped_inverse
+from .devices import matching
 from .moments import Moments, scaled_features
 from .newton import (
     CenteredMap,
@@ -64,7 +65,7 @@ def fit_curvature(
         phi = scaled_features(data.features_of(rows), moments.scale)
         weights = probabilities(data.logits_of(rows), temperature).variances() / classes.unit
         for c in range(n_classes):
-            blocks_of_f[c] += ((phi * weights[:, c : c + 1].to(phi)).T @ phi).to(a) / moments.n_train
+            blocks_of_f[c] += matching((phi * weights[:, c : c + 1].to(phi)).T @ phi, a) / moments.n_train
     blocks_of_f = ranks.total(blocks_of_f, "blocks of the Fisher")
     inverses = damped_inverse(blocks_of_f, damping, mean.expand(n_classes))
     return ClassBlockCurvature(classes.unit, [centered(inverse, moments, data) for inverse in inverses])
@@ -107,7 +108,7 @@ def _eigenvalue_corrected(
     for rows in data:
         phi = scaled_features(data.features_of(rows), moments.scale)
         weights = _variances_in(v, probabilities(data.logits_of(rows), temperature)) / classes.unit
-        diagonal += ((phi @ basis.to(phi)).square().T @ weights.to(phi)).to(a) / moments.n_train
+        diagonal += matching((phi @ basis.to(phi)).square().T @ weights.to(phi), a) / moments.n_train
     diagonal = ranks.total(diagonal, "corrected eigenvalues")
     parts = (basis, v, 1 / (diagonal + damping * a.diagonal().mean()))
     return EigenvalueCorrectedCurvature(classes.unit, *(part.to(data.device, data.dtype) for part in parts))

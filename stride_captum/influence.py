@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from . import inputs as data
 from .batch import Batch, ExampleBatch, Reading, is_batch
 from .checkpoints import LoadCheckpoint, checkpoint_list, load_checkpoint, load_with, warn_of_equal
-from .devices import device_of, existing_device, full_precision
+from .devices import check_placed, device_of, existing_device, full_precision
 from .digests import Digests
 from .errors import bad_choice, bad_type, bad_value, whole_number
 from .estimate import Estimate, from_small_runs
@@ -196,6 +196,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         self.train_dataset = train_dataset
         self.layers = layers
         self.batch_size = whole_number("batch_size", batch_size)
+        check_placed(model, device is None)
         self.device = None if device is None else existing_device(device)
         self.checkpoints = None if checkpoints is None else checkpoint_list(checkpoints)
         self.checkpoints_load_func = checkpoints_load_func
@@ -213,7 +214,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         self._output_check: OutputCheck | None = None
         self._states: list[Any] | None = None
         self._weights: list[float] = []
-        self._fitted_on: tuple[Any, str] | None = None
+        self._fitted_on: tuple[Any, str, torch.device] | None = None
         self._fit_bytes: int | None = None
         self._checkpoint_index = 0  # the one that `fit` is at
 
@@ -598,7 +599,9 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
             classes = Ask("loss", "label").classes(outputs, batch)
             residual += mean_residual(outputs, classes) * len(outputs)
             seen += len(outputs)
-        sums = self.ranks.total(torch.tensor([residual, seen], dtype=torch.float64), "held-out residual")
+        sums = self.ranks.total(
+            torch.tensor([residual, seen], dtype=torch.float64, device="cpu"), "held-out residual"
+        )
         return match_temperature(logits, labels, float(sums[0] / sums[1]), ranks=self.ranks)
 
     def _train_batches(self, show_progress: bool) -> Iterator[Any]:
@@ -607,14 +610,17 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         )
 
     def _train_labels(self, batch: ExampleBatch, n_classes: int) -> Tensor:
-        """Labels of a batch of training examples, `(n,)` int64 in `[0, n_classes)`."""
+        """Labels of a batch of training examples, `(n,)` int64 in `[0, n_classes)`, on the working device.
+
+        They are checked where they are: those of a batch that is not on a GPU wait for none.
+        """
         if batch.labels is None:
             raise bad_value(
                 "train_dataset",
                 "give one label per example, last in (inputs..., label) or under 'labels'",
                 "none",
             )
-        return class_labels(batch.labels, n_classes, "train_dataset")
+        return class_labels(batch.labels, n_classes, "train_dataset").to(self._work_device())
 
     def _test_batches(self, inputs: Any, show_progress: bool) -> Iterator[ExampleBatch]:
         size = max(self.batch_size, _TEST_ROWS)
@@ -718,12 +724,18 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         return " ".join(found)
 
     def _mark_fitted(self, fingerprint: str) -> None:
-        self._fitted_on = (weights_version(self.model), fingerprint)
+        self._fitted_on = (weights_version(self.model), fingerprint, self._work_device())
 
     def _check_unchanged(self) -> None:
-        if self._fitted_on is None or self.checkpoints is not None:
+        if self._fitted_on is None:
             return
-        version, fingerprint = self._fitted_on
+        version, fingerprint, device = self._fitted_on
+        if self._work_device() != device:
+            remedy = "Move it back, or call fit() again."
+            must = f"be on {device}, as it was when the method was fitted"
+            raise bad_value("model", must, str(self._work_device()), remedy)
+        if self.checkpoints is not None:
+            return
         now = weights_version(self.model)
         if now != version:
             if weights_fingerprint(self.model) != fingerprint:
@@ -733,7 +745,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
                     "other weights",
                     "Call fit() again, or build a new object for the new model.",
                 )
-            self._fitted_on = (now, fingerprint)
+            self._fitted_on = (now, fingerprint, device)
 
     def _check_target(self, target: Any) -> str | Tensor:
         if isinstance(target, str):

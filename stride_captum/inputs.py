@@ -65,7 +65,18 @@ def _loader_of(source: Any, batch_size: int) -> DataLoader[Any]:
     """The source itself, or a loader of it that draws nothing from the global random state."""
     if isinstance(source, DataLoader):
         return source
-    return DataLoader(source, batch_size=batch_size, generator=torch.Generator())
+    return PrivateLoader(source, batch_size=batch_size)
+
+
+class PrivateLoader(DataLoader[Any]):
+    """A loader of the package's: it draws nothing from the global random state, on any default device."""
+
+    def __init__(self, source: Any, **options: Any) -> None:
+        super().__init__(source, generator=torch.Generator("cpu"), **options)
+
+    def __iter__(self) -> Any:
+        with torch.device("cpu"):  # torch draws a seed with the generator, on the default device
+            return super().__iter__()
 
 
 def stacks_examples(source: Any) -> bool:

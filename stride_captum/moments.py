@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .devices import float64_device, matching
 from .errors import bad_value
 from .memory_budget import MOST_ROWS, blocks
 from .process_group import ALONE, Alone
 from .residuals import one_hot
-from .staging import float64_device, staged, working_dtype
+from .staging import staged, working_dtype
 from .symmetric import add_gram_matrix
 
 #: Up to this many multiplications a Gram matrix takes .02 s in float64 on one core.
@@ -114,8 +115,8 @@ def _sums(
         e = one_hot(labels[rows].to(device), h.new_empty(0, n_classes))
         add_gram_matrix(gram[:d, :d], h)
         for few in blocks(len(h), block_rows if dtype == torch.float64 else _CLASS_ROWS):
-            targets[:d] += (h[few].T @ e[few]).to(gram)
-        targets[d] += e.sum(0).to(gram)
+            targets[:d] += matching(h[few].T @ e[few], gram)
+        targets[d] += matching(e.sum(0), gram)
     gram[:d, d] = gram[d, :d] = targets[:d].sum(1)  # every example is of one class
     gram[d, d] = n
     return ranks.total(gram, "Gram matrix"), ranks.total(targets, "class moments")

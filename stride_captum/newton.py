@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .devices import as_float64
 from .memory_budget import blocks
 from .staging import TrainingBlocks
 
@@ -63,7 +64,7 @@ class CenteredMap:
         d = len(scale) - 1
         middle = (self.center / scale)[:d]
         quadratic = (self.matrix * scale[:, None] * scale)[:d, :d]
-        linear, constant = 2 * (self.image * scale)[:d], self.image.double() @ self.center.double()
+        linear, constant = 2 * (self.image * scale)[:d], as_float64(self.image) @ as_float64(self.center)
         forms = scale.new_empty(len(data.labels))
         for rows in data:
             h = data.features_of(rows) - middle

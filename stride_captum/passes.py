@@ -161,7 +161,7 @@ class Passes:
         found = digests_of(batch)
         if self.digests is None or batch.columns is None:
             return found
-        places = torch.arange(batch.columns.start, batch.columns.stop)
+        places = torch.arange(batch.columns.start, batch.columns.stop, device="cpu")
         if batch.columns.stop > len(self.digests):
             raise self._other(f"more than {len(self.digests)} examples in a later pass")
         self._check(found, places)
@@ -212,7 +212,9 @@ class Passes:
         if read:
             found = digests_of(self._batch(read[0], 0))
             n = min(len(found), len(self))
-            self.repeatable = self._check(Digests(found.labels[:n], found.inputs[:n]), torch.arange(n))
+            self.repeatable = self._check(
+                Digests(found.labels[:n], found.inputs[:n]), torch.arange(n, device="cpu")
+            )
 
     def _read_items_again(self, dataset: Any, collate: Any, n: int | None) -> None:
         """Compare `n` items that are spread over a data set, one by one.
@@ -221,7 +223,10 @@ class Passes:
         for one alone.
         """
         if n is not None:
-            groups = [[int(i)] for i in torch.linspace(0, len(self) - 1, min(n, len(self))).long().unique()]
+            groups = [
+                [int(i)]
+                for i in torch.linspace(0, len(self) - 1, min(n, len(self)), device="cpu").long().unique()
+            ]
         else:
             groups = [list(range(self._first_length))]
         parts = []
@@ -232,7 +237,7 @@ class Passes:
                 return
             parts.append(digests_of(self._batch(content, places[0])))
         self.repeatable = self._check(
-            Digests.joined(parts), torch.tensor([i for places in groups for i in places])
+            Digests.joined(parts), torch.tensor([i for places in groups for i in places], device="cpu")
         )
 
     def _warn(self) -> None:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .devices import float64_device
 from .memory_budget import MOST_ROWS, blocks
 from .moments import in_float32
-from .staging import float64_device, working_dtype
+from .staging import working_dtype
 from .symmetric import add_gram_matrix
 
 _SAMPLE = 512
@@ -87,7 +88,9 @@ def fit_projection(
         if old <= width:
             matrices.append(None)
         elif kind == "random":
-            drawn = torch.randn(old, width, generator=generator, dtype=torch.float64) / width**0.5
+            drawn = (
+                torch.randn(old, width, generator=generator, dtype=torch.float64, device="cpu") / width**0.5
+            )
             matrices.append(drawn.to(dtype).to(device))
         else:
             matrices.append(_principal(layer, width, device, block_rows))
@@ -98,7 +101,7 @@ def fit_projection(
 
 def kernel_error(projection: Projection, features: Tensor, device: torch.device) -> float:
     """`|K - K_P|_F / |K|_F` on at most 512 examples that are spread evenly over the training set."""
-    rows = torch.linspace(0, len(features) - 1, min(_SAMPLE, len(features))).long().unique()
+    rows = torch.linspace(0, len(features) - 1, min(_SAMPLE, len(features)), device="cpu").long().unique()
     sample = features[rows].to(device, working_dtype(features))
     before = _kernel(sample, projection.widths)
     gap = _kernel(projection(sample), projection.new_widths) - before
@@ -124,7 +127,7 @@ def _principal(layer: Tensor, width: int, device: torch.device, block_rows: int)
 
 
 def _gram_matrix(layer: Tensor, device: torch.device, dtype: torch.dtype, block_rows: int) -> Tensor:
-    total = torch.zeros(layer.shape[1], layer.shape[1], dtype=torch.float64)
+    total = torch.zeros(layer.shape[1], layer.shape[1], dtype=torch.float64, device="cpu")
     for rows in blocks(len(layer), block_rows):
         add_gram_matrix(total, layer[rows].to(device, dtype))
     return total

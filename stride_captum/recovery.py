@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .columns import Columns, read_membership, read_responses
+from .devices import float64_device, matching
 from .errors import bad_value
 from .penalty import choose_alpha
 from .working_set import certify, largest_correlation, row_blocks, solve
@@ -181,7 +182,9 @@ def ridge(Y: Any, membership: Any, penalty: float | Tensor, *, center: bool = Fa
     used = y.abs().amax(1) > 0
     if bool((strength[used] == strength[used][:1]).all()):
         shift = strength[used][0] if bool(used.any()) else 1.0
-        factor = torch.linalg.cholesky(gram + shift * torch.eye(len(gram)).to(gram))
+        factor = torch.linalg.cholesky(
+            gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        )
         dual = torch.cholesky_solve(y.T, factor).T
     else:
         values, vectors = torch.linalg.eigh(gram)
@@ -295,13 +298,14 @@ class _Problem:
         residual = y - columns.forward(weights)
         exact = certify(y, residual, largest_correlation(columns, residual), weights.abs().sum(1), alpha)
         shared = columns.expand(weights / columns.counts).to(self.home)
-        rounded = shared.to(weights)
+        rounded = matching(shared, weights)
         collected = columns.collect(rounded)
         residual = y - columns.forward(collected)
         objective = (residual * residual).sum(1) / 2 + alpha * rounded.abs().sum(1)
         gap = (objective - (exact.objective - exact.gap)).clamp(min=0)
+        certified = float64_device(self.home.device)
         intercept = self.mean[rows] - (collected @ columns.means if columns.center else 0)
-        return LassoFit(shared, *(v.to(self.home.device) for v in (gap, objective, alpha, intercept)))
+        return LassoFit(shared, *(v.to(certified) for v in (gap, objective, alpha, intercept)))
 
 
 def _concatenate(fits: list[LassoFit]) -> LassoFit:

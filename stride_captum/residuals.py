@@ -17,9 +17,10 @@ import math
 import torch
 from torch import Tensor
 
+from .devices import as_float64, float64_device
 from .memory_budget import blocks
 from .process_group import ALONE, Alone
-from .staging import float64_device, staged
+from .staging import staged
 
 #: The best of 2, 3 and 4 on digits and MNIST, and within .005 of the best on CIFAR-10 (LDS).
 DEFAULT_TEMPERATURE = 2.0
@@ -93,7 +94,7 @@ def choose_residuals(
     """
     tempered, ridge = tempered_residuals(logits, labels, temperature), one_hot(labels, logits) - predictions
     if ratio is None:
-        squares = [part.double().square().sum() for part in (tempered, ridge)]
+        squares = [as_float64(part).square().sum() for part in (tempered, ridge)]
         ratio = torch.as_tensor(ratio_of_norms(*map(float, squares))).to(logits)
     if kind == "both":
         return (1 - RIDGE_SHARE) * tempered + RIDGE_SHARE * ratio * ridge, ratio
@@ -131,11 +132,12 @@ def simplex_shift(points: Tensor) -> Tensor:
 
 def mean_residual(logits: Tensor, labels: Tensor, temperature: float = 1.0, ranks: Alone = ALONE) -> float:
     """Mean of half the L1 norm of `e_y - p`, which is the mean of `1 - p_y`; in float64, block by block."""
-    device, total = float64_device(labels.device), 0.0
+    device = float64_device(labels.device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for rows in blocks(len(labels), max(_LOGITS // logits.shape[1], 1)):
         z, y = staged(logits[rows], device, torch.float64), labels[rows].to(device)
-        total += float(tempered_residuals(z, y, temperature).gather(1, y[:, None]).sum())
-    sums = torch.tensor([total, len(labels)], dtype=torch.float64)
+        total += tempered_residuals(z, y, temperature).gather(1, y[:, None]).sum()
+    sums = torch.tensor([float(total), len(labels)], dtype=torch.float64, device="cpu")
     whole, n = ranks.total(sums, "mean residual").tolist()
     return float(whole / n)
 

@@ -262,7 +262,7 @@ def untouched(model: nn.Module, *, weights: bool = False) -> Iterator[nn.Module]
         held = [m for module in modules for m in (module._parameters, module._buffers) if isinstance(m, dict)]
         for function, before in (
             (_restore_gradient, [(p, p.requires_grad, p.grad) for p in parameters]),
-            (_restore_values, [(tensor, tensor.detach().clone()) for tensor in changing]),
+            (_restore_values, _copies(changing)),
             (_restore_storage, [(tensor, tensor.data) for tensor in [*parameters, *buffers]]),
             (_put_back, [(members, dict(members)) for members in held]),
             (_restore_mode, [(module, module.training) for module in modules]),
@@ -303,10 +303,25 @@ def _restore_storage(tensor: Tensor, place: Tensor) -> None:
         tensor.data = place
 
 
-def _restore_values(tensor: Tensor, values: Tensor) -> None:
-    if not torch.equal(tensor.detach(), values):
-        with torch.no_grad():
-            tensor.copy_(values)
+def _copies(tensors: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Tensors and copies of them, by device."""
+    found = []
+    for device in {tensor.device for tensor in tensors}:
+        here = [tensor for tensor in tensors if tensor.device == device]
+        found.append((here, [tensor.detach().clone() for tensor in here]))
+    return found
+
+
+def _restore_values(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Put back what was changed; the tensors are on one device, which is waited for once."""
+    pairs = list(zip(tensors, values, strict=True))
+    same = torch.stack([(tensor.detach() == before).all() for tensor, before in pairs]).tolist()
+    _for_each(_copy_into, [pair for pair, unchanged in zip(pairs, same, strict=True) if not unchanged])
+
+
+def _copy_into(tensor: Tensor, values: Tensor) -> None:
+    with torch.no_grad():
+        tensor.copy_(values)
 
 
 def _restore_gradient(parameter: Tensor, requires_grad: bool, gradient: Tensor | None) -> None:
@@ -338,8 +353,14 @@ def weights_version(model: nn.Module) -> tuple[tuple[int, ...], ...]:
     """
     tensors = [t.detach() for t in [*model.parameters(), *model.buffers()]]
     places = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-    sums = [_sums(t) for t in tensors if t.numel()]
-    return (*places, tuple(torch.stack(sums).reshape(-1).tolist()) if sums else ())
+    sums: dict[torch.device, list[Tensor]] = {}
+    for t in tensors:
+        if t.numel():
+            sums.setdefault(t.device, []).append(_sums(t))
+    read = [
+        torch.stack(found).reshape(-1).tolist() for found in sums.values()
+    ]  # each device is waited for once
+    return (*places, tuple(number for numbers in read for number in numbers))
 
 
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
@@ -349,6 +370,6 @@ def _sums(tensor: Tensor) -> Tensor:
     flat = tensor.reshape(-1).contiguous().view(_SAME_SIZE[tensor.element_size()])
     total = flat.sum(dtype=torch.int64)
     if not tensor.is_floating_point():
-        return torch.stack([total, total]).cpu()
+        return torch.stack([total, total])
     value = tensor.sum(dtype=torch.float32)
-    return torch.stack([total, value.view(torch.int32).long()]).cpu()
+    return torch.stack([total, value.view(torch.int32).long()])

@@ -7,15 +7,17 @@ not kept. The weights and two numbers an example give it again, block by block.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .damping import damped_factor
+from .devices import as_float64, matching
 from .memory_budget import MOST_ROWS, blocks
 from .moments import Moments
 from .residuals import leave_one_out_residuals, simplex_shift
-from .staging import float64_device, staged, working_dtype
+from .staging import staged, working_dtype
 from .symmetric import inverse_forms
 
 #: Where 1 - H or the largest entry of a residual is below this, float32 keeps too few of their digits.
@@ -48,7 +50,7 @@ class RidgeHead:
         Args:
             features: Raw features `(n, at least the head's)`; further columns are ignored.
         """
-        return _fitted(features[:, : len(self.weights) - 1].to(self.weights), self.weights)
+        return _fitted(matching(features[:, : len(self.weights) - 1], self.weights), self.weights)
 
     def residuals(self, features: Tensor, labels: Tensor, rows: slice) -> Tensor:
         """`e_y - q` of training examples, where q is the leave-one-out prediction on the simplex.
@@ -63,13 +65,22 @@ class RidgeHead:
         """
         slack, shifts = self.slack[rows], self.shifts[rows]
         result = self._residuals(features, labels, slack, shifts)
-        few = self.delicate[rows].nonzero().squeeze(1)
-        if features.dtype != torch.float64 and len(few):
-            exact = self._residuals(_exact(features[few]), labels[few], slack[few], shifts[few])
+        ends = torch.tensor([rows.start, rows.stop], device="cpu")
+        first, last = torch.searchsorted(self._delicate_rows, ends).tolist()
+        if features.dtype != torch.float64 and first < last:
+            places = self._delicate_rows[first:last] - rows.start
+            few, theirs = places.to(features.device), places.to(slack.device)
+            exact = self._residuals(as_float64(features[few]), labels[few], slack[theirs], shifts[theirs])
             result[few] = exact.to(result)
         return result
 
+    @cached_property
+    def _delicate_rows(self) -> Tensor:
+        """Where `delicate` is true, on the CPU: a device is waited for once, not for every block."""
+        return self.delicate.nonzero().squeeze(1).cpu()
+
     def _residuals(self, features: Tensor, labels: Tensor, slack: Tensor, shifts: Tensor) -> Tensor:
+        labels = labels.to(features.device)
         left_out = leave_one_out_residuals(_fitted(features, self.weights), slack.to(features), labels)
         return _off_the_simplex(left_out, labels, shifts.to(features)[:, None])
 
@@ -104,16 +115,25 @@ def fit_ridge_head(
         norms=torch.empty(len(features), dtype=working_dtype(features), device=labels.device),
         square=0.0,
     )
+    squares = torch.empty_like(head.slack)
+
+    def keep(rows: slice | Tensor, block: _Block) -> None:
+        head.slack[rows], head.shifts[rows], squares[rows] = block.slack, block.shifts, block.squares
+        head.norms[rows] = block.norms.to(head.norms)
+
     for rows in blocks(len(features), block_rows):
-        h, y = staged(features[rows], labels.device, dtype), labels[rows]
-        block = _read(h, y, head.weights, 1 - inverse_forms(h, rounded) / n)
-        few = block.delicate.nonzero().squeeze(1)
-        if dtype != torch.float64 and len(few):
-            exact = _exact(h[few])
-            block.replace(few, _read(exact, y[few], head.weights, 1 - inverse_forms(exact, factor) / n))
-        head.slack[rows], head.shifts[rows] = block.slack, block.shifts
-        head.delicate[rows], head.norms[rows] = block.delicate, block.norms.to(head.norms)
-        head.square += float(block.squares.sum())
+        h = staged(features[rows], labels.device, dtype)
+        block = _read(h, labels[rows], head.weights, 1 - inverse_forms(h, rounded) / n)
+        keep(rows, block)
+        head.delicate[rows] = block.delicate
+    if dtype != torch.float64:
+        few = head.delicate.nonzero().squeeze(1)
+        theirs = few.to(features.device)  # once: a device is waited for
+        for part in blocks(len(few), block_rows):
+            exact = as_float64(features[theirs[part]].to(labels.device))
+            y = labels[few[part].to(labels.device)]
+            keep(few[part], _read(exact, y, head.weights, 1 - inverse_forms(exact, factor) / n))
+    head.square = float(squares.sum())
     return head
 
 
@@ -127,13 +147,9 @@ class _Block:
     squares: Tensor
     delicate: Tensor
 
-    def replace(self, rows: Tensor, other: _Block) -> None:
-        """Put numbers that were computed in float64 in their places; which rows these are stays."""
-        for name in ("slack", "shifts", "norms", "squares"):
-            getattr(self, name)[rows] = getattr(other, name)
-
 
 def _read(features: Tensor, labels: Tensor, weights: Tensor, slack: Tensor) -> _Block:
+    labels = labels.to(features.device)
     label, left_out = labels[:, None], leave_one_out_residuals(_fitted(features, weights), slack, labels)
     norms = torch.linalg.vector_norm(left_out, dim=1)
     predictions = left_out.neg().scatter_(1, label, 1 - left_out.gather(1, label))
@@ -141,10 +157,10 @@ def _read(features: Tensor, labels: Tensor, weights: Tensor, slack: Tensor) -> _
     residuals = _off_the_simplex(left_out, labels, shifts)
     largest = residuals.abs().amax(1)
     return _Block(
-        slack=_exact(slack),
-        shifts=_exact(shifts.squeeze(1)),
-        norms=_exact(norms),
-        squares=_exact(residuals.square().sum(1)),
+        slack=as_float64(slack),
+        shifts=as_float64(shifts.squeeze(1)),
+        norms=as_float64(norms),
+        squares=as_float64(residuals.square().sum(1)),
         delicate=(slack < _FEW_DIGITS) | ((largest > 0) & (largest < _FEW_DIGITS)),
     )
 
@@ -163,7 +179,3 @@ def _off_the_simplex(left_out: Tensor, labels: Tensor, shifts: Tensor) -> Tensor
     label = labels[:, None]
     own = 1 - (1 - left_out.gather(1, label) - shifts).clamp_min(0)
     return left_out.add_(shifts).clamp_max_(0).scatter_(1, label, own)
-
-
-def _exact(values: Tensor) -> Tensor:
-    return values.to(float64_device(values.device), torch.float64)

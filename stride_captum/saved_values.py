@@ -10,6 +10,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from .devices import float64_device
 from .errors import bad_type, bad_value
 from .operators import SteeringOperators
 
@@ -124,8 +125,7 @@ def decode(tree: Any, tensors: Mapping[str, Tensor], device: torch.device) -> An
         saved = tensors[tree["tensor"]].clone()
         if sorted(order) != list(range(saved.ndim)):
             raise KeyError("order")
-        if device.type != "mps" or saved.dtype != torch.float64:  # Apple's GPUs have no float64
-            saved = saved.to(device)
+        saved = saved.to(float64_device(device) if saved.dtype == torch.float64 else device)
         return saved.permute([order.index(d) for d in range(len(order))])
     if "class" in tree:
         cls = _CLASSES.get(tree["class"])

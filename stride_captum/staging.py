@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .devices import copied_in_background, float64_device
 from .memory_budget import MOST_ROWS, blocks
 
 
@@ -26,19 +27,12 @@ def staged(rows: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     >>> staged(torch.ones(2, 3, dtype=torch.bfloat16), torch.device("cpu"), torch.float32).dtype
     torch.float32
     """
-    if device.type == "cuda" and rows.device.type == "cpu":
-        rows = rows.pin_memory().to(device, non_blocking=True)
-    return rows.to(device, dtype)
+    return copied_in_background(rows, device).to(dtype)
 
 
 def working_dtype(features: Tensor) -> torch.dtype:
     """The dtype of all results with these features: float64 for float64, float32 for all others."""
     return torch.float64 if features.dtype == torch.float64 else torch.float32
-
-
-def float64_device(device: torch.device) -> torch.device:
-    """The device itself, or the CPU for Apple's GPUs, which have no float64."""
-    return torch.device("cpu") if device.type == "mps" else device
 
 
 @dataclass(frozen=True)

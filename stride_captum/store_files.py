@@ -253,7 +253,7 @@ def as_tensor(values: Any) -> Tensor:
         array: NDArray[Any] = values
         # torch warns about read-only memory maps; nothing here writes to them.
         return torch.from_numpy(array if array.flags.writeable else _writeable_view(array))
-    return torch.as_tensor(values)
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
 
 
 def _writeable_view(array: NDArray[Any]) -> NDArray[Any]:

@@ -64,7 +64,9 @@ class Filling:
             self.manifest = self.new(computed[1].shape[1])
         if not self.buffers:
             for name, part in self.manifest.parts.items():
-                self.buffers[name] = torch.empty(self.manifest.chunk_rows, part.width, dtype=part.torch_dtype)
+                self.buffers[name] = torch.empty(
+                    self.manifest.chunk_rows, part.width, dtype=part.torch_dtype, device="cpu"
+                )
 
     def _take(self, batch: ExampleBatch, computed: Computed | None, n: int) -> None:
         """Take in the examples of one batch, piece by piece where chunks end."""

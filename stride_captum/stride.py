@@ -20,6 +20,7 @@ from .checkpoints import LoadCheckpoint, load_checkpoint
 from .closed_form import ClosedForm, fit_closed_form
 from .closed_form_estimate import estimate_closed_form
 from .config import STRIDEConfig, html_table
+from .devices import as_float64
 from .digests import Digests
 from .errors import bad_type, bad_value
 from .estimate import Estimate, from_fewer_steps
@@ -32,7 +33,7 @@ from .projection import Projection, fit_projection
 from .recovery import soft_threshold
 from .responses import class_labels, response_gradient
 from .restoring import weights_fingerprint
-from .staging import float64_device, working_dtype
+from .staging import working_dtype
 from .steering import TrainedSteering, fit_steering
 from .store_files import as_tensor
 from .store_filling import Computed
@@ -209,14 +210,14 @@ class STRIDE(InfluenceMethod):
                 features, logits, labels, widths, self.config, self.temperature_, self.ranks
             )
             self.n_train_ = form.n_train
-            self.coverage_ = torch.ones(self.n_train_, dtype=torch.bool)
+            self.coverage_ = torch.ones(self.n_train_, dtype=torch.bool, device="cpu")
             return STRIDEState(taps, form, projection)
         self.n_train_ = len(labels)
         check_finite(features)
         check_finite(logits, "logits")
         features = features.to(working_dtype(features))
         head = _head(model, taps, features, logits) if self.config.steering == "representation" else None
-        scale = torch.ones(features.shape[1]).to(features) if head else _unit_scale(features, widths)
+        scale = features.new_ones(features.shape[1]) if head else _unit_scale(features, widths)
         with torch.enable_grad():  # reading the features needs none
             steering = fit_steering(features, logits, labels, scale, self.config, head, show_progress)
         self.coverage_ = torch.from_numpy(coverage(steering.membership))
@@ -430,7 +431,7 @@ class STRIDE(InfluenceMethod):
         self.digests_ = None if known is None else digests(known)
         self._states, self.train_dataset = states, dataset(self.train_dataset)
         self.n_train_, self.temperature_ = form.n_train, t
-        self.coverage_ = torch.ones(self.n_train_, dtype=torch.bool)
+        self.coverage_ = torch.ones(self.n_train_, dtype=torch.bool, device="cpu")
         self._changed = True
         if self._precomputed is not None:
             self._precomputed = new.features, new.logits, new.labels, widths
@@ -479,8 +480,7 @@ class STRIDE(InfluenceMethod):
 
     def _compute(self, run: Any, batch: ExampleBatch) -> Computed:
         """Rows of each tap, logits and labels of one batch of training examples."""
-        batch = batch.to(self._work_device())
-        outputs, rows = run(batch)
+        outputs, rows = run(batch.to(self._work_device()))
         logits = self._as_logits(outputs, batch)
         return rows, logits, self._train_labels(batch, logits.shape[1])
 
@@ -526,7 +526,8 @@ class STRIDE(InfluenceMethod):
         features: Tensor | None = None
         parts, logits, labels, seen = [], [], [], 0
         with recording(model, taps) as run:
-            for batch in self._train_batches(show_progress):
+            what = f"fitting {type(self).__name__}"
+            for batch in self._batches_as_they_are(self.train_dataset, "train_dataset", show_progress, what):
                 rows, z, y = self._compute(run, batch)
                 n = len(z)
                 if expected is not None and seen + n <= expected:
@@ -608,8 +609,8 @@ def _unit_scale(features: Tensor, widths: Sequence[int]) -> Tensor:
     """Factor of each feature that gives every layer unit mean square per feature, `(n_features,)`."""
     scales = []
     for part in features.split(list(widths), dim=1):
-        exact = float64_device(part.device), torch.float64  # squares of float32 leave its range
-        squares = torch.stack([rows.to(*exact).square().sum() for rows in part.split(8192)]).sum()
+        # Squares of float32 leave its range.
+        squares = torch.stack([as_float64(rows).square().sum() for rows in part.split(8192)]).sum()
         scale = (part.numel() / squares).sqrt() if squares > 0 else torch.ones_like(squares)
         scales.append(scale.to(features).expand(part.shape[1]))
     return torch.cat(scales)

@@ -200,7 +200,7 @@ def sketch_projection(n_train: int, width: int = 64, seed: int = 0) -> Tensor:
     """R of A.3, `(n_train, width)` float64 with entries of variance 1/width."""
     generator = torch.Generator().manual_seed(seed)
     whole = -(-width // 16) * 16  # torch fills blocks of 16: only whole ones do not depend on n_train
-    entries = torch.randn(n_train, whole, generator=generator, dtype=torch.float64)
+    entries = torch.randn(n_train, whole, generator=generator, dtype=torch.float64, device="cpu")
     return entries[:, :width] / math.sqrt(width)
 
 

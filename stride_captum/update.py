@@ -26,6 +26,7 @@ from torch.utils.data import TensorDataset
 from . import inputs as data
 from .batch import is_batch
 from .closed_form import ClosedForm
+from .devices import matching
 from .errors import bad_type, bad_value
 from .memory_budget import blocks
 from .moments import Moments, feature_moments, layer_scale
@@ -75,10 +76,9 @@ def without_examples(form: ClosedForm, keep: Tensor) -> Changed:
 
     Args:
         form: As it was fitted.
-        keep: Rows that stay, in order, `(n_kept,)`.
+        keep: Rows that stay, in order, `(n_kept,)`, on the CPU: stored features are, whatever the labels are.
     """
-    keep = keep.to(form.labels.device)
-    gone = torch.ones(len(form.labels), dtype=torch.bool, device=keep.device)
+    gone = torch.ones(len(form.labels), dtype=torch.bool, device="cpu")
     gone[keep] = False
     features, labels = _rows(form.features, keep), form.labels[keep]
     moments = _moments_without(form, gone, None, features, labels)
@@ -131,7 +131,7 @@ def _moments_without(
     if len(again):
         gram[again], targets[again] = 0.0, 0.0
         for rows in blocks(len(features), 8192):
-            h = torch.nn.functional.pad(features[rows].to(gram), (0, 1), value=1.0)
+            h = torch.nn.functional.pad(matching(features[rows], gram), (0, 1), value=1.0)
             gram[again] += h[:, again].T @ h
             targets[again] += h[:, again].T @ one_hot(labels[rows].to(gram.device), targets)
         gram[:, again] = gram[again].T

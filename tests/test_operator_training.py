@@ -298,3 +298,8 @@ def test_arguments_that_do_not_fit_are_named(data):
         train_operators(2 * f, z, y, membership, config, head=data.head)
     with pytest.raises(ValueError, match="`head_weight` must be the weight of the Linear"):
         data.train(membership, steering="representation")
+
+
+def test_losses_that_become_nan_are_refused(data):
+    with pytest.raises(ValueError, match="`learning_rate` must be small enough for the operators"):
+        data.train(random_subsets(N, 5, 10), learning_rate=1e30, iterations=30)

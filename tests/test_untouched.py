@@ -18,6 +18,7 @@ from planted import (
     trained,
     unusual,
 )
+from strict_device import DEVICE, strict_device
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -59,10 +60,10 @@ def test_a_fit_that_fails_leaves_the_method_unfitted(planted):
 
 def test_another_device_gets_a_copy_of_the_model(planted):
     model, train, _ = planted
-    with expect_untouched(model):
-        method = STRIDE(model, train, device="meta")
+    with expect_untouched(model), strict_device():
+        method = STRIDE(model, train, device=DEVICE)
         with method._session() as copy:
-            assert {p.device.type for p in copy.parameters()} == {"meta"}
+            assert {p.device for p in copy.parameters()} == {DEVICE}
             assert copy is not model
 
 
