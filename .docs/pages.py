@@ -30,6 +30,7 @@ PACKAGES = {
     "stride_captum": "stride_captum",
     "stride_captum.adapters": "adapters",
     "stride_captum.evaluation": "evaluation",
+    "stride_captum.losses": "stride_captum/losses.py",
     "stride_captum.recovery": "stride_captum/recovery.py",
     "stride_captum.conformance": "stride_captum/conformance",
 }

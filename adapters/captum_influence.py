@@ -134,9 +134,9 @@ class CaptumInfluence(GradientMethod):
             raise bad_value("residuals", "be 'training' unless answers='every'", repr(self.residuals))
         self.build, self.answers, self.sign, self.orientation = build, answers, sign, orientation
 
-    def _check_model(self, model: nn.Module) -> None:
+    def _check_gradients(self, model: nn.Module) -> None:
         if self.answers != "similarity":  # which takes no gradients
-            super()._check_model(model)
+            super()._check_gradients(model)
 
     def _fit_kernel(self, model: nn.Module, residuals: Tensor, show_progress: bool) -> Any:
         network = self._network(model)

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import ExampleBatch
+from ..digests import digest_item
 from ..errors import bad_value
 from ..influence import Ask, InfluenceMethod
-from ..persistence import digest_item
 from ..restoring import bits
+from ..saved_values import saved_as
 from .working_copies import widened
 
 #: Columns that one generator serves.
 _CHUNK = 1024
 
 
+@saved_as("random")
 @dataclass
 class RandomState:
     """What a control keeps.
@@ -67,6 +69,9 @@ class Random(InfluenceMethod):
     """
 
     fits_in_one_pass = True
+
+    def _check_model(self, model: nn.Module) -> None:
+        """Nothing: `fit` reads labels alone."""
 
     def __init__(self, model: nn.Module, train_dataset: Any, *, seed: int = 0, **options: Any) -> None:
         super().__init__(model, train_dataset, **options)
@@ -116,6 +121,7 @@ class ClassRandom(Random):
 
 def input_keys(batch: ExampleBatch) -> list[int]:
     """A number for each example that its inputs alone decide: batches and their order do not matter."""
+    batch = batch.to(torch.device("cpu"))  # at once, not row by row
     digests = [hashlib.sha256() for _ in range(len(batch))]
     for _, part in sorted(batch.example_parts(), key=lambda found: str(found[0])):
         for digest, row in zip(digests, part, strict=True):

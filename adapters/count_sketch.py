@@ -24,9 +24,10 @@ def random_places(n_parameters: int, n_coordinates: int, seed: int) -> Tensor:
         seed: Of the draws.
     """
     if n_coordinates >= n_parameters:
-        return torch.arange(n_parameters, dtype=torch.int32)
+        return torch.arange(n_parameters, dtype=torch.int32, device="cpu")
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2 * n_coordinates, (n_parameters,), generator=generator, dtype=torch.int32)
+    size = (n_parameters,)
+    return torch.randint(2 * n_coordinates, size, generator=generator, dtype=torch.int32, device="cpu")
 
 
 def count_sketch(gradients: Gradients, places: Tensor, n_coordinates: int) -> Tensor:

@@ -65,9 +65,7 @@ class InfluenceAttributor(BaseAttributor):  # type: ignore[misc]
         dataset, order = self._cached = _examples(full_train_dataloader, "full_train_dataloader")
         source = full_train_dataloader
         if order != list(range(len(dataset))):  # column i of a method is the i-th example of its data set
-            batches = full_train_dataloader.batch_size or max(
-                map(len, full_train_dataloader.batch_sampler or ())
-            )
+            batches = source.batch_size or max(map(len, source.batch_sampler or [[0]]))
             source = DataLoader(
                 Subset(dataset, order),
                 batches,

@@ -44,6 +44,7 @@ def dense_sides(
         `(n_positions, n_in)` and `(n_positions, n_out)` by name of the weight, where n_positions is n for
         one position an example. A layer that the network does not call is left out.
     """
+    batch = ExampleBatch.of(batch)
     calls: list[tuple[str, Tensor, Tensor]] = []
 
     def record(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:

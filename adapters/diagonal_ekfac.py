@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..devices import as_float64
 from ..errors import bad_choice, bad_value
+from ..saved_values import saved_as
 from .dense_sides import dense_layers, dense_sides, sides_of_examples
 from .fisher import FISHERS, fisher_sample, fisher_vectors
 from .gradients import GradientMethod
@@ -26,6 +28,7 @@ from .safe_damping import check_damping, least_lambda, rounding_of
 DENSE = ("kronecker", "diagonal")
 
 
+@saved_as("diagonal-ekfac")
 @dataclass
 class DiagonalKernel:
     """M of one model, by parameter.
@@ -137,7 +140,7 @@ class DiagonalEKFAC(GradientMethod):
         for name, parts in fisher.items():
             spectrum = parts[0]
             if len(parts) == 2:
-                (u, left), (v, right) = (torch.linalg.eigh(part.double()) for part in parts)
+                (u, left), (v, right) = (torch.linalg.eigh(as_float64(part)) for part in parts)
                 bases[name] = [left.to(spectrum), right.to(spectrum)]
                 spectrum = (u.clamp_min(0)[:, None] * v.clamp_min(0)).to(spectrum)
             unit = float(spectrum.mean()) if self.relative else 1.0

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..devices import float64_device
 from ..errors import bad_choice, bad_value
 from ..influence import Ask
 from ..installed import install_command
@@ -65,6 +66,7 @@ class EKFAC(GradientMethod):
 
     Raises:
         ImportError: kronfluence is not installed.
+        ValueError: A device without float64, such as mps.
 
     >>> from stride_captum.conformance.planted import MLP, trained
     >>> model, train, test = trained(MLP)
@@ -93,6 +95,10 @@ class EKFAC(GradientMethod):
         except ImportError as error:
             hint = f"EKFAC needs kronfluence: {install_command('kronfluence')}"
             raise ImportError(f"{hint} ({error}).") from error
+        device = self._work_device()
+        if float64_device(device) != device:
+            must = "have float64, which kronfluence computes with"
+            raise bad_value("device", must, repr(str(device)), "Pass device='cpu'.")
         for name, value, choices in (("strategy", strategy, STRATEGIES), ("fisher", fisher, FISHERS)):
             if value not in choices:
                 raise bad_choice(name, value, choices)
@@ -134,7 +140,7 @@ class EKFAC(GradientMethod):
             state.kernel = self._kronfluence(model).fit(
                 lambda draw: self._fisher_batches(state.loss_residuals, draw, show_progress)
             )
-        except RuntimeError:  # what eigh says of NaN
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # what eigh says of NaN
             self._find_bad_gradient(model, state.loss_residuals)
             raise
         self._check_damping(self.damping, state)

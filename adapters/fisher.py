@@ -25,8 +25,8 @@ def fisher_sample(n_train: int, n_fisher: int, seed: int) -> tuple[Tensor, Tenso
         Their indices, ascending, and for each a number in [0, 1) that draws its label, `(n_fisher,)`.
     """
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(n_train, generator=generator)[:n_fisher].sort().values
-    return chosen, torch.rand(len(chosen), generator=generator)
+    chosen = torch.randperm(n_train, generator=generator, device="cpu")[:n_fisher].sort().values
+    return chosen, torch.rand(len(chosen), generator=generator, dtype=torch.float32, device="cpu")
 
 
 def fisher_vectors(kind: str, logits: Tensor, labels: Tensor, uniforms: Tensor) -> list[Tensor]:

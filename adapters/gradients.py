@@ -23,13 +23,15 @@ from ..influence import Ask
 from ..memory_budget import rows_that_fit
 from ..residuals import choose_residuals, tempered_residuals
 from ..responses import response_gradient
+from ..saved_values import saved_as
 from ..stride import STRIDE
 from .gradient_checks import check_gradients, check_layers, check_model, probe_of
 from .per_example_gradients import Gradients, chosen_parameters, example_gradients, flat
-from .working_copies import check_copy, widened
+from .working_copies import widened
 from .working_model import OnWorkingCopy
 
 
+@saved_as("gradients")
 @dataclass
 class GradientState:
     """What a gradient method keeps.
@@ -124,17 +126,15 @@ class GradientMethod(OnWorkingCopy):
         check_layers(model)
         self.parameters_ = list(chosen_parameters(model, self.layers))
         self._probe = probe_of(self._first_train_batch())
-        self._check_model(model)
+        self._check_gradients(model)
         with torch.no_grad():
             residuals, loss_residuals, temperature = self._read_residuals(model, show_progress)
         self.n_train_ = len(residuals)
         kernel = self._fit_kernel(model, residuals, show_progress)
         return GradientState(residuals, loss_residuals, temperature, kernel)
 
-    def _check_model(self, model: nn.Module) -> None:
+    def _check_gradients(self, model: nn.Module) -> None:
         """Refuse a model whose gradients would be wrong, by a look at a few examples."""
-        if self._wide_copy is not None and model is self._wide_copy[1]:
-            check_copy(self.model, model, self._probe)
         self._rounding = check_model(model, self.parameters_, self._probe)
 
     def _probe_vectors(self, model: nn.Module) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..devices import as_float64
 from ..errors import bad_value
 from ..influence import Ask
 from .similarity import Similarity, SimilarityState, SimilarityTest
@@ -105,7 +106,7 @@ def knn_shapley(matches: Tensor, k: int) -> Tensor:
     >>> knn_shapley(torch.tensor([True, False]), 1).tolist()
     [1.0, 0.0]
     """
-    m = matches.double()
+    m = as_float64(matches)
     rank = torch.arange(1, m.shape[-1] + 1, dtype=m.dtype, device=m.device)
     steps = m.clone()
     steps[..., :-1] -= m[..., 1:]

@@ -20,13 +20,13 @@ from .. import inputs as data
 from ..activations import Tap, check_finite, default_taps, named_taps, recording
 from ..batch import Batch, Reading, is_batch
 from ..config import STRIDEConfig
-from ..devices import device_of
+from ..devices import device_of, full_precision
 from ..errors import bad_choice, bad_type, bad_value, whole_number
 from ..installed import install_command
 from ..losses import CrossEntropy, OutputCheck, loss_of
 from ..passes import Passes
 from ..responses import class_labels, response_value
-from ..restoring import draws_put_back, untouched, user_code
+from ..restoring import untouched
 from ..stride import STRIDE
 from .working_copies import widened
 
@@ -73,8 +73,7 @@ class LabelNoiseDetector(ABC):
             remedy = "Write TensorDataset(inputs, labels)."
             raise bad_type("train_dataset", "be a Dataset or a DataLoader", train_dataset, remedy)
         data.check_source(train_dataset, "train_dataset")
-        with draws_put_back(), user_code():
-            data.check_places(train_dataset, "train_dataset")
+        data.check_places(train_dataset, "train_dataset")
         self.model = model
         self.train_dataset = train_dataset
         self.layers = layers
@@ -92,7 +91,8 @@ class LabelNoiseDetector(ABC):
         features: list[Tensor] = []
         logits: list[Tensor] = []
         labels: list[Tensor] = []
-        with untouched(self.model), torch.no_grad(), recording(self.model, taps) as run:
+        precision = full_precision(device_of(self.model))
+        with untouched(self.model), torch.no_grad(), precision, recording(self.model, taps) as run:
             check = OutputCheck(self.loss, self.model)
             for batch in self._passes.walk():
                 batch = batch.to(device_of(self.model))

@@ -69,6 +69,7 @@ def example_gradients(
         batch: Batch of n examples.
         vectors: v, `(n, n_classes)`.
     """
+    batch = ExampleBatch.of(batch)
     if all(isinstance(part, Tensor) for _, part in batch.example_parts()) and len(batch):
         try:
             return _at_once(model, parameters, batch, vectors)

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..devices import as_float64
 from ..errors import bad_value
 
 
@@ -32,7 +33,7 @@ def least_lambda(spectrum: Tensor, rounding: float) -> float:
     >>> least_lambda(torch.tensor([8.0, 0.25, 1.0]), rounding=0.125)
     0.75
     """
-    values = spectrum.detach().double()
+    values = as_float64(spectrum.detach())
     return float((rounding * values.max() - values.min().clamp_min(0)).clamp_min(0))
 
 

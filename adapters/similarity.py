@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ..activations import Tap, check_finite, default_taps, named_taps, recording
 from ..influence import Ask, InfluenceMethod
+from ..saved_values import saved_as
 
 
+@saved_as("similarity")
 @dataclass
 class SimilarityState:
     """Unit features of the training set.
@@ -57,7 +59,7 @@ class Similarity(InfluenceMethod):
     fits_in_one_pass = True
 
     def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> SimilarityState:
-        first = self._first_train_batch().first(2)
+        first = self._first_train_batch()
         taps = (
             default_taps(model, first, 2**31, penultimate=True)
             if self.layers is None

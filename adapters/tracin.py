@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from ..batch import ExampleBatch
 from ..errors import bad_value
 from ..influence import Ask
+from ..inputs import PrivateLoader
 from .captum_calls import parts_by_position, quiet
 from .gradient_checks import agree, check_gradients
 from .gradients import GradientMethod, GradientState
@@ -184,7 +185,7 @@ class TracIn(GradientMethod):
 
 def _as_they_are(batches: Any) -> DataLoader[Any]:
     """Batches for Captum, in a loader that draws nothing from the global random state."""
-    return DataLoader(batches, batch_size=None, generator=torch.Generator())
+    return PrivateLoader(batches, batch_size=None)
 
 
 @dataclass

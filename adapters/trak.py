@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..devices import as_float64, float64_device
 from ..errors import bad_value
 from ..memory_budget import MOST_ROWS
 from ..residuals import tempered_residuals
 from ..responses import response_gradient
+from ..saved_values import saved_as
 from .count_sketch import count_sketch, random_places
 from .gradient_checks import check_gradients
 from .gradients import GradientMethod, GradientState
@@ -33,6 +35,7 @@ from .safe_damping import check_damping, least_lambda, rounding_of
 _INVERSE_ROUNDING = 2.0**-38
 
 
+@saved_as("trak")
 @dataclass
 class TRAKKernel:
     """What TRAK keeps of one model.
@@ -104,7 +107,8 @@ class TRAK(GradientMethod):
         n_parameters = sum(p.numel() for p in chosen_parameters(model, self.layers).values())
         k = min(self.projection_dim, n_parameters)
         places = random_places(n_parameters, k, self.seed).to(residuals.device)
-        gram = torch.zeros(k, k, dtype=torch.float64, device=residuals.device)
+        place = float64_device(residuals.device)
+        gram = torch.zeros(k, k, dtype=torch.float64, device=place)
         margins, doubts, sides = [], [], []
         for rows, batch in self._train_blocks(self.n_train_, show_progress):
             with torch.no_grad():
@@ -113,7 +117,8 @@ class TRAK(GradientMethod):
             vectors = response_gradient(logits, labels, "margin")
             margins.append(count_sketch(self._gradients(model, batch, vectors), places, k))
             check_gradients(margins[-1], rows.start)
-            gram += margins[-1].double().T @ margins[-1].double()
+            wide = as_float64(margins[-1])
+            gram += wide.T @ wide
             doubts.append(tempered_residuals(logits, labels).gather(1, labels[:, None]))
             if self.residuals != "training":
                 sides.append(count_sketch(self._gradients(model, batch, residuals[rows]), places, k))
@@ -181,10 +186,10 @@ class TRAK(GradientMethod):
 
 def _applied(inverse: Tensor, sides: Tensor) -> Tensor:
     """M times each row; in float64 inside, in the dtype of the rows outside."""
-    return torch.cat([(part.double() @ inverse).to(sides) for part in sides.split(MOST_ROWS)])
+    return torch.cat([(as_float64(part) @ inverse).to(sides) for part in sides.split(MOST_ROWS)])
 
 
 def _norms(sides: Tensor, inverse: Tensor) -> Tensor:
     """The norm of each row in M."""
-    wide = (part.double() for part in sides.split(MOST_ROWS))
+    wide = (as_float64(part) for part in sides.split(MOST_ROWS))
     return torch.cat([((part @ inverse) * part).sum(1).clamp_min(0).sqrt().to(sides) for part in wide])

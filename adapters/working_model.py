@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..batch import ExampleBatch
 from ..influence import InfluenceMethod
 from ..restoring import weights_fingerprint, weights_version
+from .gradient_checks import probe_of
 from .traces import attributes_put_back
-from .working_copies import needs_copy, wide_copy, widened
+from .working_copies import check_copy, needs_copy, wide_copy, widened
 
 
 class OnWorkingCopy(InfluenceMethod):
@@ -39,20 +39,23 @@ class OnWorkingCopy(InfluenceMethod):
             self._wide_copy = version, wide_copy(model)
         return self._wide_copy[1]
 
+    def _check_model(self, model: nn.Module) -> None:
+        if self._wide_copy is not None and model is self._wide_copy[1]:
+            check_copy(self.model, model, probe_of(self._first_train_batch()))
+        super()._check_model(model)
+
     @contextmanager
     def _session(self) -> Iterator[nn.Module]:
-        device = self._work_device().type
-        with super()._session() as model, attributes_put_back(model), ExitStack() as stack:
-            if device in ("cpu", "cuda"):  # what the caller casts by autocast has no three digits
-                stack.enter_context(torch.autocast(device, enabled=False))
+        with super()._session() as model, attributes_put_back(model):
             yield model
 
     def _check_unchanged(self) -> None:
         if self._fitted_on is not None and self.checkpoints is None and needs_copy(self.model):
             # What was fitted is the copy, so that is what has the fingerprint.
-            version, fingerprint = weights_version(self.model), self._fitted_on[1]
-            if version != self._fitted_on[0] and weights_fingerprint(self._model_on_device()) == fingerprint:
-                self._fitted_on = version, fingerprint
+            known, fingerprint, device = self._fitted_on
+            version = weights_version(self.model)
+            if version != known and weights_fingerprint(self._model_on_device()) == fingerprint:
+                self._fitted_on = version, fingerprint, device
         super()._check_unchanged()
 
     def _batches(self, source: Any, argument: str, show_progress: bool, what: str) -> Iterator[ExampleBatch]:

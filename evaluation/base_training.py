@@ -1,4 +1,4 @@
-"""Owns training one base model from scratch, and reading its logits and its mean residual."""
+"""Training of one base model from scratch, its logits and its mean residual."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import residuals
-from ..errors import bad_choice
+from .class_logits import class_logits, first_logits, has_batch_norm
 from .models import TrainingSettings
+from .new_network import new_network, seeded
 
 
 def train_model(
@@ -24,10 +25,10 @@ def train_model(
     after_epoch: Callable[[int, nn.Module], None] | None = None,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """Train a network from scratch with cross-entropy.
+    """Train a network from scratch with cross-entropy, of the one logit where a binary network has one.
 
-    The seed decides the initial weights, the order of the batches and Dropout; the caller's random
-    state is left as it was.
+    The seed decides the initial weights, the order of the batches and Dropout: torch, NumPy and Python's
+    `random` are seeded. The caller's random states are left as they were.
 
     Args:
         build_model: Gives an untrained network.
@@ -41,6 +42,11 @@ def train_model(
     Returns:
         The trained model in eval mode.
 
+    Raises:
+        TypeError: `build_model` gives no network, or one that returns no tensor.
+        ValueError: A network that cannot read the inputs, has fewer logits than there are classes, or
+            returns probabilities.
+
     >>> from stride_captum.evaluation import load_task
     >>> from stride_captum.evaluation.models import TrainingSettings
     >>> training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
@@ -48,21 +54,21 @@ def train_model(
     >>> train_model(task.build_model, *task.train.tensors, training, seed=0).training
     False
     """
-    on_gpu = torch.device(device).type == "cuda"
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else []):
-        if on_gpu:
-            torch.cuda.manual_seed_all(seed)
-        torch.default_generator.manual_seed(seed)
-        model = build_model().to(device)
+    with seeded(seed, device):
+        model = new_network(build_model, seed).to(device)
         x, y = x.to(device), y.to(device)
+        n_classes = int(y.max()) + 1
         optimizer = make_optimizer(model.parameters(), training)
+        checked = False
         for epoch in range(1, training.epochs + 1):
             model.train()
             for rows in torch.randperm(len(x)).to(device).split(training.batch_size):
-                if len(rows) == 1 and len(x) > 1:
-                    continue  # BatchNorm cannot normalise a single example
+                if is_left_out(model, len(rows), len(x), training):
+                    continue
                 optimizer.zero_grad(set_to_none=True)
-                F.cross_entropy(model(x[rows]), y[rows]).backward()
+                logits = class_logits(model(x[rows])) if checked else first_logits(model, x[rows], n_classes)
+                checked = True
+                F.cross_entropy(logits, y[rows]).backward()
                 optimizer.step()
             model.eval()
             if after_epoch is not None:
@@ -70,15 +76,15 @@ def train_model(
     return model
 
 
+def is_left_out(model: nn.Module, n_rows: int, n_train: int, training: TrainingSettings) -> bool:
+    """Whether a step is left out: its batch is one left-over example, which BatchNorm cannot normalize."""
+    return n_rows == 1 < training.batch_size < n_train and has_batch_norm(model)
+
+
 def make_optimizer(
     parameters: Iterable[Tensor], training: TrainingSettings, *, fused: bool = False
 ) -> torch.optim.Optimizer:
-    """The optimizer of the settings: "adam", or "sgd" with momentum, both with weight decay.
-
-    Raises:
-        ValueError: Another optimizer.
-
-    """
+    """The optimizer of the settings: "adam", or "sgd" with momentum, both with weight decay."""
     if training.optimizer == "adam":
         return torch.optim.Adam(
             parameters,
@@ -86,8 +92,6 @@ def make_optimizer(
             weight_decay=training.weight_decay,
             fused=True if fused else None,
         )
-    if training.optimizer != "sgd":
-        raise bad_choice("optimizer", training.optimizer, ("adam", "sgd"))
     return torch.optim.SGD(
         parameters,
         lr=training.learning_rate,
@@ -99,8 +103,9 @@ def make_optimizer(
 
 @torch.no_grad()
 def logits_of(model: nn.Module, x: Tensor, batch_size: int = 1024) -> Tensor:
-    """Logits `(n, n_classes)` of a model in eval mode."""
-    return torch.cat([model(batch) for batch in x.split(batch_size)])
+    """Logits `(n, n_classes)` of a model in eval mode, on the device of `x`."""
+    own = next((p.device for p in model.parameters()), x.device)
+    return torch.cat([class_logits(model(batch.to(own))).to(x.device) for batch in x.split(batch_size)])
 
 
 def mean_residual(model: nn.Module, x: Tensor, y: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Owns the speed of STRIDE's default settings, as ratios to the floor of the hardware and to TracInCPFast.
+"""Speed of STRIDE's default settings, as ratios to the floor of the hardware and to TracInCPFast.
 
 Every ratio compares two things that were timed in one process, a few seconds apart: absolute seconds
 of a shared machine mean little.
@@ -6,14 +6,15 @@ of a shared machine mean little.
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.data import TensorDataset
 
+from ..devices import CPU, full_precision
 from ..stride import STRIDE
 from .benchmark_networks import examples, network
 from .benchmark_peers import BATCH_SIZE, tracin_fast
@@ -104,36 +105,41 @@ def bench_core(cases: Sequence[Case] = CASES, repeats: int = 5) -> list[CoreRow]
     return [in_a_fresh_process(bench_case, case, repeats) for case in cases]
 
 
-def bench_case(case: Case, repeats: int) -> CoreRow:
-    """Measure one case in this process."""
-    model = network(case.name)
+def bench_case(case: Case, repeats: int, device: torch.device = CPU) -> CoreRow:
+    """Measure one case in this process, with the network, the examples and the work on one device."""
+    model = network(case.name).to(device)
     dataset, test = examples(case.name, case.n_train, case.n_test)
+    dataset = TensorDataset(*(tensor.to(device) for tensor in dataset.tensors))
+    test = test[0].to(device), test[1].to(device)
+    median = partial(median_seconds, device=device)
 
     @torch.no_grad()
     def forward() -> None:
         for batch in dataset.tensors[0].split(BATCH_SIZE):
             model(batch)
 
-    forward_seconds = median_seconds(forward, repeats)
+    with full_precision(device):
+        forward_seconds = median(forward, repeats)
     layers = None if case.layers is None else list(case.layers)
     before = _peak_bytes()
     method = STRIDE(model, dataset, layers=layers, batch_size=BATCH_SIZE).fit()
-    fit_bytes = max(_peak_bytes() - before, 0)
-    fit = median_seconds(method.fit, repeats)
+    fit_bytes = max(_peak_bytes() - before, 0) if device.type == "cpu" else method.peak_bytes_ or 0
+    fit = median(method.fit, repeats)
     d = sum(tap.width for state in method._states or [] for tap in state.taps)
     generator = torch.Generator().manual_seed(1)
-    features = torch.randn(case.n_train, d, generator=generator)
-    queries = torch.randn(case.n_test, d, generator=generator)
-    product = median_seconds(partial(torch.matmul, features.T, features), repeats)
-    scoring = median_seconds(partial(torch.matmul, queries, features.T), repeats)
+    features = torch.randn(case.n_train, d, generator=generator).to(device)
+    queries = torch.randn(case.n_test, d, generator=generator).to(device)
+    with full_precision(device):
+        product = median(partial(torch.matmul, features.T, features), repeats)
+        scoring = median(partial(torch.matmul, queries, features.T), repeats)
     del features
     one = test[0][:1], test[1][:1]
-    dense = median_seconds(lambda: method.influence(test), repeats)
-    top100 = median_seconds(lambda: method.influence(test, 100), repeats)
-    single = median_seconds(lambda: method.influence(one), 2 * repeats)
+    dense = median(lambda: method.influence(test), repeats)
+    top100 = median(lambda: method.influence(test, 100), repeats)
+    single = median(lambda: method.influence(one), 2 * repeats)
     tracin = tracin_fast(model, dataset)
-    tracin_single = median_seconds(lambda: tracin.influence(one), max(repeats // 2, 2))
-    tracin_many = median_seconds(lambda: tracin.influence(test), 2)
+    tracin_single = median(lambda: tracin.influence(one), max(repeats // 2, 2))
+    tracin_many = median(lambda: tracin.influence(test), 2)
     return CoreRow(
         model=case.name,
         n_train=case.n_train,
@@ -159,4 +165,6 @@ def bench_case(case: Case, repeats: int) -> CoreRow:
 
 
 def _peak_bytes() -> int:
+    import resource  # which Windows does not have
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

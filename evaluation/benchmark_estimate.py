@@ -1,4 +1,4 @@
-"""Owns the table of estimates against measurements: `method.estimate()`, then the same work done.
+"""Table of estimates against measurements: `method.estimate()`, then the same work done.
 
 Each case runs in a process of its own. The estimate is made first. Seconds are medians.
 """

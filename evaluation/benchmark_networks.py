@@ -1,4 +1,4 @@
-"""Owns the networks that speed is measured on, and the random examples that they are given.
+"""Networks that speed is measured on, and the random examples that they are given.
 
 Weights and examples are random: what a method costs does not depend on what a network has learnt.
 """

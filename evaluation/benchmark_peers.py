@@ -1,4 +1,4 @@
-"""Owns how fast STRIDE is beside what people use today: feature similarity, TracInCPFast, kronfluence.
+"""Speed of STRIDE beside what people use today: feature similarity, TracInCPFast, kronfluence.
 
 All methods of a case are fitted and asked one after another in one process, on the same network, training
 set and test points. Two bars: one forward pass over the training set for a fit, and the time of plain

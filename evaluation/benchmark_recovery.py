@@ -1,4 +1,4 @@
-"""Owns the speed comparison of stage 2: our batched Lasso against a loop over scikit-learn's."""
+"""Speed comparison of stage 2: our batched Lasso against a loop over scikit-learn's."""
 
 from __future__ import annotations
 

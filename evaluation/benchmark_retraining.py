@@ -1,4 +1,4 @@
-"""Owns the speed of stacked training, as ratios to training one by one on the same device in one run."""
+"""Speed of stacked training, as ratios to training one by one on the same device in one run."""
 
 from __future__ import annotations
 

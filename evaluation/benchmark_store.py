@@ -1,4 +1,4 @@
-"""Owns what a feature store costs: memory of a large training set, speed against the disk's own.
+"""Cost of a feature store: memory of a large training set, speed against the disk's own.
 
 Four measurements. Files go to a temporary folder that is removed.
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -243,6 +242,8 @@ def rss_anon() -> int:
 
 def _limited(options: dict[str, Any]) -> dict[str, Any]:
     """What the process of `large` does: the limit first, then fit and query."""
+    import resource  # which Windows does not have
+
     resource.setrlimit(resource.RLIMIT_DATA, (options["limit"], options["limit"]))
     shape = (options["n_train"], options["n_features"], options["n_classes"])
     started_with = rss_anon()

@@ -119,7 +119,7 @@ def calibration(
     >>> round(calibration(twice_too_large, halves, halves @ effects.T, n_resamples=0).slope, 6)
     0.5
     """
-    matrices, responses = check_inputs(scores, membership, responses)
+    matrices, membership, responses = check_inputs(scores, membership, responses)
     _check_resamples(n_resamples)
     kept = [np.asarray(membership @ s.T) for s in matrices]
     target = responses.mean(0)

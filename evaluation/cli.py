@@ -1,4 +1,4 @@
-"""Owns the command line: it reads options, calls the library and prints."""
+"""Command line: it reads options, calls the library and prints."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from ..checkpoints import load_checkpoint
 from ..config import STRIDEConfig
+from ..devices import existing_device
 from ..doctor import diagnose
 from ..errors import bad_value
 from ..memory_budget import parse_bytes
@@ -23,6 +24,8 @@ from ..process_group import is_first
 from . import completion
 from .benchmark_core import CoreRow, bench_core
 from .benchmark_estimate import bench_estimate
+from .benchmark_gpu import PARTS as GPU_PARTS
+from .benchmark_gpu import bench_gpu, tables
 from .benchmark_peers import bench_peers
 from .benchmark_recovery import bench_lasso
 from .benchmark_retraining import CASES, bench_retraining
@@ -42,6 +45,7 @@ from .scalability_case import METHODS
 from .scalability_report import show_scalability, write_scalability
 from .tasks import PRESETS, TASKS, load_task
 from .terminal import console, show_comparison, show_explanation, show_measured, show_printed, table_of
+from .text_files import write_text
 
 
 def _version(wanted: bool) -> None:
@@ -102,11 +106,20 @@ Data = Annotated[
     str | None,
     typer.Option(
         help="Your own data set, as module:factory; factory(train=True) and factory(train=False) return a "
-        "map-style data set of (input, label). With --data-root it is called factory(DIR, train=...)."
+        "data set of (input, label), or of dicts with one input and 'labels' or 'label'. With --data-root it "
+        "is called factory(DIR, train=...)."
     ),
 ]
+LabelKey = Annotated[
+    str | None, typer.Option(help="Key of the label in --data of dicts, where it is another one.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.", autocompletion=completion.devices)]
 Model = Annotated[
-    str | None, typer.Option(help="Your own network, as module:factory; factory() returns it untrained.")
+    str | None,
+    typer.Option(
+        help="Your own network, as module:factory; factory() returns it untrained. It gives logits "
+        "(n, n_classes), or one logit for two classes."
+    ),
 ]
 Training = Annotated[
     str | None,
@@ -124,6 +137,7 @@ def explain_command(
     preset: Preset = "small",
     data_root: DataRoot = None,
     data: Data = None,
+    label_key: LabelKey = None,
     model: Model = None,
     training: Training = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Trained weights instead of training.")] = None,
@@ -132,6 +146,7 @@ def explain_command(
         str | None, typer.Option(help="Options of STRIDE as JSON, such as '{\"damping\": 0.1}'.")
     ] = None,
     store: Annotated[Path, typer.Option(help="Folder for trained models.")] = Path("out/store"),
+    device: Device = "cpu",
     out: Out = Path("out/explain"),
     quiet: Quiet = False,
     as_json: AsJSON = False,
@@ -148,12 +163,21 @@ def explain_command(
     """
     voice = Voice(quiet, as_json)
     with one_sentence_errors(store):
+        on = existing_device(device)
+        out.mkdir(parents=True, exist_ok=True)  # before the work
         loaded = load_task(
-            task, preset=preset, data_root=data_root, data=data, model=model, training=_training(training)
+            task,
+            preset=preset,
+            data_root=data_root,
+            data=data,
+            model=model,
+            training=_training(training),
+            label_key=label_key,
+            mix_test=False,
         )
         trained = None
         if checkpoint is not None:
-            trained = _loaded(loaded.build_model(), checkpoint)
+            trained = _loaded(loaded.build_model(), checkpoint).to(on)
         explanation, _ = explain(
             loaded,
             indices=index,
@@ -162,6 +186,7 @@ def explain_command(
             seed=seed,
             store=store,
             config=None if config is None else STRIDEConfig.from_dict(_json("config", config)),
+            device=on,
             show_progress=not quiet,
         )
         results = explanation.to_dict()
@@ -169,6 +194,8 @@ def explain_command(
             results = _write(out, results, lambda _, path: write_explanation(explanation, loaded, path))
     if is_first():
         voice.results(results, lambda: show_explanation(explanation))
+        if explanation.note:
+            voice.note(explanation.note)
         voice.note(f"Report: {out / 'report.html'}")
 
 
@@ -186,6 +213,7 @@ def compare_command(
     preset: Preset = "small",
     data_root: DataRoot = None,
     data: Data = None,
+    label_key: LabelKey = None,
     model: Model = None,
     training: Training = None,
     subsets: Annotated[int | None, typer.Option(help="Random halves of the training set [100].")] = None,
@@ -257,7 +285,13 @@ def compare_command(
             context.invoke(compare_command, context, **before, out=out, yes=yes, quiet=quiet, as_json=as_json)
             return
         loaded = load_task(
-            task, preset=preset, data_root=data_root, data=data, model=model, training=_training(training)
+            task,
+            preset=preset,
+            data_root=data_root,
+            data=data,
+            model=model,
+            training=_training(training),
+            label_key=label_key,
         )
         sizes, measures = comparison_sizes(preset)
         own = {} if settings is None else _json("settings", settings)
@@ -292,6 +326,7 @@ def reproduce_command(
     preset: Preset = "small",
     data_root: DataRoot = None,
     data: Data = None,
+    label_key: LabelKey = None,
     method: Annotated[
         list[str] | None,
         typer.Option(help="Rows; default: those of the table.", autocompletion=completion.methods),
@@ -322,14 +357,16 @@ def reproduce_command(
     voice = Voice(quiet, as_json)
     with one_sentence_errors(store):
         printed = find_table(table)
-        loaded = load_task(printed.task, preset=preset, data_root=data_root, data=data)
+        folder = out / f"{table}-{preset}"
+        folder.mkdir(parents=True, exist_ok=True)  # before the work
+        loaded = load_task(printed.task, preset=preset, data_root=data_root, data=data, label_key=label_key)
         result = compare(
             method or printed.methods,
             loaded,
             store=store,
             measures={
                 printed.measure: {
-                    **printed.settings,
+                    **printed.settings_for(loaded.n_train),
                     **_models_of(printed.measure, models),
                     **({} if settings is None else _json("settings", settings)),
                 }
@@ -341,7 +378,6 @@ def reproduce_command(
             n_jobs=jobs,
             show_progress=not quiet,
         )
-        folder = out / f"{table}-{preset}"
         results = _write(folder, {"paper": asdict(printed), **result.to_dict()}, write_comparison)
 
     def show() -> None:
@@ -376,6 +412,7 @@ def recovery_curve_command(
     preset: Preset = "small",
     data_root: DataRoot = None,
     data: Data = None,
+    label_key: LabelKey = None,
     paper: Annotated[
         str,
         typer.Option(help="The paper's preset: mnist or cifar10.", autocompletion=completion.paper_presets),
@@ -395,7 +432,8 @@ def recovery_curve_command(
     Example: stride-captum recovery-curve --task digits --n-subsets 50 --n-subsets 500
     """
     with one_sentence_errors(store):
-        loaded = load_task(task, preset=preset, data_root=data_root, data=data)
+        out.mkdir(parents=True, exist_ok=True)  # before the work
+        loaded = load_task(task, preset=preset, data_root=data_root, data=data, label_key=label_key)
         curve = recovery_curve(
             loaded,
             store=store,
@@ -549,8 +587,7 @@ _SAID_ANEW = ("out", "yes", "quiet", "as_json", "resume", "dry_run")
 
 def _keep_asked(path: Path, parameters: dict[str, Any]) -> None:
     kept = {name: value for name, value in parameters.items() if name not in _SAID_ANEW}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept, default=str, indent=1), encoding="utf-8")
+    write_text(path, json.dumps(kept, default=str, indent=1))
 
 
 def _read_asked(path: Path) -> dict[str, Any]:
@@ -560,7 +597,15 @@ def _read_asked(path: Path) -> dict[str, Any]:
             f"No run was started in {path.parent}: {path.name} is not there. Name its folder with --out, or "
             "leave out --resume."
         )
-    asked: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        asked = _json("--resume", path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise bad_value(
+            "--resume",
+            "find what the run was asked",
+            f"{path}, which is damaged",
+            "Give the options again, without --resume: what is in the store is not done twice.",
+        ) from error
     paths = ("store", "data_root", "options_from")
     return {k: Path(v) if k in paths and v is not None else v for k, v in asked.items()}
 
@@ -587,9 +632,48 @@ def bench_retraining_command(
     Example: stride-captum bench retraining --device cuda
     """
     with one_sentence_errors():
-        rows = bench_retraining(case or ("digits", "mnist"), device=device, stack_sizes=stack, epochs=epochs)
+        rows = bench_retraining(
+            case or ("digits", "mnist"), device=existing_device(device), stack_sizes=stack, epochs=epochs
+        )
     title = "Retraining: seconds of a model, with all workers busy, in one run"
     _show_rows(title, rows, out / "retraining.json", Voice(quiet, as_json))
+
+
+@bench.command("gpu")
+def bench_gpu_command(
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="May be repeated; one of: " + ", ".join(GPU_PARTS) + ". Default: all.",
+            autocompletion=completion.one_of(GPU_PARTS),
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Default: a GPU where there is one. On the CPU all sizes are toys.",
+            autocompletion=completion.devices,
+        ),
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="For everything; what does not fit is skipped.")] = 8.0,
+    out: Out = Path("out/bench"),
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
+) -> None:
+    """All that wants a GPU, in minutes: training, queries, retraining, transfers, nccl, models up to 1 B.
+
+    Example: stride-captum bench gpu
+    """
+    voice, path = Voice(quiet, as_json), out / "gpu.json"
+    with one_sentence_errors(out):
+        found = bench_gpu(path, device=device, parts=part or GPU_PARTS, minutes=minutes, say=voice.note)
+
+    def show() -> None:
+        for title, columns, cells in tables(found):
+            show_measured(title, columns, cells, found["environment"])
+
+    voice.results(found, show)
+    voice.note(f"Wrote {path}")
 
 
 @bench.command("store")
@@ -690,7 +774,7 @@ def bench_scalability_command(
         found = bench_scalability(
             out / "cases",
             full=full,
-            device=device,
+            device=None if device is None else str(existing_device(device)),
             methods=method,
             sizes=None if size is None else [parse_size(text) for text in size],
             n_train=train,
@@ -798,7 +882,6 @@ def _write(
 
 
 def _write_json(path: Path, results: dict[str, Any]) -> dict[str, Any]:
-    path.parent.mkdir(parents=True, exist_ok=True)
     results = {"command": ["stride-captum", *sys.argv[1:]], **results}
-    path.write_text(json.dumps(results, indent=1, allow_nan=False), encoding="utf-8")
+    write_text(path, json.dumps(results, indent=1, allow_nan=False))
     return results

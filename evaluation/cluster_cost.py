@@ -1,4 +1,4 @@
-"""Owns the arithmetic of a fit and a query on many GPUs: bytes, operations and network, from rates.
+"""Arithmetic of a fit and a query on many GPUs: bytes, operations and network, from rates.
 
     python -m stride_captum.evaluation.cluster_cost --n-train 1e9 --gpus 64 --gemm 4.1e13
 
@@ -23,14 +23,17 @@ class ClusterCost:
         products     (4 s n d^2 + 4 n d C) / gemm             Gram matrix, leverages; targets, fitted values
         factors      (2 (d^3/3 + 2 d^3/3) + 2 n C^2) / gemm64 Cholesky and inverse, twice; Sigma: float64
         all-reduce   2 (W - 1)/W 8 (d^2 + d C + C^2) / network   one ring, float64
-        write        n (b d + 12 C) / disk                    features, and three residuals in float32
+        write        n (b d + 4 C) / disk                     features, and logits in float32
 
-    and a query of q test points
+    and a query of q test points, of which 1,024 are taken at a time,
 
-        read         n (b d + 4 C) / disk                     features and residuals
-        products     (2 q n (d + C)) / gemm
+        read         p n (b d + 4 C) / disk                   features and logits, p = ceil(q / 1024) times
+        products     (2 q n (d + C) + 2 p n d C) / gemm       scores; fitted values of the residuals
         broadcast    4 q (d + C) / network                    features and gradients of the test points
         gather       12 q k W / network                       the k best of every rank
+
+    Residuals, which a smaller training set keeps in memory, are computed from features and logits in every
+    pass. What a GPU does keep of each example is 29 bytes of vectors (`vector_bytes`).
 
     The default rates are an assumption and no measurement: half of the published dense peaks of an H100 SXM
     (float32 67 TFLOP/s, float64 67 TFLOP/s with tensor cores), half of a 400 Gbit/s link, a disk of 5 GB/s
@@ -73,8 +76,17 @@ class ClusterCost:
         return self.n_train / self.gpus
 
     def disk_bytes(self) -> float:
-        """Of the features and residuals of one share."""
-        return self.share * (self.feature_bytes * self.n_features + 12 * self.n_classes)
+        """Of the features and logits of one share."""
+        return self.share * (self.feature_bytes * self.n_features + 4 * self.n_classes)
+
+    def vector_bytes(self) -> float:
+        """In memory: label, slack, shift, norm and one flag of each example of a share."""
+        return self.share * (8 + 8 + 8 + 4 + 1)
+
+    @property
+    def passes(self) -> int:
+        """How often a query reads the share."""
+        return -(-self.n_test // 1024)
 
     def network_bytes(self) -> float:
         """What one GPU sends in the all-reductions of a fit."""
@@ -101,8 +113,8 @@ class ClusterCost:
         """Seconds of the parts of a query, the forward pass of the test points left out."""
         d, c, q = self.n_features, self.n_classes, self.n_test
         return {
-            "read": self.share * (self.feature_bytes * d + 4 * c) / self.disk,
-            "products": 2 * q * self.share * (d + c) / self.gemm,
+            "read": self.passes * self.disk_bytes() / self.disk,
+            "products": 2 * self.share * (q * (d + c) + self.passes * d * c) / self.gemm,
             "broadcast": 4 * q * (d + c) / self.network,
             "gather": 12 * q * self.k * self.gpus / self.network,
         }
@@ -111,6 +123,7 @@ class ClusterCost:
         lines = [
             f"{self.n_train:.3g} examples, d = {self.n_features:,}, C = {self.n_classes:,}, "
             f"{self.gpus} GPUs: {self.share:.3g} examples each",
+            f"in memory {self.vector_bytes() / 1e9:,.2g} GB a GPU beside matrices and one block",
             f"on disk {self.disk_bytes() / 1e9:,.0f} GB a GPU, "
             f"{self.disk_bytes() * self.gpus / 1e12:,.1f} TB in all",
             f"sent in a fit {self.network_bytes() / 1e9:.2f} GB a GPU",

@@ -1,213 +1,59 @@
-"""Owns the comparison of methods on one task: the same models, subsets, test points and response for all."""
+"""Comparison of methods on one task: the same models, subsets, test points and response for all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import adapters
-from ..errors import bad_choice, bad_value
+from ..errors import bad_value, whole_number
 from ..restoring import weights_fingerprint
 from ..subsets import Membership, random_subsets
 from . import environment
 from .attributed_training import train_attributed, train_checkpoints, train_spiked
 from .base_training import mean_residual
-from .calibration import CalibrationResult, calibration
-from .contenders import DEFAULT_METHODS, Contender, find_contender
-from .cost import Cost, forward_seconds, median_cost
+from .calibration import calibration
+from .comparison_plan import (
+    DETECTORS,
+    MEASURES,
+    Asked,
+    check,
+    counterfactual_methods,
+    settle,
+    usable_detectors,
+)
+from .comparison_result import FORMAT, Comparison, Row
+from .contenders import Contender
+from .cost import forward_seconds, median_cost
 from .counterfactual_retraining import CounterfactualRow, measure_counterfactual
 from .counterfactual_retraining import cost as counterfactual_cost
 from .gallery import Gallery
 from .kept_answers import Answer, KeptMethod
-from .leakage_benchmark import LeakageRow, measure_leakage
-from .linear_datamodeling import LDSResult, difference, lds, margins, plain
-from .linearized_influence import LinearizedInfluenceResult, linearized_influence_correlation
-from .mislabel_benchmark import MislabelRow, measure_mislabel
-from .retraining import RetrainingPlan
+from .leakage_benchmark import measure_leakage
+from .linear_datamodeling import difference, lds, margins
+from .linearized_influence import linearized_influence_correlation
+from .mislabel_benchmark import measure_mislabel
+from .retraining import RetrainingPlan, without_diverged
 from .retraining_estimate import RetrainingEstimate
 from .run_store import Fingerprints
-from .statistics import Interval
 from .tasks import Task
 
-if TYPE_CHECKING:
-    import pandas
-
-#: Of `Comparison.to_dict()`; increased whenever a reader of results.json must know.
-FORMAT = 1
-#: What can be measured.
-MEASURES = ("lds", "calibration", "linearized", "counterfactual", "mislabel", "leakage")
-#: Those that are read off retrained halves, and come with the choice of options.
-_OF_HALVES = frozenset({"lds", "calibration", "linearized"})
-#: Detectors of label noise that need no influence.
-DETECTORS = {
-    "loss": adapters.LossDetector,
-    "ridge leave-one-out": adapters.RidgeLeaveOneOut,
-    "confident learning": adapters.ConfidentLearning,
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method's figures on the reporting half of the test points.
-
-    Attributes:
-        name: The method.
-        options: The grid point that the tuning half chose.
-        lds: Linear datamodeling score.
-        models: Names of the attributed models, in the order of `lds.per_model`.
-        against_first: LDS of the first row less this one's, with its paired interval; None for the first.
-        cost: Medians over models; queries are the reported test points.
-        calibration: Whether effects are right in size.
-        linearized: C.1 of the paper.
-    """
-
-    name: str
-    options: dict[str, Any]
-    lds: LDSResult
-    models: list[str]
-    against_first: tuple[float, Interval | None] | None
-    cost: Cost
-    calibration: CalibrationResult | None = None
-    linearized: LinearizedInfluenceResult | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        against = None
-        if self.against_first is not None:
-            value, interval = self.against_first
-            spread = None if interval is None else [interval.low, interval.high]
-            against = {"value": value, "interval": spread}
-        parts = {
-            name: None if part is None else part.to_dict()
-            for name, part in (
-                ("lds", self.lds),
-                ("cost", self.cost),
-                ("calibration", self.calibration),
-                ("linearized", self.linearized),
-            )
-        }
-        return {
-            "name": self.name,
-            "options": self.options,
-            "models": self.models,
-            **parts,
-            "first_row_less_this": against,
-        }
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `compare` found.
-
-    Attributes:
-        task: Name of the task.
-        note: What must be read beside the figures.
-        rows: One per method: LDS, cost and what goes with them; empty where no halves were retrained.
-        protocol: Subsets, seeds, test points and models.
-        environment: Versions and hardware.
-        counterfactual: One per method and arm, where measured.
-        mislabel: One per method and way of ranking, where measured.
-        leakage: One per method and planted set, where measured.
-        skipped: Methods that were left out, and why.
-        gallery: What each method shows for a few test points, with pictures.
-
-    >>> Comparison("digits-300", "", rows=[], protocol={}, environment={}).frame("leakage").shape
-    (0, 0)
-    """
-
-    task: str
-    note: str
-    rows: list[Row]
-    protocol: dict[str, Any]
-    environment: dict[str, Any]
-    counterfactual: list[CounterfactualRow] = field(default_factory=list)
-    mislabel: list[MislabelRow] = field(default_factory=list)
-    leakage: list[LeakageRow] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    gallery: dict[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        parts: tuple[Sequence[Any], ...] = (self.counterfactual, self.mislabel, self.leakage)
-        names = ("counterfactual", "mislabel", "leakage")
-        return plain(
-            {
-                "format": FORMAT,
-                "task": self.task,
-                "note": self.note,
-                "summary": self.summary(),
-                "protocol": self.protocol,
-                "environment": self.environment,
-                "skipped": self.skipped,
-                "rows": [row.to_dict() for row in self.rows],
-                **{n: [r.to_dict() for r in part] for n, part in zip(names, parts, strict=True)},
-                "gallery": self.gallery,
-            }
-        )
-
-    def summary(self) -> list[str]:
-        """Sentences that name a winner only where the paired interval excludes zero."""
-        if not self.rows:
-            return ["No halves were retrained: nothing is said of LDS, and no options were chosen here."]
-        first, *others = self.rows
-        sentences = []
-        ahead, behind, open_ = [], [], []
-        for row in others:
-            assert row.against_first is not None
-            interval = row.against_first[1]
-            if interval is not None and interval.low > 0:
-                ahead.append(row.name)
-            elif interval is not None and interval.high < 0:
-                behind.append(row.name)
-            else:
-                open_.append(row.name)
-        share = "" if not first.lds.ceiling else f", {first.lds.value / first.lds.ceiling:.0%} of the ceiling"
-        sentences.append(f"{first.name} has an LDS of {first.lds.value:.3f}{share}.")
-        if ahead:
-            sentences.append(f"It predicts retrainings better than {_names(ahead)}.")
-        if behind:
-            sentences.append(f"It predicts them worse than {_names(behind)}.")
-        if open_:
-            sentences.append(f"Between it and {_names(open_)} these data do not decide.")
-        return sentences
-
-    def frame(self, measure: str = "lds") -> pandas.DataFrame:
-        """The figures of one measure as a pandas frame, a row a method.
-
-        Args:
-            measure: "lds" (with cost, calibration and C.1 where measured), "counterfactual", "mislabel" or
-                "leakage".
-
-        Raises:
-            ValueError: Another measure.
-        """
-        import pandas
-
-        parts: dict[str, Sequence[Any]] = {
-            "lds": self.rows,
-            "counterfactual": self.counterfactual,
-            "mislabel": self.mislabel,
-            "leakage": self.leakage,
-        }
-        if measure not in parts:
-            raise bad_choice("measure", measure, list(parts))
-        return pandas.json_normalize([row.to_dict() for row in parts[measure]])
-
-    def __repr__(self) -> str:
-        lines = [f"{row.name}: {row.lds!r}" for row in self.rows]
-        return "\n".join([f"{self.task}. {' '.join(self.summary())}", *lines])
-
-    def _repr_html_(self) -> str:
-        from .report import comparison_table
-
-        return comparison_table(self.to_dict())
+__all__ = [
+    "DETECTORS",
+    "FORMAT",
+    "MEASURES",
+    "Comparison",
+    "Row",
+    "compare",
+    "comparison_sizes",
+    "estimates",
+    "halves",
+]
 
 
 @dataclass(frozen=True)
@@ -217,7 +63,7 @@ class _Setting:
     task: Task
     models: Mapping[str, nn.Module]
     checkpoints: Mapping[str, list[Any]]
-    test: tuple[Any, Any]
+    test: tuple[Tensor, Tensor]
     half: int
     membership: Membership
     responses: NDArray[Any]
@@ -235,7 +81,7 @@ class _Setting:
             if contender.n_checkpoints > 1:
                 extra["checkpoints"] = [*self.checkpoints[name], model.state_dict()]
             given = {**options, **extra}
-            found.append(KeptMethod(contender.build, model, self.task, given, self.store, self.forward))
+            found.append(KeptMethod(contender, model, self.task, given, self.store, self.forward))
         return found
 
     def answers(self, methods: Sequence[KeptMethod], rows: slice) -> list[Answer]:
@@ -267,12 +113,13 @@ def compare(
     scratch; the response is the margin of the true class; every attributed model is scored alone. The
     first half of the test points chooses among the grid of a method by LDS, the second half is
     reported; the other measures take the options that were chosen. Where neither LDS nor what is read off
-    the same halves is asked for, none are retrained, and a method takes the first point of its grid unless
-    `options` has another.
+    the same halves is asked for, none are retrained, and a method with a grid takes its default options
+    unless `options` has others. Halves of which a retraining diverges are left out and counted. What
+    cannot work is refused before anything is trained.
 
     Args:
         methods: Names from `CONTENDERS`, or contenders of your own; None takes `DEFAULT_METHODS` as far
-            as their extras are installed.
+            as they can be run.
         task: The task.
         store: Folder of the retrainings, the trained models and the answers of methods: what is there is
             not done again.
@@ -293,7 +140,11 @@ def compare(
         show_progress: Whether to show bars.
 
     Raises:
-        ValueError: A method or measure that does not exist, or too few test points.
+        ValueError: A method, measure or option that does not exist, two methods of one name, sizes that
+            the task does not have, inputs or labels that the network cannot read, or more than a tenth of
+            the halves diverge.
+        TypeError: One name instead of a sequence of names.
+        ImportError: A method that is named needs an extra.
 
     >>> import tempfile
     >>> from stride_captum.evaluation import load_task
@@ -306,85 +157,66 @@ def compare(
     >>> [row.name for row in result.rows]
     ['STRIDE', 'Random']
     """
-    wanted, options = _wanted(measures), options or {}
-    every = [find_contender(m) for m in (DEFAULT_METHODS if methods is None else methods)]
-    contenders = [
-        replace(c, grid=[options[c.name]]) if c.name in options else c
-        for c in every
-        if methods is not None or c.available
-    ]
-    on_halves, store = bool(_OF_HALVES & wanted.keys()), Path(store)
-    plan = halves(task, store, n_subsets, n_seeds, n_test)
+    asked = settle(methods, task, measures, options)
+    plan, store = halves(task, store, n_subsets, n_seeds, n_test), Path(store)
     half, n_test = plan.n_test // 2, plan.n_test
+    sizes = {"n_subsets": n_subsets, "n_seeds": n_seeds, "n_models": n_models, "n_spiked": n_spiked}
+    check(asked, task, n_test=n_test, half=half, n_resamples=n_resamples, engine=engine, **sizes)
     models: dict[str, nn.Module] = {}
-    if on_halves or "counterfactual" in wanted:
-        models, checkpoints = _attributed(task, store, n_models, n_spiked, contenders if on_halves else ())
-    shown = models if on_halves else {}
-    gallery = Gallery(task, shown, range(half, n_test), rank_suspects="mislabel" not in wanted)
+    checkpoints: dict[str, list[Any]] = {}
+    if asked.on_halves or "counterfactual" in asked.measures:
+        models, checkpoints = _attributed(task, store, n_models, n_spiked, asked)
+    shown = models if asked.on_halves else {}
+    gallery = Gallery(task, shown, range(half, n_test), rank_suspects="mislabel" not in asked.measures)
     rows: list[Row] = []
-    if on_halves:
+    left_out: list[int] = []
+    if asked.on_halves:
         x_test, y_test = (t[:n_test] for t in task.test.tensors)
-        responses = margins(plan.execute(n_jobs, show_progress, engine=engine), y_test.numpy())
+        logits = plan.execute(n_jobs, show_progress, engine=engine)
+        membership, logits, left_out = without_diverged(plan, logits)
         setting = _Setting(
             task=task,
             models=models,
             checkpoints=checkpoints,
             test=(x_test, y_test),
             half=half,
-            membership=plan.membership,
-            responses=responses,
+            membership=membership,
+            responses=margins(logits, y_test.numpy()),
             n_resamples=n_resamples,
-            measures=frozenset(wanted),
+            measures=frozenset(asked.measures),
             store=store,
             forward=forward_seconds(next(iter(models.values())), task.train),
             gallery=gallery,
         )
-        bar = tqdm(contenders, desc="methods", disable=not show_progress)
+        bar = tqdm(asked.contenders, desc="methods", disable=not show_progress)
         for contender in bar:
             bar.set_postfix_str(contender.name)
             rows.append(_row(contender, setting, rows[0] if rows else None))
-    builds = {c.name: c.build for c in contenders if c.n_checkpoints == 1}
     common: dict[str, Any] = {
         "store": store,
-        "options": {c.name: c.grid[0] for c in contenders} | {row.name: row.options for row in rows},
+        "options": {c.name: c.grid[0] for c in asked.contenders} | {row.name: row.options for row in rows},
         "n_resamples": n_resamples,
     }
     parts: dict[str, Any] = {}
-    taken = {c.name for c in contenders}
-    skipped = {c.name: f"needs {c.needs}" for c in every if c.name not in taken}
-    if "counterfactual" in wanted:
-        settings = {"n_jobs": n_jobs, **wanted["counterfactual"]}
-        last = half + settings.pop("n_points", 10)  # none that options were chosen on
-        settings.setdefault("test_points", range(half, min(last, n_test)))
-        arms = settings.pop("arms", ("proponents",))
-        chosen = settings.pop("methods", None) or list(builds)
-        kept = {n: b for n, b in builds.items() if n in {*chosen, "ClassRandom", "Similarity"}}
-        parts["counterfactual"] = [
-            row
-            for arm in arms
-            for row in measure_counterfactual(
-                task,
-                kept,
-                models,
-                opponents=arm == "opponents",
-                show_progress=show_progress,
-                **common,
-                **settings,
-            )
-        ]
-    if "mislabel" in wanted:
-        settings = dict(wanted["mislabel"])
-        chosen = _detectors(settings.pop("detectors", DETECTORS))
-        usable = [name for name in chosen if name != "confident learning" or find_spec("cleanlab")]
-        skipped.update({name: "needs cleanlab" for name in chosen if name not in usable})
-        parts["mislabel"] = measure_mislabel(
-            task, builds, detectors={name: _detect(DETECTORS[name]) for name in usable}, **common, **settings
+    if "counterfactual" in asked.measures:
+        points = range(half, n_test)  # none that options were chosen on
+        parts["counterfactual"] = _counterfactual(
+            asked, task, models, points, common, n_jobs=n_jobs, show_progress=show_progress
         )
-    if "leakage" in wanted:
-        parts["leakage"] = measure_leakage(task, builds, **common, **wanted["leakage"])
+    skipped = dict(asked.skipped)
+    if "mislabel" in asked.measures:
+        usable, missing = usable_detectors(asked.measures["mislabel"])
+        skipped |= missing
+        settings = {k: v for k, v in asked.measures["mislabel"].items() if k != "detectors"}
+        detectors = {name: _detect(DETECTORS[name]) for name in usable}
+        parts["mislabel"] = measure_mislabel(task, asked.usable, detectors=detectors, **common, **settings)
+    if "leakage" in asked.measures:
+        parts["leakage"] = measure_leakage(task, asked.usable, **common, **asked.measures["leakage"])
+    on_halves = asked.on_halves
     protocol = {
         "n_train": task.n_train,
-        "n_subsets": n_subsets if on_halves else 0,
+        "n_subsets": n_subsets - len(left_out) if on_halves else 0,
+        "left_out": left_out,
         "subset_size": task.n_train // 2,
         "n_seeds": n_seeds if on_halves else 0,
         "n_test_tuning": half if on_halves else 0,
@@ -393,7 +225,7 @@ def compare(
         "response": "margin of the true class",
         "models": {name: mean_residual(m, *task.train.tensors) for name, m in models.items()},
         "n_resamples": n_resamples,
-        "measures": {name: dict(options) for name, options in wanted.items()},
+        "measures": asked.measures,
         "training": asdict(task.training),
         "fingerprints": {
             "task": Fingerprints(task).of(0, None, ""),
@@ -448,6 +280,7 @@ def halves(task: Task, store: str | Path, n_subsets: int, n_seeds: int, n_test: 
     Raises:
         ValueError: Fewer than 2 test points.
     """
+    whole_number("n_subsets", n_subsets, 1)
     n_test = min(n_test, len(task.test))
     if n_test < 2:
         raise bad_value("n_test", "be at least 2: one half tunes, the other reports", n_test)
@@ -471,20 +304,24 @@ def estimates(
     """The retrainings that `compare` with these arguments would do at most, before any of them is done.
 
     The store is looked at, and one epoch is timed.
+
+    Raises:
+        ValueError: As for `compare`.
+        TypeError: As for `compare`.
     """
-    wanted = _wanted(measures)
-    names = [find_contender(m).name for m in (DEFAULT_METHODS if methods is None else methods)]
+    asked = settle(methods, task, measures)
+    plan = halves(task, store, n_subsets, n_seeds, n_test)
+    sizes = {"n_subsets": n_subsets, "n_seeds": n_seeds, "n_models": n_models, "n_spiked": 0}
+    check(asked, task, n_test=plan.n_test, half=plan.n_test // 2, n_resamples=0, engine=engine, **sizes)
     found = []
-    if _OF_HALVES & wanted.keys():
-        of_halves = halves(task, store, n_subsets, n_seeds, n_test).estimate(n_jobs, engine=engine)
-        found.append(replace(of_halves, purpose="LDS"))
-    if "counterfactual" in wanted:
-        settings = wanted["counterfactual"]
-        kept = {*settings.get("methods", names)} | ({"ClassRandom", "Similarity"} & set(names))
+    if asked.on_halves:
+        found.append(replace(plan.estimate(n_jobs, engine=engine), purpose="LDS"))
+    if "counterfactual" in asked.measures:
+        settings = asked.measures["counterfactual"]
         for arm in settings.get("arms", ("proponents",)):
             of_arm = counterfactual_cost(
                 task,
-                n_methods=len(kept),
+                n_methods=len(counterfactual_methods(asked)),
                 counts=settings.get("counts", (50, 100, 500)),
                 n_test=len(settings.get("test_points", range(settings.get("n_points", 10)))),
                 n_seeds=settings.get("n_seeds", 3),
@@ -495,24 +332,8 @@ def estimates(
     return found
 
 
-def _wanted(measures: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    wanted = dict(measures) if isinstance(measures, Mapping) else {measure: {} for measure in measures}
-    for measure in wanted:
-        if measure not in MEASURES:
-            raise bad_choice("measures", measure, MEASURES)
-    return wanted
-
-
-def _detectors(names: Iterable[str]) -> list[str]:
-    chosen = list(names)
-    for name in chosen:
-        if name not in DETECTORS:
-            raise bad_choice("detectors", name, list(DETECTORS))
-    return chosen
-
-
 def _attributed(
-    task: Task, store: Path, n_models: int, n_spiked: int, contenders: Sequence[Contender]
+    task: Task, store: Path, n_models: int, n_spiked: int, asked: Asked
 ) -> tuple[dict[str, nn.Module], dict[str, list[Any]]]:
     """The models, and the earlier checkpoints of their trainings where a contender wants them."""
     models, seeds = {}, {}
@@ -525,7 +346,7 @@ def _attributed(
         name = f"seed {seed}, stopped on a spike"
         models[name], seeds[name] = model, seed
         first_seed = seed + 1
-    n = max((c.n_checkpoints for c in contenders), default=1)
+    n = max(c.n_checkpoints for c in asked.contenders) if asked.on_halves else 1
     if n == 1:
         return models, {}
     return models, {name: train_checkpoints(task, seed, store, n - 1) for name, seed in seeds.items()}
@@ -533,23 +354,8 @@ def _attributed(
 
 def _row(contender: Contender, setting: _Setting, first: Row | None) -> Row:
     half, membership, responses = setting.half, setting.membership, setting.responses
-    best: tuple[float, Mapping[str, Any], list[KeptMethod]] | None = None
-    methods: list[KeptMethod] = []
-    built: Mapping[str, Any] | None = None
-    for options in contender.grid:
-        fixed = {name: value for name, value in options.items() if name not in contender.settable}
-        if fixed != built:
-            methods, built = setting.build(contender, options), fixed
-        _set(methods, contender, options)
-        value = 0.0
-        if len(contender.grid) > 1:
-            tuning = [a.values for a in setting.answers(methods, slice(0, half))]
-            value = lds(tuning, membership, responses[..., :half], n_resamples=0).value
-        if best is None or value > best[0]:
-            best = (value, options, methods)
-    assert best is not None, "a grid has at least one point"
-    _set(best[2], contender, best[1])
-    answers = setting.answers(best[2], slice(half, None))
+    options, methods = _chosen(contender, setting)
+    answers = setting.answers(methods, slice(half, None))
     scores = [answer.values for answer in answers]
     reported, n_resamples = responses[..., half:], setting.n_resamples
     result = lds(scores, membership, reported, n_resamples=n_resamples)
@@ -562,18 +368,66 @@ def _row(contender: Contender, setting: _Setting, first: Row | None) -> Row:
         calibrated = calibration(scores, membership, reported, n_resamples=n_resamples)
     if "linearized" in setting.measures:
         linearized = linearized_influence_correlation(scores, membership, reported)
-    cost = median_cost([answer.cost(reported.shape[-1]) for answer in answers])
-    setting.gallery.add(contender.name, best[2][0], scores[0])
+    setting.gallery.add(contender.name, methods[0], scores[0])
     return Row(
         name=contender.name,
-        options=dict(best[1]),
+        options=dict(options),
         lds=result,
         models=list(setting.models),
         against_first=against,
-        cost=cost,
+        cost=median_cost([answer.cost(reported.shape[-1]) for answer in answers]),
         calibration=calibrated,
         linearized=linearized,
     )
+
+
+def _chosen(contender: Contender, setting: _Setting) -> tuple[Mapping[str, Any], list[KeptMethod]]:
+    """The grid point with the highest LDS on the tuning half, and the method with it on every model.
+
+    Undefined correlations count as 0, so that silence is not the best answer; a point that ranks nothing at
+    all is below every other one.
+    """
+    half, membership, responses = setting.half, setting.membership, setting.responses
+    best: tuple[tuple[bool, float], Mapping[str, Any], list[KeptMethod]] | None = None
+    methods: list[KeptMethod] = []
+    built: Mapping[str, Any] | None = None
+    for options in contender.grid:
+        fixed = {name: value for name, value in options.items() if name not in contender.settable}
+        if fixed != built:
+            methods, built = setting.build(contender, options), fixed
+        _set(methods, contender, options)
+        value = (False, 0.0)
+        if len(contender.grid) > 1:
+            tuning = [a.values for a in setting.answers(methods, slice(0, half))]
+            found = lds(tuning, membership, responses[..., :half], n_resamples=0)
+            value = (not found.ranks_nothing, found.undefined_as_zero)
+        if best is None or value > best[0]:
+            best = (value, options, methods)
+    assert best is not None, "a grid has at least one point"
+    _set(best[2], contender, best[1])
+    return best[1], best[2]
+
+
+def _counterfactual(
+    asked: Asked,
+    task: Task,
+    models: Mapping[str, nn.Module],
+    points: range,
+    common: Mapping[str, Any],
+    **run: Any,
+) -> list[CounterfactualRow]:
+    """Both arms, where both are asked for; the first of `points` unless the options name others."""
+    settings = {**run, **asked.measures["counterfactual"]}
+    arms, n_points = settings.pop("arms", ("proponents",)), settings.pop("n_points", 10)
+    settings.pop("methods", None)
+    settings.setdefault("test_points", points[:n_points])
+    return [
+        row
+        for arm in arms
+        for row in measure_counterfactual(
+            task, counterfactual_methods(asked), models, opponents=arm == "opponents", **common, **settings
+        )
+    ]
 
 
 def _set(methods: Sequence[KeptMethod], contender: Contender, options: Mapping[str, Any]) -> None:
@@ -585,8 +439,3 @@ def _set(methods: Sequence[KeptMethod], contender: Contender, options: Mapping[s
 
 def _detect(cls: Any) -> Any:
     return lambda model, dataset: cls(model, dataset).mislabel_scores()
-
-
-def _names(names: Sequence[str]) -> str:
-    comma = "; " if any("," in name for name in names) else ", "
-    return names[0] if len(names) == 1 else f"{comma.join(names[:-1])} and {names[-1]}"

@@ -1,7 +1,10 @@
-"""Owns the rows of a comparison: what each method is called, how it is built, and what may be tuned.
+"""Rows of a comparison: what each method is called, how it is built, and what may be tuned.
 
 Every gradient baseline is there twice: with the training residuals, as published, and with the
 out-of-sample residuals that STRIDE uses. Its options are chosen on the tuning half of the test points.
+
+Every grid has `GRID_SIZE` points, the defaults of the method among them, so that no row gains from a larger
+choice. TracIn as published, the similarities and the controls have no grid: they have nothing to tune.
 """
 
 from __future__ import annotations
@@ -32,6 +35,12 @@ class Contender:
             the attributed model last; 1 gives none.
         needs: Module of an extra without which it cannot run.
         settable: Options that may be set on a fitted method, so that a grid over them fits once.
+        cache_key: Vouches for the row: what it answers depends on this key, the options, the weights and the
+            training set alone. None (the default) names the answers by everything that `build` makes.
+        default: Options where nothing chooses among several points of the grid, that is without LDS; {} is
+            what the method does by default.
+
+    A contender is called as its `build` is.
 
     >>> row = Contender("TracIn, T=2", adapter(adapters.TracIn, residuals="temperature", temperature=2.0))
     >>> row.available
@@ -44,6 +53,12 @@ class Contender:
     n_checkpoints: int = 1
     needs: str | None = None
     settable: frozenset[str] = frozenset()
+    cache_key: str | None = None
+    default: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, model: Any, data: Any, options: Mapping[str, Any]) -> InfluenceMethod:
+        """The method on a model and its training set."""
+        return self.build(model, data, options)
 
     @property
     def available(self) -> bool:
@@ -51,14 +66,32 @@ class Contender:
         return self.needs is None or find_spec(self.needs) is not None
 
 
-def stride(**fixed: Any) -> Build:
-    """STRIDE with a configuration; the options of a grid point replace its fields."""
-    return lambda model, data, options: STRIDE(model, data, config=STRIDEConfig(**{**fixed, **options}))
+def stride(*, layers: Sequence[str] | None = None, **fixed: Any) -> Build:
+    """STRIDE with a configuration; the options of a grid point replace its fields.
+
+    Args:
+        layers: As for `STRIDE`.
+        **fixed: Options of `STRIDEConfig`.
+    """
+    return lambda model, data, options: STRIDE(
+        model, data, layers=layers, config=STRIDEConfig(**{**fixed, **options})
+    )
 
 
 def stride_paper(preset: str) -> Build:
-    """STRIDE with the settings of Table 4."""
-    return lambda model, data, options: STRIDE(model, data, config=STRIDEConfig.paper(preset, **options))
+    """STRIDE with the settings of Table 4, on smaller training sets as `fitting` says."""
+    return lambda model, data, options: STRIDE(
+        model, data, config=STRIDEConfig.paper(preset, **{**fitting(len(data)), **options})
+    )
+
+
+def fitting(n_train: int) -> dict[str, Any]:
+    """B.2's 50 subsets of 100 need 5,000 examples: smaller training sets are split into 50 parts.
+
+    >>> fitting(60_000), fitting(300)
+    ({}, {'coverage': 'partition', 'subset_size': None})
+    """
+    return {} if n_train >= 5_000 else {"coverage": "partition", "subset_size": None}
 
 
 def adapter(cls: type[InfluenceMethod], **fixed: Any) -> Build:
@@ -75,23 +108,26 @@ def grid(**choices: Sequence[Any]) -> list[dict[str, Any]]:
     return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
 
 
-_OURS = {"residuals": ("both", "temperature")}
+#: Points of every grid.
+GRID_SIZE = 6
+#: Temperatures of out-of-sample residuals: the default, and what held-out labels of confident networks give.
+_TEMPERATURES = (2.0, 3.5)
 
 
 def _twice(
     cls: type[InfluenceMethod],
+    published: Sequence[Mapping[str, Any]],
+    ours: Sequence[Mapping[str, Any]],
     needs: str | None = None,
     settable: frozenset[str] = frozenset(),
-    **choices: Sequence[Any],
 ) -> list[Contender]:
     """A gradient method as published, and with our residuals."""
-    name, build = cls.__name__, adapter(cls)
+    name = cls.__name__
     return [
-        Contender(row, build, options, needs=needs, settable=settable)
-        for row, options in (
-            (name, grid(**choices)),
-            (f"{name}, our residuals", grid(**_OURS, **choices)),
-        )
+        Contender(name, adapter(cls), published, needs=needs, settable=settable),
+        Contender(
+            f"{name}, our residuals", adapter(cls, residuals="both"), ours, needs=needs, settable=settable
+        ),
     ]
 
 
@@ -100,23 +136,44 @@ CONTENDERS: dict[str, Contender] = {
     c.name: c
     for c in (
         Contender("STRIDE", stride()),
-        Contender(
-            "STRIDE (tuned)",
-            stride(),
-            grid(temperature=(2.0, 3.0, 4.0), damping=(0.1, 0.3, 1.0), residuals=("both", "temperature")),
-        ),
+        Contender("STRIDE (tuned)", stride(), grid(temperature=_TEMPERATURES, damping=(0.1, 0.3, 1.0))),
         Contender("STRIDE T=1", stride(residuals="training")),
         Contender("STRIDE trained + Lasso", stride(operators="trained")),
         Contender("STRIDE trained, no linearity", stride(operators="trained", linearity_weight=0.0)),
         Contender("STRIDE trained, no stability", stride(operators="trained", stability_weight=0.0)),
+        Contender(
+            "STRIDE trained, no LDS loss",  # D.3: neither of the two constraints
+            stride(operators="trained", linearity_weight=0.0, stability_weight=0.0),
+        ),
+        # D.3, "layer sensitivity": the first hidden layer of the MLP, the convolutions of the CNN (Table 2).
+        Contender("STRIDE trained, layer1", stride(operators="trained", layers=["relu1"])),
+        Contender("STRIDE trained, conv", stride(operators="trained", layers=["relu2"])),
         Contender("STRIDE paper (mnist)", stride_paper("mnist")),
         Contender("STRIDE paper (cifar10)", stride_paper("cifar10")),
-        *_twice(adapters.EKFAC, "kronfluence", frozenset({"damping"}), damping=(None, 1e-4, 1e-3, 1e-2)),
-        *_twice(adapters.DiagonalEKFAC, damping=(0.1, 1.0), fisher=("sampled", "exact")),
-        *_twice(adapters.TRAK, damping=(0.3, 1.0, 3.0)),
-        *_twice(adapters.TracIn),
+        *_twice(
+            adapters.EKFAC,
+            grid(damping=(None, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)),
+            grid(temperature=_TEMPERATURES, damping=(None, 1e-2, 1e-1)),
+            needs="kronfluence",
+            settable=frozenset({"damping"}),
+        ),
+        *_twice(
+            adapters.DiagonalEKFAC,
+            grid(fisher=("sampled", "exact"), damping=(0.1, 0.3, 1.0)),
+            grid(temperature=_TEMPERATURES, damping=(0.1, 0.3, 1.0)),
+        ),
+        *_twice(
+            adapters.TRAK,
+            grid(damping=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
+            grid(temperature=_TEMPERATURES, damping=(0.3, 1.0, 3.0)),
+        ),
+        *_twice(
+            adapters.TracIn,
+            ({},),
+            grid(residuals=("both", "temperature"), temperature=(*_TEMPERATURES, 5.0)),
+        ),
         Contender("TracIn, 4 checkpoints", adapter(adapters.TracIn), n_checkpoints=4),
-        Contender("KNNShapley", adapter(adapters.KNNShapley), grid(k=(1, 5, 20))),
+        Contender("KNNShapley", adapter(adapters.KNNShapley), grid(k=(1, 2, 5, 10, 20, 50))),
         Contender("Similarity", adapter(adapters.Similarity)),
         Contender("ClassSimilarity", adapter(adapters.ClassSimilarity)),
         Contender("ClassRandom", adapter(adapters.ClassRandom)),

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from ..batch import ExampleBatch, Reading
+from ..devices import CPU, device_of, synchronize
 from ..errors import bad_value
 from ..influence import InfluenceMethod
 from ..passes import Passes
@@ -167,6 +168,7 @@ def median_seconds(
     repeats: int = 3,
     before: Callable[[], Any] = lambda: None,
     warm_up: bool = True,
+    device: torch.device = CPU,
 ) -> float:
     """Median seconds of some calls, after one that is not counted.
 
@@ -175,12 +177,14 @@ def median_seconds(
         repeats: Calls that are timed.
         before: Called before each of them, and not timed.
         warm_up: Whether there is one that is not counted; what takes minutes needs none.
+        device: Where the work is done: a call has ended when the device has.
     """
     seconds = []
     for _ in range(repeats + warm_up):
         before()
         started = time.perf_counter()
         run()
+        synchronize(device)
         seconds.append(time.perf_counter() - started)
     return float(np.median(seconds[warm_up:]))
 
@@ -210,17 +214,14 @@ def forward_seconds(model: nn.Module, dataset: Any, *, batch_size: int = 1024, r
     """
     if repeats < 1:
         raise bad_value("repeats", "be at least 1", repeats)
-    first = next(iter([*model.parameters(), *model.buffers()]), None)
-    device = torch.device("cpu") if first is None else first.device
+    device = device_of(model)
 
     def forward() -> None:
         for batch in Passes(dataset, batch_size, Reading(), "dataset").walk():
             batch.to(device).outputs(model)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
     with untouched(model), torch.no_grad():
-        return median_seconds(forward, repeats)
+        return median_seconds(forward, repeats, device=device)
 
 
 def measure_cost(

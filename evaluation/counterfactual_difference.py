@@ -1,4 +1,4 @@
-"""Owns how the drops of two methods differ: at equal counts, and at equal depletion of the class.
+"""Differences between the drops of two methods, at equal counts and at equal depletion of the class.
 
 Emptying a class lowers its probability whatever the scores know. A method that removes half of a class is
 therefore compared with removing a random half of it, not with removing as many examples.
@@ -24,7 +24,7 @@ class DropDifference:
     Attributes:
         counts: How many examples were removed.
         value: Difference of the mean drops at each count; NaN where no test point is defined.
-        intervals: Paired crossed bootstrap over seeds and test points.
+        intervals: Student's, of the paired differences, over seeds and test points.
         undefined: At each count, pairs of an attributed model and a test point without a difference.
     """
 
@@ -48,13 +48,20 @@ def difference(
 ) -> DropDifference:
     """Drop of `a` less drop of `b` at each count, on the same models, seeds and test points.
 
+    Args:
+        a: Result of `counterfactual`.
+        b: Another.
+        n_resamples: 0 leaves the intervals out.
+        level: Level of the intervals.
+        seed: Without effect, as in `counterfactual`.
+
     Raises:
         ValueError: The results do not have the same counts, shapes and arm.
     """
     _check_pair(a, b)
     if a.counts != b.counts:
         raise bad_value("a and b", "remove the same counts", f"{a.counts} and {b.counts}")
-    return _difference(a, a.drops - b.drops, n_resamples, level, seed)
+    return _difference(a, a.drops - b.drops, n_resamples, level)
 
 
 def difference_at_equal_depletion(
@@ -72,6 +79,13 @@ def difference_at_equal_depletion(
     removing nothing changes nothing; of counts with one depletion (an emptied class) it takes the smallest.
     Beyond its end there is no difference: nothing is extrapolated. The reference meant is `ClassRandom`,
     whose curve always reaches as far as any method with the same counts.
+
+    Args:
+        a: Result of `counterfactual`.
+        reference: Another.
+        n_resamples: 0 leaves the intervals out.
+        level: Level of the intervals.
+        seed: Without effect, as in `counterfactual`.
 
     Raises:
         ValueError: The results do not have the same shapes, or opponents were removed.
@@ -94,17 +108,16 @@ def difference_at_equal_depletion(
             curve = np.concatenate([[0.0], reference.drops[m, :, s, t]])[first]
             expected = np.interp(a.depletions[m, :, t], places, curve, right=np.nan)
             gaps[m, :, s, t] = a.drops[m, :, s, t] - expected
-    return _difference(a, gaps, n_resamples, level, seed)
+    return _difference(a, gaps, n_resamples, level)
 
 
-def _difference(
-    a: CounterfactualResult, gaps: Array, n_resamples: int, level: float, seed: int
-) -> DropDifference:
+def _difference(a: CounterfactualResult, gaps: Array, n_resamples: int, level: float) -> DropDifference:
     per_count = gaps.swapaxes(0, 1).reshape(len(a.counts), -1)
+    value = mean_defined(per_count, axis=1).tolist()
     return DropDifference(
         counts=a.counts,
-        value=tuple(mean_defined(per_count, axis=1).tolist()),
-        intervals=drop_intervals(gaps, n_resamples, level, seed),
+        value=tuple(value),
+        intervals=drop_intervals(gaps, value, n_resamples, level),
         undefined=tuple(np.isnan(gaps).any(2).sum((0, 2)).tolist()),
     )
 

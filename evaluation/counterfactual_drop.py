@@ -1,4 +1,4 @@
-"""Owns the counterfactual drop: what retraining without the top examples does to a prediction (C.4).
+"""Counterfactual drop: what retraining without the top examples does to a prediction (C.4).
 
     drop_k(z) = mean over seeds of  softmax(f(z))_c - softmax(f_without_X_k(z))_c
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import bad_value
+from ..errors import bad_value, whole_number
 from ..responses import class_labels, response_value
 from . import statistics
 from .linear_datamodeling import finite_array, plain
@@ -35,8 +35,8 @@ class CounterfactualResult:
         counts: How many examples were removed, increasing.
         drop: Mean drop at each count, over attributed models, seeds and test points. Where opponents were
             removed a good method has a *negative* drop: the probability rises.
-        intervals: Crossed bootstrap over seeds and test points, for these attributed models; None where no
-            resamples were asked for. A single seed cannot vary: the interval is then too narrow.
+        intervals: Student's, over seeds and test points, for these attributed models; None where none were
+            asked for. A single seed cannot vary: the interval is then too narrow.
         depletion: Mean share of the class that was removed at each count.
         drops: `(n_models, n_counts, n_seeds, n_test)`.
         depletions: `(n_models, n_counts, n_test)`.
@@ -80,9 +80,9 @@ def resolve_counts(counts: Sequence[int | float], n_train: int) -> tuple[int, ..
     """
     found = []
     for count in counts:
-        share = isinstance(count, float) and 0 < count < 1
-        k = round(count * n_train) if share else count
-        if isinstance(k, bool) or int(k) != k or not 1 <= k < n_train:
+        number = float(count) if isinstance(count, int | float | np.number) else 0.0
+        k = round(number * n_train) if 0 < number < 1 else number
+        if isinstance(count, bool) or k % 1 or not 1 <= k < n_train:
             raise bad_value("counts", f"be integers in [1, {n_train}) or shares in (0, 1)", repr(count))
         found.append(int(k))
     if not found or any(b <= a for a, b in pairwise(found)):
@@ -90,17 +90,27 @@ def resolve_counts(counts: Sequence[int | float], n_train: int) -> tuple[int, ..
     return tuple(found)
 
 
-def removals(scores: Any, counts: Sequence[int | float], opponents: bool = False) -> list[NDArray[np.int64]]:
+def _check_counts(counts: Sequence[Any]) -> None:
+    """Numbers of examples that were removed: integers of at least 1 that increase."""
+    numbers = [whole_number("counts", k) for k in counts]
+    if any(b <= a for a, b in pairwise(numbers)):
+        raise bad_value("counts", "be increasing numbers of removed examples", tuple(counts))
+
+
+def removals(
+    scores: Any, counts: Sequence[int | float], opponents: bool = False, *, seed: int = 0
+) -> list[NDArray[np.int64]]:
     """The examples that are removed for each test point: its top k.
 
     Args:
         scores: `(n_test, n_train)`.
         counts: Numbers or shares, increasing.
         opponents: Take the lowest scores instead of the highest.
+        seed: Of the random order of equal scores, which is another one for every test point: by their
+            places, the examples of a method that says nothing would be those of the first class.
 
     Returns:
-        For each count, indices `(n_test, k)`, strongest first, ties by lower index; each set holds those
-        of the smaller counts.
+        For each count, indices `(n_test, k)`, strongest first; each set holds those of the smaller counts.
 
     Raises:
         ValueError: Scores are not a finite matrix, or a count is out of range.
@@ -111,7 +121,8 @@ def removals(scores: Any, counts: Sequence[int | float], opponents: bool = False
     matrix = finite_array("scores", scores)
     if matrix.ndim != 2:
         raise bad_value("scores", "have shape (n_test, n_train)", matrix.shape)
-    order = np.argsort(matrix if opponents else -matrix, axis=1, kind="stable")
+    any_order = np.random.default_rng(seed).random(matrix.shape)
+    order = np.lexsort((any_order, matrix if opponents else -matrix), axis=1)
     return [order[:, :k] for k in resolve_counts(counts, matrix.shape[1])]
 
 
@@ -167,12 +178,12 @@ def counterfactual(
         depletions: `(n_counts, n_test)` from `class_depletion`, or with n_models in front.
         counts: How many examples were removed, increasing.
         opponents: Whether they had the lowest scores.
-        n_resamples: Draws of the crossed bootstrap; 0 leaves the intervals out.
+        n_resamples: 0 leaves the intervals out. They are Student's and need no draws.
         level: Level of the intervals.
-        seed: Seed of the bootstrap.
+        seed: Without effect.
 
     Raises:
-        ValueError: Shapes do not match, or a value is not a probability.
+        ValueError: Shapes do not match, counts do not increase, or a value is not a probability.
 
     >>> intact = [[0.9, 0.8]]  # one seed, two test points
     >>> without_ten, without_twenty = [[0.6, 0.7]], [[0.3, 0.6]]
@@ -183,6 +194,7 @@ def counterfactual(
     >>> [round(drop, 6) for drop in result.drop]
     [0.2, 0.4]
     """
+    _check_counts(counts)
     whole, without = _probability("intact", intact), _probability("removed", removed)
     shares = np.asarray(depletions, dtype=np.float64)
     without = without[None] if without.ndim == 3 else without
@@ -197,10 +209,11 @@ def counterfactual(
     if shares.shape != (n_models, len(counts), whole.shape[1]):
         raise bad_value("depletions", "have shape (n_models, n_counts, n_test)", shares.shape)
     drops = whole - without
+    drop = drops.mean((0, 2, 3)).tolist()
     return CounterfactualResult(
         counts=tuple(counts),
-        drop=tuple(drops.mean((0, 2, 3)).tolist()),
-        intervals=drop_intervals(drops, n_resamples, level, seed),
+        drop=tuple(drop),
+        intervals=drop_intervals(drops, drop, n_resamples, level),
         depletion=tuple(mean_defined(shares.swapaxes(0, 1).reshape(len(counts), -1), axis=1).tolist()),
         drops=drops,
         depletions=shares,
@@ -208,14 +221,23 @@ def counterfactual(
     )
 
 
-def drop_intervals(values: Array, n_resamples: int, level: float, seed: int) -> tuple[Interval, ...] | None:
-    """One interval for each count of values `(n_models, n_counts, n_seeds, n_test)`, averaged over models."""
+def drop_intervals(
+    values: Array, means: Sequence[float], n_resamples: int, level: float
+) -> tuple[Interval, ...] | None:
+    """Student's interval for each count of values `(n_models, n_counts, n_seeds, n_test)` with these means.
+
+    Args:
+        values: Averaged over models first; NaN are left out.
+        means: Mean for each count.
+        n_resamples: 0 asks for no intervals.
+        level: Level of the intervals.
+    """
     if n_resamples < 0:
         raise bad_value("n_resamples", "be at least 0", n_resamples)
     if not n_resamples:
         return None
-    draws = mean_defined(statistics.crossed_means(values, n_resamples=n_resamples, seed=seed), axis=1)
-    return tuple(statistics.interval(draws[:, c], level) for c in range(draws.shape[1]))
+    tables = mean_defined(values, axis=0)
+    return tuple(statistics.t_interval(t, m, level) for t, m in zip(tables, means, strict=True))
 
 
 def _probability(name: str, values: Any) -> Array:

@@ -1,4 +1,4 @@
-"""Owns the retrainings behind the counterfactual drop: which sets, what they cost, and reading them back.
+"""Retrainings behind the counterfactual drop: which sets, what they cost, and reading them back.
 
 Every attributed model, method, test point and count asks for one training from scratch a seed, on the
 training set less the removed examples. Sets that coincide are trained once, and each run is a file of a
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ..errors import bad_value
+from ..errors import bad_choice, bad_value, whole_number
 from ..subsets import membership_from_indices
 from .calibration import CalibrationResult, calibration_of_removals, predicted_changes
 from .cost import Build, Cost, forward_seconds, median_cost
@@ -33,13 +33,10 @@ from .counterfactual_drop import (
 )
 from .kept_answers import KeptMethod
 from .linear_datamodeling import finite_array, margins
-from .retraining import RetrainingPlan
+from .retraining import ENGINES, RetrainingPlan, without_diverged
 from .retraining_estimate import RetrainingEstimate
+from .task_checks import check_task
 from .tasks import Task
-
-#: A run is named by how many test points it was evaluated on. This many are, at least, so that asking for
-#: more test points keeps what was done.
-_EVALUATED = 500
 
 Removed = Sequence[NDArray[np.int64]]
 
@@ -140,7 +137,7 @@ def counterfactual_plan(
                     kept.append(np.setdiff1d(kept[0], row))
                 found[c, t] = known[key]
         places[name] = found
-    n_test = min(len(task.test), max(_EVALUATED, *(t + 1 for t in test_points)))
+    n_test = 1 + max(test_points)
     membership = membership_from_indices(kept, task.n_train)
     return RetrainingPlan(task, membership, n_seeds, Path(store), n_test, common_seeds=True), places
 
@@ -180,12 +177,13 @@ def measure_counterfactual(
         n_jobs: Workers for the retrainings; as for `RetrainingPlan.execute`, as are `engine` and `device`.
         engine: See there.
         device: See there.
-        n_resamples: Of the crossed bootstraps.
+        n_resamples: Of the bootstraps of the calibration; 0 leaves all intervals out.
         seed: Of the bootstraps.
         show_progress: Whether to show a bar.
 
     Raises:
-        ValueError: A count or a test point out of range.
+        ValueError: A count or a test point out of range, inputs or labels that the network cannot read, or a
+            retraining that diverges.
 
     >>> from stride_captum.evaluation import load_task
     >>> from stride_captum.evaluation.models import TrainingSettings
@@ -213,6 +211,10 @@ def measure_counterfactual(
     if not points or len(set(points)) < len(points) or not 0 <= min(points) <= max(points) < len(task.test):
         raise bad_value("test_points", f"be distinct places in [0, {len(task.test)})", points)
     numbers = resolve_counts(counts, task.n_train)
+    whole_number("n_seeds", n_seeds, 1)
+    if engine not in ENGINES:
+        raise bad_choice("engine", engine, ENGINES)
+    check_task(task)
     x, y = (t[points] for t in task.test.tensors)
     removed: dict[tuple[str, str], Removed] = {}
     predicted: dict[tuple[str, str], NDArray[np.float64]] = {}
@@ -228,6 +230,7 @@ def measure_counterfactual(
             predicted[name, model_name] = predicted_changes(scores, removed[name, model_name])
     plan, places = counterfactual_plan(task, removed, points, n_seeds=n_seeds, store=store)
     logits = plan.execute(n_jobs, show_progress, engine=engine, device=device)[:, :, points]
+    without_diverged(plan, logits, at_most=0.0)
     labels = y.numpy()
     p, m = probabilities(logits, labels), margins(logits, labels)
     own = np.arange(len(points))

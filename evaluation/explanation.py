@@ -1,4 +1,4 @@
-"""Owns the main job: explain chosen test points of a task by their training examples."""
+"""The main job: chosen test points of a task are explained by their training examples."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..chance import at_chance
 from ..config import STRIDEConfig
+from ..devices import existing_device
 from ..distributed import DistributedSTRIDE
 from ..errors import bad_value
 from ..process_group import first_rank_first, in_group
-from ..responses import multiclass_logits, response_value
+from ..responses import class_labels, response_value
+from ..restoring import untouched
 from ..stride import STRIDE
 from . import environment
-from .retraining import logits_of, train_attributed
+from .attributed_training import train_attributed
+from .base_training import logits_of
+from .class_logits import check_logits
 from .tasks import Task
 
 
@@ -110,6 +115,7 @@ def explain(
     seed: int = 0,
     store: str | Path | None = None,
     config: STRIDEConfig | None = None,
+    device: torch.device | str | None = None,
     show_progress: bool = False,
 ) -> tuple[Explanation, STRIDE]:
     """Explain test points of a task; in a process group, every rank gets the same explanation.
@@ -123,6 +129,7 @@ def explain(
         seed: Of the training.
         store: Folder where a trained model is kept.
         config: Options of STRIDE.
+        device: Where the model is trained and attributed; None takes the device of `model`, or the CPU.
         show_progress: Whether to show bars.
 
     Returns:
@@ -130,7 +137,8 @@ def explain(
 
     Raises:
         IndexError: A test point that does not exist.
-        ValueError: `k` is below 1.
+        ValueError: `k` is below 1, a device that is not there, inputs that are not finite, or a model that
+            does not give finite logits of all classes.
 
     >>> from stride_captum.evaluation import load_task
     >>> from stride_captum.evaluation.models import TrainingSettings
@@ -143,29 +151,32 @@ def explain(
     """
     if k < 1:
         raise bad_value("k", "be at least 1", k)
+    device = None if device is None else existing_device(device)
     if model is None:
         with first_rank_first():
-            model = train_attributed(task, seed, store)
-    model.eval()
+            model = train_attributed(task, seed, store, device=device or "cpu")
+    task.check_inputs()
     x, y = task.train.tensors
     x_test, y_test = task.test.tensors
-    test_logits = multiclass_logits(logits_of(model, x_test))
+    with untouched(model):
+        test_logits = _checked(logits_of(model, x_test), y_test, "test")
+        started = time.perf_counter()
+        train_logits = logits_of(model, x)
+        forward_seconds = time.perf_counter() - started
+    _checked(train_logits, y, "train")
     if indices is None:
         hardest = response_value(test_logits, y_test, "loss").argsort(descending=True)[:3].tolist()
         indices = list(dict.fromkeys([*hardest, *range(min(3, len(y_test)))]))
     for index in indices:
         if not 0 <= index < len(y_test):
             raise IndexError(f"The test set of {task.name} has points 0 to {len(y_test) - 1}; got {index}.")
-    started = time.perf_counter()
-    train_logits = multiclass_logits(logits_of(model, x))
-    forward_seconds = time.perf_counter() - started
-    method = (DistributedSTRIDE if in_group() else STRIDE)(model, task.train, config=config)
+    method = (DistributedSTRIDE if in_group() else STRIDE)(model, task.train, config=config, device=device)
     method.fit(show_progress)
     rows = torch.as_tensor(indices)
     batch = (x_test[rows], y_test[rows])
-    best = method.influence(batch, k, True, show_progress)
+    best = [part.cpu() for part in method.influence(batch, k, True, show_progress)]
     seconds = {"forward": forward_seconds, "fit": method.fit_seconds_, "query": method.query_seconds_}
-    worst = method.influence(batch, k, False, show_progress)
+    worst = [part.cpu() for part in method.influence(batch, k, False, show_progress)]
     response = response_value(test_logits[rows], y_test[rows], method.response)
     points = [
         ExplainedPoint(
@@ -179,18 +190,18 @@ def explain(
         )
         for i, index in enumerate(indices)
     ]
-    flags = method.mislabel_scores()
+    flags = method.mislabel_scores().cpu()
     suspects = flags.argsort(descending=True, stable=True)[:n_suspects]
     explanation = Explanation(
         task=task.name,
-        note=task.note,
+        note=" ".join(part for part in (task.note, _learned_nothing(train_logits, y)) if part),
         points=points,
         suspects=_neighbours(suspects, flags[suspects], y),
         accuracy={"train": _accuracy(train_logits, y), "test": _accuracy(test_logits, y_test)},
         seconds=seconds,
         settings=method.config.to_dict(),
         layers=method.layers_,
-        environment=environment.describe(),
+        environment=environment.describe(device or "cpu"),
     )
     return explanation, method
 
@@ -200,6 +211,25 @@ def _neighbours(indices: Tensor, scores: Tensor, labels: Tensor) -> list[Neighbo
         Neighbour(int(i), int(labels[i]), float(s))
         for i, s in zip(indices.tolist(), scores.tolist(), strict=True)
     ]
+
+
+def _checked(logits: Tensor, labels: Tensor, argument: str) -> Tensor:
+    """Logits `(n, n_classes)` that can be explained."""
+    class_labels(labels, logits.shape[1], argument)
+    check_logits(logits, len(labels), 0, "model")
+    if not bool(torch.isfinite(logits).all()):
+        raise bad_value("model", "give finite logits", f"NaN or infinity for `{argument}`")
+    return logits
+
+
+def _learned_nothing(logits: Tensor, labels: Tensor) -> str:
+    why = at_chance(logits.argmax(1), labels)
+    if why is None:
+        return ""
+    return (
+        f"The model has learned nothing: {why}. Its scores mean nothing: train it longer or in another way, "
+        "and look at its data."
+    )
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -1,8 +1,9 @@
-"""Owns what methods answered, kept on disk: a killed evaluation fits no method again for what is there.
+"""On-disk cache of scores, so that an interrupted evaluation resumes without refitting.
 
-The name of a file is a fingerprint of all that determines the answer: the code of the methods and the
-versions below it, the method's class and settings, the weights, the training set, and what was asked.
-Only classes of this package are kept: of others the code is not known.
+The name of a file is a digest of all that determines the answer: the code of the method and of this package,
+the versions below it, everything that the method was built from (its options, data, checkpoints and callables
+by content), the model, the training set, and the question. A method with a part that has no stable digest
+is not cached, and a warning says which part it is.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,12 +25,20 @@ from torch import Tensor, nn
 
 from .. import adapters
 from .. import influence as core
+from ..batch import is_batch
 from ..influence import InfluenceMethod
 from ..peak_memory import release_free_memory
+from ..restoring import weights_fingerprint
 from ..whole_files import write_whole
 from . import environment, run_store
 from .cost import Build, Cost
+from .stable_digest import Examples, NoStableDigest, stable_digest
 from .tasks import Task
+
+#: What a method says of itself once it was fitted, and what changes with every process.
+_NOT_BUILT = frozenset({"fit_seconds_", "query_seconds_", "peak_bytes_", "_fit_bytes", "_fitted_on"})
+#: Code of this package counts by the content of its files.
+_PACKAGE = __name__.partition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,8 @@ class KeptMethod:
     """A method on one model, fitted on the first question whose answer the store does not hold.
 
     Args:
-        build: Makes it.
+        build: Makes it. With an attribute `cache_key` (see `Contender`) the answers are named by that key,
+            the options, the weights and the training set alone.
         model: The attributed model.
         task: Its training set is that of the method.
         options: Given to `build`.
@@ -71,7 +83,7 @@ class KeptMethod:
         forward_seconds: One forward pass over the training set.
 
     Attributes:
-        method: The method, perhaps not fitted yet.
+        method: The method, perhaps not fitted yet. An attribute that is set on it names other answers.
     """
 
     def __init__(
@@ -84,11 +96,29 @@ class KeptMethod:
         forward_seconds: float,
     ) -> None:
         self.method = build(model, task.train, options)
-        self._forward_seconds = forward_seconds
-        self._folder: Path | None = None
-        if store is not None and type(self.method).__module__.split(".")[0] == __name__.split(".")[0]:
-            self._folder = Path(store) / "answers"
-            self._trained = [run_store.data_hash(task.train.tensors), self.method._fingerprint()]
+        self._task, self._forward_seconds = task, forward_seconds
+        self._folder = None if store is None else Path(store) / "answers"
+        self._parts: dict[str, str] = {}
+        self._seen: dict[str, Any] = {}
+        if self._folder is not None:
+            key = getattr(build, "cache_key", None)
+            if key is not None:
+                self._seen = dict(vars(self.method))
+            with self._unless_unstable():
+                self._parts = _of_code(self.method) if key is None else _of_key(key, model, task, options)
+
+    @contextmanager
+    def _unless_unstable(self) -> Iterator[None]:
+        """Keep no more answers, and say so once, where a part of the method has no digest."""
+        try:
+            yield
+        except NoStableDigest as error:
+            self._folder = None
+            warnings.warn(
+                f"The answers of {type(self.method).__name__} are not kept: {error}. Build it without that, "
+                "or give its Contender a `cache_key` that changes whenever the answers do.",
+                stacklevel=4,
+            )
 
     @property
     def has_own_mislabel_scores(self) -> bool:
@@ -111,7 +141,7 @@ class KeptMethod:
             about: What it is about, beside the training set.
             compute: Asks the fitted method.
         """
-        path = None if self._folder is None else self._folder / f"{self._name(what, about)}.safetensors"
+        path = self._path(what, about)
         if path is not None:
             answer, damage = _read(path)
             if answer is not None:
@@ -123,6 +153,7 @@ class KeptMethod:
             method.fit()
         started = time.perf_counter()
         values = np.ascontiguousarray(compute(method))
+        self._seen = dict(vars(method))
         answer = Answer(
             values=values,
             fit_seconds=method.fit_seconds_,
@@ -134,17 +165,58 @@ class KeptMethod:
             _write(path, answer)
         return answer
 
-    def _name(self, what: str, about: tuple[Tensor, ...]) -> str:
-        cls = type(self.method)
-        parts = {
-            "code": _code(),
-            "class": f"{cls.__module__}.{cls.__qualname__}",
-            "settings": self.method._settings(),
-            "trained": self._trained,
-            "what": what,
-            "about": run_store.hash_tensors(about),
+    def _path(self, what: str, about: tuple[Tensor, ...]) -> Path | None:
+        """The file of an answer; None where nothing is kept."""
+        if self._folder is not None:
+            with self._unless_unstable():
+                self._parts |= self._changed()
+        if self._folder is None:
+            return None
+        parts = {"parts": self._parts, "what": what, "about": run_store.hash_tensors(about)}
+        name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+        return self._folder / f"{name}.safetensors"
+
+    def _changed(self) -> dict[str, str]:
+        """Digests of the attributes that were set since the method was built, or has last answered."""
+        now = dict(vars(self.method))
+        found = {
+            name: _of_attribute(self.method, self._task, name)
+            for name, value in now.items()
+            if name not in _NOT_BUILT and (name not in self._seen or self._seen[name] is not value)
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+        self._seen = now
+        return found
+
+
+def _of_code(method: InfluenceMethod) -> dict[str, str]:
+    return {"package": _code(), "class": stable_digest(type(method), "class", packages=(_PACKAGE,))}
+
+
+def _of_attribute(method: InfluenceMethod, task: Task, name: str) -> str:
+    value = getattr(method, name)
+    if name == "train_dataset" and value is task.train:
+        value = task.train.tensors
+    elif name in ("train_dataset", "held_out") and not (value is None or is_batch(value)):
+        value = Examples(value)
+    elif name == "checkpoints" and value is not None:
+        value = _loaded(method)
+    return stable_digest(value, name, packages=(_PACKAGE,))
+
+
+def _of_key(key: str, model: nn.Module, task: Task, options: Mapping[str, Any]) -> dict[str, str]:
+    """What names the answers of a method whose author says when they change."""
+    return {
+        "key": key,
+        "weights": weights_fingerprint(model),
+        "train": run_store.hash_tensors(task.train.tensors),
+        "options": stable_digest(dict(options), "options"),
+    }
+
+
+def _loaded(method: InfluenceMethod) -> list[tuple[float, str]]:
+    """Learning rate and weights of each checkpoint, as the method's own function loads it."""
+    with method._session() as model:
+        return [(method._load(model, c), weights_fingerprint(model)) for c in method._checkpoints()]
 
 
 @cache
@@ -152,8 +224,16 @@ def _code() -> str:
     """Of all that methods are made of: the sources of this package, and the versions of what they call."""
     digest = hashlib.sha256(json.dumps(environment.versions(), sort_keys=True).encode())
     for folder in (Path(core.__file__).parent, Path(adapters.__file__).parent):
-        for path in sorted(folder.glob("*.py")):
-            digest.update(path.name.encode() + path.read_bytes())
+        digest.update(_sources(folder).encode())
+    return digest.hexdigest()
+
+
+def _sources(folder: Path) -> str:
+    """Of all sources in a folder and below it; how methods are measured is not their code."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        if not path.is_relative_to(Path(__file__).parent):
+            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 

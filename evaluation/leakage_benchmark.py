@@ -1,7 +1,9 @@
-"""Owns the runs behind leakage detection: train on leaked test examples, look where methods rank them."""
+"""Runs behind leakage detection: train on leaked test examples, look where methods rank them."""
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from ..errors import bad_value
+from ..errors import bad_value, whole_number
 from .cost import Build, Cost, forward_seconds, median_cost
 from .kept_answers import Answer, KeptMethod
 from .leakage_detection import LeakageResult, leakage, near_duplicate
 from .linear_datamodeling import finite_array
 from .retraining import train_attributed
 from .statistics import Array
+from .task_checks import check_task
 from .tasks import Task
 
 
@@ -32,11 +35,14 @@ class Planted:
         task: Its training set ends with the planted examples, in the order of `test_points`.
         test_points: Places in the test set, `(n_planted,)`.
         positions: Places of their duplicates in the training set, `(n_planted,)`.
+        copies: For each, the places of other copies: training examples with its label that equal the test
+            example, or what was planted for it.
     """
 
     task: Task
     test_points: NDArray[np.int64]
     positions: NDArray[np.int64]
+    copies: tuple[NDArray[np.int64], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,14 +83,50 @@ def plant(task: Task, n_planted: int, *, kind: str = "exact", seed: int = 0) -> 
         ValueError: More are asked for than there are, or an unknown kind.
     """
     x_test, y_test = task.test.tensors
-    if not 1 <= n_planted <= len(y_test):
-        raise bad_value("n_planted", f"be between 1 and the {len(y_test)} test examples", n_planted)
+    check_planting(task, (n_planted,), (kind,), "n_planted")
     chosen = np.random.default_rng(seed).permutation(len(y_test))[:n_planted]
     x, y = task.train.tensors
     copies = near_duplicate(x_test[chosen], kind, scale=float(x.std()), seed=seed)
     train = TensorDataset(torch.cat([x, copies]), torch.cat([y, y_test[chosen]]))
     leaked = replace(task, name=f"{task.name} with {n_planted} leaked ({kind})", train=train)
-    return Planted(leaked, chosen, np.arange(len(y), len(y) + n_planted))
+    positions = np.arange(len(y), len(y) + n_planted)
+    places = defaultdict(set)
+    for i, key in enumerate(_row_keys(*train.tensors)):
+        places[key].add(i)
+    keys = [_row_keys(t, y_test[chosen]) for t in (x_test[chosen], copies)]
+    others = (
+        (places[one] | places[other]) - {int(own)} for one, other, own in zip(*keys, positions, strict=True)
+    )
+    return Planted(leaked, chosen, positions, tuple(np.array(sorted(o), dtype=np.int64) for o in others))
+
+
+def check_planting(task: Task, counts: Sequence[int], kinds: Sequence[str], name: str = "counts") -> None:
+    """Whether so many test examples can leak in these ways.
+
+    Args:
+        task: The task.
+        counts: Numbers of planted examples.
+        kinds: Of `near_duplicate`.
+        name: What an error calls the counts.
+
+    Raises:
+        ValueError: More are asked for than there are, or a kind that does not exist or is for images.
+    """
+    n_test = len(task.test)
+    for count in counts:
+        if whole_number(name, count) > n_test:
+            raise bad_value(name, f"be between 1 and the {n_test} test examples", repr(count))
+    for kind in kinds:
+        near_duplicate(task.test.tensors[0][:1], kind, scale=1.0)
+
+
+def _row_keys(x: Tensor, y: Tensor) -> list[bytes]:
+    """A digest of the input and the label of each example."""
+    rows = x.reshape(len(x), -1).numpy()
+    return [
+        hashlib.blake2b(row.tobytes() + str(label).encode(), digest_size=16).digest()
+        for row, label in zip(rows, y.tolist(), strict=True)
+    ]
 
 
 def measure_leakage(
@@ -127,10 +169,13 @@ def measure_leakage(
     """
     if n_models < 1:
         raise bad_value("n_models", "be at least 1", n_models)
+    check_planting(task, counts, kinds)
+    check_task(task)
     rows = []
     for kind in kinds:
         for n_planted in counts:
             planted = plant(task, n_planted, kind=kind, seed=seed)
+            _say_copies(task, planted)
             x, y = (t[planted.test_points] for t in task.test.tensors)
             scores: dict[tuple[str, str | None], list[Array]] = defaultdict(list)
             costs: dict[tuple[str, str | None], list[Cost]] = defaultdict(list)
@@ -148,10 +193,25 @@ def measure_leakage(
                             costs[name, way].append(answer.cost(n_planted))
             for (name, way), found in scores.items():
                 result = leakage(
-                    found, planted.positions, ks=(1, n_planted), n_resamples=n_resamples, seed=seed
+                    found,
+                    planted.positions,
+                    copies=planted.copies,
+                    ks=(1, n_planted),
+                    n_resamples=n_resamples,
+                    seed=seed,
                 )
                 rows.append(LeakageRow(name, kind, n_planted, way, result, median_cost(costs[name, way])))
     return rows
+
+
+def _say_copies(task: Task, planted: Planted) -> None:
+    there = sum(bool((copies < task.n_train).any()) for copies in planted.copies)
+    if there:
+        warnings.warn(
+            f"{there} of the {len(planted.positions)} test examples that leak were in the training set of "
+            f"{task.name} already: a method that finds such a copy has found the leak.",
+            stacklevel=3,
+        )
 
 
 def answer_if_defined(

@@ -1,10 +1,11 @@
-"""Owns the detection of leaked test examples: does a planted duplicate come first? (C.3)
+"""Detection of leaked test examples: does a planted duplicate come first? (C.3)
 
     rank(z) = number of training examples that score higher than the duplicate of z (0 = first)
     leakage rate at k = |top_k(scores of z) & L| / k,  mean over z
 
-L are all planted examples. As in D.4 the training set is *extended* with duplicates: nothing is replaced, so
-that N grows by their number. Equal scores are in random order: every figure is its expected value.
+L are all planted examples, and copies of their test examples that were in the training set before. As in D.4
+the training set is *extended* with duplicates: nothing is replaced, so that N grows by their number. Equal
+scores are in random order: every figure is its expected value.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def leakage(
     scores: Any,
     positions: Any,
     *,
+    copies: Sequence[Any] | None = None,
     ks: Sequence[int] = (1,),
     n_resamples: int = 1000,
     level: float = 0.95,
@@ -88,6 +90,8 @@ def leakage(
         scores: `(n_planted, n_train)`, one row for each test point with a duplicate, or a list with one such
             matrix for each attributed model.
         positions: The training example that duplicates each test point, `(n_planted,)`.
+        copies: For each test point, other training examples that are copies of it: they count as found too,
+            and the best of them gives the rank. None means that there are none.
         ks: The leakage rate is told at each.
         n_resamples: Draws of the bootstrap over test points; 0 leaves the intervals out. Test points share
             the model: the intervals do not tell how another training would have gone.
@@ -111,17 +115,27 @@ def leakage(
     n_planted, n_train = matrices[0].shape
     if not n_planted or places.min() < 0 or places.max() >= n_train or len(set(places.tolist())) < n_planted:
         raise bad_value("positions", f"be distinct training indices in [0, {n_train})", places.tolist())
+    if copies is not None and len(copies) != n_planted:
+        raise bad_value("copies", f"hold a sequence for each of the {n_planted} test points", len(copies))
+    every = [i for others in copies or () for i in np.asarray(others).tolist()]
+    if every and not 0 <= min(every) <= max(every) < n_train:
+        raise bad_value("copies", f"hold training indices in [0, {n_train})", every)
     for k in ks:
         if not 1 <= k <= n_train:
             raise bad_value("ks", f"be in [1, {n_train}]", k)
     if n_resamples < 0:
         raise bad_value("n_resamples", "be at least 0", n_resamples)
+    own = np.zeros((n_planted, n_train), dtype=bool)
+    own[np.arange(n_planted), places] = True
+    for row, others in zip(own, copies or (), strict=False):
+        row[np.asarray(others, dtype=np.int64)] = True
     stack = np.stack(matrices)
-    own = np.take_along_axis(stack, places[None, :, None], axis=2)
-    higher, ties = (stack > own).sum(2), (stack == own).sum(2)
-    ranks = higher + (ties - 1) / 2
-    first = np.where(higher == 0, 1 / ties, 0.0)
-    leaked = np.isin(np.arange(n_train), places)
+    best = np.where(own, stack, -np.inf).max(2, keepdims=True)
+    higher, ties = (stack > best).sum(2), ((stack == best) & ~own).sum(2)
+    of_own = ((stack == best) & own).sum(2)
+    ranks = higher + ties / (of_own + 1)  # others that come before all of its own, in a random order
+    first = np.where(higher == 0, of_own / (of_own + ties), 0.0)
+    leaked = own.any(0)
     rates = {
         int(k): float(np.mean([expected_hits(row, leaked, k) / k for m in matrices for row in m])) for k in ks
     }

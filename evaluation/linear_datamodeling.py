@@ -1,4 +1,4 @@
-"""Owns the linear datamodeling score (LDS): do summed scores rank the retrainings? (Park et al., 2023).
+"""Linear datamodeling score (LDS): do summed scores rank the retrainings? (Park et al., 2023).
 
     LDS = mean over models and test points of  Spearman_k( sum_{i in S_k} scores[., i],  responses[k, .] )
 
@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import sparse
 
-from ..errors import bad_type, bad_value
+from ..errors import bad_value
 from ..responses import class_labels, response_value
-from ..subsets import Membership
+from ..subsets import Membership, checked_membership
 from . import statistics
 from .statistics import Array, Interval, mean_defined
 
@@ -38,14 +37,15 @@ class LDSResult:
         undefined_as_zero: `value` had they been counted as 0.
         pearson: As `value`, with Pearson's correlation.
         kendall: As `value`, with Kendall's tau-b.
-        interval: Crossed bootstrap over subsets and test points, for these attributed models; None
-            where no resamples were asked for.
+        interval: Crossed bootstrap over subsets and test points, for these attributed models, of what many
+            subsets would give (`statistics.without_bias`); None where no resamples were asked for.
         ceiling: What a perfect prediction of the mean response can expect, from split halves of the
             retrainings; None with a single retraining.
         n_subsets: Number of subsets.
         n_seeds: Retrainings of each subset.
         seed: Seed of the bootstrap.
         draws: The bootstrap's draws `(n_resamples, n_models)`, paired between results of one seed.
+        draws_as_zero: The same had undefined correlations been counted as 0.
 
     >>> import numpy as np
     >>> from stride_captum.subsets import random_subsets
@@ -70,9 +70,15 @@ class LDSResult:
     n_seeds: int
     seed: int = 0
     draws: Array | None = None
+    draws_as_zero: Array | None = None
+
+    @property
+    def ranks_nothing(self) -> bool:
+        """Whether no correlation is defined: the scores, or the responses, are the same for all subsets."""
+        return self.undefined == self.per_test.size
 
     def __repr__(self) -> str:
-        text = f"LDS {self.value:.3f}"
+        text = "LDS undefined" if self.ranks_nothing else f"LDS {self.value:.3f}"
         if self.interval is not None:
             text += f" {self.interval} ({self.interval.level:.0%})"
         text += f", {len(self.per_model)} models, worst {self.worst:.3f}"
@@ -80,16 +86,19 @@ class LDSResult:
         return f"{text}, {self.undefined} of {self.per_test.size} undefined"
 
     def to_dict(self) -> dict[str, Any]:
-        """Every figure as plain values for JSON (undefined correlations are None); `draws` is left out."""
-        return plain({k: v for k, v in vars(self).items() if k != "draws"})
+        """Every figure as plain values for JSON (undefined correlations are None), without the draws."""
+        return plain({k: v for k, v in vars(self).items() if k not in ("draws", "draws_as_zero")})
 
 
 @dataclass(frozen=True)
 class LDSDifference:
     """How much higher the LDS of one method is than that of another on the same models and retrainings.
 
+    A test point that one of the two leaves undefined counts as 0 for that one: a method that answers the easy
+    points alone would win otherwise. A model on which one of them ranks nothing has no difference.
+
     Attributes:
-        value: Difference of the two values.
+        value: Difference of the two, mean over attributed models.
         per_model: Difference for each attributed model.
         interval: Paired crossed bootstrap: both methods see the same resamples.
 
@@ -136,16 +145,18 @@ def lds(
     >>> round(lds(effects, halves, measured, n_resamples=0).value, 6)
     1.0
     """
-    matrices, responses = check_inputs(scores, membership, responses)
+    matrices, membership, responses = check_inputs(scores, membership, responses)
     if n_resamples < 0:
         raise bad_value("n_resamples", "be at least 0", n_resamples)
     target = responses.mean(0)
     predictions = np.stack([membership @ m.T for m in matrices])
     per_test = np.stack([statistics.spearman(p, target) for p in predictions])
     per_model = mean_defined(per_test, axis=1)
-    draws = None
+    draws = as_zero = None
     if n_resamples:
-        draws = statistics.crossed_bootstrap(predictions, target, n_resamples=n_resamples, seed=seed)
+        draws, as_zero = statistics.crossed_draws(predictions, target, n_resamples=n_resamples, seed=seed)
+        draws = statistics.without_bias(draws, per_model)
+        as_zero = statistics.without_bias(as_zero, np.nan_to_num(per_test).mean(1))
     return LDSResult(
         value=float(mean_defined(per_model)),
         per_model=tuple(per_model.tolist()),
@@ -155,12 +166,15 @@ def lds(
         undefined_as_zero=float(np.nan_to_num(per_test).mean()),
         pearson=_mean_over_models(statistics.pearson, predictions, target),
         kendall=_mean_over_models(statistics.kendall, predictions, target),
-        interval=None if draws is None else statistics.interval(mean_defined(draws, axis=1), level),
+        interval=None
+        if draws is None
+        else statistics.interval(np.clip(mean_defined(draws, axis=1), -1, 1), level),
         ceiling=statistics.split_half_ceiling(responses),
         n_subsets=responses.shape[1],
         n_seeds=responses.shape[0],
         seed=seed,
         draws=draws,
+        draws_as_zero=as_zero,
     )
 
 
@@ -203,17 +217,20 @@ def difference(a: LDSResult, b: LDSResult, *, level: float = 0.95) -> LDSDiffere
             "have the same models, test points and subsets",
             f"{(*a.per_test.shape, a.n_subsets)} and {(*b.per_test.shape, b.n_subsets)}",
         )
+    silent = [np.isnan(r.per_test).all(1) for r in (a, b)]
+    both = np.where(silent[0] | silent[1], np.nan, 0.0)
+    means = [np.nan_to_num(r.per_test).mean(1) for r in (a, b)]
+    per_model = means[0] - means[1] + both
     spread = None
-    if a.draws is not None and b.draws is not None:
-        if a.draws.shape != b.draws.shape:
-            raise bad_value(
-                "a and b", "have as many resamples as each other", f"{len(a.draws)} and {len(b.draws)}"
-            )
+    if a.draws_as_zero is not None and b.draws_as_zero is not None:
+        if a.draws_as_zero.shape != b.draws_as_zero.shape:
+            counts = f"{len(a.draws_as_zero)} and {len(b.draws_as_zero)}"
+            raise bad_value("a and b", "have as many resamples as each other", counts)
         if a.seed != b.seed:
             raise bad_value("a and b", "be drawn with one `seed`", f"{a.seed} and {b.seed}")
-        spread = statistics.interval(mean_defined(a.draws, axis=1) - mean_defined(b.draws, axis=1), level)
-    per_model = tuple(x - y for x, y in zip(a.per_model, b.per_model, strict=True))
-    return LDSDifference(a.value - b.value, per_model, spread)
+        gaps = mean_defined(a.draws_as_zero - b.draws_as_zero + both, axis=1)
+        spread = statistics.interval(gaps, level)
+    return LDSDifference(float(mean_defined(per_model)), tuple(per_model.tolist()), spread)
 
 
 def margins(logits: Any, labels: Any) -> Array:
@@ -239,21 +256,18 @@ def margins(logits: Any, labels: Any) -> Array:
     return np.asarray(response_value(z, y, "margin").numpy())
 
 
-def check_inputs(scores: Any, membership: Membership, responses: Any) -> tuple[list[Array], Array]:
-    """Scores as one float64 matrix `(n_test, n_train)` a model, responses as `(n_seeds, n_subsets, n_test)`.
+def check_inputs(
+    scores: Any, membership: Membership, responses: Any
+) -> tuple[list[Array], Membership, Array]:
+    """One float64 matrix `(n_test, n_train)` a model, X, and responses `(n_seeds, n_subsets, n_test)`.
 
     Raises:
         TypeError: `membership` is not a scipy sparse matrix.
-        ValueError: Shapes do not match, a value is not finite, or there are fewer than 3 subsets.
+        ValueError: Shapes do not match, a value is not finite, an entry of `membership` is neither 0 nor 1,
+            or there are fewer than 3 subsets.
 
     """
-    if not sparse.issparse(membership):
-        raise bad_type(
-            "membership",
-            "be a scipy CSR matrix (n_subsets, n_train)",
-            membership,
-            "Use `stride_captum.subsets.membership_from_indices`.",
-        )
+    membership = checked_membership(membership)
     n_subsets, n_train = membership.shape
     if n_subsets < 3:
         raise bad_value("membership", "hold at least 3 subsets", n_subsets)
@@ -275,24 +289,29 @@ def check_inputs(scores: Any, membership: Membership, responses: Any) -> tuple[l
     for matrix in matrices:
         if matrix.shape != expected:
             raise bad_value("scores", f"have shape (n_test, n_train) = {expected}", matrix.shape)
-    return matrices, responses
+    return matrices, membership, responses
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays, tuples and intervals as JSON values; NaN, which JSON lacks, as None."""
+    """Values for JSON: arrays, tuples and numbers of NumPy as Python's; what JSON lacks (NaN, inf) as None.
+
+    Anything else is told by its text.
+    """
 
     def convert(value: Any) -> Any:
         if isinstance(value, Interval):
             return plain(vars(value))
-        if isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray | np.generic):
             return convert(value.tolist())
-        if isinstance(value, list | tuple):
+        if isinstance(value, list | tuple | set | frozenset | range):
             return [convert(v) for v in value]
         if isinstance(value, Mapping):
             return plain(value)
-        return None if isinstance(value, float) and np.isnan(value) else value
+        if isinstance(value, float) and not np.isfinite(value):
+            return None
+        return value if isinstance(value, str | int | float | None) else str(value)
 
-    return {name: convert(value) for name, value in values.items()}
+    return {str(name): convert(value) for name, value in values.items()}
 
 
 def finite_array(name: str, values: Any) -> Array:

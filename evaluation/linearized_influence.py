@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import bad_value
-from ..subsets import Membership
+from ..subsets import Membership, checked_membership
 from . import statistics
 from .linear_datamodeling import check_inputs, plain
 from .statistics import Array, Interval, mean_defined
@@ -115,7 +115,7 @@ def linearized_influence_correlation(
     >>> result.spearman > 0.9
     True
     """
-    matrices, responses = check_inputs(scores, membership, responses)
+    matrices, membership, responses = check_inputs(scores, membership, responses)
     target = responses.mean(0)
     n_subsets, n_test = target.shape
     if n_subsets < 6:
@@ -123,6 +123,7 @@ def linearized_influence_correlation(
     for name, count in (("n_splits", n_splits), ("n_resamples", n_resamples)):
         if count < 1:
             raise bad_value(name, "be at least 1", count)
+    groups = None if groups is None else checked_membership(groups, "groups")
     if groups is not None and groups.shape[1] != membership.shape[1]:
         raise bad_value("groups", f"have {membership.shape[1]} columns, as `membership`", groups.shape[1])
 

@@ -1,4 +1,4 @@
-"""Owns the manners of the command line: what goes to stdout, errors in one sentence, and how to go on."""
+"""Manners of the command line: what goes to stdout, errors in one sentence, and how to go on."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from .terminal import console
+from .text_files import printable
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Voice:
     def note(self, text: str) -> None:
         """Say something beside the results."""
         if self.as_json and not self.quiet:
-            typer.echo(text, err=True)
+            typer.echo(printable(text), err=True)
         elif not self.quiet:
-            console.print(text)
+            console.print(printable(text), markup=False)
 
     def results(self, results: Any, show: Callable[[], None]) -> None:
         """Print plain values as JSON, or show them as tables."""

@@ -1,4 +1,4 @@
-"""Owns the runs behind mislabel detection: train on flipped labels, rank every example by every method.
+"""Runs behind mislabel detection: train on flipped labels, rank every example by every method.
 
 A method ranks in up to three ways: by self-influence; by minus its mean influence on clean held-out points,
 which is the paper's "high negative influence" of D.4; and by `mislabel_scores`, where its class has its own.
@@ -25,7 +25,9 @@ from .kept_answers import Answer, KeptMethod
 from .linear_datamodeling import finite_array
 from .mislabel_detection import MislabelResult, flip_labels, mislabel
 from .retraining import train_attributed
+from .stable_digest import stable_digest
 from .statistics import Array
+from .task_checks import check_task
 from .tasks import Task
 
 #: Called with the model and its training set, gives `(n_train,)`: high = the label is suspect.
@@ -115,9 +117,10 @@ def most_suspect(scores: Any, labels: Any, true_labels: Any = None) -> tuple[Sus
 def rankings(method: KeptMethod, held_out: tuple[Any, Any]) -> Iterator[tuple[str, Answer]]:
     """The ways in which a method can rank suspect labels: name and scores `(n_train,)`, high = suspect."""
     yield "self-influence", method.ask("self-influence", (), lambda m: m.self_influence())
+    what = f"minus held-out influence {stable_digest(held_out_influence)}"
     yield (
         "held-out influence",
-        method.ask("minus held-out influence", held_out, lambda m: -held_out_influence(m, held_out)),
+        method.ask(what, held_out, lambda m: -held_out_influence(m, held_out)),
     )
     if method.has_own_mislabel_scores:
         yield "mislabel scores", method.ask("mislabel scores", (), lambda m: m.mislabel_scores())
@@ -171,6 +174,9 @@ def measure_mislabel(
     detectors = detectors or {}
     if n_models < 1:
         raise bad_value("n_models", "be at least 1", n_models)
+    if n_held_out < 1:
+        raise bad_value("n_held_out", "be at least 1", n_held_out)
+    check_task(task)
     if set(methods) & set(detectors):
         raise bad_value("detectors", "have names of their own", sorted(set(methods) & set(detectors)))
     held_out = tuple(t[:n_held_out] for t in task.test.tensors)

@@ -1,4 +1,4 @@
-"""Owns the detection of mislabelled training examples: are flipped labels at the top of a ranking? (C.2)
+"""Detection of mislabeled training examples: are flipped labels at the top of a ranking? (C.2)
 
     precision = |top_M(scores) & F| / M,    recall = |top_M(scores) & F| / |F|
 
@@ -91,9 +91,10 @@ def flip_labels(
     Args:
         labels: `(n,)` in `[0, n_classes)`.
         rate: Share of labels that are flipped, rounded to whole examples.
-        n_classes: Number of classes.
-        kind: "symmetric", to another class, each as likely; or "class-dependent", from c to c + 1 (and from
-            the last class to 0), as annotators confuse neighbours.
+        n_classes: Number of classes. Labels are flipped among those that some example has: a label that
+            nobody has would be found at once.
+        kind: "symmetric", to another class, each as likely; or "class-dependent", from each class to the
+            next one (and from the last to the first), as annotators confuse neighbors.
         seed: Seed of the draw. The global random state is not used.
 
     Returns:
@@ -111,11 +112,17 @@ def flip_labels(
         raise bad_value("n_classes", "be at least 2", n_classes)
     if clean.ndim != 1 or not np.isin(clean, np.arange(n_classes)).all():
         raise bad_value("labels", f"be classes in [0, {n_classes}), shape (n,)", f"shape {clean.shape}")
+    classes, places = np.unique(clean, return_inverse=True)
+    if len(classes) < 2:
+        raise bad_value("labels", "be of at least 2 classes", f"class {classes.tolist()} alone")
+    n_flipped = round(float(rate) * len(clean))
+    if not 0 < n_flipped < len(clean):
+        raise bad_value("rate", f"flip some of the {len(clean)} labels and not all", f"{rate}: {n_flipped}")
     generator = np.random.default_rng(seed)
-    rows = generator.choice(len(clean), size=round(rate * len(clean)), replace=False)
-    steps = generator.integers(1, n_classes, size=len(rows)) if kind == "symmetric" else 1
+    rows = generator.choice(len(clean), size=n_flipped, replace=False)
+    steps = generator.integers(1, len(classes), size=len(rows)) if kind == "symmetric" else 1
     noisy = clean.astype(np.int64)
-    noisy[rows] = (noisy[rows] + steps) % n_classes
+    noisy[rows] = classes[(places[rows] + steps) % len(classes)]
     return noisy, np.isin(np.arange(len(clean)), rows)
 
 

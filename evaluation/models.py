@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+
+from ..errors import bad_choice, bad_value, whole_number
+
+OPTIMIZERS = ("adam", "sgd")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +23,11 @@ class TrainingSettings:
         learning_rate: Step size.
         batch_size: Examples a step.
         weight_decay: L2 coefficient.
-        momentum: For SGD.
+        momentum: For SGD; Adam has none.
         epochs: Passes over the training set.
+
+    Raises:
+        ValueError: A setting that no training can have.
 
     """
 
@@ -28,6 +37,27 @@ class TrainingSettings:
     batch_size: int = 64
     weight_decay: float = 0.0
     momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise bad_choice("optimizer", self.optimizer, OPTIMIZERS)
+        for name in ("epochs", "batch_size"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        for name in ("learning_rate", "weight_decay", "momentum"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        if self.momentum >= 1:
+            raise bad_value("momentum", "be below 1", self.momentum)
+
+
+def _number(name: str, value: Any) -> float:
+    """A finite number of at least 0, as plain Python has it."""
+    try:
+        number = math.nan if isinstance(value, str | bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise bad_value(name, "be a finite number, at least 0", repr(value))
+    return number
 
 
 #: Table 3.

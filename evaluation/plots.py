@@ -67,10 +67,15 @@ def cost_against_fidelity(rows: Sequence[Mapping[str, Any]]) -> str:
 
     Args:
         rows: `rows` of results.json.
+
+    Returns:
+        The plot, "" where no LDS is defined.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
     named = [row for row in rows if row["lds"]["value"] is not None]
+    if not named:
+        return ""
     seconds = [max(1e-6, row["cost"]["fit_seconds"] + row["cost"]["query_seconds"]) for row in named]
     values = [row["lds"]["value"] for row in named]
     known = [v for row in named for v in _ends(row["lds"]["interval"]) if not math.isnan(v)]

@@ -1,4 +1,4 @@
-"""Owns the HTML reports: self-contained pages, no network, readable on a phone and in the dark.
+"""HTML reports: self-contained pages, no network, readable on a phone and in the dark.
 
 The report of `compare` is written from the content of results.json alone. Every figure in it carries its
 value and the place where it lies there: `<span data-path="/rows/0/lds/value" data-value="0.53">`.
@@ -24,6 +24,7 @@ from .environment import one_line
 from .explanation import Explanation
 from .pictures import picture
 from .tasks import Task
+from .text_files import write_text
 
 #: What the drops of the other methods are compared with, as in `measure_counterfactual`.
 _REFERENCE = "ClassRandom"
@@ -245,7 +246,4 @@ def _template(name: str) -> Template:
 
 
 def _write(template: str, path: str | Path, **values: Any) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_template(template).render(**values), encoding="utf-8")
-    return path
+    return write_text(path, _template(template).render(**values))

@@ -1,4 +1,4 @@
-"""Owns the ground truth: a plan of retrainings, subsets x seeds, whose results live on disk.
+"""Plans of retrainings, subsets x seeds, whose results are kept on disk.
 
 A `RetrainingPlan` is the ground truth of every measure that asks "what would the model have said
 without these examples?". A killed plan resumes and gives the bits of an unbroken one.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,15 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from ..errors import bad_choice, bad_value
-from ..subsets import Membership, members
-from . import retraining_workers, run_store
+from ..subsets import Membership, checked_membership, members
+from . import retraining_files, retraining_workers, run_store
 from .attributed_training import train_attributed, train_spiked
 from .base_training import logits_of, mean_residual, train_model
 from .retraining_estimate import RetrainingEstimate
+from .retraining_files import Run, RunFile
 from .run_store import Fingerprints
 from .stacked_training import why_not_stacked
+from .task_checks import check_task
 from .tasks import Task
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "train_spiked",
 ]
 
+#: What helps where retrainings diverge.
+SMALLER_STEPS = "Train with smaller steps (`learning_rate` of the training settings)."
 ENGINES = ("auto", "processes", "stacked")
 #: What `auto` and the stacks go by, as measured (see `benchmark_retraining`). On the CPU a stack beats
 #: joblib's processes where the overhead of a step is more than its arithmetic: fully connected networks
@@ -53,20 +56,6 @@ _CPU_STACK, _DEVICE_STACK = 16, 256
 _SMALLEST_STACK = 8
 #: Part of the name of a stack; increased whenever `train_stacked` changes what it computes.
 _STACK_RECIPE = 1
-_NPY_HEADER = 128  # bytes
-
-
-@dataclass(frozen=True)
-class _File:
-    """One file of the store: its runs `(subset, seed)` and the shape of what it holds."""
-
-    path: Path
-    runs: tuple[tuple[int, int], ...]
-    shape: tuple[int, ...]
-    stacked: bool
-
-    def read(self) -> tuple[NDArray[np.float32] | None, str | None]:
-        return run_store.read_array(self.path, self.shape)
 
 
 @dataclass(frozen=True)
@@ -84,8 +73,8 @@ class RetrainingPlan:
             between subsets are paired. By default every run has a seed of its own.
 
     Raises:
-        ValueError: The membership is of another training set or has an empty subset, or a count is out of
-            range.
+        ValueError: The membership is of another training set, has an empty subset or an entry other than 0
+            and 1, or a count is out of range.
 
     >>> import tempfile
     >>> from stride_captum.subsets import random_subsets
@@ -108,6 +97,7 @@ class RetrainingPlan:
     common_seeds: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "membership", checked_membership(self.membership))
         if self.membership.shape[1] != self.task.n_train:
             raise bad_value(
                 "membership", f"have n_train = {self.task.n_train} columns", self.membership.shape[1]
@@ -162,7 +152,9 @@ class RetrainingPlan:
             Logits `(n_seeds, n_subsets, n_test, n_classes)`.
 
         Raises:
-            ValueError: An engine that does not exist, or "stacked" for a network that cannot be mapped.
+            ValueError: An engine that does not exist, "stacked" for a network that cannot be mapped, or
+                inputs or labels that the network cannot read.
+            RuntimeError: A run failed.
 
         """
         files = self._files(engine, device)
@@ -174,7 +166,9 @@ class RetrainingPlan:
                 run_store.say_damaged(file.path, damage)
                 todo.append(file)
             else:
-                found.update(_by_run(file, logits))
+                found.update(file.by_run(logits, self.n_test))
+        if todo:
+            check_task(self.task)
         with tqdm(
             total=self.n_seeds * self.membership.shape[0],
             initial=len(found),
@@ -183,21 +177,22 @@ class RetrainingPlan:
             smoothing=0,  # what is left is told from all runs so far: workers finish in bursts
             disable=not (show_progress and todo),
         ) as bar:
-            tasks = [(file.path, self._arguments(file, device)) for file in todo]
+            tasks = [(file, self._arguments(file, device)) for file in todo]
             for n_runs in retraining_workers.run_all(tasks, retraining_workers.count(n_jobs, device)):
                 bar.update(n_runs)
         for file in todo:
-            found.update(_by_run(file, np.load(file.path)))
+            found.update(file.by_run(np.load(file.path), self.n_test))
         diverged = sorted(run for run, logits in found.items() if not np.isfinite(logits).all())
         if diverged:
-            some = ", ".join(map(str, diverged[:3])) + (", ..." if len(diverged) > 3 else "")
             warnings.warn(
                 f"{len(diverged)} of {len(found)} retrainings of {self.task.name} diverged: the logits of "
-                f"(subset, seed) {some} are not finite.",
+                f"{retraining_files.named_few(diverged)} are not finite. {SMALLER_STEPS}",
                 stacklevel=2,
             )
-        shape = (self.n_seeds, self.membership.shape[0])
-        return np.stack([np.stack([found[k, s] for k in range(shape[1])]) for s in range(shape[0])])
+        n_subsets = self.membership.shape[0]
+        return np.stack(
+            [np.stack([found[k, seed] for k in range(n_subsets)]) for seed in range(self.n_seeds)]
+        )
 
     def estimate(
         self, n_jobs: int = -1, *, engine: str = "processes", device: torch.device | str = "cpu"
@@ -230,7 +225,7 @@ class RetrainingPlan:
             n_damaged=sum(len(file.runs) for file, (_, damage) in damages.items() if damage is not None),
             n_workers=workers,
             seconds=seconds,
-            n_bytes=sum(_NPY_HEADER + 4 * int(np.prod(file.shape)) for file in todo),
+            n_bytes=sum(file.n_bytes for file in todo),
         )
 
     def _seed(self, k: int, seed: int) -> int:
@@ -238,20 +233,16 @@ class RetrainingPlan:
 
     def _path(self, k: int, seed: int) -> Path:
         """Where "processes" keeps a run of the CPU."""
-        name = self._fingerprint(Fingerprints(self.task), (k, seed), torch.device("cpu"), stacked=False)
-        return Path(self.store).absolute() / f"run-{name}.npy"
+        files = self._files_of(False, torch.device("cpu"))
+        return next(file.path for file in files if file.runs == ((k, seed),))
 
-    def _fingerprint(
-        self, names: Fingerprints, run: tuple[int, int], device: torch.device, *, stacked: bool
-    ) -> str:
-        extra = f"n_test={self.n_test}"
-        if stacked:
-            extra += f" stacked={_STACK_RECIPE}"
+    def _fingerprint(self, names: Fingerprints, run: Run, device: torch.device, stacked: bool) -> str:
+        extra = f"stacked={_STACK_RECIPE}" if stacked else ""
         if device.type != "cpu":
             extra += f" device={device.type}"
         return names.of(self._seed(*run), members(self.membership, run[0]), extra)
 
-    def _files(self, engine: str, device: torch.device | str) -> list[_File]:
+    def _files(self, engine: str, device: torch.device | str) -> list[RunFile]:
         """All files of the plan for an engine; "auto" is decided here."""
         device = torch.device(device)
         if engine not in ENGINES:
@@ -270,49 +261,40 @@ class RetrainingPlan:
                 raise bad_value("engine", "be 'processes' for this network", "'stacked'", reason)
         return self._files_of(engine == "stacked", device)
 
-    def _files_of(self, stacked: bool, device: torch.device) -> list[_File]:
-        names = Fingerprints(self.task)
-        with torch.random.fork_rng(devices=[]):
-            model = self.task.build_model().eval()
-            shape = (self.n_test, logits_of(model, self.task.test.tensors[0][:1]).shape[1])
+    def _files_of(self, stacked: bool, device: torch.device) -> list[RunFile]:
+        names, n_classes = Fingerprints(self.task), self._n_classes()
         folder = Path(self.store).absolute()
+        there = retraining_files.stored(folder)
+        n_evaluated = min(len(self.task.test), max(self.n_test, retraining_files.EVALUATED))
+        limit = _CPU_STACK if device.type == "cpu" else _DEVICE_STACK
+        every = (
+            retraining_files.stacks(self.membership, self.n_seeds, limit)
+            if stacked
+            else retraining_files.single_runs(self.membership.shape[0], self.n_seeds)
+        )
         files = []
-        for runs in self._stacks(device) if stacked else self._single_runs():
-            found = [self._fingerprint(names, run, device, stacked=stacked) for run in runs]
-            name = f"stack-{run_store.of_all(found)}.npy" if stacked else f"run-{found[0]}.npy"
-            files.append(_File(folder / name, runs, (len(runs), *shape) if stacked else shape, stacked))
+        for runs in every:
+            found = [self._fingerprint(names, run, device, stacked) for run in runs]
+            stem = f"stack-{run_store.of_all(found)}" if stacked else f"run-{found[0]}"
+            enough = [n for n in there.get(stem, ()) if self.n_test <= n <= len(self.task.test)]
+            n_test = min(enough, default=n_evaluated)
+            files.append(RunFile(folder / f"{stem}-{n_test}.npy", runs, n_test, n_classes, stacked))
         return files
 
-    def _single_runs(self) -> Iterator[tuple[tuple[int, int], ...]]:
-        for seed in range(self.n_seeds):
-            for k in range(self.membership.shape[0]):
-                yield ((k, seed),)
-
-    def _stacks(self, device: torch.device) -> Iterator[tuple[tuple[int, int], ...]]:
-        """Runs with subsets of one size, by seed: whole seeds where several fit, parts of one elsewhere."""
-        limit = _CPU_STACK if device.type == "cpu" else _DEVICE_STACK
-        sizes = np.diff(self.membership.indptr)
-        for size in np.unique(sizes):
-            subsets = np.flatnonzero(sizes == size).tolist()
-            step = max(1, limit // len(subsets))
-            for first in range(0, self.n_seeds, step):
-                seeds = range(first, min(first + step, self.n_seeds))
-                runs = [(k, seed) for seed in seeds for k in subsets]
-                for start in range(0, len(runs), limit):
-                    yield tuple(runs[start : start + limit])
+    def _n_classes(self) -> int:
+        return logits_of(run_store.built(self.task).eval(), self.task.test.tensors[0][:1]).shape[1]
 
     def _stacks_are_faster(self, device: torch.device) -> bool:
         _, counts = np.unique(np.diff(self.membership.indptr), return_counts=True)
         if counts.max() * self.n_seeds < _SMALLEST_STACK:
             return False
         if device.type == "cpu":
-            with torch.random.fork_rng(devices=[]):
-                weights = list(self.task.build_model().parameters())
+            weights = list(run_store.built(self.task).parameters())
             if sum(w.numel() for w in weights) > _CPU_PARAMETERS or any(w.dim() > 2 for w in weights):
                 return False
         return why_not_stacked(self.task.build_model, self.task.train.tensors[0][:2]) is None
 
-    def _arguments(self, file: _File, device: torch.device | str) -> dict[str, Any]:
+    def _arguments(self, file: RunFile, device: torch.device | str) -> dict[str, Any]:
         """What `train_and_evaluate` takes for the runs of a file."""
         return {
             "build_model": self.task.build_model,
@@ -321,12 +303,12 @@ class RetrainingPlan:
             "y": self.task.train.tensors[1].numpy(),
             "subsets": [members(self.membership, k) for k, _ in file.runs],
             "seeds": [self._seed(*run) for run in file.runs],
-            "x_test": self.task.test.tensors[0][: self.n_test].numpy(),
+            "x_test": self.task.test.tensors[0][: file.n_test].numpy(),
             "device": str(device),
             "stacked": file.stacked,
         }
 
-    def _seconds_per_example(self, file: _File, device: torch.device | str) -> float:
+    def _seconds_per_example(self, file: RunFile, device: torch.device | str) -> float:
         arguments = self._arguments(file, device)
         arguments.update(training=replace(self.task.training, epochs=1), x_test=arguments["x_test"][:1])
         subsets, batch = arguments["subsets"], self.task.training.batch_size
@@ -339,5 +321,32 @@ class RetrainingPlan:
         return min(seconds[1:]) / sum(len(rows) for rows in arguments["subsets"])
 
 
-def _by_run(file: _File, logits: NDArray[np.float32]) -> dict[tuple[int, int], NDArray[np.float32]]:
-    return dict(zip(file.runs, logits if file.stacked else [logits], strict=True))
+def without_diverged(
+    plan: RetrainingPlan, logits: NDArray[np.float32], at_most: float = 0.1
+) -> tuple[Membership, NDArray[np.float32], list[int]]:
+    """The subsets of a plan whose retrainings are all finite.
+
+    Args:
+        plan: The plan.
+        logits: What it gave, `(n_seeds, n_subsets, n_test, n_classes)`.
+        at_most: Share of the subsets that may be left out.
+
+    Returns:
+        Their membership, their logits, and which subsets were left out.
+
+    Raises:
+        ValueError: More of them diverged.
+    """
+    finite = np.asarray(np.isfinite(logits).all((2, 3)))
+    whole = np.asarray(finite.all(0))
+    left_out = np.flatnonzero(~whole).tolist()
+    if len(left_out) > at_most * len(whole):
+        runs = [(int(k), int(seed)) for seed, k in np.argwhere(~finite)]
+        share = f"at least {1 - at_most:.0%}" if at_most else "all"
+        raise bad_value(
+            "training",
+            f"let {share} of the {len(whole)} subsets of {plan.task.name} converge",
+            f"{len(left_out)} that diverged, {retraining_files.named_few(runs)}",
+            SMALLER_STEPS,
+        )
+    return plan.membership[whole], logits[:, whole], left_out

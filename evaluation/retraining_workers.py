@@ -1,4 +1,4 @@
-"""Owns what the workers of a plan of retrainings do: train, evaluate, write; and how joblib drives them."""
+"""Workers of a plan of retrainings: they train, evaluate and write, driven by joblib."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import nn
 from . import run_store
 from .base_training import logits_of, single_thread, train_model
 from .models import TrainingSettings
+from .retraining_files import RunFile, named_few
 from .stacked_training import train_stacked
 
 _ALONE = threading.Lock()
@@ -28,25 +29,35 @@ def count(n_jobs: int, device: torch.device | str) -> int:
     return int(joblib.effective_n_jobs(n_jobs))
 
 
-def run_all(files: Sequence[tuple[Path, dict[str, Any]]], n_jobs: int) -> Iterable[int]:
+def run_all(files: Sequence[tuple[RunFile, dict[str, Any]]], n_jobs: int) -> Iterable[int]:
     """Write files; gives the number of runs of each when it is done.
 
     Args:
-        files: Paths, and what `train_and_evaluate` takes for each.
+        files: Files, and what `train_and_evaluate` takes for each.
         n_jobs: Workers of the active joblib backend. One that cannot give results as they come (as ray's)
             gives them all at the end.
+
+    Raises:
+        RuntimeError: A run failed; it names the runs of the file. Files that were written before stay.
 
     """
     backend, _ = joblib.parallel.get_active_backend()
     lazy = getattr(backend, "supports_return_generator", False)
     parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered" if lazy else "list")
-    done: Iterable[int] = parallel(joblib.delayed(_done)(path, **arguments) for path, arguments in files)
+    done: Iterable[int] = parallel(joblib.delayed(_done)(file, arguments) for file, arguments in files)
     return done
 
 
-def _done(path: Path, **arguments: Any) -> int:
-    write_runs(path, **arguments)
-    return len(arguments["seeds"])
+def _done(file: RunFile, arguments: dict[str, Any]) -> int:
+    try:
+        write_runs(file.path, **arguments)
+    except Exception as error:
+        said = str(error).rstrip(".")
+        raise RuntimeError(
+            f"Retraining {named_few(file.runs)} failed with {type(error).__name__}: {said}. Those that "
+            f"were done before are in {file.path.parent}: the same call goes on from there."
+        ) from error
+    return len(file.runs)
 
 
 def write_runs(path: Path, **arguments: Any) -> None:

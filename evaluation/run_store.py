@@ -1,15 +1,15 @@
-"""Owns what a training leaves on disk: the name of the file, how it is written and how it is read.
+"""Files of trainings: their names, how they are written and how they are read.
 
-A name is a fingerprint of all that determines the result, so a file made with other data or settings
-has another name. A file is there as a whole or not at all; one that was damaged later is told from one
-that is missing, and neither is ever used.
+A name is a digest of all that determines the result: data, settings, the code of the network with everything
+it reads, its initial weights under one seed, and torch's version. A reader sees a whole file or none; a file
+that was damaged later is told from one that is missing, and neither is ever used.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
+import secrets
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -21,29 +21,33 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..restoring import bits
 from ..whole_files import write_whole
+from .new_network import new_network, seeded
+from .stable_digest import NoStableDigest, stable_digest
 from .tasks import Task
 
 #: Increased whenever `train_model` changes what it computes.
-_RECIPE = 1
+_RECIPE = 2
 
 
 class Fingerprints:
     """Names of the runs of one task.
 
+    Where the network cannot be told from another one, no run is found again, and a warning says why.
+
     Args:
-        task: Its data, settings and network (source and structure) are part of every name.
+        task: Its data, settings and network are part of every name.
 
     """
 
     def __init__(self, task: Task) -> None:
-        with torch.random.fork_rng(devices=[]):
-            network = repr(task.build_model())
         self._state = {
             "recipe": _RECIPE,
-            "data": [data_hash(task.train.tensors), data_hash(task.test.tensors)],
-            "training": asdict(task.training),
-            "model": inspect.getsource(task.build_model) + network,
+            "torch": torch.__version__,
+            "data": [hash_tensors(task.train.tensors), hash_tensors(task.test.tensors)],
+            "training": stable_digest(asdict(task.training)),
+            "network": _network(task),
         }
 
     def of(self, seed: int, rows: NDArray[np.int64] | None, extra: str) -> str:
@@ -64,21 +68,36 @@ class Fingerprints:
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:24]
 
 
+def built(task: Task, seed: int = 0) -> nn.Module:
+    """An untrained network of a task under a fixed seed; the caller's random state is left as it was."""
+    with seeded(seed):
+        return new_network(task.build_model, seed)
+
+
+def _network(task: Task) -> list[str]:
+    """Digests of the code of the factory, and of the network that it gives under one seed."""
+    try:
+        code = stable_digest(task.build_model, "build_model")
+        networks = [stable_digest(built(task), "build_model()") for _ in range(2)]
+    except NoStableDigest as error:
+        _never_found(task, f"{error}. Leave that out of the network and its factory.")
+        return [secrets.token_hex()]
+    if networks[0] != networks[1]:
+        _never_found(
+            task,
+            "`build_model` gives another network each time under one seed. Draw its weights with the global "
+            "random state of torch, numpy or Python.",
+        )
+    return [code, networks[0]]
+
+
+def _never_found(task: Task, reason: str) -> None:
+    warnings.warn(f"Trainings of {task.name} are done again every time: {reason}", stacklevel=5)
+
+
 def of_all(fingerprints: Sequence[str]) -> str:
     """One fingerprint (24 hex digits) of several in their order."""
     return hashlib.sha256("".join(fingerprints).encode()).hexdigest()[:24]
-
-
-_DATA_HASHES: dict[int, tuple[Any, list[int], str]] = {}
-
-
-def data_hash(tensors: tuple[Tensor, ...]) -> str:
-    """`hash_tensors` of a data set; done once as long as the tensors are not written to."""
-    known = _DATA_HASHES.get(id(tensors))
-    versions = [t._version for t in tensors]
-    if known is None or known[0] is not tensors or known[1] != versions:
-        known = _DATA_HASHES[id(tensors)] = (tensors, versions, hash_tensors(tensors))
-    return known[2]
 
 
 def hash_tensors(tensors: Iterable[Tensor]) -> str:
@@ -86,7 +105,7 @@ def hash_tensors(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(str((tensor.shape, tensor.dtype)).encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
+        digest.update(bits(tensor).numpy().data)
     return digest.hexdigest()
 
 

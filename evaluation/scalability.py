@@ -1,4 +1,4 @@
-"""Owns the sweep of the scalability benchmark (B.3, D.1, Table 5, Figure 2, Proposition 1): which models,
+"""Sweep of the scalability benchmark (B.3, D.1, Table 5, Figure 2, Proposition 1): which models,
 methods and limits, in which order.
 """
 

@@ -1,4 +1,4 @@
-"""Owns what one case of the scalability benchmark is, and what its result says."""
+"""One case of the scalability benchmark, and its result."""
 
 from __future__ import annotations
 

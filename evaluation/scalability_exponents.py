@@ -1,4 +1,4 @@
-"""Owns how cost grows: power laws in N, d, K and P, beside the exponents that the paper states.
+"""Growth of costs: power laws in N, d, K and P, beside the exponents that the paper states.
 
 N, d and K are each swept alone: STRIDE on random features, so that the forward pass of no model is in the
 way, and the gradient methods (N alone) on one small model. P comes from the sweep over models, where d

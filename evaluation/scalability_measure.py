@@ -1,4 +1,4 @@
-"""Owns the measurement of one case of the scalability benchmark, phase after phase, in this process."""
+"""Measurement of one case of the scalability benchmark, phase after phase, in this process."""
 
 from __future__ import annotations
 
@@ -173,6 +173,8 @@ def _memory(case: Case) -> int:
 def _outcome(method: InfluenceMethod, run: Callable[[], Any], device: torch.device) -> Outcome:
     """Seconds, and the most memory of all runs: what a first run frees, a second may use unseen."""
     release_free_memory()
+    if device.type == "cuda":  # the process is our own, and so are its statistics: peaks are exact
+        torch.cuda.reset_peak_memory_stats(device)
     peaks: list[int | None] = []
 
     def watched() -> None:

@@ -1,4 +1,4 @@
-"""Owns the plot of the scalability benchmark: setup, query and memory against parameters, as in Figure 2."""
+"""Plot of the scalability benchmark: setup, query and memory against parameters, as in Figure 2."""
 
 from __future__ import annotations
 

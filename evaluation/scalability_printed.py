@@ -1,4 +1,4 @@
-"""Owns what the paper prints of scalability: the rows of Table 5 and the exponents of Proposition 1."""
+"""What the paper prints of scalability: the rows of Table 5 and the exponents of Proposition 1."""
 
 from __future__ import annotations
 

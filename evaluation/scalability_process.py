@@ -1,4 +1,4 @@
-"""Owns the process that a case of the scalability benchmark has to itself, with its limits and its file.
+"""One process for each case of the scalability benchmark, with its limits and its file.
 
 What has been measured is on disk before the next phase begins, so that neither running out of memory nor
 being killed loses it, and a benchmark that was interrupted goes on where it was.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import signal
 from contextlib import suppress
 from copy import copy
@@ -68,6 +67,8 @@ def ended(result: CaseResult, exit_code: int) -> CaseResult:
 
 def _child(case: Case, path: Path) -> None:
     if case.memory_limit is not None and torch.device(case.device).type != "cuda":
+        import resource  # which Windows does not have
+
         limit = _data_bytes() + parse_bytes(case.memory_limit)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     # Without a handler in Python the alarm ends the process at once, also inside a library.

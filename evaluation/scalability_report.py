@@ -1,4 +1,4 @@
-"""Owns how the results of the scalability benchmark are shown and written."""
+"""Results of the scalability benchmark: shown and written."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .scalability_case import METHODS, CaseResult, Outcome
 from .scalability_plot import scalability_plot
 from .scalability_printed import PROPOSITION1_NOTE, TABLE5, TABLE5_NOTE
 from .terminal import console, table_of
+from .text_files import write_text
 
 #: Goals of the closed form.
 FLOOR_GOAL, QUERY_GOAL = 1.3, 0.05
@@ -53,11 +54,10 @@ def write_scalability(found: Scalability, out: Path) -> list[Path]:
     Returns:
         The files.
     """
-    out.mkdir(parents=True, exist_ok=True)
     results, plot = out / "results.json", out / "scalability.svg"
     text = json.dumps({"command": sys.argv, **found.to_dict()}, indent=1, allow_nan=False)
-    results.write_text(text, encoding="utf-8")
-    plot.write_text(scalability_plot(found.results), encoding="utf-8")
+    write_text(results, text)
+    write_text(plot, scalability_plot(found.results))
     return [results, plot]
 
 

@@ -1,4 +1,4 @@
-"""Owns the network of the scalability benchmark (B.3, Table 5), of any depth and width."""
+"""Network of the scalability benchmark (B.3, Table 5), of any depth and width."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns training many small models at once: one stack of weights, one forward and one backward pass.
+"""Training of many small models at once: one stack of weights, one forward and one backward pass.
 
 A small network leaves a processor idle most of the time: what a step costs is the overhead of its
 kernels. Here S models are one batch of a mapped forward pass (`torch.func.vmap`); their weights are
@@ -25,8 +25,10 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
 from ..errors import bad_value
-from .base_training import make_optimizer
+from .base_training import is_left_out, make_optimizer
+from .class_logits import class_logits, first_logits
 from .models import TrainingSettings
+from .new_network import new_network, seeded
 
 _FEATURE_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 State = dict[str, Tensor]
@@ -53,7 +55,7 @@ class StackedModels:
         self.skeleton.eval()
 
         def forward(parameters: State, buffers: State, batch: Tensor) -> Any:
-            return functional_call(self.skeleton, (parameters, buffers), (batch,))
+            return class_logits(functional_call(self.skeleton, (parameters, buffers), (batch,)))
 
         mapped = vmap(forward, in_dims=(0, 0, None))
         return torch.cat([mapped(self.parameters, self.buffers, b) for b in x.split(batch_size)], dim=1)
@@ -93,17 +95,20 @@ def train_stacked(
         The trained models.
 
     Raises:
-        ValueError: No subsets, subsets of different sizes, or not one seed for each.
+        TypeError: As for `train_model`.
+        ValueError: No subsets, subsets of different sizes, not one seed for each, or as for `train_model`.
 
     """
     rows = _checked(subsets, seeds)
-    with torch.random.fork_rng(devices=[]):
-        models, generators = [], []
-        for seed in seeds:
-            torch.default_generator.manual_seed(seed)
-            models.append(build_model().train())
+    models, generators = [], []
+    for seed in seeds:
+        with seeded(seed):
+            models.append(new_network(build_model, seed).train())
             generators.append(Generator())
             generators[-1].set_state(torch.get_rng_state())
+            if len(models) == 1:
+                first_logits(models[0].eval(), x[rows[0, :2]].cpu(), int(y.max()) + 1)
+                models[0].train()
     parameters, buffers = stack_module_state(models)
     leaves = _leaves(parameters, device)
     buffers = {name: stacked.to(device) for name, stacked in buffers.items()}
@@ -114,7 +119,7 @@ def train_stacked(
 
     def forward(parameters: State, buffers: State, batch: Tensor, drawn: list[Tensor]) -> Any:
         masks.given = iter(drawn)
-        return functional_call(skeleton, (parameters, buffers), (batch,))
+        return class_logits(functional_call(skeleton, (parameters, buffers), (batch,)))
 
     mapped = vmap(forward)
     size = rows.shape[1]
@@ -122,12 +127,12 @@ def train_stacked(
         order = torch.stack([torch.randperm(size, generator=g) for g in generators]).to(device)
         for batch in rows.gather(1, order).split(training.batch_size, dim=1):
             width = batch.shape[1]
-            if width == 1 and size > 1:
-                continue  # as in `train_model`
+            if is_left_out(skeleton, width, size, training):
+                continue
             optimizer.zero_grad(set_to_none=True)
             inputs = x[batch]
-            logits = mapped(_as_weights(leaves), buffers, inputs, masks.draw(inputs))
-            loss = F.cross_entropy(logits.flatten(0, 1), y[batch].flatten(), reduction="sum") / width
+            logits = mapped(_as_weights(leaves), buffers, inputs, masks.draw(inputs)).flatten(0, 1)
+            loss = F.cross_entropy(logits, y[batch].flatten(), reduction="sum") / width
             loss.backward()
             optimizer.step()
     skeleton.eval()

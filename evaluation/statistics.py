@@ -1,4 +1,4 @@
-"""Owns rank correlations and their uncertainty: pure functions on float64 arrays.
+"""Rank correlations and their uncertainty: pure functions on float64 arrays.
 
 Every correlation is taken along axis 0: `a` and `b` are `(n, ...)`, the result is `(...)`, and it is
 NaN where either column is constant or holds a NaN, since a correlation is not defined there.
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student
 
 from ..errors import bad_value
 
@@ -94,14 +95,19 @@ def mean_defined(values: Any, axis: int | None = None) -> Array:
 
 @dataclass(frozen=True)
 class Interval:
-    """A confidence interval `[low, high]` of the given level, by percentiles of bootstrap draws."""
+    """A confidence interval `[low, high]` of the given level; NaN where it is not defined."""
 
     low: float
     high: float
     level: float = 0.95
 
     def __str__(self) -> str:
-        return f"[{self.low:.3f}, {self.high:.3f}]"
+        return f"[{self.low:.3f}, {self.high:.3f}]" if self.defined else "[undefined]"
+
+    @property
+    def defined(self) -> bool:
+        """Whether both ends are numbers."""
+        return not (np.isnan(self.low) or np.isnan(self.high))
 
 
 def interval(draws: Any, level: float = 0.95) -> Interval:
@@ -111,8 +117,7 @@ def interval(draws: Any, level: float = 0.95) -> Interval:
         ValueError: `level` is not in (0, 1).
 
     """
-    if not 0 < level < 1:
-        raise bad_value("level", "be in (0, 1)", level)
+    _check_level(level)
     draws = np.asarray(draws, dtype=np.float64)
     draws = draws[~np.isnan(draws)]
     if not draws.size:
@@ -122,6 +127,18 @@ def interval(draws: Any, level: float = 0.95) -> Interval:
 
 
 def crossed_bootstrap(predictions: Any, responses: Any, *, n_resamples: int = 1000, seed: int = 0) -> Array:
+    """Mean Spearman correlations of resampled subsets and resampled test points; see `crossed_draws`.
+
+    Returns:
+        `(n_resamples, n_groups)`: the mean over the resampled test points whose correlation is defined.
+
+    """
+    return crossed_draws(predictions, responses, n_resamples=n_resamples, seed=seed)[0]
+
+
+def crossed_draws(
+    predictions: Any, responses: Any, *, n_resamples: int = 1000, seed: int = 0
+) -> tuple[Array, Array]:
     """Mean Spearman correlations of resampled subsets and resampled test points.
 
     The test points share the retrained models, so resampling them alone gives intervals that are too
@@ -141,7 +158,8 @@ def crossed_bootstrap(predictions: Any, responses: Any, *, n_resamples: int = 10
         seed: Seed of the draws. The global random state is not used.
 
     Returns:
-        `(n_resamples, n_groups)`: the mean over the resampled test points whose correlation is defined.
+        Twice `(n_resamples, n_groups)`: the mean over the resampled test points whose correlation is
+        defined, NaN where there is none, and the mean over all of them where the others count as 0.
 
     Raises:
         ValueError: Shapes do not match or `n_resamples` is below 1.
@@ -171,7 +189,7 @@ def crossed_bootstrap(predictions: Any, responses: Any, *, n_resamples: int = 10
             used = test_counts[:, j] * (scale > 0)
             total[g] += used * _divide(np.einsum("kr,kr->r", a, b, dtype=np.float64), scale, scale > 0, 0.0)
             weight[g] += used
-    return _divide(total, weight, weight > 0).T
+    return _divide(total, weight, weight > 0).T, total.T / n_test
 
 
 def crossed_counts(
@@ -189,26 +207,59 @@ def crossed_counts(
     return first, generator.multinomial(n_test, np.full(n_test, 1 / n_test), size=n_resamples)
 
 
-def crossed_means(values: Any, *, n_resamples: int = 1000, seed: int = 0) -> Array:
-    """Means of resampled seeds and, independently, resampled test points.
+def without_bias(draws: Array, values: Array) -> Array:
+    """Draws of the crossed bootstrap, moved so that their percentiles are an interval for many subsets.
+
+    Ranks of few subsets agree less than ranks of many: Spearman's correlation of n subsets expects
+    `3 (rho - tau) / (n + 1)` less than that of infinitely many. A draw has fewer distinct subsets again and
+    loses about as much once more. The draws lie that far below the estimate, and the estimate that far below
+    the truth, so that they are moved by twice their distance from it.
 
     Args:
-        values: `(..., n_seeds, n_test)`; NaN are left out.
-        n_resamples: Number of draws.
-        seed: Seed of the draws: results of one seed and the same numbers of both are paired.
+        draws: `(n_resamples, n_groups)`; NaN stay.
+        values: What was estimated, `(n_groups,)`.
+    """
+    return np.asarray(draws - 2 * (mean_defined(draws, axis=0) - values))
+
+
+def t_interval(values: Any, center: float, level: float = 0.95) -> Interval:
+    """Student's interval of the mean of a table of seeds and test points, both drawn at random.
+
+        center +- t(n_test - 1) sqrt((MS_test + max(MS_seed - MS_rest, 0)) / (n_seeds n_test))
+
+    with the mean squares of the two-way layout without interaction. Half a dozen test points are too few for
+    percentiles of a bootstrap. A single seed cannot vary: the interval is that of the test points alone.
+
+    Args:
+        values: `(n_seeds, n_test)`; test points with a NaN are left out.
+        center: The mean.
+        level: Level of the interval.
 
     Returns:
-        `(n_resamples, ...)`; NaN where a draw holds no value.
+        The interval; undefined for fewer than two test points.
 
+    Raises:
+        ValueError: `level` is not in (0, 1).
     """
-    values = np.asarray(values, dtype=np.float64)
-    seeds, tests = crossed_counts(values.shape[-2], values.shape[-1], n_resamples, seed)
-    defined = ~np.isnan(values)
-    total, weight = (
-        np.einsum("rs,...st,rt->r...", seeds, v, tests, optimize=True)
-        for v in (np.where(defined, values, 0.0), defined.astype(np.float64))
-    )
-    return _divide(total, weight, weight > 0)
+    _check_level(level)
+    table = np.asarray(values, dtype=np.float64)
+    table = table[:, ~np.isnan(table).any(0)]
+    n_seeds, n_test = table.shape
+    if n_test < 2:
+        return Interval(np.nan, np.nan, level)
+    by_test, by_seed = table.mean(0), table.mean(1)
+    square = n_seeds * by_test.var(ddof=1)
+    if n_seeds > 1:
+        rest = table - by_test - by_seed[:, None] + table.mean()
+        rest_square = (rest**2).sum() / ((n_seeds - 1) * (n_test - 1))
+        square += max(n_test * by_seed.var(ddof=1) - rest_square, 0.0)
+    half = float(student.ppf((1 + level) / 2, n_test - 1) * np.sqrt(square / table.size))
+    return Interval(center - half, center + half, level)
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise bad_value("level", "be in (0, 1)", level)
 
 
 def _resampled_ranks(values: Array, counts: NDArray[np.float32]) -> NDArray[np.float32]:

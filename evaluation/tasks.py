@@ -1,10 +1,8 @@
-"""Owns what is attributed: a task is data, a network and its training settings, by name."""
+"""What is attributed: a task is data, a network and its training settings, by name."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +11,42 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from ..errors import bad_choice, bad_value
-from ..responses import multiclass_logits
-from ..restoring import same_random_state
 from . import models
+from .class_labels import class_indices, is_one_hot
+from .class_logits import check_logits, class_logits, unreadable
+from .class_order import first_examples, shuffled_where_sorted
+from .example_reading import Reader, check_finite, to_tensors
+from .image_data import (
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    MNIST_MEAN,
+    MNIST_STD,
+    image_tensors,
+    normalise_images,
+    torchvision_data,
+)
 from .models import TrainingSettings
+from .new_network import new_network, seeded
+from .own_data import import_factory, own_data
 from .synthetic import planted_clusters
+
+__all__ = [
+    "CIFAR10_MEAN",
+    "CIFAR10_STD",
+    "MNIST_MEAN",
+    "MNIST_STD",
+    "PRESETS",
+    "TASKS",
+    "Task",
+    "image_tensors",
+    "import_factory",
+    "load_task",
+    "normalise_images",
+    "to_tensors",
+]
 
 TASKS = ("digits", "mnist", "cifar10", "synthetic")
 PRESETS = ("smoke", "small", "paper")
@@ -34,12 +60,17 @@ class Task:
 
     Attributes:
         name: What reports call it.
-        train: `TensorDataset` of float inputs `(n_train, ...)` and int64 labels `(n_train,)`.
+        train: `TensorDataset` of inputs `(n_train, ...)` and labels `(n_train,)`. Labels of other types
+            (whole floats, one-hot rows, a column) become int64; other data sets of `(input, label)` are
+            read into memory. A third tensor that numbers the examples is left out.
         test: The same for the test examples.
         build_model: Called without arguments, gives an untrained network with logits
             `(n, n_classes)`. A module-level function, so that other processes can import it.
         training: How it is trained.
         note: What a reader must know beside every figure, or "".
+
+    Raises:
+        ValueError: Examples that are not one input with one class label.
 
     >>> task = load_task("synthetic", preset="smoke")
     >>> task.name, task.n_train, task.n_classes
@@ -53,6 +84,10 @@ class Task:
     training: TrainingSettings
     note: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("train", "test"):
+            object.__setattr__(self, name, _examples(getattr(self, name), name))
+
     @property
     def n_train(self) -> int:
         """Number of training examples."""
@@ -63,6 +98,15 @@ class Task:
         """Number of classes, from the labels of the training set."""
         return int(self.train.tensors[1].max()) + 1
 
+    def check_inputs(self) -> None:
+        """Whether all inputs are finite.
+
+        Raises:
+            ValueError: A training or test example has a missing value.
+        """
+        for name, dataset in (("train", self.train), ("test", self.test)):
+            check_finite(dataset.tensors[0], name)
+
 
 def load_task(
     name: str = "digits",
@@ -72,6 +116,8 @@ def load_task(
     data: str | None = None,
     model: str | None = None,
     training: TrainingSettings | Mapping[str, Any] | None = None,
+    label_key: str | None = None,
+    mix_test: bool = True,
 ) -> Task:
     """Load a task by name.
 
@@ -81,14 +127,21 @@ def load_task(
             or "paper" (everything).
         data_root: Folder in torchvision's layout, for MNIST and CIFAR-10. Nothing is downloaded.
         data: "module:factory" of your own data, called as `factory(data_root, train=True)` and with
-            `train=False` (without `data_root` where none is given). It returns a map-style data set of
-            `(input, label)`; torchvision's uint8 image classes are normalised as the built-in tasks are.
-        model: "module:factory" of your own network, called without arguments.
+            `train=False` (without `data_root` where none is given). It returns a data set of
+            `(input, label)`, or of dicts with one input and the key "labels" or "label"; labels are class
+            indices of any type, or one-hot rows. torchvision's uint8 image classes are normalized as the
+            built-in tasks are.
+        model: "module:factory" of your own network, called without arguments. It returns logits
+            `(n, n_classes)`, or one logit for two classes.
         training: Replaces the settings of the task (Table 3), or those of them that a mapping names.
+        label_key: Key of the label where examples of `data` are dicts; None takes "labels" or "label".
+        mix_test: Whether to shuffle the test set of `data` where it comes in the order of its classes: a
+            comparison takes its first points.
 
     Raises:
-        ValueError: Unknown name, preset or setting, a factory that cannot be imported, or a network that
-            cannot read the inputs.
+        ValueError: Unknown name, preset or setting, a factory that cannot be imported or called, examples
+            without one input and one class label, or a network that cannot read the inputs or returns no
+            logits for all classes.
         FileNotFoundError: The data are not where they should be.
 
     >>> load_task("digits").n_train
@@ -98,45 +151,53 @@ def load_task(
         raise bad_choice("task", name, TASKS)
     if preset not in PRESETS:
         raise bad_choice("preset", preset, PRESETS)
-    note = ""
-    if data is not None:
-        train, test = (_own_data(data, data_root, train=flag) for flag in (True, False))
-        note = f"Data from {data}."
-        if len(test) == 9_980:
-            note += " The test set holds 9,980 of the 10,000 CIFAR-10 test images."
-    elif name == "digits":
-        train, test = _digits()
-    elif name == "synthetic":
-        planted = planted_clusters()
-        train, test = planted.train, planted.test
-    else:
-        train, test = (_torchvision(name, data_root, train=flag) for flag in (True, False))
+    if label_key is not None and data is None:
+        raise bad_value("label_key", "be left out without data of your own", repr(label_key))
+    settings = _trained_with(_SETTINGS[name], training)
+    build_model = _BUILDERS[name] if model is None else import_factory("model", model)
     size = {"smoke": _SMOKE_SIZE.get(name), "small": _SMALL_SIZE.get(name)}.get(preset)
-    if size is not None and size < len(train):
-        train = TensorDataset(*(t[:size].clone() for t in train.tensors))
-    builders = {
-        "digits": models.digits_mlp,
-        "mnist": models.mnist_mlp,
-        "cifar10": models.cifar10_cnn,
-        "synthetic": models.synthetic_mlp,
-    }
-    settings = {
-        "digits": models.DIGITS_TRAINING,
-        "mnist": models.MNIST_TRAINING,
-        "cifar10": models.CIFAR10_TRAINING,
-        "synthetic": models.DIGITS_TRAINING,
-    }
-    task = Task(
+    notes: list[str] = []
+    if data is not None:
+        train, test, notes = _of_user(data, data_root, label_key, build_model, model, size, mix_test)
+    else:
+        train, test = _built_in(name, data_root)
+        if size is not None and size < len(train):
+            train = TensorDataset(*(t[:size].clone() for t in train.tensors))
+        if model is not None:
+            _check_fits(build_model, model, train.tensors[0], int(train.tensors[1].max()) + 1)
+    return Task(
         name=f"{data.rpartition(':')[2] if data and model else name}-{len(train)}",
         train=train,
         test=test,
-        build_model=builders[name] if model is None else import_factory("model", model),
-        training=_trained_with(settings[name], training),
-        note=note,
+        build_model=build_model,
+        training=settings,
+        note=" ".join(notes),
     )
-    if data is not None or model is not None:
-        _check_fits(task, model)
-    return task
+
+
+_BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    "digits": models.digits_mlp,
+    "mnist": models.mnist_mlp,
+    "cifar10": models.cifar10_cnn,
+    "synthetic": models.synthetic_mlp,
+}
+_SETTINGS = {
+    "digits": models.DIGITS_TRAINING,
+    "mnist": models.MNIST_TRAINING,
+    "cifar10": models.CIFAR10_TRAINING,
+    "synthetic": models.DIGITS_TRAINING,
+}
+
+
+def _examples(dataset: Any, name: str) -> TensorDataset:
+    """A data set as a task holds it; the same object where nothing is to be changed."""
+    inputs, labels = Reader(name).tensors(dataset)
+    classes = class_indices(labels, name)
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+        x, y = dataset.tensors
+        if x is inputs and y is classes:
+            return dataset
+    return TensorDataset(inputs, classes)
 
 
 def _trained_with(
@@ -151,70 +212,77 @@ def _trained_with(
     return dataclasses.replace(usual, **given)
 
 
-def _check_fits(task: Task, model: str | None) -> None:
-    """Whether the network reads the first training example and knows the label."""
-    with same_random_state():
-        network = task.build_model().eval()
-    x = task.train.tensors[0][:2]
-    try:
-        with torch.no_grad():
-            logits = multiclass_logits(network(x))
-    except (RuntimeError, TypeError) as error:
-        raise bad_value(
-            "model",
-            f"read inputs of shape {tuple(x.shape)}",
-            f"{'the network of the task' if model is None else repr(model)} ({error})",
-            "Name your network with --model module:factory (in Python: model=)." if model is None else None,
-        ) from error
-    if task.n_classes > logits.shape[1]:
-        raise bad_value("model", f"give {task.n_classes} logits", f"{logits.shape[1]}")
+def _of_user(
+    data: str,
+    data_root: str | Path | None,
+    label_key: str | None,
+    build_model: Callable[[], nn.Module],
+    model: str | None,
+    size: int | None,
+    mix_test: bool,
+) -> tuple[TensorDataset, TensorDataset, list[str]]:
+    """Training set, test set and notes of the user's data, checked against the network."""
+    train, test, notes = own_data(data, data_root, label_key)
+    n_classes, dtype = _check_fits(build_model, model, train[0])
+    source = f" of {data!r}"
+    y, y_test = (class_indices(labels, "data", source, n_classes) for _, labels in (train, test))
+    x, x_test = (inputs.to(dtype) if inputs.is_floating_point() else inputs for inputs, _ in (train, test))
+    notes.insert(0, f"Data from {data}.")
+    if len(y_test) == 9_980:
+        notes.append("The test set holds 9,980 of the 10,000 CIFAR-10 test images.")
+    if is_one_hot(train[1]):
+        notes.append("One-hot labels were read as classes.")
+    rows, said = first_examples(y, size)
+    x, y = x[rows], y[rows]
+    notes += said
+    if mix_test:
+        rows, said = shuffled_where_sorted(y_test)
+        x_test, y_test = x_test[rows], y_test[rows]
+        notes += said
+    unseen = sorted(set(y_test.tolist()) - set(y.tolist()))
+    if unseen:
+        some = ", ".join(map(str, unseen[:5])) + (", ..." if len(unseen) > 5 else "")
+        notes.append(f"No training example has class {some} of the test examples.")
+    return TensorDataset(x, y), TensorDataset(x_test, y_test), notes
 
 
-def import_factory(argument: str, path: str) -> Callable[..., Any]:
-    """Import what "module:factory" names.
+def _check_fits(
+    build_model: Callable[[], nn.Module], model: str | None, inputs: Tensor, n_classes: int = 0
+) -> tuple[int, torch.dtype]:
+    """Whether the network reads the first inputs and returns logits.
 
-    Raises:
-        ValueError: The module or the factory is not there.
-
+    Returns:
+        The number of classes that it tells apart, and the type of the inputs that it reads.
     """
-    module_name, _, attribute = path.partition(":")
-    if not attribute:
-        raise bad_value(argument, "be written as module:factory", repr(path))
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise bad_value(
-            argument,
-            "name a module that can be imported",
-            f"{module_name!r} ({error})",
-            "Run from the folder that holds it, or put that folder on PYTHONPATH.",
-        ) from error
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        has = f"It has {', '.join(map(repr, names))}." if names else f"{module.__file__} has none."
-        raise bad_value(argument, f"name a callable of {module_name!r}", repr(attribute), has)
-    found: Callable[..., Any] = factory
-    return found
+    with seeded(0):
+        network = new_network(build_model, 0).eval()
+        own = next((p for p in network.parameters() if p.is_floating_point()), inputs)
+        x = inputs[:2].to(own.device)
+        if x.dtype == torch.float64:  # what arrays become
+            x = x.to(own.dtype)
+        try:
+            outputs = network(x)
+        except Exception as error:
+            name, remedy = repr(model), None
+            if model is None:
+                name = "the network of the task"
+                remedy = "Name your network with --model module:factory (in Python: model=)."
+            raise unreadable(network, x, error, "model", name, remedy) from error
+    logits = class_logits(outputs)
+    check_logits(logits, len(x), n_classes, "model")
+    return logits.shape[1], x.dtype
 
 
-def to_tensors(dataset: Dataset[Any]) -> TensorDataset:
-    """Read a map-style data set of `(input, label)` once into memory."""
-    if isinstance(dataset, TensorDataset):
-        return dataset
-    batches = list(DataLoader(dataset, batch_size=1024))
-    return TensorDataset(torch.cat([b[0] for b in batches]), torch.cat([b[-1] for b in batches]).long())
-
-
-def normalise_images(images: Any, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 images `(n, height, width, channels)` to normalised floats `(n, channels, height, width)`."""
-    x = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(255)
-    return x.sub_(mean[:, None, None]).div_(std[:, None, None]).contiguous()
-
-
-MNIST_MEAN, MNIST_STD = 0.1307, 0.3081
-CIFAR10_MEAN = torch.tensor([0.4914, 0.4822, 0.4465])
-CIFAR10_STD = torch.tensor([0.2470, 0.2435, 0.2616])
+def _built_in(name: str, data_root: str | Path | None) -> tuple[TensorDataset, TensorDataset]:
+    if name == "digits":
+        return _digits()
+    if name == "synthetic":
+        planted = planted_clusters()
+        return planted.train, planted.test
+    return (
+        torchvision_data(name, data_root, train=True),
+        torchvision_data(name, data_root, train=False),
+    )
 
 
 def _digits() -> tuple[TensorDataset, TensorDataset]:
@@ -225,64 +293,3 @@ def _digits() -> tuple[TensorDataset, TensorDataset]:
     x = torch.tensor(bunch.images[order] / 16.0, dtype=torch.float32).unsqueeze(1)
     y = torch.tensor(bunch.target[order], dtype=torch.int64)
     return TensorDataset(x[:1397], y[:1397]), TensorDataset(x[1397:], y[1397:])
-
-
-def _torchvision(name: str, data_root: str | Path | None, *, train: bool) -> TensorDataset:
-    from torchvision import datasets
-
-    if data_root is None:
-        raise FileNotFoundError(
-            f"The task '{name}' reads files in torchvision's layout and nothing says where they are. "
-            "Name their folder with --data-root DIR (in Python: data_root=)."
-        )
-    cls = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[name]
-    try:
-        dataset = cls(root=str(data_root), train=train, download=False)
-    except RuntimeError as error:
-        raise FileNotFoundError(
-            f"The task '{name}' found no data in {Path(data_root).resolve()} ({error}). Point --data-root at "
-            f"a folder where torchvision.datasets.{cls.__name__}(root, download=True) has been run, "
-            "or give your own data with --data module:factory."
-        ) from error
-    return image_tensors(dataset)
-
-
-def image_tensors(dataset: Any) -> TensorDataset:
-    """A torchvision MNIST or CIFAR-10 data set (or a subclass) as tensors.
-
-    Pixels are normalised to mean 0 and variance 1 over the training set, per channel.
-    """
-    labels = torch.as_tensor(np.asarray(dataset.targets), dtype=torch.int64)
-    if isinstance(dataset.data, Tensor):
-        x = dataset.data.unsqueeze(1).float().div_(255)
-        return TensorDataset(x.sub_(MNIST_MEAN).div_(MNIST_STD), labels)
-    return TensorDataset(normalise_images(dataset.data, CIFAR10_MEAN, CIFAR10_STD), labels)
-
-
-def _own_data(path: str, data_root: str | Path | None, *, train: bool) -> TensorDataset:
-    factory = import_factory("data", path)
-    root = () if data_root is None else (data_root,)
-    try:
-        inspect.signature(factory).bind(*root, train=train)
-    except TypeError as error:
-        raise bad_value(
-            "data",
-            f"name a factory that can be called with ({'data_root, ' if root else ''}train=...)",
-            f"{path!r} ({error})",
-            None if root else "If it reads a folder, name it with --data-root DIR (in Python: data_root=).",
-        ) from error
-    try:
-        dataset = factory(*root, train=train)
-    except (RuntimeError, OSError) as error:
-        where = "its own place" if data_root is None else Path(data_root).resolve()
-        raise FileNotFoundError(
-            f"The data factory '{path}' found no data in {where} ({error}). "
-            "Name the folder that it reads with --data-root DIR (in Python: data_root=)."
-        ) from error
-    if (
-        hasattr(dataset, "targets")
-        and hasattr(dataset, "data")
-        and getattr(dataset, "transform", None) is None
-    ):
-        return image_tensors(dataset)
-    return to_tensors(dataset)

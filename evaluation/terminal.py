@@ -1,7 +1,8 @@
-"""Owns how results look in the terminal."""
+"""Results in the terminal."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -114,12 +115,12 @@ def _show_fidelity(result: Comparison) -> None:
         [
             (
                 row.name,
-                f"{row.lds.value:.3f}",
+                _figure(row.lds.value),
                 _interval(row.lds.interval),
-                f"{row.lds.worst:.3f}",
-                " ".join(f"{v:.3f}" for v in row.lds.per_model),
+                _figure(row.lds.worst),
+                " ".join(map(_figure, row.lds.per_model)),
                 "" if row.against_first is None else _gap(*row.against_first),
-                "" if row.calibration is None else f"{row.calibration.slope:.2f}",
+                "" if row.calibration is None else _figure(row.calibration.slope, 2),
                 f"{row.cost.fit_seconds:.2f}",
                 f"{row.cost.query_seconds:.2f}",
                 "" if row.cost.peak_bytes is None else f"{row.cost.peak_bytes / 2**20:.0f}",
@@ -143,10 +144,10 @@ def _show_fidelity(result: Comparison) -> None:
             [
                 (
                     row.name,
-                    f"{row.linearized.spearman:.3f}",
+                    _figure(row.linearized.spearman),
                     _interval(row.linearized.interval),
-                    f"{row.linearized.pearson:.3f}",
-                    "" if row.linearized.ceiling is None else f"{row.linearized.ceiling:.3f}",
+                    _figure(row.linearized.pearson),
+                    "" if row.linearized.ceiling is None else _figure(row.linearized.ceiling),
                 )
                 for row in result.rows
                 if row.linearized is not None
@@ -231,10 +232,17 @@ def _settings(training: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in training.items())
 
 
+def _figure(value: float, digits: int = 3) -> str:
+    return "undefined" if math.isnan(value) else f"{value:.{digits}f}"
+
+
 def _interval(interval: Interval | None) -> str:
-    return "" if interval is None else f"[{interval.low:.3f}, {interval.high:.3f}]"
+    return "" if interval is None or not interval.defined else str(interval)
 
 
 def _gap(value: float, interval: Interval | None) -> str:
-    spread = "" if interval is None else f" [{interval.low:+.3f}, {interval.high:+.3f}]"
+    if math.isnan(value):
+        return "undefined"
+    defined = interval is not None and interval.defined
+    spread = f" [{interval.low:+.3f}, {interval.high:+.3f}]" if interval is not None and defined else ""
     return f"{value:+.3f}{spread}"

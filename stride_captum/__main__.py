@@ -1,4 +1,4 @@
-"""Owns the console script: it says what to install where the extras are missing."""
+"""Console script: it says what to install where the extras are missing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ def main() -> None:
     from .installed import install_command
     from .process_group import group_of_torchrun, started_by_torchrun
 
-    if os.getcwd() not in sys.path:  # as `python -m` does: --data and --model name modules of the user's
-        sys.path.insert(0, os.getcwd())
+    _current_folder_last()
     try:
         from .evaluation.cli import app
     except ModuleNotFoundError as error:
@@ -29,6 +28,13 @@ def main() -> None:
         sys.exit(said if os.environ["RANK"] == "0" else 1)
     with group_of_torchrun():
         app()
+
+
+def _current_folder_last() -> None:
+    """Let --data and --model find modules of the current folder, after all that is installed."""
+    here = os.path.realpath(os.getcwd())
+    installed = [path for path in sys.path if path and os.path.realpath(path) != here]
+    sys.path[:] = [*installed, os.getcwd()]
 
 
 if __name__ == "__main__":

@@ -98,6 +98,11 @@ class ExampleBatch:
         self.columns = columns
         self.argument = argument
 
+    @classmethod
+    def of(cls, batch: Any) -> ExampleBatch:
+        """A batch that is read by the conventions; one that is an `ExampleBatch` stays as it is."""
+        return batch if isinstance(batch, ExampleBatch) else cls(batch, Reading())
+
     @cached_property
     def _label_path(self) -> Path | None:
         """Where the labels stand; None where there are none."""
@@ -117,6 +122,8 @@ class ExampleBatch:
         if self._label_path is None:
             return None
         labels = self.content[self._label_path[0]]
+        if labels is None:
+            return None
         if isinstance(labels, Tensor):
             return labels.detach()
         try:
@@ -146,7 +153,7 @@ class ExampleBatch:
             if isinstance(part, Tensor) and part.ndim and self.declared(path) is not False:
                 return len(part)
         for path, part in self.parts():
-            if isinstance(part, list | np.ndarray) and len(part) and self.declared(path) is not False:
+            if isinstance(part, list | tuple | np.ndarray) and len(part) and self.declared(path) is not False:
                 return len(part)
         raise bad_type(self.argument, "hold at least one tensor with a batch dimension", self.content)
 
@@ -162,7 +169,10 @@ class ExampleBatch:
     @property
     def first_tensor(self) -> Tensor | None:
         """The first tensor that is given to the model."""
-        return next((part for _, part in self.parts() if isinstance(part, Tensor)), None)
+        for _, part in self.parts():
+            if isinstance(part, Tensor):
+                return part
+        return None
 
     def declared(self, path: Path) -> bool | None:
         """Whether a part has one row for each example, as far as it was said or recognized."""
@@ -181,11 +191,12 @@ class ExampleBatch:
             ValueError: That cannot be known.
         """
         declared, length = self.declared(path), _rows_of(part)
-        if declared is False or (declared is None and length is None):
+        if part is None or declared is False or (declared is None and length is None):
             return False
         if length == len(self):
             return True
-        if declared is None and isinstance(part, list):  # a size, a list of names, ...
+        packed = isinstance(part, torch.nn.utils.rnn.PackedSequence)
+        if declared is None and isinstance(part, list | tuple) and not packed:  # a size, names, ...
             return False
         raise bad_value(
             self.argument,
@@ -213,8 +224,8 @@ class ExampleBatch:
         def some(path: Path, part: Any) -> Any:
             if not self.has_rows(path, part):
                 return part
-            if isinstance(part, list) and isinstance(rows, Tensor):
-                return [part[int(i)] for i in rows]
+            if isinstance(part, list | tuple) and isinstance(rows, Tensor):
+                return type(part)(part[int(i)] for i in rows)
             if isinstance(part, Tensor) and isinstance(rows, Tensor):
                 return part[rows.to(part.device)]
             return part[rows.cpu().numpy() if isinstance(rows, Tensor) else rows]
@@ -331,16 +342,20 @@ def is_batch(inputs: Any) -> bool:
 
 
 def _is_container(value: Any) -> bool:
-    """Whether parts stand inside: dicts and tuples, and lists of anything but texts and numbers."""
-    if isinstance(value, list):
+    """Whether parts stand inside: dicts, named tuples, lists and tuples of anything but texts and numbers.
+
+    The default `collate_fn` makes a tuple of texts, which is one part with one item for each example.
+    """
+    if isinstance(value, torch.nn.utils.rnn.PackedSequence):
+        return False
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         return any(isinstance(item, Tensor | np.ndarray | Mapping | tuple | list) for item in value)
-    is_packed = isinstance(value, torch.nn.utils.rnn.PackedSequence)
-    return isinstance(value, Mapping) or (isinstance(value, tuple) and not is_packed)
+    return isinstance(value, Mapping | tuple)
 
 
 def walk(content: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """The parts of nested dicts, tuples and lists, with where they stand."""
-    if not _is_container(content):
+    if path and not _is_container(content):  # a batch itself always is one
         yield path, content
         return
     for key, value in content.items() if isinstance(content, Mapping) else enumerate(content):
@@ -349,7 +364,7 @@ def walk(content: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 def rebuilt(content: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> Any:
     """Nested dicts, tuples and lists of the same kinds, with `function(path, part)` for each part."""
-    if not _is_container(content):
+    if path and not _is_container(content):
         return function(path, content)
     if isinstance(content, Mapping):
         parts = {key: rebuilt(value, function, (*path, key)) for key, value in content.items()}
@@ -379,7 +394,7 @@ def _rows_of(part: Any) -> int | None:
     """Length of what can be cut into rows; None of numbers, texts and other objects."""
     if isinstance(part, Tensor | np.ndarray):
         return len(part) if part.ndim else None
-    if isinstance(part, list):
+    if isinstance(part, list | tuple) and not isinstance(part, torch.nn.utils.rnn.PackedSequence):
         return len(part)
     return -1 if isinstance(part, torch.nn.utils.rnn.PackedSequence) else None
 

@@ -1,14 +1,15 @@
-"""Owns the gradient of equation (5) on one mini-batch: all subsets at once, or block by block."""
+"""Gradient of equation (5) on one mini-batch: all subsets at once, or block by block."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from .batches import SubsetRows, draw_uniforms, split_held_out
+from .batches import MiniBatch, MiniBatches, SubsetRows
 from .config import STRIDEConfig, parse_bytes
 from .objective import combined, example_responses, fidelity, linearity, stability, subset_responses
 from .operators import SteeringOperators
@@ -26,7 +27,6 @@ class BatchGradient:
         operators: Where the gradients go.
         blocks: Slices of the subsets.
         width: |B_S| = |B_R|.
-        held_out: The members kept aside; None where `config.held_out_fraction` is 0.
     """
 
     def __init__(
@@ -48,27 +48,22 @@ class BatchGradient:
             labels: `(n_train,)` int64.
             membership: CSR `(n_subsets, n_train)`.
             config: Options of stage 1.
-            seed: Of the batches, the sketch and the members kept aside.
+            seed: Of the batches and the sketch.
         """
         self.operators, self.features, self.config = operators, features, config
         parameter = operators.steering_matrices
         self.device, self.dtype = parameter.device, parameter.dtype
         self.logits, self.labels = logits.to(self.device, self.dtype), labels.to(self.device)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.all_rows = self.rows = SubsetRows.from_membership(membership, self.device)
-        self.held_out: SubsetRows | None = None
-        if config.held_out_fraction:
-            train, aside = split_held_out(membership, config.held_out_fraction, seed)
-            self.rows = SubsetRows.from_membership(train, self.device)
-            self.held_out = SubsetRows.from_membership(aside, self.device)
-        sizes = self.all_rows.sizes
-        self.width = min(config.batch_size, max(int(sizes.max()), len(features) - int(sizes.min())))
-        self.held_out_uniforms = draw_uniforms(self.width, self.generator, self.device)
+        rows = SubsetRows.from_membership(membership, self.device)
+        smallest = int(membership.getnnz(axis=1).min())
+        self.width = min(config.batch_size, max(rows.largest, len(features) - smallest))
         size = largest_block(
             operators, len(features), self.width, parse_bytes(config.memory_budget, self.device)
         )
         n_subsets = operators.n_subsets
         self.blocks = [slice(k, min(k + size, n_subsets)) for k in range(0, n_subsets, size)]
+        generator = torch.Generator().manual_seed(seed)
+        self.batches = MiniBatches(rows, self.blocks, self.width, generator)
         self.sketch = self._sketch(membership, seed) if config.linearity_weight else None
 
     def _sketch(self, membership: Membership, seed: int) -> Tensor:
@@ -86,19 +81,20 @@ class BatchGradient:
             whole ("subset") or NaN (weight 0): `(3,)`.
         """
         config = self.config
-        uniforms = [draw_uniforms(self.width, self.generator, self.device) for _ in range(2)]
+        batches: Iterable[MiniBatch] = self.batches.step()
         couples = self.sketch is not None and config.linearity == "subset"
-        pull, value = self._pull(uniforms) if couples and len(self.blocks) > 1 else (None, None)
+        pull, value = None, None
+        if couples and len(self.blocks) > 1:
+            batches = list(batches)
+            pull, value = self._pull(batches)
         losses = torch.zeros(3, device=self.device, dtype=self.dtype)
-        for block in self.blocks:
+        for block, batch in zip(self.blocks, batches, strict=True):
             parameters = self._block_parameters(block)
-            inside, mask = self.rows.draw_members(block, self.width, uniforms[0])
-            outside, outside_mask = self.all_rows.draw_outsiders(block, self.width, uniforms[1])
-            shift = self._shift(parameters, torch.cat([inside, outside], 1))
+            shift = self._shift(parameters, batch.distinct, batch.places)
             inner, outer = shift[:, : self.width], shift[:, self.width :]
-            fid = fidelity(self.logits[inside], inner, self.labels[inside], mask)
-            stab = stability(self.logits[outside], outer, outside_mask)
-            lin = self._linearity(block, inside, inner, mask, pull)
+            fid = fidelity(self.logits[batch.inside], inner, self.labels[batch.inside], batch.mask)
+            stab = stability(self.logits[batch.outside], outer, batch.outside_mask)
+            lin = self._linearity(block, batch.inside, inner, batch.mask, pull)
             loss = combined(
                 fid,
                 stab,
@@ -129,32 +125,21 @@ class BatchGradient:
             return linearity(responses, self.sketch, self.config.sketch_ridge)
         return (pull[block] * responses).sum()
 
-    def _pull(self, uniforms: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _pull(self, batches: Iterable[MiniBatch]) -> tuple[Tensor, Tensor]:
         """The gradient of the reading "subset" of (4) in y, where no block sees all of y; its value."""
         responses = []
         with torch.no_grad():
-            for block in self.blocks:
-                rows, mask = self.rows.draw_members(block, self.width, uniforms[0])
-                responses.append(subset_responses(self._shift(self._block_parameters(block), rows), mask))
+            for block, batch in zip(self.blocks, batches, strict=True):
+                inside = batch.places[:, : self.width]
+                shift = self._shift(self._block_parameters(block), batch.distinct, inside)
+                responses.append(subset_responses(shift, batch.mask))
         y = torch.cat(responses).requires_grad_()
-        value = linearity(y, torch.as_tensor(self.sketch), self.config.sketch_ridge)
+        assert self.sketch is not None
+        value = linearity(y, self.sketch, self.config.sketch_ridge)
         return torch.autograd.grad(value, y)[0], value.detach()
 
-    @torch.no_grad()
-    def held_out_fidelity(self) -> float:
-        """Mean of (1) over the subsets with members kept aside, on the same draw of them every time."""
-        total, count = 0.0, 0
-        if self.held_out is None:
-            return float("nan")
-        for block in self.blocks:
-            rows, mask = self.held_out.draw_members(block, self.width, self.held_out_uniforms)
-            shift = self._shift(self._block_parameters(block), rows)
-            total += float(fidelity(self.logits[rows], shift, self.labels[rows], mask).sum())
-            count += int(mask.any(1).sum())
-        return total / count
-
-    def _shift(self, parameters: dict[str, Tensor], rows: Tensor) -> Tensor:
-        distinct, places = torch.unique(rows, return_inverse=True)
+    def _shift(self, parameters: dict[str, Tensor], distinct: Tensor, places: Tensor) -> Tensor:
+        """Shifts of the examples at some places of `distinct`, `(k, n, C)`."""
         features = self.features[distinct.to(self.features.device)].to(self.device, self.dtype)
         rounded = self.config.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16) if rounded else nullcontext():

@@ -1,19 +1,22 @@
-"""Owns the mini-batches of Algorithm 1, line 6: B_S from each subset, B_R from what is outside it."""
+"""Mini-batches of Algorithm 1, line 6: B_S from each subset, B_R from what is outside it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from .errors import bad_value
 from .subsets import Membership
 
 _BITS = 31
+#: Batches that are drawn together on a GPU, and their entries: 2^20 of them take 26 MiB.
+_AHEAD, _AHEAD_ENTRIES = 16, 2**20
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,14 @@ class SubsetRows:
         indices: Training indices of all subsets, one after the other, `(n_entries,)` int32 or int64.
         starts: `(K,)` int64.
         sizes: |S_k|, `(K,)` int64.
+        largest: Of the sizes.
         n_train: N.
     """
 
     indices: Tensor
     starts: Tensor
     sizes: Tensor
+    largest: int
     n_train: int
 
     @classmethod
@@ -40,7 +45,8 @@ class SubsetRows:
             csr = csr.sorted_indices()
         pointers = torch.from_numpy(csr.indptr.astype(np.int64)).to(device)
         indices = torch.from_numpy(csr.indices).to(device)
-        return cls(indices, pointers[:-1], pointers.diff(), csr.shape[1])
+        largest = int(np.diff(csr.indptr).max(initial=0))
+        return cls(indices, pointers[:-1], pointers.diff(), largest, csr.shape[1])
 
     def draw_members(self, subsets: slice, width: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """B_S for some subsets.
@@ -66,7 +72,7 @@ class SubsetRows:
         positions, mask = stratified_positions(self.n_train - sizes, width, uniforms)
         low = torch.zeros_like(positions)
         high = sizes[:, None].expand_as(positions)
-        for _ in range(int(sizes.max()).bit_length()):
+        for _ in range(self.largest.bit_length()):
             middle = (low + high) // 2
             inside = middle < sizes[:, None]
             before = inside & (self._member(subsets, middle.where(inside, 0)) - middle <= positions)
@@ -79,9 +85,104 @@ class SubsetRows:
         return self.indices[entries].long()
 
 
+@dataclass(frozen=True)
+class MiniBatch:
+    """B_S and B_R of the subsets of one block.
+
+    Attributes:
+        inside: B_S, training indices `(k, b)` int64.
+        mask: Which of them are examples, `(k, b)` bool.
+        outside: B_R, `(k, b)`.
+        outside_mask: Likewise.
+        distinct: The examples in either, ascending, `(m,)` int64.
+        places: Where in `distinct` the examples are, those of B_S before those of B_R, `(k, 2 b)` int64.
+    """
+
+    inside: Tensor
+    mask: Tensor
+    outside: Tensor
+    outside_mask: Tensor
+    distinct: Tensor
+    places: Tensor
+
+
+class MiniBatches:
+    """The batches of all steps, block of subsets by block.
+
+    The number of distinct examples in a batch is the length of a tensor, for which a GPU must be waited for.
+    There, several batches are drawn at once and waited for together.
+
+    Args:
+        subsets: All of them.
+        blocks: Slices of the subsets.
+        width: b.
+        generator: Of the draws; on the CPU.
+    """
+
+    def __init__(
+        self,
+        subsets: SubsetRows,
+        blocks: Sequence[slice],
+        width: int,
+        generator: torch.Generator,
+    ) -> None:
+        self.subsets, self.blocks, self.width = subsets, blocks, width
+        self._upcoming = self._draws(generator)
+        self._ready: deque[MiniBatch] = deque()
+
+    def step(self) -> Iterator[MiniBatch]:
+        """The batches of the next step, one for each block."""
+        for _ in self.blocks:
+            if not self._ready:
+                self._fill()
+            yield self._ready.popleft()
+
+    def _fill(self) -> None:
+        drawn = [next(self._upcoming)]
+        if drawn[0].places.device.type != "cpu":
+            more = min(_AHEAD, _AHEAD_ENTRIES // drawn[0].places.numel()) - 1
+            drawn += itertools.islice(self._upcoming, max(more, 0))
+        counts = torch.stack([batch.places.max() for batch in drawn]).tolist()
+        for batch, last in zip(drawn, counts, strict=True):
+            self._ready.append(replace(batch, distinct=batch.distinct[: last + 1]))
+
+    def _draws(self, generator: torch.Generator) -> Iterator[MiniBatch]:
+        """Batches without an end, whose `distinct` is padded."""
+        device = self.subsets.indices.device
+        while True:
+            uniforms = (
+                draw_uniforms(self.width, generator, device),
+                draw_uniforms(self.width, generator, device),
+            )
+            for block in self.blocks:
+                inside, mask = self.subsets.draw_members(block, self.width, uniforms[0])
+                outside, outside_mask = self.subsets.draw_outsiders(block, self.width, uniforms[1])
+                distinct, places = padded_unique(torch.cat([inside, outside], 1))
+                yield MiniBatch(inside, mask, outside, outside_mask, distinct, places)
+
+
+def padded_unique(values: Tensor) -> tuple[Tensor, Tensor]:
+    """`torch.unique` with a result as long as there are values, so that no GPU must be waited for.
+
+    Args:
+        values: Integers, any shape.
+
+    Returns:
+        The distinct values, ascending, with zeros behind them; and where in it each value is.
+
+    >>> padded_unique(torch.tensor([7, 3, 7]))
+    (tensor([3, 7, 0]), tensor([1, 0, 1]))
+    """
+    ordered, order = values.reshape(-1).sort()
+    rank = torch.zeros_like(ordered)
+    rank[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
+    places = torch.empty_like(rank).scatter_(0, order, rank)
+    return torch.zeros_like(ordered).scatter_(0, rank, ordered), places.view(values.shape)
+
+
 def draw_uniforms(width: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
     """`width + 1` integers below 2^31 for one batch of every subset, drawn on the CPU: `(width + 1,)`."""
-    return torch.randint(2**_BITS, (width + 1,), generator=generator).to(device)
+    return torch.randint(2**_BITS, (width + 1,), generator=generator, device="cpu").to(device)
 
 
 def stratified_positions(sizes: Tensor, width: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,40 +206,3 @@ def stratified_positions(sizes: Tensor, width: int, uniforms: Tensor) -> tuple[T
     drawn = lower + ((uniforms[:-1] * (upper - lower)) >> _BITS)
     rotated = (drawn + ((uniforms[-1] * sizes) >> _BITS)) % sizes.clamp(min=1)
     return torch.where(sizes <= width, slot, rotated), slot < sizes
-
-
-def split_held_out(membership: Membership, fraction: float, seed: int) -> tuple[Membership, Membership]:
-    """Keep a part of every subset aside.
-
-    Args:
-        membership: CSR `(K, N)`.
-        fraction: Share of each subset, in [0, 1); the rounded number of members leaves at least one.
-        seed: Seed of the choice.
-
-    Returns:
-        The memberships to train on and to stop on; together they are `membership`.
-
-    Raises:
-        ValueError: No subset has a member to spare.
-    """
-    csr = sparse.csr_matrix(membership)
-    generator = np.random.default_rng(seed)
-    sizes = np.diff(csr.indptr)
-    counts = np.minimum(np.rint(fraction * sizes), np.maximum(sizes - 1, 0)).astype(np.int64)
-    if not counts.any():
-        raise bad_value(
-            "held_out_fraction",
-            "keep at least one member of some subset aside",
-            f"{fraction} with subsets of at most {sizes.max()}",
-        )
-    subset = np.repeat(np.arange(len(sizes)), sizes)
-    order = np.lexsort((generator.random(csr.nnz), subset))
-    rank = np.empty(csr.nnz, dtype=np.int64)
-    rank[order] = np.arange(csr.nnz) - np.repeat(csr.indptr[:-1], sizes)
-    aside: NDArray[np.bool_] = rank < counts[subset]
-    return _entries(csr, ~aside, subset), _entries(csr, aside, subset)
-
-
-def _entries(csr: Membership, keep: NDArray[np.bool_], subset: NDArray[np.int64]) -> Membership:
-    pointers = np.concatenate([[0], np.cumsum(np.bincount(subset[keep], minlength=csr.shape[0]))])
-    return sparse.csr_matrix((csr.data[keep], csr.indices[keep], pointers), shape=csr.shape)

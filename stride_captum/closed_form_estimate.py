@@ -1,4 +1,4 @@
-"""Owns the estimate of what the closed form will cost: a few batches, small products, and a count of bytes.
+"""Estimate of what the closed form will cost: a few batches, small products, and a count of bytes.
 
 Seconds of a fit are those of a few forward passes, times the number of batches, and those of the closed
 form itself on random features, `c_0(d) + c_1(d) n_train`. Wide features make c_0, which factorises d x d
@@ -12,6 +12,7 @@ import copy
 import hashlib
 import math
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,11 +26,14 @@ from torch import Tensor, nn
 from .activations import Tap, recording
 from .batch import ExampleBatch, walk
 from .closed_form import ClosedForm, block_rows, fit_closed_form
+from .closed_form_bytes import ClosedFormBytes, closed_form_bytes, products_dtype
 from .estimate import Estimate, along_a_line, median_seconds, some_test_points, timed, training_examples
-from .newton import KroneckerCurvature, Moments, RidgeHead
+from .moments import Moments
+from .newton import CenteredMap, KroneckerCurvature
 from .passes import Passes
 from .peak_memory import PeakMemory, release_free_memory
 from .restoring import weights_fingerprint
+from .ridge_head import RidgeHead
 
 if TYPE_CHECKING:
     from .stride import STRIDE
@@ -76,7 +80,7 @@ def estimate_closed_form(method: STRIDE, n_test: int, k: int | None) -> Estimate
     solving = _solving_seconds(method, reading, n, device)
     query_seconds = _query_seconds(method, reading, test, k, n) * times
     stored = method.feature_store is not None
-    held, most = _fit_bytes(method, reading, n, device, in_memory=not stored and method._precomputed is None)
+    held, most = _fit_bytes(method, reading, n)
     per_row = 4 * d if method.feature_store is None or method.feature_store.dtype == "float32" else 2 * d
     disk = n * (per_row + 4 * reading.n_classes + 8) if stored else 0
     return Estimate(
@@ -169,8 +173,8 @@ def _closed_form_seconds(
     method: STRIDE, n: int, widths: Sequence[int], n_classes: int, device: torch.device
 ) -> float:
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(n, sum(widths), generator=generator).to(device)
-    logits = torch.randn(n, n_classes, generator=generator).to(device)
+    features = torch.randn(n, sum(widths), generator=generator, device="cpu").to(device)
+    logits = torch.randn(n, n_classes, generator=generator, device="cpu").to(device)
     labels = torch.arange(n, device=device) % n_classes
     config = method.config
     return median_seconds(lambda: fit_closed_form(features, logits, labels, widths, config, 2.0), device)
@@ -179,58 +183,73 @@ def _closed_form_seconds(
 def _query_seconds(method: STRIDE, reading: _Reading, test: Any, k: int | None, n: int) -> float:
     """Of `influence`, asked of random features at two sizes of the training set."""
     d, points = sum(reading.widths), len(test)
+    like = _bytes(method, reading, n)
     low = max(2**23 // (4 * d), 2 * 2**22 // points if k else 0, 256)
     sizes = sorted({min(size, n) for size in (low, 4 * low)})
     seconds = []
     for size in sizes:
         twin = copy.copy(method)
         twin.checkpoints, twin._fitted_on, twin.n_train_ = None, None, size
-        twin._states, twin._weights = [_random_state(method, reading, size)], [1.0]
+        twin._states, twin._weights = [_random_state(method, reading, size, n, like)], [1.0]
         seconds.append(median_seconds(partial(twin.influence, test, k), method._work_device()))
     return float(along_a_line(sizes, seconds, n) or 0.0)
 
 
-def _random_state(method: STRIDE, reading: _Reading, n: int) -> Any:
+def _random_state(method: STRIDE, reading: _Reading, n: int, of: int, like: ClosedFormBytes) -> Any:
+    """A closed form of n random examples that computes and keeps as one of `of` examples does."""
     from .stride import STRIDEState
 
     device, d, n_classes = method._work_device(), sum(reading.widths), reading.n_classes
+    dtype = products_dtype(method.config, of, d)
     generator = torch.Generator().manual_seed(0)
-    residuals = torch.randn(n, n_classes, generator=generator).to(device)
+    logits = torch.randn(n, n_classes, generator=generator, device="cpu").to(device)
+    none = logits[:0]
+    eye, classes = (torch.eye(size, dtype=dtype, device=device) for size in (d + 1, n_classes))
     form = ClosedForm(
-        features=torch.randn(n, d, generator=generator).to(device),
-        residuals=residuals,
-        logits=residuals,
+        features=torch.randn(n, d, generator=generator, device="cpu").to(device),
+        logits=logits,
         labels=torch.arange(n, device=device) % n_classes,
         widths=reading.widths,
-        moments=Moments(residuals[:0], residuals[:0], residuals[:0], n),
-        scale=torch.ones(d + 1, device=device),
-        head=RidgeHead(residuals[:0], residuals[:0]),
-        ridge_ratio=residuals.new_ones(()),
-        curvature=KroneckerCurvature(torch.eye(d + 1, device=device), torch.eye(n_classes, device=device)),
+        moments=Moments(none, none, none, n),
+        scale=torch.ones(d + 1, dtype=dtype, device=device),
+        head=_random_head(reading, n, device),
+        ridge_ratio=1.0,
+        curvature=KroneckerCurvature(1.0, CenteredMap(eye, 0 * eye[0], 0 * eye[0]), classes),
         kind=method.config.residuals,
         temperature=2.0,
+        block_rows=block_rows(method.config, d, n_classes, dtype, device),
+        residual_bytes=sys.maxsize if like.residuals else 0,
     )
+    form.keep_residuals()
     return STRIDEState(reading.taps, form)
 
 
-def _fit_bytes(
-    method: STRIDE, reading: _Reading, n: int, device: torch.device, in_memory: bool
-) -> tuple[int, int]:
+def _random_head(reading: _Reading, n: int, device: torch.device) -> RidgeHead:
+    widths = reading.widths
+    d = sum(widths[:-1]) if len(widths) > 1 else sum(widths)
+    ones = torch.ones(n, dtype=torch.float64, device=device)
+    weights = torch.zeros(d + 1, reading.n_classes, dtype=torch.float64, device=device)
+    return RidgeHead(weights, ones, ones, ones < 0, ones, 1.0)
+
+
+def _bytes(method: STRIDE, reading: _Reading, n: int) -> ClosedFormBytes:
+    in_memory = method.feature_store is None and method._precomputed is None
+    device = method._work_device()
+    return closed_form_bytes(method.config, n, reading.widths, reading.n_classes, device, in_memory=in_memory)
+
+
+def _fit_bytes(method: STRIDE, reading: _Reading, n: int) -> tuple[int, int]:
     """What a fit keeps, and what it needs beside that at its worst moment."""
-    d, n_classes = sum(reading.widths) + 1, reading.n_classes
-    rows = min(n, block_rows(method.config, d - 1, n_classes, torch.float32, device))
-    kept = n * (4 * d * in_memory + 4 * 3 * n_classes + 8) + (4 + 8) * d * (d + n_classes)
-    reading_pass = reading.bytes + n * (4 * n_classes + 8)
-    square = 5 * 8 * d * d
-    solving = square + 2 * 8 * d * n_classes + 4 * n * n_classes + 4 * rows * (d + 4 * n_classes)
-    classes = 4 * 8 * n_classes**2
-    return kept, max(reading_pass, solving + classes - (4 + 8) * d * d)
+    size = _bytes(method, reading, n)
+    again = 4 * n * reading.n_classes if size.arrays else 0  # logits, batch by batch and whole
+    return size.kept, max(reading.bytes + again, size.solving + size.block)
 
 
 def _query_bytes(method: STRIDE, reading: _Reading, points: int, n_test: int, n: int, k: int | None) -> int:
-    """The scores, what the test points need, and the blocks of a streamed top-k."""
-    d = sum(reading.widths)
+    """The scores, what the test points need, and the blocks of a streamed top-k or of residuals."""
+    d, size = sum(reading.widths), _bytes(method, reading, n)
     prepared = 4 * points * (4 * d + 3 * reading.n_classes) + reading.bytes
+    prepared += 0 if size.residuals else size.block
     if k is None:
         return 4 * n_test * n + prepared
     block = min(2**22, method.memory_budget // 16, points * n)

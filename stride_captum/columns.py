@@ -1,4 +1,4 @@
-"""Owns the distinct columns of the membership matrix X, as an operator that stage 2 solves with.
+"""Distinct columns of the membership matrix X, as an operator that stage 2 solves with.
 
 Training examples that belong to the same subsets have identical columns, and examples in no subset have
 a zero column. The responses cannot tell them apart, so the recovery is solved over the distinct nonzero
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
+from .devices import as_float64
 from .errors import bad_type, bad_value
 from .subsets import Membership
 
@@ -226,7 +227,7 @@ def read_membership(membership: Any) -> Membership:
 
 
 def read_responses(Y: Any, n_subsets: int) -> Tensor:
-    """Y as a finite float64 tensor `(n_test, n_subsets)` on its own device (a GPU must have float64).
+    """Y as a finite float64 tensor `(n_test, n_subsets)` where that can be (`devices.float64_device`).
 
     Raises:
         TypeError: It is neither a tensor nor an array.
@@ -242,8 +243,7 @@ def read_responses(Y: Any, n_subsets: int) -> Tensor:
     if not bool(torch.isfinite(Y).all()):
         raise bad_value("Y", "hold finite numbers", "NaN or infinity")
     detached = Y.detach()
-    exact: Tensor = detached.cpu().double() if Y.device.type == "mps" else detached.double()
-    return exact
+    return as_float64(detached)
 
 
 def _column_sums(matrix: Membership) -> Tensor:
@@ -254,7 +254,9 @@ def _to_torch(matrix: Membership) -> Tensor:
     cells = matrix.tocoo()
     index = torch.from_numpy(np.stack([cells.row, cells.col]).astype(np.int64))
     values = torch.from_numpy(cells.data)
-    return torch.sparse_coo_tensor(index, values, matrix.shape, check_invariants=True).coalesce()
+    return torch.sparse_coo_tensor(
+        index, values, matrix.shape, device="cpu", check_invariants=True
+    ).coalesce()
 
 
 def _distinct(matrix: Membership, center: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -1,22 +1,32 @@
-"""Digests of training examples: one number for the label of each example and one for its inputs.
+"""Digests of training examples.
 
-They tell whether two passes over a data set gave the same examples in the same order. A digest is a CRC-32:
-a change of up to 32 neighboring bits always shows, any other with probability 1 - 2^-32. Nothing here
-guards against someone who changes data on purpose.
+`Digests` has two numbers an example, one of its label and one of its inputs: they tell whether two passes
+over a data set gave the same examples in the same order, and which differ. Each is a CRC-32: a change of up
+to 32 neighboring bits always shows, any other with probability 1 - 2^-32. `ExampleDigest` and
+`data_fingerprint` are SHA-256 digests of many examples at once. None of them guards against someone who
+changes data on purpose.
 """
 
 from __future__ import annotations
 
+import hashlib
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
-from .restoring import bits
+from .batch import ExampleBatch, walk
+from .errors import bad_value
+from .restoring import bits, draws_put_back, user_code
+
+#: What `data_fingerprint` says of data that can only be read from the first example to the last.
+STREAM = "unknown: an iterable data set"
+_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,16 @@ class Digests:
     def joined(cls, parts: Sequence[Digests]) -> Digests:
         """Several digests, one after the other."""
         return cls(torch.cat([p.labels for p in parts]), torch.cat([p.inputs for p in parts]))
+
+    def rows(self, rows: Tensor) -> Digests:
+        """The digests of some examples."""
+        return Digests(self.labels[rows], self.inputs[rows])
+
+    def replaced(self, rows: Tensor, others: Digests) -> Digests:
+        """The digests with others in some places."""
+        return Digests(
+            self.labels.index_copy(0, rows, others.labels), self.inputs.index_copy(0, rows, others.inputs)
+        )
 
     @classmethod
     def of(cls, n: int, labels: Any, inputs: Iterable[Any]) -> Digests:
@@ -68,28 +88,144 @@ def row_digests(n: int, parts: Iterable[Any]) -> Tensor:
     for part in parts:
         for i, row in enumerate(_rows(part, n)):
             digests[i] = zlib.crc32(row, digests[i])
-    return torch.tensor(digests, dtype=torch.int64)
+    return torch.tensor(digests, dtype=torch.int64, device="cpu")
+
+
+def n_bytes(n: int, parts: Iterable[Any]) -> int:
+    """Bytes that `row_digests` of these parts looks at."""
+    return sum(len(row) for part in parts for row in _rows(part, n))
 
 
 def _rows(part: Any, n: int) -> Iterable[Any]:
     """The bytes of each row."""
-    if isinstance(part, np.ndarray) and part.dtype.kind in "biufc":
-        part = torch.from_numpy(np.ascontiguousarray(part))
-    if isinstance(part, Tensor):
-        content = memoryview(bits(part).numpy())
+    if isinstance(part, Tensor) or _is_numeric(part):
+        content = memoryview(_bytes(part).data)
         width = len(content) // max(n, 1)
         return (content[i * width : (i + 1) * width] for i in range(n))
     return (_item_bytes(item) for item in part)
 
 
-def _item_bytes(item: Any) -> bytes:
+def _is_numeric(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in "biufc"
+
+
+def _bytes(value: Any) -> Any:
+    """The bytes of a tensor or array, `(n_bytes,)` uint8."""
+    return (
+        bits(value).numpy()
+        if isinstance(value, Tensor)
+        else np.ascontiguousarray(value).reshape(-1).view("u1")
+    )
+
+
+def _item_bytes(item: Any) -> Any:
     """Bytes of a text, a number or another item; of an unknown object only its type."""
     if isinstance(item, Tensor):
-        return bits(item).numpy().tobytes()
+        return _bytes(item)
     if isinstance(item, bytes):
         return item
     if isinstance(item, str | int | float | bool | None):
         return repr(item).encode()
     if hasattr(item, "__array__") or hasattr(item, "__array_interface__"):
-        return np.ascontiguousarray(item).tobytes()
+        array = np.ascontiguousarray(item)
+        return b"".join(map(_item_bytes, array.ravel())) if array.dtype.kind == "O" else _bytes(array)
     return type(item).__qualname__.encode()
+
+
+class ExampleDigest:
+    """SHA-256 of consecutive examples, the same however they come in batches.
+
+    Each field of the examples has a digest of its own, so that rows join where batches do.
+    """
+
+    def __init__(self) -> None:
+        self._fields: dict[str, Any] = {}
+
+    def update(self, batch: ExampleBatch) -> None:
+        """Take in the examples of one batch."""
+        for path, part in walk(batch.content):
+            name = str(path)
+            by_rows = batch.has_rows(path, part)
+            whole = isinstance(part, Tensor) or _is_numeric(part)
+            known = name in self._fields
+            if not known:
+                shape = part.shape[1:] if by_rows and whole else None
+                text = f"{part.dtype} {tuple(shape)}" if shape is not None else "objects"
+                self._fields[name] = hashlib.sha256(text.encode())
+            if not by_rows:  # the same for all examples
+                if not known:
+                    digest_item(part, self._fields[name])
+            elif whole:
+                self._fields[name].update(_bytes(part).data)
+            else:  # texts and the like
+                for item in part:
+                    digest_item(item, self._fields[name])
+
+    def finish(self) -> str:
+        """The digest of what came since the last call, in hexadecimal."""
+        whole = hashlib.sha256()
+        for name in sorted(self._fields):
+            whole.update(f"{name} {self._fields[name].hexdigest()} ".encode())
+        self._fields = {}
+        return whole.hexdigest()
+
+
+def data_fingerprint(dataset: Any) -> str:
+    """SHA-256 of the length of a data set, of 64 examples spread evenly over it, and of a loader's order.
+
+    A change between these examples goes unseen.
+
+    Args:
+        dataset: Data set or loader.
+
+    Returns:
+        Hexadecimal digits, or `STREAM`.
+
+    Raises:
+        ValueError: The same example read twice is not the same.
+    """
+    source = dataset.dataset if isinstance(dataset, DataLoader) else dataset
+    if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
+        return STREAM
+    n, whole = len(source), hashlib.sha256()
+    rows = np.unique(np.linspace(0, n - 1, num=min(n, _SAMPLES)).astype(int)).tolist()
+    with draws_put_back():
+        if isinstance(dataset, DataLoader) and type(dataset.sampler) is not SequentialSampler:
+            order = dataset.sampler if dataset.batch_sampler is None else dataset.batch_sampler
+            digest_item(list(order), whole)
+        first, second = (_digest_of(source, rows) for _ in range(2))
+    if first != second:
+        raise bad_value(
+            "train_dataset",
+            "give the same example each time it is read, to be kept in a feature store",
+            "another one at the second reading",
+            "Turn random augmentation off, or leave `feature_store` out.",
+        )
+    whole.update(f"{n} {first}".encode())
+    return whole.hexdigest()
+
+
+def _digest_of(source: Any, rows: Sequence[int]) -> str:
+    digest = hashlib.sha256()
+    for i in rows:
+        with user_code("examples"):
+            item = source[i]
+        digest_item(item, digest)
+    return digest.hexdigest()
+
+
+def digest_item(item: Any, digest: Any) -> None:
+    """Feed the content of an example or a part of one to a hash; of an unknown object only its type."""
+    if isinstance(item, Mapping):
+        for key in sorted(item):
+            digest.update(str(key).encode())
+            digest_item(item[key], digest)
+    elif isinstance(item, tuple | list):
+        for part in item:
+            digest_item(part, digest)
+    else:
+        if isinstance(item, Tensor | np.ndarray):
+            digest.update(f"{item.dtype} {tuple(item.shape)}".encode())
+        content = _item_bytes(item)
+        digest.update(f"{len(content)} ".encode())
+        digest.update(content)

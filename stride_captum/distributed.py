@@ -159,7 +159,7 @@ class DistributedSTRIDE(STRIDE):
             settings["feature_store"]["path"] = str(Path(self.feature_store.path).parent)
         return settings
 
-    def _change(self: Self, *_: Any) -> Self:
+    def _check_changeable(self) -> None:
         must = "be changed in a single process"
         raise bad_value("train_dataset", must, f"a group of {self.ranks.size}", "Fit again.")
 
@@ -176,7 +176,7 @@ class DistributedSTRIDE(STRIDE):
 
     def _prepare(self, state: STRIDEState, model: nn.Module, batch: Any, ask: Ask) -> Any:
         form: Any = state.operators
-        n, d, c = len(batch), len(form.scale) - 1, form.residuals.shape[1]
+        n, d, c = len(batch), len(form.scale) - 1, form.n_classes
         self.ranks.agree(f"{n} {ask.response}", "inputs", "be the same test points on every rank")
         query = form.scale.new_empty(n, d + c)
         if self.ranks.rank == 0:

@@ -1,4 +1,4 @@
-"""Owns the check of an installation: what is there, whether it works, and what that does not say.
+"""Check of an installation: what is there, whether it works, and what that does not say.
 
 It needs no extra. The methods are fitted on planted data and asked for most of the laws of the conformance
 suite, in about ten seconds. `python -m stride_captum.doctor` does the same as `stride-captum doctor`.
@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 import torch
 from tqdm.auto import tqdm
 
+from .chance import at_chance
 from .conformance import LAWS, Subject, judge, missing_extra, shipped
 from .conformance.planted import MLP, trained
 from .installed import EXTRAS, PACKAGE, Finding, check_packages, requirements, version
@@ -35,7 +36,7 @@ class Diagnosis:
     Attributes:
         versions: Of Python, this package, what it needs and what there is of the extras.
         devices: "cpu" and the accelerators that torch sees.
-        findings: One per package that is broken, extra, accelerator and method.
+        findings: One per package that is broken, extra, training, accelerator and method.
         not_covered: What an `ok` says nothing of.
         seconds: How long it took.
     """
@@ -85,7 +86,7 @@ def diagnose(subjects: Iterable[Subject] | None = None, *, show_progress: bool =
     (True, 'cpu')
     """
     started = time.perf_counter()
-    found = [*check_packages(), *map(check_device, accelerators())]
+    found = [*check_packages(), check_training(), *map(check_device, accelerators())]
     bar = tqdm(list(shipped() if subjects is None else subjects), desc="methods", disable=not show_progress)
     found += map(check_method, bar)
     needed = [requirement.name for requirement in requirements()]
@@ -99,6 +100,20 @@ def diagnose(subjects: Iterable[Subject] | None = None, *, show_progress: bool =
         not_covered=not_covered(found),
         seconds=time.perf_counter() - started,
     )
+
+
+def check_training() -> Finding:
+    """Whether a network learns the planted data: scores of one that has learned nothing mean nothing."""
+    model, train, _ = trained(MLP)
+    x, y = train.tensors
+    with torch.no_grad():
+        predicted = model(x).argmax(1)
+    why = at_chance(predicted, y)
+    if why is not None:
+        detail = f"the network of the checks has learned nothing: {why}"
+        return Finding("training", "broken", detail, "Reinstall torch; what follows says nothing until then.")
+    share = float((predicted == y).double().mean())
+    return Finding("training", "ok", f"a small network is right for {share:.0%} of its training examples")
 
 
 def check_device(device: str) -> Finding:
@@ -140,6 +155,7 @@ def not_covered(findings: Sequence[Finding]) -> list[str]:
         "settings other than the defaults, trained operators among them, and wrapped classes of Captum",
         "methods other than STRIDE on an accelerator" if accelerators() else "accelerators: torch sees none",
         "time and memory at the size of your data: 48 planted examples were used",
+        "whether your model has learned its training set (`stride-captum explain` says so)",
         "whether scores predict retraining on your task (`stride-captum compare`)",
     ]
 

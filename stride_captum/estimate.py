@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from . import inputs as data
 from .batch import ExampleBatch
+from .devices import synchronize
 from .errors import bad_value
 from .passes import Passes
 from .peak_memory import PeakMemory, release_free_memory
@@ -171,8 +172,7 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one call, work that a GPU still has to do included."""
     started = time.perf_counter()
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - started
 
 
@@ -206,7 +206,7 @@ def some_test_points(method: InfluenceMethod, n_test: int) -> tuple[ExampleBatch
     """A batch that stands for the test points, made of training examples, and how many of it they are."""
     passes = Passes(method.train_dataset, min(n_test, method.batch_size), method._reading())
     batch, n = passes.first(), min(n_test, _SMALL)
-    rows = torch.arange(n) % len(batch)
+    rows = torch.arange(n, device="cpu") % len(batch)
     return batch[rows], n_test / n
 
 

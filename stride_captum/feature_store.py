@@ -1,4 +1,4 @@
-"""Owns the feature store: activations, logits and labels of a training set on disk, read through memory maps.
+"""Feature store: activations, logits and labels of a training set on disk, read through memory maps.
 
 What a store holds depends on its key: the weights and the modules of the model, the examples, the layers,
 and the settings of the store. Another key is refused with what differs.
@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .activations import Tap
+from .digests import STREAM, data_fingerprint
 from .errors import bad_choice, bad_type, bad_value
 from .memory_budget import parse_bytes, rows_that_fit
-from .persistence import data_fingerprint
 from .store_files import Manifest, Part, StoreFiles
 from .store_filling import Filling, Run
 
@@ -65,7 +65,9 @@ class FeatureStore:
             a CRC-32 of 4 to 5 GB a second, or the speed of the disk where the store is not in the page cache.
         check_examples: Whether to read every training example, to compare it with what the store was built
             from (SHA-256, 1.3 GB a second, and what the data set takes to give them). Without it a change is
-            seen only in the length and in 64 examples spread evenly over the set.
+            seen only in the length and in 64 examples spread evenly over the set; an iterable data set needs
+            it, because nothing of it can be looked at alone. Examples that differ from one reading to the
+            next (random augmentation) cannot be stored.
     """
 
     path: str | Path
@@ -95,12 +97,19 @@ class FeatureStore:
             model: Its modules and their options are in the key, the code of its `forward` is not.
             dataset: The training set.
             layers: Which layers were asked for.
+
+        Raises:
+            ValueError: The same example read twice is not the same, or a stream without `check_examples`.
         """
+        examples = data_fingerprint(dataset)
+        if examples == STREAM and not self.check_examples:
+            must = "be True for an iterable data set, whose examples cannot be looked at one by one"
+            raise bad_value("check_examples", must, False)
         modules = re.sub(r"0x[0-9a-f]+", "", repr(model))  # addresses are not content
         return {
             "weights": weights,
             "modules": hashlib.sha256(modules.encode()).hexdigest(),
-            "data": data_fingerprint(dataset, sampled=True),
+            "data": examples,
             "layers": layers,
             "dtype": self.dtype,
             "chunk": parse_bytes(self.chunk),

@@ -21,7 +21,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -34,18 +34,21 @@ from tqdm.auto import tqdm
 
 from . import inputs as data
 from .batch import Batch, ExampleBatch, Reading, is_batch
-from .checkpoints import LoadCheckpoint, checkpoint_list, load_checkpoint
-from .devices import device_of, existing_device, full_precision
+from .checkpoints import LoadCheckpoint, checkpoint_list, load_checkpoint, load_with, warn_of_equal
+from .devices import check_placed, device_of, existing_device, full_precision
+from .digests import Digests
 from .errors import bad_choice, bad_type, bad_value, whole_number
 from .estimate import Estimate, from_small_runs
 from .losses import CrossEntropy, OutputCheck, loss_of
 from .memory_budget import parse_bytes, rows_that_fit
 from .passes import Passes
 from .peak_memory import PeakMemory
+from .places import groups_of_places
+from .probes import check_deterministic
 from .process_group import ALONE, Alone
 from .residuals import DEFAULT_TEMPERATURE, match_temperature, mean_residual
 from .responses import RESPONSES, class_labels
-from .restoring import draws_put_back, exclusive, untouched, user_code, weights_fingerprint, weights_version
+from .restoring import exclusive, untouched, weights_fingerprint, weights_version
 from .streaming import Collector, DenseScores, GroupSums, StreamedTopK
 from .subsets import membership_from_indices
 
@@ -116,12 +119,20 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
             what its outputs are.
         batch: How a batch is read, where it is not `(inputs..., labels)` or a dict with "labels".
 
+    The training set is read in passes (`stride_captum.passes`): column i of the scores is its i-th example,
+    and a pass that gives other examples, or another order, is refused. The model is given copies of inputs.
+
+    Threads: methods may be shared between threads, and models between methods; one thread at a time works
+    with a model. Other code that uses the model meanwhile sees it in eval mode. Global random states are put
+    back where the data set or the model has drawn from them (`stride_captum.restoring`).
+
     Attributes:
         digests_: A number for the label and one for the inputs of each training example, as they were read.
         n_train_: Number of training examples.
         fit_seconds_: Duration of `fit`.
         query_seconds_: Duration of the last `influence`.
         peak_bytes_: Most memory that `fit` or the last `influence` has added (`PeakMemory`).
+        compared_: After `load`: what of the training set was compared with that of the saved method.
 
     >>> class SameClass(InfluenceMethod):
     ...     def _fit_checkpoint(self, model, show_progress):
@@ -146,6 +157,8 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
     fits_in_one_pass: ClassVar[bool] = False
     #: The processes that share the training set.
     ranks: Alone = ALONE
+    digests_: Digests | None
+    compared_: str
 
     def __init__(
         self,
@@ -177,13 +190,13 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         if response not in RESPONSES:
             raise bad_choice("response", response, RESPONSES)
         data.check_source(train_dataset, "train_dataset")
-        with draws_put_back(), user_code():
-            data.check_places(train_dataset, "train_dataset")
+        data.check_places(train_dataset, "train_dataset")
         # Captum's own constructor is misspelt and cannot be called.
         self.model = model
         self.train_dataset = train_dataset
         self.layers = layers
         self.batch_size = whole_number("batch_size", batch_size)
+        check_placed(model, device is None)
         self.device = None if device is None else existing_device(device)
         self.checkpoints = None if checkpoints is None else checkpoint_list(checkpoints)
         self.checkpoints_load_func = checkpoints_load_func
@@ -201,7 +214,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         self._output_check: OutputCheck | None = None
         self._states: list[Any] | None = None
         self._weights: list[float] = []
-        self._fitted_on: tuple[Any, str] | None = None
+        self._fitted_on: tuple[Any, str, torch.device] | None = None
         self._fit_bytes: int | None = None
         self._checkpoint_index = 0  # the one that `fit` is at
 
@@ -283,6 +296,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
                         states.append(self._fit_one(model, show_progress))
                 finally:
                     passes.release()
+            warn_of_equal(self._checkpoints(), fingerprints)
             self._states, self._weights = states, self._combine_weights(rates)
             self._mark_fitted(" ".join(fingerprints))
             self.digests_ = passes.digests
@@ -291,7 +305,8 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         return self
 
     def _fit_one(self, model: nn.Module, show_progress: bool) -> Any:
-        """`_fit_checkpoint`, with a look at the outputs for the training set."""
+        """`_fit_checkpoint`, with a look at the model before and at its outputs for the training set."""
+        self._check_model(model)
         self._output_check = OutputCheck(self.loss, model)
         try:
             state = self._fit_checkpoint(model, show_progress)
@@ -409,7 +424,8 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
 
         Args:
             inputs: As for `influence`.
-            groups: Index lists, one per group; they may overlap.
+            groups: One for each group, which may overlap: indices, a boolean mask over the training set, or
+                a slice.
             response: As for `influence`.
             target: As for `influence`.
 
@@ -419,7 +435,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         with exclusive(self):
             if self._states is None:
                 self.fit()
-            membership = membership_from_indices(groups, self.n_train_)
+            membership = membership_from_indices(groups_of_places(groups, self.n_train_), self.n_train_)
             return self._collect(inputs, lambda: GroupSums(membership), False, response, target, None)[0]
 
     def estimate(self, n_test: int = 100, k: int | None = None) -> Estimate:
@@ -583,7 +599,9 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
             classes = Ask("loss", "label").classes(outputs, batch)
             residual += mean_residual(outputs, classes) * len(outputs)
             seen += len(outputs)
-        sums = self.ranks.total(torch.tensor([residual, seen], dtype=torch.float64), "held-out residual")
+        sums = self.ranks.total(
+            torch.tensor([residual, seen], dtype=torch.float64, device="cpu"), "held-out residual"
+        )
         return match_temperature(logits, labels, float(sums[0] / sums[1]), ranks=self.ranks)
 
     def _train_batches(self, show_progress: bool) -> Iterator[Any]:
@@ -592,14 +610,17 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         )
 
     def _train_labels(self, batch: ExampleBatch, n_classes: int) -> Tensor:
-        """Labels of a batch of training examples, `(n,)` int64 in `[0, n_classes)`."""
+        """Labels of a batch of training examples, `(n,)` int64 in `[0, n_classes)`, on the working device.
+
+        They are checked where they are: those of a batch that is not on a GPU wait for none.
+        """
         if batch.labels is None:
             raise bad_value(
                 "train_dataset",
                 "give one label per example, last in (inputs..., label) or under 'labels'",
                 "none",
             )
-        return class_labels(batch.labels, n_classes, "train_dataset")
+        return class_labels(batch.labels, n_classes, "train_dataset").to(self._work_device())
 
     def _test_batches(self, inputs: Any, show_progress: bool) -> Iterator[ExampleBatch]:
         size = max(self.batch_size, _TEST_ROWS)
@@ -616,8 +637,9 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         self, source: Any, argument: str, show_progress: bool, what: str
     ) -> Iterator[ExampleBatch]:
         """Batches with a bar, where the source has put them."""
+        total: int | None = 1
         if is_batch(source):
-            batches, total = iter([self._example_batch(source, argument)]), 1
+            batches = iter([self._example_batch(source, argument)])
         elif source is self.train_dataset:
             batches = self._training_passes().walk()
             total = data.count_batches(source, self.batch_size)
@@ -640,6 +662,10 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
 
     def _reading(self) -> Reading:
         return Reading(self.batch, self.loss)
+
+    def _check_model(self, model: nn.Module) -> None:
+        """Refuse a model whose outputs for an example depend on chance or on the other examples."""
+        check_deterministic(model, self._first_train_batch())
 
     def _training_passes(self) -> Passes:
         """Passes over the present training set."""
@@ -684,9 +710,9 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
     def _load(self, model: nn.Module, checkpoint: Any) -> float:
         if checkpoint is None:
             return 1.0
-        rate = self.checkpoints_load_func(model, checkpoint)
+        rate = load_with(self.checkpoints_load_func, model, checkpoint)
         model.eval()
-        return 1.0 if rate is None else float(rate)
+        return rate
 
     def _fingerprint(self) -> str:
         """Of the weights of `model`, or of all checkpoints."""
@@ -698,12 +724,18 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         return " ".join(found)
 
     def _mark_fitted(self, fingerprint: str) -> None:
-        self._fitted_on = (weights_version(self.model), fingerprint)
+        self._fitted_on = (weights_version(self.model), fingerprint, self._work_device())
 
     def _check_unchanged(self) -> None:
-        if self._fitted_on is None or self.checkpoints is not None:
+        if self._fitted_on is None:
             return
-        version, fingerprint = self._fitted_on
+        version, fingerprint, device = self._fitted_on
+        if self._work_device() != device:
+            remedy = "Move it back, or call fit() again."
+            must = f"be on {device}, as it was when the method was fitted"
+            raise bad_value("model", must, str(self._work_device()), remedy)
+        if self.checkpoints is not None:
+            return
         now = weights_version(self.model)
         if now != version:
             if weights_fingerprint(self.model) != fingerprint:
@@ -713,7 +745,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
                     "other weights",
                     "Call fit() again, or build a new object for the new model.",
                 )
-            self._fitted_on = (now, fingerprint)
+            self._fitted_on = (now, fingerprint, device)
 
     def _check_target(self, target: Any) -> str | Tensor:
         if isinstance(target, str):
@@ -735,29 +767,45 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
             path: File name.
 
         Raises:
-            ValueError: Nothing has been fitted.
+            ValueError: Nothing has been fitted, or `path` is a folder.
+            OSError: The file cannot be written.
         """
         from .persistence import save_method
 
         save_method(self, path)
 
     @classmethod
-    def load(cls: type[Self], path: str | Path, model: nn.Module, train_dataset: Any, **options: Any) -> Self:
-        """Read a method that `save` has written; no pass over the training set is made.
+    def load(
+        cls: type[Self],
+        path: str | Path,
+        model: nn.Module,
+        train_dataset: Any,
+        *,
+        changed: str = "refuse",
+        **options: Any,
+    ) -> Self:
+        """Read a method that `save` has written, without a pass of the training set through the model.
+
+        The labels of all training examples are compared with those that the method was fitted on, and their
+        inputs up to `stale_data.INPUT_BYTES`; `compared_` says what was. That reads the data set, unless its
+        labels can be had alone and its inputs are more than that.
 
         Args:
             path: File name.
             model: The model that it was fitted on.
             train_dataset: The training set that it was fitted on.
+            changed: What to do about examples that have changed: "refuse" them; "update" the method by these
+                alone (closed-form STRIDE: what a refit would give); or "ignore", which compares nothing but
+                the length, for data that are slow to read and sure to be the same.
             **options: Constructor arguments that are not saved (device, checkpoints, ...), or another
                 batch_size.
 
         Raises:
-            ValueError: The file belongs to other weights, other data or another class.
+            ValueError: The file is damaged, or belongs to other weights, other data or another class.
         """
         from .persistence import load_method
 
-        return load_method(cls, path, model, train_dataset, options)
+        return load_method(cls, path, model, train_dataset, options, changed)
 
     def _states_to_save(self) -> list[Any]:
         """What `save` keeps of each checkpoint."""
@@ -769,7 +817,9 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
 
     def _settings(self) -> dict[str, Any]:
         """Constructor arguments that `save` keeps, as plain values."""
-        return {"layers": None if self.layers is None else list(self.layers), "batch_size": self.batch_size}
+        loss = {} if self.loss == CrossEntropy() else {"loss": asdict(self.loss)}
+        layers = None if self.layers is None else list(self.layers)
+        return {"layers": layers, "batch_size": self.batch_size, **loss}
 
 
 def _slice_target(target: str | Tensor, start: int, n: int) -> str | Tensor:

@@ -43,11 +43,12 @@ def raw_batches(source: Any, batch_size: int, argument: str) -> Iterator[Any]:
         for start in range(0, len(source), batch_size):
             yield tuple(tensor[start : start + batch_size] for tensor in source.tensors)
         return
-    with user_code():  # the order of a sampler, workers, ...
+    with user_code("order"):  # of a sampler; workers
         iterator = iter(_loader_of(source, batch_size))
     while True:
-        with user_code():
+        with user_code("examples") as code:
             batch = next(iterator, _END)
+            code.did_something = batch is not _END
         if batch is _END:
             return
         if not is_batch(batch):
@@ -64,7 +65,18 @@ def _loader_of(source: Any, batch_size: int) -> DataLoader[Any]:
     """The source itself, or a loader of it that draws nothing from the global random state."""
     if isinstance(source, DataLoader):
         return source
-    return DataLoader(source, batch_size=batch_size, generator=torch.Generator())
+    return PrivateLoader(source, batch_size=batch_size)
+
+
+class PrivateLoader(DataLoader[Any]):
+    """A loader of the package's: it draws nothing from the global random state, on any default device."""
+
+    def __init__(self, source: Any, **options: Any) -> None:
+        super().__init__(source, generator=torch.Generator("cpu"), **options)
+
+    def __iter__(self) -> Any:
+        with torch.device("cpu"):  # torch draws a seed with the generator, on the default device
+            return super().__iter__()
 
 
 def stacks_examples(source: Any) -> bool:
@@ -79,7 +91,7 @@ def is_one_pass(source: Any) -> bool:
     if not is_stream(source):
         return False
     stream = source.dataset if isinstance(source, DataLoader) else source
-    with user_code():
+    with user_code("stream"):
         first = iter(stream)
         return first is iter(stream)
 
@@ -133,10 +145,11 @@ def check_places(source: Any, argument: str) -> None:
         return
     if type(source.sampler) is SequentialSampler and type(source.batch_sampler) in (BatchSampler, type(None)):
         return
-    if source.batch_sampler is None:  # an item is a batch
-        order = list(source.sampler)
-    else:
-        order = [i for batch in source.batch_sampler for i in batch]
+    with draws_put_back(), user_code("order"):
+        if source.batch_sampler is None:  # an item is a batch
+            order = list(source.sampler)
+        else:
+            order = [i for batch in source.batch_sampler for i in batch]
     wrong = next((place for place, i in enumerate(order) if place != i), None)
     if wrong is not None:
         raise bad_value(
@@ -221,7 +234,7 @@ def _shuffles(loader: DataLoader[Any]) -> bool:
     if type(loader.sampler) is SequentialSampler and type(loader.batch_sampler) in (BatchSampler, type(None)):
         return False
     order = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
-    with draws_put_back(), user_code():
+    with draws_put_back(), user_code("order"):
         first = list(order)
         # Several times, because a shuffle of a few examples often leaves them in place.
         return any(list(order) != first for _ in range(1 if len(first) > 16 else 8))

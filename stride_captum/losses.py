@@ -155,4 +155,8 @@ def _are_probabilities(values: Tensor) -> Tensor:
         return ((values >= 0) & (values <= 1))[:, 0]
     wide = values if values.dtype == torch.float64 else values.float()
     rounding = 4 * torch.finfo(values.dtype).eps * values.shape[1] ** 0.5 + 1e-6
-    return (wide >= 0).all(1) & ((wide.sum(1) - 1).abs() <= rounding)
+    found: Tensor = (wide >= 0).all(1) & ((wide.sum(1) - 1).abs() <= rounding)
+    return found
+
+
+__all__ = ["CrossEntropy"]

@@ -1,11 +1,12 @@
-"""Owns the rule of memory: what a budget is in bytes, and how many rows of a piece of work it holds.
+"""Memory budgets: their size in bytes, and how many rows of a piece of work they hold.
 
 A budget is a number of bytes, text such as "4GiB", or "auto": an eighth of the memory that is free on the
 device where the work is done, rounded down to a power of two, so that small changes of the free memory
 do not change the chunks. Chunks change results by rounding only.
 
-The budget bounds the temporary arrays of one block of work. What a method keeps (features, residuals,
-operators) and what it returns come on top: `method.estimate()` adds them up.
+The budget bounds the temporary arrays of one block of work. What a method keeps (features, logits, operators)
+and what it returns come on top: `method.estimate()` adds them up. Residuals of the closed form are kept only
+if they fit the budget, too.
 """
 
 from __future__ import annotations

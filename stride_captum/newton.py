@@ -1,4 +1,4 @@
-"""Owns the closed form of STRIDE: Fisher factors, damping, and scores as products of activations.
+"""Closed form of STRIDE: approximations of the damped Fisher, and scores as products of activations.
 
 The gradient of the fidelity loss (1) at a = 0 is `-(1/|S|) sum_{i in S} phi_i (e_{y_i} - p_i)^T`, and
 the Hessian of the stability loss (2) there is the Fisher `F = E[phi phi^T (x) (diag p - p p^T)]`. The
@@ -11,8 +11,10 @@ the response with respect to the logits, the score of training example i for a t
 `<phi (x) g, a_i>`: the predicted change of the response when i is among the training examples.
 
 phi holds the features of every layer, each scaled to unit mean square norm, and a constant 1. The
-features are stored as they come; the scaling acts on the small side of every product. Products are
-taken in float32, or float64 where the features are: half precision is only for storage.
+features are stored as they come; the scaling acts on the small side of every product.
+
+A curvature solves for F in units of s, the mean of the C - 1 eigenvalues that `E[diag p - p p^T]` can have.
+For a model that is sure of its training set s can be 1e-30. It cancels from scores if the r_i have that unit.
 """
 
 from __future__ import annotations
@@ -23,225 +25,64 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import bad_value
-from .memory_budget import MOST_ROWS, blocks
-from .process_group import ALONE, Alone
-from .residuals import leave_one_out_residuals, one_hot
-from .staging import staged
-from .symmetric import add_gram_matrix, inverse_forms
+from .devices import as_float64
+from .memory_budget import blocks
+from .staging import TrainingBlocks
 
-#: Classes up to which Sigma is kept whole.
-MOST_CLASSES = 4096
-#: Multiplications of a Gram matrix in float64 that take no time to speak of: 0.02 s on one core.
-_CHEAP = 2**28
-#: Rows that are summed by class in float32 before they join a sum in float64. With 8,192 the leave-one-out
-#: residuals lose a digit, and with it the cosine of examples that the model is sure of.
-_CLASS_ROWS = 512
 #: `(U, V)` with U `(n, n_features + 1)` and V `(n, n_classes)`: one Kronecker term of (F + lambda)^-1.
 Term = tuple[Tensor, Tensor]
 
 
 @dataclass
-class Moments:
-    """Second moments of the features of the training set, from one pass.
+class CenteredMap:
+    """A product of features with a matrix, taken from their mean: `(phi - m) M + m M`.
+
+    Most of phi is its mean, which an inverse of A shrinks by more than float32 has digits. What is left when
+    the mean is taken off keeps its own, and `m M` is known in float64.
 
     Attributes:
-        gram: `sum_i h_i h_i^T` with h extended by 1, `(n_features + 1, n_features + 1)` float64.
-        targets: `sum_i h_i e_{y_i}^T`, `(n_features + 1, n_classes)` float64.
-        scale: Factor of each feature that gives every layer unit mean square norm; 1 for the
-            constant. `(n_features + 1,)` float64.
-        n_train: N.
+        matrix: M, `(n_features + 1, n)`.
+        center: m = E[phi], `(n_features + 1,)`.
+        image: `m M`, `(n,)`.
     """
 
-    gram: Tensor
-    targets: Tensor
-    scale: Tensor
-    n_train: int
+    matrix: Tensor
+    center: Tensor
+    image: Tensor
 
-    def first(self, n_features: int) -> Moments:
-        """The moments of the first features and the constant."""
-        kept = [*range(n_features), len(self.scale) - 1]
-        return Moments(self.gram[kept][:, kept], self.targets[kept], self.scale[kept], self.n_train)
+    def __call__(self, phi: Tensor) -> Tensor:
+        """`phi M`, `(n_rows, n)`."""
+        return torch.addmm(self.image, phi - self.center, self.matrix)
 
-    @property
-    def second_moment(self) -> Tensor:
-        """A = E[phi phi^T], `(n_features + 1, n_features + 1)` float64."""
-        return self.gram * self.scale[:, None] * self.scale / self.n_train
+    def forms(self, data: TrainingBlocks, scale: Tensor) -> Tensor:
+        """`phi_i^T M phi_i` of each training example, for a symmetric M, `(n_train,)`.
 
-
-def working_dtype(features: Tensor) -> torch.dtype:
-    """The dtype of all products with these features: float64 for float64, float32 for all others."""
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
-
-
-def feature_moments(
-    features: Tensor,
-    labels: Tensor,
-    n_classes: int,
-    widths: Sequence[int],
-    block_rows: int = MOST_ROWS,
-    ranks: Alone = ALONE,
-) -> Moments:
-    """Accumulate the moments: products in float32, their sums in float64; all float64 where that is cheap.
-
-    Args:
-        features: `(n_train, n_features)`, may be memory-mapped, and elsewhere than the labels.
-        labels: `(n_train,)` int64; products are taken on their device.
-        n_classes: C.
-        widths: Widths of the layers, in the order of the columns.
-        block_rows: Rows of a chunk.
-        ranks: Who else has a share of the training set.
-
-    Raises:
-        ValueError: NaN or infinite features.
-    """
-    n, d = features.shape
-    device = _float64_device(labels.device)
-    gram = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=device)
-    targets = torch.zeros(d + 1, n_classes, dtype=torch.float64, device=device)
-    # The inverse of A magnifies a rounding of the sums to 1e-5 of a score: how the rows are cut would show.
-    cheap = device == labels.device and n * d * d <= _CHEAP
-    dtype = torch.float64 if cheap else working_dtype(features)
-    for rows in blocks(n, block_rows):
-        h = staged(features[rows], labels.device, dtype)
-        e = one_hot(labels[rows], h.new_empty(0, n_classes))
-        add_gram_matrix(gram[:d, :d], h)
-        for few in blocks(len(h), block_rows if dtype == torch.float64 else _CLASS_ROWS):
-            targets[:d] += (h[few].T @ e[few]).to(gram)
-        targets[d] += e.sum(0).to(gram)
-    gram[:d, d] = gram[d, :d] = targets[:d].sum(1)  # every example is of one class
-    gram[d, d] = n
-    gram, targets = ranks.total(gram, "Gram matrix"), ranks.total(targets, "class moments")
-    n = int(gram[d, d])
-    energy = gram.diagonal()
-    finite = torch.isfinite(energy.to(working_dtype(features)))
-    if not bool(finite.all()):
-        column = int((~finite).nonzero()[0])
-        raise bad_value(
-            "train_dataset",
-            "give finite activations",
-            f"NaN or infinity in feature {column}",
-            "Look for it in the inputs, or for an overflow in half precision.",
-        )
-    return Moments(gram, targets, layer_scale(energy, widths, n), n)
-
-
-def layer_scale(energy: Tensor, widths: Sequence[int], n_train: int) -> Tensor:
-    """Factor of each feature that gives every layer unit mean square norm; 1 for the constant.
-
-    Args:
-        energy: Diagonal of the Gram matrix, `(n_features + 1,)`.
-        widths: Widths of the layers, in the order of the columns.
-        n_train: N.
-    """
-    scale, start = torch.ones_like(energy), 0
-    for width in widths:
-        norm = (energy[start : start + width].sum() / n_train).sqrt()
-        scale[start : start + width] = 1 / norm if norm > 0 else 1.0
-        start += width
-    return scale
-
-
-def damped_inverse(matrix: Tensor, damping: float, mean_diagonal: Tensor | None = None) -> Tensor:
-    """`(matrix + damping * mean_diagonal * I)^-1`, in float64; see `damped_factor`."""
-    return torch.cholesky_inverse(damped_factor(matrix, damping, mean_diagonal))
-
-
-def damped_factor(matrix: Tensor, damping: float, mean_diagonal: Tensor | None = None) -> Tensor:
-    """The Cholesky factor L of `matrix + damping * mean_diagonal * I = L L^T`, in float64.
-
-    Args:
-        matrix: Symmetric positive semi-definite, `(..., d, d)`.
-        damping: Relative to `mean_diagonal`.
-        mean_diagonal: `(...)`; the matrix's own by default.
-
-    Raises:
-        ValueError: The damping is below the rounding errors of a singular matrix.
-    """
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1) if mean_diagonal is None else mean_diagonal
-    damped = matrix.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_((damping * mean)[..., None])
-    factor: Tensor
-    factor, info = torch.linalg.cholesky_ex(damped)
-    if bool(info.any()):
-        raise bad_value(
-            "damping",
-            "be large enough to make the curvature positive definite in its precision",
-            damping,
-            "Raise it (the default is 0.3), or give the model and its data in float64.",
-        )
-    return factor
-
-
-def leverage_forms(features: Tensor, scale: Tensor, inverse: Tensor, block_rows: int = MOST_ROWS) -> Tensor:
-    """`phi_i^T (A + lambda I)^-1 phi_i` of each example, `(n_train,)`: N times its leverage.
-
-    Args:
-        features: Raw features `(n_train, n_features)`.
-        scale: Factor of each feature, 1 for the constant, `(n_features + 1,)`.
-        inverse: `(A + lambda I)^-1`; products are taken on its device.
-        block_rows: Rows of a chunk.
-    """
-    d, dtype = features.shape[1], working_dtype(features)
-    scaled = (inverse * scale[:, None] * scale).to(dtype)
-    forms = scaled.new_empty(len(features))
-    for rows in blocks(len(features), block_rows):
-        h = staged(features[rows], scaled.device, dtype)
-        product = torch.addmm(2 * scaled[d, :d], h, scaled[:d, :d])
-        forms[rows] = torch.einsum("nd,nd->n", product, h) + scaled[d, d]
-    return forms
-
-
-@dataclass
-class RidgeHead:
-    """Ridge regression of the one-hot labels on phi, and what it says of an example it has not seen.
-
-    Attributes:
-        weights: On raw features and the constant, `(n_features + 1, n_classes)`.
-        left_out: Leave-one-out residuals `(n_train, n_classes)`.
-    """
-
-    weights: Tensor
-    left_out: Tensor
-
-    def predict(self, features: Tensor) -> Tensor:
-        """Predictions for other examples, `(n, n_classes)`; features beyond the head's are ignored."""
-        d = len(self.weights) - 1
-        return torch.addmm(self.weights[d], features[:, :d].to(self.weights), self.weights[:d])
-
-
-def fit_ridge_head(
-    features: Tensor, labels: Tensor, moments: Moments, damping: float, block_rows: int = MOST_ROWS
-) -> RidgeHead:
-    """Fit the head in closed form, with the leave-one-out residuals of all examples at once.
-
-    Args:
-        features: Raw features `(n_train, n_features)`.
-        labels: `(n_train,)` int64.
-        moments: Of the same features.
-        damping: lambda relative to the mean diagonal of A.
-        block_rows: Rows of a chunk.
-    """
-    dtype, d = working_dtype(features), features.shape[1]
-    scale = moments.scale[:, None]
-    factor = damped_factor(moments.second_moment, damping) / scale  # of phi, acting on raw features
-    weights = torch.cholesky_solve(moments.targets, factor) / moments.n_train
-    factor, weights = factor.to(labels.device, dtype), weights.to(labels.device, dtype)
-    left_out = weights.new_empty(len(features), weights.shape[1])
-    for rows in blocks(len(features), block_rows):
-        h = staged(features[rows], weights.device, dtype)
-        fitted = torch.addmm(weights[d], h, weights[:d])
-        leverages = inverse_forms(h, factor) / moments.n_train
-        left_out[rows] = leave_one_out_residuals(fitted, leverages, labels[rows])
-    return RidgeHead(weights, left_out)
+        Args:
+            data: The training set.
+            scale: Factor of each feature, 1 for the constant, `(n_features + 1,)`.
+        """
+        d = len(scale) - 1
+        middle = (self.center / scale)[:d]
+        quadratic = (self.matrix * scale[:, None] * scale)[:d, :d]
+        linear, constant = 2 * (self.image * scale)[:d], as_float64(self.image) @ as_float64(self.center)
+        forms = scale.new_empty(len(data.labels))
+        for rows in data:
+            h = data.features_of(rows) - middle
+            forms[rows] = torch.einsum("nd,nd->n", torch.addmm(linear, h, quadratic), h) + constant.to(forms)
+        return forms
 
 
 class Curvature:
-    """An approximation of F + lambda I that can be inverted: what every option has in common."""
+    """An approximation of F + lambda I that can be inverted: what every option has in common.
 
-    def precondition(self, phi: Tensor, vectors: Tensor) -> list[Term]:
-        """`(F + lambda I)^-1 (phi (x) v)` as Kronecker terms.
+    Attributes:
+        scale: s.
+    """
+
+    scale: float
+
+    def solve(self, phi: Tensor, vectors: Tensor) -> list[Term]:
+        """`s (F + lambda I)^-1 (phi (x) v)` as Kronecker terms.
 
         Args:
             phi: Scaled features with the constant, `(n, n_features + 1)`.
@@ -252,26 +93,30 @@ class Curvature:
         """
         raise NotImplementedError
 
+    def precondition(self, phi: Tensor, vectors: Tensor) -> list[Term]:
+        """`(F + lambda I)^-1 (phi (x) v)`, likewise."""
+        return self.solve(phi, vectors / self.scale)
+
 
 @dataclass
 class IdentityCurvature(Curvature):
-    """A (x) s I, with s the mean of the C - 1 eigenvalues that `E[diag p - p p^T]` can have.
+    """A (x) s I.
 
     Attributes:
+        scale: s.
         inverse: `(A + damping mean(diag A) I)^-1`.
-        scale: s, a tensor of one number.
     """
 
-    inverse: Tensor
-    scale: Tensor
+    scale: float
+    inverse: CenteredMap
 
     def class_product(self, left: Tensor, right: Tensor) -> Tensor:
-        """The class side of the quadratic form of each row, `(n,)`."""
-        return (left * right).sum(1) / self.scale
+        """The class side of the quadratic form of each row, times s, `(n,)`."""
+        return (left * right).sum(1)
 
-    def precondition(self, phi: Tensor, vectors: Tensor) -> list[Term]:
-        """One term: `phi (A + lambda)^-1` and `v / s`."""
-        return [(phi @ self.inverse, vectors / self.scale)]
+    def solve(self, phi: Tensor, vectors: Tensor) -> list[Term]:
+        """One term: `phi (A + lambda)^-1` and v."""
+        return [(self.inverse(phi), vectors)]
 
 
 @dataclass
@@ -282,23 +127,31 @@ class KroneckerCurvature(Curvature):
     kept: what stands beside it, `E[p_a p_b]`, is a part of 1/C of it where probabilities are spread.
 
     Attributes:
+        scale: s.
         inverse: Damped inverse of A.
-        class_inverse: Damped inverse of Sigma, `(n_classes, n_classes)`, or its diagonal `(n_classes,)`.
+        class_side: s times the damped inverse of Sigma, `(n_classes, n_classes)`, or its diagonal
+            `(n_classes,)`.
     """
 
-    inverse: Tensor
-    class_inverse: Tensor
+    scale: float
+    inverse: CenteredMap
+    class_side: Tensor
+
+    @property
+    def class_inverse(self) -> Tensor:
+        """Damped inverse of Sigma, or its diagonal."""
+        return self.class_side / self.scale
 
     def class_product(self, left: Tensor, right: Tensor) -> Tensor:
-        """The class side of the quadratic form of each row, `(n,)`."""
-        return (self._class_side(left) * right).sum(1)
+        """The class side of the quadratic form of each row, times s, `(n,)`."""
+        return (self._with_classes(left) * right).sum(1)
 
-    def precondition(self, phi: Tensor, vectors: Tensor) -> list[Term]:
+    def solve(self, phi: Tensor, vectors: Tensor) -> list[Term]:
         """One term: both sides multiplied by their inverse."""
-        return [(phi @ self.inverse, self._class_side(vectors))]
+        return [(self.inverse(phi), self._with_classes(vectors))]
 
-    def _class_side(self, vectors: Tensor) -> Tensor:
-        return vectors * self.class_inverse if self.class_inverse.ndim == 1 else vectors @ self.class_inverse
+    def _with_classes(self, vectors: Tensor) -> Tensor:
+        return vectors * self.class_side if self.class_side.ndim == 1 else vectors @ self.class_side
 
 
 @dataclass
@@ -306,16 +159,18 @@ class EigenvalueCorrectedCurvature(Curvature):
     """The eigenbasis of A (x) Sigma with the exact diagonal of F in it (George et al., 2018).
 
     Attributes:
+        scale: s.
         basis: Eigenvectors of A, `(n_features + 1, n_features + 1)`.
         class_basis: Eigenvectors of Sigma, `(n_classes, n_classes)`.
-        inverse_diagonal: `1 / (F_ab + lambda)`, `(n_features + 1, n_classes)`.
+        inverse_diagonal: `s / (F_ab + lambda)`, `(n_features + 1, n_classes)`.
     """
 
+    scale: float
     basis: Tensor
     class_basis: Tensor
     inverse_diagonal: Tensor
 
-    def precondition(self, phi: Tensor, vectors: Tensor) -> list[Term]:
+    def solve(self, phi: Tensor, vectors: Tensor) -> list[Term]:
         """One term per eigenvector of Sigma."""
         rotated, v = phi @ self.basis, vectors @ self.class_basis
         return [
@@ -329,42 +184,45 @@ class ClassBlockCurvature(Curvature):
     """The diagonal blocks of F: E[phi phi^T p_c (1 - p_c)] for each class c.
 
     Attributes:
-        inverses: Damped inverses of the blocks, `(n_classes, n_features + 1, n_features + 1)`.
+        scale: s.
+        inverses: s times the damped inverse of the block of each class.
     """
 
-    inverses: Tensor
+    scale: float
+    inverses: list[CenteredMap]
 
-    def precondition(self, phi: Tensor, vectors: Tensor) -> list[Term]:
+    def solve(self, phi: Tensor, vectors: Tensor) -> list[Term]:
         """One term per class."""
         classes = torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
-        return [
-            (phi @ inverse, vectors[:, c : c + 1] * classes[c]) for c, inverse in enumerate(self.inverses)
-        ]
+        return [(inverse(phi), vectors[:, c : c + 1] * classes[c]) for c, inverse in enumerate(self.inverses)]
 
 
 @dataclass
 class GaussNewtonCurvature(Curvature):
     """F itself, solved by conjugate gradients over the training set for each block of test points.
 
-    Preconditioned by A (x) s I, which leaves tens of steps where there were hundreds.
+    Preconditioned by A (x) s I, which leaves tens of steps where there were hundreds. Products with
+    `diag p - p p^T` start from the likeliest class, so that nothing cancels if its p is close to 1.
 
     Attributes:
+        scale: s.
         phi: Scaled features of the training set, `(n_train, n_features + 1)`.
-        probabilities: p of the training set, `(n_train, n_classes)`.
-        damping: lambda, absolute, a tensor of one number.
+        others: p / s with 0 in the place of the likeliest class, `(n_train, n_classes)`.
+        first: The likeliest class, `(n_train, 1)` int64.
+        damping: lambda / s, absolute.
         inverse: `(A + damping mean(diag A) I)^-1`.
-        scale: s, a tensor of one number.
         tolerance: Relative residual at which the solver stops.
     """
 
+    scale: float
     phi: Tensor
-    probabilities: Tensor
-    damping: Tensor
+    others: Tensor
+    first: Tensor
+    damping: float
     inverse: Tensor
-    scale: Tensor
     tolerance: float = 1e-6
 
-    def precondition(self, phi: Tensor, vectors: Tensor) -> list[Term]:
+    def solve(self, phi: Tensor, vectors: Tensor) -> list[Term]:
         """One term per class: the columns of the solution."""
         right = phi[:, :, None] * vectors[:, None, :]
         solution = self._solve(right)
@@ -372,12 +230,15 @@ class GaussNewtonCurvature(Curvature):
         return [(solution[:, :, c], classes[c].expand_as(vectors)) for c in range(vectors.shape[1])]
 
     def multiply(self, a: Tensor) -> Tensor:
-        """(F + lambda I) a for a `(n, n_features + 1, n_classes)`."""
+        """(F + lambda I) a / s for a `(n, n_features + 1, n_classes)`."""
         result = self.damping * a
         for rows in blocks(len(self.phi), 1024):
-            phi, p = self.phi[rows], self.probabilities[rows]
+            phi, p = self.phi[rows], self.others[rows]
+            first = self.first[rows].expand(len(a), -1, 1)
             moved = torch.einsum("id,ndc->nic", phi, a)
-            moved = p * (moved - (p * moved).sum(-1, keepdim=True))
+            moved = moved - moved.gather(-1, first)
+            moved = p * (moved - self.scale * (p * moved).sum(-1, keepdim=True))
+            moved.scatter_(-1, first, -moved.sum(-1, keepdim=True))
             result += torch.einsum("id,nic->ndc", phi, moved) / len(self.phi)
         return result
 
@@ -385,7 +246,7 @@ class GaussNewtonCurvature(Curvature):
         """Conjugate gradients, all right-hand sides at once; stops when each residual is small."""
         x = 0 * right  # not zeros: a right-hand side with NaN has no solution
         r = right.clone()
-        direction = z = self.inverse @ r / self.scale
+        direction = z = self.inverse @ r
         rho = (r * z).sum((1, 2))
         goal = self.tolerance * r.norm(dim=(1, 2))
         for _ in range(10 * right.shape[1] * right.shape[2]):
@@ -395,7 +256,7 @@ class GaussNewtonCurvature(Curvature):
             step = _ratio(rho, (direction * product).sum((1, 2)))
             x += step * direction
             r -= step * product
-            z = self.inverse @ r / self.scale
+            z = self.inverse @ r
             rho, previous = (r * z).sum((1, 2)), rho
             direction = z + _ratio(rho, previous) * direction
         return x
@@ -404,126 +265,6 @@ class GaussNewtonCurvature(Curvature):
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
     """The quotient for each right-hand side, 0 where one has converged to nothing; `(n, 1, 1)`."""
     return torch.where(below > 0, above / torch.where(below > 0, below, 1.0), 0.0)[:, None, None]
-
-
-def fit_curvature(
-    name: str,
-    features: Tensor,
-    probabilities: Tensor,
-    moments: Moments,
-    damping: float,
-    inverse: Tensor,
-    block_rows: int = MOST_ROWS,
-    ranks: Alone = ALONE,
-) -> Curvature:
-    """Fit one of the approximations of F.
-
-    lambda is `damping` times the mean diagonal of A (x) Sigma over the `(n_features + 1) (C - 1)`
-    dimensions that F can have: softmax does not see a shift of all logits. The two options with a
-    single Kronecker product damp its factors instead: s lambda I beside A, and both of A (x) Sigma.
-
-    Args:
-        name: An option of `STRIDEConfig.curvature`.
-        features: `(n_train, n_features)`.
-        probabilities: p in the working dtype, `(n_train, n_classes)`.
-        moments: Of the features.
-        damping: Relative.
-        inverse: `(A + damping mean(diag A) I)^-1` in float64.
-        block_rows: Rows of a chunk.
-        ranks: Who else has a share of the training set.
-
-    Raises:
-        ValueError: Logits with NaN, or a model without any uncertainty left.
-    """
-    n_classes = probabilities.shape[1]
-    diagonal_only = n_classes > MOST_CLASSES and name in ("identity", "kronecker")
-    sigma = _softmax_covariance(probabilities, inverse, block_rows, diagonal_only, moments.n_train, ranks)
-    mean_sigma = (sigma.sum() if diagonal_only else sigma.trace()) / (n_classes - 1)
-    if not mean_sigma > 0:
-        raise bad_value(
-            "temperature",
-            "leave the model some uncertainty",
-            "probabilities that are all 0 or 1",
-            "Raise it.",
-        )
-    if name == "identity":
-        return IdentityCurvature(inverse.to(probabilities), mean_sigma.to(probabilities))
-    if name == "kronecker" and diagonal_only:
-        return KroneckerCurvature(
-            inverse.to(probabilities), (1 / (sigma + damping * mean_sigma)).to(probabilities)
-        )
-    if name == "kronecker":
-        class_inverse = damped_inverse(sigma, damping, mean_sigma)
-        return KroneckerCurvature(inverse.to(probabilities), class_inverse.to(probabilities))
-    a = moments.second_moment
-    mean_diagonal = a.diagonal().mean() * mean_sigma
-    if name == "gauss-newton":
-        phi = scaled_features(features, moments.scale)
-        return GaussNewtonCurvature(
-            phi,
-            probabilities,
-            damping=(damping * mean_diagonal).to(phi),
-            inverse=inverse.to(phi),
-            scale=mean_sigma.to(phi),
-            tolerance=1e-10 if phi.dtype == torch.float64 else 1e-6,
-        )
-    if name == "eigenvalue-corrected":
-        return _eigenvalue_corrected(
-            features, probabilities.to(inverse), moments, a, sigma, damping * mean_diagonal, ranks
-        )
-    blocks_of_f = torch.zeros(n_classes, *a.shape, dtype=a.dtype, device=a.device)
-    weights = probabilities * (1 - probabilities)
-    for rows in blocks(len(features), block_rows):
-        phi = scaled_features(features[rows], moments.scale)
-        for c in range(n_classes):
-            blocks_of_f[c] += ((phi * weights[rows, c : c + 1]).T @ phi).to(a) / moments.n_train
-    blocks_of_f = ranks.total(blocks_of_f, "blocks of the Fisher")
-    inverses = damped_inverse(blocks_of_f, damping, mean_diagonal.expand(n_classes))
-    return ClassBlockCurvature(inverses.to(probabilities))
-
-
-def _softmax_covariance(
-    probabilities: Tensor, like: Tensor, block_rows: int, diagonal_only: bool, n_train: int, ranks: Alone
-) -> Tensor:
-    """Sigma = E[diag p - p p^T] or its diagonal, in the dtype and on the device of `like`."""
-    n, n_classes = probabilities.shape
-    total = like.new_zeros(n_classes)
-    second = total.clone() if diagonal_only else like.new_zeros(n_classes, n_classes)
-    for rows in blocks(n, block_rows):
-        p = probabilities[rows].to(like)
-        finite = torch.isfinite(p).all(1)
-        if not bool(finite.all()):
-            wrong = rows.start + int((~finite).nonzero()[0])
-            raise bad_value("model", "return logits without NaN", f"NaN for training example {wrong}")
-        total += p.sum(0)
-        second += p.square().sum(0) if diagonal_only else p.T @ p
-    covariance = (total if diagonal_only else total.diag()) - second
-    return ranks.total(covariance, "class covariance") / n_train
-
-
-def _eigenvalue_corrected(
-    features: Tensor, p: Tensor, moments: Moments, a: Tensor, sigma: Tensor, damping: Tensor, ranks: Alone
-) -> EigenvalueCorrectedCurvature:
-    # Other hardware may turn eigenvectors, and what is summed below must be in one basis.
-    basis, class_basis = (ranks.same(torch.linalg.eigh(m)[1], "eigenvectors") for m in (a, sigma))
-    diagonal = torch.zeros(a.shape[0], p.shape[1], dtype=a.dtype, device=a.device)
-    for rows in blocks(len(features), MOST_ROWS):
-        phi = scaled_features(features[rows], moments.scale)
-        rotated = phi @ basis.to(phi)
-        v = class_basis
-        weights = p[rows] @ v.square() - (p[rows] @ v).square()
-        diagonal += (rotated.square().T @ weights.to(phi)).to(a) / moments.n_train
-    diagonal = ranks.total(diagonal, "corrected eigenvalues")
-    device, dtype = features.device, working_dtype(features)
-    parts = (basis, class_basis, 1 / (diagonal + damping))
-    return EigenvalueCorrectedCurvature(*(part.to(device, dtype) for part in parts))
-
-
-def scaled_features(features: Tensor, scale: Tensor) -> Tensor:
-    """phi: features times their scale, and the constant 1; `(n, n_features + 1)` in the working dtype."""
-    features = features.to(working_dtype(features))
-    ones = features.new_ones(len(features), 1)
-    return torch.cat([features * scale[:-1].to(features), ones], dim=1)
 
 
 #: Scores that the class side multiplies at a time: small enough for the last level of cache.
@@ -571,10 +312,9 @@ def on_raw_features(terms: Sequence[Term], scale: Tensor, n_train: int) -> list[
 
 def quadratic_forms(curvature: Curvature, phi: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """`<phi (x) left, (F + lambda I)^-1 (phi (x) right)>` of each row, `(n,)`."""
-    terms = curvature.precondition(phi, right)
+    return forms_of(curvature.precondition(phi, right), phi, left)
+
+
+def forms_of(terms: Sequence[Term], phi: Tensor, left: Tensor) -> Tensor:
+    """The inner product of each row's terms with its `phi (x) left`, `(n,)`."""
     return torch.stack([(u * phi).sum(1) * (v * left).sum(1) for u, v in terms]).sum(0)
-
-
-def _float64_device(device: torch.device) -> torch.device:
-    """Apple's GPUs have no float64: the small matrices go to the CPU there."""
-    return torch.device("cpu") if device.type == "mps" else device

@@ -1,4 +1,4 @@
-"""Owns the objective of stage 1 (Appendix A): equations (1) to (5), one pure function each.
+"""Objective of stage 1 (Appendix A): equations (1) to (5), one pure function each.
 
 Leading dimensions are subsets: a batch of `n` examples for each of K subsets has logits z(x)
 `(K, n, n_classes)` and shifts a_k^T phi(h(x)) of the same shape, and every loss is `(K,)`. Where
@@ -79,7 +79,8 @@ def linearity(responses: Tensor, sketch: Tensor, ridge: float) -> Tensor:
       one loss for all subsets. It pulls y towards what a linear function of the sketch can give.
 
     The loss is quadratic in y and zero for y = 0. A row of zeros in both `responses` and `sketch`
-    changes nothing. Solved by Cholesky of the smaller Gram matrix; with m <= r rows the residual is
+    changes nothing. Solved by Cholesky of the smaller Gram matrix (NaN where it
+    holds NaN); with m <= r rows the residual is
     `gamma (X~ X~^T + gamma I)^-1 y`, which subtracts nothing.
 
     Args:
@@ -132,5 +133,5 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def _regularised_cholesky(gram: Tensor, ridge: float) -> Tensor:
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    factor: Tensor = torch.linalg.cholesky(gram + ridge * identity)
-    return factor
+    factor, failed = torch.linalg.cholesky_ex(gram + ridge * identity)  # which no GPU is waited for
+    return torch.where((failed == 0)[..., None, None], factor, torch.nan)

@@ -1,4 +1,4 @@
-"""Owns the steering operators: the encoder phi and the K steering matrices a_k (section 3, E.1)."""
+"""Steering operators: the encoder phi and the K steering matrices a_k (section 3, E.1)."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ class SteeringOperators(nn.Module):
         copies = () if encoder == "shared" else (n_subsets,)
 
         def gaussian(*shape: int, variance: float) -> nn.Parameter:
-            draw = torch.empty(*copies, *shape, dtype=dtype)
+            draw = torch.empty(*copies, *shape, dtype=dtype, device="cpu")
             return nn.Parameter(draw.normal_(std=math.sqrt(variance), generator=generator))
 
         def zeros(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(*shape, dtype=dtype))
+            return nn.Parameter(torch.zeros(*shape, dtype=dtype, device="cpu"))
 
         self.hidden_weight = gaussian(n_features, n_features, variance=2 / n_features)
         self.hidden_bias = zeros(*copies, n_features)

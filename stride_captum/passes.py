@@ -129,9 +129,11 @@ class Passes:
         return iterator, read
 
     def _next(self, iterator: Iterator[Any], n: int) -> list[Any]:
+        """The next `n` batches that hold examples, or what is left."""
         found: list[Any] = []
         for content in iterator:
-            found.append(content)
+            if len(ExampleBatch(content, self.said, argument=self.argument)):
+                found.append(content)
             if len(found) == n:
                 break
         return found
@@ -159,7 +161,7 @@ class Passes:
         found = digests_of(batch)
         if self.digests is None or batch.columns is None:
             return found
-        places = torch.arange(batch.columns.start, batch.columns.stop)
+        places = torch.arange(batch.columns.start, batch.columns.stop, device="cpu")
         if batch.columns.stop > len(self.digests):
             raise self._other(f"more than {len(self.digests)} examples in a later pass")
         self._check(found, places)
@@ -210,7 +212,9 @@ class Passes:
         if read:
             found = digests_of(self._batch(read[0], 0))
             n = min(len(found), len(self))
-            self.repeatable = self._check(Digests(found.labels[:n], found.inputs[:n]), torch.arange(n))
+            self.repeatable = self._check(
+                Digests(found.labels[:n], found.inputs[:n]), torch.arange(n, device="cpu")
+            )
 
     def _read_items_again(self, dataset: Any, collate: Any, n: int | None) -> None:
         """Compare `n` items that are spread over a data set, one by one.
@@ -219,18 +223,21 @@ class Passes:
         for one alone.
         """
         if n is not None:
-            groups = [[int(i)] for i in torch.linspace(0, len(self) - 1, min(n, len(self))).long().unique()]
+            groups = [
+                [int(i)]
+                for i in torch.linspace(0, len(self) - 1, min(n, len(self)), device="cpu").long().unique()
+            ]
         else:
             groups = [list(range(self._first_length))]
         parts = []
         for places in groups:
-            with user_code():
+            with user_code("examples"):
                 content = collate([dataset[place] for place in places])
             if not is_batch(content):
                 return
             parts.append(digests_of(self._batch(content, places[0])))
         self.repeatable = self._check(
-            Digests.joined(parts), torch.tensor([i for places in groups for i in places])
+            Digests.joined(parts), torch.tensor([i for places in groups for i in places], device="cpu")
         )
 
     def _warn(self) -> None:

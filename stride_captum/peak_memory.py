@@ -1,11 +1,12 @@
-"""Owns the measurement of peak memory: what a piece of work adds to what was there before."""
+"""Peak memory: what a piece of work adds to what was there before."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import resource
+import mmap
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 
@@ -19,9 +20,10 @@ _SECONDS = 0.005
 class PeakMemory:
     """Highest memory inside a `with` block less the memory at its start, in `bytes`.
 
-    On CUDA it is what torch has allocated on the device. Elsewhere it is the anonymous memory of the
-    process, read every five milliseconds: what is reused from memory that was free before is not seen
-    (`release_free_memory` first).
+    On a GPU it is what torch has allocated there, elsewhere the anonymous memory of the process. Either is
+    read every five milliseconds. What is reused from memory of the process that was free before is not seen
+    (`release_free_memory` first). On CUDA the highest value is exact if it is the highest since torch's
+    statistics were last reset. They are the caller's, so they are not reset here.
     `bytes` is None where the system does not tell (no /proc).
 
     Args:
@@ -33,11 +35,9 @@ class PeakMemory:
         self.bytes: int | None = None
 
     def __enter__(self) -> PeakMemory:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._before: int | None = torch.cuda.memory_allocated(self.device)
-            return self
-        self._before = self._highest = resident_bytes()
+        self._read = _reader(self.device)
+        self._record = _recorded_peak(self.device)
+        self._before = self._highest = self._read()
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         if self._before is not None:
@@ -51,22 +51,32 @@ class PeakMemory:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.device.type == "cuda":
-            assert self._before is not None
-            self.bytes = max(torch.cuda.max_memory_allocated(self.device) - self._before, 0)
-            return
         self._done.set()
         if self._thread is not None:
             self._thread.join()
         if self._before is not None and self._highest is not None:
-            self._highest = max(self._highest, resident_bytes() or 0)
+            record = _recorded_peak(self.device)
+            broken = record if record > self._record else 0
+            self._highest = max(self._highest, self._read() or 0, broken)
             self.bytes = self._highest - self._before
 
     def _watch(self) -> None:
         while not self._done.wait(_SECONDS):
-            now = resident_bytes()
+            now = self._read()
             if now is not None and self._highest is not None:
                 self._highest = max(self._highest, now)
+
+
+def _reader(device: torch.device) -> Callable[[], int | None]:
+    """What reads the memory that work on a device uses."""
+    if device.type == "cuda":
+        return lambda: torch.cuda.memory_allocated(device)
+    return torch.mps.current_allocated_memory if device.type == "mps" else resident_bytes
+
+
+def _recorded_peak(device: torch.device) -> int:
+    """The highest value that torch has seen since its statistics were reset; 0 where it keeps none."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def resident_bytes() -> int | None:
@@ -76,7 +86,7 @@ def resident_bytes() -> int | None:
             _, resident, shared = map(int, file.read().split()[:3])
     except OSError:
         return None
-    return (resident - shared) * resource.getpagesize()
+    return (resident - shared) * mmap.PAGESIZE
 
 
 def release_free_memory() -> None:

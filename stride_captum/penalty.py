@@ -52,7 +52,7 @@ def choose_alpha(
         max_rounds: Safety limit of each fit.
 
     Returns:
-        `(n_test,)` float64 on the device of Y; 0 where all of `X^T y` is 0.
+        `(n_test,)` float64, on the device of Y if it has float64; 0 where all of `X^T y` is 0.
 
     Raises:
         TypeError: Y or membership is of another type.
@@ -87,8 +87,8 @@ def choose_alpha(
     else:
         price = 2.0 if rule == "aic" else float(np.log(matrix.shape[0]))
         scores = _criterion(columns, _centred(y, center), alphas, price, tolerance, max_rounds)
-    chosen = torch.stack(alphas).gather(0, scores.argmin(0, keepdim=True))[0]
-    return chosen.to(Y.device) if isinstance(Y, Tensor) else chosen
+    chosen: Tensor = torch.stack(alphas).gather(0, scores.argmin(0, keepdim=True))[0]
+    return chosen
 
 
 def _centred(y: Tensor, center: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Owns what the processes of a `torch.distributed` group exchange, and what is said when one is lost.
+"""Exchange between the processes of a `torch.distributed` group, and errors when one is lost.
 
 Sums over the training set are taken in float64 on every backend. A collective that cannot end (a process
 has died, or has stopped with an exception) ends in a `RuntimeError` that names the collective, the ranks
@@ -88,7 +88,7 @@ class Ranks(Alone):
 
     def total(self, part: Tensor, what: str) -> Tensor:
         """The sum of `part` over all processes, added in float64."""
-        whole = part.detach().to(self._place(part), torch.float64, copy=True).contiguous()
+        whole = part.detach().to(self._place(part)).to(torch.float64, copy=True).contiguous()
         self._finish(what, lambda: dist.all_reduce(whole, group=self.group, async_op=True))
         return whole.to(part.device, part.dtype)
 
@@ -102,7 +102,7 @@ class Ranks(Alone):
     def cat(self, part: Tensor, what: str, dim: int = 0) -> Tensor:
         """The parts of all processes, one after the other; they may differ in length along `dim`."""
         rows = part.detach().transpose(0, dim)
-        sizes = [int(size) for size in self._gather(torch.tensor([len(rows)], device=part.device), what)]
+        sizes = torch.cat(self._gather(torch.tensor([len(rows)], device=part.device), what)).tolist()
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: len(rows)] = rows
         whole = [p[:n] for p, n in zip(self._gather(padded, what), sizes, strict=True)]
@@ -252,10 +252,10 @@ def first_rank_first() -> Iterator[None]:
     ranks = Ranks()
     with ranks.call("what rank 0 does first"):
         if ranks.rank:
-            ranks.same(torch.zeros(1), "wait for rank 0")
+            ranks.same(torch.zeros(1, device="cpu"), "wait for rank 0")
         yield
         if not ranks.rank:
-            ranks.same(torch.zeros(1), "wait for rank 0")
+            ranks.same(torch.zeros(1, device="cpu"), "wait for rank 0")
 
 
 def _named(ranks: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""Owns the projection of wide layers to fewer features, and how far it moves their kernel.
+"""Projection of wide layers to fewer features, and how far it moves their kernel.
 
 With a matrix P of each layer, h becomes `h P`. What the closed form sees of features is their kernel
 `h(x)^T h(i)`, so the error is that of the kernel: `|K - K_P|_F / |K|_F` on a sample of training examples,
@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .devices import float64_device
 from .memory_budget import MOST_ROWS, blocks
-from .newton import working_dtype
+from .moments import in_float32
+from .staging import working_dtype
 from .symmetric import add_gram_matrix
 
 _SAMPLE = 512
@@ -86,7 +88,9 @@ def fit_projection(
         if old <= width:
             matrices.append(None)
         elif kind == "random":
-            drawn = torch.randn(old, width, generator=generator, dtype=torch.float64) / width**0.5
+            drawn = (
+                torch.randn(old, width, generator=generator, dtype=torch.float64, device="cpu") / width**0.5
+            )
             matrices.append(drawn.to(dtype).to(device))
         else:
             matrices.append(_principal(layer, width, device, block_rows))
@@ -97,7 +101,7 @@ def fit_projection(
 
 def kernel_error(projection: Projection, features: Tensor, device: torch.device) -> float:
     """`|K - K_P|_F / |K|_F` on at most 512 examples that are spread evenly over the training set."""
-    rows = torch.linspace(0, len(features) - 1, min(_SAMPLE, len(features))).long().unique()
+    rows = torch.linspace(0, len(features) - 1, min(_SAMPLE, len(features)), device="cpu").long().unique()
     sample = features[rows].to(device, working_dtype(features))
     before = _kernel(sample, projection.widths)
     gap = _kernel(projection(sample), projection.new_widths) - before
@@ -114,9 +118,16 @@ def _kernel(features: Tensor, widths: Sequence[int]) -> Tensor:
 
 def _principal(layer: Tensor, width: int, device: torch.device, block_rows: int) -> Tensor:
     """The leading eigenvectors of the second moment, `(old width, width)`."""
-    old, dtype = layer.shape[1], working_dtype(layer)
-    total = torch.zeros(old, old, dtype=torch.float64)
-    for rows in blocks(len(layer), block_rows):
-        add_gram_matrix(total, layer[rows].to(device, dtype))
+    dtype = working_dtype(layer)
+    total = _gram_matrix(layer, device, dtype, block_rows)
+    if not bool(in_float32((total.trace() / len(layer)).sqrt())):
+        total = _gram_matrix(layer, float64_device(device), torch.float64, block_rows)
     vectors: Tensor = torch.linalg.eigh(total)[1]
     return vectors[:, -width:].flip(1).to(dtype).to(device)
+
+
+def _gram_matrix(layer: Tensor, device: torch.device, dtype: torch.dtype, block_rows: int) -> Tensor:
+    total = torch.zeros(layer.shape[1], layer.shape[1], dtype=torch.float64, device="cpu")
+    for rows in blocks(len(layer), block_rows):
+        add_gram_matrix(total, layer[rows].to(device, dtype))
+    return total

@@ -1,4 +1,4 @@
-"""Owns stage 2 of the paper: from what the subsets do to a test point to the influence of each example.
+"""Stage 2 of the paper: from what the subsets do to a test point to the influence of each example.
 
 The responses y in R^K of one test point to the K operators are explained by the members of the subsets,
 y ~ X w, with a sparse w (equation 7 of Appendix E.1, Algorithm 1, line 10):
@@ -16,15 +16,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .columns import Columns, read_membership, read_responses
+from .devices import float64_device, matching
 from .errors import bad_value
 from .penalty import choose_alpha
 from .working_set import certify, largest_correlation, row_blocks, solve
 
-__all__ = ["LassoFit", "alpha_max", "choose_alpha", "lasso", "lasso_path", "ridge", "soft_threshold"]
+__all__ = [
+    "LassoFit",
+    "alpha_max",
+    "choose_alpha",
+    "lasso",
+    "lasso_path",
+    "ridge",
+    "ridge_scale",
+    "soft_threshold",
+]
 
 
 @dataclass(frozen=True)
@@ -151,7 +162,7 @@ def ridge(Y: Any, membership: Any, penalty: float | Tensor, *, center: bool = Fa
     Args:
         Y: `(n_test, n_subsets)`.
         membership: X `(n_subsets, n_train)`.
-        penalty: Positive, for all rows or `(n_test,)`.
+        penalty: Positive, for all rows or `(n_test,)`. Absolute; see `ridge_scale`.
         center: As in `lasso`.
 
     Returns:
@@ -171,7 +182,9 @@ def ridge(Y: Any, membership: Any, penalty: float | Tensor, *, center: bool = Fa
     used = y.abs().amax(1) > 0
     if bool((strength[used] == strength[used][:1]).all()):
         shift = strength[used][0] if bool(used.any()) else 1.0
-        factor = torch.linalg.cholesky(gram + shift * torch.eye(len(gram)).to(gram))
+        factor = torch.linalg.cholesky(
+            gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        )
         dual = torch.cholesky_solve(y.T, factor).T
     else:
         values, vectors = torch.linalg.eigh(gram)
@@ -180,6 +193,31 @@ def ridge(Y: Any, membership: Any, penalty: float | Tensor, *, center: bool = Fa
     if center:
         dual = dual - dual.mean(1, keepdim=True)
     return problem.columns.expand(problem.columns.adjoint(dual)).to(problem.home)
+
+
+def ridge_scale(membership: Any, *, center: bool = False) -> float:
+    """The mean of the largest `min(n_subsets, n_train)` eigenvalues of `X X^T`; the others are 0.
+
+    What `alpha_max` is for the Lasso: a ridge penalty of that size halves what the membership determines on
+    average. It does not depend on the responses, since ridge is linear in them.
+
+    Args:
+        membership: X `(n_subsets, n_train)`.
+        center: As in `lasso`; there is one eigenvalue less then.
+
+    Raises:
+        TypeError: As in `lasso`.
+        ValueError: As in `lasso`.
+
+    >>> ridge_scale(torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))  # eigenvalues 2 and 1
+    1.5
+    """
+    matrix = read_membership(membership).astype(np.float64)
+    n_subsets, n_train = matrix.shape
+    total = float(matrix.multiply(matrix).sum())
+    if center:
+        total -= n_subsets * float(np.square(np.asarray(matrix.mean(axis=0))).sum())
+    return total / float(max(min(n_subsets - center, n_train), 1))
 
 
 def soft_threshold(scores: Tensor, alpha: float | Tensor) -> Tensor:
@@ -260,13 +298,14 @@ class _Problem:
         residual = y - columns.forward(weights)
         exact = certify(y, residual, largest_correlation(columns, residual), weights.abs().sum(1), alpha)
         shared = columns.expand(weights / columns.counts).to(self.home)
-        rounded = shared.to(weights)
+        rounded = matching(shared, weights)
         collected = columns.collect(rounded)
         residual = y - columns.forward(collected)
         objective = (residual * residual).sum(1) / 2 + alpha * rounded.abs().sum(1)
         gap = (objective - (exact.objective - exact.gap)).clamp(min=0)
+        certified = float64_device(self.home.device)
         intercept = self.mean[rows] - (collected @ columns.means if columns.center else 0)
-        return LassoFit(shared, *(v.to(self.home.device) for v in (gap, objective, alpha, intercept)))
+        return LassoFit(shared, *(v.to(certified) for v in (gap, objective, alpha, intercept)))
 
 
 def _concatenate(fits: list[LassoFit]) -> LassoFit:

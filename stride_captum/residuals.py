@@ -1,4 +1,4 @@
-"""Owns what stands for `e_y - p` of a training example, the loss gradient's side of every score.
+"""What stands for `e_y - p` of a training example, the loss gradient's side of every score.
 
 A trained model has seen its training examples: its own residuals are too small, and smallest where
 they matter. The options take them back out of the sample.
@@ -17,7 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from .memory_budget import MOST_ROWS, blocks
+from .devices import as_float64, float64_device
+from .memory_budget import blocks
 from .process_group import ALONE, Alone
 from .staging import staged
 
@@ -27,20 +28,25 @@ DEFAULT_TEMPERATURE = 2.0
 #: points, three models each): digits .624 .612 .591, MNIST .543 .552 .545; one model that was
 #: stopped on a spike of its training loss (MNIST) .458 .488 .499.
 RIDGE_SHARE = 0.4
+#: Logits that `mean_residual` takes at a time.
+_LOGITS = 2**18
 
 
 def tempered_residuals(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """`e_y - softmax(z / T)`, `(n, n_classes)`.
+    """`e_y - softmax(z / T)`, `(n, n_classes)` in the dtype of the logits.
 
     Args:
-        logits: `(n, n_classes)`.
+        logits: `(n, n_classes)`; those in half precision are widened to float32 in between.
         labels: `(n,)` int64.
         temperature: T; 1 gives the training residuals.
     """
-    label = labels[:, None]
-    others = (logits / temperature).softmax(-1).scatter(1, label, 0.0)
+    label, z = labels[:, None], logits if logits.dtype == torch.float64 else logits.float()
+    # Divided by T before the largest is taken off, logits that are all large would be rounded too coarsely.
+    others = (z - z.amax(1, keepdim=True)).div_(temperature).exp_()
+    own = others.gather(1, label)
+    rest = others.scatter_(1, label, 0.0).sum(1, keepdim=True)
     # 1 - p_y of a confident model would be a rounding error: it is the sum of the other classes.
-    return (-others).scatter(1, label, others.sum(1, keepdim=True))
+    return others.div_(-(rest + own)).scatter_(1, label, rest / (rest + own)).to(logits)
 
 
 def one_hot(labels: Tensor, like: Tensor) -> Tensor:
@@ -49,20 +55,20 @@ def one_hot(labels: Tensor, like: Tensor) -> Tensor:
     return zeros.scatter_(1, labels[:, None], 1)  # F.one_hot would make integers first
 
 
-def leave_one_out_residuals(predictions: Tensor, leverages: Tensor, labels: Tensor) -> Tensor:
+def leave_one_out_residuals(predictions: Tensor, slack: Tensor, labels: Tensor) -> Tensor:
     """Residuals of a ridge head fitted without the example, in closed form: `r_i / (1 - H_ii)`.
 
     Args:
         predictions: Fitted values of the ridge regression of the one-hot labels, `(n, n_classes)`.
-        leverages: H_ii in [0, 1), `(n,)`.
+        slack: 1 - H_ii in (0, 1], `(n,)`.
         labels: `(n,)` int64.
 
     Returns:
         `(n, n_classes)`; not projected.
     """
-    return (one_hot(labels, predictions) - predictions) / (1 - leverages).clamp_min(
-        torch.finfo(leverages.dtype).eps
-    )[:, None]
+    label, divisor = labels[:, None], slack.clamp_min(torch.finfo(slack.dtype).eps)[:, None]
+    own = (1 - predictions.gather(1, label)) / divisor
+    return (predictions / -divisor).scatter_(1, label, own)
 
 
 def choose_residuals(
@@ -71,8 +77,8 @@ def choose_residuals(
     labels: Tensor,
     predictions: Tensor,
     temperature: float,
-    ratio: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    ratio: Tensor | float | None = None,
+) -> tuple[Tensor, Tensor | float]:
     """The residuals that the option `residuals` names.
 
     Args:
@@ -88,7 +94,8 @@ def choose_residuals(
     """
     tempered, ridge = tempered_residuals(logits, labels, temperature), one_hot(labels, logits) - predictions
     if ratio is None:
-        ratio = _ratio_of(_squares(tempered, ridge)).to(logits)
+        squares = [as_float64(part).square().sum() for part in (tempered, ridge)]
+        ratio = torch.as_tensor(ratio_of_norms(*map(float, squares))).to(logits)
     if kind == "both":
         return (1 - RIDGE_SHARE) * tempered + RIDGE_SHARE * ratio * ridge, ratio
     if kind == "leave-one-out":
@@ -96,53 +103,13 @@ def choose_residuals(
     return (tempered if kind == "temperature" else tempered_residuals(logits, labels)), ratio
 
 
-def _squares(tempered: Tensor, ridge: Tensor) -> Tensor:
-    """Squared norms of the two parts, `(2,)` float64 on the CPU."""
-    return torch.stack([part.norm().cpu().double().square() for part in (tempered, ridge)])
+def ratio_of_norms(above: float, below: float) -> float:
+    """The square root of a quotient of squared norms; 1 where there is nothing below.
 
-
-def _ratio_of(squares: Tensor) -> Tensor:
-    """The factor that gives the ridge part the norm of the other; 1 where it is nothing."""
-    return (squares[0] / squares[1]).sqrt() if squares[1] > 0 else torch.ones_like(squares[1])
-
-
-def training_residuals(
-    kind: str,
-    logits: Tensor,
-    labels: Tensor,
-    left_out: Tensor,
-    temperature: float,
-    block_rows: int = MOST_ROWS,
-    ranks: Alone = ALONE,
-) -> tuple[Tensor, Tensor]:
-    """The residuals of a whole training set, block by block.
-
-    Args:
-        kind: As for `choose_residuals`.
-        logits: `(n_train, n_classes)`, may be memory-mapped.
-        labels: `(n_train,)` int64.
-        left_out: Leave-one-out residuals of the ridge head, `(n_train, n_classes)`, not projected.
-        temperature: T.
-        block_rows: Examples at a time.
-        ranks: Who else has a share of the training set.
-
-    Returns:
-        Residuals `(n_train, n_classes)` and the factor of the ridge part of "both", a tensor of one number.
+    >>> ratio_of_norms(9.0, 4.0), ratio_of_norms(9.0, 0.0)
+    (1.5, 1.0)
     """
-    residuals = torch.empty_like(left_out)
-    squares = torch.zeros(2, dtype=torch.float64)
-    for rows in blocks(len(labels), block_rows):
-        ridge = one_hot(labels[rows], left_out)
-        residuals[rows] = project_on_simplex(ridge - left_out[rows])  # for the second walk
-        ridge -= residuals[rows]
-        z = staged(logits[rows], left_out.device, left_out.dtype)
-        tempered = tempered_residuals(z, labels[rows], temperature)
-        squares += _squares(tempered, ridge)
-    ratio = _ratio_of(ranks.total(squares, "norms of the residuals")).to(left_out)
-    for rows in blocks(len(labels), block_rows):
-        z = staged(logits[rows], left_out.device, left_out.dtype)
-        residuals[rows] = choose_residuals(kind, z, labels[rows], residuals[rows], temperature, ratio)[0]
-    return residuals, ratio
+    return math.sqrt(above / below) if below > 0 else 1.0
 
 
 def project_on_simplex(points: Tensor) -> Tensor:
@@ -151,20 +118,28 @@ def project_on_simplex(points: Tensor) -> Tensor:
     >>> project_on_simplex(torch.tensor([[1.5, 0.2, -0.7]])).tolist()
     [[1.0, 0.0, 0.0]]
     """
+    return (points - simplex_shift(points)).clamp_min(0)
+
+
+def simplex_shift(points: Tensor) -> Tensor:
+    """What `project_on_simplex` takes off every entry of a row before it cuts at 0, `(..., 1)`."""
     ordered = points.sort(-1, descending=True).values
     ranks = torch.arange(1, points.shape[-1] + 1, dtype=points.dtype, device=points.device)
     excess = ordered.cumsum(-1) - 1
     support = (ordered - excess / ranks > 0).sum(-1, keepdim=True)
-    shift = excess.gather(-1, support - 1) / support
-    return (points - shift).clamp_min(0)
+    return excess.gather(-1, support - 1) / support
 
 
 def mean_residual(logits: Tensor, labels: Tensor, temperature: float = 1.0, ranks: Alone = ALONE) -> float:
-    """Mean of half the L1 norm of `e_y - p`, which is the mean of `1 - p_y`."""
-    p = (logits / temperature).softmax(-1).gather(1, labels[:, None])
-    sums = torch.tensor([float(p.double().sum()), len(p)], dtype=torch.float64)
-    total, n = ranks.total(sums, "mean residual").tolist()
-    return float(1 - total / n)
+    """Mean of half the L1 norm of `e_y - p`, which is the mean of `1 - p_y`; in float64, block by block."""
+    device = float64_device(labels.device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for rows in blocks(len(labels), max(_LOGITS // logits.shape[1], 1)):
+        z, y = staged(logits[rows], device, torch.float64), labels[rows].to(device)
+        total += tempered_residuals(z, y, temperature).gather(1, y[:, None]).sum()
+    sums = torch.tensor([float(total), len(labels)], dtype=torch.float64, device="cpu")
+    whole, n = ranks.total(sums, "mean residual").tolist()
+    return float(whole / n)
 
 
 def match_temperature(

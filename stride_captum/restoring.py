@@ -6,8 +6,9 @@ a module or a tensor with it. Other code that reads the model meanwhile sees it 
 
 Numbers that the package draws come from private generators. Code of the user (a data set, a `forward`) may
 draw from the global ones of torch, NumPy and Python: these are put back where it did. While other threads
-run, draws from torch are told from theirs by watching the operations; draws from NumPy and Python are not,
-so that what another thread has drawn from these during a pass may be drawn again.
+run, draws from torch are told from theirs by watching the operations. Draws from NumPy and Python cannot be
+watched: they are put down to the data set if the state changes whenever it is read, and a `forward` that
+draws from these is not put back then.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -108,6 +110,19 @@ _drawing_models: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionar
 _here = threading.local()
 
 
+@dataclass
+class UserCode:
+    """A piece of code of the user.
+
+    Attributes:
+        what: What it does, in a word.
+        did_something: To be set to False where it turns out that there was nothing to do.
+    """
+
+    what: str
+    did_something: bool = True
+
+
 class _RandomStates:
     """The global random states at the start of a session.
 
@@ -121,35 +136,45 @@ class _RandomStates:
         self.numpy, self.python = np.random.get_state(), random.getstate()
         self.alone = _alone()
         self.drawn: set[str] = set()
+        self._changes: dict[str, list[set[str]]] = {}
 
     def _torch_states(self) -> tuple[Tensor, list[Tensor]]:
         return torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self.devices]
 
     @contextmanager
-    def watching(self, model: Any) -> Iterator[None]:
-        """Around code of the user, while other threads run; `model` is the network that it calls, or None."""
+    def watching_forward(self, model: nn.Module) -> Iterator[None]:
+        """Around a forward pass, while other threads run; the first one of a model shows whether it draws."""
+        known = _drawing_models.get(model)
+        if known is None:
+            with _Draws() as draws:  # type: ignore[no-untyped-call]
+                yield
+            known = _drawing_models[model] = draws.seen
+        else:
+            yield
+        if known:
+            self.drawn.add("torch")
+
+    @contextmanager
+    def watching(self, code: UserCode) -> Iterator[None]:
+        """Around other code of the user, while other threads run."""
         numpy, python = np.random.get_state(), random.getstate()
-        known = None if model is None else _drawing_models.get(model)
-        draws = _Draws()
+        draws = _Draws()  # type: ignore[no-untyped-call]
         try:
-            if known is None:
-                with draws:
-                    yield
-                if model is not None:
-                    _drawing_models[model] = draws.seen
-            else:
+            with draws:
                 yield
         finally:
-            if draws.seen or known:
+            if draws.seen:
                 self.drawn.add("torch")
-            if not _equal(np.random.get_state(), numpy):
-                self.drawn.add("numpy")
-            if random.getstate() != python:
-                self.drawn.add("python")
+            changed = set() if _equal(np.random.get_state(), numpy) else {"numpy"}
+            changed |= set() if random.getstate() == python else {"python"}
+            if code.did_something:
+                self._changes.setdefault(code.what, []).append(changed)
 
     def put_back(self) -> None:
         """Put back what was drawn from: all of it, where no other thread can have drawn."""
         alone = self.alone and _alone()
+        for changes in self._changes.values():
+            self.drawn |= set.intersection(*changes)
         if alone or "torch" in self.drawn:
             now, cuda = self._torch_states()
             if not torch.equal(now, self.torch):
@@ -201,18 +226,18 @@ def draws_put_back(devices: Sequence[int] = ()) -> Iterator[None]:
 
 
 @contextmanager
-def user_code(model: Any = None) -> Iterator[None]:
+def user_code(what: Any) -> Iterator[UserCode]:
     """Mark code of the user, whose draws from global random states are to be put back.
 
     Args:
-        model: The network that is called, if one is.
+        what: The network that is called, or a word for what the code does.
     """
-    states = getattr(_here, "states", None)
+    states, code = getattr(_here, "states", None), UserCode(str(what) if isinstance(what, str) else "forward")
     if states is None or (states.alone and _alone()):
-        yield
+        yield code
         return
-    with states.watching(model if isinstance(model, nn.Module) else None):
-        yield
+    with states.watching_forward(what) if isinstance(what, nn.Module) else states.watching(code):
+        yield code
 
 
 @contextmanager
@@ -237,7 +262,7 @@ def untouched(model: nn.Module, *, weights: bool = False) -> Iterator[nn.Module]
         held = [m for module in modules for m in (module._parameters, module._buffers) if isinstance(m, dict)]
         for function, before in (
             (_restore_gradient, [(p, p.requires_grad, p.grad) for p in parameters]),
-            (_restore_values, [(tensor, tensor.detach().clone()) for tensor in changing]),
+            (_restore_values, _copies(changing)),
             (_restore_storage, [(tensor, tensor.data) for tensor in [*parameters, *buffers]]),
             (_put_back, [(members, dict(members)) for members in held]),
             (_restore_mode, [(module, module.training) for module in modules]),
@@ -278,10 +303,25 @@ def _restore_storage(tensor: Tensor, place: Tensor) -> None:
         tensor.data = place
 
 
-def _restore_values(tensor: Tensor, values: Tensor) -> None:
-    if not torch.equal(tensor.detach(), values):
-        with torch.no_grad():
-            tensor.copy_(values)
+def _copies(tensors: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Tensors and copies of them, by device."""
+    found = []
+    for device in {tensor.device for tensor in tensors}:
+        here = [tensor for tensor in tensors if tensor.device == device]
+        found.append((here, [tensor.detach().clone() for tensor in here]))
+    return found
+
+
+def _restore_values(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Put back what was changed; the tensors are on one device, which is waited for once."""
+    pairs = list(zip(tensors, values, strict=True))
+    same = torch.stack([(tensor.detach() == before).all() for tensor, before in pairs]).tolist()
+    _for_each(_copy_into, [pair for pair, unchanged in zip(pairs, same, strict=True) if not unchanged])
+
+
+def _copy_into(tensor: Tensor, values: Tensor) -> None:
+    with torch.no_grad():
+        tensor.copy_(values)
 
 
 def _restore_gradient(parameter: Tensor, requires_grad: bool, gradient: Tensor | None) -> None:
@@ -313,8 +353,14 @@ def weights_version(model: nn.Module) -> tuple[tuple[int, ...], ...]:
     """
     tensors = [t.detach() for t in [*model.parameters(), *model.buffers()]]
     places = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-    sums = [_sums(t) for t in tensors if t.numel()]
-    return (*places, tuple(torch.stack(sums).reshape(-1).tolist()) if sums else ())
+    sums: dict[torch.device, list[Tensor]] = {}
+    for t in tensors:
+        if t.numel():
+            sums.setdefault(t.device, []).append(_sums(t))
+    read = [
+        torch.stack(found).reshape(-1).tolist() for found in sums.values()
+    ]  # each device is waited for once
+    return (*places, tuple(number for numbers in read for number in numbers))
 
 
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
@@ -324,6 +370,6 @@ def _sums(tensor: Tensor) -> Tensor:
     flat = tensor.reshape(-1).contiguous().view(_SAME_SIZE[tensor.element_size()])
     total = flat.sum(dtype=torch.int64)
     if not tensor.is_floating_point():
-        return torch.stack([total, total]).cpu()
+        return torch.stack([total, total])
     value = tensor.sum(dtype=torch.float32)
-    return torch.stack([total, value.view(torch.int32).long()]).cpu()
+    return torch.stack([total, value.view(torch.int32).long()])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .config import STRIDEConfig
 from .operators import SteeringOperators
-from .recovery import alpha_max, choose_alpha, lasso, ridge
+from .recovery import alpha_max, choose_alpha, lasso, ridge, ridge_scale
 from .responses import response_value
 from .subsets import Membership, coverage, partition, random_subsets
 from .training import train_operators
@@ -68,11 +68,8 @@ class TrainedSteering:
                 scores[finite] = self.weights(responses[finite], config)
             return scores
         if config.recovery == "ridge":
-            if isinstance(config.alpha, str):
-                alpha = choose_alpha(responses, self.membership, config.alpha, center=config.center)
-            else:
-                alpha = torch.as_tensor(config.alpha)
-            return ridge(responses, self.membership, alpha, center=config.center)
+            penalty = float(config.alpha) * ridge_scale(self.membership, center=config.center)
+            return ridge(responses, self.membership, penalty, center=config.center)
         if isinstance(config.alpha, str):
             alpha = choose_alpha(responses, self.membership, config.alpha, center=config.center)
         else:

@@ -1,14 +1,15 @@
-"""Owns the files of a feature store: one raw file a column group, and one manifest that says what is whole.
+"""Files of a feature store: one raw file a column group, and a manifest of the chunks that are whole.
 
 A store is a folder with `features.bin`, `logits.bin` and `labels.bin`, whole rows behind one another, and
 `manifest.json`, which holds for each chunk of rows a checksum (CRC-32) of every file's part and a digest
 (SHA-256) of the examples. A chunk counts from the moment at which a manifest that names it has replaced
 the one before: what a process that was killed had written behind it is cut off.
+
+The folder may be reached through a link. The files in it may not be links, which could lead to any file.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -21,11 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import bad_value
-from .persistence import digest_item
 from .restoring import bits
 from .whole_files import write_whole
 
@@ -33,6 +34,7 @@ FORMAT = 1
 _MANIFEST = "manifest.json"
 #: numpy has no bfloat16: files are mapped as integers of the same size.
 _MAPPED = {2: np.int16, 4: np.int32, 8: np.int64}
+_PARTS = ("features", "logits", "labels")
 _REMEDY = "Delete the folder to build the store again."
 
 
@@ -111,12 +113,26 @@ class StoreFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def path(self, name: str) -> Path:
+        """The path of one of the files.
+
+        Raises:
+            ValueError: The name leads out of the folder, or the file is a link.
+        """
+        path = self.folder / name
+        if path.name != name:
+            got = f"a manifest in {str(self.folder)!r} that names {name!r}"
+            raise bad_value("feature_store", "keep its files in its own folder", got, _REMEDY)
+        if path.is_symlink():
+            remedy = "Delete the link, or give another folder."
+            raise bad_value("feature_store", "hold files, not links", f"the link {str(path)!r}", remedy)
+        return path
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Wait until no other process builds here; the system ends the lock of a process that dies."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(self.path("lock")):
             yield
 
     def read_manifest(self) -> Manifest | None:
@@ -125,28 +141,29 @@ class StoreFiles:
         Raises:
             ValueError: It is damaged or of another format.
         """
-        path = self.folder / _MANIFEST
+        path = self.path(_MANIFEST)
         if not path.exists():
             return None
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             checksum = content.pop("checksum")
             version = content.pop("format")
             if checksum != _manifest_checksum(content):
                 raise KeyError("checksum")
-        except (ValueError, KeyError, AttributeError) as error:
+            manifest = None if version != FORMAT else _manifest(content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise bad_value("feature_store", "have a whole manifest", f"a damaged {path}", _REMEDY) from error
-        if version != FORMAT:
+        if manifest is None:
             raise bad_value("feature_store", f"be in format {FORMAT}", f"format {version}", _REMEDY)
-        content["parts"] = {name: Part(**part) for name, part in content["parts"].items()}
-        content["chunks"] = [Chunk(**chunk) for chunk in content["chunks"]]
-        return Manifest(**content)
+        for name in manifest.parts:
+            self.path(f"{name}.bin")
+        return manifest
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Put a manifest in the place of the one before, at once."""
         content = asdict(manifest)
         text = json.dumps({"format": FORMAT, "checksum": _manifest_checksum(content), **content}, indent=1)
-        write_whole(self.folder / _MANIFEST, lambda name: Path(name).write_text(text, encoding="utf-8"))
+        write_whole(self.path(_MANIFEST), text)
 
     def append(self, manifest: Manifest, values: Mapping[str, Tensor], examples: str) -> None:
         """Write one chunk behind the whole ones, then the manifest that names it.
@@ -159,7 +176,7 @@ class StoreFiles:
         checksums = {}
         for name, part in manifest.parts.items():
             content = bits(values[name]).numpy().data
-            path = self.folder / f"{name}.bin"
+            path = self.path(f"{name}.bin")
             with open(path, "r+b" if path.exists() else "w+b") as file:
                 file.truncate(manifest.rows * part.row_bytes)
                 file.seek(manifest.rows * part.row_bytes)
@@ -174,21 +191,17 @@ class StoreFiles:
         """Read everything once and compare the checksums.
 
         Raises:
-            ValueError: A file is too short or a chunk is not what was written; names the file and the rows.
+            ValueError: A file is missing or too short, or a chunk is not what was written; names the file
+                and the rows.
         """
         for name, part in manifest.parts.items():
-            path, start = self.folder / f"{name}.bin", 0
+            path, start = self._whole(manifest, name), 0
             with open(path, "rb") as file:
                 for chunk in manifest.chunks:
                     content = file.read(chunk.rows * part.row_bytes)
                     if zlib.crc32(content) != chunk.checksums[name]:
                         rows = f"{start} to {start + chunk.rows - 1}"
-                        raise bad_value(
-                            "feature_store",
-                            "hold what was written to it",
-                            f"other bytes in {path} for rows {rows}",
-                            _REMEDY,
-                        )
+                        raise _damaged(f"other bytes in {path} for rows {rows}")
                     start += chunk.rows
 
     def mapped(self, manifest: Manifest, name: str) -> Tensor:
@@ -196,45 +209,42 @@ class StoreFiles:
         part = manifest.parts[name]
         shape = (manifest.rows, part.width)
         integers = _MAPPED[part.torch_dtype.itemsize]
-        array = np.memmap(self.folder / f"{name}.bin", mode="r", dtype=integers, shape=shape)
+        array = np.memmap(self._whole(manifest, name), mode="r", dtype=integers, shape=shape)
         return as_tensor(array).view(part.torch_dtype)
 
+    def _whole(self, manifest: Manifest, name: str) -> Path:
+        """The path of a file that has all rows of the manifest."""
+        path = self.path(f"{name}.bin")
+        size = path.stat().st_size if path.is_file() else None
+        needed = manifest.rows * manifest.parts[name].row_bytes
+        if size is None or size < needed:
+            got = f"no file {path}" if size is None else f"{size:,} of {needed:,} bytes in {path}"
+            raise _damaged(got)
+        return path
 
-class ExampleDigest:
-    """SHA-256 of consecutive examples, the same however they come in batches.
 
-    Each field of the examples has a digest of its own, so that rows join where batches do.
+def _manifest(content: dict[str, Any]) -> Manifest:
+    """A manifest from its plain values.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: Values of another kind, or one that is missing.
     """
+    content["parts"] = {name: Part(**part) for name, part in content["parts"].items()}
+    content["chunks"] = [Chunk(**chunk) for chunk in content["chunks"]]
+    manifest = Manifest(**content)
+    counts = [manifest.chunk_rows, *(c.rows for c in manifest.chunks)]
+    counts += [p.width for p in manifest.parts.values()]
+    sums = [chunk.checksums[name] for chunk in manifest.chunks for name in manifest.parts]
+    if not all(isinstance(n, int) for n in sums + counts) or min(counts) < 1:
+        raise ValueError("counts")
+    for name in _PARTS:
+        if manifest.parts[name].torch_dtype.itemsize not in _MAPPED:
+            raise ValueError("dtype")
+    return manifest
 
-    def __init__(self) -> None:
-        self._fields: dict[str, Any] = {}
 
-    def update(self, batch: Any) -> None:
-        """Take in the examples of one batch (tuple, list or dict)."""
-        items = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
-        for name, value in items:
-            values = (
-                as_tensor(value) if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" else value
-            )
-            digest = self._fields.get(str(name))
-            if digest is None:
-                shape = (
-                    f"{values.dtype} {tuple(values.shape[1:])}" if isinstance(values, Tensor) else "objects"
-                )
-                digest = self._fields[str(name)] = hashlib.sha256(shape.encode())
-            if isinstance(values, Tensor):
-                digest.update(bits(values).numpy().data)
-            else:  # texts and the like
-                for item in values if isinstance(values, list | tuple) else [values]:
-                    digest_item(item, digest)
-
-    def finish(self) -> str:
-        """The digest of what came since the last call, in hexadecimal."""
-        whole = hashlib.sha256()
-        for name in sorted(self._fields):
-            whole.update(f"{name} {self._fields[name].hexdigest()} ".encode())
-        self._fields = {}
-        return whole.hexdigest()
+def _damaged(got: str) -> ValueError:
+    return bad_value("feature_store", "hold what was written to it", got, _REMEDY)
 
 
 def as_tensor(values: Any) -> Tensor:
@@ -243,7 +253,7 @@ def as_tensor(values: Any) -> Tensor:
         array: NDArray[Any] = values
         # torch warns about read-only memory maps; nothing here writes to them.
         return torch.from_numpy(array if array.flags.writeable else _writeable_view(array))
-    return torch.as_tensor(values)
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
 
 
 def _writeable_view(array: NDArray[Any]) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Owns the walk over a training set that fills a feature store, or compares the examples with it."""
+"""Walk over a training set that fills a feature store, or compares the examples with it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .batch import ExampleBatch
+from .digests import ExampleDigest
 from .errors import bad_value
-from .store_files import ExampleDigest, Manifest, StoreFiles
+from .store_files import Manifest, StoreFiles
 
 #: Of one batch: the rows of each tap, the logits `(n, n_classes)` and the labels `(n,)`.
 Computed = tuple[Sequence[Tensor], Tensor, Tensor]
@@ -63,7 +64,9 @@ class Filling:
             self.manifest = self.new(computed[1].shape[1])
         if not self.buffers:
             for name, part in self.manifest.parts.items():
-                self.buffers[name] = torch.empty(self.manifest.chunk_rows, part.width, dtype=part.torch_dtype)
+                self.buffers[name] = torch.empty(
+                    self.manifest.chunk_rows, part.width, dtype=part.torch_dtype, device="cpu"
+                )
 
     def _take(self, batch: ExampleBatch, computed: Computed | None, n: int) -> None:
         """Take in the examples of one batch, piece by piece where chunks end."""
@@ -71,7 +74,7 @@ class Filling:
         start = 0
         while start < n:
             stop = min(n, start + self._chunk_rows() - self.filled)
-            self.digest.update(batch[start:stop].content)
+            self.digest.update(batch[start:stop])
             if computed is not None and self.place >= self.stored:
                 self._copy(computed, slice(start, stop))
             self.filled += stop - start
@@ -108,7 +111,13 @@ class Filling:
 
     def _refuse(self, got: str) -> None:
         where = f"hold the examples that the feature store {str(self.files.folder)!r} was built from"
-        raise bad_value("train_dataset", where, got, "Give another folder, or delete this one.")
+        raise bad_value(
+            "train_dataset",
+            where,
+            got,
+            "Give another folder, or delete this one; leave `feature_store` out if examples differ from one "
+            "reading to the next.",
+        )
 
 
 def _check_range(features: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Owns what becomes of scores that arrive in blocks of columns: all of them, the top k, or group sums."""
+"""Scores that arrive in blocks of columns: all are kept, the top k, or the sums of groups."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from .columns import SparseMatrix
+from .devices import as_float64
 from .subsets import Membership
 
 #: Groups of columns for each of the k best, and the width from which looking at groups first is faster.
@@ -73,8 +75,9 @@ class GroupSums:
 
     def update(self, block: Tensor, start: int) -> None:
         """Take in the scores of columns `start, start + 1, ...`, `(n_rows, n_block)`."""
-        members = self._membership[:, start : start + block.shape[1]]
-        sums = torch.from_numpy(members @ block.cpu().double().numpy().T).T
+        scores = as_float64(block)
+        members = self._membership[:, start : start + block.shape[1]].tocsr()
+        sums = SparseMatrix(members, scores.device).times(scores.T).T
         self._sums = sums if self._sums is None else self._sums + sums
         self._like = block
 
@@ -112,7 +115,7 @@ class StreamedTopK:
     def update(self, block: Tensor, start: int) -> None:
         """Take in the scores of columns `start, start + 1, ...`, `(n_rows, n_block)`."""
         signed = block if self.largest else -block
-        if block.is_cuda:
+        if block.device.type != "cpu":
             self._scores, self._indices = _merged(self._scores, self._indices, signed, start, self.k)
             return
         if self._scores is None or self._indices is None:

@@ -20,21 +20,25 @@ from .checkpoints import LoadCheckpoint, load_checkpoint
 from .closed_form import ClosedForm, fit_closed_form
 from .closed_form_estimate import estimate_closed_form
 from .config import STRIDEConfig, html_table
+from .devices import as_float64
+from .digests import Digests
 from .errors import bad_type, bad_value
 from .estimate import Estimate, from_fewer_steps
 from .feature_store import FeatureStore
 from .influence import Ask, InfluenceMethod
 from .losses import CrossEntropy, OutputCheck
 from .memory_budget import MOST_ROWS, blocks
+from .probes import check_deterministic
 from .projection import Projection, fit_projection
 from .recovery import soft_threshold
 from .responses import class_labels, response_gradient
 from .restoring import weights_fingerprint
+from .staging import working_dtype
 from .steering import TrainedSteering, fit_steering
 from .store_files import as_tensor
 from .store_filling import Computed
 from .subsets import coverage
-from .update import Changed, new_examples, rows_to_keep, with_examples, without_examples
+from .update import Changed, new_examples, rows_to_keep, with_examples, with_others, without_examples
 
 Self = TypeVar("Self", bound="STRIDE")
 
@@ -206,13 +210,14 @@ class STRIDE(InfluenceMethod):
                 features, logits, labels, widths, self.config, self.temperature_, self.ranks
             )
             self.n_train_ = form.n_train
-            self.coverage_ = torch.ones(self.n_train_, dtype=torch.bool)
+            self.coverage_ = torch.ones(self.n_train_, dtype=torch.bool, device="cpu")
             return STRIDEState(taps, form, projection)
         self.n_train_ = len(labels)
         check_finite(features)
         check_finite(logits, "logits")
+        features = features.to(working_dtype(features))
         head = _head(model, taps, features, logits) if self.config.steering == "representation" else None
-        scale = torch.ones(features.shape[1]).to(features) if head else _unit_scale(features, widths)
+        scale = features.new_ones(features.shape[1]) if head else _unit_scale(features, widths)
         with torch.enable_grad():  # reading the features needs none
             steering = fit_steering(features, logits, labels, scale, self.config, head, show_progress)
         self.coverage_ = torch.from_numpy(coverage(steering.membership))
@@ -328,16 +333,12 @@ class STRIDE(InfluenceMethod):
             TypeError: Examples of another kind, or without a length.
         """
         examples = new_examples(examples)
-        reader = copy.copy(self)
-        reader.train_dataset, reader._precomputed = examples, None
-
-        def change(state: STRIDEState, model: nn.Module, form: ClosedForm) -> Changed:
-            features, logits, labels, _ = reader._read(model, state.taps, False)
-            if state.projection is not None:
-                features = state.projection(features)
-            return with_examples(form, features, logits, labels)
-
-        return self._change(change, lambda dataset: data.joined(dataset, examples))
+        reader = self._reader_of(examples)
+        return self._change(
+            lambda state, model, form: with_examples(form, *reader._read_as_fitted(state, model)),
+            lambda dataset: data.joined(dataset, examples),
+            lambda digests: Digests.joined([digests, reader._digests_read()]),
+        )
 
     def remove_examples(self: Self, indices: Sequence[int] | Tensor) -> Self:
         """Remove training examples, without a pass through the model; the others keep their order.
@@ -358,14 +359,44 @@ class STRIDE(InfluenceMethod):
         return self._change(
             lambda state, model, form: without_examples(form, keep),
             lambda dataset: data.some_examples(dataset, keep),
+            lambda digests: digests.rows(keep),
         )
 
-    def _change(
-        self: Self,
-        change: Callable[[STRIDEState, nn.Module, ClosedForm], Changed],
-        dataset: Callable[[Any], Any],
-    ) -> Self:
-        """Fit the changed training set from what is known; nothing is changed where that fails."""
+    def _read_again(self: Self, rows: Tensor) -> Self:
+        """Take in training examples that have changed in `train_dataset`, at their places."""
+        if data.count_examples(self.train_dataset) is None:
+            must = "have a length, and examples that can be read one by one, for changed='update'"
+            raise bad_value("train_dataset", must, type(self.train_dataset).__name__, "Fit again.")
+        reader = self._reader_of(data.some_examples(self.train_dataset, rows))
+        return self._change(
+            lambda state, model, form: with_others(form, rows, *reader._read_as_fitted(state, model)),
+            lambda dataset: dataset,
+            lambda digests: digests.replaced(rows, reader._digests_read()),
+        )
+
+    def _reader_of(self: Self, examples: Any) -> Self:
+        """A copy of the method that reads other examples."""
+        reader = copy.copy(self)
+        reader.train_dataset, reader._precomputed = examples, None
+        return reader
+
+    def _read_as_fitted(self, state: STRIDEState, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """Features as the operators have them, logits and labels."""
+        features, logits, labels, _ = self._read(model, state.taps, False)
+        return features if state.projection is None else state.projection(features), logits, labels
+
+    def _digests_read(self) -> Digests:
+        """Of the examples that `_read_as_fitted` has read."""
+        digests = self._training_passes().digests
+        assert digests is not None, "a pass is done"
+        return digests
+
+    def _check_changeable(self) -> None:
+        """Refuse operators that cannot take in a change.
+
+        Raises:
+            ValueError: Trained operators, or principal directions, which depend on all examples.
+        """
         if self.config.operators == "trained":
             raise bad_value(
                 "operators", "be 'newton' for adding or removing examples", "'trained'", "Fit again."
@@ -373,6 +404,15 @@ class STRIDE(InfluenceMethod):
         if self.config.projection == "pca":
             must = "be None or 'random' for adding or removing examples"
             raise bad_value("projection", must, "'pca', which depends on them", "Fit again.")
+
+    def _change(
+        self: Self,
+        change: Callable[[STRIDEState, nn.Module, ClosedForm], Changed],
+        dataset: Callable[[Any], Any],
+        digests: Callable[[Digests], Digests],
+    ) -> Self:
+        """Fit the changed training set from what is known; nothing is changed where that fails."""
+        self._check_changeable()
         if self._states is None:
             self.fit()
         states: list[Any] = []
@@ -387,9 +427,11 @@ class STRIDE(InfluenceMethod):
                     new.features, new.logits, new.labels, widths, self.config, t, moments=new.moments
                 )
                 states.append(STRIDEState(state.taps, form, state.projection))
+        known: Digests | None = getattr(self, "digests_", None)
+        self.digests_ = None if known is None else digests(known)
         self._states, self.train_dataset = states, dataset(self.train_dataset)
         self.n_train_, self.temperature_ = form.n_train, t
-        self.coverage_ = torch.ones(self.n_train_, dtype=torch.bool)
+        self.coverage_ = torch.ones(self.n_train_, dtype=torch.bool, device="cpu")
         self._changed = True
         if self._precomputed is not None:
             self._precomputed = new.features, new.logits, new.labels, widths
@@ -416,7 +458,7 @@ class STRIDE(InfluenceMethod):
         return (
             stored.taps,
             self._placed(stored.features),
-            stored.logits.to(device),
+            self._placed(stored.logits),
             stored.labels.to(device),
             [tap.width for tap in stored.taps],
         )
@@ -430,22 +472,25 @@ class STRIDE(InfluenceMethod):
         store = self.feature_store if self.checkpoints is None else self.feature_store.for_checkpoint(index)
         return store, key
 
-    def _placed(self, features: Tensor) -> Tensor:
-        """Stored features as the operators read them: mapped where blocks are enough, else in memory."""
+    def _placed(self, stored: Tensor) -> Tensor:
+        """Stored features or logits as the operators read them: mapped by the closed form, else in memory."""
         if self.config.operators == "trained":
-            return features.to(self._work_device(), torch.float32)
-        by_blocks = self.config.curvature in ("identity", "kronecker")
-        return features if by_blocks else features.to(self._work_device())
+            return stored.to(self._work_device(), torch.float32)
+        return stored
 
     def _compute(self, run: Any, batch: ExampleBatch) -> Computed:
         """Rows of each tap, logits and labels of one batch of training examples."""
-        batch = batch.to(self._work_device())
-        outputs, rows = run(batch)
+        outputs, rows = run(batch.to(self._work_device()))
         logits = self._as_logits(outputs, batch)
         return rows, logits, self._train_labels(batch, logits.shape[1])
 
+    def _check_model(self, model: nn.Module) -> None:
+        """Nothing: the model is checked where layers are chosen, which a filled store has done."""
+
     def _choose_taps(self, model: nn.Module) -> list[Tap]:
-        few = self._first_train_batch().first(2)
+        few = self._first_train_batch()
+        if self._precomputed is None:
+            check_deterministic(model, few)
         if self.layers is not None:
             return named_taps(model, self.layers, few)
         return default_taps(model, few, self.config.max_width, self.config.feature_layers == "penultimate")
@@ -481,7 +526,8 @@ class STRIDE(InfluenceMethod):
         features: Tensor | None = None
         parts, logits, labels, seen = [], [], [], 0
         with recording(model, taps) as run:
-            for batch in self._train_batches(show_progress):
+            what = f"fitting {type(self).__name__}"
+            for batch in self._batches_as_they_are(self.train_dataset, "train_dataset", show_progress, what):
                 rows, z, y = self._compute(run, batch)
                 n = len(z)
                 if expected is not None and seen + n <= expected:
@@ -540,7 +586,7 @@ class STRIDE(InfluenceMethod):
                 store, key = self._store(index, weights)
                 stored = store.open(key)
                 state.operators.features = self._placed(stored.features)
-                state.operators.logits = stored.logits.to(self._work_device())
+                state.operators.logits = self._placed(stored.logits)
             else:  # saved after examples had come or gone
                 self._changed = True
         return states
@@ -563,9 +609,10 @@ def _unit_scale(features: Tensor, widths: Sequence[int]) -> Tensor:
     """Factor of each feature that gives every layer unit mean square per feature, `(n_features,)`."""
     scales = []
     for part in features.split(list(widths), dim=1):
-        mean_square = torch.stack([rows.square().sum() for rows in part.split(8192)]).sum() / part.numel()
-        factor = mean_square.rsqrt() if mean_square > 0 else torch.ones_like(mean_square)
-        scales.append(factor.expand(part.shape[1]))
+        # Squares of float32 leave its range.
+        squares = torch.stack([as_float64(rows).square().sum() for rows in part.split(8192)]).sum()
+        scale = (part.numel() / squares).sqrt() if squares > 0 else torch.ones_like(squares)
+        scales.append(scale.to(features).expand(part.shape[1]))
     return torch.cat(scales)
 
 

@@ -1,4 +1,4 @@
-"""Owns which training examples belong to which subset: the membership matrix X and its sketch.
+"""The membership matrix X, which says which training examples belong to which subset, and its sketch.
 
 X is `(n_subsets, n_train)` with entries 0 and 1 (section 3 of the paper). It is always stored as
 `scipy.sparse.csr_matrix`; row k holds the sorted indices of S_k.
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from .errors import bad_value
+from .errors import bad_type, bad_value
 
 Membership = Any  # scipy.sparse.csr_matrix of shape (n_subsets, n_train); scipy ships no types
 
@@ -25,7 +25,7 @@ def membership_from_indices(subsets: Sequence[Any], n_train: int) -> Membership:
     """Turn lists of training indices into the membership matrix X.
 
     Args:
-        subsets: n_subsets sequences of distinct indices in `[0, n_train)`.
+        subsets: n_subsets sequences of distinct integers in `[0, n_train)`.
         n_train: Number of training examples.
 
     Returns:
@@ -33,12 +33,13 @@ def membership_from_indices(subsets: Sequence[Any], n_train: int) -> Membership:
 
     Raises:
         ValueError: An index is out of range or appears twice in one subset.
+        TypeError: Indices that are no integers.
 
     >>> membership_from_indices([[0, 2], [1]], 3).toarray().tolist()
     [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
 
     """
-    rows = [np.sort(np.asarray(subset, dtype=np.int64).reshape(-1)) for subset in subsets]
+    rows = [np.sort(_indices(subset, f"subsets[{k}]")) for k, subset in enumerate(subsets)]
     for k, row in enumerate(rows):
         if row.size and (row[0] < 0 or row[-1] >= n_train):
             wrong = row[0] if row[0] < 0 else row[-1]
@@ -49,6 +50,52 @@ def membership_from_indices(subsets: Sequence[Any], n_train: int) -> Membership:
     pointers = np.cumsum([0, *(row.size for row in rows)])
     indices = np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
     return sparse.csr_matrix((np.ones(indices.size), indices, pointers), shape=(len(rows), n_train))
+
+
+def _indices(subset: Any, name: str) -> NDArray[np.int64]:
+    given = np.asarray(subset).reshape(-1)
+    if given.size and given.dtype.kind not in "iu":
+        what = "a boolean mask" if given.dtype.kind == "b" else f"an array of {given.dtype}"
+        remedy = "Write numpy.flatnonzero(mask)." if given.dtype.kind == "b" else None
+        raise TypeError(str(bad_value(name, "hold training indices, which are integers", what, remedy)))
+    return given.astype(np.int64)
+
+
+def checked_membership(membership: Any, name: str = "membership") -> Membership:
+    """A membership matrix as everything here expects it: CSR, float64, each member stored once as a 1.
+
+    Args:
+        membership: A scipy sparse matrix `(n_subsets, n_train)` of zeros (stored or not) and ones.
+        name: What an error calls it.
+
+    Returns:
+        The matrix itself where it has that form, a copy in it elsewhere.
+
+    Raises:
+        TypeError: Not a scipy sparse matrix.
+        ValueError: An entry other than 0 and 1, as counts of draws with replacement.
+
+    >>> stored_zero = sparse.csr_matrix(([1.0, 0.0], ([0, 0], [1, 2])), shape=(1, 3))
+    >>> checked_membership(stored_zero).nnz
+    1
+    """
+    if not sparse.issparse(membership):
+        raise bad_type(
+            name,
+            "be a scipy CSR matrix (n_subsets, n_train)",
+            membership,
+            "Use `stride_captum.subsets.membership_from_indices`.",
+        )
+    usual = membership.format == "csr" and membership.dtype == np.float64
+    if usual and membership.has_canonical_format and np.all(membership.data == 1):
+        return membership
+    matrix = sparse.csr_matrix(membership, dtype=np.float64, copy=True)
+    matrix.sum_duplicates()
+    matrix.eliminate_zeros()
+    if not np.all(matrix.data == 1):
+        wrong = matrix.data[matrix.data != 1][0]
+        raise bad_value(name, "hold zeros and ones: an example is in a subset or not", f"an entry {wrong:g}")
+    return matrix
 
 
 def members(membership: Membership, k: int) -> NDArray[np.int64]:
@@ -153,7 +200,7 @@ def sketch_projection(n_train: int, width: int = 64, seed: int = 0) -> Tensor:
     """R of A.3, `(n_train, width)` float64 with entries of variance 1/width."""
     generator = torch.Generator().manual_seed(seed)
     whole = -(-width // 16) * 16  # torch fills blocks of 16: only whole ones do not depend on n_train
-    entries = torch.randn(n_train, whole, generator=generator, dtype=torch.float64)
+    entries = torch.randn(n_train, whole, generator=generator, dtype=torch.float64, device="cpu")
     return entries[:, :width] / math.sqrt(width)
 
 
@@ -163,4 +210,4 @@ def _rows(membership: Any) -> Iterator[NDArray[np.int64]]:
             yield members(membership, k)
     else:
         for row in membership:
-            yield np.asarray(row, dtype=np.int64)
+            yield _indices(row, "membership")

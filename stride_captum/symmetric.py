@@ -1,4 +1,4 @@
-"""Owns two large products whose shape saves work: a Gram matrix, and forms with a triangular factor.
+"""Two large products whose shape saves work: a Gram matrix, and forms with a triangular factor.
 
 Both go block by block over the features, so that the blocks that a symmetric result repeats, or that a
 triangular factor leaves empty, are not computed: with four blocks 5/8 of the operations.

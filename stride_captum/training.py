@@ -1,10 +1,9 @@
-"""Owns stage 1 as Algorithm 1 writes it: all K operators are trained at once on cached features."""
+"""Stage 1 as Algorithm 1 writes it: all K operators are trained at once on cached features."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +14,10 @@ from tqdm.auto import tqdm
 
 from .batch_gradient import BatchGradient
 from .config import STRIDEConfig
+from .devices import tf32_products
 from .errors import bad_value
 from .operators import SteeringOperators
 from .subsets import Membership
-
-_CHECK_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -30,14 +28,11 @@ class TrainedOperators:
         operators: phi and the K steering matrices.
         history: "fidelity", "stability" and "linearity", `(n_steps,)` each: the losses of the batches,
             averaged over subsets (the reading "subset" of (4) has one loss for all); NaN where a
-            weight of 0 left (4) out. "held_out", `(n_checks,)`: (1) on the members kept aside.
-        stopped_early: Whether the held-out loss ended the training; the operators are then those of
-            the best check.
+            weight of 0 left (4) out.
     """
 
     operators: SteeringOperators
     history: dict[str, Tensor]
-    stopped_early: bool
 
 
 def train_operators(
@@ -51,6 +46,7 @@ def train_operators(
     seed: int | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = False,
+    fused: bool | None = None,
 ) -> TrainedOperators:
     """Minimise equation (5) over phi and all a_k with Adam on mini-batches.
 
@@ -58,9 +54,8 @@ def train_operators(
     computation. A shared phi sees each distinct example of the batch once.
 
     Memory: one block of subsets (`batch_gradient.block_bytes`, at most `config.memory_budget`); five
-    times the operators (value, gradient, two moments and a temporary of Adam; six with early
-    stopping); z; the indices of the membership. The size of the blocks changes the result by rounding
-    only.
+    times the operators (value, gradient, two moments and a temporary of Adam); z; the indices of the
+    membership. The size of the blocks changes the result by rounding only.
 
     Args:
         features: h of the training set, `(n_train, d)`, of about unit mean square. They may be on
@@ -73,6 +68,7 @@ def train_operators(
         seed: Replaces `config.seed`.
         device: Where the operators are trained; None means that of `features`.
         show_progress: Show a progress bar.
+        fused: Whether Adam makes a step in one kernel; None leaves it to torch.
 
     Returns:
         The operators, which no longer require gradients, and the history of the losses. The same
@@ -80,7 +76,7 @@ def train_operators(
 
     Raises:
         ValueError: Arguments that do not fit one another, an empty subset or one that holds every
-            example, or a head that does not turn the features into the logits.
+            example, a head that does not turn the features into the logits, or losses that become NaN.
     """
     _check(features, logits, labels, membership, head)
     seed = config.seed if seed is None else seed
@@ -96,37 +92,41 @@ def train_operators(
         dtype=torch.float64 if features.dtype == torch.float64 else torch.float32,
     ).to(features.device if device is None else device)
     gradient = BatchGradient(operators, features, logits, labels, membership, config, seed)
-    with _matmul_precision(config.precision):
-        return _minimise(gradient, config, show_progress)
+    with tf32_products() if config.precision == "tf32" else nullcontext():
+        return _minimise(gradient, config, show_progress, fused)
 
 
-def _minimise(gradient: BatchGradient, config: STRIDEConfig, show_progress: bool) -> TrainedOperators:
+def _minimise(
+    gradient: BatchGradient, config: STRIDEConfig, show_progress: bool, fused: bool | None
+) -> TrainedOperators:
     operators = gradient.operators
-    optimizer = torch.optim.Adam(operators.parameters(), lr=config.learning_rate)
+    optimizer = torch.optim.Adam(operators.parameters(), lr=config.learning_rate, fused=fused)
     for parameter in operators.parameters():
         parameter.grad = torch.zeros_like(parameter)
     losses: list[Tensor] = []
-    held_out: list[float] = []
-    best: dict[str, Tensor] = {}
-    stopped = False
     for step in tqdm(range(config.iterations), desc="operators", disable=not show_progress):
         optimizer.zero_grad(set_to_none=False)
         optimizer.param_groups[0]["lr"] = step_size(config, step)
         losses.append(gradient.accumulate())
         optimizer.step()
-        if gradient.held_out is not None and (step + 1) % _CHECK_EVERY == 0:
-            held_out.append(gradient.held_out_fidelity())
-            if held_out[-1] < min(held_out[:-1], default=math.inf):
-                best = {name: tensor.clone() for name, tensor in operators.state_dict().items()}
-            stopped = len(held_out) - 1 - int(np.argmin(held_out)) >= config.patience
-            if stopped:
-                operators.load_state_dict(best)
-                break
     operators.zero_grad(set_to_none=True)
     table = torch.stack(losses).cpu()
+    _check_finite(table, config)
     history = dict(zip(("fidelity", "stability", "linearity"), table.unbind(1), strict=True))
-    history["held_out"] = torch.tensor(held_out, dtype=table.dtype)
-    return TrainedOperators(operators.requires_grad_(False), history, stopped)
+    return TrainedOperators(operators.requires_grad_(False), history)
+
+
+def _check_finite(losses: Tensor, config: STRIDEConfig) -> None:
+    """Refuse a training that went wrong; a weight of 0 leaves NaN for equation (4)."""
+    used = losses if config.linearity_weight else losses[:, :2]
+    wrong = (~torch.isfinite(used).all(1)).nonzero()
+    if len(wrong):
+        raise bad_value(
+            "learning_rate",
+            "be small enough for the operators to be trained",
+            f"{config.learning_rate:g}, with which the losses were not finite from step {int(wrong[0])} on",
+            "Lower it, or scale the features.",
+        )
 
 
 def step_size(config: STRIDEConfig, step: int) -> float:
@@ -134,17 +134,6 @@ def step_size(config: STRIDEConfig, step: int) -> float:
     if config.schedule == "constant":
         return config.learning_rate
     return config.learning_rate * (1 + math.cos(math.pi * step / config.iterations)) / 2
-
-
-@contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
-    """TF32 products on CUDA where asked for; the caller's setting comes back."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _check(

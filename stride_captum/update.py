@@ -1,4 +1,4 @@
-"""Owns how a fitted closed form takes in or gives up training examples without the others being read again.
+"""Update of a fitted closed form when training examples come, go or change, without reading the others again.
 
 With k changed examples among n, d features and C classes:
 
@@ -26,9 +26,11 @@ from torch.utils.data import TensorDataset
 from . import inputs as data
 from .batch import is_batch
 from .closed_form import ClosedForm
+from .devices import matching
 from .errors import bad_type, bad_value
 from .memory_budget import blocks
-from .newton import Moments, feature_moments, layer_scale
+from .moments import Moments, feature_moments, layer_scale
+from .places import places
 from .residuals import one_hot
 
 
@@ -58,7 +60,8 @@ def with_examples(form: ClosedForm, features: Tensor, logits: Tensor, labels: Te
         logits: `(k, n_classes)`.
         labels: `(k,)`.
     """
-    old, part = form.moments, feature_moments(features, labels, logits.shape[1], form.widths)
+    n_classes = logits.shape[1]
+    old, part = form.moments, feature_moments(features, labels, n_classes, form.widths, dtype=torch.float64)
     n, gram, targets = old.n_train + len(labels), old.gram + part.gram, old.targets + part.targets
     return Changed(
         torch.cat([form.features, features.to(form.features)]),  # a memory map becomes a tensor
@@ -71,51 +74,88 @@ def with_examples(form: ClosedForm, features: Tensor, logits: Tensor, labels: Te
 def without_examples(form: ClosedForm, keep: Tensor) -> Changed:
     """Keep some examples of a closed form.
 
-    A feature that loses more than half of its energy is summed again from the rows that stay: the
+    Args:
+        form: As it was fitted.
+        keep: Rows that stay, in order, `(n_kept,)`, on the CPU: stored features are, whatever the labels are.
+    """
+    gone = torch.ones(len(form.labels), dtype=torch.bool, device="cpu")
+    gone[keep] = False
+    features, labels = _rows(form.features, keep), form.labels[keep]
+    moments = _moments_without(form, gone, None, features, labels)
+    return Changed(features, _rows(form.logits, keep), labels, moments)
+
+
+def with_others(form: ClosedForm, rows: Tensor, features: Tensor, logits: Tensor, labels: Tensor) -> Changed:
+    """Put other examples in the places of some of a closed form.
+
+    Args:
+        form: As it was fitted.
+        rows: Their places, `(k,)`.
+        features: Raw features of the new examples, `(k, n_features)`.
+        logits: `(k, n_classes)`.
+        labels: `(k,)`.
+    """
+    rows = rows.to(form.labels.device)
+    new = feature_moments(features, labels, logits.shape[1], form.widths, dtype=torch.float64)
+
+    def replaced(old: Tensor, part: Tensor) -> Tensor:
+        return old.clone().index_copy_(0, rows.to(old.device), part.to(old))
+
+    every, all_labels = replaced(form.features, features), replaced(form.labels, labels)
+    moments = _moments_without(form, rows, new, every, all_labels)
+    return Changed(every, replaced(form.logits, logits), all_labels, moments)
+
+
+def _moments_without(
+    form: ClosedForm, gone: Tensor, new: Moments | None, features: Tensor, labels: Tensor
+) -> Moments:
+    """Moments after the rows `gone` have left a closed form and `new` ones have come.
+
+    A feature that loses more than half of its energy is summed again from all rows that there are now: the
     difference of two sums would show their rounding.
 
     Args:
         form: As it was fitted.
-        keep: Rows that stay, in order, `(n_kept,)`.
+        gone: Rows, or a mask of them.
+        new: Moments of what has come, None for nothing.
+        features: Of all examples that there are now.
+        labels: Theirs.
     """
-    keep = keep.to(form.labels.device)
-    gone = torch.ones(len(form.labels), dtype=torch.bool, device=keep.device)
-    gone[keep] = False
     old, n_classes = form.moments, form.logits.shape[1]
-    part = feature_moments(form.features[gone], form.labels[gone], n_classes, form.widths)
-    features, labels = form.features[keep], form.labels[keep]
+    lost = _rows(form.features, gone), form.labels[gone]
+    part = feature_moments(*lost, n_classes, form.widths, dtype=torch.float64)
     gram, targets = old.gram - part.gram, old.targets - part.targets
     again = (gram.diagonal()[:-1] < 0.5 * old.gram.diagonal()[:-1]).nonzero().squeeze(1)
+    if new is not None:
+        gram, targets = gram + new.gram, targets + new.targets
     if len(again):
         gram[again], targets[again] = 0.0, 0.0
         for rows in blocks(len(features), 8192):
-            h = torch.nn.functional.pad(features[rows].to(gram), (0, 1), value=1.0)
+            h = torch.nn.functional.pad(matching(features[rows], gram), (0, 1), value=1.0)
             gram[again] += h[:, again].T @ h
             targets[again] += h[:, again].T @ one_hot(labels[rows].to(gram.device), targets)
         gram[:, again] = gram[again].T
-    n = len(keep)
-    moments = Moments(gram, targets, layer_scale(gram.diagonal(), form.widths, n), n)
-    return Changed(features, form.logits[keep], labels, moments)
+    n = len(labels)
+    return Moments(gram, targets, layer_scale(gram.diagonal(), form.widths, n), n)
+
+
+def _rows(stored: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of an array that may be elsewhere than their indices."""
+    return stored[rows.to(stored.device)]
 
 
 def rows_to_keep(indices: Any, n_train: int) -> Tensor:
     """The rows that stay when `indices` are removed, `(n_kept,)` int64.
 
     Raises:
-        TypeError: Not a list of integers.
+        TypeError: Not places in the training set (`places`).
         ValueError: Out of range, twice the same, none at all, or every example.
     """
-    gone = indices.cpu().numpy() if isinstance(indices, Tensor) else np.asarray(indices)
-    if gone.ndim != 1 or (gone.size and not np.issubdtype(gone.dtype, np.integer)):
-        raise bad_type("indices", "be a list of places in the training set", indices)
+    gone = places(indices, n_train, "indices")
     if not 0 < gone.size < n_train:
         raise bad_value("indices", f"name between 1 and {n_train - 1} examples", gone.size)
-    if gone.min() < 0 or gone.max() >= n_train:
-        raise bad_value("indices", f"be between 0 and {n_train - 1}", f"{gone.min()} to {gone.max()}")
     keep = np.ones(n_train, dtype=bool)
     keep[gone] = False
-    if n_train - int(keep.sum()) != gone.size:
-        raise bad_value("indices", "name each example once", "one of them twice")
     return torch.from_numpy(keep.nonzero()[0])
 
 

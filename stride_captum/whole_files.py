@@ -1,37 +1,78 @@
-"""Owns files that are whole or not there, whatever happens to the process that writes them."""
+"""Atomic file writes: a reader sees the old file or the new one, never a partial one."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+#: A partial file that nobody has written to for this many seconds was left by a writer that was killed.
+ABANDONED_SECONDS = 900.0
+_PARTIAL = re.compile(r".*\.[0-9a-f]{32}\.part", re.DOTALL)
+_swept: set[Path] = set()
 
-def write_whole(path: Path, write: Callable[[str], Any]) -> None:
-    """Write a file under another name, bring it to the disk, then rename it: readers see old or new.
 
-    Nothing is left where the writing fails. The folder is made.
+def write_whole(path: str | Path, content: bytes | str | Callable[[str], Any]) -> None:
+    """Write a file under another name, flush it to the disk, then rename it.
+
+    If the write fails, the old file stays and nothing else is left. The folder is made. The first write of a
+    process to a folder also deletes partial files there that killed writers have left.
 
     Args:
         path: The file.
-        write: Given the name to write to.
+        content: Bytes, text (written as UTF-8), or a function that is given the name to write to.
+
+    Raises:
+        OSError: The file cannot be written; the error names `path`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder) / "runs" / "note.txt"
-    ...     write_whole(path, lambda name: Path(name).write_text("all of it"))
+    ...     write_whole(path, "all of it")
     ...     path.read_text(), len(list(path.parent.iterdir()))
     ('all of it', 1)
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    # The name is cut, because a name that is just short enough would not be with the suffix.
+    name = path.name.encode(errors="surrogateescape")[:100].decode(errors="ignore")
+    partial = path.with_name(f"{name}.{uuid.uuid4().hex}.part")
     try:
-        write(str(partial))
-        with open(partial, "rb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "xb") as file:
+            if not callable(content):
+                file.write(content.encode() if isinstance(content, str) else content)
+        if callable(content):
+            content(str(partial))
+        with open(partial, "r+b") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
+        _sweep(path.parent.absolute(), partial.stat().st_mtime)
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError) and error.errno is not None:
+            ours = (None, str(partial), *map(str, path.parents))
+            if error.filename in ours:
+                code = errno.ENOTDIR if error.errno == errno.EEXIST else error.errno
+                raise OSError(code, os.strerror(code), str(path)) from error
         raise
+
+
+def _sweep(folder: Path, now: float) -> None:
+    """Delete abandoned partial files of a folder, once a process; `now` is the clock of its file system."""
+    if folder in _swept:
+        return
+    _swept.add(folder)
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(OSError):
+                age = now - entry.stat(follow_symlinks=False).st_mtime
+                if _PARTIAL.fullmatch(entry.name) and age > ABANDONED_SECONDS:
+                    os.unlink(entry.path)

@@ -1,4 +1,4 @@
-"""Owns the solver of the Lasso: working sets, accelerated proximal gradient, Newton on the support.
+"""Solver of the Lasso: working sets, accelerated proximal gradient, Newton on the support.
 
 All test points are solved at once. A round picks for each a small working set of columns (those whose
 dual constraint is nearest to being active, as in Blitz and Celer), brings it most of the way with FISTA,
@@ -125,7 +125,7 @@ def _nearest_constraints(w: Tensor, correlation: Tensor, alpha: Tensor, norms: T
     support = w != 0
     size = min(w.shape[1], max(_FIRST_SIZE, 2 * int(support.sum(1).max())))
     distance = (1 - correlation.abs() / alpha[:, None]) / norms
-    distance[support] = -1.0
+    distance.masked_fill_(support, -1.0)
     return distance.topk(size, 1, largest=False, sorted=False).indices
 
 
@@ -153,6 +153,7 @@ def _fista(
     image = problem.forward(w)
     ahead, ahead_image = w, image
     now = _local(problem, y, image, w, alpha)
+    asks_nothing = y.device.type != "cpu"  # a GPU would be waited for at every step
     for step in range(1, _ROUND_STEPS + 1):
         gradient_step = ahead + problem.adjoint(y - ahead_image) / lipschitz
         new = _soft(gradient_step, alpha[:, None] / lipschitz)
@@ -163,7 +164,7 @@ def _fista(
         too_long = (ratio > lipschitz) & (square > 1e-14 * (new * new).sum(1, keepdim=True))
         change = new - w
         restart = too_long | ((moved * change).sum(1, keepdim=True) < 0)
-        if bool(too_long.any()):
+        if asks_nothing or bool(too_long.any()):
             lipschitz = torch.where(too_long, torch.maximum(ratio, 1.5 * lipschitz), lipschitz)
             new, new_image = torch.where(too_long, w, new), torch.where(too_long, image, new_image)
             change = new - w
@@ -189,21 +190,22 @@ def _newton(
     """
     w = w.clone()
     for _ in range(_NEWTON_STEPS):
-        chosen = torch.nonzero(rows).reshape(-1)
-        if len(chosen) == 0:
-            break
         residual = y - problem.forward(w)
         proximal = _soft(w + problem.adjoint(residual) / lipschitz, alpha[:, None] / lipschitz)
-        w[chosen] = proximal[chosen]
+        w = torch.where(rows[:, None], proximal, w)
+        sizes = torch.where(rows, (w != 0).sum(1), -1).tolist()
+        chosen = [i for i, size in enumerate(sizes) if size >= 0]
+        if not chosen:
+            break
         residual = y - problem.forward(w)
         slope = problem.adjoint(residual) - alpha[:, None] * w.sign()
         direction = torch.zeros_like(w)
-        largest = max(int((w[chosen] != 0).sum(1).max()), 1)
+        largest = max(max(sizes), 1)
         block = max(1, _NEWTON_CELLS // (largest * max(largest, y.shape[1])))
-        for part in chosen.split(block):
-            direction[part] = _support_direction(problem, part, w[part], slope[part])
+        for part in torch.tensor(chosen, device=y.device).split(block):
+            direction[part] = _support_direction(problem, part, w[part], slope[part], largest)
         image = problem.forward(direction)
-        reach = _exact_search(w, direction, (residual * image).sum(1), (image * image).sum(1), alpha)
+        reach = _exact_search(w, direction, (residual * image).sum(1), (image * image).sum(1), alpha, largest)
         new = w + reach * direction
         crossing = (w != 0) & (new.abs() <= 1e-14 * w.abs())
         w = torch.where(crossing, 0.0, new)
@@ -212,13 +214,13 @@ def _newton(
     return w
 
 
-def _support_direction(problem: Operator, rows: Tensor, w: Tensor, slope: Tensor) -> Tensor:
-    """The Newton direction `(X_J^T X_J)^-1 slope_J` on the support J of each row, 0 elsewhere."""
+def _support_direction(problem: Operator, rows: Tensor, w: Tensor, slope: Tensor, most: int) -> Tensor:
+    """The Newton direction `(X_J^T X_J)^-1 slope_J` on the support J of each row, 0 elsewhere.
+
+    `most` is a bound on the sizes of the supports.
+    """
     support = w != 0
-    size = int(support.sum(1).max())
-    if size == 0:
-        return torch.zeros_like(w)
-    valid, index = support.to(torch.uint8).topk(size, 1)
+    valid, index = support.to(torch.uint8).topk(most, 1)
     inside = valid.bool()
     gram = problem.gram(rows, index, inside)
     diagonal = gram.diagonal(dim1=1, dim2=2)
@@ -231,15 +233,18 @@ def _support_direction(problem: Operator, rows: Tensor, w: Tensor, slope: Tensor
     return torch.zeros_like(w).scatter(1, index, solution)
 
 
-def _exact_search(w: Tensor, direction: Tensor, along: Tensor, curvature: Tensor, alpha: Tensor) -> Tensor:
+def _exact_search(
+    w: Tensor, direction: Tensor, along: Tensor, curvature: Tensor, alpha: Tensor, most: int
+) -> Tensor:
     """The minimiser over t >= 0 of the objective at `w + t * direction`, `(n, 1)`.
+
+    No row has more than `most` weights.
 
     The derivative is `t * curvature - along + alpha * sum_j sign(w_j + t d_j) d_j`: it rises linearly and
     jumps by `2 alpha |d_j|` where weight j changes its sign.
     """
     turn = torch.where(w * direction < 0, -w / direction, torch.inf)
-    count = max(1, int(torch.isfinite(turn).sum(1).max()))
-    at, order = turn.topk(count, 1, largest=False)
+    at, order = turn.topk(most, 1, largest=False)
     jump = 2 * alpha[:, None] * direction.gather(1, order).abs() * torch.isfinite(at)
     before = along - alpha * (w.sign() * direction).sum(1)
     root = (before[:, None] - torch.cat([torch.zeros_like(jump[:, :1]), jump.cumsum(1)], 1)) / curvature[

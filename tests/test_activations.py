@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
-from planted import N_CLASSES, BatchNormCNN, HuggingFaceLike, ListOfDicts, built, examples, trained
+from planted import N_CLASSES, BatchNormCNN, HuggingFaceLike, ListOfDicts, built, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE, STRIDEConfig
 from stride_captum.activations import Tap, default_taps, named_taps, recording, to_rows
@@ -23,12 +24,12 @@ def names(taps: list[Tap]) -> list[str]:
 @torch.no_grad()
 def read(model: nn.Module, taps: list[Tap], batch: object) -> tuple[Tensor, list[Tensor]]:
     with recording(model, taps) as run:
-        return run(examples(batch))
+        return run(batch)
 
 
 @torch.no_grad()
 def choose(model: nn.Module, batch: object, max_width: int = 4096, penultimate: bool = False) -> list[Tap]:
-    return default_taps(model.eval(), examples(batch), max_width, penultimate)
+    return default_taps(model.eval(), batch, max_width, penultimate)
 
 
 class TestRows:
@@ -56,6 +57,15 @@ class TestRows:
         torch.testing.assert_close(to_rows(x, 0, 1), x.mean((1, 2)))
         assert torch.equal(to_rows(x[:, 0, 0], 0, 1), x[:, 0, 0])
         assert to_rows(torch.ones(3), 0, 1).shape == (3, 1)
+
+    def test_examples_in_another_dimension_and_padding(self):
+        x, mask = noise(4, 2, 5), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+        torch.testing.assert_close(to_rows(x, 0, 1, batch_dim=1), x.mean(0))
+        wanted = torch.stack([x[:2, 0].mean(0), x[:, 1].mean(0)])
+        torch.testing.assert_close(to_rows(x, 0, 1, 1, mask), wanted)
+        x[2:, 0] = float("nan")
+        torch.testing.assert_close(to_rows(x, 0, 1, 1, mask), wanted)
+        assert torch.equal(to_rows(x[:3], 0, 1, 1, mask)[1], x[:3].mean(0)[1])  # the mask is of other tokens
 
     def test_half_precision_becomes_single_and_double_stays(self):
         assert to_rows(noise(2, 3).bfloat16(), 0, 1).dtype == torch.float32
@@ -224,7 +234,7 @@ class TestNamedTaps:
     def test_outputs_and_inputs_by_name(self, planted):
         model, _, test = planted
         with torch.no_grad():
-            taps = named_taps(model, ["relu1", "fc2:input", "fc2"], examples(test.tensors))
+            taps = named_taps(model, ["relu1", "fc2:input", "fc2"], test.tensors)
         assert names(taps) == ["relu1", "fc2:input", "fc2"]
         _, rows = read(model, taps, test.tensors)
         torch.testing.assert_close(rows[0], model.fc1(test.tensors[0]).relu())
@@ -263,7 +273,7 @@ class TestNamedTaps:
         with pytest.raises(
             ValueError, match="`layers` must name submodules that run in the forward pass; got 'unused'"
         ):
-            named_taps(model, ["unused"], examples((noise(2, 2), None)))
+            named_taps(model, ["unused"], (noise(2, 2), None))
 
     def test_a_layer_that_gives_no_tensor(self):
         class Odd(nn.Module):
@@ -273,29 +283,24 @@ class TestNamedTaps:
         model = nn.Module()
         model.odd, model.forward = Odd(), lambda x: (model.odd(x), x)[1]
         with pytest.raises(TypeError, match=r"`layers` must give a tensor \('odd'\); got str"):
-            named_taps(model, ["odd"], examples((noise(2, 2), None)))
+            named_taps(model, ["odd"], (noise(2, 2), None))
 
-    def test_a_layer_without_one_row_per_example(self):
-        class Transposing(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
-
-            def forward(self, x):
-                return self.head(self.fc(x.transpose(0, 1)).mean(0))
-
-        train = TensorDataset(noise(6, 5, 4), torch.zeros(6))
+    def test_a_batch_without_a_batch_dimension(self):
+        model, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), noise(6, 4)
+        with torch.no_grad():
+            taps = named_taps(model, ["0"], (x, None))
+        model.forward = lambda x: model[1](model[0](x)).mean(0, keepdim=True)
         with pytest.raises(
             ValueError,
-            match=r"`layers` must give one row per example \(6 in this batch\); got 5 rows from 'fc'",
+            match=r"`layers` must give one row per example \(1 in this batch\); got 6 rows from '0'. Is a",
         ):
-            STRIDE(built(Transposing), train, layers=["fc"]).fit()
+            read(model, taps, (x, None))
 
     def test_outputs_that_are_tuples_or_objects_are_unwrapped(self):
         model = nn.ModuleDict({"lstm": nn.LSTM(4, 3, batch_first=True)})
         model.forward = lambda x: model["lstm"](x)[0][:, -1]
         x = noise(2, 5, 4)
-        taps = named_taps(model, ["lstm"], examples((x, None)))
+        taps = named_taps(model, ["lstm"], (x, None))
         _, rows = read(model, taps, (x, None))
         torch.testing.assert_close(rows[0], model["lstm"](x)[0].mean(1))
 
@@ -305,7 +310,7 @@ class TestRecording:
         model, train, _ = trained(BatchNormCNN, n_train=5, steps=1)
         x = train.tensors[0]
         with torch.no_grad():
-            taps = named_taps(model, ["bn1", "relu1"], examples(train.tensors))
+            taps = named_taps(model, ["bn1", "relu1"], train.tensors)
         outputs, rows = read(model, taps, train.tensors)
         before = model.bn1(model.conv1(x))
         torch.testing.assert_close(rows[0], to_rows(before, 2, 4))
@@ -328,32 +333,64 @@ class TestRecording:
         model, x = built(Overwriting), noise(6, 4)
         given = x.clone()
         with torch.no_grad():
-            taps = named_taps(model, ["a", "b:input", "b"], examples((x, None)))
+            taps = named_taps(model, ["a", "b:input", "b"], (x, None))
         with recording(model, taps) as run, torch.no_grad():
-            for rows in (run(examples((x, None)))[1], run(examples((x, None)))[1]):
+            for rows in (run((x, None))[1], run((x, None))[1]):
                 a = model.a(x)
                 torch.testing.assert_close(rows[0], a)
                 torch.testing.assert_close(rows[1], a.relu())
                 torch.testing.assert_close(rows[2], model.b(a.relu()))
         assert torch.equal(x, given)
 
-    def test_a_shared_module_is_read_the_last_time_it_runs(self):
-        class Shared(nn.Module):
+    def test_a_model_that_writes_over_its_inputs_and_its_residuals_runs_once(self):
+        class InPlace(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.a, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
-                self.again = self.a
+                self.a, self.r, self.b = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, N_CLASSES)
+                self.passes = 0
 
             def forward(self, x):
-                return self.head(self.again(self.a(x).relu()).relu())
+                self.passes += 1
+                x.sub_(0.5).div_(2)
+                h = self.a(x).relu_()
+                h += self.r(h).relu_()
+                return self.b(h)
 
-        model, x = built(Shared), noise(3, 4)
+        model, x = built(InPlace), noise(6, 4)
         taps = choose(model, (x, None))
-        assert names(taps) == ["a:input", "head:input"]
-        _, rows = read(model, taps, (x, None))
-        torch.testing.assert_close(rows[0], model.a(x).relu())
-        _, rows = read(model, named_taps(model, ["a"], examples((x, None))), (x, None))
-        torch.testing.assert_close(rows[0], model.a(model.a(x).relu()))
+        assert torch.equal(x, noise(6, 4))  # a probe gets copies
+        assert names(taps) == ["a:input", "r:input", "b:input"]
+        model.passes = 0
+        outputs, rows = read(model, taps, (x.clone(), None))
+        assert model.passes == 1
+        inside = (x - 0.5) / 2
+        h = model.a(inside).relu()
+        sums = h + model.r(h).relu()
+        for row, wanted in zip(rows, [inside, h, sums], strict=True):
+            torch.testing.assert_close(row, wanted)
+        torch.testing.assert_close(outputs, model.b(sums))
+
+    def test_maps_are_not_kept_whole(self):
+        held = []
+
+        class Watches(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.relu, self.head = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Linear(4, N_CLASSES)
+
+            def forward(self, x):
+                maps = self.relu(self.conv(x))
+                kept, means = weakref.ref(maps), maps.mean((2, 3))
+                del maps
+                held.append(kept() is not None)
+                return self.head(means)
+
+        model, x = built(Watches), noise(5, 1, 12, 12)
+        with torch.no_grad():
+            taps = named_taps(model, ["relu"], (x, None))
+        held.clear()
+        read(model, taps, (x, None))
+        assert held == [False]
 
     def test_hooks_are_gone_after_an_exception(self, planted):
         model = planted[0]
@@ -361,10 +398,24 @@ class TestRecording:
         with pytest.raises(KeyError), recording(model, taps):
             pass
         with pytest.raises(RuntimeError), recording(model, taps[:1]) as run:
-            run(examples((torch.zeros(2, 99), None)))
+            run((torch.zeros(2, 99), None))
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+    def test_padding_does_not_count_among_the_tokens(self):
+        model = built(HuggingFaceLike)
+        given = ListOfDicts(6, seed=3)[:]
+        given["attention_mask"][0] = 0
+        taps = choose(model, given)
+        _, rows = read(model, taps, given)
+        embedded, mask = model.embedding(given["input_ids"]), given["attention_mask"].bool()
+        for i in range(1, 6):
+            torch.testing.assert_close(rows[0][i], embedded[i, mask[i]].mean(0))
+        assert torch.equal(rows[0][0], torch.zeros(6))
+        longer = {**given, "input_ids": F.pad(given["input_ids"], (0, 3), value=7)}
+        longer["attention_mask"] = F.pad(given["attention_mask"], (0, 3))
+        torch.testing.assert_close(read(model, taps, longer)[1][0], rows[0])
 
     def test_what_is_read_carries_no_graph(self, planted):
         with recording(planted[0], [Tap("fc1", False, 0, 1, 8)]) as run:
-            _, rows = run(examples(planted[2].tensors))
+            _, rows = run(planted[2].tensors)
         assert not rows[0].requires_grad

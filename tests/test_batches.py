@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stride_captum.batches import SubsetRows, draw_uniforms, split_held_out, stratified_positions
+from stride_captum.batches import SubsetRows, draw_uniforms, stratified_positions
 from stride_captum.subsets import members, membership_from_indices, random_subsets
 
 N = 40
@@ -62,17 +62,3 @@ def test_unsorted_rows_are_sorted_in_a_copy():
     before = shuffled.indices.copy()
     assert np.array_equal(SubsetRows.from_membership(shuffled).indices.numpy(), csr.indices)
     assert np.array_equal(shuffled.indices, before)
-
-
-def test_held_out_members_are_a_part_of_each_subset():
-    train, aside = split_held_out(UNEVEN, 0.2, seed=1)
-    assert (train + aside != UNEVEN).nnz == 0
-    assert np.diff(aside.indptr).tolist() == [0, 5, 0, 4, 1]
-    again = split_held_out(UNEVEN, 0.2, seed=1)[1]
-    assert (again != aside).nnz == 0
-    assert (split_held_out(UNEVEN, 0.2, seed=2)[1] != aside).nnz > 0
-
-
-def test_subsets_too_small_to_keep_anything_aside_are_refused():
-    with pytest.raises(ValueError, match=r"`held_out_fraction` must keep at least one member .* at most 2"):
-        split_held_out(membership_from_indices([[0, 1], [2]], N), 0.1, seed=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -104,6 +105,7 @@ class TestCompletion:
             (["recovery-curve", "--paper", "c"], ["cifar10"]),
             (["bench", "retraining", "--case", "d"], ["digits"]),
             (["bench", "retraining", "--device", "m"], ["mps"]),
+            (["explain", "--device", "c"], ["cpu", "cuda"]),
         ],
     )
     def test_names_complete(self, words, wanted):
@@ -168,6 +170,15 @@ class TestOutput:
             assert said[1 - stream] == ""
         Voice(quiet=True).note("by the way")
         assert capsys.readouterr() == ("", "")
+
+    @pytest.mark.parametrize("text", ["Report: out/[bold]x[/bold]/report.html", "Report: out/[/]"])
+    def test_a_path_with_brackets_is_said_as_it_is(self, text, capsys):
+        Voice().note(text)
+        assert capsys.readouterr().out.strip() == text
+
+    def test_a_path_that_is_not_unicode_can_be_said(self, capsys):
+        Voice().note(f"Report: {os.fsdecode(b'f' + bytes([246]) + b'lder')}")
+        assert capsys.readouterr().out.strip() == "Report: f?lder"
 
 
 class TestDoctor:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from stride_captum import whole_files
 from stride_captum.evaluation import load_task, train_attributed
 from stride_captum.evaluation.cli import app
 
@@ -127,6 +133,149 @@ def test_mistakes_get_one_sentence_and_exit_code_2(arguments, sentence, store, t
     assert "Traceback" not in result.output
 
 
+OWN = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+def net():
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
+
+
+def table(train):
+    generator = torch.Generator().manual_seed(int(train))
+    y = torch.arange(60) % 2
+    return [{"x": x, "kind": k} for x, k in zip(torch.randn(60, 6, generator=generator) + y[:, None], y)]
+"""
+OF_OWN = [
+    "--data", "own_module_of_a_folder:table", "--model", "own_module_of_a_folder:net", "--label-key", "kind",
+    "--training", '{"epochs": 3}', "--preset", "smoke", "--quiet",
+]  # fmt: skip
+FEW = [
+    "--method", "Random", "--measure", "lds", "--subsets", "4", "--seeds", "1", "--models", "1",
+    "--test-points", "20", "--jobs", "1",
+]  # fmt: skip
+
+
+class TestOwn:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        (tmp_path / "own_module_of_a_folder.py").write_text(OWN)
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        "command", [["explain", "--index", "3"], ["compare", *FEW]], ids=["explain", "compare"]
+    )
+    def test_a_binary_network_and_examples_that_are_dicts(self, folder, monkeypatch, command):
+        monkeypatch.syspath_prepend(folder)
+        result = invoke(*command, *OF_OWN, "--store", folder / "store", "--out", folder)
+        assert result.exit_code == 0, result.output
+        assert "Data from own_module" in json.loads((folder / "results.json").read_text())["note"]
+
+    def test_modules_of_the_current_folder_come_after_those_that_are_installed(self, folder):
+        """A file of the user's with the name of a package that the command line imports is not run."""
+        for name in ("typer", "rich", "jinja2"):
+            (folder / f"{name}.py").write_text("raise SystemExit(7)")
+        out = os.fsencode(folder) + b"/f\xf6lder"
+        command = [sys.executable, "-m", "stride_captum", "compare", *OF_OWN, *FEW, "--out", out]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+        assert done.returncode == 0, done.stderr
+        written = [folder / os.fsdecode(out) / name for name in ("asked.json", "results.json", "report.html")]
+        assert all(path.stat().st_size for path in written)
+
+    def test_an_index_counts_in_the_data_set_as_it_is(self, folder, monkeypatch):
+        monkeypatch.syspath_prepend(folder)
+        by_class = OWN.replace("torch.arange(60) % 2", "torch.arange(60) // 30")
+        (folder / "own_module_by_class.py").write_text(by_class)
+        arguments = [text.replace("_of_a_folder", "_by_class") for text in OF_OWN]
+        places = [part for i in (2, 9, 17, 25, 33, 41, 50, 59) for part in ("--index", i)]
+        found = invoke("explain", *places, *arguments, "--store", folder / "store", "--out", folder)
+        assert found.exit_code == 0, found.output
+        points = json.loads((folder / "results.json").read_text())["points"]
+        assert [point["label"] for point in points] == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+class TestWholeFiles:
+    """A run that is killed as it writes leaves the files of the run before."""
+
+    @pytest.mark.parametrize(
+        ("command", "written"),
+        [
+            (["explain", "--preset", "smoke", "--index", "0"], "results.json"),
+            (["compare", "--preset", "smoke", *FEW], "asked.json"),
+            (["compare", "--preset", "smoke", *FEW], "results.json"),
+            (["compare", "--preset", "smoke", *FEW], "report.html"),
+            (["bench", "recovery", "--test-points", "2", "--n-subsets", "8", "--n-train", "60",
+              "--subset-size", "20", "--reference", "1"], "recovery.json"),
+        ],
+    )  # fmt: skip
+    def test_the_old_content_stays(self, store, tmp_path, monkeypatch, command, written):
+        replace = os.replace
+
+        def killed(source, target):
+            if Path(target).name == written:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        kept = [] if command[0] == "bench" else ["--store", store]
+        arguments = [*command, *kept, "--out", tmp_path, "--quiet"]
+        (tmp_path / written).write_text("old")
+        monkeypatch.setattr(whole_files.os, "replace", killed)
+        assert invoke(*arguments).exit_code == 130
+        assert (tmp_path / written).read_text() == "old"
+        assert not list(tmp_path.glob("*.part"))
+        monkeypatch.setattr(whole_files.os, "replace", replace)
+        assert invoke(*arguments).exit_code == 0
+        assert (tmp_path / written).read_text() != "old"
+
+    def test_scalability(self, tmp_path, monkeypatch):
+        from stride_captum.evaluation import scalability_report
+
+        found = SimpleNamespace(to_dict=dict, results=[])
+        monkeypatch.setattr(scalability_report, "scalability_plot", lambda results: "<svg/>")
+        for name in ("results.json", "scalability.svg"):
+            (tmp_path / name).write_text("old")
+        monkeypatch.setattr(whole_files.os, "fsync", lambda file: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            scalability_report.write_scalability(found, tmp_path)
+        assert {path.read_text() for path in tmp_path.iterdir()} == {"old"}
+
+
+def test_what_a_run_was_asked_may_be_damaged(tmp_path):
+    (tmp_path / "asked.json").write_text('{"task": ')
+    result = invoke("compare", "--resume", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert re.search(
+        "`--resume` must find what the run was asked; .*asked.json, which is damaged", result.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["explain", "--preset", "smoke"],
+        ["bench", "retraining", "--case", "digits", "--stack", "2"],
+        ["bench", "scalability", "--size", "1x8", "--method", "STRIDE", "--no-exponents"],
+    ],
+    ids=lambda command: command[1],
+)
+def test_a_device_that_is_not_there_is_one_sentence(command, tmp_path):
+    result = invoke(*command, "--device", "cuda:99", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    sentence = r"Error: `device` must be a device that torch can use here; got 'cuda:99'. Here: cpu.*\n"
+    assert re.fullmatch(sentence, result.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_has_learned_nothing_is_named(tmp_path):
+    arguments = ["--preset", "smoke", "--index", 0, "--training", '{"epochs": 1, "learning_rate": 0}']
+    result = invoke("explain", *arguments, "--store", tmp_path, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "The model has learned nothing" in result.stdout
+    assert "The model has learned nothing" in (tmp_path / "report.html").read_text()
+
+
 def test_the_version_is_told():
     assert re.fullmatch(r"stride-captum \d+\.\d+\.\d+\n", invoke("--version").stdout)
 
@@ -183,7 +332,7 @@ class TestCompare:
             assert row["lds"]["value"] == pytest.approx(sum(row["lds"]["per_model"]) / 2)
             assert row["cost"]["fit_seconds"] > 0
         assert results["protocol"]["n_test_reported"] == 20
-        assert results["rows"][1]["options"].keys() == {"temperature", "damping", "residuals"}
+        assert results["rows"][1]["options"].keys() == {"temperature", "damping"}
 
     def test_stride_beats_its_random_control(self, run):
         _, results, _ = run

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from typing import get_args
 
+import numpy as np
 import pytest
 
 from stride_captum import config as options
@@ -17,7 +18,6 @@ COUNTS = [
     "iterations",
     "batch_size",
     "sketch_width",
-    "patience",
     "n_subsets",
     "subset_size",
     "projection_width",
@@ -42,7 +42,6 @@ OTHERS = {
     "projection",
     "precision",
     "memory_budget",
-    "held_out_fraction",
     "alpha",
     "center",
     "seed",
@@ -101,13 +100,19 @@ def _needs(name, choice):
         ({"normalize": "l2"}, "`normalize` must be None or 'cosine'; got 'l2'"),
         ({"precision": "float16"}, "`precision` must be one of 'float32', 'tf32', 'bfloat16'; got 'float16'"),
         ({"response": "margn"}, "got 'margn'. Nearest: 'margin'"),
-        ({"held_out_fraction": 1.0}, r"`held_out_fraction` must be in \[0, 1\); got 1.0"),
-        ({"held_out_fraction": -0.1}, r"`held_out_fraction` must be in \[0, 1\); got -0.1"),
-        ({"held_out_fraction": None}, r"`held_out_fraction` must be in \[0, 1\); got None"),
         ({"alpha": -0.1}, "`alpha` must be a fraction of alpha_max of at least 0, or a rule; got -0.1"),
         ({"alpha": None}, "`alpha` must be a fraction of alpha_max of at least 0, or a rule; got None"),
         ({"alpha": float("nan")}, "`alpha` must be a fraction of alpha_max"),
         ({"alpha": float("inf")}, "`alpha` must be a fraction of alpha_max"),
+        (
+            {"alpha": 0.0},
+            r"`alpha` must be above 0 for the Lasso; got 0\. .* use recovery='ridge' with a small",
+        ),
+        ({"alpha": 0, "recovery": "ridge"}, r"`alpha` must be above 0 for ridge; got 0\."),
+        (
+            {"alpha": "bic", "recovery": "ridge"},
+            r"`alpha` must be a number for recovery='ridge'; got 'bic'\. The rules choose among fractions",
+        ),
         (
             {"alpha": "bik"},
             "`alpha` must be one of 'bic', 'aic', 'cross-validation'; got 'bik'. Nearest: 'bic'",
@@ -221,3 +226,9 @@ def test_a_notebook_shows_what_was_changed_first():
     assert "0.7" in changed
     assert "temperature" not in changed
     assert "temperature" in every
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = STRIDEConfig(damping=np.float32(0.5), n_subsets=np.int64(20), center=np.bool_(False))
+    assert config == STRIDEConfig(damping=0.5, n_subsets=20, center=False)
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()

@@ -65,6 +65,7 @@ METHODS = [
         iterations=10,
         learning_rate=0.1,
         fidelity_weight=0.1,
+        linearity_weight=0.0,  # with it, 26 of 40 test points rise with their own class at these sizes
         recovery="ridge",
     ),
 ]

@@ -25,7 +25,7 @@ from stride_captum.evaluation.counterfactual_retraining import (
 )
 from stride_captum.evaluation.models import TrainingSettings
 from stride_captum.evaluation.retraining import logits_of, train_attributed, train_model
-from stride_captum.evaluation.statistics import crossed_means
+from stride_captum.evaluation.statistics import t_interval
 from stride_captum.evaluation.tasks import Task
 from stride_captum.subsets import members
 
@@ -67,12 +67,25 @@ class TestRemovals:
             np.testing.assert_array_equal(rows, strongest)
             np.testing.assert_array_equal(rows, found[-1][:, :k])
 
-    def test_ties_go_to_the_lower_index(self):
-        assert removals(np.zeros((1, 5)), [3])[0].tolist() == [[0, 1, 2]]
-        assert removals(torch.zeros(1, 5, requires_grad=True), [3], True)[0].tolist() == [[0, 1, 2]]
+    @pytest.mark.parametrize("opponents", [False, True])
+    def test_ties_are_in_a_seeded_random_order_whatever_the_order_of_the_data(self, opponents):
+        classes, scores = np.repeat(np.arange(4), 50), np.zeros((40, 200))
+        few, many = removals(scores, [20, 50], opponents)
+        np.testing.assert_array_equal(few, many[:, :20])
+        assert all(len(set(row)) == 50 for row in many.tolist())
+        share = np.bincount(classes[many].ravel(), minlength=4) / many.size
+        assert np.abs(share - 0.25).max() < 4 * (0.25 * 0.75 / many.size) ** 0.5
+        again, other = (removals(torch.zeros(40, 200), [50], opponents, seed=s)[0] for s in (0, 1))
+        np.testing.assert_array_equal(again, many)
+        assert not np.array_equal(other, many)
+
+    def test_ties_do_not_mix_with_others(self):
+        scores = np.repeat([3.0, 2.0, 1.0], 5)[None]
+        assert set(removals(scores, [7])[0][0, :5]) == set(range(5))
+        assert set(removals(scores, [7], opponents=True)[0][0, :5]) == set(range(10, 15))
 
     def test_counts_are_numbers_or_shares(self):
-        assert resolve_counts([1, 0.1, np.int64(30), 0.5], 200) == (1, 20, 30, 100)
+        assert resolve_counts([1, np.float32(0.1), np.int64(30), 0.5], 200) == (1, 20, 30, 100)
         for wrong in ([0], [200], [1.5], [True], [0.001]):
             with pytest.raises(ValueError, match=r"`counts` must be integers in \[1, 200\) or shares in"):
                 resolve_counts(wrong, 200)
@@ -124,21 +137,16 @@ class TestFigures:
         assert gone.drop == pytest.approx((intact.mean(),) * 3)
         assert gone.intervals[0].low < intact.mean() < gone.intervals[0].high
 
-    def test_means_are_resampled_over_seeds_and_test_points(self):
-        values = np.random.default_rng(3).standard_normal((2, N_SEEDS, N_TEST))
-        values[0, 1, 2] = values[1, :, 4] = np.nan
-        draws = crossed_means(values, n_resamples=50, seed=6)
-        generator = np.random.default_rng(6)
-        seeds = generator.multinomial(N_SEEDS, np.full(N_SEEDS, 1 / N_SEEDS), size=50)
-        tests = generator.multinomial(N_TEST, np.full(N_TEST, 1 / N_TEST), size=50)
-        for r in range(50):
-            rows, columns = np.repeat(np.arange(N_SEEDS), seeds[r]), np.repeat(np.arange(N_TEST), tests[r])
-            np.testing.assert_allclose(draws[r], np.nanmean(values[:, rows][:, :, columns], axis=(1, 2)))
+    def test_the_interval_is_students_of_the_mean_over_models(self, result):
+        for c in range(3):
+            assert result.intervals[c] == t_interval(result.drops.mean(0)[c], result.drop[c])
 
-    def test_a_draw_without_a_value_has_no_mean(self):
-        draws = crossed_means([[1.0, np.nan]], n_resamples=100)
-        assert set(draws[~np.isnan(draws)]) == {1.0}
-        assert 10 < np.isnan(draws).sum() < 45
+    @pytest.mark.parametrize("counts", [(4, 2), (0, 4), (4, 4), (-2, 4), (2.5, 4), (True, 4)])
+    def test_counts_that_no_evaluation_has_are_refused(self, counts):
+        with pytest.raises(
+            ValueError, match=r"`counts` must be (increasing numbers|an integer of at least 1)"
+        ):
+            counterfactual([[0.9]], [[[0.6]], [[0.5]]], [[0.5], [0.6]], counts=counts)
 
     def test_result_is_read_at_a_glance_and_written_as_json(self, result, intact, removed, shares):
         assert repr(result).startswith("Drop (proponents removed) k=2: ")
@@ -283,7 +291,7 @@ class TestPlan:
         assert members(plan.membership, 0).tolist() == list(range(60))
         assert members(plan.membership, 6).tolist() == [i for i in range(60) if i not in (1, 3, 9)]
         assert plan.membership.shape[0] == 7
-        assert plan.n_test == 20
+        assert plan.n_test == 2
 
     def test_all_runs_of_a_seed_start_alike(self, task, tmp_path):
         plan, _ = counterfactual_plan(task, {"a": [np.array([[3, 1]])]}, [0], n_seeds=2, store=tmp_path)

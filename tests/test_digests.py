@@ -1,10 +1,18 @@
 """Digests of training examples."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from planted import Items, ListOfDicts
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from stride_captum.digests import Digests, row_digests
+from stride_captum.batch import Batch, ExampleBatch, Reading
+from stride_captum.digests import STREAM, Digests, ExampleDigest, data_fingerprint, row_digests
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.uint8, torch.bfloat16])
@@ -54,3 +62,104 @@ def test_joined_digests_are_those_of_the_whole():
 
 def test_no_labels_have_the_digest_zero():
     assert Digests.of(2, None, [torch.ones(2, 1)]).labels.tolist() == [0, 0]
+
+
+class Picture:
+    """As PIL's: an address in its repr, its pixels in the array interface."""
+
+    def __init__(self, value: int) -> None:
+        self.pixels = np.full(3, value)
+        self.__array_interface__ = self.pixels.__array_interface__
+
+
+READING = Reading(Batch(per_example=["x", "names", ("inner", "array")]))
+MAKERS = {
+    "tensors": lambda i: (torch.tensor(i), 0),
+    "dicts": lambda i: {"x": torch.tensor([i]), "labels": 1},
+    "arrays": lambda i: (np.array([i]), [0]),
+    "arrays of objects": lambda i: (np.array(["text", i], dtype=object), 0),
+    "pictures": lambda i: (Picture(i), 0),
+    "texts": lambda i: ("text", i),
+    "numbers": lambda i: (None, float(i)),
+    "split numbers": lambda i: (10**i, 10 ** (3 - i)),
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_every_kind_of_example_counts(kind):
+    def prints() -> set[str]:
+        return {data_fingerprint(Items([MAKERS[kind](i), MAKERS[kind](0)])) for i in range(3)}
+
+    assert len(prints()) == 3
+    assert prints() == prints()
+
+
+def test_read_only_arrays_and_arrays_of_objects_have_digests():
+    x = np.arange(6.0).reshape(3, 2)
+    want = row_digests(3, [x])
+    x.flags.writeable = False
+    assert torch.equal(row_digests(3, [x]), want)
+    texts = np.array(["a", "b", "a"], dtype=object)
+    assert torch.equal(row_digests(3, [texts]), row_digests(3, [["a", "b", "a"]]))
+
+
+def test_64_examples_and_the_length_are_in_the_fingerprint():
+    x = torch.zeros(1000)
+    prints = set()
+    for i in (None, 0, 1, 999):
+        changed = x.clone()
+        if i is not None:
+            changed[i] = 1
+        prints.add(data_fingerprint(TensorDataset(changed)))
+    assert len(prints) == 3  # example 1 is not one of them
+    assert data_fingerprint(ListOfDicts(100)) != data_fingerprint(ListOfDicts(101))
+    assert data_fingerprint(ListOfDicts(100)) == data_fingerprint(ListOfDicts(100))
+    backwards = DataLoader(TensorDataset(x), sampler=range(999, -1, -1))
+    assert data_fingerprint(backwards) != data_fingerprint(DataLoader(TensorDataset(x)))
+
+
+class Stream(IterableDataset):
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(3))
+
+
+def test_streams_have_no_fingerprint():
+    assert data_fingerprint(Stream()) == data_fingerprint(DataLoader(Stream())) == STREAM
+
+
+def test_examples_that_differ_from_one_reading_to_the_next_have_no_fingerprint():
+    class Noisy(Items):
+        def __getitem__(self, i: int) -> Any:
+            return self.source[i] + torch.randn(1)
+
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="`train_dataset` must give the same example each time it is read"):
+        data_fingerprint(Noisy(torch.zeros(10, 1)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_digest_of_examples_does_not_depend_on_batches_but_on_every_value():
+    x, y = torch.randn(12, 3), torch.arange(12)
+    names = [f"text {i}" for i in range(12)]
+
+    def digest(sizes, x=x, y=y, names=names):
+        taken, start = ExampleDigest(), 0
+        for size in sizes:
+            rows = slice(start, start + size)
+            inner = {"array": y[rows].numpy(), "same for all": torch.ones(2, 2)}
+            content = {"x": x[rows], "names": names[rows], "inner": inner, "labels": y[rows]}
+            taken.update(ExampleBatch(content, READING))
+            start += size
+        return taken.finish()
+
+    whole = digest([12])
+    assert digest([5, 5, 2]) == whole == digest([1] * 12)
+    other = x.clone()
+    other[11, 2] += 1e-6
+    assert digest([12], x=other) != whole
+    assert digest([12], x=x.double()) != whole
+    assert digest([12], names=[*names[:-1], "other"]) != whole
+    assert digest([12], y=y.flip(0)) != whole

@@ -12,6 +12,7 @@ import torch
 from stride_captum import STRIDE, doctor, installed
 from stride_captum.adapters import Similarity
 from stride_captum.conformance import LAWS, Subject, shipped
+from stride_captum.conformance.planted import trained
 from stride_captum.doctor import diagnose
 from stride_captum.installed import EXTRAS, check_extra, check_packages, requirements
 
@@ -86,6 +87,27 @@ class TestMethods:
         monkeypatch.setattr(doctor, "check_method", lambda subject: doctor.Finding(subject.name, "ok", "yes"))
         names = {finding.what for finding in diagnose().findings}
         assert {subject.name for subject in shipped()} < names
+
+
+class TestTraining:
+    def test_a_network_that_learns_is_ok(self):
+        finding = doctor.check_training()
+        assert (finding.what, finding.status) == ("training", "ok")
+        assert any(f.what == "training" for f in diagnose([]).findings)
+
+    def test_one_at_chance_level_is_broken(self, monkeypatch):
+        def untrained(build):
+            model, train, test = trained(build)
+            for parameter in list(model.modules())[-1].parameters():
+                parameter.data.zero_()
+            return model, train, test
+
+        monkeypatch.setattr(doctor, "trained", untrained)
+        diagnosis = diagnose([])
+        (finding,) = [f for f in diagnosis.findings if f.what == "training"]
+        assert finding.status == "broken"
+        assert re.search(r"has learned nothing: it is right for \d+.\d% of its training", finding.detail)
+        assert not diagnosis.ok
 
 
 class TestPackages:

@@ -147,7 +147,7 @@ class TestTheMethodOfTheGuide:
 
 PUBLIC = [
     (package, name)
-    for package in ("", ".adapters", ".evaluation", ".recovery", ".conformance")
+    for package in ("", ".adapters", ".evaluation", ".losses", ".recovery", ".conformance")
     for name in importlib.import_module(f"stride_captum{package}").__all__
 ]
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from stride_captum import STRIDE, STRIDEConfig, closed_form_estimate, estimate
 from stride_captum.adapters import DiagonalEKFAC, Similarity
+from stride_captum.closed_form_bytes import closed_form_bytes
 from stride_captum.estimate import Estimate, from_small_runs
 from stride_captum.feature_store import FeatureStore
 
@@ -73,20 +74,37 @@ def test_a_few_batches_are_read_and_not_the_training_set():
     assert 0 < sum(seen) < 2_000
 
 
-@pytest.mark.parametrize("n_classes", [3, 50])
-def test_the_bytes_that_a_fit_keeps_are_those_that_were_counted(n_classes):
+@pytest.mark.parametrize(
+    ("n_classes", "options"),
+    [
+        (3, {}),
+        (50, {}),
+        (50, {"memory_budget": "64KiB"}),
+        (50, {"damping": 1e-3}),
+        (50, {"curvature": "identity"}),
+    ],
+    ids=str,
+)
+def test_the_bytes_that_a_fit_keeps_are_those_that_were_counted(n_classes, options):
     model, train = network(3_000, 64, n_classes)
-    method = STRIDE(model, train).fit()
+    method = STRIDE(model, train, config=STRIDEConfig(**options)).fit()
     form = method._states[0].operators
-    parts = [vars(part) for part in (form, form.head, form.curvature, form.moments)]
+    parts = [
+        vars(part)
+        for part in (form, form._residuals, form.head, form.curvature, form.curvature.inverse, form.moments)
+    ]
     tensors = [t for t in tree_leaves(parts) if torch.is_tensor(t)]
     kept = sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
-    reading = closed_form_estimate._Reading(0.0, 0, [t.width for t in method._states[0].taps], n_classes, [])
-    cpu = torch.device("cpu")
-    counted, _ = closed_form_estimate._fit_bytes(method, reading, len(train), cpu, in_memory=True)
-    assert counted == pytest.approx(kept, rel=0.05)
-    without, _ = closed_form_estimate._fit_bytes(method, reading, len(train), cpu, in_memory=False)
-    assert counted - without == pytest.approx(4 * form.features.numel(), rel=0.02)
+    widths = [tap.width for tap in method._states[0].taps]
+    counted, without = (
+        closed_form_bytes(method.config, 3_000, widths, n_classes, torch.device("cpu"), in_memory=there)
+        for there in (True, False)
+    )
+    assert counted.kept == pytest.approx(kept, rel=0.02)
+    assert counted.kept - without.kept == form.features.nbytes + form.logits.nbytes
+    small = options.get("memory_budget") == "64KiB"
+    assert counted.residuals == (0 if small else form._residuals.kept.nbytes)
+    assert counted.block <= (2**16 if small else 2**28)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

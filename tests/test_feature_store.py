@@ -15,12 +15,12 @@ from planted import MLP, HuggingFaceLike, ListOfDicts, built, expect_untouched, 
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from stride_captum import STRIDE, STRIDEConfig
 from stride_captum.batch import ExampleBatch, Reading
 from stride_captum.feature_store import FeatureStore
-from stride_captum.store_files import ExampleDigest, StoreFiles
+from stride_captum.store_files import StoreFiles, _manifest_checksum
 
 TRAINED = STRIDEConfig(operators="trained", n_subsets=8, rank=4, iterations=5)
 CONFIGS = {
@@ -230,8 +230,13 @@ class TestDamage:
         stored(model, train, tmp_path).fit()
         path = tmp_path / "features.bin"
         path.write_bytes(path.read_bytes()[:-1])
-        with pytest.raises(ValueError, match=r"other bytes in .*features"):
-            stored(model, train, tmp_path).fit()
+        for verify in (True, False):
+            with pytest.raises(ValueError, match=r"got [\d,]+ of [\d,]+ bytes in .*features\.bin"):
+                stored(model, train, tmp_path, verify=verify).fit()
+        path.unlink()
+        for verify in (True, False):
+            with pytest.raises(ValueError, match=r"got no file .*features\.bin\. Delete the folder"):
+                stored(model, train, tmp_path, verify=verify).fit()
 
     def test_a_changed_manifest_is_refused(self, planted, tmp_path):
         model, train, _ = planted
@@ -246,6 +251,34 @@ class TestDamage:
         with pytest.raises(ValueError, match="must be in format 1; got format 99"):
             stored(model, train, tmp_path).fit()
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda m: m.pop("chunk_rows"),
+            lambda m: m.update(more=1),
+            lambda m: m.update(chunk_rows="8"),
+            lambda m: m.update(chunks=[[]]),
+            lambda m: m["chunks"][0].update(rows=-1),
+            lambda m: m["chunks"][1]["checksums"].pop("logits"),
+            lambda m: m["parts"].pop("labels"),
+            lambda m: m["parts"]["features"].update(dtype="load"),
+            lambda m: m["parts"]["features"].update(dtype="int8"),
+            lambda m: m["parts"]["features"].update(width=0),
+        ],
+    )
+    def test_a_manifest_of_another_kind_is_refused(self, planted, tmp_path, change):
+        model, train, _ = planted
+        stored(model, train, tmp_path).fit()
+        rewrite_manifest(tmp_path, change)
+        with pytest.raises(ValueError, match="`feature_store` must have a whole manifest; got a damaged"):
+            stored(model, train, tmp_path).fit()
+
+    @pytest.mark.parametrize("content", [b"", b"[1]", b"\xff", b"null"])
+    def test_a_manifest_that_is_none_is_refused(self, planted, tmp_path, content):
+        (tmp_path / "manifest.json").write_bytes(content)
+        with pytest.raises(ValueError, match="`feature_store` must have a whole manifest; got a damaged"):
+            stored(*planted[:2], tmp_path).fit()
+
     def test_features_that_float16_cannot_hold(self, planted, tmp_path):
         model, train, _ = planted
         x, y = train.tensors
@@ -253,6 +286,109 @@ class TestDamage:
             ValueError, match="`dtype` must hold the features; got infinity or NaN in 'float16'"
         ):
             stored(model, TensorDataset(1e6 * x, y), tmp_path, dtype="float16").fit()
+
+
+def rewrite_manifest(folder: Path, change) -> None:
+    """Change a manifest so that its checksum is right."""
+    content = manifest(folder)
+    del content["checksum"], content["format"]
+    change(content)
+    content = {"format": 1, "checksum": _manifest_checksum(content), **content}
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+class TestLinks:
+    """Whoever may write to the folder could else have a file elsewhere overwritten or read."""
+
+    @pytest.mark.parametrize("name", ["lock", "manifest.json", "features.bin", "logits.bin", "labels.bin"])
+    @pytest.mark.parametrize("complete", [False, True])
+    def test_a_file_that_is_a_link_is_refused(self, planted, tmp_path, name, complete):
+        model, train, _ = planted
+        folder, elsewhere = tmp_path / "store", tmp_path / "elsewhere"
+        if complete:
+            stored(model, train, folder).fit()
+            (folder / name).replace(elsewhere)
+        else:
+            folder.mkdir()
+            elsewhere.write_bytes(b"precious")
+        before = elsewhere.read_bytes()
+        (folder / name).symlink_to(elsewhere)
+        with pytest.raises(ValueError, match=rf"must hold files, not links; got the link '.*{name}'"):
+            stored(model, train, folder).fit()
+        assert elsewhere.read_bytes() == before
+
+    def test_a_link_to_nothing_is_refused(self, planted, tmp_path):
+        (tmp_path / "store").mkdir()
+        (tmp_path / "store" / "lock").symlink_to(tmp_path / "nothing")
+        with pytest.raises(ValueError, match="not links"):
+            stored(*planted[:2], tmp_path / "store").fit()
+        assert not (tmp_path / "nothing").exists()
+
+    def test_the_folder_itself_may_be_one(self, planted, tmp_path):
+        (tmp_path / "disk").mkdir()
+        (tmp_path / "store").symlink_to(tmp_path / "disk")
+        stored(*planted[:2], tmp_path / "store").fit()
+        assert manifest(tmp_path / "disk")["complete"]
+
+    @pytest.mark.parametrize("name", ["../secret", "/etc/secret", "folder/secret"])
+    def test_parts_outside_the_folder_are_refused(self, planted, tmp_path, name):
+        model, train, _ = planted
+        stored(model, train, tmp_path / "store").fit()
+
+        def add(content) -> None:
+            content["parts"][name] = content["parts"]["labels"]
+            for chunk in content["chunks"]:
+                chunk["checksums"][name] = chunk["checksums"]["labels"]
+
+        rewrite_manifest(tmp_path / "store", add)
+        with pytest.raises(
+            ValueError, match=rf"keep its files in its own folder; got .* names '{name}\.bin'"
+        ):
+            stored(model, train, tmp_path / "store").fit()
+
+
+class Stream(IterableDataset):
+    def __init__(self, *tensors) -> None:
+        self.tensors = tensors
+
+    def __iter__(self):
+        return iter(zip(*self.tensors, strict=True))
+
+
+class Augmented(OneByOne):
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        return x + torch.randn_like(x), y
+
+
+class TestUnusualSources:
+    def test_a_stream_is_compared_as_a_whole(self, planted, tmp_path):
+        model, train, test = planted
+        x, y = train.tensors
+        first = stored(model, Stream(x, y), tmp_path).fit()
+        with Counting(model) as counted:
+            later = stored(model, Stream(x, y), tmp_path).fit()
+        assert counted.passes == 0
+        assert torch.equal(later.influence(test.tensors), first.influence(test.tensors))
+        with pytest.raises(ValueError, match=r"others among examples .* if examples differ from one reading"):
+            stored(model, Stream(x, y.roll(1)), tmp_path).fit()
+        with pytest.raises(ValueError, match=r"others among examples|40 examples, not 48"):
+            stored(model, Stream(x[:40], y[:40]), tmp_path).fit()
+        with pytest.raises(
+            ValueError, match=r"`check_examples` must be True for an iterable data set, .*; got False"
+        ):
+            stored(model, Stream(x, y), tmp_path, check_examples=False).fit()
+
+    @pytest.mark.parametrize("check_examples", [True, False])
+    def test_examples_that_are_augmented_at_random_are_refused_at_once(
+        self, planted, tmp_path, check_examples
+    ):
+        model, train, _ = planted
+        match = r"`train_dataset` must give the same example each time .* Turn random augmentation off"
+        with Counting(model) as counted, pytest.raises(ValueError, match=match):
+            stored(model, Augmented(*train.tensors), tmp_path, check_examples=check_examples).fit()
+        assert counted.passes == 0
+        assert list(tmp_path.iterdir()) == []
 
 
 KILLED = """
@@ -271,7 +407,7 @@ examples = 0
 def count(module, inputs, output):
     global examples
     examples += len(output)
-    if examples > 30:
+    if examples > 45:  # some of which look at the model before it starts
         os.kill(os.getpid(), signal.SIGKILL)
 
 model.register_forward_hook(count)
@@ -429,28 +565,6 @@ class TestSources:
             store.fill(key, taps, longer, None)
         with pytest.raises(ValueError, match=r"others among examples|40 examples, not 48"):
             store.fill(key, taps, shorter, None)
-
-
-def test_the_digest_of_examples_does_not_depend_on_batches_but_on_every_value():
-    x, y = torch.randn(12, 3), torch.arange(12)
-    names = [f"text {i}" for i in range(12)]
-
-    def digest(sizes, x=x, y=y, names=names):
-        taken, start = ExampleDigest(), 0
-        for size in sizes:
-            rows = slice(start, start + size)
-            taken.update({"x": x[rows], "names": names[rows], "array": y[rows].numpy(), "labels": y[rows]})
-            start += size
-        return taken.finish()
-
-    whole = digest([12])
-    assert digest([5, 5, 2]) == whole == digest([1] * 12)
-    other = x.clone()
-    other[11, 2] += 1e-6
-    assert digest([12], x=other) != whole
-    assert digest([12], x=x.double()) != whole
-    assert digest([12], names=[*names[:-1], "other"]) != whole
-    assert digest([12], y=y.flip(0)) != whole
 
 
 def test_the_checksums_are_crc32_of_the_bytes(planted, tmp_path):

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
 from planted import MLP, BatchNormCNN, planted_classes
+from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE
 from stride_captum.adapters import Random, Similarity
@@ -98,7 +101,34 @@ class TestFigures:
         read = json.loads(json.dumps(result.to_dict(), allow_nan=False))
         assert read["rates"] == {"1": result.rates[1]}
 
+    def test_copies_that_were_there_before_count_as_found(self):
+        scores = np.array([[0.9, 0.9, 0.5, 0.9, 0.1], [0.3, 0.2, 0.1, 0.4, 0.5]])
+        alone = leakage(scores, [3, 4], n_resamples=0)
+        assert alone.ranks.tolist() == [[1.0, 0.0]]  # behind half of two equal ones
+        found = leakage(scores, [3, 4], copies=[[0], []], n_resamples=0)
+        assert found.ranks.tolist() == [[1 / 3, 0.0]]  # one other among three equal ones, two of them its own
+        assert found.top1 == pytest.approx((2 / 3 + 1) / 2)
+        assert found.rates[1] == pytest.approx((2 / 3 + 1) / 2)
+        better = leakage(scores, [2, 4], copies=[[0, 1, 3], [3]], n_resamples=0)
+        assert better.ranks.tolist() == [[0.0, 0.0]]
+        assert better.top1 == 1
+
+    def test_copies_give_the_expected_figures_over_random_orders_of_ties(self):
+        scores = np.array([[1.0, 1.0, 1.0, 1.0, 0.0]])
+        found = leakage(scores, [0], copies=[[2]], n_resamples=0)
+        orders = list(permutations(range(4)))
+        assert found.ranks[0, 0] == pytest.approx(np.mean([min(o.index(0), o.index(2)) for o in orders]))
+        assert found.top1 == pytest.approx(np.mean([o[0] in (0, 2) for o in orders]))
+
     def test_what_is_wrong_is_said(self, scores, positions):
+        with pytest.raises(
+            ValueError, match="`copies` must hold a sequence for each of the 6 test points; got 2"
+        ):
+            leakage(scores, positions, copies=[[], []])
+        with pytest.raises(
+            ValueError, match=r"`copies` must hold training indices in \[0, 40\); got \[3, 40\]"
+        ):
+            leakage(scores, positions, copies=[[3], [40], [], [], [], []])
         with pytest.raises(ValueError, match=r"`scores` must have shape \(6, n_train\) for each model"):
             leakage(scores.T, positions)
         with pytest.raises(ValueError, match=r"`scores` must have shape \(6, n_train\) .*; got \[\]"):
@@ -124,6 +154,31 @@ class TestPlanting:
         assert (planted.task.n_train, planted.task.test) == (64, task.test)
         assert planted.positions.tolist() == [60, 61, 62, 63]
         assert planted.task.name == "planted with 4 leaked (exact)"
+
+    @pytest.mark.parametrize("kind", ["exact", "noise"])
+    def test_copies_that_were_there_are_found_and_said(self, kind):
+        clean = task_of(MLP)
+        (x, y), (x_test, y_test) = clean.train.tensors, clean.test.tensors
+        assert all(len(copies) == 0 for copies in plant(clean, 5, kind=kind).copies)
+        first, second = (int(i) for i in plant(clean, 2).test_points)
+        there = TensorDataset(
+            torch.cat([x, x_test[[first, second]]]),
+            torch.cat([y, torch.stack([y_test[first], (1 + y_test[second]) % 3])]),
+        )
+        task = replace(clean, train=there)
+        planted = plant(task, 2, kind=kind)
+        # the other one has another label
+        assert [copies.tolist() for copies in planted.copies] == [[60], []]
+        with pytest.warns(
+            UserWarning, match=r"1 of the 2 test examples that leak were in the training set of"
+        ):
+            measure_leakage(task, {}, counts=(2,), kinds=(kind,))
+
+    def test_two_leaked_examples_that_are_equal_are_copies_of_one_another(self):
+        clean = task_of(MLP)
+        x, y = (t[:1].repeat(3, *[1] * (t.ndim - 1)) for t in clean.test.tensors)
+        planted = plant(replace(clean, test=TensorDataset(x, y)), 2)
+        assert [copies.tolist() for copies in planted.copies] == [[61], [60]]
 
     def test_fewer_are_the_beginning_of_more(self):
         few, many = (plant(task_of(MLP), n).test_points for n in (3, 20))

@@ -7,7 +7,14 @@ import pytest
 import torch
 from scipy import stats
 
-from stride_captum.evaluation.linear_datamodeling import difference, lds, margins, paired_difference
+from stride_captum.evaluation.linear_datamodeling import (
+    difference,
+    lds,
+    margins,
+    paired_difference,
+    plain,
+)
+from stride_captum.evaluation.statistics import Interval
 from stride_captum.subsets import random_subsets
 
 N_TRAIN, N_TEST, N_SUBSETS = 60, 8, 30
@@ -131,6 +138,8 @@ def test_scores_of_zero_have_no_value(membership, responses):
     assert np.isnan(result.worst)
     assert result.undefined == N_TEST
     assert result.undefined_as_zero == 0
+    assert result.ranks_nothing
+    assert repr(result).startswith("LDS undefined [undefined] (95%)")
     assert result.to_dict()["value"] is None
 
 
@@ -167,6 +176,30 @@ class TestPairedDifference:
         shuffled = a.draws.mean(1) - np.random.default_rng(0).permutation(b.draws.mean(1))
         assert paired.high - paired.low < 0.7 * np.subtract(*np.quantile(shuffled, [0.975, 0.025]))
 
+    def test_points_that_one_of_two_leaves_open_count_for_both(self):
+        generator = np.random.default_rng(0)
+        effects, halves = generator.standard_normal((50, 60)), random_subsets(60, 80, 30)
+        measured = halves @ effects.T
+        full = effects + np.linspace(0.2, 4, 50)[:, None] * generator.standard_normal(effects.shape)
+        few = np.where(np.arange(50)[:, None] < 3, full, 0.0)  # the easy points alone
+        a, b = (lds(s, halves, measured, n_resamples=100) for s in (few, full))
+        assert a.value > b.value + 0.3
+        gap = difference(a, b)
+        assert gap.value == pytest.approx(a.undefined_as_zero - b.undefined_as_zero)
+        assert gap.per_model == pytest.approx((gap.value,))
+        assert gap.interval.low < gap.value < gap.interval.high < 0
+
+    def test_with_a_method_that_ranks_nothing_there_is_none(self, models, membership, responses):
+        result = lds(models, membership, responses, n_resamples=5)
+        silent = [np.zeros_like(models[0]), *models[1:]]
+        one = difference(lds(silent, membership, responses, n_resamples=5), result)
+        assert np.isnan(one.per_model[0])
+        assert one.per_model[1:] == (0, 0)
+        assert one.value == 0
+        none = difference(result, lds([0 * m for m in models], membership, responses, n_resamples=5))
+        assert np.isnan(none.value)
+        assert not none.interval.defined
+
     def test_without_resamples_there_is_no_interval(self, models, membership, responses):
         assert paired_difference(models, models, membership, responses, n_resamples=0).interval is None
 
@@ -178,6 +211,31 @@ class TestPairedDifference:
             difference(result, lds(models, membership, responses, n_resamples=6))
         with pytest.raises(ValueError, match="one `seed`; got 0 and 1"):
             difference(result, lds(models, membership, responses, n_resamples=5, seed=1))
+
+
+def test_values_for_json_are_pythons_own():
+    found = plain(
+        {
+            "number": np.float32(0.5),
+            1: np.int64(2),
+            "flag": np.bool_(True),
+            "undefined": [np.nan, float("inf"), np.float64(-np.inf)],
+            "interval": Interval(0.1, np.nan),
+            "nested": {"array": np.array([[1, 2]]), "names": ("a", None)},
+            "device": torch.device("cpu"),
+        }
+    )
+    assert found == {
+        "number": 0.5,
+        "1": 2,
+        "flag": True,
+        "undefined": [None] * 3,
+        "interval": {"low": 0.1, "high": None, "level": 0.95},
+        "nested": {"array": [[1, 2]], "names": ["a", None]},
+        "device": "cpu",
+    }
+    assert [type(found[name]) for name in ("number", "1", "flag")] == [float, int, bool]
+    json.dumps(found, allow_nan=False)
 
 
 class TestMargins:

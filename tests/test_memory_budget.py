@@ -75,7 +75,7 @@ class TestBlocks:
     def test_the_closed_form_takes_as_many_rows_as_the_budget_holds(self):
         for budget in (2**16, 2**20, 2**28):
             rows = block_rows(STRIDEConfig(memory_budget=budget), 100, 10, torch.float32, CPU)
-            temporary = 4 * (3 * 101 + 6 * 10)
+            temporary = 4 * 3 * 101 + 8 * 6 * 10
             assert rows == min(budget // temporary, MOST_ROWS)
         wide = block_rows(STRIDEConfig(memory_budget=2**20), 100, 32_000, torch.float64, CPU)
         assert wide == 1

@@ -7,22 +7,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from stride_captum.class_moments import class_moments
 from stride_captum.config import Curvature as CurvatureName
+from stride_captum.curvature_fit import centered, fit_curvature
+from stride_captum.moments import feature_moments, scaled_features
 from stride_captum.newton import (
     GaussNewtonCurvature,
-    Moments,
-    damped_inverse,
-    feature_moments,
-    fit_curvature,
-    fit_ridge_head,
-    leverage_forms,
     on_raw_features,
     quadratic_forms,
-    scaled_features,
     score_block,
-    working_dtype,
 )
 from stride_captum.objective import fidelity, stability
+from stride_captum.staging import TrainingBlocks
 
 N, WIDTHS, C = 14, (3, 2), 3
 D = sum(WIDTHS) + 1
@@ -41,11 +37,14 @@ class Problem:
         self.features = torch.cat([5 * randn(N, 3) + 1, 0.3 * randn(N, 2)], dim=1)
         self.logits = 1.5 * randn(N, C)
         self.labels = torch.randint(C, (N,), generator=generator)
-        self.probabilities = self.logits.softmax(1)
         self.residuals = F.one_hot(self.labels, C) - self.probabilities
         self.test_features = torch.cat([5 * randn(4, 3), 0.3 * randn(4, 2)], dim=1)
         self.gradients = randn(4, C)
         self.moments = feature_moments(self.features, self.labels, C, WIDTHS)
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        return self.logits.softmax(1)
 
     def phi(self, features: torch.Tensor) -> torch.Tensor:
         """Each layer with unit mean square norm over the training set, and a constant 1."""
@@ -90,11 +89,12 @@ class Problem:
         diagonal = (basis.T @ fisher @ basis).diagonal()
         return basis @ diagonal.diag() @ basis.T + penalty
 
+    def blocks(self, dtype: torch.dtype = torch.float64, rows: int = 5) -> TrainingBlocks:
+        return TrainingBlocks(self.features.to(dtype), self.logits.to(dtype), self.labels, dtype, rows)
+
     def fit(self, name: str, damping: float, dtype: torch.dtype = torch.float64):
-        inverse = damped_inverse(self.moments.second_moment, damping)
-        return fit_curvature(
-            name, self.features.to(dtype), self.probabilities.to(dtype), self.moments, damping, inverse
-        )
+        data = self.blocks(dtype)
+        return fit_curvature(name, data, 1.0, self.moments, class_moments(data, 1.0), damping)
 
 
 @pytest.mark.parametrize("damping", [0.3, 1e-3])
@@ -121,7 +121,8 @@ class TestCurvature:
     def test_quadratic_forms_are_those_of_the_dense_solve(self, name, damping):
         problem = Problem(1)
         left, right = problem.residuals.flip(0), problem.residuals
-        forms = quadratic_forms(problem.fit(name, damping), problem.phi(problem.features), left, right)
+        curvature = problem.fit(name, damping)
+        forms = quadratic_forms(curvature, problem.phi(problem.features), left, right)
         matrix = problem.damped(name, damping)
         for phi, u, v, form in zip(problem.phi(problem.features), left, right, forms, strict=True):
             expected = torch.kron(phi, u) @ torch.linalg.solve(matrix, torch.kron(phi, v))
@@ -144,24 +145,17 @@ class TestCurvature:
 
 def test_where_every_example_has_the_same_probabilities_corrected_eigenvalues_are_exact():
     problem = Problem()
-    problem.probabilities = problem.probabilities[:1].expand(N, C)
+    problem.logits = problem.logits[:1].expand(N, C)
     torch.testing.assert_close(
         problem.damped("eigenvalue-corrected", 0.1), problem.damped("gauss-newton", 0.1)
     )
-    torch.testing.assert_close(
+    corrected, exact = (
         quadratic_forms(
-            problem.fit("eigenvalue-corrected", 0.1),
-            problem.phi(problem.features),
-            problem.residuals,
-            problem.residuals,
-        ),
-        quadratic_forms(
-            problem.fit("gauss-newton", 0.1),
-            problem.phi(problem.features),
-            problem.residuals,
-            problem.residuals,
-        ),
+            problem.fit(name, 0.1), problem.phi(problem.features), problem.residuals, problem.residuals
+        )
+        for name in ("eigenvalue-corrected", "gauss-newton")
     )
+    torch.testing.assert_close(corrected, exact)
 
 
 def test_conjugate_gradients_take_few_steps_where_features_are_badly_conditioned(monkeypatch):
@@ -170,8 +164,9 @@ def test_conjugate_gradients_take_few_steps_where_features_are_badly_conditioned
     features = torch.randn(200, 40, dtype=torch.float64, generator=generator) * spectrum
     logits = torch.randn(200, 5, dtype=torch.float64, generator=generator)
     moments = feature_moments(features, logits.argmax(1), 5, [40])
-    inverse = damped_inverse(moments.second_moment, 1e-6)
-    curvature = fit_curvature("gauss-newton", features, logits.softmax(1), moments, 1e-6, inverse)
+    data = TrainingBlocks(features, logits, logits.argmax(1), torch.float64)
+    classes = class_moments(data, 1.0)
+    curvature = fit_curvature("gauss-newton", data, 1.0, moments, classes, 1e-6)
     products = []
     multiply = GaussNewtonCurvature.multiply
     monkeypatch.setattr(
@@ -258,104 +253,12 @@ def test_trained_operators_tend_to_the_closed_form_as_the_weight_of_the_subset_f
         assert larger / smaller == pytest.approx(10, rel=0.15)
 
 
-class TestMoments:
-    def test_sums_over_chunks_are_those_of_the_definition(self):
-        generator = torch.Generator().manual_seed(0)
-        features = torch.randn(9000, 3, dtype=torch.float64, generator=generator)
-        labels = torch.randint(4, (9000,), generator=generator)
-        moments = feature_moments(features, labels, 4, [2, 1])
-        h = torch.cat([features, torch.ones(9000, 1)], dim=1)
-        torch.testing.assert_close(moments.gram, h.T @ h)
-        torch.testing.assert_close(moments.targets, h.T @ F.one_hot(labels, 4).double())
-        phi = h * moments.scale
-        torch.testing.assert_close(moments.second_moment, phi.T @ phi / 9000)
-        for layer in (phi[:, :2], phi[:, 2:3], phi[:, 3:]):
-            assert float(layer.square().sum(1).mean()) == pytest.approx(1)
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-    def test_every_dtype_is_summed_in_float32_or_more(self, dtype):
-        features = torch.full((9000, 2), 30.0, dtype=dtype)
-        moments = feature_moments(features, torch.zeros(9000, dtype=torch.long), 2, [2])
-        assert moments.gram.tolist() == [[8.1e6, 8.1e6, 2.7e5], [8.1e6, 8.1e6, 2.7e5], [2.7e5, 2.7e5, 9000]]
-        assert moments.targets.dtype == torch.float64
-        assert working_dtype(features) == torch.float32
-        assert scaled_features(features, moments.scale).dtype == torch.float32
-
-    def test_sums_by_class_lose_no_digits_to_many_rows(self, monkeypatch):
-        """Features behind a ReLU are of one sign: a sum in float32 over all rows would be off by 2e-6."""
-        monkeypatch.setattr("stride_captum.newton._CHEAP", 0)  # or all would be float64
-        features = torch.rand(8192, 6, generator=torch.Generator().manual_seed(0))
-        labels = torch.zeros(8192, dtype=torch.long)
-        moments = feature_moments(features, labels, 2, [6])
-        exact = features.double().sum(0)
-        assert float((moments.targets[:6, 0] / exact - 1).abs().max()) < 3e-7
-
-    def test_a_layer_of_zeros_is_left_alone(self):
-        features = torch.cat([torch.zeros(5, 2), torch.ones(5, 1)], dim=1)
-        moments = feature_moments(features, torch.zeros(5, dtype=torch.long), 2, [2, 1])
-        assert moments.scale.tolist() == [1, 1, 1, 1]
-
-    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
-    def test_features_that_are_not_finite_or_overflow_are_refused(self, bad):
-        features = torch.ones(5, 3)
-        features[4, 1] = bad
-        with pytest.raises(
-            ValueError, match="`train_dataset` must give finite activations; got NaN or infinity in feature 1"
-        ):
-            feature_moments(features, torch.zeros(5, dtype=torch.long), 2, [3])
-
-
-def test_ridge_head_gives_leverages_and_predictions():
+def test_leverages_are_forms_of_the_inverse():
     problem = Problem()
-    phi, y = problem.phi(problem.features), F.one_hot(problem.labels, C).double()
+    phi = problem.phi(problem.features)
     a, _, mean_a, _ = problem.factors()
     inverse = torch.linalg.inv(a + 0.3 * mean_a * torch.eye(D))
-    hat = phi @ inverse @ phi.T / N
-    moments = problem.moments
-    forms = leverage_forms(problem.features, moments.scale, damped_inverse(moments.second_moment, 0.3))
-    torch.testing.assert_close(forms / N, hat.diagonal())
-    head = fit_ridge_head(problem.features, problem.labels, moments, 0.3)
-    torch.testing.assert_close(head.predict(problem.features), hat @ y)
-    torch.testing.assert_close(head.left_out, (y - hat @ y) / (1 - hat.diagonal())[:, None])
-
-
-def test_the_moments_of_the_first_features_are_those_of_the_features_alone():
-    problem = Problem()
-    few = problem.features[:, :2]
-    kept = feature_moments(problem.features, problem.labels, C, [2, D - 3]).first(2)
-    alone = feature_moments(few, problem.labels, C, [2])
-    for name in ("gram", "targets", "scale"):
-        torch.testing.assert_close(getattr(kept, name), getattr(alone, name))
-
-
-class TestRefusals:
-    def test_a_damping_below_rounding_errors(self):
-        matrix = torch.tensor([[1.0, 1.0], [1.0, 1.0 - 1e-9]], dtype=torch.float64)
-        with pytest.raises(
-            ValueError, match=r"`damping` must be large enough .*got 1e-12. Raise it \(the default is 0.3\)"
-        ):
-            damped_inverse(matrix, 1e-12)
-        assert torch.isfinite(damped_inverse(matrix, 1e-6)).all()
-
-    @pytest.mark.parametrize("name", CURVATURES)
-    def test_probabilities_without_uncertainty(self, name):
-        problem = Problem()
-        problem.probabilities = F.one_hot(problem.labels, C).double()
-        with pytest.raises(
-            ValueError,
-            match="`temperature` must leave the model some uncertainty; got probabilities that are",
-        ):
-            problem.fit(name, 0.3)
-
-    def test_logits_with_nan(self):
-        problem = Problem()
-        problem.probabilities[3, 1] = float("nan")
-        with pytest.raises(
-            ValueError, match="`model` must return logits without NaN; got NaN for training example 3"
-        ):
-            problem.fit("identity", 0.3)
-
-
-def test_moments_are_a_plain_value():
-    moments = Moments(torch.eye(2), torch.zeros(2, 1), torch.tensor([3.0, 1.0]), 2)
-    assert moments.second_moment.tolist() == [[4.5, 0.0], [0.0, 0.5]]
+    mapped = centered(inverse, problem.moments, problem.blocks())
+    expected = (phi @ inverse * phi).sum(1)
+    torch.testing.assert_close(mapped.forms(problem.blocks(), problem.moments.scale), expected)
+    torch.testing.assert_close(mapped(phi), phi @ inverse)

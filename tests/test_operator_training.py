@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_captum.batch_gradient import BatchGradient, block_bytes, largest_block
-from stride_captum.batches import draw_uniforms
+from stride_captum.batches import SubsetRows
 from stride_captum.config import STRIDEConfig
 from stride_captum.objective import fidelity, stability, subset_responses
 from stride_captum.operators import SteeringOperators
@@ -145,11 +145,28 @@ def test_largest_block_is_the_largest_that_fits():
         assert largest_block(operators, N, 8, exact - 1) == max(n_subsets - 1, 1)
 
 
+def test_batches_within_and_outside_a_subset_have_draws_of_their_own(data, monkeypatch):
+    drawn = {"draw_members": [], "draw_outsiders": []}
+    for name, seen in drawn.items():
+        draw = getattr(SubsetRows, name)
+
+        def watched(rows, block, width, uniforms, draw=draw, seen=seen):
+            seen.append(uniforms.clone())
+            return draw(rows, block, width, uniforms)
+
+        monkeypatch.setattr(SubsetRows, name, watched)
+    data.train(random_subsets(N, 5, 10), iterations=6)
+    every = [*drawn["draw_members"], *drawn["draw_outsiders"]]
+    assert len(every) == 12
+    for i, one in enumerate(every):
+        assert all(not torch.equal(one, other) for other in every[i + 1 :])
+
+
 def test_the_same_seed_gives_the_same_bits_and_the_global_state_is_untouched(data):
     membership = random_subsets(N, 5, 10)
     torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
     inputs = [t.clone() for t in (data.features, data.logits, data.labels)]
-    first, second, other = (data.train(membership, seed=s, held_out_fraction=0.2) for s in (1, 1, 2))
+    first, second, other = (data.train(membership, seed=s) for s in (1, 1, 2))
     for name, tensor in first.operators.state_dict().items():
         assert torch.equal(tensor, second.operators.state_dict()[name])
     assert not torch.equal(first.operators.steering_matrices, other.operators.steering_matrices)
@@ -185,53 +202,21 @@ def test_more_linearity_weight_gives_more_linear_responses(data):
     for reading in ("example", "subset"):
         weak, strong = (
             data.train(membership, linearity=reading, linearity_weight=w, iterations=60).history["linearity"]
-            for w in (1e-3, 30.0)
+            for w in (1e-3, 100.0)
         )
         assert strong[-5:].mean() < 0.5 * weak[-5:].mean()
 
 
 def test_the_history_has_one_entry_a_step(data):
-    history = data.train(random_subsets(N, 5, 10), iterations=7).history
-    assert [len(history[name]) for name in ("fidelity", "stability", "linearity", "held_out")] == [7, 7, 7, 0]
+    history = data.train(random_subsets(N, 5, 10), iterations=7, linearity_weight=0.0).history
+    assert {name: len(losses) for name, losses in history.items()} == dict.fromkeys(
+        ("fidelity", "stability", "linearity"), 7
+    )
     assert bool(history["linearity"].isnan().all())
     assert float(history["stability"][0]) == pytest.approx(0, abs=1e-6)
     assert bool(history["fidelity"].isfinite().all())
-
-
-def test_training_stops_early_with_the_operators_of_the_best_check(data):
-    data.labels = torch.randint(N_CLASSES, (N,), generator=torch.Generator().manual_seed(1))
-    options: dict[str, Any] = {
-        "learning_rate": 0.05,
-        "stability_weight": 0.0,
-        "rank": 16,
-        "schedule": "constant",
-    }
-    membership = partition(N, 4)
-    stopped = data.train(membership, held_out_fraction=0.4, patience=2, iterations=500, **options)
-    held_out = stopped.history["held_out"]
-    best = int(held_out.argmin())
-    assert stopped.stopped_early
-    assert len(held_out) == best + 3
-    assert len(stopped.history["fidelity"]) == 10 * len(held_out) < 500
-    again = data.train(membership, held_out_fraction=0.4, iterations=10 * (best + 1), **options)
-    assert torch.equal(again.operators.steering_matrices, stopped.operators.steering_matrices)
-
-
-def test_members_kept_aside_are_never_trained_on(data):
-    membership = partition(N, 4)
-    config = STRIDEConfig(operators="trained", batch_size=4, held_out_fraction=0.4)
-    operators = SteeringOperators(D, N_CLASSES, 4, 4)
-    batch = BatchGradient(operators, data.features, data.logits, data.labels, membership, config, 0)
-    assert batch.held_out is not None
-    aside = {int(i) for i in batch.held_out.indices}
-    everyone = slice(0, 4)
-    for seed in range(30):
-        uniforms = [draw_uniforms(4, torch.Generator().manual_seed(seed)) for _ in range(2)]
-        rows, mask = batch.rows.draw_members(everyone, 4, uniforms[0])
-        outside, _ = batch.all_rows.draw_outsiders(everyone, 4, uniforms[1])
-        assert not aside & set(rows[mask].tolist())
-        for k in range(4):
-            assert not set(members(membership, k).tolist()) & set(outside[k].tolist())
+    whole = data.train(random_subsets(N, 5, 10), iterations=7).history
+    assert bool(whole["linearity"].isfinite().all())
 
 
 @pytest.mark.parametrize("encoder", ["shared", "per-subset"])
@@ -313,3 +298,8 @@ def test_arguments_that_do_not_fit_are_named(data):
         train_operators(2 * f, z, y, membership, config, head=data.head)
     with pytest.raises(ValueError, match="`head_weight` must be the weight of the Linear"):
         data.train(membership, steering="representation")
+
+
+def test_losses_that_become_nan_are_refused(data):
+    with pytest.raises(ValueError, match="`learning_rate` must be small enough for the operators"):
+        data.train(random_subsets(N, 5, 10), learning_rate=1e30, iterations=30)

@@ -50,6 +50,46 @@ def test_only_one_copy_of_each_module_is_imported():
     assert "evaluation" not in sys.modules
 
 
+WITHOUT_POSIX = """
+import importlib, pkgutil, sys
+import captum.influence, filelock, joblib, sklearn, torch, torchvision, typer  # may need what we may not
+
+for name in ("fcntl", "grp", "pwd", "resource", "termios"):
+    sys.modules[name] = None
+import signal, os
+for name in ("SIGALRM", "SIGKILL", "setitimer"):
+    delattr(signal, name)
+for name in ("fork", "geteuid", "O_NOFOLLOW", "sched_getaffinity", "sysconf"):
+    delattr(os, name)
+import stride_captum
+
+absent = ("cleanlab", "dattri", "kronfluence", "quanda")
+names = []
+for part in ("", ".adapters", ".conformance", ".evaluation"):
+    package = importlib.import_module("stride_captum" + part)
+    names += [m.name for m in pkgutil.iter_modules(package.__path__, package.__name__ + ".")]
+assert len(names) > 110, len(names)
+for name in names:
+    if name.endswith("__main__"):
+        continue
+    try:
+        importlib.import_module(name)
+    except ImportError as error:  # of an extra
+        if str((error.__cause__ or error).name).split(".")[0] not in absent:
+            raise
+data = torch.utils.data.TensorDataset(torch.randn(20, 4), torch.arange(20) % 2)
+store = stride_captum.feature_store.FeatureStore(sys.argv[1])
+stride_captum.STRIDE(torch.nn.Linear(4, 2), data, feature_store=store).fit()
+"""
+
+
+def test_every_module_is_imported_on_a_system_without_posix(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_POSIX, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "manifest.json").exists()
+
+
 @pytest.mark.slow
 def test_the_wheel_installs_and_works_without_the_extras(tmp_path):
     def run(*command: str) -> None:

@@ -60,3 +60,45 @@ def test_memory_that_was_freed_before_counts_after_its_release() -> None:
         again = [torch.ones(2**15) for _ in range(600)]
     assert len(again) == 600
     assert memory.bytes is None or memory.bytes >= 70 * MIB
+
+
+class Allocator:
+    """Memory of a GPU that is not there, as `torch.cuda` tells of it; its statistics must not be reset."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, allocated: int, peak: int) -> None:
+        self.allocated, self.peak = allocated, peak
+        patch.setattr(torch.cuda, "memory_allocated", lambda device: self.allocated)
+        patch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.peak)
+        patch.setattr(
+            torch.cuda, "reset_peak_memory_stats", lambda device: pytest.fail("they are the user's")
+        )
+
+    def use(self, size: int, seconds: float = 0.0) -> None:
+        self.allocated += size
+        self.peak = max(self.peak, self.allocated)
+        threading.Event().wait(seconds)
+        self.allocated -= size
+
+
+class TestOnAGPU:
+    device = torch.device("cuda", 0)
+
+    def test_a_new_peak_is_exact_however_short(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu = Allocator(monkeypatch, allocated=100, peak=150)
+        with PeakMemory(self.device) as memory:
+            gpu.use(700)
+        assert memory.bytes == 700
+        assert (gpu.allocated, gpu.peak) == (100, 800)
+
+    def test_below_the_peak_of_the_caller_what_lasts_is_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu = Allocator(monkeypatch, allocated=100, peak=5_000)
+        with PeakMemory(self.device) as memory:
+            gpu.use(700, seconds=0.1)
+        assert memory.bytes == 700
+        assert gpu.peak == 5_000
+
+    def test_the_caller_s_peak_is_not_taken_for_ours(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu = Allocator(monkeypatch, allocated=100, peak=5_000)
+        with PeakMemory(self.device) as memory:
+            gpu.allocated += 30
+        assert memory.bytes == 30

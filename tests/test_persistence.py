@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import builtins
+import importlib
+import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from planted import (
@@ -15,19 +18,21 @@ from planted import (
     MLP,
     BatchNormCNN,
     Fails,
-    ListOfDicts,
     built,
     expect_untouched,
     planted_classes,
     trained,
 )
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from stride_captum import STRIDE, InfluenceMethod, STRIDEConfig, persistence
-from stride_captum.adapters import Random, Similarity
-from stride_captum.persistence import data_fingerprint
+from stride_captum import STRIDE, InfluenceMethod, STRIDEConfig, persistence, saved_files
+from stride_captum.adapters import TRAK, Random, Similarity
+from stride_captum.batch import Batch
+from stride_captum.losses import CrossEntropy
+from stride_captum.persistence import saved_as
 
 TRAINED = {"operators": "trained", "subsets": "partition", "n_subsets": 8, "rank": 4, "iterations": 5}
 CONFIGS = {
@@ -134,10 +139,25 @@ class TestRoundTrip:
             STRIDE.load(tmp_path / "method", model, Fails(train))
 
 
+@saved_as("test.own-state")
 @dataclass
 class OwnState:
     total: Tensor
     note: Any
+
+
+@dataclass
+class Unregistered:
+    total: Tensor
+
+
+NOTE = {
+    "a": [1, None, 0.1, True],
+    "pair": (1, ("x", [2])),
+    3: {None: "none", 0.5: "half"},
+    "b.c": torch.tensor([1.0]),
+    "b": {"c": torch.tensor([2.0])},
+}
 
 
 class OwnMethod(Similarity):
@@ -145,7 +165,7 @@ class OwnMethod(Similarity):
 
     def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> OwnState:
         self.n_train_ = 48
-        return OwnState(sum(b.first_tensor.sum(0) for b in self._train_batches(False)), {"a": [1, None, 0.1]})
+        return OwnState(sum(b.first_tensor.sum(0) for b in self._train_batches(False)), NOTE)
 
     def _prepare(self, state: OwnState, model: nn.Module, batch: Any, ask: Any) -> Tensor:
         return batch.first_tensor @ state.total
@@ -160,35 +180,81 @@ class TestMethodsFromOutside:
         saved = OwnMethod(model, train).fit()
         saved.save(tmp_path / "method")
         loaded = OwnMethod.load(tmp_path / "method", model, train)
-        assert loaded._states[0].note == {"a": [1, None, 0.1]}
+        note = loaded._states[0].note
+        tensors = note.pop("b.c"), note.pop("b")["c"]
+        assert note == {key: NOTE[key] for key in ("a", "pair", 3)}
+        assert [tensor.item() for tensor in tensors] == [1.0, 2.0]
         assert torch.equal(loaded.influence(test.tensors), saved.influence(test.tensors))
 
-    def test_what_cannot_be_saved_is_named(self, planted, tmp_path):
+    @pytest.mark.parametrize(
+        ("value", "match"),
+        [
+            (object(), r"`states.0.note.a` must be a tensor, a dataclass.*; got object"),
+            ({1}, r"`states.0.note.a` must be a tensor, a dataclass.*; got set"),
+            (torch.eye(2).to_sparse(), r"`states.0.note.a` must be a dense tensor to be saved"),
+            ({(1, 2): 3}, r"`a key of states.0.note.a` must be a plain value to be saved; got tuple"),
+            (
+                Unregistered(torch.ones(1)),
+                r"`states.0.note.a` must be of a class that is registered to be saved; got Unregistered. "
+                r'Decorate it with @saved_as\("your_package.its_name"\)',
+            ),
+        ],
+    )
+    def test_what_cannot_be_saved_is_named(self, planted, tmp_path, value, match):
         saved = OwnMethod(*planted[:2]).fit()
-        saved._states[0].note = {"a": object()}
-        with pytest.raises(TypeError, match=r"`states.0.note.a` must be a tensor, a dataclass.*; got object"):
+        saved._states[0].note = {"a": value}
+        with pytest.raises(TypeError, match=match):
             saved.save(tmp_path / "method")
+        assert os.listdir(tmp_path) == []
 
-    def test_classes_of_other_modules_are_not_looked_up(self, planted, tmp_path):
-        model, train, _ = planted
-        saved = OwnMethod(model, train).fit()
-        for target in ("os:path", "subprocess:Popen", "stride_captum.errors:bad_value"):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(persistence, "_encode", renamed(persistence._encode, target))
-                saved.save(tmp_path / "method")
-            with pytest.raises(
-                ValueError, match=f"`path` must hold data classes of stride_captum only; got '{target}'"
-            ):
-                OwnMethod.load(tmp_path / "method", model, train)
+    @pytest.mark.parametrize(
+        "name", ["os:path", "antigravity", "test.unknown", "stride_captum.errors:bad_value"]
+    )
+    def test_a_class_that_is_not_registered_is_refused_and_nothing_is_imported(
+        self, planted, tmp_path, monkeypatch, name
+    ):
+        OwnMethod(*planted[:2]).fit().save(tmp_path / "method")
+        rewritten(tmp_path / "method", lambda d: d["states"]["list"][0].update({"class": name}))
+
+        def refuse(*args: Any, **options: Any) -> None:
+            raise AssertionError(f"an import of {args[0]}")
+
+        with monkeypatch.context() as patch:
+            for importer in ("importlib.import_module", "builtins.__import__"):
+                # What is imported already may be asked for again.
+                patch.setattr(importer, guarded(importer, refuse))
+            with pytest.raises(ValueError, match=rf"objects of registered classes; got one of '{name}'\."):
+                OwnMethod.load(tmp_path / "method", *planted[:2])
+
+    def test_names_are_those_of_one_dataclass_each(self):
+        with pytest.raises(ValueError, match=r"must be one that no other class has; got 'test\.own-state'"):
+            saved_as("test.own-state")(Unregistered)
+        with pytest.raises(TypeError, match="`cls` must be a dataclass; got type"):
+            saved_as("test.plain")(TestMethodsFromOutside)
+        assert saved_as("test.own-state")(OwnState) is OwnState
 
 
-def renamed(encode: Any, target: str) -> Any:
-    def change(tree: Any) -> Any:
-        if isinstance(tree, dict):
-            return {k: target if k == "dataclass" else change(v) for k, v in tree.items()}
-        return [change(part) for part in tree] if isinstance(tree, list) else tree
+def guarded(name: str, refuse: Any) -> Any:
+    original = {"builtins": builtins, "importlib": importlib}[name.split(".")[0]].__dict__[name.split(".")[1]]
 
-    return lambda *args: change(encode(*args))
+    def find(module: str, *args: Any, **options: Any) -> Any:
+        known = module in sys.modules or (args and isinstance(args[0], dict))
+        return original(module, *args, **options) if known else refuse(module)
+
+    return find
+
+
+def rewritten(path: Path, change: Any, right: bool = True) -> None:
+    """Change the description of a file, with the right checksum or the old one."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    checksum, _, text = metadata["stride_captum"].partition(" ")
+    description = json.loads(text)
+    found = change(description)
+    text = found if isinstance(found, str) else json.dumps(description)
+    checksum = saved_files.checksum(text, tensors) if right else checksum
+    save_file(tensors, path, {"stride_captum": f"{checksum} {text}"})
 
 
 class TestRefusals:
@@ -234,17 +300,14 @@ class TestRefusals:
             Subset(train, range(47, -1, -1)),
             DataLoader(Subset(train, range(47, -1, -1))),
         ):
-            with pytest.raises(
-                ValueError, match="`train_dataset` must be the data of the saved method; got other data"
-            ):
+            with pytest.raises(ValueError, match=r"must (be the data|hold the 48 examples) of the saved"):
                 STRIDE.load(saved, model, other)
         STRIDE.load(saved, model, TensorDataset(x.clone(), y.clone()))
         STRIDE.load(saved, model, DataLoader(train, batch_size=5))
 
     def test_another_class(self, planted, saved):
-        with pytest.raises(
-            ValueError, match="`path` must hold a Similarity in format 2; got a STRIDE in format 2"
-        ):
+        match = r"`path` must hold a Similarity; got '.*method' with a STRIDE. Call STRIDE.load"
+        with pytest.raises(ValueError, match=match):
             Similarity.load(saved, *planted[:2])
 
     def test_options_that_were_fitted(self, planted, saved):
@@ -255,16 +318,47 @@ class TestRefusals:
                 STRIDE.load(saved, *planted[:2], **options)
         assert STRIDE.load(saved, *planted[:2], batch_size=3).batch_size == 3
 
-    def test_files_of_another_kind(self, planted, tmp_path):
-        (tmp_path / "text").write_text("not a method")
-        save_file({"a": torch.zeros(1)}, tmp_path / "tensors")
-        for name in ("text", "tensors"):
-            with pytest.raises(
-                ValueError, match="`path` must name a file that `save` has written; got .*" + name
-            ):
-                STRIDE.load(tmp_path / name, *planted[:2])
-        with pytest.raises(FileNotFoundError):
-            STRIDE.load(tmp_path / "nothing", *planted[:2])
+    def test_options_that_are_given_win_over_saved_defaults(self, planted, tmp_path):
+        target = torch.tensor([1] * 7)
+        TRAK(*planted[:2], response="loss", target=target).fit().save(tmp_path / "method")
+        loaded = TRAK.load(tmp_path / "method", *planted[:2])
+        assert loaded.response == "loss"
+        assert torch.equal(loaded.target, target)
+        assert TRAK.load(tmp_path / "method", *planted[:2], response="logit").response == "logit"
+
+    def test_the_loss_is_kept_and_cannot_be_another(self, planted, tmp_path):
+        model, train, test = planted
+        probabilities = nn.Sequential(model, nn.Softmax(1))
+        said = CrossEntropy(outputs="probabilities")
+        saved = STRIDE(probabilities, train, loss=said).fit()
+        saved.save(tmp_path / "method")
+        for options in ({}, {"loss": said}):
+            loaded = STRIDE.load(tmp_path / "method", probabilities, train, **options)
+            assert loaded.loss == said
+            same_bits(loaded, saved, test)
+        for other in (CrossEntropy(outputs="logits"), "cross_entropy"):
+            with pytest.raises(ValueError, match=r"`options` must leave what has been fitted .*; got 'loss'"):
+                STRIDE.load(tmp_path / "method", probabilities, train, loss=other)
+
+    def test_how_a_batch_is_read_must_be_said_again(self, planted, tmp_path):
+        model, train, test = planted
+
+        def twice(model: nn.Module, batch: Any) -> Tensor:
+            return 2 * model(batch[0])
+
+        said = Batch(forward=twice, label_key=-1)
+        saved = STRIDE(model, train, batch=said).fit()
+        saved.save(tmp_path / "method")
+        same_bits(STRIDE.load(tmp_path / "method", model, train, batch=said), saved, test)
+        match = r"`batch` must be as for the saved method \(forward=a function, label_key=-1\); got "
+        with pytest.raises(ValueError, match=match + r"the default\. Pass the same batch="):
+            STRIDE.load(tmp_path / "method", model, train)
+        with pytest.raises(ValueError, match=match + "forward=a function"):
+            STRIDE.load(tmp_path / "method", model, train, batch=Batch(forward=twice))
+
+    def test_what_to_do_about_changes_is_one_of_three(self, planted, saved):
+        with pytest.raises(ValueError, match="`changed` must be one of 'refuse', 'update', 'ignore'"):
+            STRIDE.load(saved, *planted[:2], changed="updated")
 
     def test_a_model_that_changes_after_loading(self, planted, saved):
         model = built(MLP)
@@ -273,6 +367,98 @@ class TestRefusals:
         model.fc1.bias.data[0] += 1
         with pytest.raises(ValueError, match="`model` must have the weights that the method was fitted on"):
             loaded.influence(planted[2].tensors)
+
+
+class TestDamage:
+    """A file that is not as it was written is refused in one sentence that names it."""
+
+    @pytest.fixture
+    def path(self, planted, tmp_path) -> Path:
+        STRIDE(*planted[:2], layers=["relu2"]).fit().save(tmp_path / "method")
+        return tmp_path / "method"
+
+    def refused(self, planted, path: Path, what: str) -> None:
+        must = "`path` must name a whole file that `save` has written; got "
+        with pytest.raises(ValueError, match=f"{must}'{path}', which {what}. Fit, and save it again"):
+            STRIDE.load(path, *planted[:2])
+
+    def test_a_flipped_bit_anywhere(self, path):
+        content = path.read_bytes()
+        header = 8 + int.from_bytes(content[:8], "little")
+        bits = [*range(0, 8 * header, 17), *range(8 * header, 8 * len(content), 61)]
+        assert len(bits) > 2000
+        for bit in bits:
+            damaged = bytearray(content)
+            damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match="`path` must name a whole file"):
+                saved_files.read_file(path, persistence._PARTS)
+
+    def test_more_or_less_of_it(self, planted, path):
+        content = path.read_bytes()
+        for length in (1, 7, 8, 9, 500, len(content) // 2, len(content) - 1):
+            path.write_bytes(content[:length])
+            self.refused(planted, path, "is cut off, damaged or of another kind")
+        path.write_bytes(content + b"!")
+        self.refused(planted, path, "is cut off, damaged or of another kind")
+
+    def test_what_is_no_such_file(self, planted, path, tmp_path):
+        path.write_bytes(b"")
+        self.refused(planted, path, "is empty")
+        path.write_text("not a method, but long enough to be one")
+        self.refused(planted, path, "is cut off, damaged or of another kind")
+        save_file({"a": torch.zeros(1)}, path)
+        self.refused(planted, path, "has no description of a method")
+        self.refused(planted, tmp_path, "is a folder")
+        with pytest.raises(FileNotFoundError, match="nothing"):
+            STRIDE.load(tmp_path / "nothing", *planted[:2])
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", "{}", '"text"'])
+    def test_a_broken_description(self, planted, path, text):
+        rewritten(path, lambda description: text)
+        self.refused(planted, path, "has a broken description")
+
+    def test_a_changed_description(self, planted, path):
+        rewritten(path, lambda description: description.update(batch=3), right=False)
+        self.refused(planted, path, "is damaged: its checksum differs")
+
+    def test_another_format(self, planted, path):
+        rewritten(path, lambda description: description.update(format=2), right=False)
+        self.refused(planted, path, "is in format 2, where this version reads format 3")
+        save_file({"a": torch.zeros(1)}, path, {"stride_captum": '{"format": 1, "class": "STRIDE"}'})
+        self.refused(planted, path, "is in format 1, where this version reads format 3")
+
+    @pytest.mark.parametrize("part", persistence._PARTS)
+    def test_a_description_without_a_part(self, planted, path, part):
+        rewritten(path, lambda description: description.pop(part) and None)
+        self.refused(planted, path, f"has a description without {part}")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda d: d["settings"].clear(),
+            lambda d: d["states"]["list"][0]["fields"].pop("taps") and None,
+            lambda d: d["states"]["list"][0]["fields"].update(more={"value": 1}),
+            lambda d: d["states"].update(list=[{"tensor": "gone", "order": []}]),
+            lambda d: d["states"].update(list=[{"tensor": "states.0.operators.labels", "order": [0, 1]}]),
+            lambda d: d.update(states=3),
+        ],
+    )
+    def test_a_description_that_does_not_fit(self, planted, path, change):
+        rewritten(path, change)
+        self.refused(planted, path, "has a description that does not fit its tensors")
+
+    @pytest.mark.parametrize(
+        "change", [lambda d: d.pop("digests_"), lambda d: d.update(digests_={"value": 1})]
+    )
+    def test_no_digests(self, planted, path, change):
+        def without(description: Any) -> None:
+            learned = dict(description["learned"]["dict"])
+            change(learned)
+            description["learned"]["dict"] = list(learned.items())
+
+        rewritten(path, without)
+        self.refused(planted, path, "has no digests of the training set")
 
 
 class TestCheckpoints:
@@ -292,6 +478,32 @@ class TestCheckpoints:
             STRIDE.load(tmp_path / "method", model, train)
 
 
+class TestWhereItIsWritten:
+    def test_a_folder_is_refused(self, planted, tmp_path):
+        method = STRIDE(*planted[:2]).fit()
+        with pytest.raises(ValueError, match=f"`path` must name a file; got the folder '{tmp_path}'"):
+            method.save(tmp_path)
+        assert os.listdir(tmp_path) == []
+
+    def test_folders_on_the_way_are_made(self, planted, tmp_path):
+        STRIDE(*planted[:2]).fit().save(tmp_path / "new" / "folder" / "method")
+        assert os.listdir(tmp_path / "new" / "folder") == ["method"]
+
+    def test_an_error_names_the_path(self, planted, tmp_path, monkeypatch):
+        method = STRIDE(*planted[:2]).fit()
+        (tmp_path / "file").touch()
+        with pytest.raises(NotADirectoryError, match="file/method'"):
+            method.save(tmp_path / "file" / "method")
+
+        def full(tensors: Any, path: Path, metadata: Any) -> None:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+        monkeypatch.setattr(saved_files, "save_file", full)
+        with pytest.raises(OSError, match=f"'{tmp_path / 'method'}' was not written: .*No space left"):
+            method.save(tmp_path / "method")
+        assert os.listdir(tmp_path) == ["file"]
+
+
 class TestAtomicWrite:
     def test_a_failed_write_leaves_the_old_file_and_nothing_else(self, planted, tmp_path, monkeypatch):
         model, train, test = planted
@@ -302,7 +514,7 @@ class TestAtomicWrite:
             Path(path).write_bytes(b"half a file")
             raise OSError("no space left")
 
-        monkeypatch.setattr(persistence, "save_file", half)
+        monkeypatch.setattr(saved_files, "save_file", half)
         with pytest.raises(OSError, match="no space left"):
             method.save(tmp_path / "method")
         assert os.listdir(tmp_path) == ["method"]
@@ -314,56 +526,3 @@ class TestAtomicWrite:
             STRIDE(model, train, config=STRIDEConfig(damping=damping)).fit().save(tmp_path / "method")
         assert STRIDE.load(tmp_path / "method", model, train).config.damping == 0.5
         assert os.listdir(tmp_path) == ["method"]
-
-
-class TestDataFingerprint:
-    def test_every_kind_of_example_counts(self):
-        class Items(list):
-            pass
-
-        class Picture:
-            """As PIL's: an address in its repr, its pixels in the array interface."""
-
-            def __init__(self, value: int) -> None:
-                self.pixels = np.full(3, value)
-                self.__array_interface__ = self.pixels.__array_interface__
-
-        def prints(make: Any) -> set[str]:
-            return {data_fingerprint(Items([make(i), make(0)])) for i in range(3)}
-
-        for make in (
-            lambda i: (torch.tensor(i), 0),
-            lambda i: {"x": torch.tensor([i]), "labels": 1},
-            lambda i: (np.array([i]), [0]),
-            lambda i: (Picture(i), 0),
-            lambda i: ("text", i),
-            lambda i: (None, float(i)),
-        ):
-            assert len(prints(make)) == 3
-            assert prints(make) == prints(make)
-
-    def test_all_of_a_tensor_data_set_and_samples_of_others(self):
-        x = torch.zeros(1000)
-        prints = set()
-        for i in (None, *range(0, 1000, 97)):
-            changed = x.clone()
-            if i is not None:
-                changed[i] = 1
-            prints.add(data_fingerprint(TensorDataset(changed)))
-        assert len(prints) == 12
-        assert data_fingerprint(ListOfDicts(100)) != data_fingerprint(ListOfDicts(101))
-        assert data_fingerprint(ListOfDicts(100)) == data_fingerprint(ListOfDicts(100))
-
-    def test_streams_are_unknown(self):
-        class Stream(IterableDataset):
-            def __len__(self) -> int:
-                return 3
-
-            def __iter__(self) -> Iterator[int]:
-                return iter(range(3))
-
-        assert (
-            data_fingerprint(Stream())
-            == data_fingerprint(DataLoader(Stream()))
-            == "unknown: an iterable data set"
-        )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import tracemalloc
 import warnings
 
@@ -13,14 +14,17 @@ from sklearn.linear_model import Lasso
 from stride_captum import columns as columns_module
 from stride_captum import working_set
 from stride_captum.columns import Columns
+from stride_captum.config import STRIDEConfig
 from stride_captum.recovery import (
     alpha_max,
     choose_alpha,
     lasso,
     lasso_path,
     ridge,
+    ridge_scale,
     soft_threshold,
 )
+from stride_captum.steering import TrainedSteering
 from stride_captum.subsets import partition, random_subsets, singletons
 
 CPU = torch.device("cpu")
@@ -332,43 +336,48 @@ class TestChoice:
             assert np.array_equal(np.sign(found[largest]), np.sign(row[largest]))
             assert (found != 0).sum() <= (100 if rule == "cross-validation" else 50)
 
-    def test_bic_minimises_the_criterion(self):
-        matrix, Y = DESIGNS["half subsets"], responses(DESIGNS["half subsets"])
-        fractions = [0.8, 0.4, 0.2, 0.1]
-        chosen = choose_alpha(Y, matrix, "bic", fractions=fractions, tolerance=1e-10)
-        scores = []
-        for fit in lasso_path(Y, matrix, fractions, tolerance=1e-10):
-            square = ((Y.numpy() - (matrix @ fit.weights.numpy().T).T) ** 2).sum(1)
-            freedom = (fit.weights != 0).sum(1).numpy()
-            score = 40 * np.log(square / 40) + np.log(40) * freedom
-            scores.append(np.where(freedom <= 20, score, np.inf))
-        best = np.array(fractions)[np.argmin(scores, 0)]
-        np.testing.assert_allclose(chosen / alpha_max(Y, matrix), best)
+    @pytest.mark.parametrize(("rule", "price"), [("bic", np.log(40)), ("aic", 2.0)])
+    def test_a_criterion_is_minimised_with_its_own_price(self, rule, price):
+        matrix, Y = DESIGNS["half subsets"], responses(DESIGNS["half subsets"], n_test=25)
+        fractions = np.geomspace(0.9, 0.03, 15).tolist()
+        chosen = choose_alpha(Y, matrix, rule, fractions=fractions, tolerance=1e-10)
+        fits = lasso_path(Y, matrix, fractions, tolerance=1e-10)
+        squares = [((Y.numpy() - (matrix @ fit.weights.numpy().T).T) ** 2).sum(1) for fit in fits]
+        freedom = [(fit.weights != 0).sum(1).numpy() for fit in fits]
+
+        def best(price):
+            scores = [40 * np.log(s / 40) + price * f for s, f in zip(squares, freedom, strict=True)]
+            allowed = np.where(np.array(freedom) <= 20, scores, np.inf)
+            return np.array(fractions)[np.argmin(allowed, 0)]
+
+        np.testing.assert_allclose(chosen / alpha_max(Y, matrix), best(price))
+        for other in {2.0, np.log(40), np.log(60)} - {price}:  # AIC's, BIC's, and of the number of examples
+            assert (best(other) != best(price)).any()
 
     @pytest.mark.parametrize("center", [False, True])
     def test_cross_validation_minimises_the_held_out_error(self, center):
-        matrix, Y = DESIGNS["small subsets"], responses(DESIGNS["small subsets"])
-        fractions = [0.9, 0.3, 0.1]
+        matrix = DESIGNS["more subsets than examples"]  # predictions of the Lasso are unique there
+        Y = responses(matrix, n_test=25)
+        fractions = np.geomspace(0.9, 0.05, 10).tolist()
         top = alpha_max(Y, matrix, center=center)
-        errors = np.zeros((3, len(Y)))
-        for part in np.array_split(np.random.default_rng(7).permutation(50), 4):
-            kept = np.setdiff1d(np.arange(50), part)
-            for k, fraction in enumerate(fractions):
-                alpha = fraction * top * len(kept) / 50
-                fit = lasso(Y[:, kept], matrix[kept], alpha, center=center, tolerance=1e-10)
-                predicted = (matrix[part] @ fit.weights.numpy().T).T + fit.intercept.numpy()[:, None]
-                errors[k] += ((Y.numpy()[:, part] - predicted) ** 2).sum(1)
-        chosen = choose_alpha(
-            Y,
-            matrix,
-            "cross-validation",
-            fractions=fractions,
-            center=center,
-            folds=4,
-            seed=7,
-            tolerance=1e-10,
-        )
-        np.testing.assert_allclose(chosen / top, np.array(fractions)[errors.argmin(0)])
+        parts = np.array_split(np.random.default_rng(7).permutation(60), 2)
+
+        def best(share):
+            """With alphas that are `share` times as large on the kept half of the subsets."""
+            errors = np.zeros((len(fractions), len(Y)))
+            for part in parts:
+                kept = np.setdiff1d(np.arange(60), part)
+                for k, fraction in enumerate(fractions):
+                    alpha = share * fraction * top
+                    fit = lasso(Y[:, kept], matrix[kept], alpha, center=center, tolerance=1e-10)
+                    predicted = (matrix[part] @ fit.weights.numpy().T).T + fit.intercept.numpy()[:, None]
+                    errors[k] += ((Y.numpy()[:, part] - predicted) ** 2).sum(1)
+            return np.array(fractions)[errors.argmin(0)]
+
+        options = {"fractions": fractions, "center": center, "folds": 2, "seed": 7, "tolerance": 1e-10}
+        chosen = choose_alpha(Y, matrix, "cross-validation", **options)
+        np.testing.assert_allclose(chosen / top, best(0.5))
+        assert (best(0.5) != best(1.0)).any()
 
     def test_wrong_arguments_are_refused(self):
         matrix, Y = DESIGNS["gaussian"], responses(DESIGNS["gaussian"])
@@ -404,9 +413,63 @@ class TestRidge:
         assert not own[3].any()
         assert ridge(Y.float(), matrix, 1.0).dtype == torch.float32
 
+    @pytest.mark.parametrize("center", [False, True])
+    @pytest.mark.parametrize("name", DESIGNS)
+    def test_its_scale_is_the_mean_of_the_eigenvalues_that_can_differ_from_zero(self, name, center):
+        X = DESIGNS[name].toarray()
+        X = X - X.mean(0) if center else X
+        values = np.sort(np.linalg.eigvalsh(X @ X.T))[::-1]
+        expected = values[: min(len(X) - center, X.shape[1])].mean()
+        assert ridge_scale(DESIGNS[name], center=center) == pytest.approx(expected)
+        dense = torch.from_numpy(DESIGNS[name].toarray())
+        assert ridge_scale(dense, center=center) == pytest.approx(expected)
+
+    def test_a_penalty_in_its_scale_does_not_change_with_the_units_of_the_problem(self):
+        matrix, Y = DESIGNS["gaussian"], responses(DESIGNS["gaussian"])
+        one = ridge(Y, matrix, 0.3 * ridge_scale(matrix))
+        other = ridge(Y, 10 * matrix, 0.3 * ridge_scale(10 * matrix))
+        torch.testing.assert_close(10 * other, one)
+        assert ridge_scale(matrix.astype(bool).astype(np.int8)) == ridge_scale(
+            matrix.astype(bool).astype(float)
+        )
+
     def test_penalty_must_be_positive(self):
         with pytest.raises(ValueError, match=r"`penalty` must be positive and finite; got 0\.0\."):
             ridge(responses(DESIGNS["gaussian"]), DESIGNS["gaussian"], 0.0)
+
+
+class TestRecoveryOfOperators:
+    """The penalty of the configuration is relative to the problem, for the Lasso and for ridge."""
+
+    matrix = random_subsets(40, 20, 8, seed=3)
+
+    def steering(self):
+        return TrainedSteering(None, self.matrix, torch.ones(1), {})
+
+    @pytest.mark.parametrize("center", [False, True])
+    def test_the_lasso_takes_a_fraction_of_alpha_max(self, center):
+        Y = responses(self.matrix)
+        config = STRIDEConfig(operators="trained", recovery="lasso", alpha=0.1, center=center)
+        alpha = 0.1 * alpha_max(Y, self.matrix, center=center)
+        expected = lasso(Y, self.matrix, alpha, center=center).weights
+        torch.testing.assert_close(self.steering().weights(Y, config), expected)
+        largest = dataclasses.replace(config, alpha=1.0)
+        assert not self.steering().weights(Y, largest).any()
+        assert self.steering().weights(Y, dataclasses.replace(config, alpha=0.999)).any()
+
+    @pytest.mark.parametrize("center", [False, True])
+    def test_ridge_takes_a_multiple_of_its_scale(self, center):
+        Y = responses(self.matrix)
+        config = STRIDEConfig(operators="trained", recovery="ridge", alpha=0.1, center=center)
+        expected = ridge(Y, self.matrix, 0.1 * ridge_scale(self.matrix, center=center), center=center)
+        torch.testing.assert_close(self.steering().weights(Y, config), expected)
+
+    @pytest.mark.parametrize("recovery", ["lasso", "ridge"])
+    def test_responses_in_other_units_give_scores_in_other_units(self, recovery):
+        Y = responses(self.matrix)
+        config = STRIDEConfig(operators="trained", recovery=recovery, alpha=0.1)
+        one, other = (self.steering().weights(c * Y, config) for c in (1.0, 1000.0))
+        torch.testing.assert_close(other, 1000 * one, rtol=1e-4, atol=1e-6 * float(other.abs().max()))
 
 
 class TestSoftThreshold:

@@ -781,7 +781,7 @@ def test_without_halves_there_is_no_panel_of_lds(tmp_path):
     assert found.skipped == {}
     assert "no options were chosen" in repr(found)
     assert [row.name for row in found.mislabel if not row.uses_influence] == ["loss"]
-    with pytest.raises(ValueError, match=r"`detectors` must be one of 'loss', .*; got 'lost'"):
+    with pytest.raises(ValueError, match=r"detectors\S* must be one of 'loss', .*; got 'lost'"):
         compare(
             ["Random"], load_task("digits", preset="smoke"), store=tmp_path,
             measures={"mislabel": {"detectors": ["lost"]}},

@@ -6,7 +6,6 @@ import torch
 from scipy.optimize import brentq, minimize
 from torch.nn import functional as F
 
-from stride_captum.newton import feature_moments, fit_ridge_head
 from stride_captum.residuals import (
     RIDGE_SHARE,
     choose_residuals,
@@ -52,22 +51,21 @@ class TestTempered:
             tempered_residuals(logits.float(), labels).double(), exact, rtol=1e-4, atol=0
         )
 
+    def test_logits_that_are_all_large_keep_their_differences(self):
+        _, logits, labels, _ = problem()
+        logits = (8 * logits).round() / 8
+        found = tempered_residuals((logits + 2.0**16).float(), labels, 3.0)
+        torch.testing.assert_close(
+            found.double(), tempered_residuals(logits, labels, 3.0), rtol=1e-5, atol=1e-6
+        )
 
-@pytest.mark.parametrize("damping", [0.3, 1e-3])
-def test_leave_one_out_residual_is_that_of_a_ridge_fitted_without_the_example(damping):
-    features, _, labels, _ = problem()
-    moments = feature_moments(features, labels, C, [2, 3])
-    residuals = fit_ridge_head(features, labels, moments, damping).left_out
-
-    norms = [features[:, :2].square().sum(1).mean().sqrt(), features[:, 2:].square().sum(1).mean().sqrt()]
-    phi = torch.cat([features[:, :2] / norms[0], features[:, 2:] / norms[1], torch.ones(N, 1)], dim=1).numpy()
-    y = np.eye(C)[labels.numpy()]
-    penalty = damping * np.mean(np.diag(phi.T @ phi))
-    for i in range(N):
-        others = [j for j in range(N) if j != i]
-        gram = phi[others].T @ phi[others] + penalty * np.eye(D + 1)
-        weights = np.linalg.solve(gram, phi[others].T @ y[others])
-        np.testing.assert_allclose(residuals[i].numpy(), y[i] - phi[i] @ weights, atol=1e-10)
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_is_rounded_once(self, dtype):
+        _, logits, labels, _ = problem()
+        half = logits.to(dtype)
+        found = tempered_residuals(half, labels, 2.0)
+        assert found.dtype == dtype
+        assert torch.equal(found, tempered_residuals(half.float(), labels, 2.0).to(dtype))
 
 
 class TestSimplexProjection:
@@ -154,6 +152,25 @@ class TestTemperature:
         _, logits, labels, _ = problem()
         target = mean_residual(logits, labels, planted)
         assert match_temperature(logits, labels, target) == pytest.approx(planted, rel=2e-4)
+
+    def test_a_mean_residual_keeps_its_digits_where_the_model_is_sure(self):
+        _, logits, labels, _ = problem()
+        logits = logits + 45 * F.one_hot(labels, C)
+        expected = float(tempered_residuals(logits, labels).gather(1, labels[:, None]).mean())
+        assert 0 < expected < 1e-18
+        assert mean_residual(logits.float(), labels) == pytest.approx(expected, rel=1e-4)
+        assert mean_residual(logits, labels) == pytest.approx(expected, rel=1e-12)
+
+    def test_half_precision_logits_are_widened(self):
+        _, logits, labels, _ = problem()
+        half = logits.bfloat16()
+        assert mean_residual(half, labels, 2.0) == pytest.approx(mean_residual(half.double(), labels, 2.0))
+
+    def test_a_mean_residual_is_read_block_by_block(self, monkeypatch):
+        _, logits, labels, _ = problem()
+        whole = mean_residual(logits, labels, 2.0)
+        monkeypatch.setattr("stride_captum.residuals._LOGITS", 3 * C)
+        assert mean_residual(logits, labels, 2.0) == pytest.approx(whole)
 
     def test_it_is_clipped_to_its_bounds(self):
         _, logits, labels, _ = problem()

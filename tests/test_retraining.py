@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from dataclasses import replace
@@ -16,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from stride_captum.evaluation import attributed_training, retraining, retraining_workers, run_store
-from stride_captum.evaluation.models import TrainingSettings, digits_mlp
+from stride_captum.evaluation import attributed_training, retraining, retraining_files, retraining_workers
+from stride_captum.evaluation.models import TrainingSettings
 from stride_captum.evaluation.retraining import (
     RetrainingEstimate,
     RetrainingPlan,
@@ -26,6 +29,7 @@ from stride_captum.evaluation.retraining import (
     train_attributed,
     train_model,
     train_spiked,
+    without_diverged,
 )
 from stride_captum.evaluation.tasks import Task, load_task
 from stride_captum.subsets import members, membership_from_indices, random_subsets
@@ -65,6 +69,72 @@ class Unmappable(nn.Module):
 
 def unmappable_network() -> nn.Module:
     return Unmappable()
+
+
+SCALE = 1.0
+
+
+def network_scaled_by(scale: float) -> nn.Module:
+    network = small_network()
+    with torch.no_grad():
+        network[0].weight.mul_(scale)
+    return network
+
+
+def scaled(by: float):
+    return lambda: network_scaled_by(by)
+
+
+def network_of_a_constant() -> nn.Module:
+    return network_scaled_by(SCALE)
+
+
+def network_of_a_file(path: str) -> nn.Module:
+    network = small_network()
+    network[0].weight.data = torch.load(path)
+    return network
+
+
+class ForwardOfAConstant(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+
+    def forward(self, x):
+        return super().forward(x) * SCALE
+
+
+def forward_by(by: float):
+    """A network of one name and one `repr` with another forward pass."""
+    act = {1.0: "x", 2.0: "x.relu()"}[by]
+    namespace = {"nn": nn}
+    exec(f"class Net(nn.Linear):\n def forward(self, x): return super().forward({act})", namespace)
+    return partial(namespace["Net"], 4, 3)
+
+
+def network_of_numbers(draw) -> nn.Module:
+    network = small_network()
+    network[0].weight.data.fill_(
+        float(np.asarray(draw()).reshape(-1)[0]) if draw is not torch.rand else draw(1)[0]
+    )
+    return network
+
+
+def network_of_its_own_numbers() -> nn.Module:
+    return network_of_numbers(np.random.default_rng().random)
+
+
+class Unlucky(nn.Module):
+    """A network that fails, or diverges, in the run with one seed."""
+
+    def __init__(self, seed: int, fails: bool) -> None:
+        super().__init__()
+        self.network, self.seed, self.fails = small_network(), seed, fails
+
+    def forward(self, x):
+        unlucky = torch.initial_seed() == self.seed
+        if unlucky and self.fails and self.training:
+            raise RuntimeError("out of memory")
+        return self.network(x) + (torch.nan if unlucky else 0.0)
 
 
 def broken_network() -> nn.Module:
@@ -282,11 +352,69 @@ class TestPlan:
         training = replace(SETTINGS, optimizer="sgd", learning_rate=1e30)
         plan = replace(plan, task=replace(plan.task, training=training))
         with pytest.warns(
-            UserWarning, match=r"6 of 6 retrainings of small diverged: .* \(0, 0\), .* \.\.\. are"
+            UserWarning,
+            match=r"6 of 6 retrainings of small diverged: .*\(subset 0, seed 0\), .*\.\.\. are not "
+            r"finite\. Train with smaller steps",
         ):
             logits = plan.execute(n_jobs=1, show_progress=False)
         assert not np.isfinite(logits).all(axis=(2, 3)).any()
         assert len(plan.missing()) == 6
+        with pytest.raises(
+            ValueError,
+            match=r"`training` must let at least 90% of the 3 subsets of small converge; got 3 that "
+            r"diverged, \(subset 0, seed 0\), .*, \.\.\.\. Train with smaller steps \(`learning_rate`",
+        ):
+            without_diverged(plan, logits)
+
+    def test_subsets_that_diverge_are_left_out_and_counted(self, plan):
+        plan = replace(plan_with(plan, build_model=partial(Unlucky, plan._seed(1, 0), False)), n_seeds=1)
+        plan = replace(plan, membership=random_subsets(40, 12, 21))
+        with pytest.warns(
+            UserWarning, match=r"1 of 12 retrainings of small diverged: .* \(subset 1, seed 0\) are"
+        ):
+            logits = plan.execute(n_jobs=1, show_progress=False)
+        membership, found, left_out = without_diverged(plan, logits)
+        assert left_out == [1]
+        assert np.array_equal(found, np.delete(logits, 1, axis=1))
+        assert np.array_equal(membership.toarray(), np.delete(plan.membership.toarray(), 1, axis=0))
+
+    @pytest.mark.parametrize("n_jobs", [1, 2])
+    def test_a_run_that_fails_is_named_and_those_before_it_stay(self, plan, n_jobs):
+        plan = plan_with(plan, build_model=partial(Unlucky, plan._seed(2, 1), True))
+        with pytest.raises(
+            RuntimeError,
+            match=r"Retraining \(subset 2, seed 1\) failed with .*: out of memory\)?\. Those that "
+            r"were done before are in .*store: the same call goes on from there\.",
+        ):
+            plan.execute(n_jobs=n_jobs, show_progress=False)
+        assert (2, 1) in plan.missing()
+        assert len(plan.missing()) <= n_jobs
+
+    @pytest.mark.parametrize("engine", ["processes", "stacked"])
+    def test_fewer_test_points_are_read_off_what_is_there(self, plan, runs, engine, monkeypatch):
+        monkeypatch.setattr(retraining_files, "EVALUATED", 4)
+        execute = {"n_jobs": 1, "show_progress": False, "engine": engine}
+        ten = plan.execute(**execute)
+        done = len(runs)
+        three = replace(plan, n_test=3)
+        assert three.missing(engine=engine) == []
+        assert np.array_equal(three.execute(**execute), ten[:, :, :3])
+        assert len(runs) == done
+        twelve = replace(plan, n_test=12).execute(**execute)  # more than are there
+        assert len(runs) == 2 * done
+        assert np.array_equal(twelve[:, :, :10], ten)
+        few = replace(three, store=plan.store / "other")
+        few.execute(**execute)
+        assert replace(few, n_test=4).missing(engine=engine) == []
+        assert len(replace(few, n_test=5).missing(engine=engine)) == 6
+
+    def test_stored_zeros_are_no_members(self, plan):
+        membership = plan.membership.copy()
+        membership.data[2] = 0.0
+        assert len(members(replace(plan, membership=membership).membership, 0)) == 20
+        membership.data[2] = 2.0
+        with pytest.raises(ValueError, match="`membership` must hold zeros and ones"):
+            replace(plan, membership=membership)
 
     def test_a_plan_that_grows_keeps_its_runs(self, plan, runs):
         small = plan.execute(n_jobs=1, show_progress=False)
@@ -392,7 +520,7 @@ class TestEngines:
         for file in files:
             assert len(file.runs) <= limit
             assert len({len(subsets[k]) for k, _ in file.runs}) == 1
-            assert file.shape == (len(file.runs), 10, 3)
+            assert file.shape == (len(file.runs), 20, 3)
         assert len({file.path for file in files}) == len(files)
 
     def test_seeds_that_are_added_leave_full_stacks_as_they_were(self, plan, monkeypatch):
@@ -538,27 +666,99 @@ class TestFingerprint:
         plan.execute(n_jobs=1, show_progress=False)
         assert replace(plan, task=self.changed(plan.task, "nothing")).missing() == []
 
-    def test_subset_seed_and_number_of_test_points_name_it(self, plan):
+    def test_subset_and_seed_name_it(self, plan):
+        plan = replace(plan, n_seeds=4)
         names = {plan._path(k, s) for k in range(3) for s in range(4)}
-        names |= {replace(plan, n_test=9)._path(0, 0)}
         names |= {replace(plan, membership=membership_from_indices([[1, 2, 3]], 40))._path(0, 0)}
-        assert len(names) == 14
+        assert len(names) == 13
 
     def test_labels_flipped_in_place_are_noticed(self, plan):
         plan.execute(n_jobs=1, show_progress=False)
         plan.task.train.tensors[1][0] = (plan.task.train.tensors[1][0] + 1) % 3
         assert len(plan.missing()) == 6
 
-    def test_names_are_those_of_the_first_release(self, tmp_path):
-        x = torch.arange(6 * 64, dtype=torch.float32).reshape(6, 1, 8, 8) / 64
-        y = torch.arange(6) % 3
-        training = TrainingSettings(optimizer="adam", learning_rate=1e-3, epochs=1)
-        task = Task("fixed", TensorDataset(x[:4], y[:4]), TensorDataset(x[4:], y[4:]), digits_mlp, training)
-        plan = RetrainingPlan(task, membership_from_indices([[0, 1, 3], [0, 2]], 4), 2, tmp_path, 2)
-        assert plan._path(0, 0).name == "run-993fc19679820f3f5f3657ac.npy"
-        assert plan._path(1, 1).name == "run-729f0b0930c577cab48ec5d4.npy"
-        attributed = run_store.Fingerprints(task).of(7, None, extra="attributed spike=False")
-        assert attributed == "8b3e5d372f298f2c6e0aaf75"
+    def test_data_edited_below_the_tensors_are_noticed(self, plan):
+        labels = plan.task.train.tensors[1].numpy().copy()
+        train = TensorDataset(plan.task.train.tensors[0], torch.from_numpy(labels))
+        plan = replace(plan, task=replace(plan.task, train=train))
+        before = plan.execute(n_jobs=1, show_progress=False)
+        labels[:] = (labels + 1) % 3  # neither the version of the tensor nor the sum of its bits need change
+        assert len(plan.missing()) == 6
+        assert not np.array_equal(plan.execute(n_jobs=1, show_progress=False), before)
+
+    @pytest.mark.parametrize(
+        "what", ["forward", "closure", "partial", "default", "constant", "global", "file"]
+    )
+    def test_what_the_network_is_made_of_names_it(self, plan, tmp_path, monkeypatch, what):
+        named = {
+            "closure": scaled,
+            "partial": lambda by: partial(network_scaled_by, by),
+            "forward": forward_by,
+        }
+        named |= {"default": lambda by: lambda scale=by: network_scaled_by(scale)}
+        names = []
+        for by in (1.0, 2.0, 1.0):
+            monkeypatch.setitem(globals(), "SCALE", by)
+            torch.save(torch.full((6, 4), by), tmp_path / "weights.pt")
+            network = {"constant": network_of_a_constant, "global": ForwardOfAConstant}.get(what)
+            if what == "file":
+                network = partial(network_of_a_file, str(tmp_path / "weights.pt"))
+            elif network is None:
+                network = named[what](by)
+            names.append(plan_with(plan, build_model=network)._path(0, 0))
+        assert names[0] == names[2] != names[1]
+
+    def test_torchs_version_names_it(self, plan, monkeypatch):
+        before = plan._path(0, 0)
+        monkeypatch.setattr(torch, "__version__", "0.0")
+        assert plan._path(0, 0) != before
+
+    def test_a_network_that_no_seed_determines_is_said_and_never_read_again(self, plan, runs):
+        plan = plan_with(replace(plan, n_seeds=1), build_model=network_of_its_own_numbers)
+        for done in (3, 6):
+            with pytest.warns(
+                UserWarning, match=r"`build_model` gives another network each time under one seed"
+            ):
+                plan.execute(n_jobs=1, show_progress=False)
+            assert len(runs) == done
+
+    @pytest.mark.parametrize("draw", [torch.rand, np.random.rand, lambda: random.random()])
+    def test_a_network_that_a_seed_determines_is_read_again_wherever_it_draws(self, plan, draw):
+        before = random_states()
+        plan = plan_with(plan, build_model=partial(network_of_numbers, draw))
+        assert plan._path(0, 0) == plan._path(0, 0)
+        assert random_states() == before
+
+    def test_a_network_without_a_digest_is_said_and_never_read_again(self, plan):
+        lock = threading.Lock()
+
+        def network():
+            with lock:
+                return small_network()
+
+        plan = plan_with(plan, build_model=network)
+        with pytest.warns(
+            UserWarning,
+            match=r"Trainings of small are done again every time: `build_model\.lock` is of type lock, .*\. "
+            r"Leave that out of the network and its factory\.",
+        ):
+            one = plan._path(0, 0)
+        with pytest.warns(UserWarning, match="done again every time"):
+            assert plan._path(0, 0) != one
+
+    def test_names_are_those_of_another_process(self, tmp_path):
+        found = {
+            subprocess.run(
+                [sys.executable, "-c", NAMED],
+                env={**os.environ, "PYTHONHASHSEED": seed},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for seed in ("1", "2")
+        }
+        assert len(found) == 1
+        assert re.fullmatch(r"run-[0-9a-f]{24}-5\.npy [0-9a-f]{24}\n", found.pop())
 
     def test_plans_of_other_tasks_share_a_store_and_no_file(self, plan):
         one = plan.execute(n_jobs=1, show_progress=False)
@@ -655,6 +855,22 @@ class TestAttributed:
         ):
             train_spiked(task, tmp_path, threshold=1.0, tries=2)
 
+
+NAMED = """
+import torch
+from torch.utils.data import TensorDataset
+from stride_captum.evaluation.models import TrainingSettings, digits_mlp
+from stride_captum.evaluation.retraining import RetrainingPlan
+from stride_captum.evaluation.run_store import Fingerprints
+from stride_captum.evaluation.tasks import Task
+from stride_captum.subsets import membership_from_indices
+
+x, y = torch.arange(9 * 64.0).reshape(9, 1, 8, 8) / 64, torch.arange(9) % 3
+training = TrainingSettings(optimizer="adam", learning_rate=1e-3, epochs=1)
+task = Task("fixed", TensorDataset(x[:4], y[:4]), TensorDataset(x[4:], y[4:]), digits_mlp, training)
+plan = RetrainingPlan(task, membership_from_indices([[0, 1, 3], [0, 2]], 4), 2, "none", 2)
+print(plan._path(0, 0).name, Fingerprints(task).of(7, None, extra="attributed spike=False"))
+"""
 
 KILLED = """
 import sys

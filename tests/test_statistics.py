@@ -108,6 +108,14 @@ class TestCrossedBootstrap:
         assert np.isfinite(statistics.crossed_bootstrap(p, r, n_resamples=50)).mean() > 0.9
         assert np.isnan(statistics.crossed_bootstrap(np.ones_like(p), r, n_resamples=5)).all()
 
+    def test_undefined_columns_count_as_zero_beside_it(self, generator):
+        p, r = generator.standard_normal((1, 10, 4)), generator.standard_normal((10, 4))
+        p[:, :, 2] = 1.0
+        left_out, as_zero = statistics.crossed_draws(p, r, n_resamples=50)
+        weight = statistics.crossed_counts(10, 4, 50, 0)[1][:, 2] / 4
+        np.testing.assert_allclose(as_zero[:, 0], np.nan_to_num(left_out[:, 0]) * (1 - weight))
+        assert (statistics.crossed_draws(np.ones_like(p), r, n_resamples=5)[1] == 0).all()
+
     def test_intervals_cover_the_planted_value_where_test_points_alone_do_not(self):
         generator = np.random.default_rng(1)
         n_subsets, n_test, width, trials = 40, 30, 3, 60
@@ -157,6 +165,114 @@ class TestInterval:
     def test_level_must_be_a_fraction(self, level):
         with pytest.raises(ValueError, match=r"`level` must be in \(0, 1\)"):
             statistics.interval([1.0], level)
+
+
+def many_subsets(generator, n_subsets, n_test, width=8):
+    """Predictions and responses of subsets that share factors, as retrained models do."""
+
+    def factors():
+        mix = generator.standard_normal((n_test, width)) / width**0.5
+        shared = generator.standard_normal((n_subsets, width)) @ mix.T
+        return 0.7 * shared + 0.7 * generator.standard_normal((n_subsets, n_test))
+
+    effect = factors()
+    return effect + 0.3 * generator.uniform(0.3, 1.7, n_test) * factors(), effect + 0.3 * factors()
+
+
+class TestCoverage:
+    """Shares of intervals of 95% that hold the truth, in simulations; printed with -s."""
+
+    @pytest.mark.slow
+    def test_of_lds_is_right_on_both_sides_where_percentiles_as_they_are_lie_too_low(self):
+        generator = np.random.default_rng(4)
+        samples = [many_subsets(generator, 4000, 300) for _ in range(12)]
+        truth = np.mean([statistics.spearman(p, r).mean() for p, r in samples])
+        trials, misses = 300, {"before": np.zeros(2), "after": np.zeros(2)}
+        for trial in range(trials):
+            predictions, responses = many_subsets(generator, 60, 80)
+            value = statistics.spearman(predictions, responses).mean(0, keepdims=True)
+            draws = statistics.crossed_bootstrap(predictions[None], responses, n_resamples=200, seed=trial)
+            for name, used in (("before", draws), ("after", statistics.without_bias(draws, value))):
+                span = statistics.interval(used[:, 0])
+                misses[name] += [truth < span.low, truth > span.high]
+        below, above = (misses[name] / trials for name in ("before", "after"))
+        print(f"LDS: {1 - below.sum():.1%} before (misses {below}), {1 - above.sum():.1%} after ({above})")
+        assert misses["before"].sum() > 0.15 * trials
+        assert misses["before"][0] == 0  # the truth is never below the interval
+        assert misses["after"].sum() <= 0.07 * trials
+        assert misses["after"].max() <= 0.05 * trials
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("n_seeds", "n_test"), [(2, 6), (3, 10)])
+    @pytest.mark.parametrize("spread_of_seeds", [0.0, 0.05])
+    def test_of_few_test_points_is_right_where_percentiles_are_too_narrow(
+        self, n_seeds, n_test, spread_of_seeds
+    ):
+        generator = np.random.default_rng(5)
+        trials, held = 1500, {"before": 0, "after": 0}
+        for _ in range(trials):
+            drops = generator.beta(0.8, 1.2, n_test)  # of most points little, of some nearly all
+            table = drops + spread_of_seeds * generator.standard_normal((n_seeds, 1))
+            table = table + 0.05 * generator.standard_normal((n_seeds, n_test))
+            seeds, tests = statistics.crossed_counts(n_seeds, n_test, 200, int(generator.integers(2**31)))
+            resampled = np.einsum("rs,st,rt->r", seeds, table, tests) / table.size
+            for name, span in (
+                ("before", statistics.interval(resampled)),
+                ("after", statistics.t_interval(table, table.mean())),
+            ):
+                held[name] += span.low <= 0.4 <= span.high
+        before, after = (held[name] / trials for name in ("before", "after"))
+        print(f"{n_test} points, {n_seeds} seeds: {before:.1%} before, {after:.1%} after")
+        assert before < 0.925
+        assert 0.925 < after < 0.965
+
+
+class TestWithoutBias:
+    def test_draws_move_by_twice_their_distance_from_the_estimate(self):
+        draws = np.array([[0.4, np.nan], [0.5, 0.1], [np.nan, 0.3]])
+        found = statistics.without_bias(draws, np.array([0.5, 0.2]))
+        np.testing.assert_allclose(found, [[0.5, np.nan], [0.6, 0.1], [np.nan, 0.3]])
+
+
+class TestStudent:
+    def test_without_seeds_it_is_the_interval_of_a_mean(self, generator):
+        values = generator.standard_normal(7)
+        low, high = stats.ttest_1samp(values, 0.0).confidence_interval(0.9)
+        found = statistics.t_interval(values[None], values.mean(), 0.9)
+        assert (found.low, found.high, found.level) == pytest.approx((low, high, 0.9))
+
+    def test_the_variance_is_that_of_the_two_way_layout(self, generator):
+        table = generator.standard_normal((4, 6)) + 3 * generator.standard_normal((4, 1))
+        by_test, by_seed = table.mean(0), table.mean(1)
+        rest = [
+            (table[s, t] - by_test[t] - by_seed[s] + table.mean()) ** 2 for s in range(4) for t in range(6)
+        ]
+        squares = 4 * by_test.var(ddof=1) + 6 * by_seed.var(ddof=1) - sum(rest) / (3 * 5)
+        half = stats.t.ppf(0.975, 5) * (squares / 24) ** 0.5
+        found = statistics.t_interval(table, table.mean())
+        assert (found.low, found.high) == pytest.approx((table.mean() - half, table.mean() + half))
+
+    def test_seeds_that_agree_more_than_by_chance_do_not_narrow_it(self, generator):
+        points = generator.standard_normal(6)
+        table = points + np.array([[1.0], [-1.0]]) * np.array([1, -1, 1, -1, 1, -1])
+        alone = statistics.t_interval(points[None], 0.0)
+        found = statistics.t_interval(table, 0.0)
+        assert (found.low, found.high) == pytest.approx((alone.low, alone.high))
+
+    def test_test_points_with_a_missing_value_are_left_out(self, generator):
+        table = generator.standard_normal((3, 6))
+        table[1, 2] = np.nan
+        whole = np.delete(table, 2, axis=1)
+        assert statistics.t_interval(table, 0.1) == statistics.t_interval(whole, 0.1)
+
+    def test_a_single_test_point_has_none(self):
+        found = statistics.t_interval([[0.3], [0.4]], 0.35)
+        assert not found.defined
+        assert str(found) == "[undefined]"
+
+    def test_level_must_be_a_fraction(self):
+        with pytest.raises(ValueError, match=r"`level` must be in \(0, 1\); got 95"):
+            statistics.t_interval([[0.3, 0.4]], 0.35, 95)
 
 
 class TestSplitHalfCeiling:

@@ -8,6 +8,7 @@ import torch
 from scipy import sparse
 
 from stride_captum.subsets import (
+    checked_membership,
     coverage,
     members,
     membership_from_indices,
@@ -45,10 +46,67 @@ class TestMembership:
         with pytest.raises(ValueError, match=r"`subsets\[0\]` must hold every index once; got 3 twice"):
             membership_from_indices([[3, 1, 3]], 5)
 
+    @pytest.mark.parametrize(
+        ("indices", "said"),
+        [
+            ([0.5, 1.0], r"`subsets\[1\]` must hold .* integers; got an array of float64\."),
+            ([True, False], r"`subsets\[1\]` .*; got a boolean mask\. Write numpy\.flatnonzero\(mask\)\."),
+            (["1"], r"`subsets\[1\]` must hold training indices"),
+            (slice(1, 2), r"`subsets\[1\]` must hold .*; got an array of object"),
+        ],
+    )
+    def test_what_are_no_indices_is_refused(self, indices, said):
+        with pytest.raises(TypeError, match=said):
+            membership_from_indices([[0], indices], 5)
+        if isinstance(indices, list):
+            with pytest.raises(TypeError, match="`membership` must hold training indices"):
+                sketch([[0], indices], 5)
+
     def test_the_callers_lists_are_not_changed(self):
         rows = np.array([3, 1, 2])
         membership_from_indices([rows], 5)
         assert rows.tolist() == [3, 1, 2]
+
+
+class TestChecked:
+    @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int8, bool])
+    @pytest.mark.parametrize("kind", ["csr_matrix", "csr_array", "coo_matrix", "csc_matrix"])
+    def test_every_kind_of_matrix_of_zeros_and_ones_is_the_same(self, kind, dtype):
+        usual = random_subsets(300, 4, 150)
+        found = checked_membership(getattr(sparse, kind)(usual.astype(dtype)))
+        assert (found.format, found.dtype, found.nnz) == ("csr", np.float64, 600)
+        # of numbers of 8 bits, this sum would overflow
+        assert (found @ found.T).diagonal().tolist() == [150.0] * 4
+        np.testing.assert_array_equal(found.toarray(), usual.toarray())
+
+    def test_one_that_is_as_expected_is_not_copied(self):
+        usual = random_subsets(30, 4, 15)
+        assert checked_membership(usual) is usual
+
+    def test_stored_zeros_are_no_members_and_the_callers_matrix_stays(self):
+        given = random_subsets(30, 4, 15)
+        given.data[3] = 0.0
+        found = checked_membership(given)
+        assert len(members(found, 0)) == 14
+        assert given.nnz == 60
+
+    @pytest.mark.parametrize("entry", [2.0, -1.0, 0.5, np.nan])
+    def test_other_entries_are_refused(self, entry):
+        given = random_subsets(30, 4, 15)
+        given.data[3] = entry
+        with pytest.raises(
+            ValueError, match=f"`membership` must hold zeros and ones: .*; got an entry {entry:g}"
+        ):
+            checked_membership(given)
+
+    def test_a_member_that_is_stored_twice_is_refused(self):
+        twice = sparse.csr_matrix((np.ones(2), np.array([1, 1]), np.array([0, 2])), shape=(1, 3))
+        with pytest.raises(ValueError, match=r"`groups` must hold zeros and ones: .*; got an entry 2"):
+            checked_membership(twice, "groups")
+
+    def test_dense_matrices_are_refused(self):
+        with pytest.raises(TypeError, match=r"`membership` must be a scipy CSR matrix .*; got ndarray"):
+            checked_membership(np.eye(3))
 
 
 class TestRandomSubsets:

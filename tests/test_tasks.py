@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from stride_captum.evaluation import models, tasks
+from stride_captum.evaluation import models, tasks, train_attributed
 from stride_captum.evaluation.tasks import (
     image_tensors,
     import_factory,
@@ -103,9 +103,75 @@ class TestOwn:
     def test_a_network_that_cannot_read_the_inputs_is_refused_before_anything_is_trained(self):
         own = "stride_captum.evaluation.models:synthetic_mlp"
         with pytest.raises(
-            ValueError, match=r"`model` must read inputs of shape \(2, 1, 8, 8\); got .*synthetic"
+            ValueError, match=r"`model` must read inputs of shape \(2, 1, 8, 8\) in float32; got .*synthetic"
         ):
             load_task("digits", model=own)
+
+    def test_a_key_of_the_label_is_for_own_data(self):
+        with pytest.raises(
+            ValueError, match="`label_key` must be left out without data of your own; got 'y'"
+        ):
+            load_task("digits", label_key="y")
+
+
+class TestTask:
+    def task(self, *tensors, **changes):
+        data = TensorDataset(*tensors)
+        return tasks.Task("own", data, data, models.synthetic_mlp, models.DIGITS_TRAINING, **changes)
+
+    X, Y = torch.randn(12, 20, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 4
+
+    def test_data_that_are_right_are_not_copied(self):
+        data = TensorDataset(self.X, self.Y)
+        task = tasks.Task("own", data, data, models.synthetic_mlp, models.DIGITS_TRAINING)
+        assert task.train is data
+
+    @pytest.mark.parametrize(
+        "labels",
+        [
+            Y.int(),
+            Y.to(torch.uint8),
+            Y.double(),
+            Y[:, None],
+            nn.functional.one_hot(Y),
+            nn.functional.one_hot(Y).float(),
+        ],
+        ids=["int32", "uint8", "float64", "column", "one-hot", "one-hot floats"],
+    )
+    def test_labels_of_other_types_become_class_indices(self, labels):
+        x, y = self.task(self.X, labels).train.tensors
+        assert x is self.X
+        assert y.dtype == torch.int64
+        assert torch.equal(y, self.Y)
+
+    def test_a_column_that_numbers_the_examples_is_left_out(self):
+        task = self.task(self.X, self.Y, torch.arange(5, 17))
+        assert [t.shape for t in task.train.tensors] == [(12, 20), (12,)]
+        with pytest.raises(ValueError, match=r"`train` must .* examples of 3 parts: float32 \(20,\), int64"):
+            self.task(self.X, self.Y, torch.arange(12) // 3)
+
+    def test_inputs_out_of_a_network_or_of_inference_can_be_trained_on(self):
+        (x, _) = self.task(self.X.clone().requires_grad_(), self.Y).train.tensors
+        assert not x.requires_grad
+        with torch.inference_mode():
+            made = self.X * 2
+        assert not self.task(made, self.Y).train.tensors[0].is_inference()
+
+    def test_what_is_wrong_is_said_of_the_set_that_it_is_in(self):
+        right, wrong = TensorDataset(self.X, self.Y), TensorDataset(self.X, self.Y.float() + 0.5)
+        with pytest.raises(ValueError, match=r"`test` must hold one class label .*Regression targets"):
+            tasks.Task("own", right, wrong, models.synthetic_mlp, models.DIGITS_TRAINING)
+
+    def test_missing_values_are_found(self):
+        x = self.X.clone()
+        x[5, 2] = float("nan")
+        task = self.task(x, self.Y)
+        with pytest.raises(
+            ValueError, match=r"`train` must hold finite inputs; .* in example 5 \(1 of 12 like it\)"
+        ):
+            task.check_inputs()
+        with pytest.raises(ValueError, match="`train` must hold finite inputs"):
+            train_attributed(task, 0)
 
 
 class TestMissingData:
@@ -136,13 +202,13 @@ class Own(Dataset):
 
     def __init__(self, root=None, train=True):
         self.n = 12 if train else 5
-        self.root = root
+        self.train = train
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, i):
-        return torch.full((3,), float(i)), i % 2
+        return torch.full((3,), float(i if self.train else -i - 1)), i % 2
 
 
 def network():

@@ -18,11 +18,17 @@ from planted import (
     trained,
     unusual,
 )
+from strict_device import DEVICE, strict_device
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stride_captum import STRIDE
-from stride_captum.restoring import same_random_state, untouched, weights_fingerprint, weights_version
+from stride_captum import STRIDE, restoring
+from stride_captum.restoring import (
+    same_random_state,
+    untouched,
+    weights_fingerprint,
+    weights_version,
+)
 
 
 @pytest.fixture
@@ -54,10 +60,10 @@ def test_a_fit_that_fails_leaves_the_method_unfitted(planted):
 
 def test_another_device_gets_a_copy_of_the_model(planted):
     model, train, _ = planted
-    with expect_untouched(model):
-        method = STRIDE(model, train, device="meta")
+    with expect_untouched(model), strict_device():
+        method = STRIDE(model, train, device=DEVICE)
         with method._session() as copy:
-            assert {p.device.type for p in copy.parameters()} == {"meta"}
+            assert {p.device for p in copy.parameters()} == {DEVICE}
             assert copy is not model
 
 
@@ -89,6 +95,13 @@ def change_and_fail(change: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """As if no other thread ran: other tests leave some behind, which draw nothing."""
+    monkeypatch.setattr(restoring, "_alone", lambda: True)
+
+
+@pytest.mark.usefixtures("alone")
 class TestUntouched:
     def test_buffers_that_are_replaced_come_back_as_the_same_objects(self):
         model, train = built(Restless), planted_classes(12)

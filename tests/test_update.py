@@ -170,12 +170,12 @@ class TestWork:
         assert method.n_train_ == 41
 
     def test_the_products_that_a_refit_takes_of_all_are_taken_of_the_changed(self, monkeypatch):
-        from stride_captum import newton
+        from stride_captum import moments
 
         taken = []
-        whole = newton.add_gram_matrix
+        whole = moments.add_gram_matrix
         monkeypatch.setattr(
-            newton, "add_gram_matrix", lambda total, rows: taken.append(len(rows)) or whole(total, rows)
+            moments, "add_gram_matrix", lambda total, rows: taken.append(len(rows)) or whole(total, rows)
         )
         model, train, _ = trained(MLP, steps=1)
         method = STRIDE(model, train).fit()
@@ -268,12 +268,8 @@ class TestErrors:
         [
             ([], ValueError, "`indices` must name between 1 and 47 examples; got 0"),
             (range(48), ValueError, "`indices` must name between 1 and 47 examples; got 48"),
-            ([3, 3], ValueError, "`indices` must name each example once; got one of them twice"),
-            ([-1], ValueError, "`indices` must be between 0 and 47; got -1 to -1"),
-            ([2, 48], ValueError, "`indices` must be between 0 and 47; got 2 to 48"),
-            ([0.5], TypeError, "`indices` must be a list of places in the training set; got list"),
-            (3, TypeError, "`indices` must be a list of places in the training set; got int"),
-            (torch.ones(48, dtype=torch.bool), TypeError, "`indices` must be a list of places"),
+            ([3, 3], ValueError, "`indices` must hold every place once; got 3 twice"),
+            (torch.ones(48, dtype=torch.bool), ValueError, "`indices` must name between 1 and 47 examples"),
         ],
     )
     def test_indices(self, planted, indices, error, message):
