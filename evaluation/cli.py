@@ -113,7 +113,18 @@ Data = Annotated[
 LabelKey = Annotated[
     str | None, typer.Option(help="Key of the label in --data of dicts, where it is another one.")
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.", autocompletion=completion.devices)]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Where models are trained and methods are run: cpu, cuda, cuda:1 or mps.",
+        autocompletion=completion.devices,
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run that was started in --out, as it was asked.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be retrained; stop.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Go on where it takes more than two hours.")]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -247,11 +258,10 @@ def compare_command(
         Path | None,
         typer.Option(help="A results.json: its options of the methods are taken, none are chosen."),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run that was started in --out, as it was asked.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be retrained; stop.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Go on where it takes more than two hours.")] = False,
+    device: Device = "cpu",
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
     out: Out = Path("out/compare"),
     quiet: Quiet = False,
     as_json: AsJSON = False,
@@ -278,9 +288,8 @@ def compare_command(
     """
     voice = Voice(quiet, as_json)
     with one_sentence_errors(store):
-        asked = out / "asked.json"
         if resume:
-            before = _read_asked(asked)
+            before = _read_asked(out)
             context.params.update(before)  # which is what is kept again
             context.invoke(compare_command, context, **before, out=out, yes=yes, quiet=quiet, as_json=as_json)
             return
@@ -307,11 +316,12 @@ def compare_command(
             },
             "n_jobs": jobs,
             "engine": engine,
+            "device": device,
         }
         chosen = None if options_from is None else read_results(options_from)["protocol"]["options"]
         if not _affordable(estimates(method, loaded, **plan), dry_run, yes, voice):
             return
-        _keep_asked(asked, context.params)
+        _keep_asked(out, context.params)
         result = compare(method, loaded, n_spiked=spiked, options=chosen, show_progress=not quiet, **plan)
         results = _write(out, result.to_dict(), write_comparison)
     voice.results(results, lambda: show_comparison(result))
@@ -320,6 +330,7 @@ def compare_command(
 
 @app.command("reproduce")
 def reproduce_command(
+    context: typer.Context,
     table: Annotated[
         str, typer.Argument(help="One of: " + ", ".join(TABLES) + ".", autocompletion=completion.tables)
     ],
@@ -340,6 +351,10 @@ def reproduce_command(
     store: Annotated[Path, typer.Option(help="Folder of retrainings: a killed run resumes.")] = Path(
         "out/store"
     ),
+    device: Device = "cpu",
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
     out: Out = Path("out/reproduce"),
     quiet: Quiet = False,
     as_json: AsJSON = False,
@@ -350,7 +365,9 @@ def reproduce_command(
 
     Examples:
 
-        stride-captum reproduce table8 --data-root ~/data
+        stride-captum reproduce table8 --data-root ~/data --dry-run
+
+        stride-captum reproduce table8 --resume
 
         stride-captum reproduce table13 --data-root ~/data --preset paper
     """
@@ -358,26 +375,35 @@ def reproduce_command(
     with one_sentence_errors(store):
         printed = find_table(table)
         folder = out / f"{table}-{preset}"
-        folder.mkdir(parents=True, exist_ok=True)  # before the work
+        if resume:
+            before = _read_asked(folder)
+            context.params.update(before)  # which is what is kept again
+            context.invoke(
+                reproduce_command, context, **before, out=out, yes=yes, quiet=quiet, as_json=as_json
+            )
+            return
         loaded = load_task(printed.task, preset=preset, data_root=data_root, data=data, label_key=label_key)
-        result = compare(
-            method or printed.methods,
-            loaded,
-            store=store,
-            measures={
+        rows = method or printed.methods
+        plan: dict[str, Any] = {
+            "store": store,
+            "measures": {
                 printed.measure: {
                     **printed.settings_for(loaded.n_train),
                     **_models_of(printed.measure, models),
                     **({} if settings is None else _json("settings", settings)),
                 }
             },
-            n_subsets=subsets,
-            n_seeds=seeds,
-            n_models=3 if models is None else models,
-            n_test=test_points,
-            n_jobs=jobs,
-            show_progress=not quiet,
-        )
+            "n_subsets": subsets,
+            "n_seeds": seeds,
+            "n_models": 3 if models is None else models,
+            "n_test": test_points,
+            "n_jobs": jobs,
+            "device": device,
+        }
+        if not _affordable(estimates(rows, loaded, **plan), dry_run, yes, voice):
+            return
+        _keep_asked(folder, context.params)
+        result = compare(rows, loaded, show_progress=not quiet, **plan)
         results = _write(folder, {"paper": asdict(printed), **result.to_dict()}, write_comparison)
 
     def show() -> None:
@@ -581,17 +607,19 @@ def bench_recovery_command(
     _show_rows(title, rows, out / "recovery.json", Voice(quiet, as_json))
 
 
-#: Of `compare`, what may be said anew of a run that is resumed.
+#: Of `compare` and `reproduce`, what may be said anew of a run that is resumed.
 _SAID_ANEW = ("out", "yes", "quiet", "as_json", "resume", "dry_run")
 
 
-def _keep_asked(path: Path, parameters: dict[str, Any]) -> None:
+def _keep_asked(folder: Path, parameters: dict[str, Any]) -> None:
+    """Write what a run was asked into its folder, before the work."""
     kept = {name: value for name, value in parameters.items() if name not in _SAID_ANEW}
-    write_text(path, json.dumps(kept, default=str, indent=1))
+    write_text(folder / "asked.json", json.dumps(kept, default=str, indent=1))
 
 
-def _read_asked(path: Path) -> dict[str, Any]:
+def _read_asked(folder: Path) -> dict[str, Any]:
     """The parameters of the run that was started in a folder."""
+    path = folder / "asked.json"
     if not path.exists():
         raise FileNotFoundError(
             f"No run was started in {path.parent}: {path.name} is not there. Name its folder with --out, or "

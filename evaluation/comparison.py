@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..devices import existing_device
 from ..errors import bad_value, whole_number
 from ..restoring import weights_fingerprint
 from ..subsets import Membership, random_subsets
@@ -103,6 +105,7 @@ def compare(
     n_test: int = 300,
     n_jobs: int = -1,
     engine: str = "auto",
+    device: torch.device | str = "cpu",
     options: Mapping[str, Mapping[str, Any]] | None = None,
     n_resamples: int = 1000,
     show_progress: bool = False,
@@ -134,6 +137,7 @@ def compare(
         n_test: Test points, both halves together.
         n_jobs: Processes for the retrainings.
         engine: How the halves are retrained, see `RetrainingPlan.execute`.
+        device: Where every model is trained and every method is run.
         options: By name of a method, options that are taken as they are instead of being chosen; those
             that another comparison chose are in its `Row.options`.
         n_resamples: Of the bootstraps.
@@ -157,6 +161,7 @@ def compare(
     >>> [row.name for row in result.rows]
     ['STRIDE', 'Random']
     """
+    device = existing_device(device)
     asked = settle(methods, task, measures, options)
     plan, store = halves(task, store, n_subsets, n_seeds, n_test), Path(store)
     half, n_test = plan.n_test // 2, plan.n_test
@@ -165,14 +170,14 @@ def compare(
     models: dict[str, nn.Module] = {}
     checkpoints: dict[str, list[Any]] = {}
     if asked.on_halves or "counterfactual" in asked.measures:
-        models, checkpoints = _attributed(task, store, n_models, n_spiked, asked)
+        models, checkpoints = _attributed(task, store, n_models, n_spiked, asked, device)
     shown = models if asked.on_halves else {}
     gallery = Gallery(task, shown, range(half, n_test), rank_suspects="mislabel" not in asked.measures)
     rows: list[Row] = []
     left_out: list[int] = []
     if asked.on_halves:
         x_test, y_test = (t[:n_test] for t in task.test.tensors)
-        logits = plan.execute(n_jobs, show_progress, engine=engine)
+        logits = plan.execute(n_jobs, show_progress, engine=engine, device=device)
         membership, logits, left_out = without_diverged(plan, logits)
         setting = _Setting(
             task=task,
@@ -196,6 +201,7 @@ def compare(
         "store": store,
         "options": {c.name: c.grid[0] for c in asked.contenders} | {row.name: row.options for row in rows},
         "n_resamples": n_resamples,
+        "device": device,
     }
     parts: dict[str, Any] = {}
     if "counterfactual" in asked.measures:
@@ -237,7 +243,7 @@ def compare(
         task.note,
         rows,
         protocol,
-        environment.describe(),
+        environment.describe(device),
         skipped=skipped,
         gallery=gallery.to_dict(parts.get("mislabel", ())),
         **parts,
@@ -300,6 +306,7 @@ def estimates(
     n_test: int = 300,
     n_jobs: int = -1,
     engine: str = "auto",
+    device: torch.device | str = "cpu",
 ) -> list[RetrainingEstimate]:
     """The retrainings that `compare` with these arguments would do at most, before any of them is done.
 
@@ -309,13 +316,14 @@ def estimates(
         ValueError: As for `compare`.
         TypeError: As for `compare`.
     """
+    device = existing_device(device)
     asked = settle(methods, task, measures)
     plan = halves(task, store, n_subsets, n_seeds, n_test)
     sizes = {"n_subsets": n_subsets, "n_seeds": n_seeds, "n_models": n_models, "n_spiked": 0}
     check(asked, task, n_test=plan.n_test, half=plan.n_test // 2, n_resamples=0, engine=engine, **sizes)
     found = []
     if asked.on_halves:
-        found.append(replace(plan.estimate(n_jobs, engine=engine), purpose="LDS"))
+        found.append(replace(plan.estimate(n_jobs, engine=engine, device=device), purpose="LDS"))
     if "counterfactual" in asked.measures:
         settings = asked.measures["counterfactual"]
         for arm in settings.get("arms", ("proponents",)):
@@ -327,29 +335,32 @@ def estimates(
                 n_seeds=settings.get("n_seeds", 3),
                 n_models=n_models,
                 n_jobs=n_jobs,
+                device=device,
             )
             found.append(replace(of_arm, purpose=f"counterfactual drop, {arm}", at_most=True))
     return found
 
 
 def _attributed(
-    task: Task, store: Path, n_models: int, n_spiked: int, asked: Asked
+    task: Task, store: Path, n_models: int, n_spiked: int, asked: Asked, device: torch.device
 ) -> tuple[dict[str, nn.Module], dict[str, list[Any]]]:
     """The models, and the earlier checkpoints of their trainings where a contender wants them."""
     models, seeds = {}, {}
     for seed in range(n_models):
         name = f"seed {seed}"
-        models[name], seeds[name] = train_attributed(task, seed, store), seed
+        models[name], seeds[name] = train_attributed(task, seed, store, device=device), seed
     first_seed = 100
     for _ in range(n_spiked):
-        model, seed = train_spiked(task, store, first_seed=first_seed)
+        model, seed = train_spiked(task, store, first_seed=first_seed, device=device)
         name = f"seed {seed}, stopped on a spike"
         models[name], seeds[name] = model, seed
         first_seed = seed + 1
     n = max(c.n_checkpoints for c in asked.contenders) if asked.on_halves else 1
     if n == 1:
         return models, {}
-    return models, {name: train_checkpoints(task, seed, store, n - 1) for name, seed in seeds.items()}
+    return models, {
+        name: train_checkpoints(task, seed, store, n - 1, device=device) for name, seed in seeds.items()
+    }
 
 
 def _row(contender: Contender, setting: _Setting, first: Row | None) -> Row:

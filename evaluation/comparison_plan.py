@@ -36,7 +36,7 @@ DETECTORS = {
 #: Which scores the counterfactual removes.
 ARMS = ("proponents", "opponents")
 #: What `compare` gives the measures itself.
-_GIVEN = frozenset({"store", "options", "n_resamples", "show_progress", "opponents", "detectors"})
+_GIVEN = frozenset({"store", "options", "n_resamples", "show_progress", "opponents", "detectors", "device"})
 _RUNS: dict[str, tuple[Callable[..., Any] | None, frozenset[str]]] = {
     "lds": (None, frozenset()),
     "calibration": (None, frozenset()),

@@ -152,7 +152,8 @@ class KeptMethod:
             release_free_memory()
             method.fit()
         started = time.perf_counter()
-        values = np.ascontiguousarray(compute(method))
+        found = compute(method)
+        values = np.ascontiguousarray(found.cpu() if isinstance(found, Tensor) else found)
         self._seen = dict(vars(method))
         answer = Answer(
             values=values,

@@ -137,6 +137,7 @@ def measure_leakage(
     counts: Sequence[int] = (1, 10, 100),
     kinds: Sequence[str] = ("exact",),
     n_models: int = 1,
+    device: torch.device | str = "cpu",
     options: Mapping[str, Mapping[str, Any]] | None = None,
     n_resamples: int = 1000,
     seed: int = 0,
@@ -150,6 +151,7 @@ def measure_leakage(
         counts: Numbers of planted examples: one training set, and one model a seed, for each.
         kinds: Of `near_duplicate`, likewise.
         n_models: Models for each training set, trained with the seeds 0, 1, ...
+        device: Where models are trained and methods are run.
         options: By name, what `build` is given beside the model and the data.
         n_resamples: Of the bootstrap.
         seed: Of the choice of test examples and the bootstrap.
@@ -180,7 +182,7 @@ def measure_leakage(
             scores: dict[tuple[str, str | None], list[Array]] = defaultdict(list)
             costs: dict[tuple[str, str | None], list[Cost]] = defaultdict(list)
             for i in range(n_models):
-                model = train_attributed(planted.task, i, store)
+                model = train_attributed(planted.task, i, store, device=device)
                 forward = forward_seconds(model, planted.task.train)
                 for name, build in methods.items():
                     method = KeptMethod(

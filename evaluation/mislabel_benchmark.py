@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -136,6 +137,7 @@ def measure_mislabel(
     kind: str = "symmetric",
     n_models: int = 1,
     n_held_out: int = 1000,
+    device: torch.device | str = "cpu",
     options: Mapping[str, Mapping[str, Any]] | None = None,
     n_resamples: int = 1000,
     seed: int = 0,
@@ -151,6 +153,7 @@ def measure_mislabel(
         kind: Of `flip_labels`.
         n_models: Models, each with training seed and flips of its own: i and `seed + i`.
         n_held_out: Test points (their labels are clean), the first ones of the test set, at most.
+        device: Where models are trained and methods are run.
         options: By name, what `build` is given beside the model and the data.
         n_resamples: Of the bootstrap.
         seed: Of the flips and the bootstrap.
@@ -188,7 +191,7 @@ def measure_mislabel(
         noisy, flipped = flipped_task(task, rate, kind=kind, seed=seed + i)
         flips.append(flipped)
         noisy_labels.append(noisy.train.tensors[1])
-        model = train_attributed(noisy, i, store)
+        model = train_attributed(noisy, i, store, device=device)
         forward = forward_seconds(model, noisy.train)
         for name, build in methods.items():
             method = KeptMethod(build, model, noisy, (options or {}).get(name, {}), store, forward)

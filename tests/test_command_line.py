@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from stride_captum import whole_files
-from stride_captum.evaluation import load_task, train_attributed
+from stride_captum.evaluation import cli, load_task, retraining_estimate, train_attributed
 from stride_captum.evaluation.cli import app
 
 runner = CliRunner()
@@ -450,3 +450,51 @@ def test_missing_extras_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "stride_captum.evaluation.cli", None)
     with pytest.raises(SystemExit, match=r'pip install "jinja2>=\S+" .*"typer>=\S+"$'):
         main()
+
+
+class TestReproduce:
+    few = ("--method", "Similarity", "--models", 1, "--test-points", 40, "--subsets", 8, "--jobs", 1)
+
+    @pytest.fixture(autouse=True)
+    @staticmethod
+    def small_task(monkeypatch):
+        small = load_task("synthetic", preset="smoke")
+        monkeypatch.setattr(cli, "load_task", lambda *_, **__: small)
+
+    def test_a_dry_run_counts_what_it_would_train_and_leaves_nothing(self, tmp_path):
+        asked = ("reproduce", "table8", *self.few, "--store", tmp_path / "store", "--out", tmp_path / "out")
+        result = invoke(*asked, "--dry-run", "--json")
+        assert result.exit_code == 0, result.output
+        (found,) = json.loads(result.stdout)["estimates"]
+        points, counts = 10, 4
+        assert found["n_subsets"] == 1 + points * counts
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "store").exists()
+
+    @pytest.mark.parametrize("table", ["table1-mnist", "table9"])
+    def test_more_than_two_hours_want_a_yes(self, table, tmp_path, monkeypatch):
+        started = []
+        estimate = retraining_estimate.RetrainingEstimate("a task", 100, 2, "processes", 0, 0, 1, 7300.0, 9)
+        monkeypatch.setattr(cli, "estimates", lambda *_, **__: [estimate])
+        monkeypatch.setattr(cli, "compare", lambda *_, **__: started.append(1) or (_ for _ in ()).throw(
+            ValueError("started")
+        ))  # fmt: skip
+        asked = ("reproduce", table, "--store", tmp_path / "store", "--out", tmp_path / "out")
+        result = invoke(*asked)
+        assert (result.exit_code, started) == (2, [])
+        assert "`--yes` must be given for more than two hours of retraining; got 2.0 h" in result.stderr
+        assert invoke(*asked, "--yes").exit_code == 2
+        assert started == [1]
+
+    def test_a_run_goes_on_as_it_was_asked(self, tmp_path):
+        asked = ("reproduce", "table1-mnist", *self.few, "--store", tmp_path / "store", "--out", tmp_path)
+        whole = invoke(*asked, "--quiet")
+        assert whole.exit_code == 0, whole.output
+        path = tmp_path / "table1-mnist-small" / "results.json"
+        first = json.loads(path.read_text())
+        path.unlink()
+        again = invoke("reproduce", "table1-mnist", "--resume", "--out", tmp_path, "--quiet")
+        assert again.exit_code == 0, again.output
+        second = json.loads(path.read_text())
+        for part in ("rows", "protocol", "paper"):
+            assert second[part] == first[part]

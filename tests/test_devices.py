@@ -36,6 +36,8 @@ from stride_captum.batch_gradient import BatchGradient
 from stride_captum.batches import padded_unique
 from stride_captum.columns import Columns
 from stride_captum.devices import as_float64, existing_device, float64_device, full_precision, tf32_products
+from stride_captum.evaluation import compare, load_task
+from stride_captum.evaluation.models import TrainingSettings
 from stride_captum.influence import InfluenceMethod
 from stride_captum.operators import SteeringOperators
 from stride_captum.recovery import alpha_max, choose_alpha, lasso, lasso_path, ridge
@@ -740,3 +742,33 @@ class TestTheStrictDevice:
             )
             assert device.waits.total() == n
             assert device.copies.total() == 1  # of the index above
+
+
+class TestComparison:
+    def test_models_are_trained_and_methods_run_on_the_device(self, tmp_path: Path) -> None:
+        training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=3)
+        task = load_task("synthetic", preset="smoke", training=training)
+        measures = {
+            "lds": {},
+            "calibration": {},
+            "counterfactual": {"counts": (20,), "n_points": 2, "n_seeds": 1},
+            "mislabel": {"n_held_out": 20, "detectors": ("loss", "ridge leave-one-out")},
+            "leakage": {"counts": (4,)},
+        }
+        sizes = {"n_subsets": 6, "n_seeds": 1, "n_models": 1, "n_test": 20, "n_jobs": 1, "n_resamples": 20}
+        methods = ["STRIDE", "TracIn", "Similarity", "ClassRandom"]
+
+        def run(device: torch.device, store: Path) -> Any:
+            return compare(methods, task, store=store, measures=measures, device=device, **sizes)
+
+        wanted = run(torch.device("cpu"), tmp_path / "cpu")
+        with strict_device() as device:
+            found = run(DEVICE, tmp_path / "device")
+        assert device.waits.total() > 0
+        assert found.environment["device"] == str(DEVICE)
+        for a, b in zip(found.rows, wanted.rows, strict=True):
+            assert a.lds.value == pytest.approx(b.lds.value, abs=0.02)
+        for part in ("counterfactual", "mislabel", "leakage"):
+            assert [row.name for row in getattr(found, part)] == [row.name for row in getattr(wanted, part)]
+        for a, b in zip(found.mislabel, wanted.mislabel, strict=True):
+            assert a.result.precision == pytest.approx(b.result.precision, abs=0.05)
