@@ -1,6 +1,6 @@
 """Cost of a feature store: memory of a large training set, speed against the disk's own.
 
-Four measurements. Files go to a temporary folder that is removed.
+Five measurements. Files go to a temporary folder that is removed.
 
     large  `STRIDE.from_features` on files of any size: fit and top-k in a process of its own whose data
            segment is limited. RLIMIT_DATA is the limit that suits memory maps: Linux counts in it the
@@ -9,6 +9,7 @@ Four measurements. Files go to a temporary folder that is removed.
     build  filling a store against one forward pass plus one plain write of the same bytes.
     query  top-k from a mapped store against reading the file from start to end, in and out of the page cache.
     precision  features in bfloat16 and float16 against float32: bytes, time, and whether the ranks agree.
+    example  memory that each further training example takes at C = 1,000, in memory and mapped.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from ..config import STRIDEConfig
 from ..errors import bad_choice
 from ..feature_store import FeatureStore
 from ..stride import STRIDE
@@ -36,7 +38,7 @@ from .cost import median_seconds
 from .statistics import spearman
 
 #: The measurements.
-PARTS = ("large", "build", "query", "precision")
+PARTS = ("large", "build", "query", "precision", "example")
 _BLOCK = 8192
 _READ = 2**24
 
@@ -55,9 +57,9 @@ def bench_store(
 
     Args:
         parts: From `PARTS`.
-        n_train: N of "large"; the others take a tenth of it.
+        n_train: N of "large"; the others take a tenth of it, "example" a twentieth and a tenth.
         n_features: d.
-        n_classes: C.
+        n_classes: C, but for "example".
         n_test: Test points of a query.
         k: Training examples returned for each.
         limit: RLIMIT_DATA of "large", in bytes.
@@ -71,6 +73,7 @@ def bench_store(
         "build": lambda: build(few, n_features, "float32"),
         "query": lambda: query(few, n_features, n_test, k),
         "precision": lambda: precision(few, n_features, n_test, k),
+        "example": lambda: example_bytes(max(n_train // 20, 1), n_features, 1000, n_test, k),
     }
     rows = []
     for part in parts:
@@ -93,21 +96,49 @@ def large(n_train: int, n_features: int, n_classes: int, n_test: int, k: int, li
         k: Training examples returned for each.
         limit: RLIMIT_DATA of the process that does it.
     """
+    shape = {"n_train": n_train, "n_features": n_features, "n_classes": n_classes}
     with tempfile.TemporaryDirectory() as folder:
-        shape = {"n_train": n_train, "n_features": n_features, "n_classes": n_classes}
         _write_features(Path(folder), **shape)
-        options = {**shape, "folder": folder, "n_test": n_test, "k": k, "limit": limit}
-        command = [
-            sys.executable,
-            "-m",
-            __spec__.name if __spec__ else __name__,
-            json.dumps(options),
-        ]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ended.returncode:
-        raise RuntimeError(f"the limited process ended with {ended.returncode}: {ended.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(ended.stdout)
+        found = _in_own_process({**shape, "folder": folder, "n_test": n_test, "k": k, "limit": limit})
     return {**shape, "n_test": n_test, "k": k, "limit": limit, **found}
+
+
+def example_bytes(n_train: int, n_features: int, n_classes: int, n_test: int, k: int) -> dict[str, Any]:
+    """What each further training example takes of a process's anonymous memory, in a fit and in a query.
+
+    The peak with 2 n examples less that with n, over n.
+
+    Returns:
+        By where features and logits are, and by `memory_budget`: `fit` and `query`, in bytes.
+    """
+    figures: dict[str, Any] = {"n_train": n_train, "n_features": n_features, "n_classes": n_classes}
+    ways = {
+        "in memory, residuals kept": (True, "64GiB"),
+        "in memory": (True, "64MiB"),
+        "mapped": (False, "64MiB"),
+    }
+    for name, (in_memory, budget) in ways.items():
+        peaks = []
+        for n in (n_train, 2 * n_train):
+            with tempfile.TemporaryDirectory() as folder:
+                shape = {"n_train": n, "n_features": n_features, "n_classes": n_classes}
+                _write_features(Path(folder), **shape)
+                asked = {"n_test": n_test, "k": k, "limit": -1, "in_memory": in_memory, "budget": budget}
+                found = _in_own_process({**shape, **asked, "folder": folder})
+            peaks.append([found[f"{phase}_peak_anonymous_bytes"] for phase in ("fit", "query")])
+        fit, query = ((b - a) / n_train for a, b in zip(*peaks, strict=True))
+        figures[name] = {"fit": fit, "query": query}
+    return figures
+
+
+def _in_own_process(options: dict[str, Any]) -> dict[str, Any]:
+    """What `_limited` finds in a process of its own."""
+    command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, json.dumps(options)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RuntimeError(f"the process ended with {ended.returncode}: {ended.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(ended.stdout)
+    return found
 
 
 def build(n_train: int, width: int, dtype: str) -> dict[str, Any]:
@@ -241,14 +272,19 @@ def rss_anon() -> int:
 
 
 def _limited(options: dict[str, Any]) -> dict[str, Any]:
-    """What the process of `large` does: the limit first, then fit and query."""
+    """What a process does that is looked at: the limit first (-1 is none), then fit and query."""
     import resource  # which Windows does not have
 
-    resource.setrlimit(resource.RLIMIT_DATA, (options["limit"], options["limit"]))
+    if options["limit"] > 0:
+        resource.setrlimit(resource.RLIMIT_DATA, (options["limit"], options["limit"]))
     shape = (options["n_train"], options["n_features"], options["n_classes"])
     started_with = rss_anon()
     with PeakAnonymous() as fitting:
-        method = STRIDE.from_features(*_mapped(Path(options["folder"]), *shape)).fit()
+        arrays = _mapped(Path(options["folder"]), *shape)
+        if options.get("in_memory"):
+            arrays = [np.array(array) for array in arrays]
+        config = STRIDEConfig(memory_budget=options.get("budget", STRIDEConfig().memory_budget))
+        method = STRIDE.from_features(*arrays, config=config).fit()
     with PeakAnonymous() as asking:
         best: Any = method.influence(_test_points(options["n_test"], *shape[1:]), options["k"])
     return {

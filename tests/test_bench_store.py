@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from stride_captum import STRIDE
 from stride_captum.evaluation import benchmark_peers as peers
+from stride_captum.evaluation import benchmark_store
 from stride_captum.evaluation.benchmark_estimate import QUANTITIES, Case, bench_estimate
 from stride_captum.evaluation.benchmark_networks import examples, network
 from stride_captum.evaluation.benchmark_peers import bench_peers
@@ -30,12 +31,13 @@ def test_the_store_is_measured_in_four_parts(tmp_path):
         "5",
         "--k",
         "3",
+        *(part for name in ("large", "build", "query", "precision") for part in ("--part", name)),
     ]
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "store.json").read_text())["rows"]
     found = {(row["part"], row["figure"]): row["value"] for row in rows}
-    assert {part for part, _ in found} == set(PARTS)
+    assert {part for part, _ in found} == set(PARTS) - {"example"}
     assert found["large", "n_train"] == 3000
     assert found["large", "n_features"] == 16
     assert 0 < max(v for (part, name), v in found.items() if part == "large" and "anon" in name) < 2 * 2**30
@@ -50,9 +52,27 @@ def test_the_store_is_measured_in_four_parts(tmp_path):
     assert 0.99 < found["precision", "bfloat16 spearman"] < found["precision", "float16 spearman"] < 1
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="reads /proc and the page cache")
+def test_bytes_of_an_example_are_what_another_example_adds(monkeypatch):
+    asked = []
+
+    def in_own_process(options):
+        asked.append(options)
+        found = benchmark_store._limited(options)
+        assert found["result_shape"] == [5, 3]
+        each = 7 if options["in_memory"] else 2
+        return {**found, "fit_peak_anonymous_bytes": 1000 + each * options["n_train"]}
+
+    monkeypatch.setattr(benchmark_store, "_in_own_process", in_own_process)
+    found = benchmark_store.example_bytes(30, 16, 40, 5, 3)
+    assert [way["fit"] for way in found.values() if isinstance(way, dict)] == [7, 7, 2]
+    assert {options["n_train"] for options in asked} == {30, 60}
+
+
 def test_what_is_no_part_is_refused():
     with pytest.raises(
-        ValueError, match="`part` must be one of 'large', 'build', 'query', 'precision'; got 'larg'"
+        ValueError,
+        match="`part` must be one of 'large', 'build', 'query', 'precision', 'example'; got 'larg'",
     ):
         bench_store(["larg"])
 
