@@ -29,8 +29,8 @@ STREAM = "unknown: an iterable data set"
 _SAMPLES = 64
 #: Odd factor of what the parts before give.
 _NEXT_PART = np.uint64(0xD6E8FEB86659FD93)
-#: Bytes that are hashed at a time: with their words of 64 bits they fit a cache.
-_HASHED_BYTES = 2**18
+#: Bytes that are hashed at a time.
+_HASHED_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,11 @@ def _hashed(rows: Any) -> Any:
     weights = _weights(1 << max(width // 4, 1).bit_length())
     found = np.full(n, width, np.uint64)
     size = max(_HASHED_BYTES // max(width, 1), 1)
+    wide = np.empty((min(size, n), rows.shape[1] // 4), np.uint64)  # 64 bits, in which products are taken
     for start in range(0, n, size):
-        words = rows[start : start + size].view("<u4").astype(np.uint64)
-        found[start : start + size] += np.einsum("nw,w->n", words, weights[: words.shape[1]])
+        words = rows[start : start + size].view("<u4")
+        wide[: len(words)] = words
+        found[start : start + size] += np.einsum("nw,w->n", wide[: len(words)], weights[: words.shape[1]])
     return found
 
 
