@@ -1,10 +1,9 @@
 """Digests of training examples.
 
 `Digests` has two numbers an example, one of its label and one of its inputs: they tell whether two passes
-over a data set gave the same examples in the same order, and which differ. Each is a CRC-32: a change of up
-to 32 neighboring bits always shows, any other with probability 1 - 2^-32. `ExampleDigest` and
-`data_fingerprint` are SHA-256 digests of many examples at once. None of them guards against someone who
-changes data on purpose.
+over a data set gave the same examples in the same order, and which differ. A change of one number of 32 bits
+always shows, any other with probability 1 - 2^-32 (`row_digests`). `ExampleDigest` and `data_fingerprint`
+are SHA-256 digests of many examples at once. None of them guards against someone who changes data on purpose.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import hashlib
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,10 @@ from .restoring import bits, draws_put_back, user_code
 #: What `data_fingerprint` says of data that can only be read from the first example to the last.
 STREAM = "unknown: an iterable data set"
 _SAMPLES = 64
+#: Odd factor of what the parts before give.
+_NEXT_PART = np.uint64(0xD6E8FEB86659FD93)
+#: Bytes that are hashed at a time.
+_HASHED_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,10 @@ class Digests:
 
 
 def row_digests(n: int, parts: Iterable[Any]) -> Tensor:
-    """One CRC-32 for each of `n` examples over its rows in all `parts`, `(n,)` int64.
+    """A number for each of `n` examples that tells its rows in all `parts` from others, `(n,)` int64.
+
+    Of numbers: multilinear hashing of 32-bit words, `sum_j w_j x_j` modulo 2^64 with fixed odd weights
+    (Carter and Wegman, 1979); two rows agree with a probability of 2^-32. Of texts and the like the CRC-32.
 
     Args:
         n: Number of examples.
@@ -84,11 +91,47 @@ def row_digests(n: int, parts: Iterable[Any]) -> Tensor:
     >>> row_digests(2, [torch.tensor([[1.0, 2.0], [1.0, 2.0]])]).unique().numel()
     1
     """
-    digests = [0] * n
-    for part in parts:
-        for i, row in enumerate(_rows(part, n)):
-            digests[i] = zlib.crc32(row, digests[i])
-    return torch.tensor(digests, dtype=torch.int64, device="cpu")
+    digests = np.zeros(n, dtype=np.uint64)
+    for part in parts if n else ():
+        digests *= _NEXT_PART
+        if isinstance(part, Tensor) or _is_numeric(part):
+            digests += _hashed(_bytes(part).reshape(n, -1))
+        else:
+            digests += np.fromiter(map(_hashed_item, part), np.uint64, n)
+    return torch.from_numpy(digests.view(np.int64))
+
+
+def _hashed_item(item: Any) -> int:
+    """The same for a tensor or array as for it as a row; the CRC-32 of all else."""
+    content = _item_bytes(item)
+    if isinstance(item, Tensor) or _is_numeric(item):
+        return int(_hashed(np.asarray(content)[None])[0])
+    return zlib.crc32(content)
+
+
+def _hashed(rows: Any) -> Any:
+    """Multilinear hash of each row of bytes, `(n,)` uint64."""
+    n, width = rows.shape
+    if width % 4:
+        rows = np.concatenate([rows, np.zeros((n, -width % 4), np.uint8)], axis=1)
+    weights = _weights(1 << max(width // 4, 1).bit_length())
+    found = np.full(n, width, np.uint64)
+    size = max(_HASHED_BYTES // max(width, 1), 1)
+    wide = np.empty((min(size, n), rows.shape[1] // 4), np.uint64)  # 64 bits, in which products are taken
+    for start in range(0, n, size):
+        words = rows[start : start + size].view("<u4")
+        wide[: len(words)] = words
+        found[start : start + size] += np.einsum("nw,w->n", wide[: len(words)], weights[: words.shape[1]])
+    return found
+
+
+@cache
+def _weights(n: int) -> Any:
+    """Odd weights of `_hashed`, by SplitMix64: `(n,)` uint64."""
+    z = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+    return (z ^ (z >> np.uint64(31))) | np.uint64(1)
 
 
 def n_bytes(n: int, parts: Iterable[Any]) -> int:

@@ -101,9 +101,13 @@ class OutputCheck:
             return
         if self.loss.outputs == "probabilities":
             self._check_probabilities(values, start)
-        elif self.loss.outputs is None:
+        elif self.loss.outputs is None and not self._known():
             found = _are_probabilities(values).all()
             self.probable = found if self.probable is None else self.probable & found.to(self.probable.device)
+
+    def _known(self) -> bool:
+        """Whether the rows so far settle that these are no probabilities; no GPU is waited for to know."""
+        return self.probable is not None and self.probable.device.type == "cpu" and not bool(self.probable)
 
     def finish(self) -> None:
         """Refuse outputs that are probabilities throughout where logits are expected.

@@ -48,6 +48,8 @@ class Moments:
 
     def first(self, n_features: int) -> Moments:
         """The moments of the first features and the constant."""
+        if n_features == len(self.scale) - 1:
+            return self
         kept = [*range(n_features), len(self.scale) - 1]
         return Moments(self.gram[kept][:, kept], self.targets[kept], self.scale[kept], self.n_train)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import gc
 import mmap
@@ -11,8 +12,6 @@ from contextlib import suppress
 from types import TracebackType
 
 import torch
-
-from .restoring import QUIET_THREAD
 
 _SECONDS = 0.005
 
@@ -39,10 +38,10 @@ class PeakMemory:
         self._record = _recorded_peak(self.device)
         self._before = self._highest = self._read()
         self._done = threading.Event()
-        self._thread: threading.Thread | None = None
         if self._before is not None:
-            self._thread = threading.Thread(target=self._watch, name=QUIET_THREAD, daemon=True)
-            self._thread.start()
+            # `Thread.start` waits until the thread runs, which takes as long as a small query.
+            with suppress(RuntimeError):  # no more threads can be started
+                _thread.start_new_thread(self._watch, ())
         return self
 
     def __exit__(
@@ -52,8 +51,6 @@ class PeakMemory:
         trace: TracebackType | None,
     ) -> None:
         self._done.set()
-        if self._thread is not None:
-            self._thread.join()
         if self._before is not None and self._highest is not None:
             record = _recorded_peak(self.device)
             broken = record if record > self._record else 0

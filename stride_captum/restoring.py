@@ -80,16 +80,15 @@ def exclusive(*objects: Any) -> Iterator[None]:
         yield
 
 
-#: Threads that draw no random numbers: the sampler of memory, tqdm's monitor, queues of loaders.
-QUIET_THREAD = "stride-captum memory sampler"
-_QUIET = (QUIET_THREAD, "QueueFeederThread")
+#: Threads that draw no random numbers, beside tqdm's monitor: queues of loaders.
+_QUIET = "QueueFeederThread"
 
 
 def _alone() -> bool:
     """Whether no other thread can be drawing random numbers."""
     here = threading.current_thread()
     return all(
-        thread is here or thread.name in _QUIET or type(thread).__name__ == "TMonitor"
+        thread is here or thread.name == _QUIET or type(thread).__name__ == "TMonitor"
         for thread in threading.enumerate()
     )
 

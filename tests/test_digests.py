@@ -163,3 +163,32 @@ def test_the_digest_of_examples_does_not_depend_on_batches_but_on_every_value():
     assert digest([12], x=x.double()) != whole
     assert digest([12], names=[*names[:-1], "other"]) != whole
     assert digest([12], y=y.flip(0)) != whole
+
+
+class TestRowDigests:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.int8, torch.bfloat16])
+    @pytest.mark.parametrize("places", [[0], [3, 4], [0, 2, 4, 6], list(range(7))])
+    def test_signs_show(self, dtype, places):
+        rows = torch.arange(1, 36).view(5, 7).to(dtype)
+        other = rows.clone()
+        other[:, places] *= -1
+        assert not (row_digests(5, [rows]) == row_digests(5, [other])).any()
+
+    @pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 8, 70_000])
+    def test_a_row_has_the_same_digest_alone_and_in_any_batch(self, width):
+        rows = (torch.arange(6 * width) % 251).to(torch.uint8).view(6, width)
+        whole = row_digests(6, [rows])
+        assert torch.equal(torch.cat([row_digests(2, [part]) for part in rows.split(2)]), whole)
+        assert torch.equal(row_digests(6, [list(rows)]), whole)
+        assert torch.equal(row_digests(6, [rows.numpy()]), whole)
+        assert whole.unique().numel() == 6 if width > 1 else True
+
+    def test_one_byte_shows_wherever_it_is(self):
+        rows = torch.zeros(1, 403, dtype=torch.uint8).repeat(403, 1)
+        rows[torch.arange(403), torch.arange(403)] = 1
+        assert row_digests(403, [rows]).unique().numel() == 403
+
+    def test_parts_are_told_apart_by_their_order(self):
+        a, b = torch.arange(8.0).view(2, 4), torch.arange(8.0, 16.0).view(2, 4)
+        assert not (row_digests(2, [a, b]) == row_digests(2, [b, a])).any()
+        assert not (row_digests(2, [a]) == row_digests(2, [a, torch.zeros(2, 0)])).any()

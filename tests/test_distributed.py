@@ -495,6 +495,7 @@ def test_explain_under_torchrun(tmp_path, free_port):
     assert "report.html" in said[0]
     assert said[1] == ""
     one, two = (json.loads((tmp_path / out / "results.json").read_text()) for out in ("one", "two"))
+    assert [found["environment"].pop("torch_threads") for found in (one, two)] == [torch.get_num_threads(), 1]
     same = one.keys() - {"command", "seconds", "points", "suspects"}
     assert {key: one[key] for key in same} == {key: two[key] for key in same}
     for point, other in zip(one["points"], two["points"], strict=True):
