@@ -31,11 +31,13 @@ PACKAGES = {
     "stride_captum.adapters": "adapters",
     "stride_captum.evaluation": "evaluation",
     "stride_captum.losses": "stride_captum/losses.py",
-    "stride_captum.recovery": "stride_captum/recovery.py",
+    "stride_captum.recovery": "stride_captum/recovery",
     "stride_captum.conformance": "stride_captum/conformance",
 }
 #: Folders whose modules have a page each.
-SOURCES = {name: folder for name, folder in PACKAGES.items() if not folder.endswith(".py")}
+SOURCES = {
+    name: PACKAGES[name] for name in ("stride_captum", "stride_captum.adapters", "stride_captum.evaluation")
+}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -102,7 +104,7 @@ def notebook(path: Path) -> list[tuple[str, str | bytes]]:
 
 def command_line() -> str:
     """The page of the console script."""
-    from stride_captum.evaluation.cli import app
+    from stride_captum.evaluation.cli.app import app
 
     command: Any = get_command(app)
     for each in command.commands.values():  # or the list of commands cuts their first sentences off
@@ -123,18 +125,18 @@ def public(name: str) -> str:
 
 def module_names() -> list[str]:
     """All modules, in the order of their names within a package."""
-    return [
-        f"{package}.{path.stem}"
-        for package, folder in SOURCES.items()
-        for path in sorted((ROOT / folder).glob("[!_]*.py"))
-        if f"{package}.{path.stem}" not in PACKAGES
-    ]
+    found = []
+    for package, folder in SOURCES.items():
+        for path in sorted((ROOT / folder).rglob("[!_]*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found.append(".".join((package, *parts)))
+    return [name for name in found if name not in PACKAGES]
 
 
 def by_package(paths: list[str]) -> list[dict[str, list[dict[str, str]]]]:
     """Pages of modules, grouped by their package."""
-    groups: dict[str, list[dict[str, str]]] = {package: [] for package in SOURCES}
+    groups: dict[str, list[dict[str, str]]] = {}
     for path in paths:
         package, _, name = Path(path).stem.rpartition(".")
-        groups[package].append({name: path})
+        groups.setdefault(package, []).append({name: path})
     return [{package: group} for package, group in groups.items()]

@@ -1,4 +1,4 @@
-"""Other attribution methods behind the interface of `stride_captum.influence`."""
+"""Other attribution methods behind the interface of `stride_captum.influence.method`."""
 
 from .captum_influence import CaptumInfluence
 from .controls import ClassRandom, Random

@@ -42,9 +42,9 @@ from captum.influence import DataInfluence, SimilarityInfluence
 from torch import Tensor, nn
 
 from ..errors import bad_choice, bad_type, bad_value
-from ..influence import Ask, InfluenceMethod
+from ..influence.method import Ask, InfluenceMethod
 from ..responses import RESPONSES, response_gradient
-from .captum_calls import (
+from ._captum import (
     Examples,
     NoIndex,
     ResidualLoss,
@@ -59,8 +59,8 @@ from .captum_calls import (
     squared_norms,
     traceless,
 )
-from .gradients import GradientMethod, GradientState
-from .working_copies import check_copy, independent_copy, widened
+from .gradients.method import GradientMethod, GradientState
+from .gradients.working_copies import check_copy, independent_copy, widened
 
 _ANSWERS = ["every", "similarity", *RESPONSES]
 

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..batch import ExampleBatch
-from ..digests import digest_item
+from ..data.batch import ExampleBatch
+from ..data.digests import digest_item
 from ..errors import bad_value
-from ..influence import Ask, InfluenceMethod
-from ..restoring import bits
-from ..saved_values import saved_as
-from .working_copies import widened
+from ..influence.method import Ask, InfluenceMethod
+from ..system.preserve_state import bits
+from ..system.saved_values import saved_as
+from .gradients.working_copies import widened
 
 #: Columns that one generator serves.
 _CHUNK = 1024

@@ -22,12 +22,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from .. import inputs as data
+from ..data import inputs as data
 from ..errors import bad_type, bad_value
-from ..influence import InfluenceMethod
-from ..installed import install_command
-from ..restoring import same_random_state
+from ..influence.method import InfluenceMethod
 from ..stride import STRIDE
+from ..system.packages import install_command
+from ..system.preserve_state import same_random_state
 
 try:
     from dattri.algorithm.base import BaseAttributor

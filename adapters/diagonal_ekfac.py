@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..devices import as_float64
 from ..errors import bad_choice, bad_value
-from ..saved_values import saved_as
-from .dense_sides import dense_layers, dense_sides, sides_of_examples
-from .fisher import FISHERS, fisher_sample, fisher_vectors
-from .gradients import GradientMethod
-from .per_example_gradients import example_gradients
-from .safe_damping import check_damping, least_lambda, rounding_of
+from ..system.devices import as_float64
+from ..system.saved_values import saved_as
+from .gradients.dense_sides import dense_layers, dense_sides, sides_of_examples
+from .gradients.fisher import FISHERS, fisher_sample, fisher_vectors
+from .gradients.method import GradientMethod
+from .gradients.per_example import example_gradients
+from .gradients.safe_damping import check_damping, least_lambda, rounding_of
 
 DENSE = ("kronecker", "diagonal")
 

@@ -22,17 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..devices import float64_device
 from ..errors import bad_choice, bad_value
-from ..influence import Ask
-from ..installed import install_command
+from ..influence.method import Ask
+from ..system.devices import float64_device
+from ..system.packages import install_command
+from ._kronfluence import Batch, Kronfluence, spectra
+from ._kronfluence_layers import LAYOUTS, tracked_layers
 from .controls import input_keys
-from .gradient_checks import agree, check_gradients
-from .gradients import GradientMethod, GradientState
-from .kronfluence_calls import Batch, Kronfluence, spectra
-from .kronfluence_layers import LAYOUTS, tracked_layers
-from .per_example_gradients import flat, gradients_one_by_one
-from .safe_damping import check_damping, least_lambda, rounding_of
+from .gradients.checks import agree, check_gradients
+from .gradients.method import GradientMethod, GradientState
+from .gradients.per_example import flat, gradients_one_by_one
+from .gradients.safe_damping import check_damping, least_lambda, rounding_of
 
 STRATEGIES = ("ekfac", "kfac", "diagonal", "identity")
 FISHERS = ("sampled", "empirical")

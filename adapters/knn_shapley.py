@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..devices import as_float64
 from ..errors import bad_value
-from ..influence import Ask
+from ..influence.method import Ask
+from ..system.devices import as_float64
 from .similarity import Similarity, SimilarityState, SimilarityTest
 
 

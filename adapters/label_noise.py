@@ -16,19 +16,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import inputs as data
-from ..activations import Tap, check_finite, default_taps, named_taps, recording
-from ..batch import Batch, Reading, is_batch
 from ..config import STRIDEConfig
-from ..devices import device_of, full_precision
+from ..data import inputs as data
+from ..data.batch import Batch, Reading, is_batch
+from ..data.passes import Passes
 from ..errors import bad_choice, bad_type, bad_value, whole_number
-from ..installed import install_command
+from ..layers.activations import Tap, check_finite, default_taps, named_taps, recording
 from ..losses import CrossEntropy, OutputCheck, loss_of
-from ..passes import Passes
 from ..responses import class_labels, response_value
-from ..restoring import untouched
 from ..stride import STRIDE
-from .working_copies import widened
+from ..system.devices import device_of, full_precision
+from ..system.packages import install_command
+from ..system.preserve_state import untouched
+from .gradients.working_copies import widened
 
 #: Probabilities `(n_test_rows, n_classes)` for some rows of the training set from a fit on others.
 FitPredict = Callable[[NDArray[np.int64], NDArray[np.int64]], Any]

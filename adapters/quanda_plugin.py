@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import bad_type, bad_value
-from ..influence import InfluenceMethod
-from ..installed import install_command
+from ..influence.method import InfluenceMethod
 from ..stride import STRIDE
+from ..system.packages import install_command
 
 try:
     from quanda.explainers import Explainer

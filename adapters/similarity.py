@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activations import Tap, check_finite, default_taps, named_taps, recording
-from ..influence import Ask, InfluenceMethod
-from ..saved_values import saved_as
+from ..influence.method import Ask, InfluenceMethod
+from ..layers.activations import Tap, check_finite, default_taps, named_taps, recording
+from ..system.saved_values import saved_as
 
 
 @saved_as("similarity")

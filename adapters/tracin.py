@@ -25,14 +25,12 @@ from captum.influence import TracInCP, TracInCPFast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..batch import ExampleBatch
+from ..data.batch import ExampleBatch
+from ..data.inputs import PrivateLoader
 from ..errors import bad_value
-from ..influence import Ask
-from ..inputs import PrivateLoader
-from .captum_calls import parts_by_position, quiet
-from .gradient_checks import agree, check_gradients
-from .gradients import GradientMethod, GradientState
-from .linear_losses import (
+from ..influence.method import Ask
+from ._captum import parts_by_position, quiet
+from ._captum_losses import (
     Positional,
     ResidualsAsLabels,
     has_batched_gradients,
@@ -40,8 +38,10 @@ from .linear_losses import (
     linear_losses,
     owners,
 )
-from .per_example_gradients import flat, gradients_one_by_one
-from .traces import attributes_put_back
+from .gradients.checks import agree, check_gradients
+from .gradients.method import GradientMethod, GradientState
+from .gradients.per_example import flat, gradients_one_by_one
+from .gradients.traces import attributes_put_back
 
 
 class TracIn(GradientMethod):

@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..devices import as_float64, float64_device
 from ..errors import bad_value
-from ..memory_budget import MOST_ROWS
 from ..residuals import tempered_residuals
 from ..responses import response_gradient
-from ..saved_values import saved_as
-from .count_sketch import count_sketch, random_places
-from .gradient_checks import check_gradients
-from .gradients import GradientMethod, GradientState
-from .per_example_gradients import Gradients, chosen_parameters
-from .safe_damping import check_damping, least_lambda, rounding_of
+from ..system.devices import as_float64, float64_device
+from ..system.memory import MOST_ROWS
+from ..system.saved_values import saved_as
+from .gradients.checks import check_gradients
+from .gradients.count_sketch import count_sketch, random_places
+from .gradients.method import GradientMethod, GradientState
+from .gradients.per_example import Gradients, chosen_parameters
+from .gradients.safe_damping import check_damping, least_lambda, rounding_of
 
 #: How far below the largest eigenvalue of a matrix in float64 the smallest may be, for scores within 1e-4.
 _INVERSE_ROUNDING = 2.0**-38

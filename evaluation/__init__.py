@@ -1,20 +1,20 @@
 """One harness that measures every method the same way: fidelity, cost, controls and ceilings."""
 
-from .calibration import CalibrationResult, calibration
-from .comparison import Comparison, compare
-from .contenders import CONTENDERS, Contender
-from .cost import Cost, measure_cost
-from .counterfactual_drop import CounterfactualResult, counterfactual
-from .counterfactual_retraining import measure_counterfactual
-from .explanation import Explanation, explain
-from .leakage_benchmark import measure_leakage
-from .leakage_detection import LeakageResult, leakage
-from .linear_datamodeling import LDSResult, lds
-from .linearized_influence import LinearizedInfluenceResult, linearized_influence_correlation
-from .mislabel_benchmark import measure_mislabel
-from .mislabel_detection import MislabelResult, mislabel
-from .retraining import RetrainingPlan, train_attributed, train_model
-from .tasks import Task, load_task
+from .comparison.compare import Comparison, compare
+from .comparison.counterfactual_runs import measure_counterfactual
+from .comparison.explain import Explanation, explain
+from .comparison.leakage_runs import measure_leakage
+from .comparison.methods import CONTENDERS, Contender
+from .comparison.mislabel_runs import measure_mislabel
+from .measures.calibration import CalibrationResult, calibration
+from .measures.cost import Cost, measure_cost
+from .measures.counterfactual_drop import CounterfactualResult, counterfactual
+from .measures.leakage_rank import LeakageResult, leakage
+from .measures.linear_datamodeling import LDSResult, lds
+from .measures.linearized_influence import LinearizedInfluenceResult, linearized_influence_correlation
+from .measures.mislabel_precision import MislabelResult, mislabel
+from .retraining.plan import RetrainingPlan, train_attributed, train_model
+from .tasks.tasks import Task, load_task
 
 __all__ = [
     "CONTENDERS",

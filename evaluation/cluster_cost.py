@@ -17,7 +17,7 @@ class ClusterCost:
     """Cost of `DistributedSTRIDE` with its default options, N examples on W GPUs.
 
     One share has n = N / W examples. With s = 5/8, the part of a symmetric product that is computed
-    (`stride_captum.symmetric`), a fit takes in each GPU
+    (`stride_captum.linalg`), a fit takes in each GPU
 
         forward      n / forward                              the model on the share
         products     (4 s n d^2 + 4 n d C) / gemm             Gram matrix, leverages; targets, fitted values

@@ -1,8 +1,8 @@
 """STRIDE: training data attribution in activation space, as a Captum plugin."""
 
-from .batch import Batch
 from .config import STRIDEConfig
-from .influence import InfluenceMethod
+from .data.batch import Batch
+from .influence.method import InfluenceMethod
 from .stride import STRIDE
 
 __version__ = "0.1.0"

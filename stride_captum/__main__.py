@@ -11,12 +11,12 @@ def main() -> None:
 
     `doctor` runs without the extra.
     """
-    from .installed import install_command
-    from .process_group import group_of_torchrun, started_by_torchrun
+    from .system.packages import install_command
+    from .system.processes import group_of_torchrun, started_by_torchrun
 
     _current_folder_last()
     try:
-        from .evaluation.cli import app
+        from .evaluation.cli.app import app
     except ModuleNotFoundError as error:
         if sys.argv[1:2] == ["doctor"]:
             from .doctor import main as doctor

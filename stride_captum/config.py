@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from .errors import bad_choice, bad_value, nearest
-from .memory_budget import parse_bytes as parse_bytes
+from .system.memory import parse_bytes as parse_bytes
 
 Operators = Literal["newton", "trained"]
 Response = Literal["margin", "logit", "probability", "log-probability", "loss"]
@@ -41,10 +41,11 @@ class STRIDEConfig:
             weight layer reads) or "penultimate" (what the last one reads; B.1).
         max_width: Bound on the total width of all features that "all" selects.
         memory_budget: Memory for one block of work: bytes, "512MiB", or "auto" (see
-            `stride_captum.memory_budget`).
+            `stride_captum.system.memory`).
 
         projection: How a layer wider than `projection_width` is brought to it: None (not at all), "random" or
-            "pca" (see `stride_captum.projection`); what that does to the kernel is in `projection_error_`.
+            "pca" (see `stride_captum.features.projection`); `projection_error_` says what that does to the
+            kernel.
         projection_width: Features of such a layer afterwards.
 
         residuals: Closed form. What stands for `e_y - p` of a training example: "training" (the

@@ -11,16 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import inputs as data
-from .batch import is_batch
 from .config import STRIDEConfig
+from .data import inputs as data
+from .data.batch import is_batch
 from .errors import bad_type, bad_value
-from .influence import Ask
+from .influence.method import Ask
+from .influence.top_k import Collector, DenseScores, GroupSums, StreamedTopK, merge_top_k
 from .losses import CrossEntropy
-from .memory_budget import blocks
-from .process_group import Ranks
-from .streaming import Collector, DenseScores, GroupSums, StreamedTopK, merge_top_k
 from .stride import STRIDE, STRIDEState
+from .system.memory import blocks
+from .system.processes import Ranks
 
 Self = TypeVar("Self", bound="DistributedSTRIDE")
 

@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass
 import torch
 from tqdm.auto import tqdm
 
-from .chance import at_chance
 from .conformance import LAWS, Subject, judge, missing_extra, shipped
 from .conformance.planted import MLP, trained
-from .installed import EXTRAS, PACKAGE, Finding, check_packages, requirements, version
+from .influence.chance import at_chance
 from .stride import STRIDE
+from .system.packages import EXTRAS, PACKAGE, Finding, check_packages, requirements, version
 
 _REPORT = "Reinstall the package; if it stays so, report it with the output of `stride-captum doctor --json`."
 #: Laws that take longer than all others together.

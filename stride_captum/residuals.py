@@ -17,10 +17,10 @@ import math
 import torch
 from torch import Tensor
 
-from .devices import as_float64, float64_device
-from .memory_budget import blocks
-from .process_group import ALONE, Alone
-from .staging import staged
+from .system.devices import as_float64, float64_device
+from .system.memory import blocks
+from .system.processes import ALONE, Alone
+from .system.to_device import staged
 
 #: The best of 2, 3 and 4 on digits and MNIST, and within .005 of the best on CIFAR-10 (LDS).
 DEFAULT_TEMPERATURE = 2.0

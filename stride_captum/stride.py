@@ -13,36 +13,45 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from . import inputs as data
-from .activations import Tap, check_finite, default_taps, named_taps, recording
-from .batch import Batch, ExampleBatch
-from .checkpoints import LoadCheckpoint, load_checkpoint
-from .closed_form import ClosedForm, fit_closed_form
-from .closed_form_estimate import estimate_closed_form
+from .closed_form.estimate import estimate_closed_form
+from .closed_form.incremental import (
+    Changed,
+    new_examples,
+    rows_to_keep,
+    with_examples,
+    with_others,
+    without_examples,
+)
+from .closed_form.operators import ClosedForm, fit_closed_form
 from .config import STRIDEConfig, html_table
-from .devices import as_float64
-from .digests import Digests
+from .data import inputs as data
+from .data.batch import Batch, ExampleBatch
+from .data.digests import Digests
 from .errors import bad_type, bad_value
-from .estimate import Estimate, from_fewer_steps
-from .feature_store import FeatureStore
-from .influence import Ask, InfluenceMethod
+from .features.projection import Projection, fit_projection
+from .features.store import FeatureStore
+from .features.store_files import as_tensor
+from .features.store_writer import Computed
+from .influence.checkpoints import LoadCheckpoint, load_checkpoint
+from .influence.estimate import Estimate, from_fewer_steps
+from .influence.method import Ask, InfluenceMethod
+from .layers.activations import Tap, check_finite, default_taps, named_taps, recording
+from .layers.probes import check_deterministic
 from .losses import CrossEntropy, OutputCheck
-from .memory_budget import MOST_ROWS, blocks
-from .probes import check_deterministic
-from .projection import Projection, fit_projection
-from .recovery import soft_threshold
+from .recovery.solver import soft_threshold
 from .responses import class_labels, response_gradient
-from .restoring import weights_fingerprint
-from .staging import working_dtype
-from .steering import TrainedSteering, fit_steering
-from .store_files import as_tensor
-from .store_filling import Computed
+from .steering.trained import TrainedSteering, fit_steering
 from .subsets import coverage
-from .update import Changed, new_examples, rows_to_keep, with_examples, with_others, without_examples
+from .system.devices import as_float64
+from .system.memory import MOST_ROWS, blocks
+from .system.preserve_state import weights_fingerprint
+from .system.saved_values import saved_as
+from .system.to_device import working_dtype
 
 Self = TypeVar("Self", bound="STRIDE")
 
 
+@saved_as("stride")
 @dataclass
 class STRIDEState:
     """What `fit` learns at one checkpoint.
@@ -61,7 +70,7 @@ class STRIDEState:
 class STRIDE(InfluenceMethod):
     """Which training examples made the model say this? One forward pass over the training set answers.
 
-    By default the operators are the closed form (`stride_captum.newton`), which needs no subsets, no
+    By default the operators are the closed form (`stride_captum.closed_form`), which needs no subsets, no
     training and no gradient of the network. `config=STRIDEConfig.paper("mnist")` gives the paper's
     trained operators and Lasso recovery.
 
@@ -194,6 +203,9 @@ class STRIDE(InfluenceMethod):
         method._precomputed = (features, multiclass, classes, widths)
         return method
 
+    def _state(self, taps: list[Tap], operators: ClosedForm | TrainedSteering) -> STRIDEState:
+        return STRIDEState(taps, operators)
+
     # The three functions of a method.
 
     def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> STRIDEState:
@@ -317,10 +329,10 @@ class STRIDE(InfluenceMethod):
     def add_examples(self: Self, examples: Any) -> Self:
         """Add training examples behind those that were fitted, without reading those again.
 
-        Only the new examples go through the model. Scores equal those of a refit up to rounding; what is
-        done instead, and what it costs, is in `stride_captum.update`. `train_dataset` becomes the longer one.
-        Features that were read from a store are in memory from then on; the store stays as it is.
-        The features must be those of the same model: where training has gone on, fit again.
+        Only the new examples go through the model. Scores equal those of a refit up to rounding
+        (`stride_captum.closed_form.incremental`). `train_dataset` becomes the longer one. Features that were
+        read from a store are in memory from then on; the store stays as it is. The features must be those of
+        the same model: where training has gone on, fit again.
 
         Args:
             examples: Dataset, DataLoader or tensors `(inputs..., labels)`.

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from stride_captum import STRIDE
 from stride_captum.adapters import ClassRandom, ClassSimilarity, Random, Similarity
-from stride_captum.batch import ExampleBatch, Reading
 from stride_captum.conformance.planted import (
     MLP,
     N_CLASSES,
@@ -30,6 +29,7 @@ from stride_captum.conformance.planted import (
     trained,
     unusual,
 )
+from stride_captum.data.batch import ExampleBatch, Reading
 
 METHODS = [STRIDE, Random, ClassRandom, Similarity, ClassSimilarity]
 

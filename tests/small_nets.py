@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stride_captum.activations import Tap, recording
+from stride_captum.layers.activations import Tap, recording
 
 
 class Net(nn.Module):

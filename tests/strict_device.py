@@ -21,6 +21,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +30,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from stride_captum import devices
+import stride_captum
+from stride_captum import adapters
+from stride_captum.system import devices
 
 DEVICE = torch.device("lazy", 0)
 _aten = torch.ops.aten
@@ -40,6 +43,8 @@ _INDEXING = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.defau
 _TAKE_NUMBERS = {_aten.fill_.Tensor, _aten.masked_fill.Tensor, _aten.masked_fill_.Tensor, *_INDEXING}
 #: Operations that are waited for without saying so in their tags.
 _WAITED_FOR = {_aten._linalg_check_errors.default, _aten._linalg_eigh.default, _aten._linalg_svd.default}
+#: Folders of the package.
+_OURS = tuple(f"{Path(module.__file__).parent}/" for module in (stride_captum, adapters))
 _READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -206,9 +211,9 @@ def _place() -> str:
     """The line of the package that the present operation stands in."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
-        *_, folder, name = ["", *frame.f_code.co_filename.split("/")]
-        if folder in ("stride_captum", "adapters"):
-            return f"{name}:{frame.f_lineno}"
+        path = frame.f_code.co_filename
+        if path.startswith(_OURS):
+            return f"{path.rpartition('/')[2]}:{frame.f_lineno}"
         frame = frame.f_back
     return "elsewhere"
 

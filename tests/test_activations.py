@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stride_captum import STRIDE, STRIDEConfig
-from stride_captum.activations import Tap, default_taps, named_taps, recording, to_rows
-from stride_captum.evaluation.models import cifar10_cnn, mnist_mlp
+from stride_captum.evaluation.tasks.networks import cifar10_cnn, mnist_mlp
+from stride_captum.layers.activations import Tap, default_taps, named_taps, recording, to_rows
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

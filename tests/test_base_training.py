@@ -15,18 +15,18 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from stride_captum.evaluation import attributed_training
-from stride_captum.evaluation.attributed_training import (
+from stride_captum.evaluation.retraining import attributed_models as attributed_training
+from stride_captum.evaluation.retraining.attributed_models import (
     DivergedError,
     train_attributed,
     train_checkpoints,
     train_spiked,
 )
-from stride_captum.evaluation.base_training import logits_of, train_model
-from stride_captum.evaluation.models import TrainingSettings
-from stride_captum.evaluation.new_network import checked_network, new_network, seeded
-from stride_captum.evaluation.stacked_training import train_stacked
-from stride_captum.evaluation.tasks import Task
+from stride_captum.evaluation.retraining.stacked import train_stacked
+from stride_captum.evaluation.retraining.training import logits_of, train_model
+from stride_captum.evaluation.tasks.networks import TrainingSettings
+from stride_captum.evaluation.tasks.new_network import checked_network, new_network, seeded
+from stride_captum.evaluation.tasks.tasks import Task
 
 SGD = TrainingSettings(optimizer="sgd", learning_rate=0.05, epochs=8, batch_size=4)
 Y = torch.arange(30) % 3

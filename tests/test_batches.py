@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stride_captum.batches import SubsetRows, draw_uniforms, stratified_positions
+from stride_captum.steering.sampling import SubsetRows, draw_uniforms, stratified_positions
 from stride_captum.subsets import members, membership_from_indices, random_subsets
 
 N = 40

@@ -14,10 +14,10 @@ import torch
 from strict_device import DEVICE, strict_device
 from typer.testing import CliRunner
 
-from stride_captum.evaluation import benchmark_gpu as gpu
-from stride_captum.evaluation.benchmark_gpu import PARTS, Results, bench_gpu, measure, tables, within
-from stride_captum.evaluation.benchmark_gpu_parts import FULL, JOBS, TOY, Clock, Job, side_by_side
-from stride_captum.evaluation.cli import app
+from stride_captum.evaluation.benchmarks import gpu as gpu
+from stride_captum.evaluation.benchmarks.gpu import PARTS, Results, bench_gpu, measure, tables, within
+from stride_captum.evaluation.benchmarks.gpu_parts import FULL, JOBS, TOY, Clock, Job, side_by_side
+from stride_captum.evaluation.cli.app import app
 
 CPU = torch.device("cpu")
 

@@ -9,13 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from stride_captum import STRIDE
-from stride_captum.evaluation import benchmark_peers as peers
-from stride_captum.evaluation import benchmark_store
-from stride_captum.evaluation.benchmark_estimate import QUANTITIES, Case, bench_estimate
-from stride_captum.evaluation.benchmark_networks import examples, network
-from stride_captum.evaluation.benchmark_peers import bench_peers
-from stride_captum.evaluation.benchmark_store import PARTS, bench_store
-from stride_captum.evaluation.cli import app
+from stride_captum.evaluation.benchmarks import feature_store as benchmark_store
+from stride_captum.evaluation.benchmarks import peers as peers
+from stride_captum.evaluation.benchmarks.estimate import QUANTITIES, Case, bench_estimate
+from stride_captum.evaluation.benchmarks.feature_store import PARTS, bench_store
+from stride_captum.evaluation.benchmarks.networks import examples, network
+from stride_captum.evaluation.benchmarks.peers import bench_peers
+from stride_captum.evaluation.cli.app import app
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="reads /proc and the page cache")

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from stride_captum.evaluation.calibration import (
+from stride_captum.evaluation.measures.calibration import (
     calibration,
     calibration_of_removals,
     predicted_changes,
 )
-from stride_captum.evaluation.counterfactual_drop import removals
+from stride_captum.evaluation.measures.counterfactual_drop import removals
 from stride_captum.subsets import random_subsets
 
 N_TRAIN, N_TEST, N_SUBSETS = 60, 8, 30

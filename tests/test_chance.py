@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stride_captum.chance import at_chance
+from stride_captum.influence.chance import at_chance
 
 N = 200
 BALANCED = torch.arange(N) % 4

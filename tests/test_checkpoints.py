@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stride_captum import STRIDE
-from stride_captum.checkpoints import (
+from stride_captum.influence.checkpoints import (
     checkpoint_list,
     learning_rate_of,
     load_checkpoint,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stride_captum.class_moments import class_moments, probabilities
-from stride_captum.staging import TrainingBlocks
+from stride_captum.closed_form.class_moments import class_moments, probabilities
+from stride_captum.system.to_device import TrainingBlocks
 
 N, C = 23, 5
 

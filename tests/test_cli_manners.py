@@ -13,12 +13,13 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from stride_captum.doctor import Diagnosis
-from stride_captum.evaluation import cli, retraining_workers
-from stride_captum.evaluation.cli import app
-from stride_captum.evaluation.contenders import CONTENDERS
-from stride_captum.evaluation.manners import Voice, one_sentence_errors
-from stride_captum.evaluation.paper_tables import TABLES
-from stride_captum.installed import Finding
+from stride_captum.evaluation.cli import app as cli
+from stride_captum.evaluation.cli.app import app
+from stride_captum.evaluation.cli.output import Voice, one_sentence_errors
+from stride_captum.evaluation.comparison.methods import CONTENDERS
+from stride_captum.evaluation.retraining import workers as retraining_workers
+from stride_captum.evaluation.tasks.paper_tables import TABLES
+from stride_captum.system.packages import Finding
 
 runner = CliRunner()
 SMALL = [
@@ -207,7 +208,7 @@ class TestDoctor:
         from stride_captum import doctor
         from stride_captum.__main__ import main
 
-        monkeypatch.setitem(sys.modules, "stride_captum.evaluation.cli", None)
+        monkeypatch.setitem(sys.modules, "stride_captum.evaluation.cli.app", None)
         monkeypatch.setattr(doctor, "shipped", list)
         monkeypatch.setattr(sys, "argv", ["stride-captum", "doctor", "--json"])
         with pytest.raises(SystemExit) as stopped:

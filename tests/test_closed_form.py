@@ -13,8 +13,8 @@ from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from stride_captum import STRIDE, STRIDEConfig
+from stride_captum.closed_form.moments import scaled_features
 from stride_captum.config import Curvature, Residuals
-from stride_captum.moments import scaled_features
 from stride_captum.residuals import DEFAULT_TEMPERATURE, RIDGE_SHARE, mean_residual, project_on_simplex
 from stride_captum.responses import response_gradient, response_value
 

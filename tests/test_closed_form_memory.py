@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE, STRIDEConfig
 from stride_captum.config import Residuals
-from stride_captum.feature_store import FeatureStore
+from stride_captum.features.store import FeatureStore
 
 N, D, C, N_TEST = 1_200, 12, 30, 5
 SMALL = "64KiB"

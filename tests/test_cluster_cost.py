@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from stride_captum import STRIDEConfig
-from stride_captum.closed_form import fit_closed_form
+from stride_captum.closed_form.operators import fit_closed_form
 from stride_captum.evaluation.cluster_cost import ClusterCost, main
 
 N, D, C = 3000, 512, 4

@@ -14,9 +14,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from stride_captum import whole_files
-from stride_captum.evaluation import cli, load_task, retraining_estimate, train_attributed
-from stride_captum.evaluation.cli import app
+from stride_captum.evaluation import load_task, train_attributed
+from stride_captum.evaluation.cli import app as cli
+from stride_captum.evaluation.cli.app import app
+from stride_captum.evaluation.retraining import estimate as retraining_estimate
+from stride_captum.system import atomic as whole_files
 
 runner = CliRunner()
 
@@ -230,7 +232,7 @@ class TestWholeFiles:
         assert (tmp_path / written).read_text() != "old"
 
     def test_scalability(self, tmp_path, monkeypatch):
-        from stride_captum.evaluation import scalability_report
+        from stride_captum.evaluation.benchmarks.scalability import report as scalability_report
 
         found = SimpleNamespace(to_dict=dict, results=[])
         monkeypatch.setattr(scalability_report, "scalability_plot", lambda results: "<svg/>")
@@ -294,7 +296,7 @@ def test_a_dry_run_knows_the_methods(store, tmp_path):
 
 
 def test_a_table_that_is_too_wide_comes_in_pieces_with_the_first_column(monkeypatch):
-    from stride_captum.evaluation import terminal
+    from stride_captum.evaluation.report import terminal
 
     rows = [("STRIDE, a long name", *(f"{i}.{i}{i}{i}" for i in range(8)))]
     monkeypatch.setattr(terminal.console, "width", 50)
@@ -422,7 +424,7 @@ def test_bench_recovery(tmp_path):
 
 
 def test_bench_core_measures_a_small_case():
-    from stride_captum.evaluation.benchmark_core import Case, bench_case
+    from stride_captum.evaluation.benchmarks.core import Case, bench_case
 
     row = bench_case(Case("width 512", 300, ("relu",), 10), repeats=1)
     assert row.n_features == 512
@@ -447,7 +449,7 @@ def test_missing_extras_are_named(monkeypatch):
 
     from stride_captum.__main__ import main
 
-    monkeypatch.setitem(sys.modules, "stride_captum.evaluation.cli", None)
+    monkeypatch.setitem(sys.modules, "stride_captum.evaluation.cli.app", None)
     with pytest.raises(SystemExit, match=r'pip install "jinja2>=\S+" .*"typer>=\S+"$'):
         main()
 

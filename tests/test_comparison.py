@@ -12,17 +12,19 @@ from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE
 from stride_captum.adapters import Random, TracIn
-from stride_captum.evaluation import Contender, compare, comparison, comparison_plan
-from stride_captum.evaluation.attributed_training import train_attributed, train_checkpoints
-from stride_captum.evaluation.comparison import comparison_sizes, estimates, halves
-from stride_captum.evaluation.comparison_plan import DETECTORS, MEASURES, options_of, settle, wanted_measures
-from stride_captum.evaluation.contenders import CONTENDERS, DEFAULT_METHODS, adapter
-from stride_captum.evaluation.models import TrainingSettings
-from stride_captum.evaluation.report import write_comparison
-from stride_captum.evaluation.retraining import RetrainingPlan
-from stride_captum.evaluation.task_checks import check_task
-from stride_captum.evaluation.tasks import Task
-from stride_captum.evaluation.terminal import console, show_comparison
+from stride_captum.evaluation import Contender, compare
+from stride_captum.evaluation.comparison import compare as comparison
+from stride_captum.evaluation.comparison import plan as comparison_plan
+from stride_captum.evaluation.comparison.compare import comparison_sizes, estimates, halves
+from stride_captum.evaluation.comparison.methods import CONTENDERS, DEFAULT_METHODS, adapter
+from stride_captum.evaluation.comparison.plan import DETECTORS, MEASURES, options_of, settle, wanted_measures
+from stride_captum.evaluation.report.html import write_comparison
+from stride_captum.evaluation.report.terminal import console, show_comparison
+from stride_captum.evaluation.retraining.attributed_models import train_attributed, train_checkpoints
+from stride_captum.evaluation.retraining.plan import RetrainingPlan
+from stride_captum.evaluation.tasks.checks import check_task
+from stride_captum.evaluation.tasks.networks import TrainingSettings
+from stride_captum.evaluation.tasks.tasks import Task
 
 N_TRAIN, N_TEST = 90, 60
 FEW = {"n_subsets": 12, "n_seeds": 1, "n_models": 1, "n_test": 40, "n_jobs": 1, "n_resamples": 20}

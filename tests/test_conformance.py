@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from stride_captum import STRIDE, InfluenceMethod, STRIDEConfig, adapters
-from stride_captum.activations import check_finite
-from stride_captum.batch import ExampleBatch, Reading, is_batch
 from stride_captum.conformance import (
     LAWS,
     ConformanceReport,
@@ -27,7 +25,9 @@ from stride_captum.conformance import (
     missing_extra,
     shipped,
 )
-from stride_captum.influence import Ask
+from stride_captum.data.batch import ExampleBatch, Reading, is_batch
+from stride_captum.influence.method import Ask
+from stride_captum.layers.activations import check_finite
 from stride_captum.residuals import tempered_residuals
 from stride_captum.responses import response_gradient
 

@@ -9,7 +9,14 @@ from planted import MLP, trained
 
 from stride_captum import STRIDE, STRIDEConfig, adapters
 from stride_captum.evaluation import Contender
-from stride_captum.evaluation.contenders import CONTENDERS, DEFAULT_METHODS, GRID_SIZE, adapter, grid, stride
+from stride_captum.evaluation.comparison.methods import (
+    CONTENDERS,
+    DEFAULT_METHODS,
+    GRID_SIZE,
+    adapter,
+    grid,
+    stride,
+)
 
 
 @pytest.fixture(scope="module")

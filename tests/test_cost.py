@@ -9,7 +9,7 @@ from planted import MLP, built, expect_untouched, planted_classes
 from torch import nn
 
 from stride_captum.adapters import ClassRandom, Similarity
-from stride_captum.evaluation.cost import (
+from stride_captum.evaluation.measures.cost import (
     Cost,
     break_even,
     cost_of,

@@ -10,23 +10,26 @@ from planted import MLP, planted_classes
 
 from stride_captum import STRIDE
 from stride_captum.adapters import ClassRandom, Random
-from stride_captum.evaluation.counterfactual_difference import difference, difference_at_equal_depletion
-from stride_captum.evaluation.counterfactual_drop import (
+from stride_captum.evaluation.comparison.counterfactual_runs import (
+    cost,
+    counterfactual_plan,
+    measure_counterfactual,
+)
+from stride_captum.evaluation.measures.counterfactual_difference import (
+    difference,
+    difference_at_equal_depletion,
+)
+from stride_captum.evaluation.measures.counterfactual_drop import (
     class_depletion,
     counterfactual,
     probabilities,
     removals,
     resolve_counts,
 )
-from stride_captum.evaluation.counterfactual_retraining import (
-    cost,
-    counterfactual_plan,
-    measure_counterfactual,
-)
-from stride_captum.evaluation.models import TrainingSettings
-from stride_captum.evaluation.retraining import logits_of, train_attributed, train_model
-from stride_captum.evaluation.statistics import t_interval
-from stride_captum.evaluation.tasks import Task
+from stride_captum.evaluation.measures.statistics import t_interval
+from stride_captum.evaluation.retraining.plan import logits_of, train_attributed, train_model
+from stride_captum.evaluation.tasks.networks import TrainingSettings
+from stride_captum.evaluation.tasks.tasks import Task
 from stride_captum.subsets import members
 
 N_SEEDS, N_TEST = 3, 5
@@ -347,7 +350,7 @@ class TestRuns:
 
     def test_calibration_compares_changes_of_the_margin(self, task, models, tmp_path, monkeypatch):
         seen = {}
-        name = "stride_captum.evaluation.counterfactual_retraining.calibration_of_removals"
+        name = "stride_captum.evaluation.comparison.counterfactual_runs.calibration_of_removals"
 
         def spy(predicted, measured, **options):
             seen.update(predicted=predicted, measured=measured)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stride_captum import STRIDE, STRIDEConfig
-from stride_captum.damping import LEAST_OF_HEAD, check_damping, damped_inverse, needs_float64
+from stride_captum.closed_form.damping import LEAST_OF_HEAD, check_damping, damped_inverse, needs_float64
 
 DTYPES = {torch.float32: "1e-07", torch.float16: "3e-05", torch.bfloat16: "0.002"}
 

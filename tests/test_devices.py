@@ -17,7 +17,7 @@ from strict_device import DEVICE, StrictDevice, strict_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stride_captum import STRIDE, STRIDEConfig, working_set
+from stride_captum import STRIDE, STRIDEConfig
 from stride_captum.adapters import (
     EKFAC,
     TRAK,
@@ -32,19 +32,26 @@ from stride_captum.adapters import (
     Similarity,
     TracIn,
 )
-from stride_captum.batch_gradient import BatchGradient
-from stride_captum.batches import padded_unique
-from stride_captum.columns import Columns
-from stride_captum.devices import as_float64, existing_device, float64_device, full_precision, tf32_products
 from stride_captum.evaluation import compare, load_task
-from stride_captum.evaluation.models import TrainingSettings
-from stride_captum.influence import InfluenceMethod
-from stride_captum.operators import SteeringOperators
-from stride_captum.recovery import alpha_max, choose_alpha, lasso, lasso_path, ridge
-from stride_captum.staging import staged
-from stride_captum.streaming import GroupSums, StreamedTopK
+from stride_captum.evaluation.tasks.networks import TrainingSettings
+from stride_captum.influence.method import InfluenceMethod
+from stride_captum.influence.top_k import GroupSums, StreamedTopK
+from stride_captum.recovery import working_set
+from stride_captum.recovery.design import Columns
+from stride_captum.recovery.solver import alpha_max, choose_alpha, lasso, lasso_path, ridge
+from stride_captum.steering.gradient import BatchGradient
+from stride_captum.steering.operators import SteeringOperators
+from stride_captum.steering.sampling import padded_unique
+from stride_captum.steering.training import train_operators
 from stride_captum.subsets import membership_from_indices, random_subsets
-from stride_captum.training import train_operators
+from stride_captum.system.devices import (
+    as_float64,
+    existing_device,
+    float64_device,
+    full_precision,
+    tf32_products,
+)
+from stride_captum.system.to_device import staged
 
 Make = Callable[[nn.Module, Any], InfluenceMethod]
 HELD_OUT = planted_classes(20, seed=5)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from stride_captum.adapters import diagonal_ekfac, gradients
-from stride_captum.adapters.dense_sides import dense_layers, dense_sides
+from stride_captum.adapters import diagonal_ekfac
 from stride_captum.adapters.diagonal_ekfac import DiagonalEKFAC
-from stride_captum.adapters.fisher import fisher_sample, fisher_vectors
+from stride_captum.adapters.gradients import method as gradients
+from stride_captum.adapters.gradients.dense_sides import dense_layers, dense_sides
+from stride_captum.adapters.gradients.fisher import fisher_sample, fisher_vectors
 
 N, N_FISHER, SEED = 14, 9, 3
 

@@ -11,9 +11,10 @@ import torch
 from captum.influence._core.tracincp import KMostInfluentialResults
 from torch.utils.data import TensorDataset
 
-from stride_captum.evaluation.counterfactual_drop import counterfactual
-from stride_captum.evaluation.counterfactual_retraining import CounterfactualRow
-from stride_captum.evaluation.display import (
+from stride_captum.evaluation.comparison.counterfactual_runs import CounterfactualRow
+from stride_captum.evaluation.measures.counterfactual_drop import counterfactual
+from stride_captum.evaluation.measures.statistics import Interval
+from stride_captum.evaluation.notebook.display import (
     OTHER,
     SAME,
     show_curves,
@@ -27,7 +28,6 @@ from stride_captum.evaluation.display import (
     show_top,
     show_values,
 )
-from stride_captum.evaluation.statistics import Interval
 
 matplotlib.use("agg")
 

@@ -24,13 +24,13 @@ from typer.testing import CliRunner
 from stride_captum import STRIDE, STRIDEConfig
 from stride_captum.__main__ import main
 from stride_captum.distributed import DistributedSTRIDE
-from stride_captum.evaluation.cli import app
-from stride_captum.feature_store import FeatureStore
-from stride_captum.streaming import merge_top_k
+from stride_captum.evaluation.cli.app import app
+from stride_captum.features.store import FeatureStore
+from stride_captum.influence.top_k import merge_top_k
 
 N_TRAIN = 47  # no multiple of 2 or 4
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["stride_captum.evaluation.cli", "planted", "pytest"])
+CONTEXT.set_forkserver_preload(["stride_captum.evaluation.cli.app", "planted", "pytest"])
 
 
 def data_and_model():

@@ -19,7 +19,9 @@ MODULES = sorted(
 
 
 def test_adapters_and_evaluation_are_among_the_modules():
-    assert {"stride_captum.adapters.similarity", "stride_captum.evaluation.statistics"} <= set(MODULES)
+    assert {"stride_captum.adapters.similarity", "stride_captum.evaluation.measures.statistics"} <= set(
+        MODULES
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith(("__main__", "_plugin"))])

@@ -9,12 +9,13 @@ from importlib import metadata
 import pytest
 import torch
 
-from stride_captum import STRIDE, doctor, installed
+from stride_captum import STRIDE, doctor
 from stride_captum.adapters import Similarity
 from stride_captum.conformance import LAWS, Subject, shipped
 from stride_captum.conformance.planted import trained
 from stride_captum.doctor import diagnose
-from stride_captum.installed import EXTRAS, check_extra, check_packages, requirements
+from stride_captum.system import packages as installed
+from stride_captum.system.packages import EXTRAS, check_extra, check_packages, requirements
 
 
 class WithTheWrongSign(Similarity):

@@ -28,14 +28,17 @@ def map_of_files():
     return found
 
 
-def test_every_file_of_the_map_exists(map_of_files):
+def test_every_name_on_the_map_exists(map_of_files):
     for name in map_of_files:
         assert any((ROOT / folder / name).exists() for folder in (".", *FOLDERS)), name
 
 
-def test_every_file_of_the_core_is_on_the_map(map_of_files):
-    for path in (ROOT / "stride_captum").glob("[!_]*.py"):
-        assert path.name in {Path(name).name for name in map_of_files}, path.name
+def test_every_folder_and_every_file_at_the_top_is_on_the_map(map_of_files):
+    core = (ROOT / "stride_captum").iterdir()
+    names = {path.name + "/" * path.is_dir() for path in core if path.suffix in ("", ".py")}
+    names |= {f"evaluation/{path.name}/" for path in (ROOT / "evaluation").iterdir() if path.is_dir()}
+    left_out = {name for name in names if Path(name).name.startswith("_") or name == "py.typed"}
+    assert names - left_out - map_of_files == set()
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
@@ -48,7 +51,7 @@ def test_links_lead_somewhere(document):
 def test_commands_of_the_readme_exist():
     from typer.main import get_command
 
-    from stride_captum.evaluation.cli import app
+    from stride_captum.evaluation.cli.app import app
 
     commands = get_command(app).commands
     text = (ROOT / "README.md").read_text(encoding="utf-8")

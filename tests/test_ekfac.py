@@ -23,9 +23,9 @@ from planted import (
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from stride_captum.adapters._kronfluence import drawn_labels
 from stride_captum.adapters.controls import input_keys
 from stride_captum.adapters.ekfac import EKFAC
-from stride_captum.adapters.kronfluence_calls import drawn_labels
 from stride_captum.conformance import laws_of_invariance, laws_of_scores, laws_of_use
 from stride_captum.residuals import tempered_residuals
 from stride_captum.responses import response_gradient

@@ -9,11 +9,13 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from stride_captum import STRIDE, STRIDEConfig, closed_form_estimate, estimate
+from stride_captum import STRIDE, STRIDEConfig
 from stride_captum.adapters import DiagonalEKFAC, Similarity
-from stride_captum.closed_form_bytes import closed_form_bytes
-from stride_captum.estimate import Estimate, from_small_runs
-from stride_captum.feature_store import FeatureStore
+from stride_captum.closed_form import estimate as closed_form_estimate
+from stride_captum.closed_form.memory import closed_form_bytes
+from stride_captum.features.store import FeatureStore
+from stride_captum.influence import estimate
+from stride_captum.influence.estimate import Estimate, from_small_runs
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from stride_captum.evaluation import Task, explain, load_task
-from stride_captum.evaluation.models import TrainingSettings
+from stride_captum.evaluation.tasks.networks import TrainingSettings
 
 SETTINGS = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=15, batch_size=16)
 TRAINED = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=4)

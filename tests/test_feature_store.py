@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from stride_captum import STRIDE, STRIDEConfig
-from stride_captum.batch import ExampleBatch, Reading
-from stride_captum.feature_store import FeatureStore
-from stride_captum.store_files import StoreFiles, _manifest_checksum
+from stride_captum.data.batch import ExampleBatch, Reading
+from stride_captum.features.store import FeatureStore
+from stride_captum.features.store_files import StoreFiles, _manifest_checksum
 
 TRAINED = STRIDEConfig(operators="trained", n_subsets=8, rank=4, iterations=5)
 CONFIGS = {
@@ -397,8 +397,8 @@ import torch
 sys.path.insert(0, sys.argv[2])
 from planted import MLP, trained
 from stride_captum import STRIDE
-from stride_captum.batch import ExampleBatch, Reading
-from stride_captum.feature_store import FeatureStore
+from stride_captum.data.batch import ExampleBatch, Reading
+from stride_captum.features.store import FeatureStore
 
 torch.set_num_threads(1)
 model, train, _ = trained(MLP)

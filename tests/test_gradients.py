@@ -26,14 +26,14 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from stride_captum import STRIDE, STRIDEConfig
-from stride_captum.adapters.gradients import GradientMethod
-from stride_captum.adapters.per_example_gradients import (
+from stride_captum.adapters.gradients.method import GradientMethod
+from stride_captum.adapters.gradients.per_example import (
     chosen_parameters,
     example_gradients,
     flat,
     gradients_one_by_one,
 )
-from stride_captum.batch import Batch, ExampleBatch, Reading
+from stride_captum.data.batch import Batch, ExampleBatch, Reading
 from stride_captum.residuals import match_temperature, mean_residual, tempered_residuals
 from stride_captum.responses import RESPONSES, response_gradient, response_value
 

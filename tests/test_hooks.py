@@ -8,10 +8,10 @@ import torch
 from small_nets import Net, hooks_on, names, net, noise, read
 from torch import nn
 
-from stride_captum.activations import default_taps, named_taps, recording
-from stride_captum.batch import ExampleBatch
-from stride_captum.hooks import check_weights_exist, watching
-from stride_captum.probes import check_deterministic
+from stride_captum.data.batch import ExampleBatch
+from stride_captum.layers.activations import default_taps, named_taps, recording
+from stride_captum.layers.hooks import check_weights_exist, watching
+from stride_captum.layers.probes import check_deterministic
 
 BATCH = noise(5, 6), torch.zeros(5)
 

@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 
 from stride_captum import STRIDE
-from stride_captum.inputs import count_batches, count_examples, raw_batches
+from stride_captum.data.inputs import count_batches, count_examples, raw_batches
 
 SHUFFLES = "`train_dataset` must give its examples in the same order every time; .* shuffle=False: column i"
 

@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from stride_captum import STRIDE, Batch, STRIDEConfig, adapters
 from stride_captum.adapters import EKFAC, CaptumInfluence, DiagonalEKFAC, Random, TracIn
-from stride_captum.checkpoints import load_checkpoint
-from stride_captum.evaluation import kept_answers
-from stride_captum.evaluation.contenders import Contender
-from stride_captum.evaluation.kept_answers import KeptMethod
-from stride_captum.evaluation.models import TrainingSettings
-from stride_captum.evaluation.tasks import Task
+from stride_captum.evaluation.comparison import score_cache as kept_answers
+from stride_captum.evaluation.comparison.methods import Contender
+from stride_captum.evaluation.comparison.score_cache import KeptMethod
+from stride_captum.evaluation.tasks.networks import TrainingSettings
+from stride_captum.evaluation.tasks.tasks import Task
+from stride_captum.influence.checkpoints import load_checkpoint
 from stride_captum.losses import CrossEntropy
 
 

@@ -12,11 +12,11 @@ from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE
 from stride_captum.adapters import Random, Similarity
-from stride_captum.evaluation.kept_answers import KeptMethod
-from stride_captum.evaluation.leakage_benchmark import answer_if_defined, measure_leakage, plant
-from stride_captum.evaluation.leakage_detection import KINDS, leakage, near_duplicate
-from stride_captum.evaluation.models import TrainingSettings
-from stride_captum.evaluation.tasks import Task
+from stride_captum.evaluation.comparison.leakage_runs import answer_if_defined, measure_leakage, plant
+from stride_captum.evaluation.comparison.score_cache import KeptMethod
+from stride_captum.evaluation.measures.leakage_rank import KINDS, leakage, near_duplicate
+from stride_captum.evaluation.tasks.networks import TrainingSettings
+from stride_captum.evaluation.tasks.tasks import Task
 
 N_PLANTED, N_TRAIN = 6, 40
 SETTINGS = TrainingSettings(optimizer="adam", learning_rate=0.02, epochs=8, batch_size=16)

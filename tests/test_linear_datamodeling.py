@@ -7,14 +7,14 @@ import pytest
 import torch
 from scipy import stats
 
-from stride_captum.evaluation.linear_datamodeling import (
+from stride_captum.evaluation.measures.linear_datamodeling import (
     difference,
     lds,
     margins,
     paired_difference,
     plain,
 )
-from stride_captum.evaluation.statistics import Interval
+from stride_captum.evaluation.measures.statistics import Interval
 from stride_captum.subsets import random_subsets
 
 N_TRAIN, N_TEST, N_SUBSETS = 60, 8, 30

@@ -8,7 +8,7 @@ from scipy import stats
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 
-from stride_captum.evaluation.linearized_influence import (
+from stride_captum.evaluation.measures.linearized_influence import (
     PENALTIES,
     linearized_influence,
     linearized_influence_correlation,

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from stride_captum import STRIDE, STRIDEConfig, memory_budget
+from stride_captum import STRIDE, STRIDEConfig
 from stride_captum.adapters import TracIn
-from stride_captum.closed_form import block_rows
-from stride_captum.memory_budget import (
+from stride_captum.closed_form.operators import block_rows
+from stride_captum.system import memory as memory_budget
+from stride_captum.system.memory import (
     AUTO_SHARE,
     MOST_ROWS,
     auto_bytes,

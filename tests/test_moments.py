@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stride_captum import moments as module
-from stride_captum.moments import Moments, feature_moments, scaled_features
-from stride_captum.staging import working_dtype
+from stride_captum.closed_form import moments as module
+from stride_captum.closed_form.moments import Moments, feature_moments, scaled_features
+from stride_captum.system.to_device import working_dtype
 
 
 def problem(n: int = 60, widths: tuple[int, ...] = (5, 3), dtype: torch.dtype = torch.float64):

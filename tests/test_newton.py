@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stride_captum.class_moments import class_moments
-from stride_captum.config import Curvature as CurvatureName
-from stride_captum.curvature_fit import centered, fit_curvature
-from stride_captum.moments import feature_moments, scaled_features
-from stride_captum.newton import (
+from stride_captum.closed_form.class_moments import class_moments
+from stride_captum.closed_form.curvature import (
     GaussNewtonCurvature,
     on_raw_features,
     quadratic_forms,
     score_block,
 )
-from stride_captum.objective import fidelity, stability
-from stride_captum.staging import TrainingBlocks
+from stride_captum.closed_form.curvature_fit import centered, fit_curvature
+from stride_captum.closed_form.moments import feature_moments, scaled_features
+from stride_captum.config import Curvature as CurvatureName
+from stride_captum.steering.objective import fidelity, stability
+from stride_captum.system.to_device import TrainingBlocks
 
 N, WIDTHS, C = 14, (3, 2), 3
 D = sum(WIDTHS) + 1

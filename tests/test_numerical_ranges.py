@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stride_captum import STRIDE, STRIDEConfig, moments
+from stride_captum import STRIDE, STRIDEConfig
+from stride_captum.closed_form import moments
 
 N, N_TEST, WIDTHS, C = 60, 7, (12, 8), 4
 DAMPINGS = (0.3, 0.04, 1e-3, 1e-5, 1e-7)

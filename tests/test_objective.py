@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stride_captum.objective import combined, fidelity, linearity, stability, subset_responses
+from stride_captum.steering.objective import combined, fidelity, linearity, stability, subset_responses
 from stride_captum.subsets import members, random_subsets, sketch, sketch_projection
 
 K, N_BATCH, N_CLASSES, RANK, N_TRAIN = 3, 7, 4, 5, 20

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stride_captum.batch_gradient import BatchGradient, block_bytes, largest_block
-from stride_captum.batches import SubsetRows
 from stride_captum.config import STRIDEConfig
-from stride_captum.objective import fidelity, stability, subset_responses
-from stride_captum.operators import SteeringOperators
+from stride_captum.steering.gradient import BatchGradient, block_bytes, largest_block
+from stride_captum.steering.objective import fidelity, stability, subset_responses
+from stride_captum.steering.operators import SteeringOperators
+from stride_captum.steering.sampling import SubsetRows
+from stride_captum.steering.training import TrainedOperators, step_size, train_operators
 from stride_captum.subsets import (
     Membership,
     members,
@@ -23,7 +24,6 @@ from stride_captum.subsets import (
     sketch,
     sketch_projection,
 )
-from stride_captum.training import TrainedOperators, step_size, train_operators
 
 N, D, N_CLASSES = 60, 6, 3
 

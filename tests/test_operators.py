@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stride_captum.operators import SteeringOperators
+from stride_captum.steering.operators import SteeringOperators
 
 K, N, D, N_CLASSES, RANK = 4, 6, 5, 3, 2
 EVERY_FORM = [(e, s) for e in ("shared", "per-subset") for s in ("logits", "representation")]

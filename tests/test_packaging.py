@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -65,10 +66,10 @@ import stride_captum
 
 absent = ("cleanlab", "dattri", "kronfluence", "quanda")
 names = []
-for part in ("", ".adapters", ".conformance", ".evaluation"):
+for part in ("", ".adapters", ".evaluation"):
     package = importlib.import_module("stride_captum" + part)
-    names += [m.name for m in pkgutil.iter_modules(package.__path__, package.__name__ + ".")]
-assert len(names) > 110, len(names)
+    names += [m.name for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+assert len(names) > 150, len(names)
 for name in names:
     if name.endswith("__main__"):
         continue
@@ -78,7 +79,7 @@ for name in names:
         if str((error.__cause__ or error).name).split(".")[0] not in absent:
             raise
 data = torch.utils.data.TensorDataset(torch.randn(20, 4), torch.arange(20) % 2)
-store = stride_captum.feature_store.FeatureStore(sys.argv[1])
+store = stride_captum.features.store.FeatureStore(sys.argv[1])
 stride_captum.STRIDE(torch.nn.Linear(4, 2), data, feature_store=store).fit()
 """
 
@@ -106,10 +107,10 @@ def test_the_wheel_installs_and_works_without_the_extras(tmp_path):
     tops = {name.partition("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"stride_captum"}
     for source, package in (("stride_captum", ""), ("adapters", "adapters/"), ("evaluation", "evaluation/")):
-        for file in (ROOT / source).glob("*.py"):
-            assert f"stride_captum/{package}{file.name}" in names
-    for template in (ROOT / "evaluation").glob("templates/*"):
-        assert f"stride_captum/evaluation/templates/{template.name}" in names
+        for file in (ROOT / source).rglob("*.py"):
+            assert f"stride_captum/{package}{file.relative_to(ROOT / source).as_posix()}" in names
+    for template in (ROOT / "evaluation/report").glob("templates/*"):
+        assert f"stride_captum/evaluation/report/templates/{template.name}" in names
     assert "stride_captum/py.typed" in names
     run(*pip, "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel))
     (tmp_path / "use.py").write_text(f"import sys\nsys.path.insert(0, {str(tmp_path / 'site')!r})\n{USE}")
@@ -124,3 +125,15 @@ def source_copy(tmp_path: Path) -> str:
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, tmp_path / "source" / file)
     return str(tmp_path / "source")
+
+
+def test_every_folder_with_modules_is_a_package_that_is_installed():
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = set(re.findall(r'^  "(stride_captum[\w.]*)",$', settings, flags=re.MULTILINE))
+    found = set()
+    for folder, package in (("stride_captum", ""), ("adapters", ".adapters"), ("evaluation", ".evaluation")):
+        for path in (ROOT / folder).rglob("*.py"):
+            inside = path.parent.relative_to(ROOT / folder).parts
+            found.add(".".join(("stride_captum" + package, *inside)))
+            assert (path.parent / "__init__.py").exists(), path
+    assert listed == found

@@ -6,10 +6,10 @@ import pytest
 from planted import MLP, trained
 
 from stride_captum import STRIDEConfig
-from stride_captum.evaluation.comparison_plan import MEASURES
-from stride_captum.evaluation.contenders import CONTENDERS, find_contender, fitting
-from stride_captum.evaluation.models import CIFAR10_TRAINING, MNIST_TRAINING, cifar10_cnn, mnist_mlp
-from stride_captum.evaluation.paper_tables import PAPER_SIZE, TABLES, find_table
+from stride_captum.evaluation.comparison.methods import CONTENDERS, find_contender, fitting
+from stride_captum.evaluation.comparison.plan import MEASURES
+from stride_captum.evaluation.tasks.networks import CIFAR10_TRAINING, MNIST_TRAINING, cifar10_cnn, mnist_mlp
+from stride_captum.evaluation.tasks.paper_tables import PAPER_SIZE, TABLES, find_table
 
 #: Copied from the text of the paper, ± as +-.
 PRINTED = {

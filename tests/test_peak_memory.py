@@ -7,10 +7,10 @@ import threading
 import pytest
 import torch
 
-from stride_captum import peak_memory
 from stride_captum.adapters import Random
 from stride_captum.conformance.planted import MLP, planted_classes
-from stride_captum.peak_memory import PeakMemory, release_free_memory, resident_bytes
+from stride_captum.system import peak_memory
+from stride_captum.system.peak_memory import PeakMemory, release_free_memory, resident_bytes
 
 CPU = torch.device("cpu")
 MIB = 2**20

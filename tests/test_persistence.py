@@ -28,11 +28,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from stride_captum import STRIDE, InfluenceMethod, STRIDEConfig, persistence, saved_files
+from stride_captum import STRIDE, InfluenceMethod, STRIDEConfig
 from stride_captum.adapters import TRAK, Random, Similarity
-from stride_captum.batch import Batch
+from stride_captum.data.batch import Batch
+from stride_captum.influence import files as saved_files
+from stride_captum.influence import persistence
+from stride_captum.influence.persistence import saved_as
 from stride_captum.losses import CrossEntropy
-from stride_captum.persistence import saved_as
 
 TRAINED = {"operators": "trained", "subsets": "partition", "n_subsets": 8, "rank": 4, "iterations": 5}
 CONFIGS = {

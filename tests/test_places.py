@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from stride_captum import STRIDE, STRIDEConfig
-from stride_captum.places import groups_of_places, places
+from stride_captum.data.places import groups_of_places, places
 
 MASK = torch.zeros(48, dtype=torch.bool)
 MASK[10:20] = True

@@ -6,9 +6,9 @@ from small_nets import Net, hooks_on, net, noise
 from torch import nn
 from torch.nn import functional as F
 
-from stride_captum.agreement import are_alike, rounding
-from stride_captum.layouts import Layout, batch_layout
-from stride_captum.probes import check_deterministic, spread
+from stride_captum.layers.agreement import are_alike, rounding
+from stride_captum.layers.layouts import Layout, batch_layout
+from stride_captum.layers.probes import check_deterministic, spread
 
 N = 6
 

@@ -11,11 +11,11 @@ from scipy import sparse
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Lasso
 
-from stride_captum import columns as columns_module
-from stride_captum import working_set
-from stride_captum.columns import Columns
 from stride_captum.config import STRIDEConfig
-from stride_captum.recovery import (
+from stride_captum.recovery import design as columns_module
+from stride_captum.recovery import working_set
+from stride_captum.recovery.design import Columns
+from stride_captum.recovery.solver import (
     alpha_max,
     choose_alpha,
     lasso,
@@ -24,7 +24,7 @@ from stride_captum.recovery import (
     ridge_scale,
     soft_threshold,
 )
-from stride_captum.steering import TrainedSteering
+from stride_captum.steering.trained import TrainedSteering
 from stride_captum.subsets import partition, random_subsets, singletons
 
 CPU = torch.device("cpu")

@@ -27,7 +27,6 @@ from typer.testing import CliRunner
 from stride_captum.evaluation import (
     Comparison,
     Cost,
-    calibration,
     compare,
     counterfactual,
     lds,
@@ -36,26 +35,26 @@ from stride_captum.evaluation import (
     load_task,
     mislabel,
 )
-from stride_captum.evaluation.calibration import calibration_of_removals
-from stride_captum.evaluation.cli import app
-from stride_captum.evaluation.comparison import Row
-from stride_captum.evaluation.counterfactual_difference import difference as drop_difference
-from stride_captum.evaluation.counterfactual_difference import difference_at_equal_depletion
-from stride_captum.evaluation.counterfactual_retraining import CounterfactualRow
-from stride_captum.evaluation.environment import describe
-from stride_captum.evaluation.gallery import Gallery, choose_points
-from stride_captum.evaluation.leakage_benchmark import LeakageRow
-from stride_captum.evaluation.linear_datamodeling import difference
-from stride_captum.evaluation.mislabel_benchmark import MislabelRow, most_suspect
-from stride_captum.evaluation.models import DIGITS_TRAINING
-from stride_captum.evaluation.pictures import picture
-from stride_captum.evaluation.plots import N_SERIES, counterfactual_curves, spread
-from stride_captum.evaluation.report import comparison_table, pointer, read_results, write_comparison
-from stride_captum.evaluation.tasks import Task
+from stride_captum.evaluation.cli.app import app
+from stride_captum.evaluation.comparison.compare import Row
+from stride_captum.evaluation.comparison.counterfactual_runs import CounterfactualRow
+from stride_captum.evaluation.comparison.gallery import Gallery, choose_points
+from stride_captum.evaluation.comparison.leakage_runs import LeakageRow
+from stride_captum.evaluation.comparison.mislabel_runs import MislabelRow, most_suspect
+from stride_captum.evaluation.measures.calibration import calibration, calibration_of_removals
+from stride_captum.evaluation.measures.counterfactual_difference import difference as drop_difference
+from stride_captum.evaluation.measures.counterfactual_difference import difference_at_equal_depletion
+from stride_captum.evaluation.measures.linear_datamodeling import difference
+from stride_captum.evaluation.report.figures import N_SERIES, counterfactual_curves, spread
+from stride_captum.evaluation.report.html import comparison_table, pointer, read_results, write_comparison
+from stride_captum.evaluation.report.pictures import picture
+from stride_captum.evaluation.system.environment import describe
+from stride_captum.evaluation.tasks.networks import DIGITS_TRAINING
+from stride_captum.evaluation.tasks.tasks import Task
 from stride_captum.subsets import random_subsets
 
 runner = CliRunner()
-TEMPLATES = resources.files("stride_captum.evaluation") / "templates"
+TEMPLATES = resources.files("stride_captum.evaluation.report") / "templates"
 SCHEMA = json.loads((TEMPLATES / "results.schema.json").read_text(encoding="utf-8"))
 NAMES = ("STRIDE", "ClassRandom", "Similarity", "<b>Other</b>, our residuals")
 N_TRAIN, N_TEST, N_CLASSES = 40, 8, 3

@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from stride_captum.evaluation import attributed_training, retraining, retraining_files, retraining_workers
-from stride_captum.evaluation.models import TrainingSettings
-from stride_captum.evaluation.retraining import (
+from stride_captum.evaluation.retraining import attributed_models as attributed_training
+from stride_captum.evaluation.retraining import files as retraining_files
+from stride_captum.evaluation.retraining import plan as retraining
+from stride_captum.evaluation.retraining import workers as retraining_workers
+from stride_captum.evaluation.retraining.plan import (
     RetrainingEstimate,
     RetrainingPlan,
     logits_of,
@@ -31,9 +33,10 @@ from stride_captum.evaluation.retraining import (
     train_spiked,
     without_diverged,
 )
-from stride_captum.evaluation.tasks import Task, load_task
+from stride_captum.evaluation.tasks.networks import TrainingSettings
+from stride_captum.evaluation.tasks.tasks import Task, load_task
 from stride_captum.subsets import members, membership_from_indices, random_subsets
-from stride_captum.whole_files import write_whole
+from stride_captum.system.atomic import write_whole
 
 SETTINGS = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=3, batch_size=8)
 
@@ -859,10 +862,10 @@ class TestAttributed:
 NAMED = """
 import torch
 from torch.utils.data import TensorDataset
-from stride_captum.evaluation.models import TrainingSettings, digits_mlp
-from stride_captum.evaluation.retraining import RetrainingPlan
-from stride_captum.evaluation.run_store import Fingerprints
-from stride_captum.evaluation.tasks import Task
+from stride_captum.evaluation.tasks.networks import TrainingSettings, digits_mlp
+from stride_captum.evaluation.retraining.plan import RetrainingPlan
+from stride_captum.evaluation.retraining.store import Fingerprints
+from stride_captum.evaluation.tasks.tasks import Task
 from stride_captum.subsets import membership_from_indices
 
 x, y = torch.arange(9 * 64.0).reshape(9, 1, 8, 8) / 64, torch.arange(9) % 3
@@ -875,9 +878,9 @@ print(plan._path(0, 0).name, Fingerprints(task).of(7, None, extra="attributed sp
 KILLED = """
 import sys
 from pathlib import Path
-from stride_captum.evaluation.models import TrainingSettings
-from stride_captum.evaluation.retraining import RetrainingPlan
-from stride_captum.evaluation.tasks import load_task
+from stride_captum.evaluation.tasks.networks import TrainingSettings
+from stride_captum.evaluation.retraining.plan import RetrainingPlan
+from stride_captum.evaluation.tasks.tasks import load_task
 from stride_captum.subsets import random_subsets
 
 task = load_task("digits", preset="smoke", training=TrainingSettings(**{settings}))

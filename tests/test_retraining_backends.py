@@ -9,9 +9,9 @@ import torch
 from joblib.parallel import ThreadingBackend
 from torch.utils.data import TensorDataset
 
-from stride_captum.evaluation.models import TrainingSettings, digits_mlp
-from stride_captum.evaluation.retraining import RetrainingPlan
-from stride_captum.evaluation.tasks import Task
+from stride_captum.evaluation.retraining.plan import RetrainingPlan
+from stride_captum.evaluation.tasks.networks import TrainingSettings, digits_mlp
+from stride_captum.evaluation.tasks.tasks import Task
 from stride_captum.subsets import random_subsets
 
 SETTINGS = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2, batch_size=16)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stride_captum.moments import feature_moments
+from stride_captum.closed_form.moments import feature_moments
+from stride_captum.closed_form.ridge_head import fit_ridge_head
 from stride_captum.residuals import project_on_simplex
-from stride_captum.ridge_head import fit_ridge_head
 
 N, D, C = 30, 5, 4
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from stride_captum.adapters import EKFAC, TRAK, DiagonalEKFAC
-from stride_captum.adapters.safe_damping import check_damping, least_lambda, rounding_of
+from stride_captum.adapters.gradients.safe_damping import check_damping, least_lambda, rounding_of
 
 pytest.importorskip("kronfluence")
 

@@ -15,24 +15,31 @@ from torch import nn
 from typer.testing import CliRunner
 
 from stride_captum import STRIDE
-from stride_captum.evaluation import scalability, scalability_measure, scalability_process
-from stride_captum.evaluation.cli import app
-from stride_captum.evaluation.scalability import bench_scalability, parse_size
-from stride_captum.evaluation.scalability_case import METHODS, PHASES, Case, CaseResult, Outcome
-from stride_captum.evaluation.scalability_exponents import (
+from stride_captum.evaluation.benchmarks.scalability import measure as scalability_measure
+from stride_captum.evaluation.benchmarks.scalability import process as scalability_process
+from stride_captum.evaluation.benchmarks.scalability import scalability
+from stride_captum.evaluation.benchmarks.scalability.case import METHODS, PHASES, Case, CaseResult, Outcome
+from stride_captum.evaluation.benchmarks.scalability.exponents import (
     CPU_LADDERS,
     FULL_LADDERS,
     fit_exponent,
     growth,
     ladder_cases,
 )
-from stride_captum.evaluation.scalability_measure import build, is_out_of_memory, measure
-from stride_captum.evaluation.scalability_plot import scalability_plot
-from stride_captum.evaluation.scalability_printed import PROPOSITION1, TABLE5
-from stride_captum.evaluation.scalability_process import ended, run_case
-from stride_captum.evaluation.scalability_report import show_scalability
-from stride_captum.evaluation.scalable_cnn import ScalableCNN, channels, n_parameters, synthetic_images
-from stride_captum.evaluation.terminal import console
+from stride_captum.evaluation.benchmarks.scalability.measure import build, is_out_of_memory, measure
+from stride_captum.evaluation.benchmarks.scalability.network import (
+    ScalableCNN,
+    channels,
+    n_parameters,
+    synthetic_images,
+)
+from stride_captum.evaluation.benchmarks.scalability.plot import scalability_plot
+from stride_captum.evaluation.benchmarks.scalability.printed import PROPOSITION1, TABLE5
+from stride_captum.evaluation.benchmarks.scalability.process import ended, run_case
+from stride_captum.evaluation.benchmarks.scalability.report import show_scalability
+from stride_captum.evaluation.benchmarks.scalability.scalability import bench_scalability, parse_size
+from stride_captum.evaluation.cli.app import app
+from stride_captum.evaluation.report.terminal import console
 
 COUNTS = (
     261_450, 4_581_514, 7_155_370, 10_300_618, 18_744_458, 29_282_730, 42_161_866, 74_942_730, 150_444_298,

@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE, STRIDEConfig, adapters
 from stride_captum.conformance.shipped import shipped
-from stride_captum.influence import InfluenceMethod
+from stride_captum.influence.method import InfluenceMethod
 
 FILE = Path(__file__).with_suffix(".safetensors")
 Make = Callable[[nn.Module, Any], InfluenceMethod]

@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from stride_captum.evaluation.base_training import logits_of, train_model
-from stride_captum.evaluation.benchmark_retraining import bench_retraining
-from stride_captum.evaluation.cli import app
-from stride_captum.evaluation.models import TrainingSettings, cifar10_cnn, digits_mlp, mnist_mlp
-from stride_captum.evaluation.stacked_training import train_stacked, why_not_stacked
-from stride_captum.evaluation.terminal import console
+from stride_captum.evaluation.benchmarks.retraining import bench_retraining
+from stride_captum.evaluation.cli.app import app
+from stride_captum.evaluation.report.terminal import console
+from stride_captum.evaluation.retraining.stacked import train_stacked, why_not_stacked
+from stride_captum.evaluation.retraining.training import logits_of, train_model
+from stride_captum.evaluation.tasks.networks import TrainingSettings, cifar10_cnn, digits_mlp, mnist_mlp
 
 ADAM = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=4, batch_size=8, weight_decay=0.01)
 SGD = TrainingSettings(

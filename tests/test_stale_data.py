@@ -19,9 +19,10 @@ from planted import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from stride_captum import STRIDE, STRIDEConfig, stale_data
+from stride_captum import STRIDE, STRIDEConfig
 from stride_captum.adapters import TRAK, ClassSimilarity, Random, TracIn
-from stride_captum.stale_data import own_labels
+from stride_captum.influence import stale_data
+from stride_captum.influence.stale_data import own_labels
 
 N = 300
 CHANGED = [3, 130, 131, 299]

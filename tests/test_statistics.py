@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from stride_captum.evaluation import statistics
+from stride_captum.evaluation.measures import statistics
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE, STRIDEConfig
 from stride_captum.adapters import Random, Similarity
-from stride_captum.streaming import DenseScores, GroupSums, StreamedTopK, _merged
+from stride_captum.influence.top_k import DenseScores, GroupSums, StreamedTopK, _merged
 from stride_captum.subsets import membership_from_indices
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from stride_captum.symmetric import add_gram_matrix, inverse_forms
+from stride_captum.linalg import add_gram_matrix, inverse_forms
 
 WIDTHS = [1, 127, 128, 129, 300, 600]
 

@@ -8,8 +8,8 @@ import torch
 from stride_captum import STRIDE
 from stride_captum.adapters import ClassRandom
 from stride_captum.evaluation import load_task, train_attributed
-from stride_captum.evaluation.base_training import logits_of, train_model
-from stride_captum.evaluation.synthetic import planted_clusters
+from stride_captum.evaluation.retraining.training import logits_of, train_model
+from stride_captum.evaluation.tasks.synthetic import planted_clusters
 
 
 @pytest.fixture(scope="module")

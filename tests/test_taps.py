@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE
-from stride_captum.activations import Tap, default_taps, layer_places, named_taps, recording, to_rows
+from stride_captum.layers.activations import Tap, default_taps, layer_places, named_taps, recording, to_rows
 
 N = 5
 

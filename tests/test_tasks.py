@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from stride_captum.evaluation import models, tasks, train_attributed
-from stride_captum.evaluation.tasks import (
+from stride_captum.evaluation import train_attributed
+from stride_captum.evaluation.tasks import networks as models
+from stride_captum.evaluation.tasks import tasks
+from stride_captum.evaluation.tasks.tasks import (
     image_tensors,
     import_factory,
     load_task,
@@ -101,7 +103,7 @@ class TestOwn:
             load_task("digits", training={"epoch": 3})
 
     def test_a_network_that_cannot_read_the_inputs_is_refused_before_anything_is_trained(self):
-        own = "stride_captum.evaluation.models:synthetic_mlp"
+        own = "stride_captum.evaluation.tasks.networks:synthetic_mlp"
         with pytest.raises(
             ValueError, match=r"`model` must read inputs of shape \(2, 1, 8, 8\) in float32; got .*synthetic"
         ):

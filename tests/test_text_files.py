@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from stride_captum import whole_files
-from stride_captum.evaluation.text_files import printable, write_text
+from stride_captum.evaluation.system.text_files import printable, write_text
+from stride_captum.system import atomic as whole_files
 
 
 def test_the_folder_is_made_and_the_path_returned(tmp_path):

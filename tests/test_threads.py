@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from stride_captum import STRIDE
 from stride_captum.adapters import KNNShapley, Similarity
-from stride_captum.restoring import draws_put_back, exclusive, untouched, user_code
+from stride_captum.system.preserve_state import draws_put_back, exclusive, untouched, user_code
 
 THREADS, ROUNDS = 4, 60
 

@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 from stride_captum.adapters import EKFAC, TRAK, CaptumInfluence, DiagonalEKFAC, TracIn
 from stride_captum.adapters.captum_influence import ResidualLoss, keep_weights
-from stride_captum.adapters.traces import attributes_put_back, hooked, requiring_gradients
+from stride_captum.adapters.gradients.traces import attributes_put_back, hooked, requiring_gradients
 
 pytest.importorskip("kronfluence")
 

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from stride_captum import STRIDE, STRIDEConfig
 from stride_captum.adapters.tracin import TracIn
-from stride_captum.batch import ExampleBatch, Reading
+from stride_captum.data.batch import ExampleBatch, Reading
 from stride_captum.residuals import tempered_residuals
 from stride_captum.responses import RESPONSES, response_gradient
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from stride_captum.adapters import gradients
-from stride_captum.adapters.count_sketch import count_sketch, random_places
+from stride_captum.adapters.gradients import method as gradients
+from stride_captum.adapters.gradients.count_sketch import count_sketch, random_places
 from stride_captum.adapters.trak import TRAK
 
 N = 14

@@ -22,8 +22,9 @@ from strict_device import DEVICE, strict_device
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stride_captum import STRIDE, restoring
-from stride_captum.restoring import (
+from stride_captum import STRIDE
+from stride_captum.system import preserve_state as restoring
+from stride_captum.system.preserve_state import (
     same_random_state,
     untouched,
     weights_fingerprint,

@@ -170,7 +170,7 @@ class TestWork:
         assert method.n_train_ == 41
 
     def test_the_products_that_a_refit_takes_of_all_are_taken_of_the_changed(self, monkeypatch):
-        from stride_captum import moments
+        from stride_captum.closed_form import moments
 
         taken = []
         whole = moments.add_gram_matrix

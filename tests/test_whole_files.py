@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from stride_captum import whole_files
-from stride_captum.whole_files import ABANDONED_SECONDS, write_whole
+from stride_captum.system import atomic as whole_files
+from stride_captum.system.atomic import ABANDONED_SECONDS, write_whole
 
 
 def names(folder: Path) -> list[str]:
@@ -88,7 +88,7 @@ class TestErrorsNameThePath:
 
 KILLED = """
 import os, signal, sys
-from stride_captum.whole_files import write_whole
+from stride_captum.system.atomic import write_whole
 
 def killed(name):
     open(name, "w").write("half")

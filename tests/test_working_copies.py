@@ -13,8 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from stride_captum.adapters import EKFAC, TRAK, DiagonalEKFAC, LossDetector, Random, TracIn
-from stride_captum.adapters.working_copies import check_copy, independent_copy, needs_copy, wide_copy, widened
-from stride_captum.restoring import weights_fingerprint
+from stride_captum.adapters.gradients.working_copies import (
+    check_copy,
+    independent_copy,
+    needs_copy,
+    wide_copy,
+    widened,
+)
+from stride_captum.system.preserve_state import weights_fingerprint
 
 METHODS: list[Callable[..., Any]] = [
     TracIn,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
-from ..restoring import same_random_state
+from ..system.preserve_state import same_random_state
 from .law import Build, close, law, require, same_bits
 from .planted import MLP, N_TEST, N_TRAIN, BatchNormCNN, trained, unusual
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ..restoring import same_random_state
+from ..system.preserve_state import same_random_state
 from .law import Build, Violation, close, law, loader, refuses, require, same_bits
 from .planted import (
     MLP,

@@ -22,10 +22,10 @@ from stride_captum import STRIDE
 from stride_captum.adapters import ClassRandom, Similarity
 from stride_captum.adapters.dattri_plugin import attributor_for
 from stride_captum.evaluation import lds, train_model
-from stride_captum.evaluation.linear_datamodeling import margins
-from stride_captum.evaluation.mislabel_detection import flip_labels, mislabel
-from stride_captum.evaluation.models import TrainingSettings
-from stride_captum.evaluation.statistics import pearson
+from stride_captum.evaluation.measures.linear_datamodeling import margins
+from stride_captum.evaluation.measures.mislabel_precision import flip_labels, mislabel
+from stride_captum.evaluation.measures.statistics import pearson
+from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.subsets import membership_from_indices
 
 METHODS = [STRIDE, Similarity, ClassRandom]

@@ -1,0 +1,226 @@
+"""Calls of `captum.influence`: the loss, the inputs by position, and the quirks of its classes."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from captum.influence._utils.nearest_neighbors import NearestNeighbors
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from ..data.batch import ExampleBatch
+from ..errors import bad_choice, bad_value
+from ..influence.method import InfluenceMethod
+from ..system.preserve_state import same_random_state
+from .gradients.traces import process_wide
+
+
+class ResidualLoss(nn.Module):
+    """`log sum exp z - <z, v + p>` with p = softmax(z) held constant, for logits z and "labels" v.
+
+    Its gradient is -v. For residuals `v = e_y - p` it is the cross-entropy up to a constant, its curvature
+    included; for `v = g` it stands for minus a response with the gradient g.
+
+    Args:
+        reduction: "sum" or "none", as Captum's class demands.
+    """
+
+    def __init__(self, reduction: str = "none") -> None:
+        super().__init__()
+        if reduction not in ("none", "sum"):
+            raise bad_choice("reduction", reduction, ["none", "sum"])
+        self.reduction = reduction
+
+    def forward(self, logits: Tensor, vectors: Tensor) -> Tensor:
+        """The losses `(n,)`, or their sum; both arguments are `(n, n_classes)`."""
+        losses = logits.logsumexp(1) - (logits * (vectors + logits.detach().softmax(1))).sum(1)
+        return losses.sum() if self.reduction == "sum" else losses
+
+
+def keep_weights(model: nn.Module, checkpoint: Any) -> float:
+    """For Captum's `checkpoints_load_func`: the model has its weights already; the learning rate is 1."""
+    return 1.0
+
+
+class NoIndex(NearestNeighbors):  # type: ignore[misc]
+    """For `TracInCPFastRandProj(nearest_neighbors=)`: no search index, since top-k comes from here."""
+
+    def setup(self, data: Tensor) -> None:
+        """Index nothing."""
+
+    def get_nearest_neighbors(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Not available."""
+        raise NotImplementedError("ask CaptumInfluence.influence for the top k")
+
+
+def parts_by_position(batch: ExampleBatch) -> list[Any]:
+    """The parts of the inputs that have one row for each example, in an order that all batches share."""
+    return [part for _, part in _ordered(batch)]
+
+
+def outputs_by_position(template: ExampleBatch, model: Callable[..., Any], parts: Sequence[Any]) -> Tensor:
+    """Outputs of a model for parts by position; all else is as in a batch of the same source."""
+    places = _ordered(template)
+    given = {path: _like(kind, part) for (path, kind), part in zip(places, parts, strict=True)}
+    return template.copied().with_parts(given).outputs_of_these(model)
+
+
+def _like(kind: Any, part: Any) -> Any:
+    """A copy of a part that a loader has put together, in the form that the data set gives it."""
+    if isinstance(kind, list | tuple):
+        return type(kind)(part.tolist() if isinstance(part, Tensor) else part)
+    if not isinstance(part, Tensor):
+        return part
+    if isinstance(kind, np.ndarray):
+        return part.detach().cpu().numpy().copy()
+    return part.clone()  # stays in the graph: Captum's hooks want inputs that require a gradient
+
+
+def _ordered(batch: ExampleBatch) -> list[tuple[Any, Any]]:
+    return sorted(batch.example_parts(), key=lambda found: str(found[0]))
+
+
+class Examples(IterableDataset[Any]):
+    """The training examples of a fitted method one by one, as Captum's loaders read them.
+
+    They are on the method's device, the inputs by position.
+
+    Args:
+        method: Has read its training set, so that `n_train_` is known.
+        residuals: What stands for the labels, `(n_train, n_classes)`; None keeps them.
+    """
+
+    def __init__(self, method: InfluenceMethod, residuals: Tensor | None) -> None:
+        self.method, self.residuals = method, residuals
+
+    def __len__(self) -> int:
+        n_train: int = self.method.n_train_
+        return n_train
+
+    def __iter__(self) -> Iterator[Any]:
+        for rows, batch in self.method._train_blocks(len(self), False):
+            labels: Any = batch.labels if self.residuals is None else self.residuals[rows]
+            yield from zip(*parts_by_position(batch), labels, strict=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Captum's advice on reductions, memory, progress bars and inputs without gradients."""
+    with process_wide, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+@contextmanager
+def traceless() -> Iterator[None]:
+    """`quiet`, for code that draws from the global random state of torch or sets its seed."""
+    with quiet(), same_random_state():
+        yield
+
+
+def check_losses(captum: Any) -> None:
+    """Refuse an object that is to answer every response and cannot.
+
+    Raises:
+        ValueError: Other losses than `ResidualLoss`, or weights that Captum loads itself.
+    """
+    if not all(isinstance(getattr(captum, name, None), ResidualLoss) for name in ("loss_fn", "test_loss_fn")):
+        raise bad_value("build", "use ResidualLoss with answers='every'", "another loss", "Or set `answers`.")
+    if getattr(captum, "checkpoints_load_func", keep_weights) is not keep_weights:
+        raise bad_value(
+            "build",
+            "use keep_weights for `checkpoints_load_func` with answers='every'",
+            "another function",
+            "Residuals belong to their weights: give the checkpoints to CaptumInfluence.",
+        )
+
+
+def check_parts(captum: Any, parts: Sequence[Any]) -> None:
+    """Refuse inputs that are no tensors for an object that copies them.
+
+    Raises:
+        ValueError: It does.
+    """
+    if all(isinstance(part, Tensor) for part in parts):
+        return
+    if getattr(captum, "sample_wise_grads_per_batch", False):
+        raise bad_value(
+            "build",
+            "leave sample_wise_grads_per_batch at False for inputs that are no tensors",
+            "an object that copies them",
+        )
+
+
+def squared_norms(captum: Any, batch: tuple[Any, ...]) -> Tensor:
+    """`|J^T v|^2` in the kernel of an object for every example of `(inputs..., v)`, `(n,)`."""
+    with traceless():
+        try:
+            squares: Tensor = captum.self_influence(batch)
+        except NotImplementedError:  # TracInCPFastRandProj
+            squares = captum.compute_intermediate_quantities(batch).square().sum(1)
+    return squares.detach().to(batch[-1])
+
+
+def mend_similarity(captum: Any, n_train: int) -> None:
+    """Make a `SimilarityInfluence` give all columns.
+
+    With one layer it hands its metric a list, on a last batch of another size it fails, and in a folder
+    that has been used it reads the activations of another model.
+
+    Raises:
+        ValueError: More than one layer.
+    """
+    if len(captum.layers) != 1:
+        raise bad_value("build", "name one layer for SimilarityInfluence", captum.layers)
+    metric = captum.similarity_metric
+    captum.similarity_metric = lambda test, train: metric(test[0] if isinstance(test, list) else test, train)
+    captum.batch_size = math.gcd(captum.batch_size, n_train)
+    captum.activation_dir = tempfile.mkdtemp()
+    weakref.finalize(captum, shutil.rmtree, captum.activation_dir, ignore_errors=True)
+
+
+def similarities(captum: Any, inputs: tuple[Any, ...], n_train: int) -> Tensor:
+    """`(n_test, n_train)` of a `SimilarityInfluence` that has been mended.
+
+    Raises:
+        ValueError: More than one input, of which it would read the first.
+    """
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+        got = f"a {type(inputs[0]).__name__}" if len(inputs) == 1 else len(inputs)
+        raise bad_value("inputs", "hold one tensor beside the labels for SimilarityInfluence", got)
+    indices, values = captum.influence(inputs, top_k=n_train)[captum.layers[0]]
+    return torch.zeros_like(values).scatter(1, indices, values)
+
+
+def response_factor(answers: str, sign: int, response: str) -> int:
+    """1 or -1, which turns the scores of a Captum object into those of a response.
+
+    Args:
+        answers: "every", "similarity", or the one response that the object answers.
+        sign: Of its scores for that.
+        response: The response that is asked for.
+
+    Raises:
+        ValueError: Another response than it answers.
+    """
+    if answers in ("every", "similarity"):
+        return -sign if (answers, response) == ("similarity", "loss") else sign
+    if {answers, response} == {"loss", "log-probability"}:
+        return -sign
+    if response != answers:
+        raise bad_value(
+            "response",
+            f"be {answers!r}, which Captum's object answers",
+            repr(response),
+            "Build it with ResidualLoss and answers='every' for all.",
+        )
+    return sign

@@ -1,0 +1,245 @@
+"""Calls of kronfluence: its functions on loaders and tensors, not its `Analyzer`.
+
+Nothing is written to disk or cached by name, a copy of the model is wrapped, the process-wide state (which
+would fix the device at its first use) is neither read nor set, and nothing is logged or shown.
+
+Batches are dicts: "examples", and beside them what the losses need of each example, `(n, ...)`.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..residuals import tempered_residuals
+from ._kronfluence_layers import Grouped, group_rows, replace_modules
+from .gradients.traces import process_wide
+from .gradients.working_copies import independent_copy, widened
+
+Batch = dict[str, Any]
+Factors = dict[str, dict[str, Tensor]]
+
+
+class Kronfluence:
+    """A wrapped copy of a model, ready for the functions of kronfluence.
+
+    Args:
+        model: In eval mode, on its device; it is not changed.
+        layers: Names of the layers to track (`tracked_layers`).
+        strategy: Of `FactorArguments`.
+        empirical: Use training labels for the Fisher matrix instead of drawn ones.
+        damping: Of `ScoreArguments`; None is a tenth of the mean eigenvalue.
+        layout: How the rows that a layer sees follow the examples, one of `LAYOUTS`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Iterable[str],
+        strategy: str = "identity",
+        empirical: bool = False,
+        damping: float | None = None,
+        layout: str = "rows",
+    ) -> None:
+        from kronfluence import FactorArguments, ScoreArguments, prepare_model
+        from kronfluence.module import TrackedModule
+        from kronfluence.utils.state import State
+
+        first = next(model.parameters())
+        # The wrapper of a layer needs a parent to be put into, also where the model is a layer itself.
+        root, names = nn.Sequential(independent_copy(model)), [f"0.{name}".rstrip(".") for name in layers]
+        groups, names = ([], names) if layout == "rows" else group_rows(root, names)
+        self.losses, self.alone = LinearLosses(names, groups), layout == "alone"
+        self.model = prepare_model(root, self.losses).to(first.device)
+        wrapped = [module for module in self.model.modules() if isinstance(module, TrackedModule)]
+        replace_modules(self.model, {module.original_module: module for module in wrapped})
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        of_factors = ("activation_covariance", "gradient_covariance", "per_sample_gradient", "lambda")
+        of_scores = ("per_sample_gradient", "precondition", "score")
+        self.factor_args = FactorArguments(
+            strategy, use_empirical_fisher=empirical, **{f"{name}_dtype": dtype for name in of_factors}
+        )
+        self.score_args = ScoreArguments(damping, **{f"{name}_dtype": dtype for name in of_scores})
+        self.state = State.__new__(State)  # without __init__, which makes it the one of the process
+        vars(self.state).update(device=first.device, num_processes=1, process_index=0, local_process_index=0)
+
+    def fit(self, batches: Callable[[int], Iterable[Batch]]) -> Factors:
+        """The factors of a strategy, by kind and layer.
+
+        Args:
+            batches: The training set for the first and the second pass, with "residuals" for the empirical
+                Fisher matrix, otherwise "uniforms".
+        """
+        from kronfluence.factor.config import FactorConfig
+        from kronfluence.factor.covariance import fit_covariance_matrices_with_loader
+        from kronfluence.factor.eigen import fit_lambda_matrices_with_loader, perform_eigendecomposition
+
+        needs, factors = FactorConfig.CONFIGS[self.factor_args.strategy], {}
+        if needs.requires_covariance_matrices:
+            loader = Batches(self._pieces(batches(0)))
+            _, covariances = self._call(fit_covariance_matrices_with_loader, task=self.losses, loader=loader)
+            factors = self._call(perform_eigendecomposition, covariance_factors=covariances)
+        if needs.requires_lambda_matrices:
+            _, corrected = self._call(
+                fit_lambda_matrices_with_loader,
+                task=self.losses,
+                loader=Batches(self._pieces(batches(1))),
+                eigen_factors=factors or None,
+            )
+            factors = {**factors, **corrected}
+        return factors
+
+    def scores(self, factors: Factors, query: Batch, train: Iterable[Batch]) -> Tensor:
+        """`(J_x^T g)^T M (J_i^T r_i)`, `(n_query, n_train)`, of "gradients" g and "residuals" r."""
+        return self._pairwise(factors, query, train)["all_modules"].to(self.state.device)
+
+    def scores_by_layer(self, query: Batch, train: Iterable[Batch]) -> list[Tensor]:
+        """The terms of `scores` for each layer, where no factors are needed."""
+        self.score_args.compute_per_module_scores = True
+        return list(self._pairwise({}, query, train).values())
+
+    def _pairwise(self, factors: Factors, query: Batch, train: Iterable[Batch]) -> dict[str, Tensor]:
+        from kronfluence.score.pairwise import compute_pairwise_scores_with_loaders
+
+        queries = Batches(list(self._pieces([query])))
+        self.score_args.query_gradient_accumulation_steps = len(queries)
+        return self._score(
+            compute_pairwise_scores_with_loaders,
+            factors,
+            per_device_query_batch_size=len(query["gradients"]),
+            query_loader=queries,
+            train_loader=Batches(self._pieces(train)),
+        )
+
+    def self_scores(self, factors: Factors, batches: Iterable[Batch]) -> Tensor:
+        """`(J_i^T g_i)^T M (J_i^T r_i)`, `(n,)`, of "gradients" g and "residuals" r."""
+        from kronfluence.score.self import compute_self_measurement_scores_with_loaders
+
+        loader = Batches(self._pieces(batches))
+        found = self._score(compute_self_measurement_scores_with_loaders, factors, train_loader=loader)
+        return found["all_modules"].to(self.state.device)
+
+    def _pieces(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        """The batches, or their examples one at a time."""
+        if not self.alone:
+            return batches
+        return (
+            {name: part[i : i + 1] for name, part in batch.items()}
+            for batch in batches
+            for i in range(len(batch["examples"]))
+        )
+
+    def _score(self, function: Callable[..., Any], factors: Factors, **loaders: Any) -> dict[str, Tensor]:
+        fixed = {"task": self.losses, "score_args": self.score_args, "tracked_module_names": None}
+        found: dict[str, Tensor] = self._call(function, loaded_factors=factors, **fixed, **loaders)
+        return found
+
+    def _call(self, function: Callable[..., Any], **arguments: Any) -> Any:
+        fixed = {"model": self.model, "state": self.state, "factor_args": self.factor_args}
+        with process_wide, warnings.catch_warnings(), _cheap_collections():
+            warnings.filterwarnings("ignore", message=".*GradScaler", category=FutureWarning)
+            return function(**fixed, **arguments, disable_tqdm=True)
+
+
+@contextmanager
+def _cheap_collections() -> Iterator[None]:
+    """Spare the garbage collections of kronfluence, several a call, what was there before the call."""
+    ours = gc.get_freeze_count() == 0  # what the caller has frozen stays so
+    if ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if ours:
+            gc.unfreeze()
+
+
+def spectra(factors: Factors) -> Iterator[tuple[Tensor, bool]]:
+    """Eigenvalues of F of each layer `(n_out, n_in)`, and whether they belong to a basis of its own."""
+    for layer, total in factors.get("lambda_matrix", {}).items():
+        seen = factors["num_lambda_processed"][layer]
+        yield total.double() / seen, "activation_eigenvectors" in factors
+    if "lambda_matrix" not in factors:
+        for layer, a in factors.get("activation_eigenvalues", {}).items():
+            b = factors["gradient_eigenvalues"][layer]
+            yield torch.outer(b.double(), a.double()), True
+
+
+class LinearLosses:
+    """What kronfluence calls a task: `-<logits, r>` in training and `-<logits, g>` as measurement.
+
+    With `sample=True` r is `e_y - p` for a label y that the model draws.
+
+    Args:
+        layers: Names of the layers to wrap.
+        groups: Layers that must know the size of a batch.
+    """
+
+    enable_post_process_per_sample_gradient = False
+
+    def __init__(self, layers: Sequence[str], groups: Sequence[Grouped]) -> None:
+        self.layers, self.groups = list(layers), list(groups)
+
+    def compute_train_loss(self, batch: Batch, model: nn.Module, sample: bool = False) -> Tensor:
+        """Summed over the batch."""
+        logits = self._logits(model, batch)
+        if not sample:
+            return _minus_product(logits, batch["residuals"])
+        labels = drawn_labels(logits.detach(), batch["uniforms"])
+        return _minus_product(logits, tempered_residuals(logits.detach(), labels))
+
+    def compute_measurement(self, batch: Batch, model: nn.Module) -> Tensor:
+        """Summed over the batch."""
+        return _minus_product(self._logits(model, batch), batch["gradients"])
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        assert isinstance(model, nn.Sequential)
+        for group in self.groups:
+            group.n = len(batch["examples"])
+        return widened(batch["examples"].logits(model[0]))
+
+    def get_influence_tracked_modules(self) -> list[str]:
+        """Names of the layers to wrap."""
+        return self.layers
+
+    def get_attention_mask(self, batch: Batch) -> None:
+        """None: padding is the model's own affair."""
+
+
+def _minus_product(logits: Tensor, vectors: Tensor) -> Tensor:
+    product: Tensor = (logits * vectors).sum()
+    return -product
+
+
+def drawn_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Labels from softmax(logits) by inversion of its distribution function, `(n,)` int64.
+
+    Args:
+        logits: `(n, n_classes)`.
+        uniforms: In [0, 1), `(n,)`.
+
+    >>> drawn_labels(torch.zeros(3, 2), torch.tensor([0.2, 0.5, 0.9])).tolist()
+    [0, 1, 1]
+    """
+    below = logits.double().softmax(1).cumsum(1) <= uniforms.double()[:, None]
+    labels: Tensor = below[:, :-1].sum(1)  # without the last: a sum may round to less than 1
+    return labels
+
+
+class Batches:
+    """What kronfluence reads instead of a DataLoader; of a stream, the length only feeds bars not shown."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.batches, self.dataset = batches, self
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches) if isinstance(self.batches, list) else 1

@@ -1,0 +1,291 @@
+"""Base class of the methods that are a kernel between per-example gradients.
+
+With the Jacobian J_x of the logits with respect to the parameters, the gradient g of the response and
+the residual r_i of a training example (`e_y - p`, minus the loss gradient with respect to the logits),
+
+    score(x, i) = (J_x^T g)^T M (J_i^T r_i),
+
+where M is what distinguishes the methods. A positive score is a proponent for every positive definite M.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ...config import Residuals, STRIDEConfig
+from ...data.batch import ExampleBatch
+from ...errors import bad_choice, bad_value
+from ...influence.method import Ask
+from ...residuals import choose_residuals, tempered_residuals
+from ...responses import response_gradient
+from ...stride import STRIDE
+from ...system.memory import rows_that_fit
+from ...system.saved_values import saved_as
+from .checks import check_gradients, check_layers, check_model, probe_of
+from .per_example import Gradients, chosen_parameters, example_gradients, flat
+from .working_copies import widened
+from .working_model import OnWorkingCopy
+
+
+@saved_as("gradients")
+@dataclass
+class GradientState:
+    """What a gradient method keeps.
+
+    Attributes:
+        residuals: r_i, `(n_train, n_classes)`.
+        loss_residuals: `e_y - p`, the same where no other residuals are asked for.
+        temperature: T of tempered residuals.
+        kernel: What the method needs to apply M.
+        norms: `|J_i^T r_i|_M`, `(n_train,)`; None until they are asked for.
+    """
+
+    residuals: Tensor
+    loss_residuals: Tensor
+    temperature: float
+    kernel: Any
+    norms: Tensor | None = None
+
+
+@dataclass
+class GradientTest:
+    """A batch of test points.
+
+    Attributes:
+        sides: `J_x^T g`, as `_side` gives it, `(n_test, n_coordinates)`.
+        preconditioned: M times it.
+    """
+
+    sides: Tensor
+    preconditioned: Tensor
+
+
+class GradientMethod(OnWorkingCopy):
+    """Base class of gradient methods; a subclass says what M is.
+
+    It implements `_fit_kernel` and `_precondition`, and may replace `_side`, which maps gradients to the
+    coordinates in which M acts.
+
+    Args:
+        model: As for every method; its frozen parameters are left out (unless all are). Of a model in half
+            precision gradients are taken in a float32 copy, which is kept.
+        train_dataset: As for every method.
+        residuals: "training" as published, or "temperature", "leave-one-out" and "both", which take the
+            example out of its own sample (`stride_captum.residuals`).
+        temperature: T of tempered residuals; None matches `held_out`, or takes the default.
+        memory_budget: Memory for the gradients of one block of examples.
+        **options: Those of `InfluenceMethod`; `layers` are the submodules whose parameters take part, None
+            takes all.
+
+    Attributes:
+        parameters_: Names of the parameters that gradients are taken of.
+    """
+
+    needs_gradients: ClassVar[bool] = True
+    reads_training_data: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Any,
+        *,
+        residuals: str = "training",
+        temperature: float | None = None,
+        memory_budget: int | str = "1GiB",
+        **options: Any,
+    ) -> None:
+        super().__init__(model, train_dataset, memory_budget=memory_budget, **options)
+        if residuals not in get_args(Residuals):
+            raise bad_choice("residuals", residuals, get_args(Residuals))
+        if temperature is not None and not temperature > 0:
+            raise bad_value("temperature", "be positive, or None", temperature)
+        self.residuals = residuals
+        self.temperature = temperature
+
+    # What a subclass says.
+
+    def _fit_kernel(self, model: nn.Module, residuals: Tensor, show_progress: bool) -> Any:
+        """Learn what M needs; None for the identity."""
+        return None
+
+    def _side(self, kernel: Any, gradients: Gradients) -> Tensor:
+        """Gradients in the coordinates of M, `(n, n_coordinates)`."""
+        return flat(gradients)
+
+    def _precondition(self, kernel: Any, sides: Tensor) -> Tensor:
+        """M times each row, `(n, n_coordinates)`."""
+        return sides
+
+    # What it has.
+
+    def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> GradientState:
+        check_layers(model)
+        self.parameters_ = list(chosen_parameters(model, self.layers))
+        self._probe = probe_of(self._first_train_batch())
+        self._check_gradients(model)
+        with torch.no_grad():
+            residuals, loss_residuals, temperature = self._read_residuals(model, show_progress)
+        self.n_train_ = len(residuals)
+        kernel = self._fit_kernel(model, residuals, show_progress)
+        return GradientState(residuals, loss_residuals, temperature, kernel)
+
+    def _check_gradients(self, model: nn.Module) -> None:
+        """Refuse a model whose gradients would be wrong, by a look at a few examples."""
+        self._rounding = check_model(model, self.parameters_, self._probe)
+
+    def _probe_vectors(self, model: nn.Module) -> Tensor:
+        """Vectors v that tell the examples of the probe apart: rows of the identity, `(n, n_classes)`."""
+        with torch.no_grad():
+            logits = self._logits(model, self._probe)
+        return torch.eye(logits.shape[1]).to(logits).repeat(len(logits), 1)[: len(logits)]
+
+    def _find_bad_gradient(self, model: nn.Module, residuals: Tensor) -> None:
+        """Refuse the first training example whose gradient is not finite, if there is one."""
+        for rows, batch in self._train_blocks(self.n_train_, False):
+            check_gradients(flat(self._gradients(model, batch, residuals[rows])), rows.start)
+
+    def _read_residuals(self, model: nn.Module, show_progress: bool) -> tuple[Tensor, Tensor, float]:
+        logits, labels = [], []
+        for batch in self._train_batches(show_progress):
+            logits.append(self._logits(model, batch))
+            labels.append(self._train_labels(batch, logits[-1].shape[1]))
+        z, y = torch.cat(logits), torch.cat(labels)
+        if not bool(torch.isfinite(z).all()):
+            wrong = int((~torch.isfinite(z).all(1)).nonzero()[0])
+            raise bad_value("model", "return finite logits", f"NaN or infinity for training example {wrong}")
+        temperature = self._choose_temperature(model, z, y, self.temperature)
+        loss_residuals = tempered_residuals(z, y)
+        if self.residuals == "training":
+            return loss_residuals, loss_residuals, temperature
+        if self.residuals == "temperature":
+            return tempered_residuals(z, y, temperature), loss_residuals, temperature
+        return self._out_of_sample(model, temperature), loss_residuals, temperature
+
+    def _out_of_sample(self, model: nn.Module, temperature: float) -> Tensor:
+        """The residuals of STRIDE's ridge head, `(n_train, n_classes)`."""
+        stride = STRIDE(
+            self.model,
+            self.train_dataset,
+            batch_size=self.batch_size,
+            device=self.device,
+            loss=self.loss,
+            batch=self.batch,
+            config=STRIDEConfig(residuals=self.residuals, temperature=temperature),  # type: ignore[arg-type]
+        )
+        stride._passes = self._training_passes()  # so that it reads the same examples, or says so
+        try:
+            form = stride._fit_checkpoint(model, False).operators
+        except ValueError as error:
+            if not str(error).startswith("`layers` must be given"):
+                raise
+            raise bad_value(
+                "residuals",
+                "be 'training' or 'temperature' for a model in which no Linear or convolution module runs",
+                repr(self.residuals),
+            ) from error
+        residuals: Tensor = form.residuals  # type: ignore[union-attr]
+        return residuals
+
+    # Gradients and products of them.
+
+    def _gradients(self, model: nn.Module, batch: ExampleBatch, vectors: Tensor) -> Gradients:
+        every = dict(model.named_parameters())
+        parameters = {name: every[name].detach() for name in self.parameters_}
+        return example_gradients(model, parameters, batch, vectors)
+
+    def _response_gradients(self, model: nn.Module, batch: ExampleBatch, ask: Ask) -> Tensor:
+        """G of each test point, `(n, n_classes)`."""
+        with torch.no_grad():
+            outputs = batch.outputs(model)
+        logits = widened(batch.logits_of(outputs))
+        response = self.loss.response_of(outputs, ask.response)
+        return response_gradient(logits, ask.classes(logits, batch), response)
+
+    def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Ask) -> Any:
+        vectors = self._response_gradients(model, batch, ask)
+        sides = self._side(state.kernel, self._gradients(model, batch, vectors))
+        return GradientTest(sides, self._precondition(state.kernel, sides))
+
+    def _scores(self, state: GradientState, prepared: Any, columns: slice) -> Tensor:
+        if self.reads_training_data:
+            raise NotImplementedError("gradient methods score batches of training examples")
+        scores: Tensor = prepared.scores[:, columns]  # `_prepare` has given all columns
+        return scores
+
+    def _scores_of_batch(
+        self, state: GradientState, prepared: Any, columns: slice, model: nn.Module, batch: Any
+    ) -> Tensor:
+        if not self.reads_training_data:
+            return self._scores(state, prepared, columns)
+        scores: Tensor = prepared.preconditioned @ self._train_side(state, model, batch, columns).T
+        return scores
+
+    def _train_side(
+        self, state: GradientState, model: nn.Module, batch: ExampleBatch, columns: slice
+    ) -> Tensor:
+        """`J_i^T r_i` of training examples, as `_side` gives it, `(n, n_coordinates)`."""
+        sides = self._side(state.kernel, self._gradients(model, batch, state.residuals[columns]))
+        check_gradients(sides, columns.start)
+        return sides
+
+    def _self_influence(
+        self, state: GradientState, model: nn.Module, batch: Any, rows: slice | None
+    ) -> Tensor:
+        left, right = self._both_residuals(state, model, batch, rows)
+        sides = self._side(state.kernel, self._gradients(model, batch, right))
+        if rows is not None:
+            check_gradients(sides, rows.start)
+        other = sides
+        if self.residuals != "training":
+            other = self._side(state.kernel, self._gradients(model, batch, left))
+        return (other * self._precondition(state.kernel, sides)).sum(1)
+
+    def _both_residuals(
+        self, state: GradientState, model: nn.Module, batch: Any, rows: slice | None
+    ) -> tuple[Tensor, Tensor]:
+        """`e_y - p` and r of training examples, or (`rows` is None) of examples outside the training set."""
+        if rows is not None:
+            return state.loss_residuals[rows], state.residuals[rows]
+        if self.residuals not in ("training", "temperature"):
+            raise bad_value(
+                "residuals", "be 'training' or 'temperature' for other inputs", repr(self.residuals)
+            )
+        with torch.no_grad():
+            logits = self._logits(model, batch)
+        labels = Ask("loss", "label").classes(logits, batch)
+        none = torch.zeros_like(logits)
+        right, _ = choose_residuals(self.residuals, logits, labels, none, state.temperature)
+        return tempered_residuals(logits, labels), right
+
+    def _inverse_norms(self, state: GradientState, prepared: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
+        if state.norms is None:
+            norms = []
+            for rows, batch in self._train_blocks(self.n_train_, False):
+                sides = self._train_side(state, model, batch, rows)
+                norms.append(self._norms(state, sides, self._precondition(state.kernel, sides)))
+            state.norms = torch.cat(norms)
+        return super()._inverse_norms(state, prepared, model)
+
+    @staticmethod
+    def _norms(state: GradientState, sides: Tensor, preconditioned: Tensor) -> Tensor:
+        return (sides * preconditioned).sum(1).clamp_min(0).sqrt()
+
+    def _train_norms(self, state: GradientState) -> Tensor:
+        assert state.norms is not None
+        return state.norms
+
+    def _test_norms(self, state: GradientState, prepared: Any) -> Tensor:
+        return self._norms(state, prepared.sides, prepared.preconditioned)
+
+    def _max_rows(self) -> int:
+        """Examples whose gradients, in four copies, fit the memory budget."""
+        parameters = chosen_parameters(self.model, self.layers)
+        size = sum(p.numel() * max(p.element_size(), 4) for p in parameters.values())
+        return rows_that_fit(self.memory_budget, 4 * size, None)
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "residuals": self.residuals, "temperature": self.temperature}

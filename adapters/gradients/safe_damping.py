@@ -1,0 +1,64 @@
+"""The least damping at which scores are not made of rounding errors.
+
+A kernel in its eigenbasis divides by `eigenvalue + lambda`. The gradients that it is applied to have rounding
+errors of eps times their size, in every direction: where eps times the largest eigenvalue is far above the
+smallest damped one, these errors are what is left of the scores. At the bound here, scores in float32 are
+within 1% of those in float64 (digits; 200 examples of 1,000 features; near duplicates), at a tenth of it
+within 10%.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ...errors import bad_value
+from ...system.devices import as_float64
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """How far below the largest eigenvalue the smallest damped one may be, for gradients of a dtype."""
+    return torch.finfo(dtype).eps / 2
+
+
+def least_lambda(spectrum: Tensor, rounding: float) -> float:
+    """The least lambda that is safe, 0 where none is needed.
+
+    Args:
+        spectrum: Eigenvalues, of any shape.
+        rounding: `rounding_of` the gradients.
+
+    >>> least_lambda(torch.tensor([8.0, 0.25, 1.0]), rounding=0.125)
+    0.75
+    """
+    values = as_float64(spectrum.detach())
+    return float((rounding * values.max() - values.min().clamp_min(0)).clamp_min(0))
+
+
+def check_damping(
+    damping: float | None, parts: Iterable[tuple[float, float, float]], rounding: float, remedy: str
+) -> None:
+    """Refuse a damping below what is safe.
+
+    Args:
+        damping: As given.
+        parts: For each part of the kernel its least lambda, the lambda that `damping` comes to, and what a
+            damping of 1 would come to.
+        rounding: `rounding_of` the gradients.
+        remedy: What can be done beside raising it.
+
+    Raises:
+        ValueError: A part has a smaller lambda than is safe.
+    """
+    needed = list(parts)
+    if any(given < least for least, given, _ in needed):
+        least = max(least / unit for least, _, unit in needed if least > 0)
+        narrow = rounding > rounding_of(torch.float64)
+        raise bad_value(
+            "damping",
+            f"be at least {1.06 * least:.2g} for scores that are not made of rounding errors",
+            damping,
+            f"{remedy} Or give the model and its data in float64." if narrow else remedy,
+        )

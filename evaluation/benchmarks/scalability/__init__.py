@@ -1,0 +1,1 @@
+"""Cost as models grow (Table 5)."""

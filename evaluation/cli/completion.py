@@ -1,0 +1,56 @@
+"""Owns what a shell completes: the names that options of the command line choose from."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable
+
+from ..benchmarks.feature_store import PARTS
+from ..benchmarks.retraining import CASES
+from ..benchmarks.scalability.case import METHODS
+from ..comparison.compare import MEASURES
+from ..comparison.methods import CONTENDERS
+from ..tasks.paper_tables import TABLES
+from ..tasks.tasks import PRESETS, TASKS
+
+ENGINES = ("auto", "processes", "stacked")
+PAPER_PRESETS = ("mnist", "cifar10")
+DEVICES = ("cpu", "cuda", "mps")
+
+
+def one_of(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """A function that typer asks for the names which begin as what has been typed.
+
+    >>> tasks("m")
+    ['mnist']
+    """
+    known = list(names)
+
+    def complete(incomplete: str) -> list[str]:
+        found = [name for name in known if name.startswith(incomplete)]
+        return [_for_bash(name) for name in found] if _asked_by_bash() else found
+
+    return complete
+
+
+def _asked_by_bash() -> bool:
+    return os.environ.get("_STRIDE_CAPTUM_COMPLETE") == "complete_bash"
+
+
+def _for_bash(name: str) -> str:
+    """Bash puts a name into the line as it is, so that spaces and brackets must be escaped here."""
+    return re.sub(r"([^\w.,=+-])", r"\\\1", name)
+
+
+tasks = one_of(TASKS)
+presets = one_of(PRESETS)
+methods = one_of(CONTENDERS)
+measures = one_of((*MEASURES, "all"))
+tables = one_of(TABLES)
+engines = one_of(ENGINES)
+paper_presets = one_of(PAPER_PRESETS)
+devices = one_of(DEVICES)
+cases = one_of(CASES)
+parts = one_of(PARTS)
+scalable_methods = one_of(METHODS)

@@ -1,0 +1,80 @@
+"""Manners of the command line: what goes to stdout, errors in one sentence, and how to go on."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ..report.terminal import console
+from ..system.text_files import printable
+
+
+@dataclass(frozen=True)
+class Voice:
+    """Where a command speaks.
+
+    Attributes:
+        quiet: Print nothing but errors, and the results where they are asked for as JSON.
+        as_json: Print the results as JSON on stdout, and everything else to stderr.
+    """
+
+    quiet: bool = False
+    as_json: bool = False
+
+    def note(self, text: str) -> None:
+        """Say something beside the results."""
+        if self.as_json and not self.quiet:
+            typer.echo(printable(text), err=True)
+        elif not self.quiet:
+            console.print(printable(text), markup=False)
+
+    def results(self, results: Any, show: Callable[[], None]) -> None:
+        """Print plain values as JSON, or show them as tables."""
+        if self.as_json:
+            typer.echo(json.dumps(results, indent=1, allow_nan=False))
+        elif not self.quiet:
+            show()
+
+
+@contextmanager
+def one_sentence_errors(store: Path | None = None) -> Iterator[None]:
+    """Errors that a user can mend are one sentence and exit code 2; Ctrl-C says how to go on, with code 130.
+
+    Args:
+        store: The folder that keeps what is finished; None where nothing is kept.
+    """
+    try:
+        yield
+    except (typer.Exit, typer.Abort):  # RuntimeErrors of click's, of a command within a command
+        raise
+    except OSError as error:
+        _stop(_of_a_file(error) if error.filename else str(error), error)
+    except (ValueError, TypeError, IndexError, RuntimeError, ImportError) as error:
+        _stop(str(error), error)
+    except KeyboardInterrupt as error:
+        typer.echo(f"Interrupted. {_how_to_go_on(store)}", err=True)
+        raise typer.Exit(130) from error
+
+
+def _stop(sentence: str, error: Exception) -> None:
+    typer.echo(f"Error: {sentence}", err=True)
+    raise typer.Exit(2) from error
+
+
+def _of_a_file(error: OSError) -> str:
+    return f"{error.strerror}: {error.filename}. Name another path, or make this one readable and writable."
+
+
+def _how_to_go_on(store: Path | None) -> str:
+    if store is None:
+        return "Nothing was kept: the same command starts anew."
+    command = shlex.join(["stride-captum", *sys.argv[1:]])
+    return f"What was finished is kept in {store}. Go on from there with: {command}"

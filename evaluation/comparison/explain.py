@@ -1,0 +1,236 @@
+"""The main job: chosen test points of a task are explained by their training examples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...config import STRIDEConfig
+from ...distributed import DistributedSTRIDE
+from ...errors import bad_value
+from ...influence.chance import at_chance
+from ...responses import class_labels, response_value
+from ...stride import STRIDE
+from ...system.devices import existing_device
+from ...system.preserve_state import untouched
+from ...system.processes import first_rank_first, in_group
+from ..retraining.attributed_models import train_attributed
+from ..retraining.training import logits_of
+from ..system import environment
+from ..tasks.class_logits import check_logits
+from ..tasks.tasks import Task
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A training example and its score.
+
+    Attributes:
+        index: Place in the training set.
+        label: Its class.
+        score: Predicted change of the response when it is among the training examples.
+    """
+
+    index: int
+    label: int
+    score: float
+
+
+@dataclass(frozen=True)
+class ExplainedPoint:
+    """One test point.
+
+    Attributes:
+        index: Place in the test set.
+        label: True class.
+        predicted: Predicted class.
+        probability: Probability of the true class.
+        response: Value of the response.
+        proponents: The highest scores, descending.
+        opponents: The lowest scores, ascending.
+    """
+
+    index: int
+    label: int
+    predicted: int
+    probability: float
+    response: float
+    proponents: list[Neighbour]
+    opponents: list[Neighbour]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found.
+
+    Attributes:
+        task: Name of the task.
+        note: What must be read beside the figures.
+        points: The explained test points.
+        suspects: Training examples whose label is most suspect, most suspect first; `score` is the
+            norm of the leave-one-out residual.
+        accuracy: "train" and "test".
+        seconds: "forward" (bare forward pass over the training set), "fit" and "query".
+        settings: Options of the method.
+        layers: Where features were read.
+        environment: Versions and hardware.
+
+    >>> from stride_captum.evaluation import load_task
+    >>> from stride_captum.evaluation.tasks.networks import TrainingSettings
+    >>> training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
+    >>> task = load_task("synthetic", preset="smoke", training=training)
+    >>> explanation, _ = explain(task, indices=[0], k=2, n_suspects=3)
+    >>> len(explanation.suspects)
+    3
+    """
+
+    task: str
+    note: str
+    points: list[ExplainedPoint]
+    suspects: list[Neighbour]
+    accuracy: dict[str, float]
+    seconds: dict[str, float]
+    settings: dict[str, Any]
+    layers: list[str]
+    environment: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def explain(
+    task: Task,
+    *,
+    indices: Sequence[int] | None = None,
+    k: int = 8,
+    n_suspects: int = 16,
+    model: nn.Module | None = None,
+    seed: int = 0,
+    store: str | Path | None = None,
+    config: STRIDEConfig | None = None,
+    device: torch.device | str | None = None,
+    show_progress: bool = False,
+) -> tuple[Explanation, STRIDE]:
+    """Explain test points of a task; in a process group, every rank gets the same explanation.
+
+    Args:
+        task: Data, network and training settings.
+        indices: Test points; None takes the three with the highest loss and the first three.
+        k: Proponents and opponents of each.
+        n_suspects: Most suspect training labels that are listed.
+        model: A trained model; None trains one.
+        seed: Of the training.
+        store: Folder where a trained model is kept.
+        config: Options of STRIDE.
+        device: Where the model is trained and attributed; None takes the device of `model`, or the CPU.
+        show_progress: Whether to show bars.
+
+    Returns:
+        The explanation and the fitted method.
+
+    Raises:
+        IndexError: A test point that does not exist.
+        ValueError: `k` is below 1, a device that is not there, inputs that are not finite, or a model that
+            does not give finite logits of all classes.
+
+    >>> from stride_captum.evaluation import load_task
+    >>> from stride_captum.evaluation.tasks.networks import TrainingSettings
+    >>> training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
+    >>> task = load_task("synthetic", preset="smoke", training=training)
+    >>> explanation, method = explain(task, indices=[5], k=2)
+    >>> (point,) = explanation.points
+    >>> point.index, len(point.proponents), len(point.opponents)
+    (5, 2, 2)
+    """
+    if k < 1:
+        raise bad_value("k", "be at least 1", k)
+    device = None if device is None else existing_device(device)
+    if model is None:
+        with first_rank_first():
+            model = train_attributed(task, seed, store, device=device or "cpu")
+    task.check_inputs()
+    x, y = task.train.tensors
+    x_test, y_test = task.test.tensors
+    with untouched(model):
+        test_logits = _checked(logits_of(model, x_test), y_test, "test")
+        started = time.perf_counter()
+        train_logits = logits_of(model, x)
+        forward_seconds = time.perf_counter() - started
+    _checked(train_logits, y, "train")
+    if indices is None:
+        hardest = response_value(test_logits, y_test, "loss").argsort(descending=True)[:3].tolist()
+        indices = list(dict.fromkeys([*hardest, *range(min(3, len(y_test)))]))
+    for index in indices:
+        if not 0 <= index < len(y_test):
+            raise IndexError(f"The test set of {task.name} has points 0 to {len(y_test) - 1}; got {index}.")
+    method = (DistributedSTRIDE if in_group() else STRIDE)(model, task.train, config=config, device=device)
+    method.fit(show_progress)
+    rows = torch.as_tensor(indices)
+    batch = (x_test[rows], y_test[rows])
+    best = [part.cpu() for part in method.influence(batch, k, True, show_progress)]
+    seconds = {"forward": forward_seconds, "fit": method.fit_seconds_, "query": method.query_seconds_}
+    worst = [part.cpu() for part in method.influence(batch, k, False, show_progress)]
+    response = response_value(test_logits[rows], y_test[rows], method.response)
+    points = [
+        ExplainedPoint(
+            index=index,
+            label=int(y_test[index]),
+            predicted=int(test_logits[index].argmax()),
+            probability=float(test_logits[index].softmax(0)[y_test[index]]),
+            response=float(response[i]),
+            proponents=_neighbours(best[0][i], best[1][i], y),
+            opponents=_neighbours(worst[0][i], worst[1][i], y),
+        )
+        for i, index in enumerate(indices)
+    ]
+    flags = method.mislabel_scores().cpu()
+    suspects = flags.argsort(descending=True, stable=True)[:n_suspects]
+    explanation = Explanation(
+        task=task.name,
+        note=" ".join(part for part in (task.note, _learned_nothing(train_logits, y)) if part),
+        points=points,
+        suspects=_neighbours(suspects, flags[suspects], y),
+        accuracy={"train": _accuracy(train_logits, y), "test": _accuracy(test_logits, y_test)},
+        seconds=seconds,
+        settings=method.config.to_dict(),
+        layers=method.layers_,
+        environment=environment.describe(device or "cpu"),
+    )
+    return explanation, method
+
+
+def _neighbours(indices: Tensor, scores: Tensor, labels: Tensor) -> list[Neighbour]:
+    return [
+        Neighbour(int(i), int(labels[i]), float(s))
+        for i, s in zip(indices.tolist(), scores.tolist(), strict=True)
+    ]
+
+
+def _checked(logits: Tensor, labels: Tensor, argument: str) -> Tensor:
+    """Logits `(n, n_classes)` that can be explained."""
+    class_labels(labels, logits.shape[1], argument)
+    check_logits(logits, len(labels), 0, "model")
+    if not bool(torch.isfinite(logits).all()):
+        raise bad_value("model", "give finite logits", f"NaN or infinity for `{argument}`")
+    return logits
+
+
+def _learned_nothing(logits: Tensor, labels: Tensor) -> str:
+    why = at_chance(logits.argmax(1), labels)
+    if why is None:
+        return ""
+    return (
+        f"The model has learned nothing: {why}. Its scores mean nothing: train it longer or in another way, "
+        "and look at its data."
+    )
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return float((logits.argmax(1) == labels).float().mean())

@@ -1,0 +1,215 @@
+"""Rows of a comparison: what each method is called, how it is built, and what may be tuned.
+
+Every gradient baseline is there twice: with the training residuals, as published, and with the
+out-of-sample residuals that STRIDE uses. Its options are chosen on the tuning half of the test points.
+
+Every grid has `GRID_SIZE` points, the defaults of the method among them, so that no row gains from a larger
+choice. TracIn as published, the similarities and the controls have no grid: they have nothing to tune.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from itertools import product
+from typing import Any
+
+from ... import adapters
+from ...config import STRIDEConfig
+from ...errors import bad_choice
+from ...influence.method import InfluenceMethod
+from ...stride import STRIDE
+from ..measures.cost import Build
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method in a comparison.
+
+    Attributes:
+        name: Its row.
+        build: Called with the model, the training set and the options of a grid point.
+        grid: Option sets among which the tuning half of the test points chooses; one means untuned.
+        n_checkpoints: Checkpoints of the training that `build` is given as the option `checkpoints`,
+            the attributed model last; 1 gives none.
+        needs: Module of an extra without which it cannot run.
+        settable: Options that may be set on a fitted method, so that a grid over them fits once.
+        cache_key: Vouches for the row: what it answers depends on this key, the options, the weights and the
+            training set alone. None (the default) names the answers by everything that `build` makes.
+        default: Options where nothing chooses among several points of the grid, that is without LDS; {} is
+            what the method does by default.
+
+    A contender is called as its `build` is.
+
+    >>> row = Contender("TracIn, T=2", adapter(adapters.TracIn, residuals="temperature", temperature=2.0))
+    >>> row.available
+    True
+    """
+
+    name: str
+    build: Build
+    grid: Sequence[Mapping[str, Any]] = field(default=({},))
+    n_checkpoints: int = 1
+    needs: str | None = None
+    settable: frozenset[str] = frozenset()
+    cache_key: str | None = None
+    default: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, model: Any, data: Any, options: Mapping[str, Any]) -> InfluenceMethod:
+        """The method on a model and its training set."""
+        return self.build(model, data, options)
+
+    @property
+    def available(self) -> bool:
+        """Whether the extra that it needs is installed."""
+        return self.needs is None or find_spec(self.needs) is not None
+
+
+def stride(*, layers: Sequence[str] | None = None, **fixed: Any) -> Build:
+    """STRIDE with a configuration; the options of a grid point replace its fields.
+
+    Args:
+        layers: As for `STRIDE`.
+        **fixed: Options of `STRIDEConfig`.
+    """
+    return lambda model, data, options: STRIDE(
+        model, data, layers=layers, config=STRIDEConfig(**{**fixed, **options})
+    )
+
+
+def stride_paper(preset: str) -> Build:
+    """STRIDE with the settings of Table 4, on smaller training sets as `fitting` says."""
+    return lambda model, data, options: STRIDE(
+        model, data, config=STRIDEConfig.paper(preset, **{**fitting(len(data)), **options})
+    )
+
+
+def fitting(n_train: int) -> dict[str, Any]:
+    """B.2's 50 subsets of 100 need 5,000 examples: smaller training sets are split into 50 parts.
+
+    >>> fitting(60_000), fitting(300)
+    ({}, {'coverage': 'partition', 'subset_size': None})
+    """
+    return {} if n_train >= 5_000 else {"coverage": "partition", "subset_size": None}
+
+
+def adapter(cls: type[InfluenceMethod], **fixed: Any) -> Build:
+    """Another method."""
+    return lambda model, data, options: cls(model, data, **{**fixed, **options})
+
+
+def grid(**choices: Sequence[Any]) -> list[dict[str, Any]]:
+    """All combinations.
+
+    >>> grid(damping=(0.1, 1.0), residuals=("both",))
+    [{'damping': 0.1, 'residuals': 'both'}, {'damping': 1.0, 'residuals': 'both'}]
+    """
+    return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+
+
+#: Points of every grid.
+GRID_SIZE = 6
+#: Temperatures of out-of-sample residuals: the default, and what held-out labels of confident networks give.
+_TEMPERATURES = (2.0, 3.5)
+
+
+def _twice(
+    cls: type[InfluenceMethod],
+    published: Sequence[Mapping[str, Any]],
+    ours: Sequence[Mapping[str, Any]],
+    needs: str | None = None,
+    settable: frozenset[str] = frozenset(),
+) -> list[Contender]:
+    """A gradient method as published, and with our residuals."""
+    name = cls.__name__
+    return [
+        Contender(name, adapter(cls), published, needs=needs, settable=settable),
+        Contender(
+            f"{name}, our residuals", adapter(cls, residuals="both"), ours, needs=needs, settable=settable
+        ),
+    ]
+
+
+#: The rows that `compare` knows by name.
+CONTENDERS: dict[str, Contender] = {
+    c.name: c
+    for c in (
+        Contender("STRIDE", stride()),
+        Contender("STRIDE (tuned)", stride(), grid(temperature=_TEMPERATURES, damping=(0.1, 0.3, 1.0))),
+        Contender("STRIDE T=1", stride(residuals="training")),
+        Contender("STRIDE trained + Lasso", stride(operators="trained")),
+        Contender("STRIDE trained, no linearity", stride(operators="trained", linearity_weight=0.0)),
+        Contender("STRIDE trained, no stability", stride(operators="trained", stability_weight=0.0)),
+        Contender(
+            "STRIDE trained, no LDS loss",  # D.3: neither of the two constraints
+            stride(operators="trained", linearity_weight=0.0, stability_weight=0.0),
+        ),
+        # D.3, "layer sensitivity": the first hidden layer of the MLP, the convolutions of the CNN (Table 2).
+        Contender("STRIDE trained, layer1", stride(operators="trained", layers=["relu1"])),
+        Contender("STRIDE trained, conv", stride(operators="trained", layers=["relu2"])),
+        Contender("STRIDE paper (mnist)", stride_paper("mnist")),
+        Contender("STRIDE paper (cifar10)", stride_paper("cifar10")),
+        *_twice(
+            adapters.EKFAC,
+            grid(damping=(None, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)),
+            grid(temperature=_TEMPERATURES, damping=(None, 1e-2, 1e-1)),
+            needs="kronfluence",
+            settable=frozenset({"damping"}),
+        ),
+        *_twice(
+            adapters.DiagonalEKFAC,
+            grid(fisher=("sampled", "exact"), damping=(0.1, 0.3, 1.0)),
+            grid(temperature=_TEMPERATURES, damping=(0.1, 0.3, 1.0)),
+        ),
+        *_twice(
+            adapters.TRAK,
+            grid(damping=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
+            grid(temperature=_TEMPERATURES, damping=(0.3, 1.0, 3.0)),
+        ),
+        *_twice(
+            adapters.TracIn,
+            ({},),
+            grid(residuals=("both", "temperature"), temperature=(*_TEMPERATURES, 5.0)),
+        ),
+        Contender("TracIn, 4 checkpoints", adapter(adapters.TracIn), n_checkpoints=4),
+        Contender("KNNShapley", adapter(adapters.KNNShapley), grid(k=(1, 2, 5, 10, 20, 50))),
+        Contender("Similarity", adapter(adapters.Similarity)),
+        Contender("ClassSimilarity", adapter(adapters.ClassSimilarity)),
+        Contender("ClassRandom", adapter(adapters.ClassRandom)),
+        Contender("Random", adapter(adapters.Random)),
+    )
+}
+#: Compared unless methods are named. The first row is what the others are compared with.
+DEFAULT_METHODS = (
+    "STRIDE",
+    "STRIDE (tuned)",
+    "STRIDE trained + Lasso",
+    "EKFAC",
+    "EKFAC, our residuals",
+    "DiagonalEKFAC",
+    "DiagonalEKFAC, our residuals",
+    "TRAK",
+    "TRAK, our residuals",
+    "TracIn",
+    "TracIn, our residuals",
+    "TracIn, 4 checkpoints",
+    "KNNShapley",
+    "Similarity",
+    "ClassSimilarity",
+    "ClassRandom",
+    "Random",
+)
+
+
+def find_contender(method: str | Contender) -> Contender:
+    """A contender by name, or as it is.
+
+    Raises:
+        ValueError: No such name.
+    """
+    if isinstance(method, Contender):
+        return method
+    if method not in CONTENDERS:
+        raise bad_choice("methods", method, list(CONTENDERS))
+    return CONTENDERS[method]

@@ -1,0 +1,217 @@
+"""Runs behind mislabel detection: train on flipped labels, rank every example by every method.
+
+A method ranks in up to three ways: by self-influence; by minus its mean influence on clean held-out points,
+which is the paper's "high negative influence" of D.4; and by `mislabel_scores`, where its class has its own.
+Detectors that know nothing of influence stand beside them under their own names.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from ...errors import bad_value
+from ...influence.method import InfluenceMethod
+from ..measures.cost import Build, forward_seconds
+from ..measures.linear_datamodeling import finite_array
+from ..measures.mislabel_precision import MislabelResult, flip_labels, mislabel
+from ..measures.statistics import Array
+from ..retraining.plan import train_attributed
+from ..system.stable_digest import stable_digest
+from ..tasks.checks import check_task
+from ..tasks.tasks import Task
+from .score_cache import Answer, KeptMethod
+
+#: Called with the model and its training set, gives `(n_train,)`: high = the label is suspect.
+Detector = Callable[[nn.Module, Any], Any]
+
+_HELD_OUT_BATCH = 100
+_N_SUSPECTS = 10
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A training example near the top of a ranking.
+
+    Attributes:
+        index: Place in the training set.
+        label: The label that the model was trained on.
+        true_label: The label before the flips.
+        score: Of the ranking.
+    """
+
+    index: int
+    label: int
+    true_label: int
+    score: float
+
+
+@dataclass(frozen=True)
+class MislabelRow:
+    """One ranking's figures.
+
+    Attributes:
+        name: The method or detector.
+        ranking: "self-influence", "held-out influence", "mislabel scores" or "detector".
+        uses_influence: Whether it comes from an attribution method.
+        result: Its precision and the other figures.
+        fit_seconds: Median over models; 0 for a detector, whose setup is part of its ranking.
+        ranking_seconds: Median over models.
+        suspects: The first ones of the first model's ranking, for people to look at.
+    """
+
+    name: str
+    ranking: str
+    uses_influence: bool
+    result: MislabelResult
+    fit_seconds: float
+    ranking_seconds: float
+    suspects: tuple[Suspect, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every figure as plain values for JSON; `suspects` is left out."""
+        figures = {k: v for k, v in vars(self).items() if k != "suspects"}
+        return {**figures, "result": self.result.to_dict()}
+
+
+def flipped_task(
+    task: Task, rate: float = 0.1, *, kind: str = "symmetric", seed: int = 0
+) -> tuple[Task, Any]:
+    """A task whose training labels are flipped; its test set stays clean.
+
+    Returns:
+        The task and which labels were flipped, `(n_train,)`.
+    """
+    x, y = task.train.tensors
+    noisy, flipped = flip_labels(y.numpy(), rate, task.n_classes, kind=kind, seed=seed)
+    train = TensorDataset(x, y.new_tensor(noisy))
+    return replace(task, name=f"{task.name}, {rate:.0%} {kind} flips", train=train), flipped
+
+
+def held_out_influence(method: InfluenceMethod, test: tuple[Any, Any]) -> Array:
+    """Mean influence of each training example on the margins of labelled test points, `(n_train,)`."""
+    x, y = test
+    total: Any = 0.0
+    for start in range(0, len(x), _HELD_OUT_BATCH):
+        rows = slice(start, start + _HELD_OUT_BATCH)
+        scores = method.influence((x[rows], y[rows]), response="margin", target="label")
+        total = total + finite_array("scores", scores).sum(0)
+    return np.asarray(total / len(x))
+
+
+def most_suspect(scores: Any, labels: Any, true_labels: Any = None) -> tuple[Suspect, ...]:
+    """The `_N_SUSPECTS` highest scores `(n_train,)`, ties by lower index; without flips labels are true."""
+    true_labels = labels if true_labels is None else true_labels
+    first = np.argsort(-np.asarray(scores), kind="stable")[:_N_SUSPECTS]
+    return tuple(Suspect(int(i), int(labels[i]), int(true_labels[i]), float(scores[i])) for i in first)
+
+
+def rankings(method: KeptMethod, held_out: tuple[Any, Any]) -> Iterator[tuple[str, Answer]]:
+    """The ways in which a method can rank suspect labels: name and scores `(n_train,)`, high = suspect."""
+    yield "self-influence", method.ask("self-influence", (), lambda m: m.self_influence())
+    what = f"minus held-out influence {stable_digest(held_out_influence)}"
+    yield (
+        "held-out influence",
+        method.ask(what, held_out, lambda m: -held_out_influence(m, held_out)),
+    )
+    if method.has_own_mislabel_scores:
+        yield "mislabel scores", method.ask("mislabel scores", (), lambda m: m.mislabel_scores())
+
+
+def measure_mislabel(
+    task: Task,
+    methods: Mapping[str, Build],
+    *,
+    detectors: Mapping[str, Detector] | None = None,
+    store: str | Path | None = None,
+    rate: float = 0.1,
+    kind: str = "symmetric",
+    n_models: int = 1,
+    n_held_out: int = 1000,
+    device: torch.device | str = "cpu",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> list[MislabelRow]:
+    """Train on flipped labels and find them again with every method and detector.
+
+    Args:
+        task: The clean task.
+        methods: By name, how each is built.
+        detectors: By name, rankings that do not come from influence.
+        store: Folder of the trained models and of what methods answer; None keeps nothing.
+        rate: Share of flipped labels.
+        kind: Of `flip_labels`.
+        n_models: Models, each with training seed and flips of its own: i and `seed + i`.
+        n_held_out: Test points (their labels are clean), the first ones of the test set, at most.
+        device: Where models are trained and methods are run.
+        options: By name, what `build` is given beside the model and the data.
+        n_resamples: Of the bootstrap.
+        seed: Of the flips and the bootstrap.
+
+    Returns:
+        A row for each method and ranking in the order of `methods`, then one for each detector.
+
+    Raises:
+        ValueError: A name is both a method and a detector, or an argument is out of range.
+
+    >>> from stride_captum.evaluation import load_task
+    >>> from stride_captum.evaluation.tasks.networks import TrainingSettings
+    >>> training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
+    >>> task = load_task("synthetic", preset="smoke", training=training)
+    >>> from stride_captum.adapters import KNNShapley
+    >>> from stride_captum.evaluation.comparison.methods import adapter
+    >>> rows = measure_mislabel(task, {"KNNShapley": adapter(KNNShapley)}, n_held_out=50, n_resamples=0)
+    >>> [row.ranking for row in rows]
+    ['self-influence', 'held-out influence']
+    """
+    detectors = detectors or {}
+    if n_models < 1:
+        raise bad_value("n_models", "be at least 1", n_models)
+    if n_held_out < 1:
+        raise bad_value("n_held_out", "be at least 1", n_held_out)
+    check_task(task)
+    if set(methods) & set(detectors):
+        raise bad_value("detectors", "have names of their own", sorted(set(methods) & set(detectors)))
+    held_out = tuple(t[:n_held_out] for t in task.test.tensors)
+    flips, noisy_labels = [], []
+    scores: dict[tuple[str, str], list[Array]] = defaultdict(list)
+    fits: dict[str, list[float]] = defaultdict(list)
+    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for i in range(n_models):
+        noisy, flipped = flipped_task(task, rate, kind=kind, seed=seed + i)
+        flips.append(flipped)
+        noisy_labels.append(noisy.train.tensors[1])
+        model = train_attributed(noisy, i, store, device=device)
+        forward = forward_seconds(model, noisy.train)
+        for name, build in methods.items():
+            method = KeptMethod(build, model, noisy, (options or {}).get(name, {}), store, forward)
+            for ranking, answer in rankings(method, (held_out[0], held_out[1])):
+                fits[name].append(answer.fit_seconds)
+                scores[name, ranking].append(finite_array("scores", answer.values))
+                seconds[name, ranking].append(answer.seconds)
+        for name, detector in detectors.items():
+            started = time.perf_counter()
+            scores[name, "detector"].append(finite_array("scores", detector(model, noisy.train)))
+            seconds[name, "detector"].append(time.perf_counter() - started)
+    return [
+        MislabelRow(
+            name=name,
+            ranking=ranking,
+            uses_influence=name in methods,
+            result=mislabel(found, np.stack(flips), n_resamples=n_resamples, seed=seed),
+            fit_seconds=float(np.median(fits[name])) if name in methods else 0.0,
+            ranking_seconds=float(np.median(seconds[name, ranking])),
+            suspects=most_suspect(found[0], noisy_labels[0], task.train.tensors[1]),
+        )
+        for (name, ranking), found in scores.items()
+    ]

@@ -1,0 +1,207 @@
+"""Results of a comparison: a row for each method, sentences that sum up, JSON and frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ...errors import bad_choice
+from ..measures.calibration import CalibrationResult
+from ..measures.cost import Cost
+from ..measures.linear_datamodeling import LDSResult, plain
+from ..measures.linearized_influence import LinearizedInfluenceResult
+from ..measures.statistics import Interval
+from ..report.html import FORMAT, comparison_table
+from .counterfactual_runs import CounterfactualRow
+from .leakage_runs import LeakageRow
+from .mislabel_runs import MislabelRow
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's figures on the reporting half of the test points.
+
+    Attributes:
+        name: The method.
+        options: The grid point that the tuning half chose.
+        lds: Linear datamodeling score.
+        models: Names of the attributed models, in the order of `lds.per_model`.
+        against_first: LDS of the first row less this one's, with its paired interval; None for the first.
+        cost: Medians over models; queries are the reported test points.
+        calibration: Whether effects are right in size.
+        linearized: C.1 of the paper.
+    """
+
+    name: str
+    options: dict[str, Any]
+    lds: LDSResult
+    models: list[str]
+    against_first: tuple[float, Interval | None] | None
+    cost: Cost
+    calibration: CalibrationResult | None = None
+    linearized: LinearizedInfluenceResult | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        against = None
+        if self.against_first is not None:
+            value, interval = self.against_first
+            spread = None if interval is None else [interval.low, interval.high]
+            against = {"value": value, "interval": spread}
+        parts = {
+            name: None if part is None else part.to_dict()
+            for name, part in (
+                ("lds", self.lds),
+                ("cost", self.cost),
+                ("calibration", self.calibration),
+                ("linearized", self.linearized),
+            )
+        }
+        return {
+            "name": self.name,
+            "options": self.options,
+            "models": self.models,
+            **parts,
+            "first_row_less_this": against,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+        task: Name of the task.
+        note: What must be read beside the figures.
+        rows: One per method: LDS, cost and what goes with them; empty where no halves were retrained.
+        protocol: Subsets, seeds, test points and models.
+        environment: Versions and hardware.
+        counterfactual: One per method and arm, where measured.
+        mislabel: One per method and way of ranking, where measured.
+        leakage: One per method and planted set, where measured.
+        skipped: Methods that were left out, and why.
+        gallery: What each method shows for a few test points, with pictures.
+
+    >>> Comparison("digits-300", "", rows=[], protocol={}, environment={}).frame("leakage").shape
+    (0, 0)
+    """
+
+    task: str
+    note: str
+    rows: list[Row]
+    protocol: dict[str, Any]
+    environment: dict[str, Any]
+    counterfactual: list[CounterfactualRow] = field(default_factory=list)
+    mislabel: list[MislabelRow] = field(default_factory=list)
+    leakage: list[LeakageRow] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    gallery: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        parts: tuple[Sequence[Any], ...] = (self.counterfactual, self.mislabel, self.leakage)
+        names = ("counterfactual", "mislabel", "leakage")
+        return plain(
+            {
+                "format": FORMAT,
+                "task": self.task,
+                "note": self.note,
+                "summary": self.summary(),
+                "protocol": self.protocol,
+                "environment": self.environment,
+                "skipped": self.skipped,
+                "rows": [row.to_dict() for row in self.rows],
+                **{n: [r.to_dict() for r in part] for n, part in zip(names, parts, strict=True)},
+                "gallery": self.gallery,
+            }
+        )
+
+    def summary(self) -> list[str]:
+        """Sentences that name a winner only where the paired interval excludes zero."""
+        if not self.rows:
+            return ["No halves were retrained: nothing is said of LDS, and no options were chosen here."]
+        first = self.rows[0]
+        silent = [row.name for row in self.rows if row.lds.ranks_nothing]
+        sentences = []
+        if not first.lds.ranks_nothing:
+            ceiling = first.lds.ceiling
+            share = f", {first.lds.value / ceiling:.0%} of the ceiling" if ceiling else ""
+            sentences = [f"{first.name} has an LDS of {first.lds.value:.3f}{share}."]
+            sentences += _against_first([row for row in self.rows[1:] if row.name not in silent])
+        if silent:
+            verb, whose = ("ranks", "its") if len(silent) == 1 else ("rank", "their")
+            sentences.append(
+                f"{_names(silent)} {verb} nothing: {whose} LDS is undefined for all "
+                f"{first.lds.per_test.shape[1]} test points."
+            )
+        partly = [row.name for row in self.rows if row.lds.undefined and row.name not in silent]
+        if partly:
+            sentences.append(
+                f"LDS is undefined for some test points of {_names(partly)}: there they count as 0 against "
+                "other methods."
+            )
+        left_out = self.protocol.get("left_out")
+        if left_out:
+            n = len(left_out) + self.protocol["n_subsets"]
+            sentences.append(f"{len(left_out)} of {n} halves are left out: a retraining of each diverged.")
+        return sentences
+
+    def frame(self, measure: str = "lds") -> pandas.DataFrame:
+        """The figures of one measure as a pandas frame, a row a method.
+
+        Args:
+            measure: "lds" (with cost, calibration and C.1 where measured), "counterfactual", "mislabel" or
+                "leakage".
+
+        Raises:
+            ValueError: Another measure.
+        """
+        import pandas
+
+        parts: dict[str, Sequence[Any]] = {
+            "lds": self.rows,
+            "counterfactual": self.counterfactual,
+            "mislabel": self.mislabel,
+            "leakage": self.leakage,
+        }
+        if measure not in parts:
+            raise bad_choice("measure", measure, list(parts))
+        return pandas.json_normalize([row.to_dict() for row in parts[measure]])
+
+    def __repr__(self) -> str:
+        lines = [f"{row.name}: {row.lds!r}" for row in self.rows]
+        return "\n".join([f"{self.task}. {' '.join(self.summary())}", *lines])
+
+    def _repr_html_(self) -> str:
+        return comparison_table(self.to_dict())
+
+
+def _against_first(others: Sequence[Row]) -> list[str]:
+    ahead, behind, open_ = [], [], []
+    intervals = [row.against_first[1] for row in others if row.against_first is not None]
+    if intervals and all(interval is None for interval in intervals):
+        return ["No intervals were asked for: no winner is named."]
+    for row, interval in zip(others, intervals, strict=True):
+        if interval is not None and interval.low > 0:
+            ahead.append(row.name)
+        elif interval is not None and interval.high < 0:
+            behind.append(row.name)
+        else:
+            open_.append(row.name)
+    sentences = []
+    if ahead:
+        sentences.append(f"It predicts retrainings better than {_names(ahead)}.")
+    if behind:
+        sentences.append(f"It predicts them worse than {_names(behind)}.")
+    if open_:
+        sentences.append(f"Between it and {_names(open_)} these data do not decide.")
+    return sentences
+
+
+def _names(names: Sequence[str]) -> str:
+    comma = "; " if any("," in name for name in names) else ", "
+    return names[0] if len(names) == 1 else f"{comma.join(names[:-1])} and {names[-1]}"

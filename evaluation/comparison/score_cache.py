@@ -1,0 +1,259 @@
+"""On-disk cache of scores, so that an interrupted evaluation resumes without refitting.
+
+The name of a file is a digest of all that determines the answer: the code of the method and of this package,
+the versions below it, everything that the method was built from (its options, data, checkpoints and callables
+by content), the model, the training set, and the question. A method with a part that has no stable digest
+is not cached, and a warning says which part it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ... import adapters, errors
+from ...data.batch import is_batch
+from ...influence.method import InfluenceMethod
+from ...system.atomic import write_whole
+from ...system.peak_memory import release_free_memory
+from ...system.preserve_state import weights_fingerprint
+from ..measures.cost import Build, Cost
+from ..retraining import store as run_store
+from ..system import environment
+from ..system.stable_digest import Examples, NoStableDigest, stable_digest
+from ..tasks.tasks import Task
+
+#: What a method says of itself once it was fitted, and what changes with every process.
+_NOT_BUILT = frozenset({"fit_seconds_", "query_seconds_", "peak_bytes_", "_fit_bytes", "_fitted_on"})
+#: Code of this package counts by the content of its files.
+_PACKAGE = __name__.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method said.
+
+    Attributes:
+        values: The scores.
+        fit_seconds: Setup, when it was fitted for this.
+        seconds: Of this answer, setup not counted.
+        forward_seconds: One forward pass over the training set, measured in the same run.
+        peak_bytes: The most memory that the method held at once; None where it does not say.
+    """
+
+    values: NDArray[Any]
+    fit_seconds: float
+    seconds: float
+    forward_seconds: float
+    peak_bytes: int | None
+
+    def cost(self, n_queries: int) -> Cost:
+        """As the cost of `n_queries` test points."""
+        return Cost(
+            fit_seconds=self.fit_seconds,
+            query_seconds=self.seconds,
+            n_queries=n_queries,
+            forward_seconds=self.forward_seconds,
+            peak_bytes=self.peak_bytes,
+        )
+
+
+class KeptMethod:
+    """A method on one model, fitted on the first question whose answer the store does not hold.
+
+    Args:
+        build: Makes it. With an attribute `cache_key` (see `Contender`) the answers are named by that key,
+            the options, the weights and the training set alone.
+        model: The attributed model.
+        task: Its training set is that of the method.
+        options: Given to `build`.
+        store: Folder of the answers; None keeps nothing.
+        forward_seconds: One forward pass over the training set.
+
+    Attributes:
+        method: The method, perhaps not fitted yet. An attribute that is set on it names other answers.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        model: nn.Module,
+        task: Task,
+        options: Mapping[str, Any],
+        store: str | Path | None,
+        forward_seconds: float,
+    ) -> None:
+        self.method = build(model, task.train, options)
+        self._task, self._forward_seconds = task, forward_seconds
+        self._folder = None if store is None else Path(store) / "answers"
+        self._parts: dict[str, str] = {}
+        self._seen: dict[str, Any] = {}
+        if self._folder is not None:
+            key = getattr(build, "cache_key", None)
+            if key is not None:
+                self._seen = dict(vars(self.method))
+            with self._unless_unstable():
+                self._parts = _of_code(self.method) if key is None else _of_key(key, model, task, options)
+
+    @contextmanager
+    def _unless_unstable(self) -> Iterator[None]:
+        """Keep no more answers, and say so once, where a part of the method has no digest."""
+        try:
+            yield
+        except NoStableDigest as error:
+            self._folder = None
+            warnings.warn(
+                f"The answers of {type(self.method).__name__} are not kept: {error}. Build it without that, "
+                "or give its Contender a `cache_key` that changes whenever the answers do.",
+                stacklevel=4,
+            )
+
+    @property
+    def has_own_mislabel_scores(self) -> bool:
+        """Whether the class ranks labels in a way of its own."""
+        return type(self.method).mislabel_scores is not InfluenceMethod.mislabel_scores
+
+    def margins(self, batch: tuple[Tensor, Tensor], normalize: str | None = None) -> Answer:
+        """Scores `(n_test, n_train)` of the margins of labelled test points."""
+        return self.ask(
+            f"margin of the label, normalize={normalize}",
+            batch,
+            lambda m: m.influence(batch, response="margin", target="label", normalize=normalize),
+        )
+
+    def ask(self, what: str, about: tuple[Tensor, ...], compute: Callable[[InfluenceMethod], Any]) -> Answer:
+        """The answer to one question, from the store where it is there.
+
+        Args:
+            what: Names the question.
+            about: What it is about, beside the training set.
+            compute: Asks the fitted method.
+        """
+        path = self._path(what, about)
+        if path is not None:
+            answer, damage = _read(path)
+            if answer is not None:
+                return answer
+            run_store.say_damaged(path, damage)
+        method = self.method
+        if not hasattr(method, "fit_seconds_"):
+            release_free_memory()
+            method.fit()
+        started = time.perf_counter()
+        found = compute(method)
+        values = np.ascontiguousarray(found.cpu() if isinstance(found, Tensor) else found)
+        self._seen = dict(vars(method))
+        answer = Answer(
+            values=values,
+            fit_seconds=method.fit_seconds_,
+            seconds=time.perf_counter() - started,
+            forward_seconds=self._forward_seconds,
+            peak_bytes=method.peak_bytes_,
+        )
+        if path is not None:
+            _write(path, answer)
+        return answer
+
+    def _path(self, what: str, about: tuple[Tensor, ...]) -> Path | None:
+        """The file of an answer; None where nothing is kept."""
+        if self._folder is not None:
+            with self._unless_unstable():
+                self._parts |= self._changed()
+        if self._folder is None:
+            return None
+        parts = {"parts": self._parts, "what": what, "about": run_store.hash_tensors(about)}
+        name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+        return self._folder / f"{name}.safetensors"
+
+    def _changed(self) -> dict[str, str]:
+        """Digests of the attributes that were set since the method was built, or has last answered."""
+        now = dict(vars(self.method))
+        found = {
+            name: _of_attribute(self.method, self._task, name)
+            for name, value in now.items()
+            if name not in _NOT_BUILT and (name not in self._seen or self._seen[name] is not value)
+        }
+        self._seen = now
+        return found
+
+
+def _of_code(method: InfluenceMethod) -> dict[str, str]:
+    return {"package": _code(), "class": stable_digest(type(method), "class", packages=(_PACKAGE,))}
+
+
+def _of_attribute(method: InfluenceMethod, task: Task, name: str) -> str:
+    value = getattr(method, name)
+    if name == "train_dataset" and value is task.train:
+        value = task.train.tensors
+    elif name in ("train_dataset", "held_out") and not (value is None or is_batch(value)):
+        value = Examples(value)
+    elif name == "checkpoints" and value is not None:
+        value = _loaded(method)
+    return stable_digest(value, name, packages=(_PACKAGE,))
+
+
+def _of_key(key: str, model: nn.Module, task: Task, options: Mapping[str, Any]) -> dict[str, str]:
+    """What names the answers of a method whose author says when they change."""
+    return {
+        "key": key,
+        "weights": weights_fingerprint(model),
+        "train": run_store.hash_tensors(task.train.tensors),
+        "options": stable_digest(dict(options), "options"),
+    }
+
+
+def _loaded(method: InfluenceMethod) -> list[tuple[float, str]]:
+    """Learning rate and weights of each checkpoint, as the method's own function loads it."""
+    with method._session() as model:
+        return [(method._load(model, c), weights_fingerprint(model)) for c in method._checkpoints()]
+
+
+@cache
+def _code() -> str:
+    """Of all that methods are made of: the sources of this package, and the versions of what they call."""
+    digest = hashlib.sha256(json.dumps(environment.versions(), sort_keys=True).encode())
+    for folder in (Path(errors.__file__).parent, Path(adapters.__file__).parent):
+        digest.update(_sources(folder).encode())
+    return digest.hexdigest()
+
+
+def _sources(folder: Path) -> str:
+    """Of all sources in a folder and below it; how methods are measured is not their code."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        if not path.is_relative_to(Path(__file__).parents[1]):
+            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _write(path: Path, answer: Answer) -> None:
+    from safetensors.numpy import save_file
+
+    facts = {k: v for k, v in vars(answer).items() if k != "values"}
+    metadata = {"cost": json.dumps(facts)}
+    write_whole(path, lambda name: save_file({"values": answer.values}, name, metadata))
+
+
+def _read(path: Path) -> tuple[Answer | None, str | None]:
+    """The result is that of `run_store.read_array`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return Answer(values=file.get_tensor("values"), **json.loads(file.metadata()["cost"])), None
+    except FileNotFoundError:
+        return None, None
+    except (SafetensorError, OSError, KeyError, TypeError):
+        return None, "cut off or not an answer"

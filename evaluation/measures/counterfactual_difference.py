@@ -1,0 +1,132 @@
+"""Differences between the drops of two methods, at equal counts and at equal depletion of the class.
+
+Emptying a class lowers its probability whatever the scores know. A method that removes half of a class is
+therefore compared with removing a random half of it, not with removing as many examples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...errors import bad_value
+from .counterfactual_drop import CounterfactualResult, drop_intervals
+from .linear_datamodeling import plain
+from .statistics import Array, Interval, mean_defined
+
+
+@dataclass(frozen=True)
+class DropDifference:
+    """How much more one method's removals lower the probability than another's.
+
+    Attributes:
+        counts: How many examples were removed.
+        value: Difference of the mean drops at each count; NaN where no test point is defined.
+        intervals: Student's, of the paired differences, over seeds and test points.
+        undefined: At each count, pairs of an attributed model and a test point without a difference.
+    """
+
+    counts: tuple[int, ...]
+    value: tuple[float, ...]
+    intervals: tuple[Interval, ...] | None
+    undefined: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every figure as plain values for JSON."""
+        return plain(vars(self))
+
+
+def difference(
+    a: CounterfactualResult,
+    b: CounterfactualResult,
+    *,
+    n_resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> DropDifference:
+    """Drop of `a` less drop of `b` at each count, on the same models, seeds and test points.
+
+    Args:
+        a: Result of `counterfactual`.
+        b: Another.
+        n_resamples: 0 leaves the intervals out.
+        level: Level of the intervals.
+        seed: Without effect, as in `counterfactual`.
+
+    Raises:
+        ValueError: The results do not have the same counts, shapes and arm.
+    """
+    _check_pair(a, b)
+    if a.counts != b.counts:
+        raise bad_value("a and b", "remove the same counts", f"{a.counts} and {b.counts}")
+    return _difference(a, a.drops - b.drops, n_resamples, level)
+
+
+def difference_at_equal_depletion(
+    a: CounterfactualResult,
+    reference: CounterfactualResult,
+    *,
+    n_resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> DropDifference:
+    """Drop of `a` less the drop that `reference` has at the depletion of `a`.
+
+    For every attributed model, seed and test point the curve of the reference's drop against its depletion
+    is interpolated linearly at the depletion that `a` reached there. The curve starts at (0, 0), since
+    removing nothing changes nothing; of counts with one depletion (an emptied class) it takes the smallest.
+    Beyond its end there is no difference: nothing is extrapolated. The reference meant is `ClassRandom`,
+    whose curve always reaches as far as any method with the same counts.
+
+    Args:
+        a: Result of `counterfactual`.
+        reference: Another.
+        n_resamples: 0 leaves the intervals out.
+        level: Level of the intervals.
+        seed: Without effect, as in `counterfactual`.
+
+    Raises:
+        ValueError: The results do not have the same shapes, or opponents were removed.
+    """
+    _check_pair(a, reference)
+    if a.opponents:
+        raise bad_value(
+            "a",
+            "be a result of removing proponents",
+            "one of removing opponents",
+            "Opponents are of other classes: compare at equal counts with `difference`.",
+        )
+    gaps = np.full(a.drops.shape, np.nan)
+    for m, t in np.ndindex(len(a.drops), a.drops.shape[3]):
+        known = np.concatenate([[0.0], reference.depletions[m, :, t]])
+        if np.isnan(known).any():
+            continue
+        places, first = np.unique(known, return_index=True)
+        for s in range(a.drops.shape[2]):
+            curve = np.concatenate([[0.0], reference.drops[m, :, s, t]])[first]
+            expected = np.interp(a.depletions[m, :, t], places, curve, right=np.nan)
+            gaps[m, :, s, t] = a.drops[m, :, s, t] - expected
+    return _difference(a, gaps, n_resamples, level)
+
+
+def _difference(a: CounterfactualResult, gaps: Array, n_resamples: int, level: float) -> DropDifference:
+    per_count = gaps.swapaxes(0, 1).reshape(len(a.counts), -1)
+    value = mean_defined(per_count, axis=1).tolist()
+    return DropDifference(
+        counts=a.counts,
+        value=tuple(value),
+        intervals=drop_intervals(gaps, value, n_resamples, level),
+        undefined=tuple(np.isnan(gaps).any(2).sum((0, 2)).tolist()),
+    )
+
+
+def _check_pair(a: CounterfactualResult, b: CounterfactualResult) -> None:
+    shapes = [(len(r.drops), *r.drops.shape[2:]) for r in (a, b)]
+    if shapes[0] != shapes[1]:
+        raise bad_value(
+            "a and b", "have the same models, seeds and test points", f"{shapes[0]} and {shapes[1]}"
+        )
+    if a.opponents != b.opponents:
+        raise bad_value("a and b", "both remove proponents or both opponents", "one of each")

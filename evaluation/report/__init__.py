@@ -1,0 +1,1 @@
+"""Results as people read them: report pages, figures, tables in the terminal."""

@@ -1,0 +1,194 @@
+"""Trained models that are attributed, kept in the store of the retrainings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import bad_value
+from ...system.atomic import write_whole
+from ..tasks.new_network import checked_network
+from ..tasks.tasks import Task
+from . import store as run_store
+from .training import mean_residual, single_thread, train_model
+
+
+class DivergedError(ValueError):
+    """A training ended in weights that are not finite."""
+
+
+def train_attributed(
+    task: Task,
+    seed: int,
+    store: str | Path | None = None,
+    *,
+    spike: bool = False,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """Train the model that is attributed, on the whole training set (kept in `store` once trained).
+
+    It is trained with a single thread, so that its bits do not depend on the number of threads. A network
+    that seeds itself is trained with a warning.
+
+    Args:
+        task: What is trained.
+        seed: Seed of the training.
+        store: Folder for the weights; None keeps nothing. A damaged file is trained again, with a
+            warning.
+        spike: Keep the weights of the epoch with the highest training loss among the last six
+            instead of the last epoch's: a model that was stopped at a bad moment.
+        device: Where it is trained, and where it is returned. Its bits are those of the kind of device.
+
+    Raises:
+        TypeError: As for `train_model`.
+        ValueError: As for `train_model`, inputs that are not finite, a network that is not new at each call
+            or that a seed does not reproduce, or (`DivergedError`) weights that are not finite.
+
+    >>> from stride_captum.evaluation import load_task
+    >>> from stride_captum.evaluation.tasks.networks import TrainingSettings
+    >>> training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
+    >>> task = load_task("synthetic", preset="smoke", training=training)
+    >>> train_attributed(task, seed=0).training
+    False
+    """
+    task.check_inputs()
+    x, y = task.train.tensors
+    network = checked_network(task.build_model)
+    path = None
+    if store is not None:
+        key = run_store.Fingerprints(task).of(seed, None, f"attributed spike={spike}{_on(device)}")
+        path = Path(store) / f"attributed-{key}.safetensors"
+        state, damage = run_store.read_state(path, network)
+        if state is not None:
+            network.load_state_dict(state)
+            return network.to(device).eval()
+        run_store.say_damaged(path, damage)
+    worst: dict[str, Any] = {"residual": -1.0, "state": {}}
+
+    def keep_worst(epoch: int, model: nn.Module) -> None:
+        residual = mean_residual(model, x, y)
+        if epoch > task.training.epochs - 6 and residual > worst["residual"]:
+            worst.update(residual=residual, state=_saved(model))
+
+    with single_thread():
+        model = train_model(
+            task.build_model,
+            x,
+            y,
+            task.training,
+            seed,
+            after_epoch=keep_worst if spike else None,
+            device=device,
+        )
+    if not all(torch.isfinite(p).all() for p in model.parameters()):
+        raise DivergedError(
+            f"The training of {task.name} with seed {seed} diverged: weights are not finite. Take a lower "
+            "`learning_rate`, and look for values of the inputs that are missing or very large."
+        )
+    if spike:
+        model.load_state_dict(worst["state"])
+    if path is not None:
+        _write(path, model)
+    return model
+
+
+def train_spiked(
+    task: Task,
+    store: str | Path | None = None,
+    *,
+    threshold: float = 0.005,
+    first_seed: int = 100,
+    tries: int = 30,
+    device: torch.device | str = "cpu",
+) -> tuple[nn.Module, int]:
+    """A model stopped on a spike of its training loss: mean training residual above `threshold`.
+
+    A seed whose training diverges is passed over.
+
+    Returns:
+        The model and the seed that gave it.
+
+    Raises:
+        RuntimeError: No seed among `tries` has such a spike.
+
+    """
+    x, y = task.train.tensors
+    for seed in range(first_seed, first_seed + tries):
+        try:
+            model = train_attributed(task, seed, store, spike=True, device=device)
+        except DivergedError:
+            continue
+        if mean_residual(model, x, y) > threshold:
+            return model, seed
+    raise RuntimeError(f"None of {tries} trainings of {task.name} had a mean residual above {threshold}.")
+
+
+def train_checkpoints(
+    task: Task,
+    seed: int,
+    store: str | Path,
+    n_checkpoints: int,
+    *,
+    device: torch.device | str = "cpu",
+) -> list[dict[str, Any]]:
+    """Checkpoints on the way to an attributed model: the training is repeated and looked at.
+
+    Args:
+        task: What is trained.
+        seed: Seed of the training of the attributed model.
+        store: Folder for the weights.
+        n_checkpoints: How many; they are spread evenly over the epochs before the last.
+        device: Where the attributed model was trained.
+
+    Returns:
+        State dicts on the CPU in the order of the training, the final weights not among them.
+
+    Raises:
+        ValueError: Fewer epochs than checkpoints.
+
+    """
+    from safetensors.torch import load_file
+
+    epochs = task.training.epochs
+    kept = [round(epochs * (i + 1) / (n_checkpoints + 1)) for i in range(n_checkpoints)]
+    if not kept or kept[0] < 1 or len(set(kept)) < n_checkpoints:
+        raise bad_value("n_checkpoints", f"be between 1 and {epochs - 1}", n_checkpoints)
+    names = run_store.Fingerprints(task)
+    paths = [
+        Path(store) / f"checkpoint-{names.of(seed, None, f'epoch {epoch}{_on(device)}')}.safetensors"
+        for epoch in kept
+    ]
+
+    def keep(epoch: int, model: nn.Module) -> None:
+        if epoch in kept:
+            _write(paths[kept.index(epoch)], model)
+
+    network = checked_network(task.build_model)
+    if any(run_store.read_state(path, network)[0] is None for path in paths):
+        with single_thread():
+            x, y = task.train.tensors
+            train_model(task.build_model, x, y, task.training, seed, after_epoch=keep, device=device)
+    return [load_file(path) for path in paths]
+
+
+def _on(device: torch.device | str) -> str:
+    """What a device adds to the name of a training."""
+    kind = torch.device(device).type
+    return "" if kind == "cpu" else f" device={kind}"
+
+
+def _saved(model: nn.Module) -> dict[str, Tensor]:
+    """The weights as a file takes them: copies, so that weights that are tied or not contiguous are whole."""
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def _write(path: Path, model: nn.Module) -> None:
+    from safetensors.torch import save_file
+
+    write_whole(path, lambda name: save_file(_saved(model), name))

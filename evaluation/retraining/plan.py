@@ -1,0 +1,355 @@
+"""Plans of retrainings, subsets x seeds, whose results are kept on disk.
+
+A `RetrainingPlan` is the ground truth of every measure that asks "what would the model have said
+without these examples?". A killed plan resumes and gives the bits of an unbroken one.
+
+Two engines do the runs. "processes" trains one model after the other in every joblib worker, and one
+run is one file. "stacked" trains equally large subsets together (`train_stacked`), and one stack is one
+file: which runs share a stack follows from the plan alone. Their results differ by rounding, which
+training amplifies, so neither reads the files of the other and a result is never a mixture.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from ...errors import bad_choice, bad_value
+from ...subsets import Membership, checked_membership, members
+from ..tasks.checks import check_task
+from ..tasks.new_network import built
+from ..tasks.tasks import Task
+from . import files as retraining_files
+from . import store as run_store
+from . import workers as retraining_workers
+from .attributed_models import train_attributed, train_spiked
+from .estimate import RetrainingEstimate
+from .files import Run, RunFile
+from .stacked import why_not_stacked
+from .store import Fingerprints
+from .training import logits_of, mean_residual, train_model
+
+__all__ = [
+    "ENGINES",
+    "RetrainingEstimate",
+    "RetrainingPlan",
+    "logits_of",
+    "mean_residual",
+    "train_attributed",
+    "train_model",
+    "train_spiked",
+]
+
+#: What helps where retrainings diverge.
+SMALLER_STEPS = "Train with smaller steps (`learning_rate` of the training settings)."
+ENGINES = ("auto", "processes", "stacked")
+#: What `auto` and the stacks go by, as measured (see `benchmark_retraining`). On the CPU a stack beats
+#: joblib's processes where the overhead of a step is more than its arithmetic: fully connected networks
+#: up to about a quarter of a million parameters. Mapped convolutions are slower than single ones.
+_CPU_PARAMETERS = 250_000
+_CPU_STACK, _DEVICE_STACK = 16, 256
+_SMALLEST_STACK = 8
+#: Part of the name of a stack; increased whenever `train_stacked` changes what it computes.
+_STACK_RECIPE = 1
+
+
+@dataclass(frozen=True)
+class RetrainingPlan:
+    """Retrain a task from scratch on every subset with every seed.
+
+    Attributes:
+        task: What is retrained.
+        membership: Which examples each subset keeps, CSR `(n_subsets, n_train)`.
+        n_seeds: Independent retrainings of each subset.
+        store: Folder of the results. Workers on other machines must see it under the same path.
+        n_test: The first `n_test` test points are evaluated.
+        common_seeds: The seed of a run depends on its seed index alone, so that all subsets start from
+            the same weights (and subsets of one size see their examples in the same order): differences
+            between subsets are paired. By default every run has a seed of its own.
+
+    Raises:
+        ValueError: The membership is of another training set, has an empty subset or an entry other than 0
+            and 1, or a count is out of range.
+
+    >>> import tempfile
+    >>> from stride_captum.subsets import random_subsets
+    >>> from stride_captum.evaluation import load_task
+    >>> from stride_captum.evaluation.tasks.networks import TrainingSettings
+    >>> training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
+    >>> task = load_task("synthetic", preset="smoke", training=training)
+    >>> subsets = random_subsets(task.n_train, 3, 150)
+    >>> with tempfile.TemporaryDirectory() as store:
+    ...     plan = RetrainingPlan(task, subsets, n_seeds=2, store=store, n_test=10)
+    ...     plan.execute(n_jobs=1, show_progress=False).shape
+    (2, 3, 10, 4)
+    """
+
+    task: Task
+    membership: Membership
+    n_seeds: int
+    store: Path
+    n_test: int
+    common_seeds: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "membership", checked_membership(self.membership))
+        if self.membership.shape[1] != self.task.n_train:
+            raise bad_value(
+                "membership", f"have n_train = {self.task.n_train} columns", self.membership.shape[1]
+            )
+        sizes = np.diff(self.membership.indptr)
+        if not sizes.all():
+            raise bad_value("membership", "keep an example in every subset", f"none in {int(sizes.argmin())}")
+        if self.n_seeds < 1:
+            raise bad_value("n_seeds", "be at least 1", self.n_seeds)
+        if not 1 <= self.n_test <= len(self.task.test):
+            raise bad_value("n_test", f"be between 1 and the {len(self.task.test)} test points", self.n_test)
+
+    def missing(
+        self, *, engine: str = "processes", device: torch.device | str = "cpu"
+    ) -> list[tuple[int, int]]:
+        """The runs `(subset, seed)` that are not in the store, or whose file is damaged."""
+        return [run for file in self._files(engine, device) if file.read()[0] is None for run in file.runs]
+
+    def execute(
+        self,
+        n_jobs: int = -1,
+        show_progress: bool = True,
+        *,
+        engine: str = "processes",
+        device: torch.device | str = "cpu",
+    ) -> NDArray[np.float32]:
+        """Do the missing runs through joblib and read all of them.
+
+        Another joblib backend is chosen by `joblib.parallel_config` around the call, for instance dask:
+
+            with distributed.Client(address), joblib.parallel_config(backend="dask"):
+                plan.execute()
+
+        and in the same way ray, after `ray.util.joblib.register_ray()`. Each run has one thread and does
+        not depend on the backend or the number of workers.
+
+        A damaged file (cut off, of another shape, not finite) is computed again, with a warning. A run
+        that diverges gives logits that are not finite, with a warning.
+
+        Args:
+            n_jobs: Workers; -1 takes all cores. A device other than the CPU has one by default.
+            show_progress: Whether to show a bar, with the time that is left at the mean speed so far.
+            engine: "processes" trains one model at a time in each worker. "stacked" trains up to 16
+                subsets of one size (256 off the CPU) at once in each worker; its bits are others, its
+                files are its own, and a plan with other subsets makes other stacks. "auto" takes the
+                engine that did most of the plan before; for a new plan "stacked" where it is faster
+                (off the CPU; on it for fully connected networks up to 250,000 parameters) and at least
+                8 runs have subsets of one size.
+            device: Where it is trained.
+
+        Returns:
+            Logits `(n_seeds, n_subsets, n_test, n_classes)`.
+
+        Raises:
+            ValueError: An engine that does not exist, "stacked" for a network that cannot be mapped, or
+                inputs or labels that the network cannot read.
+            RuntimeError: A run failed.
+
+        """
+        files = self._files(engine, device)
+        found: dict[tuple[int, int], NDArray[np.float32]] = {}
+        todo = []
+        for file in files:
+            logits, damage = file.read()
+            if logits is None:
+                run_store.say_damaged(file.path, damage)
+                todo.append(file)
+            else:
+                found.update(file.by_run(logits, self.n_test))
+        if todo:
+            check_task(self.task)
+        with tqdm(
+            total=self.n_seeds * self.membership.shape[0],
+            initial=len(found),
+            desc="retraining",
+            unit="run",
+            smoothing=0,  # what is left is told from all runs so far: workers finish in bursts
+            disable=not (show_progress and todo),
+        ) as bar:
+            tasks = [(file, self._arguments(file, device)) for file in todo]
+            for n_runs in retraining_workers.run_all(tasks, retraining_workers.count(n_jobs, device)):
+                bar.update(n_runs)
+        for file in todo:
+            found.update(file.by_run(np.load(file.path), self.n_test))
+        diverged = sorted(run for run, logits in found.items() if not np.isfinite(logits).all())
+        if diverged:
+            warnings.warn(
+                f"{len(diverged)} of {len(found)} retrainings of {self.task.name} diverged: the logits of "
+                f"{retraining_files.named_few(diverged)} are not finite. {SMALLER_STEPS}",
+                stacklevel=2,
+            )
+        n_subsets = self.membership.shape[0]
+        return np.stack(
+            [np.stack([found[k, seed] for k in range(n_subsets)]) for seed in range(self.n_seeds)]
+        )
+
+    def estimate(
+        self, n_jobs: int = -1, *, engine: str = "processes", device: torch.device | str = "cpu"
+    ) -> RetrainingEstimate:
+        """What `execute` with the same arguments would do and take; the store is left as it is.
+
+        The seconds are those of one epoch of at most 20 batches, the better of two, times the examples
+        and epochs of the missing runs.
+        """
+        files = self._files(engine, device)
+        damages = {file: file.read() for file in files}
+        todo = [file for file, (logits, _) in damages.items() if logits is None]
+        n_stored = sum(len(file.runs) for file in files) - sum(len(file.runs) for file in todo)
+        workers = min(retraining_workers.count(n_jobs, device), len(todo))
+        seconds = 0.0
+        if todo:
+            size = [len(members(self.membership, file.runs[0][0])) for file in todo]
+            examples = [
+                n * len(file.runs) * self.task.training.epochs for n, file in zip(size, todo, strict=True)
+            ]
+            largest = max(range(len(todo)), key=lambda i: examples[i])
+            per_example = self._seconds_per_example(todo[largest], device)
+            seconds = per_example * max(sum(examples) / workers, examples[largest])
+        return RetrainingEstimate(
+            task=self.task.name,
+            n_subsets=self.membership.shape[0],
+            n_seeds=self.n_seeds,
+            engine="stacked" if files[0].stacked else "processes",
+            n_stored=n_stored,
+            n_damaged=sum(len(file.runs) for file, (_, damage) in damages.items() if damage is not None),
+            n_workers=workers,
+            seconds=seconds,
+            n_bytes=sum(file.n_bytes for file in todo),
+        )
+
+    def _seed(self, k: int, seed: int) -> int:
+        return 1_000_003 * (seed + 1) + (0 if self.common_seeds else k)
+
+    def _path(self, k: int, seed: int) -> Path:
+        """Where "processes" keeps a run of the CPU."""
+        files = self._files_of(False, torch.device("cpu"))
+        return next(file.path for file in files if file.runs == ((k, seed),))
+
+    def _fingerprint(self, names: Fingerprints, run: Run, device: torch.device, stacked: bool) -> str:
+        extra = f"stacked={_STACK_RECIPE}" if stacked else ""
+        if device.type != "cpu":
+            extra += f" device={device.type}"
+        return names.of(self._seed(*run), members(self.membership, run[0]), extra)
+
+    def _files(self, engine: str, device: torch.device | str) -> list[RunFile]:
+        """All files of the plan for an engine; "auto" is decided here."""
+        device = torch.device(device)
+        if engine not in ENGINES:
+            raise bad_choice("engine", engine, ENGINES)
+        if engine == "auto":
+            stored = {}
+            for name in ("processes", "stacked"):
+                files = self._files_of(name == "stacked", device)
+                stored[name] = sum(len(file.runs) for file in files if file.read()[0] is not None)
+            engine = max(stored, key=lambda name: stored[name])
+            if not stored[engine] and self._stacks_are_faster(device):
+                engine = "stacked"
+        elif engine == "stacked":
+            reason = why_not_stacked(self.task.build_model, self.task.train.tensors[0][:2])
+            if reason is not None:
+                raise bad_value("engine", "be 'processes' for this network", "'stacked'", reason)
+        return self._files_of(engine == "stacked", device)
+
+    def _files_of(self, stacked: bool, device: torch.device) -> list[RunFile]:
+        names, n_classes = Fingerprints(self.task), self._n_classes()
+        folder = Path(self.store).absolute()
+        there = retraining_files.stored(folder)
+        n_evaluated = min(len(self.task.test), max(self.n_test, retraining_files.EVALUATED))
+        limit = _CPU_STACK if device.type == "cpu" else _DEVICE_STACK
+        every = (
+            retraining_files.stacks(self.membership, self.n_seeds, limit)
+            if stacked
+            else retraining_files.single_runs(self.membership.shape[0], self.n_seeds)
+        )
+        files = []
+        for runs in every:
+            found = [self._fingerprint(names, run, device, stacked) for run in runs]
+            stem = f"stack-{run_store.of_all(found)}" if stacked else f"run-{found[0]}"
+            enough = [n for n in there.get(stem, ()) if self.n_test <= n <= len(self.task.test)]
+            n_test = min(enough, default=n_evaluated)
+            files.append(RunFile(folder / f"{stem}-{n_test}.npy", runs, n_test, n_classes, stacked))
+        return files
+
+    def _n_classes(self) -> int:
+        return logits_of(built(self.task).eval(), self.task.test.tensors[0][:1]).shape[1]
+
+    def _stacks_are_faster(self, device: torch.device) -> bool:
+        _, counts = np.unique(np.diff(self.membership.indptr), return_counts=True)
+        if counts.max() * self.n_seeds < _SMALLEST_STACK:
+            return False
+        if device.type == "cpu":
+            weights = list(built(self.task).parameters())
+            if sum(w.numel() for w in weights) > _CPU_PARAMETERS or any(w.dim() > 2 for w in weights):
+                return False
+        return why_not_stacked(self.task.build_model, self.task.train.tensors[0][:2]) is None
+
+    def _arguments(self, file: RunFile, device: torch.device | str) -> dict[str, Any]:
+        """What `train_and_evaluate` takes for the runs of a file."""
+        return {
+            "build_model": self.task.build_model,
+            "training": self.task.training,
+            "x": self.task.train.tensors[0].numpy(),
+            "y": self.task.train.tensors[1].numpy(),
+            "subsets": [members(self.membership, k) for k, _ in file.runs],
+            "seeds": [self._seed(*run) for run in file.runs],
+            "x_test": self.task.test.tensors[0][: file.n_test].numpy(),
+            "device": str(device),
+            "stacked": file.stacked,
+        }
+
+    def _seconds_per_example(self, file: RunFile, device: torch.device | str) -> float:
+        arguments = self._arguments(file, device)
+        arguments.update(training=replace(self.task.training, epochs=1), x_test=arguments["x_test"][:1])
+        subsets, batch = arguments["subsets"], self.task.training.batch_size
+        seconds = []
+        for n_batches in (2, 20, 20):  # the first warms up
+            arguments["subsets"] = [rows[: n_batches * batch] for rows in subsets]
+            started = time.perf_counter()
+            retraining_workers.train_and_evaluate(**arguments)
+            seconds.append(time.perf_counter() - started)
+        return min(seconds[1:]) / sum(len(rows) for rows in arguments["subsets"])
+
+
+def without_diverged(
+    plan: RetrainingPlan, logits: NDArray[np.float32], at_most: float = 0.1
+) -> tuple[Membership, NDArray[np.float32], list[int]]:
+    """The subsets of a plan whose retrainings are all finite.
+
+    Args:
+        plan: The plan.
+        logits: What it gave, `(n_seeds, n_subsets, n_test, n_classes)`.
+        at_most: Share of the subsets that may be left out.
+
+    Returns:
+        Their membership, their logits, and which subsets were left out.
+
+    Raises:
+        ValueError: More of them diverged.
+    """
+    finite = np.asarray(np.isfinite(logits).all((2, 3)))
+    whole = np.asarray(finite.all(0))
+    left_out = np.flatnonzero(~whole).tolist()
+    if len(left_out) > at_most * len(whole):
+        runs = [(int(k), int(seed)) for seed, k in np.argwhere(~finite)]
+        share = f"at least {1 - at_most:.0%}" if at_most else "all"
+        raise bad_value(
+            "training",
+            f"let {share} of the {len(whole)} subsets of {plan.task.name} converge",
+            f"{len(left_out)} that diverged, {retraining_files.named_few(runs)}",
+            SMALLER_STEPS,
+        )
+    return plan.membership[whole], logits[:, whole], left_out

@@ -1,0 +1,124 @@
+"""Training of one base model from scratch, its logits and its mean residual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ... import residuals
+from ..tasks.class_logits import class_logits, first_logits, has_batch_norm
+from ..tasks.networks import TrainingSettings
+from ..tasks.new_network import new_network, seeded
+
+
+def train_model(
+    build_model: Callable[[], nn.Module],
+    x: Tensor,
+    y: Tensor,
+    training: TrainingSettings,
+    seed: int,
+    *,
+    after_epoch: Callable[[int, nn.Module], None] | None = None,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """Train a network from scratch with cross-entropy, of the one logit where a binary network has one.
+
+    The seed decides the initial weights, the order of the batches and Dropout: torch, NumPy and Python's
+    `random` are seeded. The caller's random states are left as they were.
+
+    Args:
+        build_model: Gives an untrained network.
+        x: Inputs `(n, ...)`.
+        y: Labels `(n,)`, int64.
+        training: Settings of Table 3.
+        seed: Seed.
+        after_epoch: Called with the epoch (from 1) and the model in eval mode.
+        device: Where it is trained.
+
+    Returns:
+        The trained model in eval mode.
+
+    Raises:
+        TypeError: `build_model` gives no network, or one that returns no tensor.
+        ValueError: A network that cannot read the inputs, has fewer logits than there are classes, or
+            returns probabilities.
+
+    >>> from stride_captum.evaluation import load_task
+    >>> from stride_captum.evaluation.tasks.networks import TrainingSettings
+    >>> training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
+    >>> task = load_task("synthetic", preset="smoke", training=training)
+    >>> train_model(task.build_model, *task.train.tensors, training, seed=0).training
+    False
+    """
+    with seeded(seed, device):
+        model = new_network(build_model, seed).to(device)
+        x, y = x.to(device), y.to(device)
+        n_classes = int(y.max()) + 1
+        optimizer = make_optimizer(model.parameters(), training)
+        checked = False
+        for epoch in range(1, training.epochs + 1):
+            model.train()
+            for rows in torch.randperm(len(x)).to(device).split(training.batch_size):
+                if is_left_out(model, len(rows), len(x), training):
+                    continue
+                optimizer.zero_grad(set_to_none=True)
+                logits = class_logits(model(x[rows])) if checked else first_logits(model, x[rows], n_classes)
+                checked = True
+                F.cross_entropy(logits, y[rows]).backward()
+                optimizer.step()
+            model.eval()
+            if after_epoch is not None:
+                after_epoch(epoch, model)
+    return model
+
+
+def is_left_out(model: nn.Module, n_rows: int, n_train: int, training: TrainingSettings) -> bool:
+    """Whether a step is left out: its batch is one left-over example, which BatchNorm cannot normalize."""
+    return n_rows == 1 < training.batch_size < n_train and has_batch_norm(model)
+
+
+def make_optimizer(
+    parameters: Iterable[Tensor], training: TrainingSettings, *, fused: bool = False
+) -> torch.optim.Optimizer:
+    """The optimizer of the settings: "adam", or "sgd" with momentum, both with weight decay."""
+    if training.optimizer == "adam":
+        return torch.optim.Adam(
+            parameters,
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+            fused=True if fused else None,
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=training.learning_rate,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+        fused=True if fused else None,
+    )
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, x: Tensor, batch_size: int = 1024) -> Tensor:
+    """Logits `(n, n_classes)` of a model in eval mode, on the device of `x`."""
+    own = next((p.device for p in model.parameters()), x.device)
+    return torch.cat([class_logits(model(batch.to(own))).to(x.device) for batch in x.split(batch_size)])
+
+
+def mean_residual(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The mean residual of a model on a data set (see `stride_captum.residuals`)."""
+    return residuals.mean_residual(logits_of(model, x), y)
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Compute with one thread inside, so that the bits do not depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

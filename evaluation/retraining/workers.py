@@ -1,0 +1,107 @@
+"""Workers of a plan of retrainings: they train, evaluate and write, driven by joblib."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ..tasks.networks import TrainingSettings
+from . import store as run_store
+from .files import RunFile, named_few
+from .stacked import train_stacked
+from .training import logits_of, single_thread, train_model
+
+_ALONE = threading.Lock()
+
+
+def count(n_jobs: int, device: torch.device | str) -> int:
+    """How many workers `n_jobs` means: -1 is all cores on the CPU, and one worker elsewhere."""
+    if n_jobs == -1 and torch.device(device).type != "cpu":
+        return 1
+    return int(joblib.effective_n_jobs(n_jobs))
+
+
+def run_all(files: Sequence[tuple[RunFile, dict[str, Any]]], n_jobs: int) -> Iterable[int]:
+    """Write files; gives the number of runs of each when it is done.
+
+    Args:
+        files: Files, and what `train_and_evaluate` takes for each.
+        n_jobs: Workers of the active joblib backend. One that cannot give results as they come (as ray's)
+            gives them all at the end.
+
+    Raises:
+        RuntimeError: A run failed; it names the runs of the file. Files that were written before stay.
+
+    """
+    backend, _ = joblib.parallel.get_active_backend()
+    lazy = getattr(backend, "supports_return_generator", False)
+    parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered" if lazy else "list")
+    done: Iterable[int] = parallel(joblib.delayed(_done)(file, arguments) for file, arguments in files)
+    return done
+
+
+def _done(file: RunFile, arguments: dict[str, Any]) -> int:
+    try:
+        write_runs(file.path, **arguments)
+    except Exception as error:
+        said = str(error).rstrip(".")
+        raise RuntimeError(
+            f"Retraining {named_few(file.runs)} failed with {type(error).__name__}: {said}. Those that "
+            f"were done before are in {file.path.parent}: the same call goes on from there."
+        ) from error
+    return len(file.runs)
+
+
+def write_runs(path: Path, **arguments: Any) -> None:
+    """Train and evaluate the runs of one file and write it."""
+    run_store.write_array(path, train_and_evaluate(**arguments))
+
+
+def train_and_evaluate(
+    build_model: Callable[[], nn.Module],
+    training: TrainingSettings,
+    x: NDArray[np.float32],
+    y: NDArray[np.int64],
+    subsets: Sequence[NDArray[np.int64]],
+    seeds: Sequence[int],
+    x_test: NDArray[np.float32],
+    device: str,
+    stacked: bool,
+) -> NDArray[np.float32]:
+    """Logits of a stack `(S, n_test, n_classes)`, or of a single run `(n_test, n_classes)`.
+
+    One thread, so that the bits do not depend on the machine's load, and one call at a time in a process:
+    threads share the random state.
+
+    Args:
+        build_model: Gives an untrained network.
+        training: Settings of Table 3.
+        x: Inputs of the whole training set.
+        y: Their labels.
+        subsets: Training indices of each run; a single run has one.
+        seeds: Seed of each run.
+        x_test: Inputs `(n_test, ...)` to evaluate.
+        device: Where it is done.
+        stacked: Whether `train_stacked` does it.
+
+    """
+    with _ALONE, single_thread():
+        points = torch.tensor(x_test).to(device)
+        if stacked:
+            data = torch.tensor(x), torch.tensor(y)
+            models = train_stacked(build_model, *data, subsets, training, seeds, device=device)
+            logits = models.logits(points)
+        else:
+            data = torch.tensor(x[subsets[0]]), torch.tensor(y[subsets[0]])
+            model = train_model(build_model, *data, training, seeds[0], device=device)
+            logits = logits_of(model, points)
+        found: NDArray[np.float32] = logits.cpu().numpy()
+    return found

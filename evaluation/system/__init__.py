@@ -1,0 +1,1 @@
+"""Digests of code and values, the environment, and text files."""

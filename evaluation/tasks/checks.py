@@ -1,0 +1,29 @@
+"""What must hold of a task before anything is trained on it."""
+
+from __future__ import annotations
+
+import torch
+
+from ...errors import bad_value
+from .class_logits import first_logits
+from .new_network import built
+from .tasks import Task
+
+
+def check_task(task: Task) -> None:
+    """Whether an untrained network reads the examples and has a logit for every label.
+
+    Raises:
+        TypeError: A network that does not return logits.
+        ValueError: Inputs that are not finite or that the network cannot read, or labels without a logit.
+    """
+    task.check_inputs()
+    network = built(task).eval()
+    with torch.no_grad():
+        n_classes = first_logits(network, task.train.tensors[0][:2], task.n_classes).shape[1]
+    for which, dataset in (("training", task.train), ("test", task.test)):
+        labels = dataset.tensors[1]
+        wrong = torch.nonzero((labels < 0) | (labels >= n_classes)).flatten()
+        if len(wrong):
+            got = f"label {int(labels[wrong[0]])} of {which} example {int(wrong[0])}"
+            raise bad_value("task", f"have labels in [0, {n_classes}), the logits of its network", got)

@@ -1,0 +1,327 @@
+"""Closed form of STRIDE: approximations of the damped Fisher, and scores as products of activations.
+
+The gradient of the fidelity loss (1) at a = 0 is `-(1/|S|) sum_{i in S} phi_i (e_{y_i} - p_i)^T`, and
+the Hessian of the stability loss (2) there is the Fisher `F = E[phi phi^T (x) (diag p - p p^T)]`. The
+first-order response of an operator to the weight 1/N of one example is therefore
+
+    a_i = 1/N (F + lambda I)^-1 (phi_i (x) r_i),        r_i = e_{y_i} - p_i  (see `residuals`)
+
+additive over the members of a subset, so that singleton subsets lose nothing. With the gradient g of
+the response with respect to the logits, the score of training example i for a test point is
+`<phi (x) g, a_i>`: the predicted change of the response when i is among the training examples.
+
+phi holds the features of every layer, each scaled to unit mean square norm, and a constant 1. The
+features are stored as they come; the scaling acts on the small side of every product.
+
+A curvature solves for F in units of s, the mean of the C - 1 eigenvalues that `E[diag p - p p^T]` can have.
+For a model that is sure of its training set s can be 1e-30. It cancels from scores if the r_i have that unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..system.devices import as_float64
+from ..system.memory import blocks
+from ..system.saved_values import saved_as
+from ..system.to_device import TrainingBlocks
+
+#: `(U, V)` with U `(n, n_features + 1)` and V `(n, n_classes)`: one Kronecker term of (F + lambda)^-1.
+Term = tuple[Tensor, Tensor]
+
+
+@saved_as("centered-map")
+@dataclass
+class CenteredMap:
+    """A product of features with a matrix, taken from their mean: `(phi - m) M + m M`.
+
+    Most of phi is its mean, which an inverse of A shrinks by more than float32 has digits. What is left when
+    the mean is taken off keeps its own, and `m M` is known in float64.
+
+    Attributes:
+        matrix: M, `(n_features + 1, n)`.
+        center: m = E[phi], `(n_features + 1,)`.
+        image: `m M`, `(n,)`.
+    """
+
+    matrix: Tensor
+    center: Tensor
+    image: Tensor
+
+    def __call__(self, phi: Tensor) -> Tensor:
+        """`phi M`, `(n_rows, n)`."""
+        return torch.addmm(self.image, phi - self.center, self.matrix)
+
+    def forms(self, data: TrainingBlocks, scale: Tensor) -> Tensor:
+        """`phi_i^T M phi_i` of each training example, for a symmetric M, `(n_train,)`.
+
+        Args:
+            data: The training set.
+            scale: Factor of each feature, 1 for the constant, `(n_features + 1,)`.
+        """
+        d = len(scale) - 1
+        middle = (self.center / scale)[:d]
+        quadratic = (self.matrix * scale[:, None] * scale)[:d, :d]
+        linear, constant = 2 * (self.image * scale)[:d], as_float64(self.image) @ as_float64(self.center)
+        forms = scale.new_empty(len(data.labels))
+        for rows in data:
+            h = data.features_of(rows) - middle
+            forms[rows] = torch.einsum("nd,nd->n", torch.addmm(linear, h, quadratic), h) + constant.to(forms)
+        return forms
+
+
+class Curvature:
+    """An approximation of F + lambda I that can be inverted: what every option has in common.
+
+    Attributes:
+        scale: s.
+    """
+
+    scale: float
+
+    def solve(self, phi: Tensor, vectors: Tensor) -> list[Term]:
+        """`s (F + lambda I)^-1 (phi (x) v)` as Kronecker terms.
+
+        Args:
+            phi: Scaled features with the constant, `(n, n_features + 1)`.
+            vectors: Class sides v, `(n, n_classes)`.
+
+        Returns:
+            Terms `(U, V)`; the inner product with `phi_i (x) r_i` is `sum (U phi_i) (V r_i)`.
+        """
+        raise NotImplementedError
+
+    def precondition(self, phi: Tensor, vectors: Tensor) -> list[Term]:
+        """`(F + lambda I)^-1 (phi (x) v)`, likewise."""
+        return self.solve(phi, vectors / self.scale)
+
+
+@saved_as("curvature.identity")
+@dataclass
+class IdentityCurvature(Curvature):
+    """A (x) s I.
+
+    Attributes:
+        scale: s.
+        inverse: `(A + damping mean(diag A) I)^-1`.
+    """
+
+    scale: float
+    inverse: CenteredMap
+
+    def class_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """The class side of the quadratic form of each row, times s, `(n,)`."""
+        return (left * right).sum(1)
+
+    def solve(self, phi: Tensor, vectors: Tensor) -> list[Term]:
+        """One term: `phi (A + lambda)^-1` and v."""
+        return [(self.inverse(phi), vectors)]
+
+
+@saved_as("curvature.kronecker")
+@dataclass
+class KroneckerCurvature(Curvature):
+    """A (x) Sigma with Sigma = E[diag p - p p^T]; each factor is damped relative to its mean diagonal.
+
+    Sigma's mean is over the C - 1 dimensions that it can have. Beyond 4,096 classes only its diagonal is
+    kept: what stands beside it, `E[p_a p_b]`, is a part of 1/C of it where probabilities are spread.
+
+    Attributes:
+        scale: s.
+        inverse: Damped inverse of A.
+        class_side: s times the damped inverse of Sigma, `(n_classes, n_classes)`, or its diagonal
+            `(n_classes,)`.
+    """
+
+    scale: float
+    inverse: CenteredMap
+    class_side: Tensor
+
+    @property
+    def class_inverse(self) -> Tensor:
+        """Damped inverse of Sigma, or its diagonal."""
+        return self.class_side / self.scale
+
+    def class_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """The class side of the quadratic form of each row, times s, `(n,)`."""
+        return (self._with_classes(left) * right).sum(1)
+
+    def solve(self, phi: Tensor, vectors: Tensor) -> list[Term]:
+        """One term: both sides multiplied by their inverse."""
+        return [(self.inverse(phi), self._with_classes(vectors))]
+
+    def _with_classes(self, vectors: Tensor) -> Tensor:
+        return vectors * self.class_side if self.class_side.ndim == 1 else vectors @ self.class_side
+
+
+@saved_as("curvature.eigenvalue-corrected")
+@dataclass
+class EigenvalueCorrectedCurvature(Curvature):
+    """The eigenbasis of A (x) Sigma with the exact diagonal of F in it (George et al., 2018).
+
+    Attributes:
+        scale: s.
+        basis: Eigenvectors of A, `(n_features + 1, n_features + 1)`.
+        class_basis: Eigenvectors of Sigma, `(n_classes, n_classes)`.
+        inverse_diagonal: `s / (F_ab + lambda)`, `(n_features + 1, n_classes)`.
+    """
+
+    scale: float
+    basis: Tensor
+    class_basis: Tensor
+    inverse_diagonal: Tensor
+
+    def solve(self, phi: Tensor, vectors: Tensor) -> list[Term]:
+        """One term per eigenvector of Sigma."""
+        rotated, v = phi @ self.basis, vectors @ self.class_basis
+        return [
+            ((rotated * self.inverse_diagonal[:, b]) @ self.basis.T, v[:, b : b + 1] * self.class_basis[:, b])
+            for b in range(v.shape[1])
+        ]
+
+
+@saved_as("curvature.class-blocks")
+@dataclass
+class ClassBlockCurvature(Curvature):
+    """The diagonal blocks of F: E[phi phi^T p_c (1 - p_c)] for each class c.
+
+    Attributes:
+        scale: s.
+        inverses: s times the damped inverse of the block of each class.
+    """
+
+    scale: float
+    inverses: list[CenteredMap]
+
+    def solve(self, phi: Tensor, vectors: Tensor) -> list[Term]:
+        """One term per class."""
+        classes = torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
+        return [(inverse(phi), vectors[:, c : c + 1] * classes[c]) for c, inverse in enumerate(self.inverses)]
+
+
+@saved_as("curvature.gauss-newton")
+@dataclass
+class GaussNewtonCurvature(Curvature):
+    """F itself, solved by conjugate gradients over the training set for each block of test points.
+
+    Preconditioned by A (x) s I, which leaves tens of steps where there were hundreds. Products with
+    `diag p - p p^T` start from the likeliest class, so that nothing cancels if its p is close to 1.
+
+    Attributes:
+        scale: s.
+        phi: Scaled features of the training set, `(n_train, n_features + 1)`.
+        others: p / s with 0 in the place of the likeliest class, `(n_train, n_classes)`.
+        first: The likeliest class, `(n_train, 1)` int64.
+        damping: lambda / s, absolute.
+        inverse: `(A + damping mean(diag A) I)^-1`.
+        tolerance: Relative residual at which the solver stops.
+    """
+
+    scale: float
+    phi: Tensor
+    others: Tensor
+    first: Tensor
+    damping: float
+    inverse: Tensor
+    tolerance: float = 1e-6
+
+    def solve(self, phi: Tensor, vectors: Tensor) -> list[Term]:
+        """One term per class: the columns of the solution."""
+        right = phi[:, :, None] * vectors[:, None, :]
+        solution = self._solve(right)
+        classes = torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
+        return [(solution[:, :, c], classes[c].expand_as(vectors)) for c in range(vectors.shape[1])]
+
+    def multiply(self, a: Tensor) -> Tensor:
+        """(F + lambda I) a / s for a `(n, n_features + 1, n_classes)`."""
+        result = self.damping * a
+        for rows in blocks(len(self.phi), 1024):
+            phi, p = self.phi[rows], self.others[rows]
+            first = self.first[rows].expand(len(a), -1, 1)
+            moved = torch.einsum("id,ndc->nic", phi, a)
+            moved = moved - moved.gather(-1, first)
+            moved = p * (moved - self.scale * (p * moved).sum(-1, keepdim=True))
+            moved.scatter_(-1, first, -moved.sum(-1, keepdim=True))
+            result += torch.einsum("id,nic->ndc", phi, moved) / len(self.phi)
+        return result
+
+    def _solve(self, right: Tensor) -> Tensor:
+        """Conjugate gradients, all right-hand sides at once; stops when each residual is small."""
+        x = 0 * right  # not zeros: a right-hand side with NaN has no solution
+        r = right.clone()
+        direction = z = self.inverse @ r
+        rho = (r * z).sum((1, 2))
+        goal = self.tolerance * r.norm(dim=(1, 2))
+        for _ in range(10 * right.shape[1] * right.shape[2]):
+            if not bool((r.norm(dim=(1, 2)) > goal).any()):  # one with NaN must not keep the others going
+                break
+            product = self.multiply(direction)
+            step = _ratio(rho, (direction * product).sum((1, 2)))
+            x += step * direction
+            r -= step * product
+            z = self.inverse @ r
+            rho, previous = (r * z).sum((1, 2)), rho
+            direction = z + _ratio(rho, previous) * direction
+        return x
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """The quotient for each right-hand side, 0 where one has converged to nothing; `(n, 1, 1)`."""
+    return torch.where(below > 0, above / torch.where(below > 0, below, 1.0), 0.0)[:, None, None]
+
+
+#: Scores that the class side multiplies at a time: small enough for the last level of cache.
+_CACHED_SCORES = 2**21
+#: Test points up to which the product is taken the other way round.
+_FEW_POINTS = 8
+
+
+def score_block(terms: Sequence[Term], features: Tensor, residuals: Tensor) -> Tensor:
+    """`sum_t (U_t h^T) * (V_t r^T)` for one block of training examples.
+
+    Args:
+        terms: Preconditioned test points that act on raw features (`on_raw_features`).
+        features: Raw features h of the block, `(n_block, n_features)`.
+        residuals: `(n_block, n_classes)`.
+
+    Returns:
+        `(n_test, n_block)`.
+    """
+    total: Tensor | None = None
+    for u, v in terms:
+        block = _feature_product(u, features)
+        for columns in blocks(block.shape[1], max(_CACHED_SCORES // max(len(u), 1), 256)):
+            block[:, columns] *= v @ residuals[columns].T
+        total = block if total is None else total.add_(block)
+    assert total is not None, "a curvature gives at least one term"
+    return total
+
+
+def _feature_product(u: Tensor, features: Tensor) -> Tensor:
+    """`U [h, 1]^T`, `(n_test, n_block)`."""
+    n = len(u)
+    if n > _FEW_POINTS or n == 0:
+        return torch.addmm(u[:, -1:], u[:, :-1], features.T)
+    # A product of one vector runs on one thread, and few rows are slow: few columns use all of them.
+    few = u if n > 1 else u.expand(2, -1)
+    columns = few[:, :-1].contiguous().T
+    return (features @ columns)[:, :n].T.contiguous().add_(u[:, -1:])
+
+
+def on_raw_features(terms: Sequence[Term], scale: Tensor, n_train: int) -> list[Term]:
+    """Fold the scaling of the features and the weight 1/N of one example into the test side."""
+    return [(u * scale.to(u), v / n_train) for u, v in terms]
+
+
+def quadratic_forms(curvature: Curvature, phi: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`<phi (x) left, (F + lambda I)^-1 (phi (x) right)>` of each row, `(n,)`."""
+    return forms_of(curvature.precondition(phi, right), phi, left)
+
+
+def forms_of(terms: Sequence[Term], phi: Tensor, left: Tensor) -> Tensor:
+    """The inner product of each row's terms with its `phi (x) left`, `(n,)`."""
+    return torch.stack([(u * phi).sum(1) * (v * left).sum(1) for u, v in terms]).sum(0)

@@ -1,0 +1,261 @@
+"""Estimate of what the closed form will cost: a few batches, small products, and a count of bytes.
+
+Seconds of a fit are those of a few forward passes, times the number of batches, and those of the closed
+form itself on random features, `c_0(d) + c_1(d) n_train`. Wide features make c_0, which factorises d x d
+matrices, long: it is then measured at d/4 and d/2 and follows a power of d. A query is asked of random
+features of the right width. Bytes are counted, not measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batch import ExampleBatch, walk
+from ..data.passes import Passes
+from ..influence.estimate import (
+    Estimate,
+    along_a_line,
+    median_seconds,
+    some_test_points,
+    timed,
+    training_examples,
+)
+from ..layers.activations import Tap, recording
+from ..system.peak_memory import PeakMemory, release_free_memory
+from ..system.preserve_state import weights_fingerprint
+from .curvature import CenteredMap, KroneckerCurvature
+from .memory import ClosedFormBytes, closed_form_bytes, products_dtype
+from .moments import Moments
+from .operators import ClosedForm, block_rows, fit_closed_form
+from .ridge_head import RidgeHead
+
+if TYPE_CHECKING:
+    from ..stride import STRIDE
+
+_BATCHES = 3
+_NARROW = 768
+_ROWS = (64, 2048)
+_WRITTEN = 2**24
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What a pass over the training set was seen to cost.
+
+    Attributes:
+        seconds: Of the whole pass, the examples' digests included where there is a store.
+        bytes: Memory of one forward pass.
+        widths: Of the layers.
+        n_classes: C.
+        taps: Where features are read.
+    """
+
+    seconds: float
+    bytes: int
+    widths: list[int]
+    n_classes: int
+    taps: list[Tap]
+
+
+def estimate_closed_form(method: STRIDE, n_test: int, k: int | None) -> Estimate:
+    """Expected cost of a `STRIDE` with the closed form and one Kronecker term.
+
+    Args:
+        method: It is not fitted and not changed.
+        n_test: Test points of the query.
+        k: As for `influence`.
+    """
+    n, device = training_examples(method), method._work_device()
+    test, times = some_test_points(method, n_test)
+    with method._session() as model:
+        reading = _read_a_little(method, model, n)
+        fingerprint = timed(lambda: weights_fingerprint(model), device)
+    d, copies = sum(reading.widths), len(method._checkpoints())
+    solving = _solving_seconds(method, reading, n, device)
+    query_seconds = _query_seconds(method, reading, test, k, n) * times
+    stored = method.feature_store is not None
+    held, most = _fit_bytes(method, reading, n)
+    per_row = 4 * d if method.feature_store is None or method.feature_store.dtype == "float32" else 2 * d
+    disk = n * (per_row + 4 * reading.n_classes + 8) if stored else 0
+    return Estimate(
+        n_train=n,
+        n_test=n_test,
+        k=k,
+        fit_seconds=copies * (reading.seconds + fingerprint + solving),
+        query_seconds=copies * query_seconds,
+        fit_bytes=copies * held + most,
+        query_bytes=_query_bytes(method, reading, len(test), n_test, n, k),
+        disk_bytes=copies * disk,
+        basis=f"{_BATCHES} batches of the training set and products of random features",
+    )
+
+
+def _read_a_little(method: STRIDE, model: nn.Module, n: int) -> _Reading:
+    if method._precomputed is not None:
+        features, logits, _, widths = method._precomputed
+        del features
+        return _Reading(0.0, 0, widths, logits.shape[1], method._choose_taps(model))
+    method = copy.copy(method)  # which reads the training set on its own
+    device = method._work_device()
+    source = Passes(method.train_dataset, method.batch_size, method._reading()).walk()
+    batches = [batch for _, batch in zip(range(_BATCHES), source, strict=False)]
+    loading = timed(lambda: next(source, None), device) if len(batches) == _BATCHES else 0.0
+    release_free_memory()
+    with PeakMemory(device) as memory:
+        choosing = timed(lambda: method._choose_taps(model), device)
+        taps = method._choose_taps(model)
+        with recording(model, taps) as run:
+
+            def read(batch: ExampleBatch) -> Tensor:
+                rows, logits, _ = method._compute(run, batch)
+                return torch.cat([*rows, logits], 1)
+
+            warm = read(batches[0].first(64))
+            seconds = statistics.median(timed(lambda b=batch: read(b), device) for batch in batches)  # type: ignore[misc]
+    widths = [tap.width for tap in taps]
+    count = n / len(batches[0])
+    if method.feature_store is not None:
+        loading += _storing_seconds(method.feature_store.path, batches[0], sum(widths))
+    return _Reading(
+        choosing + count * (seconds + loading), memory.bytes or 0, widths, warm.shape[1] - sum(widths), taps
+    )
+
+
+def _storing_seconds(path: str | Path, batch: ExampleBatch, width: int) -> float:
+    """Digest of one batch, and writing its features."""
+    values = [part for _, part in walk(batch.content) if isinstance(part, Tensor)]
+    size = sum(v.numel() * v.element_size() for v in values)
+    block, cpu = bytes(_WRITTEN), torch.device("cpu")
+    digest = timed(lambda: hashlib.sha256(block), cpu)
+    folder = next(
+        parent for parent in [Path(path).absolute(), *Path(path).absolute().parents] if parent.exists()
+    )
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        writing = timed(lambda: file.write(block), cpu)
+    return (size * digest + 4 * width * len(batch) * writing) / _WRITTEN
+
+
+def _solving_seconds(method: STRIDE, reading: _Reading, n: int, device: torch.device) -> float:
+    """Of `fit_closed_form`: measured at the width d, or at d/4 and d/2 and extrapolated by powers of d."""
+    d = sum(reading.widths)
+    rows = sorted({min(size, n) for size in _ROWS})
+
+    def parts(shrink: int) -> tuple[float, float]:
+        widths = [max(width // shrink, 1) for width in reading.widths]
+        seconds = [_closed_form_seconds(method, size, widths, reading.n_classes, device) for size in rows]
+        if len(rows) == 1:
+            return seconds[0], 0.0
+        slope = max(seconds[1] - seconds[0], 0.0) / (rows[1] - rows[0])
+        return max(seconds[0] - slope * rows[0], 0.0), slope
+
+    if d <= _NARROW:
+        fixed, slope = parts(1)
+    else:
+        quarter, half = parts(4), parts(2)
+        fixed, slope = (_next_power(a, b, most) for a, b, most in zip(quarter, half, (3.0, 2.0), strict=True))
+    return fixed + slope * n
+
+
+def _next_power(first: float, second: float, most: float) -> float:
+    """What follows after two values at sizes that double, by a power law of at most `most`."""
+    if first <= 0 or second <= 0:
+        return second * 2**most
+    return second * 2 ** min(max(math.log2(second / first), 0.0), most)
+
+
+def _closed_form_seconds(
+    method: STRIDE, n: int, widths: Sequence[int], n_classes: int, device: torch.device
+) -> float:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(n, sum(widths), generator=generator, device="cpu").to(device)
+    logits = torch.randn(n, n_classes, generator=generator, device="cpu").to(device)
+    labels = torch.arange(n, device=device) % n_classes
+    config = method.config
+    return median_seconds(lambda: fit_closed_form(features, logits, labels, widths, config, 2.0), device)
+
+
+def _query_seconds(method: STRIDE, reading: _Reading, test: Any, k: int | None, n: int) -> float:
+    """Of `influence`, asked of random features at two sizes of the training set."""
+    d, points = sum(reading.widths), len(test)
+    like = _bytes(method, reading, n)
+    low = max(2**23 // (4 * d), 2 * 2**22 // points if k else 0, 256)
+    sizes = sorted({min(size, n) for size in (low, 4 * low)})
+    seconds = []
+    for size in sizes:
+        twin = copy.copy(method)
+        twin.checkpoints, twin._fitted_on, twin.n_train_ = None, None, size
+        twin._states, twin._weights = [_random_state(method, reading, size, n, like)], [1.0]
+        seconds.append(median_seconds(partial(twin.influence, test, k), method._work_device()))
+    return float(along_a_line(sizes, seconds, n) or 0.0)
+
+
+def _random_state(method: STRIDE, reading: _Reading, n: int, of: int, like: ClosedFormBytes) -> Any:
+    """A closed form of n random examples that computes and keeps as one of `of` examples does."""
+    device, d, n_classes = method._work_device(), sum(reading.widths), reading.n_classes
+    dtype = products_dtype(method.config, of, d)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(n, n_classes, generator=generator, device="cpu").to(device)
+    none = logits[:0]
+    eye, classes = (torch.eye(size, dtype=dtype, device=device) for size in (d + 1, n_classes))
+    form = ClosedForm(
+        features=torch.randn(n, d, generator=generator, device="cpu").to(device),
+        logits=logits,
+        labels=torch.arange(n, device=device) % n_classes,
+        widths=reading.widths,
+        moments=Moments(none, none, none, n),
+        scale=torch.ones(d + 1, dtype=dtype, device=device),
+        head=_random_head(reading, n, device),
+        ridge_ratio=1.0,
+        curvature=KroneckerCurvature(1.0, CenteredMap(eye, 0 * eye[0], 0 * eye[0]), classes),
+        kind=method.config.residuals,
+        temperature=2.0,
+        block_rows=block_rows(method.config, d, n_classes, dtype, device),
+        residual_bytes=sys.maxsize if like.residuals else 0,
+    )
+    form.keep_residuals()
+    return method._state(reading.taps, form)
+
+
+def _random_head(reading: _Reading, n: int, device: torch.device) -> RidgeHead:
+    widths = reading.widths
+    d = sum(widths[:-1]) if len(widths) > 1 else sum(widths)
+    ones = torch.ones(n, dtype=torch.float64, device=device)
+    weights = torch.zeros(d + 1, reading.n_classes, dtype=torch.float64, device=device)
+    return RidgeHead(weights, ones, ones, ones < 0, ones, 1.0)
+
+
+def _bytes(method: STRIDE, reading: _Reading, n: int) -> ClosedFormBytes:
+    in_memory = method.feature_store is None and method._precomputed is None
+    device = method._work_device()
+    return closed_form_bytes(method.config, n, reading.widths, reading.n_classes, device, in_memory=in_memory)
+
+
+def _fit_bytes(method: STRIDE, reading: _Reading, n: int) -> tuple[int, int]:
+    """What a fit keeps, and what it needs beside that at its worst moment."""
+    size = _bytes(method, reading, n)
+    again = 4 * n * reading.n_classes if size.arrays else 0  # logits, batch by batch and whole
+    return size.kept, max(reading.bytes + again, size.solving + size.block)
+
+
+def _query_bytes(method: STRIDE, reading: _Reading, points: int, n_test: int, n: int, k: int | None) -> int:
+    """The scores, what the test points need, and the blocks of a streamed top-k or of residuals."""
+    d, size = sum(reading.widths), _bytes(method, reading, n)
+    prepared = 4 * points * (4 * d + 3 * reading.n_classes) + reading.bytes
+    prepared += 0 if size.residuals else size.block
+    if k is None:
+        return 4 * n_test * n + prepared
+    block = min(2**22, method.memory_budget // 16, points * n)
+    return 4 * 3 * block + 12 * n_test * k + prepared

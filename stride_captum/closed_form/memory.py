@@ -1,0 +1,98 @@
+"""Bytes of the arrays that a closed form keeps or needs for a while, counted from their shapes.
+
+Of n examples with d features in n_heads = d minus the last layer's, C classes and products of b bytes:
+
+    features, logits     4 n (d + C), unless they are stored or memory-mapped
+    vectors              29 n: label, 1 - leverage, shift, norm, flag
+    residuals            b n C, if they fit the memory budget
+    moments              8 (d + 1) (d + 1 + C)
+    factors              b ((d + 1)^2 + C^2) + 8 (n_heads + 1) C
+    one block            3 b (d + 1) + 48 C for each of its rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..config import STRIDEConfig
+from ..system.memory import parse_bytes
+from .class_moments import MOST_CLASSES
+from .damping import needs_float64
+from .operators import block_rows
+
+
+@dataclass(frozen=True)
+class ClosedFormBytes:
+    """The table above, as numbers.
+
+    Attributes:
+        arrays: Features and logits in memory.
+        vectors: What is kept of each example.
+        residuals: Those that are kept, 0 if they do not fit the budget.
+        moments: Gram matrix and class moments.
+        factors: Inverses of A and Sigma, and weights of the ridge head.
+        block: Temporary arrays of one block of training examples.
+        solving: Temporary matrices of the factorisations.
+    """
+
+    arrays: int
+    vectors: int
+    residuals: int
+    moments: int
+    factors: int
+    block: int
+    solving: int
+
+    @property
+    def kept(self) -> int:
+        """What a fit keeps."""
+        return self.arrays + self.vectors + self.residuals + self.moments + self.factors
+
+
+def closed_form_bytes(
+    config: STRIDEConfig,
+    n_train: int,
+    widths: Sequence[int],
+    n_classes: int,
+    device: torch.device,
+    *,
+    in_memory: bool,
+) -> ClosedFormBytes:
+    """Count the arrays of one Kronecker term.
+
+    Args:
+        config: `damping`, `curvature` and `memory_budget`.
+        n_train: n.
+        widths: Widths of the layers.
+        n_classes: C.
+        device: Where products are taken.
+        in_memory: Whether features and logits are in memory.
+
+    >>> wide = closed_form_bytes(STRIDEConfig(memory_budget="1MiB"), 10**6, [64], 1000, torch.device("cpu"),
+    ...                          in_memory=False)
+    >>> wide.vectors, wide.residuals, wide.block <= 2**20
+    (29000000, 0, True)
+    """
+    d = sum(widths) + 1
+    head = sum(widths[:-1]) + 1 if len(widths) > 1 else d
+    dtype = products_dtype(config, n_train, d - 1)
+    whole = config.curvature == "kronecker" and n_classes <= MOST_CLASSES
+    residuals = dtype.itemsize * n_train * n_classes
+    rows = min(n_train, block_rows(config, d - 1, n_classes, dtype, device))
+    return ClosedFormBytes(
+        arrays=4 * n_train * (d - 1 + n_classes) * in_memory,
+        vectors=29 * n_train,
+        residuals=residuals if residuals <= parse_bytes(config.memory_budget, device) else 0,
+        moments=8 * d * (d + n_classes),
+        factors=dtype.itemsize * (d * d + (n_classes**2 if whole else n_classes)) + 8 * head * n_classes,
+        block=rows * (3 * dtype.itemsize * d + 6 * 8 * n_classes),
+        solving=8 * (4 * d * d + d * n_classes + 4 * (n_classes**2 if whole else n_classes)),
+    )
+
+
+def products_dtype(config: STRIDEConfig, n_train: int, n_features: int) -> torch.dtype:
+    """The dtype of products with float32 features of usual size."""
+    return torch.float64 if needs_float64(config.damping, n_train, n_features) else torch.float32

@@ -1,0 +1,192 @@
+"""Second moments of the features of a training set, from one pass over it.
+
+Products are taken in float32 and added in float64. Everything is float64 where that is asked for, where it
+is cheap, or where the squares of the features leave the range of float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import bad_value
+from ..linalg import add_gram_matrix, in_float32
+from ..residuals import one_hot
+from ..system.devices import float64_device, matching
+from ..system.memory import MOST_ROWS, blocks
+from ..system.processes import ALONE, Alone
+from ..system.saved_values import saved_as
+from ..system.to_device import staged, working_dtype
+
+#: Up to this many multiplications a Gram matrix takes .02 s in float64 on one core.
+_CHEAP = 2**28
+#: Rows that are summed by class in float32 before they join a sum in float64. With 8,192 the leave-one-out
+#: residuals lose a digit, and with it the cosine of examples that the model is sure of.
+_CLASS_ROWS = 512
+
+
+@saved_as("moments")
+@dataclass
+class Moments:
+    """Second moments of the features of the training set.
+
+    Attributes:
+        gram: `sum_i h_i h_i^T` with h extended by 1, `(n_features + 1, n_features + 1)` float64.
+        targets: `sum_i h_i e_{y_i}^T`, `(n_features + 1, n_classes)` float64.
+        scale: Factor of each feature that gives every layer unit mean square norm; 1 for the
+            constant. `(n_features + 1,)` float64.
+        n_train: N.
+    """
+
+    gram: Tensor
+    targets: Tensor
+    scale: Tensor
+    n_train: int
+
+    def first(self, n_features: int) -> Moments:
+        """The moments of the first features and the constant."""
+        if n_features == len(self.scale) - 1:
+            return self
+        kept = [*range(n_features), len(self.scale) - 1]
+        return Moments(self.gram[kept][:, kept], self.targets[kept], self.scale[kept], self.n_train)
+
+    @property
+    def second_moment(self) -> Tensor:
+        """A = E[phi phi^T], `(n_features + 1, n_features + 1)` float64."""
+        return self.gram * self.scale[:, None] * self.scale / self.n_train
+
+    @property
+    def mean(self) -> Tensor:
+        """E[phi], the last row of A, `(n_features + 1,)` float64."""
+        return self.gram[-1] * self.scale / self.n_train
+
+    @property
+    def in_float32(self) -> bool:
+        """Whether the squares of features, and of their scales, are within the range of float32."""
+        return bool(in_float32(1 / self.scale).all())
+
+
+def feature_moments(
+    features: Tensor,
+    labels: Tensor,
+    n_classes: int,
+    widths: Sequence[int],
+    block_rows: int = MOST_ROWS,
+    ranks: Alone = ALONE,
+    dtype: torch.dtype | None = None,
+) -> Moments:
+    """Accumulate the moments.
+
+    Args:
+        features: `(n_train, n_features)`, may be memory-mapped, and elsewhere than the labels.
+        labels: `(n_train,)` int64; products are taken on their device.
+        n_classes: C.
+        widths: Widths of the layers, in the order of the columns.
+        block_rows: Rows of a block.
+        ranks: Who else has a share of the training set.
+        dtype: Of the products; None takes float64 where that is cheap.
+
+    Raises:
+        ValueError: NaN or infinite features, or features whose squares leave the range of float64.
+    """
+    chosen = dtype or working_dtype(features)
+    if dtype is None and len(features) * features.shape[1] ** 2 <= _CHEAP:
+        chosen = torch.float64
+    gram, targets = _sums(features, labels, n_classes, block_rows, ranks, chosen)
+    if dtype != torch.float64 and not _within_float32(gram, targets, widths):
+        return feature_moments(features, labels, n_classes, widths, block_rows, ranks, torch.float64)
+    _check_range(gram, targets, widths)
+    n = int(gram[-1, -1])
+    return Moments(gram, targets, layer_scale(gram.diagonal(), widths, n), n)
+
+
+def _sums(
+    features: Tensor, labels: Tensor, n_classes: int, block_rows: int, ranks: Alone, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`sum h h^T` and `sum h e^T` over all processes, with products in `dtype`."""
+    n, d = features.shape
+    place = float64_device(labels.device)
+    gram = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=place)
+    targets = torch.zeros(d + 1, n_classes, dtype=torch.float64, device=place)
+    device = place if dtype == torch.float64 else labels.device
+    for rows in blocks(n, block_rows):
+        h = staged(features[rows], device, dtype)
+        e = one_hot(labels[rows].to(device), h.new_empty(0, n_classes))
+        add_gram_matrix(gram[:d, :d], h)
+        for few in blocks(len(h), block_rows if dtype == torch.float64 else _CLASS_ROWS):
+            targets[:d] += matching(h[few].T @ e[few], gram)
+        targets[d] += matching(e.sum(0), gram)
+    gram[:d, d] = gram[d, :d] = targets[:d].sum(1)  # every example is of one class
+    gram[d, d] = n
+    return ranks.total(gram, "Gram matrix"), ranks.total(targets, "class moments")
+
+
+def _layer_norms(gram: Tensor, widths: Sequence[int]) -> Tensor:
+    """Root mean square norm of each layer, `(n_layers,)`."""
+    energies = torch.stack([part.sum() for part in gram.diagonal()[:-1].split(list(widths))])
+    return (energies / gram[-1, -1]).sqrt()
+
+
+def _vanished(gram: Tensor, targets: Tensor, widths: Sequence[int]) -> Tensor:
+    """Layers whose squares are 0 although their features are not, `(n_layers,)` bool."""
+    sums = torch.stack([part.abs().sum() for part in targets[:-1].split(list(widths))])
+    return (_layer_norms(gram, widths) == 0) & (sums > 0)
+
+
+def _within_float32(gram: Tensor, targets: Tensor, widths: Sequence[int]) -> bool:
+    norms = _layer_norms(gram, widths)
+    fits = ((norms == 0) & ~_vanished(gram, targets, widths)) | in_float32(norms)
+    return bool(fits.all()) and bool(torch.isfinite(gram).all())
+
+
+def _check_range(gram: Tensor, targets: Tensor, widths: Sequence[int]) -> None:
+    finite = torch.isfinite(targets).all(1)
+    if not bool(finite.all()):
+        column = int((~finite).nonzero()[0])
+        raise bad_value(
+            "train_dataset",
+            "give finite activations",
+            f"NaN or infinity in feature {column}",
+            "Look for it in the inputs, or for an overflow in half precision.",
+        )
+    wrong = _vanished(gram, targets, widths) | ~torch.isfinite(_layer_norms(gram, widths))
+    if bool(wrong.any()):
+        layer = int(wrong.nonzero()[0])
+        raise bad_value(
+            "train_dataset",
+            "give activations whose squares float64 can hold, about 1e-150 to 1e150",
+            f"smaller or larger ones in layer {layer} of those that are read",
+            "Scale the inputs.",
+        )
+
+
+def layer_scale(energy: Tensor, widths: Sequence[int], n_train: int) -> Tensor:
+    """Factor of each feature that gives every layer unit mean square norm; 1 for the constant.
+
+    Args:
+        energy: Diagonal of the Gram matrix, `(n_features + 1,)`.
+        widths: Widths of the layers, in the order of the columns.
+        n_train: N.
+    """
+    scale, start = torch.ones_like(energy), 0
+    for width in widths:
+        norm = (energy[start : start + width].sum() / n_train).sqrt()
+        scale[start : start + width] = 1 / norm if norm > 0 else 1.0
+        start += width
+    return scale
+
+
+def scaled_features(features: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """phi: features times their scale, and the constant 1; `(n, n_features + 1)`.
+
+    Args:
+        features: Raw features `(n, n_features)`.
+        scale: `(n_features + 1,)`.
+        dtype: Of phi; None takes the working dtype of the features.
+    """
+    features = features.to(dtype or working_dtype(features))
+    ones = features.new_ones(len(features), 1)
+    return torch.cat([features * scale[:-1].to(features), ones], dim=1)

@@ -1,0 +1,359 @@
+"""What the closed form keeps of a training set, and how scores come from it.
+
+Features and logits stay where they are; beside them, only vectors have an entry for every example. Residuals,
+`(n_train, n_classes)`, are computed from these block by block whenever they are needed, and kept only if they
+fit the memory budget. Scores are the same bits either way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..config import STRIDEConfig
+from ..errors import bad_value
+from ..residuals import choose_residuals, project_on_simplex, ratio_of_norms, tempered_residuals
+from ..system.devices import matching
+from ..system.memory import MOST_ROWS, blocks, parse_bytes, rows_that_fit
+from ..system.processes import ALONE, Alone
+from ..system.saved_values import saved_as
+from ..system.to_device import TrainingBlocks, working_dtype
+from .class_moments import MOST_CLASSES, class_moments
+from .curvature import (
+    Curvature,
+    IdentityCurvature,
+    KroneckerCurvature,
+    Term,
+    forms_of,
+    on_raw_features,
+    score_block,
+)
+from .curvature_fit import fit_curvature
+from .damping import LEAST_OF_HEAD, check_damping, needs_float64
+from .moments import Moments, feature_moments, scaled_features
+from .ridge_head import RidgeHead, fit_ridge_head
+from .training_residuals import TrainingResiduals
+
+#: Rows that are taken at a time by curvatures with many Kronecker terms.
+_FEW_ROWS = 256
+#: Logits of a block: arrays twice as large are slower, because the system clears them at every use.
+_LOGITS = 2**21
+#: Norm of residuals, in the unit of the curvature, up to which scores stay within float32.
+_LARGEST_RESIDUAL = 1e30
+
+
+@saved_as("closed-form")
+@dataclass
+class ClosedForm:
+    """Closed-form operators of all singleton subsets.
+
+    Attributes:
+        features: Raw features h of the training set, `(n_train, n_features)`, as they were stored.
+        logits: z, `(n_train, n_classes)`, likewise.
+        labels: y, `(n_train,)` int64, where products are taken.
+        widths: Widths of the layers, in the order of the columns.
+        moments: What `update` changes when examples come or go.
+        scale: Factor of each feature, 1 for the constant, `(n_features + 1,)` in the dtype of products.
+        head: Ridge head on all layers but the last.
+        ridge_ratio: Factor of the ridge part of the residuals "both".
+        curvature: Approximation of F + lambda I.
+        kind: The option `residuals`.
+        temperature: T.
+        block_rows: Training examples that are read at a time, where that needs memory.
+        residual_bytes: Residuals are kept where they take no more.
+    """
+
+    features: Tensor
+    logits: Tensor
+    labels: Tensor
+    widths: list[int]
+    moments: Moments
+    scale: Tensor
+    head: RidgeHead
+    ridge_ratio: float
+    curvature: Curvature
+    kind: str
+    temperature: float
+    block_rows: int = MOST_ROWS
+    residual_bytes: int = 0
+
+    @property
+    def n_train(self) -> int:
+        """N, all training examples: more than there are features where processes share them."""
+        return self.moments.n_train
+
+    @property
+    def n_classes(self) -> int:
+        """C."""
+        return self.logits.shape[1]
+
+    @property
+    def residuals(self) -> Tensor:
+        """r_i of the whole training set, `(n_train, n_classes)`; made anew at every call."""
+        return self._whole(lambda rows: self.curvature.scale * self._residuals.of(rows))
+
+    @property
+    def loss_residuals(self) -> Tensor:
+        """e_y - p at temperature 1, `(n_train, n_classes)`; made anew at every call."""
+        return self._whole(self._residuals.of_loss)
+
+    def _whole(self, of_rows: Callable[[slice], Tensor]) -> Tensor:
+        whole = self.scale.new_empty(len(self.labels), self.n_classes, dtype=working_dtype(self.features))
+        for rows in self._data:
+            whole[rows] = of_rows(rows).to(whole)
+        return whole
+
+    def prepare(self, features: Tensor, gradients: Tensor) -> tuple[list[Term], Tensor, Tensor]:
+        """What the scores of test points need.
+
+        Args:
+            features: Raw features of the test points, `(n_test, n_features)`.
+            gradients: Of the response with respect to the logits, `(n_test, n_classes)`.
+
+        Returns:
+            The preconditioned terms, acting on raw training features, and both sides as they came.
+        """
+        phi = scaled_features(features.to(self.scale.device), self.scale, self.scale.dtype)
+        gradients = gradients.to(phi)
+        terms = self.curvature.solve(phi, gradients)
+        return on_raw_features(terms, self.scale, self.n_train), phi, gradients
+
+    def scores(self, terms: Sequence[Term], columns: slice) -> Tensor:
+        """Scores `(n_test, n_columns)` against a slice of the training set."""
+        like, features = terms[0][0], self.features[columns]
+        in_place = features.dtype == like.dtype and features.device == like.device
+        if in_place and self._residuals.kept is not None:
+            return score_block(terms, features, self._residuals.kept[columns])
+        scores = like.new_empty(len(like), len(features), dtype=working_dtype(features))
+        for block in blocks(len(features), self.block_rows):
+            rows = slice(columns.start + block.start, columns.start + block.stop)
+            scores[:, block] = score_block(terms, self._data.features_of(rows), self._residuals.of(rows))
+        return scores
+
+    def train_norms(self) -> Tensor:
+        """`sqrt(<phi_i (x) r_i, (F + lambda)^-1 (phi_i (x) r_i)> / N)` times 1/sqrt(s), `(n_train,)`."""
+        return self._train_norms
+
+    @cached_property
+    def _train_norms(self) -> Tensor:
+        norms = []
+        for rows in self._form_blocks:
+            sizes, units = _sizes_and_units(self._residuals.of(rows))
+            norms.append(_norms(self._forms(rows, units, units), sizes))
+        return torch.cat(norms).to(working_dtype(self.features))
+
+    def test_norms(self, phi: Tensor, gradients: Tensor) -> Tensor:
+        """The same norm of the test points, times sqrt(s) instead, `(n_test,)`."""
+        sizes, units = _sizes_and_units(gradients)
+        forms = forms_of(self.curvature.solve(phi, units), phi, units)
+        norms = _norms(forms / self.n_train, sizes)
+        return norms.to(working_dtype(self.features))
+
+    def self_influence(self) -> Tensor:
+        """`<phi_i (x) (e_y - p), (F + lambda)^-1 (phi_i (x) r_i)> / N`, `(n_train,)`."""
+        parts = []
+        for rows in self._form_blocks:
+            sizes, units = _sizes_and_units(self._residuals.of_loss(rows))
+            left = units.to(self.scale)
+            parts.append(sizes * matching(self._forms(rows, left, self._residuals.of(rows)), sizes))
+        return self._in_range(torch.cat(parts))
+
+    def self_influence_of(self, features: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """The self-influence that other examples would have, `(n,)`.
+
+        The ridge part of their residuals is out of sample as it is: nothing is left out.
+        """
+        phi = scaled_features(features.to(self.scale.device), self.scale, self.scale.dtype)
+        predictions = project_on_simplex(self.head.predict(features))
+        z, y = matching(logits, predictions), labels.to(predictions.device)
+        residuals, _ = choose_residuals(self.kind, z, y, predictions, self.temperature, self.ridge_ratio)
+        sizes, units = _sizes_and_units(tempered_residuals(z, y))
+        right = (residuals / self.curvature.scale).to(phi)
+        forms = forms_of(self.curvature.solve(phi, right), phi, units.to(phi))
+        return self._in_range(sizes * matching(forms, sizes) / self.n_train)
+
+    def suspicion(self) -> Tensor:
+        """Norm of the leave-one-out residual of the ridge head, `(n_train,)`."""
+        return self.head.norms
+
+    def keep_residuals(self) -> None:
+        """Compute residuals that fit the budget now, so that the first query is as fast as the second."""
+        _ = self._residuals.kept
+
+    @property
+    def _data(self) -> TrainingBlocks:
+        return TrainingBlocks(self.features, self.logits, self.labels, self.scale.dtype, self.block_rows)
+
+    @cached_property
+    def _residuals(self) -> TrainingResiduals:
+        """Of the training set, in units of s."""
+        return TrainingResiduals(
+            self._data,
+            self.head,
+            self.kind,
+            self.temperature,
+            self.ridge_ratio,
+            self.curvature.scale,
+            self.residual_bytes,
+        )
+
+    @property
+    def _simple(self) -> bool:
+        """Whether a quadratic form is a product of one form of features and one of classes."""
+        return isinstance(self.curvature, IdentityCurvature | KroneckerCurvature)
+
+    @property
+    def _form_blocks(self) -> TrainingBlocks:
+        few = self.block_rows if self._simple else min(self.block_rows, _FEW_ROWS)
+        return replace(self._data, block_rows=few)
+
+    @cached_property
+    def _leverage_forms(self) -> Tensor:
+        assert isinstance(self.curvature, IdentityCurvature | KroneckerCurvature)
+        return self.curvature.inverse.forms(self._data, self.scale)
+
+    def _forms(self, rows: slice, left: Tensor, right: Tensor) -> Tensor:
+        """`<phi_i (x) left_i, (F + lambda)^-1 (phi_i (x) right_i)> / N` in units of 1/s, `(n_rows,)`."""
+        if isinstance(self.curvature, IdentityCurvature | KroneckerCurvature):
+            return self._leverage_forms[rows] * self.curvature.class_product(left, right) / self.n_train
+        phi = scaled_features(self._data.features_of(rows), self.scale)
+        return forms_of(self.curvature.solve(phi, right), phi, left) / self.n_train
+
+    def _in_range(self, values: Tensor) -> Tensor:
+        """Results from float64 in the working dtype, unless all of them would become 0."""
+        rounded = values.to(self.scale.device, working_dtype(self.features))
+        largest, least = float(values.abs().max()), torch.finfo(rounded.dtype).tiny
+        if 0 < largest < least:
+            raise bad_value(
+                "model",
+                f"have losses of which float32 can hold the products (above {least:.0e})",
+                f"{largest:.0e} at most",
+                "Give the model and its data in float64.",
+            )
+        return rounded
+
+
+def _sizes_and_units(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest entry of each row, and the rows divided by it: tiny residuals have no tiny squares."""
+    sizes = vectors.abs().amax(1)
+    return sizes, vectors / torch.where(sizes > 0, sizes, 1.0)[:, None]
+
+
+def _norms(forms: Tensor, sizes: Tensor) -> Tensor:
+    """Norms of rows from the forms of their units; 0 where the inverse would overflow."""
+    norms = forms.clamp_min(0).sqrt() * sizes
+    return torch.where(norms >= torch.finfo(norms.dtype).tiny, norms, 0.0)
+
+
+def fit_closed_form(
+    features: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    widths: Sequence[int],
+    config: STRIDEConfig,
+    temperature: float,
+    ranks: Alone = ALONE,
+    moments: Moments | None = None,
+) -> ClosedForm:
+    """Fit the closed form: two products of n_train x n_features x n_features, or less.
+
+    Args:
+        features: Raw features `(n_train, n_features)`, may be memory-mapped.
+        logits: `(n_train, n_classes)`, likewise.
+        labels: `(n_train,)` int64, on the device where products are taken; blocks of features go there.
+        widths: Widths of the layers, in the order of the columns.
+        config: `residuals`, `damping`, `head_damping`, `curvature`, `memory_budget`.
+        temperature: T of the tempered residuals; also of p in the curvature, unless the residuals are
+            those of training.
+        ranks: Who else has a share of the training set.
+        moments: Of the features, where they are known: one of the two products is saved.
+
+    Raises:
+        ValueError: A damping too small for the precision of the features, or logits without uncertainty.
+    """
+    for name in ("damping", "head_damping"):
+        check_damping(getattr(config, name), features, name)
+    n = int(
+        ranks.total(torch.tensor(float(len(labels)), dtype=torch.float64, device="cpu"), "number of examples")
+    )
+    # The last layer has memorised the training labels: what it says of them is not out of sample.
+    d = sum(widths[:-1]) if len(widths) > 1 else features.shape[1]
+    exact = needs_float64(config.damping, n, features.shape[1])
+    exact_head = exact or needs_float64(config.head_damping, n, d, LEAST_OF_HEAD)
+    data = _blocks(features, logits, labels, config, exact)
+    if moments is None:
+        dtype = torch.float64 if exact_head else None
+        moments = feature_moments(features, labels, logits.shape[1], widths, data.block_rows, ranks, dtype)
+    if not moments.in_float32:
+        exact = exact_head = True
+        data = _blocks(features, logits, labels, config, exact)
+    head = fit_ridge_head(
+        features[:, :d],
+        labels,
+        moments.first(d),
+        config.head_damping,
+        data.block_rows,
+        torch.float64 if exact_head else data.dtype,
+    )
+    softening = 1.0 if config.residuals == "training" else temperature
+    diagonal_only = config.curvature == "identity" or (
+        config.curvature == "kronecker" and logits.shape[1] > MOST_CLASSES
+    )
+    classes = class_moments(data, softening, diagonal_only, ranks)
+    ridge = float(
+        ranks.total(
+            torch.tensor(head.square, dtype=torch.float64, device="cpu"), "norms of the ridge residuals"
+        )
+    )
+    largest = ridge if config.residuals == "leave-one-out" else classes.residual_square
+    _check_unit(largest, classes.unit, features)
+    form = ClosedForm(
+        features=features,
+        logits=logits,
+        labels=labels,
+        widths=list(widths),
+        moments=moments,
+        scale=moments.scale.to(labels.device, data.dtype),
+        head=head,
+        ridge_ratio=ratio_of_norms(classes.residual_square, ridge),
+        curvature=fit_curvature(config.curvature, data, softening, moments, classes, config.damping, ranks),
+        kind=config.residuals,
+        temperature=temperature,
+        block_rows=data.block_rows,
+        residual_bytes=parse_bytes(config.memory_budget, labels.device),
+    )
+    form.keep_residuals()
+    return form
+
+
+def _blocks(
+    features: Tensor, logits: Tensor, labels: Tensor, config: STRIDEConfig, exact: bool
+) -> TrainingBlocks:
+    dtype = torch.float64 if exact else working_dtype(features)
+    rows = block_rows(config, features.shape[1], logits.shape[1], dtype, labels.device)
+    return TrainingBlocks(features, logits, labels, dtype, rows)
+
+
+def _check_unit(square: float, unit: float, features: Tensor) -> None:
+    """Refuse residuals so large beside the model's uncertainty that float32 cannot hold their scores."""
+    if working_dtype(features) == torch.float32 and math.sqrt(square) > _LARGEST_RESIDUAL * unit:
+        raise bad_value(
+            "temperature",
+            "leave the model some uncertainty beside its errors, for scores that float32 can hold",
+            f"a mean variance of {unit:.0e} of a class",
+            "Raise it, or give the model and its data in float64.",
+        )
+
+
+def block_rows(
+    config: STRIDEConfig, n_features: int, n_classes: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Training examples whose temporary arrays fit the budget: 3 of features, 6 of classes in float64."""
+    bytes_per_row = 3 * dtype.itemsize * (n_features + 1) + 6 * 8 * n_classes
+    most = min(MOST_ROWS, max(_LOGITS // n_classes, _FEW_ROWS))
+    return rows_that_fit(parse_bytes(config.memory_budget, device), bytes_per_row, most)

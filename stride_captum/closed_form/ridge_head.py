@@ -1,0 +1,183 @@
+"""Ridge regression of the labels on the features, and its residual for each example when that is left out.
+
+The leave-one-out residual has a closed form: `(e_y - f) / (1 - H)` with fitted value f and leverage H. It is
+not kept. The weights and two numbers an example give it again, block by block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..linalg import inverse_forms
+from ..residuals import leave_one_out_residuals, simplex_shift
+from ..system.devices import as_float64, matching
+from ..system.memory import MOST_ROWS, blocks
+from ..system.saved_values import saved_as
+from ..system.to_device import staged, working_dtype
+from .damping import damped_factor
+from .moments import Moments
+
+#: Where 1 - H or the largest entry of a residual is below this, float32 keeps too few of their digits.
+_FEW_DIGITS = 0.01
+
+
+@saved_as("ridge-head")
+@dataclass
+class RidgeHead:
+    """Ridge regression of the one-hot labels on phi.
+
+    Attributes:
+        weights: On raw features and the constant, `(n_features + 1, n_classes)` float64.
+        slack: 1 - H of each training example, `(n_train,)` float64.
+        shifts: What the projection on the simplex takes off its prediction, `(n_train,)` float64.
+        delicate: Whether its residual is computed in float64 in any case, `(n_train,)` bool.
+        norms: Norm of its leave-one-out residual, `(n_train,)`.
+        square: Sum of the squares of `residuals` over the training set.
+    """
+
+    weights: Tensor
+    slack: Tensor
+    shifts: Tensor
+    delicate: Tensor
+    norms: Tensor
+    square: float
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Predictions for other examples, `(n, n_classes)` float64.
+
+        Args:
+            features: Raw features `(n, at least the head's)`; further columns are ignored.
+        """
+        return _fitted(matching(features[:, : len(self.weights) - 1], self.weights), self.weights)
+
+    def residuals(self, features: Tensor, labels: Tensor, rows: slice) -> Tensor:
+        """`e_y - q` of training examples, where q is the leave-one-out prediction on the simplex.
+
+        Args:
+            features: Raw features of the rows, `(n_rows, n_features)`; the result is in their dtype.
+            labels: Of the rows, `(n_rows,)`.
+            rows: Their places in the training set.
+
+        Returns:
+            `(n_rows, n_classes)`.
+        """
+        slack, shifts = self.slack[rows], self.shifts[rows]
+        result = self._residuals(features, labels, slack, shifts)
+        ends = torch.tensor([rows.start, rows.stop], device="cpu")
+        first, last = torch.searchsorted(self._delicate_rows, ends).tolist()
+        if features.dtype != torch.float64 and first < last:
+            places = self._delicate_rows[first:last] - rows.start
+            few, theirs = places.to(features.device), places.to(slack.device)
+            exact = self._residuals(as_float64(features[few]), labels[few], slack[theirs], shifts[theirs])
+            result[few] = exact.to(result)
+        return result
+
+    @cached_property
+    def _delicate_rows(self) -> Tensor:
+        """Where `delicate` is true, on the CPU: a device is waited for once, not for every block."""
+        return self.delicate.nonzero().squeeze(1).cpu()
+
+    def _residuals(self, features: Tensor, labels: Tensor, slack: Tensor, shifts: Tensor) -> Tensor:
+        labels = labels.to(features.device)
+        left_out = leave_one_out_residuals(_fitted(features, self.weights), slack.to(features), labels)
+        return _off_the_simplex(left_out, labels, shifts.to(features)[:, None])
+
+
+def fit_ridge_head(
+    features: Tensor,
+    labels: Tensor,
+    moments: Moments,
+    damping: float,
+    block_rows: int = MOST_ROWS,
+    dtype: torch.dtype | None = None,
+) -> RidgeHead:
+    """Fit the head, and read from one pass what the leave-one-out residuals of all examples need.
+
+    Args:
+        features: Raw features `(n_train, n_features)`.
+        labels: `(n_train,)` int64.
+        moments: Of the same features.
+        damping: lambda relative to the mean diagonal of A.
+        block_rows: Rows of a block.
+        dtype: Of the products; None takes the working dtype of the features.
+    """
+    dtype, n = dtype or working_dtype(features), moments.n_train
+    factor = damped_factor(moments.second_moment, damping, name="head_damping")
+    factor = factor / moments.scale[:, None]  # of phi, acting on raw features
+    rounded = factor.to(labels.device, dtype)
+    head = RidgeHead(
+        weights=torch.cholesky_solve(moments.targets, factor) / n,
+        slack=factor.new_empty(len(features)),
+        shifts=factor.new_empty(len(features)),
+        delicate=torch.empty(len(features), dtype=torch.bool, device=factor.device),
+        norms=torch.empty(len(features), dtype=working_dtype(features), device=labels.device),
+        square=0.0,
+    )
+    squares = torch.empty_like(head.slack)
+
+    def keep(rows: slice | Tensor, block: _Block) -> None:
+        head.slack[rows], head.shifts[rows], squares[rows] = block.slack, block.shifts, block.squares
+        head.norms[rows] = block.norms.to(head.norms)
+
+    for rows in blocks(len(features), block_rows):
+        h = staged(features[rows], labels.device, dtype)
+        block = _read(h, labels[rows], head.weights, 1 - inverse_forms(h, rounded) / n)
+        keep(rows, block)
+        head.delicate[rows] = block.delicate
+    if dtype != torch.float64:
+        few = head.delicate.nonzero().squeeze(1)
+        theirs = few.to(features.device)  # once: a device is waited for
+        for part in blocks(len(few), block_rows):
+            exact = as_float64(features[theirs[part]].to(labels.device))
+            y = labels[few[part].to(labels.device)]
+            keep(few[part], _read(exact, y, head.weights, 1 - inverse_forms(exact, factor) / n))
+    head.square = float(squares.sum())
+    return head
+
+
+@dataclass
+class _Block:
+    """What the pass over the training set reads of one block; every tensor `(n_rows,)`."""
+
+    slack: Tensor
+    shifts: Tensor
+    norms: Tensor
+    squares: Tensor
+    delicate: Tensor
+
+
+def _read(features: Tensor, labels: Tensor, weights: Tensor, slack: Tensor) -> _Block:
+    labels = labels.to(features.device)
+    label, left_out = labels[:, None], leave_one_out_residuals(_fitted(features, weights), slack, labels)
+    norms = torch.linalg.vector_norm(left_out, dim=1)
+    predictions = left_out.neg().scatter_(1, label, 1 - left_out.gather(1, label))
+    shifts = simplex_shift(predictions)
+    residuals = _off_the_simplex(left_out, labels, shifts)
+    largest = residuals.abs().amax(1)
+    return _Block(
+        slack=as_float64(slack),
+        shifts=as_float64(shifts.squeeze(1)),
+        norms=as_float64(norms),
+        squares=as_float64(residuals.square().sum(1)),
+        delicate=(slack < _FEW_DIGITS) | ((largest > 0) & (largest < _FEW_DIGITS)),
+    )
+
+
+def _fitted(features: Tensor, weights: Tensor) -> Tensor:
+    """Predictions of the head, `(n, n_classes)` in the dtype of the features."""
+    near = weights.to(features)
+    return torch.addmm(near[-1], features, near[:-1])
+
+
+def _off_the_simplex(left_out: Tensor, labels: Tensor, shifts: Tensor) -> Tensor:
+    """`e_y - q` for the projection q of `e_y - left_out`, given how far that shifts each row, `(n, 1)`.
+
+    Written into `left_out`: beside the label `-max(-left_out - shift, 0) = min(left_out + shift, 0)`.
+    """
+    label = labels[:, None]
+    own = 1 - (1 - left_out.gather(1, label) - shifts).clamp_min(0)
+    return left_out.add_(shifts).clamp_max_(0).scatter_(1, label, own)

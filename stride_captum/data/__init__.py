@@ -1,0 +1,1 @@
+"""Training and test data: batches as users have them, passes over a data set, digests of examples."""

@@ -1,0 +1,1 @@
+"""Features that are kept: the store on disk, and projections of wide layers."""

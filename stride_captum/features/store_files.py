@@ -1,0 +1,270 @@
+"""Files of a feature store: one raw file a column group, and a manifest of the chunks that are whole.
+
+A store is a folder with `features.bin`, `logits.bin` and `labels.bin`, whole rows behind one another, and
+`manifest.json`, which holds for each chunk of rows a checksum (CRC-32) of every file's part and a digest
+(SHA-256) of the examples. A chunk counts from the moment at which a manifest that names it has replaced
+the one before: what a process that was killed had written behind it is cut off.
+
+The folder may be reached through a link. The files in it may not be links, which could lead to any file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import bad_value
+from ..system.atomic import write_whole
+from ..system.preserve_state import bits
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+#: numpy has no bfloat16: files are mapped as integers of the same size.
+_MAPPED = {2: np.int16, 4: np.int32, 8: np.int64}
+_PARTS = ("features", "logits", "labels")
+_REMEDY = "Delete the folder to build the store again."
+
+
+@dataclass
+class Part:
+    """One file of the store.
+
+    Attributes:
+        dtype: Name of its torch dtype.
+        width: Values a row.
+    """
+
+    dtype: str
+    width: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype itself."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes a row."""
+        return self.width * self.torch_dtype.itemsize
+
+
+@dataclass
+class Chunk:
+    """Rows that were written together.
+
+    Attributes:
+        rows: How many.
+        examples: SHA-256 of the examples that they come from.
+        checksums: CRC-32 of the bytes in each file.
+    """
+
+    rows: int
+    examples: str
+    checksums: dict[str, int]
+
+
+@dataclass
+class Manifest:
+    """What a store holds.
+
+    Attributes:
+        key: What the content depends on, by name; values are text or numbers.
+        taps: Where features are read, as plain values.
+        parts: The files by name.
+        chunk_rows: Rows of every chunk but the last.
+        chunks: Those that are whole.
+        complete: Whether the last example of the training set is in.
+    """
+
+    key: dict[str, Any]
+    taps: list[dict[str, Any]]
+    parts: dict[str, Part]
+    chunk_rows: int
+    chunks: list[Chunk] = field(default_factory=list)
+    complete: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows in whole chunks."""
+        return sum(chunk.rows for chunk in self.chunks)
+
+
+class StoreFiles:
+    """The folder of one store.
+
+    Args:
+        folder: Made when something is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, name: str) -> Path:
+        """The path of one of the files.
+
+        Raises:
+            ValueError: The name leads out of the folder, or the file is a link.
+        """
+        path = self.folder / name
+        if path.name != name:
+            got = f"a manifest in {str(self.folder)!r} that names {name!r}"
+            raise bad_value("feature_store", "keep its files in its own folder", got, _REMEDY)
+        if path.is_symlink():
+            remedy = "Delete the link, or give another folder."
+            raise bad_value("feature_store", "hold files, not links", f"the link {str(path)!r}", remedy)
+        return path
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Wait until no other process builds here; the system ends the lock of a process that dies."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path("lock")):
+            yield
+
+    def read_manifest(self) -> Manifest | None:
+        """The manifest, or None where there is no store yet.
+
+        Raises:
+            ValueError: It is damaged or of another format.
+        """
+        path = self.path(_MANIFEST)
+        if not path.exists():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            checksum = content.pop("checksum")
+            version = content.pop("format")
+            if checksum != _manifest_checksum(content):
+                raise KeyError("checksum")
+            manifest = None if version != FORMAT else _manifest(content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise bad_value("feature_store", "have a whole manifest", f"a damaged {path}", _REMEDY) from error
+        if manifest is None:
+            raise bad_value("feature_store", f"be in format {FORMAT}", f"format {version}", _REMEDY)
+        for name in manifest.parts:
+            self.path(f"{name}.bin")
+        return manifest
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Put a manifest in the place of the one before, at once."""
+        content = asdict(manifest)
+        text = json.dumps({"format": FORMAT, "checksum": _manifest_checksum(content), **content}, indent=1)
+        write_whole(self.path(_MANIFEST), text)
+
+    def append(self, manifest: Manifest, values: Mapping[str, Tensor], examples: str) -> None:
+        """Write one chunk behind the whole ones, then the manifest that names it.
+
+        Args:
+            manifest: Gets the chunk.
+            values: For each part the rows, `(rows, width)` in its dtype, contiguous on the CPU.
+            examples: Digest of their examples.
+        """
+        checksums = {}
+        for name, part in manifest.parts.items():
+            content = bits(values[name]).numpy().data
+            path = self.path(f"{name}.bin")
+            with open(path, "r+b" if path.exists() else "w+b") as file:
+                file.truncate(manifest.rows * part.row_bytes)
+                file.seek(manifest.rows * part.row_bytes)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            checksums[name] = zlib.crc32(content)
+        manifest.chunks.append(Chunk(len(values["labels"]), examples, checksums))
+        self.write_manifest(manifest)
+
+    def verify(self, manifest: Manifest) -> None:
+        """Read everything once and compare the checksums.
+
+        Raises:
+            ValueError: A file is missing or too short, or a chunk is not what was written; names the file
+                and the rows.
+        """
+        for name, part in manifest.parts.items():
+            path, start = self._whole(manifest, name), 0
+            with open(path, "rb") as file:
+                for chunk in manifest.chunks:
+                    content = file.read(chunk.rows * part.row_bytes)
+                    if zlib.crc32(content) != chunk.checksums[name]:
+                        rows = f"{start} to {start + chunk.rows - 1}"
+                        raise _damaged(f"other bytes in {path} for rows {rows}")
+                    start += chunk.rows
+
+    def mapped(self, manifest: Manifest, name: str) -> Tensor:
+        """The rows of a file as a read-only memory map, `(rows, width)`."""
+        part = manifest.parts[name]
+        shape = (manifest.rows, part.width)
+        integers = _MAPPED[part.torch_dtype.itemsize]
+        array = np.memmap(self._whole(manifest, name), mode="r", dtype=integers, shape=shape)
+        return as_tensor(array).view(part.torch_dtype)
+
+    def _whole(self, manifest: Manifest, name: str) -> Path:
+        """The path of a file that has all rows of the manifest."""
+        path = self.path(f"{name}.bin")
+        size = path.stat().st_size if path.is_file() else None
+        needed = manifest.rows * manifest.parts[name].row_bytes
+        if size is None or size < needed:
+            got = f"no file {path}" if size is None else f"{size:,} of {needed:,} bytes in {path}"
+            raise _damaged(got)
+        return path
+
+
+def _manifest(content: dict[str, Any]) -> Manifest:
+    """A manifest from its plain values.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: Values of another kind, or one that is missing.
+    """
+    content["parts"] = {name: Part(**part) for name, part in content["parts"].items()}
+    content["chunks"] = [Chunk(**chunk) for chunk in content["chunks"]]
+    manifest = Manifest(**content)
+    counts = [manifest.chunk_rows, *(c.rows for c in manifest.chunks)]
+    counts += [p.width for p in manifest.parts.values()]
+    sums = [chunk.checksums[name] for chunk in manifest.chunks for name in manifest.parts]
+    if not all(isinstance(n, int) for n in sums + counts) or min(counts) < 1:
+        raise ValueError("counts")
+    for name in _PARTS:
+        if manifest.parts[name].torch_dtype.itemsize not in _MAPPED:
+            raise ValueError("dtype")
+    return manifest
+
+
+def _damaged(got: str) -> ValueError:
+    return bad_value("feature_store", "hold what was written to it", got, _REMEDY)
+
+
+def as_tensor(values: Any) -> Tensor:
+    """A tensor over the same memory where there is some, memory maps included."""
+    if isinstance(values, np.ndarray):
+        array: NDArray[Any] = values
+        # torch warns about read-only memory maps; nothing here writes to them.
+        return torch.from_numpy(array if array.flags.writeable else _writeable_view(array))
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+
+
+def _writeable_view(array: NDArray[Any]) -> NDArray[Any]:
+    interface = dict(array.__array_interface__, data=(array.__array_interface__["data"][0], False))
+
+    class View:
+        __array_interface__ = interface
+        keep_alive = array
+
+    return np.asarray(View())
+
+
+def _manifest_checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

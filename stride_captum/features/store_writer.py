@@ -1,0 +1,125 @@
+"""Walk over a training set that fills a feature store, or compares the examples with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..data.batch import ExampleBatch
+from ..data.digests import ExampleDigest
+from ..errors import bad_value
+from .store_files import Manifest, StoreFiles
+
+#: Of one batch: the rows of each tap, the logits `(n, n_classes)` and the labels `(n,)`.
+Computed = tuple[Sequence[Tensor], Tensor, Tensor]
+Run = Callable[[ExampleBatch], Computed]
+
+
+class Filling:
+    """One walk over the training set: stored chunks are compared, the others are computed and written.
+
+    Args:
+        files: Of the store.
+        manifest: What is stored; None for nothing.
+        new: Makes an empty manifest, given the number of classes.
+    """
+
+    def __init__(self, files: StoreFiles, manifest: Manifest | None, new: Callable[[int], Manifest]) -> None:
+        self.files, self.manifest, self.new = files, manifest, new
+        self.digest = ExampleDigest()
+        self.stored = 0 if manifest is None else manifest.rows
+        self.place = 0  # rows of the chunks behind us
+        self.filled = 0  # rows of the current one
+        self.buffers: dict[str, Tensor] = {}
+
+    def through(self, batches: Iterable[ExampleBatch], run: Run) -> Manifest:
+        """The whole walk; returns the complete manifest."""
+        for batch in batches:
+            n = len(batch)
+            # A batch is run as a whole, so that a resumed store holds the bits of an uninterrupted one.
+            computed = None
+            if self.place + self.filled + n > self.stored:
+                if self.manifest is not None and self.manifest.complete:
+                    self._refuse(f"more than {self.stored} examples")
+                computed = run(batch)
+                self._prepare(computed)
+            self._take(batch, computed, n)
+        manifest = self.manifest
+        if manifest is None:
+            raise bad_value("train_dataset", "hold at least one example", "an empty one")
+        if self.filled:
+            self._close_chunk()
+        if self.place != manifest.rows:
+            self._refuse(f"{self.place} examples, not {manifest.rows}")
+        if not manifest.complete:
+            manifest.complete = True
+            self.files.write_manifest(manifest)
+        return manifest
+
+    def _prepare(self, computed: Computed) -> None:
+        """Make what depends on the number of classes, which the first batch tells."""
+        if self.manifest is None:
+            self.manifest = self.new(computed[1].shape[1])
+        if not self.buffers:
+            for name, part in self.manifest.parts.items():
+                self.buffers[name] = torch.empty(
+                    self.manifest.chunk_rows, part.width, dtype=part.torch_dtype, device="cpu"
+                )
+
+    def _take(self, batch: ExampleBatch, computed: Computed | None, n: int) -> None:
+        """Take in the examples of one batch, piece by piece where chunks end."""
+        assert self.manifest is not None, "nothing is stored, so the first batch was run"
+        start = 0
+        while start < n:
+            stop = min(n, start + self._chunk_rows() - self.filled)
+            self.digest.update(batch[start:stop])
+            if computed is not None and self.place >= self.stored:
+                self._copy(computed, slice(start, stop))
+            self.filled += stop - start
+            start = stop
+            if self.filled == self._chunk_rows():
+                self._close_chunk()
+
+    def _chunk_rows(self) -> int:
+        assert self.manifest is not None
+        return self.manifest.chunk_rows
+
+    def _copy(self, computed: Computed, rows: slice) -> None:
+        taps, logits, labels = computed
+        to = slice(self.filled, self.filled + rows.stop - rows.start)
+        start = 0
+        for part in taps:
+            self.buffers["features"][to, start : start + part.shape[1]] = part[rows]
+            start += part.shape[1]
+        self.buffers["logits"][to] = logits[rows]
+        self.buffers["labels"][to, 0] = labels[rows]
+
+    def _close_chunk(self) -> None:
+        assert self.manifest is not None
+        examples, chunks = self.digest.finish(), self.manifest.chunks
+        if self.place < self.stored:
+            chunk = chunks[self.place // self._chunk_rows()]
+            if chunk.examples != examples or chunk.rows != self.filled:
+                self._refuse(f"others among examples {self.place} to {self.place + self.filled - 1}")
+        else:
+            values = {name: buffer[: self.filled] for name, buffer in self.buffers.items()}
+            _check_range(values["features"])
+            self.files.append(self.manifest, values, examples)
+        self.place, self.filled = self.place + self.filled, 0
+
+    def _refuse(self, got: str) -> None:
+        where = f"hold the examples that the feature store {str(self.files.folder)!r} was built from"
+        raise bad_value(
+            "train_dataset",
+            where,
+            got,
+            "Give another folder, or delete this one; leave `feature_store` out if examples differ from one "
+            "reading to the next.",
+        )
+
+
+def _check_range(features: Tensor) -> None:
+    if features.dtype == torch.float16 and not bool(torch.isfinite(features).all()):
+        raise bad_value("dtype", "hold the features", "infinity or NaN in 'float16'", "Take 'bfloat16'.")

@@ -1,0 +1,3 @@
+"""What every attribution method inherits: Captum's contract, queries, checkpoints, streamed top-k and cost
+estimates.
+"""

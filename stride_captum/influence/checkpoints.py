@@ -1,0 +1,233 @@
+"""Checkpoints: the list that a caller may give in Captum's ways, and how one is loaded into a model."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import bad_type, bad_value
+from .state_dicts import first_few, load_fitting
+from .weight_files import model_folders, read_weights, weight_files
+
+LoadCheckpoint = Callable[[nn.Module, Any], float]
+
+
+def load_checkpoint(model: nn.Module, checkpoint: Any) -> float:
+    """Load weights into a model: a state dict, or the path of a file or Hugging Face folder.
+
+    The state dict may stand under a key of its own ("state_dict", "model", ...), and its keys may begin with
+    what a wrapper has put there ("module.", "_orig_mod.", "model."), if nothing else in the file fits the
+    model. Nothing in a file is run.
+
+    Returns:
+        The learning rate at the checkpoint for methods that use it: 1, because it is not known.
+
+    Raises:
+        ValueError: A file that is damaged or holds more than weights, or weights of another model.
+        TypeError: Neither a state dict nor a path.
+    """
+    if isinstance(checkpoint, Mapping):
+        content: Any = checkpoint
+    elif isinstance(checkpoint, str | os.PathLike):
+        content = read_weights(Path(checkpoint))
+    else:
+        raise bad_type("checkpoint", "be a state dict or a path", checkpoint)
+    name = named(checkpoint)
+    if not isinstance(content, Mapping):
+        raise bad_value("checkpoint", "hold a state dict", f"{name}, which holds a {type(content).__name__}")
+    load_fitting(model, content, name)
+    return 1.0
+
+
+def checkpoint_list(checkpoints: str | os.PathLike[str] | Iterable[Any]) -> list[Any]:
+    """Checkpoints as Captum takes them: a list, an iterator, or the path of a folder, in natural order.
+
+    Of a folder these are its files of weights, or its Hugging Face folders (`checkpoint-500`, ...).
+
+    Raises:
+        ValueError: A path that does not exist, a folder with files and with folders of weights, or nothing.
+        TypeError: A single state dict, or something else that is no list.
+    """
+    if isinstance(checkpoints, str | os.PathLike):
+        path = Path(checkpoints)
+        if not path.exists():
+            raise bad_value("checkpoints", "name a file or folder that exists", repr(str(path)))
+        return _in_folder(path) if path.is_dir() else [str(path)]
+    if isinstance(checkpoints, Mapping):
+        raise bad_type("checkpoints", "be a list of state dicts or paths", checkpoints, "Write [state_dict].")
+    if not isinstance(checkpoints, Iterable) or isinstance(checkpoints, Tensor | nn.Module):
+        raise bad_type("checkpoints", "be a list of state dicts or paths, or a folder", checkpoints)
+    every = list(checkpoints)
+    if not every:
+        raise bad_value("checkpoints", "hold at least one checkpoint", "none", "Leave it out to use `model`.")
+    return every
+
+
+def _in_folder(path: Path) -> list[str]:
+    files, folders = weight_files(path), model_folders(path)
+    if files and folders:
+        raise bad_value(
+            "checkpoints",
+            "name a folder with files of weights or with folders of them",
+            f"{str(path)!r} with both ({files[0].name}, {folders[0].name}, ...)",
+            "Give the list of those that are wanted.",
+        )
+    if not files and not folders:
+        found = first_few(sorted(entry.name for entry in path.iterdir()))
+        raise bad_value(
+            "checkpoints",
+            "hold at least one checkpoint",
+            f"none in {str(path)!r}" + (f", which has {found}" if found else ""),
+            "Leave it out to use `model`.",
+        )
+    return [str(file) for file in files or folders]
+
+
+def named(checkpoint: Any) -> str:
+    """What an error calls a checkpoint: its path, or what it is."""
+    if isinstance(checkpoint, str | os.PathLike):
+        return repr(str(checkpoint))
+    return "a state dict" if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
+
+
+# Load functions of the user's.
+
+
+def load_with(load: LoadCheckpoint, model: nn.Module, checkpoint: Any) -> float:
+    """Load a checkpoint by a function of the user's, and check that it did.
+
+    A function that writes to none of the parameters, as `load_state_dict(..., strict=False)` does where no
+    key fits, would give the scores of other weights. Where parameters have the values that they had, they
+    are changed and the function is called again: what is then written to was loaded.
+
+    Args:
+        load: `f(model, checkpoint)`.
+        model: Gets the weights.
+        checkpoint: As the user gave it.
+
+    Returns:
+        The learning rate that the function returned, 1 if it returned none.
+
+    Raises:
+        ValueError: It loaded nothing, or returned a learning rate that is negative or not finite.
+        TypeError: It returned something that is no learning rate.
+    """
+    if load is load_checkpoint:
+        return load_checkpoint(model, checkpoint)
+    parameters = {
+        key: p
+        for key, p in model.named_parameters()
+        if p.is_floating_point() and p.element_size() > 1 and not p.is_inference()
+    }
+    watched = {key: p for key, p in parameters.items() if p.requires_grad} or parameters
+    before = {key: (p, p._version, p.detach().clone()) for key, p in watched.items()}
+    rate = learning_rate_of(load(model, checkpoint), checkpoint, model)
+    left = _left_alone(load, model, checkpoint, before)
+    if left and len(left) == len(watched):
+        raise bad_value(
+            "checkpoints_load_func",
+            "load the checkpoint into the model that it is given",
+            f"a model whose parameters are as before, for {named(checkpoint)}",
+            "strict=False loads nothing if no key fits: compare the keys of the file with those of "
+            "model.state_dict().",
+        )
+    if left:
+        warnings.warn(
+            f"`checkpoints_load_func` left {len(left)} of {len(watched)} trainable parameters as they were "
+            f"for {named(checkpoint)}: {first_few(left)}. Freeze them (requires_grad_(False)) if that is "
+            "meant.",
+            stacklevel=2,
+        )
+    return rate
+
+
+def _left_alone(
+    load: LoadCheckpoint, model: nn.Module, checkpoint: Any, before: Mapping[str, tuple[Any, int, Tensor]]
+) -> list[str]:
+    """Parameters that the function does not write to."""
+    there = set(map(id, model.parameters()))
+    same: dict[str, tuple[Any, Tensor]] = {}
+    for key, (parameter, version, old) in before.items():
+        if id(parameter) in there and parameter._version == version and torch.equal(parameter, old):
+            same[key] = (parameter, old)
+    if not same:
+        return []
+    with torch.no_grad():
+        for parameter, old in same.values():
+            parameter.copy_(_other(old))
+    left = list(same)
+    try:
+        load(model, checkpoint)
+        there = set(map(id, model.parameters()))
+        left = [key for key, (p, old) in same.items() if id(p) in there and torch.equal(p, _other(old))]
+    finally:
+        with torch.no_grad():
+            for key in left:
+                parameter, old = same[key]
+                parameter.copy_(old)
+    return left
+
+
+def _other(values: Tensor) -> Tensor:
+    """Values that differ everywhere."""
+    return values + values.abs() + 1
+
+
+def learning_rate_of(returned: Any, checkpoint: Any, model: nn.Module | None = None) -> float:
+    """The learning rate that a load function returned.
+
+    None, the model itself and what `load_state_dict` returns say nothing of it: 1.
+
+    Args:
+        returned: By the function.
+        checkpoint: Which one it loaded.
+        model: The one that it was given.
+
+    Raises:
+        TypeError: Another model, or something else that is no number.
+        ValueError: A number that is negative or not finite.
+    """
+    keys = getattr(returned, "missing_keys", None)
+    if returned is None or returned is model or isinstance(keys, list):
+        return 1.0
+    must = f"return the learning rate at {named(checkpoint)}, or None"
+    if isinstance(returned, nn.Module):
+        remedy = "Load into the model that it is given: model.load_state_dict(other.state_dict())."
+        raise bad_type("checkpoints_load_func", must, returned, remedy)
+    if isinstance(returned, Tensor | np.ndarray) and math.prod(returned.shape) == 1:
+        returned = returned.item()
+    if isinstance(returned, bool | np.bool_) or not isinstance(
+        returned, int | float | np.integer | np.floating
+    ):
+        raise bad_type("checkpoints_load_func", must, returned)
+    if not 0 <= returned < math.inf:
+        raise bad_value("checkpoints_load_func", must, returned)
+    return float(returned)
+
+
+def warn_of_equal(checkpoints: Sequence[Any], fingerprints: Sequence[str]) -> None:
+    """Warn if two paths have the same weights: they count twice, or the load function reads another file.
+
+    Args:
+        checkpoints: As the user gave them; state dicts may be equal.
+        fingerprints: `restoring.weights_fingerprint` of the model after each was loaded.
+    """
+    seen: dict[str, Any] = {}
+    for checkpoint, fingerprint in zip(checkpoints, fingerprints, strict=True):
+        if not isinstance(checkpoint, str | os.PathLike):
+            continue
+        if fingerprint in seen and str(seen[fingerprint]) != str(checkpoint):
+            warnings.warn(
+                f"The checkpoints {named(seen[fingerprint])} and {named(checkpoint)} have the same weights, "
+                "which count twice in the mean. Leave one of them out.",
+                stacklevel=3,
+            )
+        seen.setdefault(fingerprint, checkpoint)

@@ -1,0 +1,1 @@
+"""Features h(x) of the network (section 3): which layers are read, and how their outputs become rows."""

@@ -1,0 +1,165 @@
+"""From what a layer gives to one row of features per example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from ..errors import bad_type, bad_value
+from ..system.saved_values import saved_as
+
+#: A submodule by name, and whether what it reads is meant instead of what it returns.
+Place = tuple[str, bool]
+INPUT_SUFFIX = ":input"
+
+
+@saved_as("tap")
+@dataclass(frozen=True)
+class Tap:
+    """One place in the network whose activations are features.
+
+    Attributes:
+        name: Name of the submodule, as in `model.named_modules()`.
+        reads_input: Whether it is what the submodule reads instead of what it returns.
+        spatial: Dimensions of the maps behind the channels: 0 for vectors and token sequences.
+        pool: Side to which maps are pooled.
+        width: Features it gives.
+        batch_dim: Dimension that counts the examples.
+        rows: Rows of that dimension per example: "one", or several, which are averaged. Those of an example
+            lie side by side ("examples first", `(n k, ...)`), or the examples do ("positions first",
+            `(k n, ...)`).
+        parts: Tensors that one forward pass gives here, whose features stand side by side: one for each
+            time that the submodule runs, and for each of its inputs where it has several. 0: however
+            many, averaged.
+    """
+
+    name: str
+    reads_input: bool
+    spatial: int
+    pool: int
+    width: int
+    batch_dim: int = 0
+    rows: str = "one"
+    parts: int = 1
+
+    def __str__(self) -> str:
+        return place_name((self.name, self.reads_input))
+
+
+def place_name(place: Place) -> str:
+    """How users write a place: the name of the submodule, with ":input" for what it reads."""
+    return place[0] + (INPUT_SUFFIX if place[1] else "")
+
+
+def activation_in(value: Any, place: str) -> Tensor:
+    """The tensor in what a submodule reads or returns: itself, the first of a tuple, `.last_hidden_state`.
+
+    Packed sequences and nested tensors become `(n, d)`, the mean over the steps of each example.
+
+    Args:
+        value: What came.
+        place: What an error calls the submodule.
+
+    Raises:
+        TypeError: No tensor.
+        ValueError: A tensor that holds no features: sparse, integer, complex, a single number, or empty.
+    """
+    if isinstance(value, tuple | list) and value and not isinstance(value, PackedSequence):
+        value = value[0]
+    value = getattr(value, "last_hidden_state", value)
+    if not isinstance(value, Tensor | PackedSequence):
+        raise bad_type(
+            "layers",
+            f"give a tensor ({place!r})",
+            value,
+            "Name a submodule that returns a tensor or a tuple.",
+        )
+    tensor = value.data if isinstance(value, PackedSequence) else value.detach()
+    problem = None
+    if not tensor.is_nested and tensor.layout != torch.strided:
+        problem = "give dense tensors", f"the layout {tensor.layout}", "Name a layer behind `.to_dense()`."
+    elif not tensor.is_floating_point():
+        remedy = "Name a layer behind it, as in 'name:input' of the next one."
+        problem = "give floating-point numbers", f"{tensor.dtype}", remedy
+    elif not tensor.is_nested and tensor.ndim == 0:
+        problem = (
+            "give one row per example",
+            "a single number",
+            "Name a layer before the examples are reduced.",
+        )
+    elif tensor.numel() == 0:
+        shape = "no numbers" if tensor.is_nested else f"the shape {tuple(tensor.shape)}"
+        problem = "give at least one feature per example", shape, "Name another layer."
+    if problem:
+        raise bad_value("layers", problem[0], f"{problem[1]} from {place!r}", problem[2])
+    if isinstance(value, PackedSequence):
+        return _mean_of_packed(value)
+    return _mean_of_nested(tensor) if tensor.is_nested else tensor
+
+
+def _mean_of_packed(packed: PackedSequence) -> Tensor:
+    steps = packed._replace(data=in_single(packed.data.detach()))
+    padded, lengths = pad_packed_sequence(steps, batch_first=True)
+    return padded.sum(1) / lengths.to(padded)[:, None]
+
+
+def _mean_of_nested(nested: Tensor) -> Tensor:
+    return torch.stack([to_rows(in_single(steps)[None], 0, 1)[0] for steps in nested.unbind()])
+
+
+def in_single(activation: Tensor) -> Tensor:
+    """In float32, or float64 where it is."""
+    return activation if activation.dtype in (torch.float32, torch.float64) else activation.float()
+
+
+def to_rows(
+    activation: Tensor, spatial: int, pool: int, batch_dim: int = 0, mask: Tensor | None = None
+) -> Tensor:
+    """Activations as one row of features per example.
+
+    Args:
+        activation: `(n, d)`, `(n, tokens..., d)`, or with `spatial` > 0 `(n, channels, length...)`.
+        spatial: Dimensions of the maps behind the channels; 0 averages over tokens.
+        pool: Side to which maps are pooled by averaging.
+        batch_dim: Dimension of the n examples, where it is not the first.
+        mask: `(n, tokens)`, 0 for tokens that are padding; ignored for activations of other shapes.
+
+    Returns:
+        `(n, width)`, in float32, or float64 where the activation is.
+    """
+    activation = in_single(activation.movedim(batch_dim, 0))
+    if activation.ndim <= 2:
+        return activation[:, None] if activation.ndim == 1 else activation
+    if spatial == 0:
+        if mask is not None and activation.ndim == 3 and mask.shape == activation.shape[:2]:
+            return mean_of_tokens(activation, mask)
+        return activation.flatten(1, -2).mean(1)
+    sides = [min(pool, side) for side in activation.shape[2:]]
+    if sides != list(activation.shape[2:]):
+        pooling: list[Callable[..., Tensor]] = [
+            F.adaptive_avg_pool1d,
+            F.adaptive_avg_pool2d,
+            F.adaptive_avg_pool3d,
+        ]
+        activation = pooling[spatial - 1](activation, sides)
+    return activation.flatten(1)
+
+
+def mean_of_tokens(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the tokens that are no padding, 0 where all are.
+
+    Args:
+        tokens: `(n, tokens, d)`.
+        mask: `(n, tokens)`, 0 for padding.
+
+    Returns:
+        `(n, d)`.
+    """
+    kept = (mask != 0)[..., None]
+    return tokens.masked_fill(~kept, 0).sum(1) / kept.sum(1).clamp_min(1)

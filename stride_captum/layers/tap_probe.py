@@ -1,0 +1,236 @@
+"""Two small forward passes that show how the activations at a place become one row per example."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batch import ExampleBatch
+from ..errors import bad_value
+from .agreement import MANY, is_plain, rounding, thinned
+from .channels import Channels, first_by_kind
+from .hooks import watching
+from .layouts import Layout, batch_layout
+from .pooling import Place, Tap, activation_in, place_name, to_rows
+from .probes import both_sides, spread
+
+_POOL = 4
+#: Tensors of one place whose features stand side by side, at most.
+_SIDE_BY_SIDE = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor that a place gave in a pass.
+
+    Attributes:
+        source: The tensor itself, which holds its address.
+        version: Writes to it until then.
+        some: Some of what it held then.
+    """
+
+    source: Tensor
+    version: int
+    some: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the tensor."""
+        return self.source.shape
+
+
+Parts = list[Part | Exception]
+
+
+class TapProbe:
+    """What three examples of a batch, and two of them, give at some places.
+
+    Args:
+        model: The network, in eval mode.
+        batch: Any batch; the model gets copies of its tensors.
+        places: Where to look; submodules that do not run are left out.
+
+    Attributes:
+        seen: What each place gave, in the order of the forward pass.
+        ran: Names of the submodules that were called.
+    """
+
+    def __init__(self, model: nn.Module, batch: Any, places: Sequence[Place]) -> None:
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self.seen: dict[Place, Parts] = {}
+        self.ran: set[str] = set()
+        self._channels = Channels()
+        self._needs_channels = any(first_by_kind(self._modules[name]) is None for name, _ in places)
+        every = ExampleBatch.of(batch)
+        examples = spread(len(every))
+
+        def some(rows: list[int]) -> ExampleBatch:
+            return every[torch.tensor([examples[row] for row in rows])].copied()
+
+        with torch.no_grad():
+            inputs = some(list(range(MANY)))
+            self._outputs = self._watch(model, inputs, places)
+            try:  # Another order shows whether the model sorts its examples.
+                self._order = [1, 0]
+                self._fewer = self._watch_fewer(model, some(self._order))
+            except Exception:  # It may want them sorted.
+                self._order = [0, 1]
+                self._fewer = self._watch_fewer(model, some(self._order))
+        self._given = [part for _, part in inputs.parts() if isinstance(part, Tensor)]
+        self._unit = rounding(model, *(p.some for parts in self.seen.values() for p in _parts(parts)))
+
+    def _watch(self, model: nn.Module, batch: ExampleBatch, places: Sequence[Place]) -> Tensor:
+        """A pass in which every submodule is seen to run."""
+        wanted = set(places)
+
+        def see(place: Place, values: list[Any]) -> None:
+            self.ran.add(place[0])
+            if place in wanted:
+                self.seen.setdefault(place, []).extend(_part(value, place) for value in values)
+            if self._needs_channels:
+                for value in filter(is_plain, values):
+                    self._channels.see(self._modules[place[0]], place[1], value.detach())
+
+        with watching(model, dict.fromkeys([*both_sides(model), *places]), see) as run:
+            return run(batch)
+
+    def _watch_fewer(self, model: nn.Module, batch: ExampleBatch) -> dict[Place, list[Tensor]]:
+        """A pass over other examples: some of what each place gives, the same as of the pass before."""
+        fewer: dict[Place, list[Tensor]] = {place: [] for place in self.seen}
+
+        def see(place: Place, values: list[Any]) -> None:
+            parts = _parts(self.seen[place])
+            for value in values:
+                part = _part(value, place)
+                of_many = parts[len(fewer[place])].shape if len(fewer[place]) < len(parts) else None
+                if isinstance(part, Part):
+                    fewer[place].append(thinned(part.source, of_many or part.shape))
+
+        with watching(model, self.seen, see) as run:
+            run(batch)
+        return fewer
+
+    def tap(self, place: Place) -> Tap:
+        """How the activations at a place become rows.
+
+        Raises:
+            ValueError: They do not: the place does not run, has no dimension that counts the examples,
+                or several tensors that do not go together.
+            TypeError: It gives no tensor.
+        """
+        if place not in self.seen:
+            raise not_run(place)
+        if problem := self.problem(place):
+            raise problem
+        name, found = place_name(place), _parts(self.seen[place])
+        layout = self._layout(name, found, self._fewer[place])
+        shapes = [part.shape for part in found if len(part.shape) > 2]
+        spatials = {self._spatial(name, place, part, layout) for part in found if len(part.shape) > 2}
+        tap = Tap(place[0], place[1], max(spatials, default=0), 1, 0, layout.batch_dim, layout.rows)
+        tap = replace(tap, parts=len(found) if len(found) <= _SIDE_BY_SIDE else 0)
+        if len({len(shape) for shape in shapes}) <= 1:
+            pool = min([_POOL, *(side for shape in shapes for side in shape[2:])]) if tap.spatial else 1
+            tap = self.pooled(tap, 1 << (pool.bit_length() - 1))
+        if tap.width == 0:
+            some = ", ".join(str(tuple(part.shape)) for part in found[:3])
+            raise bad_value(
+                "layers",
+                "name submodules that run on tensors of one kind",
+                f"the shapes {some} from {name!r}, which runs {len(found)} times",
+                "Name what reads them, as in 'name:input' of the next layer.",
+            )
+        return tap
+
+    def problem(self, place: Place) -> Exception | None:
+        """Why what a place gave cannot be read at all."""
+        return next((part for part in self.seen[place] if isinstance(part, Exception)), None)
+
+    def pooled(self, tap: Tap, pool: int) -> Tap:
+        """A tap with maps of another side; width 0 where its parts cannot be averaged."""
+        widths = []
+        for part in _parts(self.seen[tap.name, tap.reads_input]):
+            like = torch.empty(part.shape, device="meta")
+            widths.append(to_rows(like, tap.spatial, pool, tap.batch_dim).shape[1])
+        width = sum(widths) if tap.parts else widths[0] * (len(set(widths)) == 1)
+        return replace(tap, pool=pool, width=width)
+
+    def _layout(self, name: str, parts: list[Part], fewer: list[Tensor]) -> Layout:
+        if len(parts) != len(fewer):
+            raise bad_value(
+                "layers",
+                "name submodules that run on whole batches",
+                f"{len(parts)} runs of {name!r} for {MANY} examples and {len(fewer)} for {len(self._order)}",
+                "Name a layer that runs once a batch.",
+            )
+        layouts = {
+            batch_layout(part.some, other, self._order, self._unit, name)
+            for part, other in zip(parts, fewer, strict=True)
+        }
+        if len(layouts) > 1:
+            raise bad_value(
+                "layers",
+                "count examples in the same dimension each time that they run",
+                f"the dimensions {sorted(layout.batch_dim for layout in layouts)} from {name!r}",
+                "Name what reads them, as in 'name:input' of the next layer.",
+            )
+        return layouts.pop()
+
+    def _spatial(self, name: str, place: Place, part: Part, layout: Layout) -> int:
+        """Dimensions of the maps in an activation with more than two dimensions."""
+        first = first_by_kind(self._modules[place[0]])
+        if layout.batch_dim or len(part.shape) > 5:
+            return 0
+        first = self._channels.first(part.source) if first is None else first
+        if first is None:
+            raise bad_value(
+                "layers",
+                "name submodules that show which dimension holds the channels",
+                f"the shape {tuple(part.shape)} from {name!r}, in a model with channels first and last",
+                "Name what a convolution or a Linear behind it reads, as in 'name:input'.",
+            )
+        return len(part.shape) - 2 if first else 0
+
+    def reads_raw_input(self, tap: Tap, first_layer: bool) -> bool:
+        """Whether a tap sees images or sequences as they were given, or, in the first layer, normalized."""
+        addresses = {t.data_ptr() for t in self._given}
+        shapes = {t.shape for t in self._given} if first_layer else set()
+        several = tap.rows != "one"
+        return all(
+            len(part.shape) + several > 2 and (part.source.data_ptr() in addresses or part.shape in shapes)
+            for part in _parts(self.seen[tap.name, tap.reads_input])
+        )
+
+    def returns_outputs(self, place: Place) -> bool:
+        """Whether what a place gives is the output of the model."""
+        return any(part.source.data_ptr() == self._outputs.data_ptr() for part in _parts(self.seen[place]))
+
+    def key(self, place: Place) -> tuple[Any, ...]:
+        """Equal for places that see the same tensors, with nothing written to them in between."""
+        parts = _parts(self.seen[place])
+        return tuple((p.source.data_ptr(), p.version, tuple(p.shape)) for p in parts)
+
+
+def not_run(place: Place) -> ValueError:
+    """The error for a submodule that was not called."""
+    return bad_value(
+        "layers",
+        "name submodules that run in the forward pass",
+        repr(place[0]),
+        "It must be called in eval mode, as `module(x)`.",
+    )
+
+
+def _parts(parts: Parts) -> list[Part]:
+    return [part for part in parts if isinstance(part, Part)]
+
+
+def _part(value: Any, place: Place) -> Part | Exception:
+    try:
+        source = activation_in(value, place_name(place))
+    except (TypeError, ValueError) as error:
+        return error
+    return Part(source, 0 if source.is_inference() else source._version, thinned(source, source.shape))

@@ -1,0 +1,18 @@
+"""Stage 2 of the paper (Algorithm 1, line 10; equation 7): sparse regression of responses on the membership.
+
+`lasso` minimizes `1/2 ||y - X w||^2 + alpha ||w||_1` for every test point at once.
+"""
+
+from .alpha import choose_alpha
+from .solver import LassoFit, alpha_max, lasso, lasso_path, ridge, ridge_scale, soft_threshold
+
+__all__ = [
+    "LassoFit",
+    "alpha_max",
+    "choose_alpha",
+    "lasso",
+    "lasso_path",
+    "ridge",
+    "ridge_scale",
+    "soft_threshold",
+]

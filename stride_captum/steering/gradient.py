@@ -1,0 +1,186 @@
+"""Gradient of equation (5) on one mini-batch: all subsets at once, or block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from ..config import STRIDEConfig, parse_bytes
+from ..subsets import Membership, sketch, sketch_projection
+from .objective import combined, example_responses, fidelity, linearity, stability, subset_responses
+from .operators import SteeringOperators
+from .sampling import MiniBatch, MiniBatches, SubsetRows
+
+
+class BatchGradient:
+    """The losses of B_S and B_R of every subset, and their gradient in the operators.
+
+    Subsets are taken in blocks that fit `config.memory_budget` (`block_bytes`). The gradient of a
+    block is written into a view of the whole gradient, so that nothing of the size of all operators
+    is made for it.
+
+    Attributes:
+        operators: Where the gradients go.
+        blocks: Slices of the subsets.
+        width: |B_S| = |B_R|.
+    """
+
+    def __init__(
+        self,
+        operators: SteeringOperators,
+        features: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        membership: Membership,
+        config: STRIDEConfig,
+        seed: int,
+    ) -> None:
+        """Put what every step reads on the device of the operators; the features stay where they are.
+
+        Args:
+            operators: phi and a.
+            features: h, `(n_train, d)`.
+            logits: z, `(n_train, n_classes)`.
+            labels: `(n_train,)` int64.
+            membership: CSR `(n_subsets, n_train)`.
+            config: Options of stage 1.
+            seed: Of the batches and the sketch.
+        """
+        self.operators, self.features, self.config = operators, features, config
+        parameter = operators.steering_matrices
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.logits, self.labels = logits.to(self.device, self.dtype), labels.to(self.device)
+        rows = SubsetRows.from_membership(membership, self.device)
+        smallest = int(membership.getnnz(axis=1).min())
+        self.width = min(config.batch_size, max(rows.largest, len(features) - smallest))
+        size = largest_block(
+            operators, len(features), self.width, parse_bytes(config.memory_budget, self.device)
+        )
+        n_subsets = operators.n_subsets
+        self.blocks = [slice(k, min(k + size, n_subsets)) for k in range(0, n_subsets, size)]
+        generator = torch.Generator().manual_seed(seed)
+        self.batches = MiniBatches(rows, self.blocks, self.width, generator)
+        self.sketch = self._sketch(membership, seed) if config.linearity_weight else None
+
+    def _sketch(self, membership: Membership, seed: int) -> Tensor:
+        """R for the reading "example" of (4), `(N, sketch_width)`; X R for "subset", `(K, sketch_width)`."""
+        n_train, width = membership.shape[1], self.config.sketch_width
+        if self.config.linearity == "example":
+            return sketch_projection(n_train, width, seed).to(self.dtype).to(self.device)
+        return sketch(membership, n_train, width, seed).to(self.dtype).to(self.device)
+
+    def accumulate(self) -> Tensor:
+        """Draw a batch and add its gradient to `.grad` of the parameters, which must not be None.
+
+        Returns:
+            Fidelity and stability, averaged over subsets, and linearity, averaged ("example") or
+            whole ("subset") or NaN (weight 0): `(3,)`.
+        """
+        config = self.config
+        batches: Iterable[MiniBatch] = self.batches.step()
+        couples = self.sketch is not None and config.linearity == "subset"
+        pull, value = None, None
+        if couples and len(self.blocks) > 1:
+            batches = list(batches)
+            pull, value = self._pull(batches)
+        losses = torch.zeros(3, device=self.device, dtype=self.dtype)
+        for block, batch in zip(self.blocks, batches, strict=True):
+            parameters = self._block_parameters(block)
+            shift = self._shift(parameters, batch.distinct, batch.places)
+            inner, outer = shift[:, : self.width], shift[:, self.width :]
+            fid = fidelity(self.logits[batch.inside], inner, self.labels[batch.inside], batch.mask)
+            stab = stability(self.logits[batch.outside], outer, batch.outside_mask)
+            lin = self._linearity(block, batch.inside, inner, batch.mask, pull)
+            loss = combined(
+                fid,
+                stab,
+                lin,
+                fidelity_weight=config.fidelity_weight,
+                stability_weight=config.stability_weight,
+                linearity_weight=config.linearity_weight,
+            )
+            if config.weight_decay:
+                loss = loss + 0.5 * config.weight_decay * parameters["steering_matrices"].square().sum()
+            loss.backward()
+            lin_sum = torch.full_like(losses[2], float("nan")) if lin is None else lin.detach().sum()
+            losses += torch.stack([fid.detach().sum(), stab.detach().sum(), lin_sum])
+        whole = losses[2] if value is None else value
+        losses = losses / self.operators.n_subsets
+        return torch.cat([losses[:2], whole[None]]) if couples else losses
+
+    def _linearity(
+        self, block: slice, rows: Tensor, shift: Tensor, mask: Tensor, pull: Tensor | None
+    ) -> Tensor | None:
+        if self.sketch is None:
+            return None
+        if self.config.linearity == "example":
+            responses = example_responses(shift).where(mask, 0)
+            return linearity(responses, self.sketch[rows] * mask[..., None], self.config.sketch_ridge)
+        responses = subset_responses(shift, mask)
+        if pull is None:
+            return linearity(responses, self.sketch, self.config.sketch_ridge)
+        return (pull[block] * responses).sum()
+
+    def _pull(self, batches: Iterable[MiniBatch]) -> tuple[Tensor, Tensor]:
+        """The gradient of the reading "subset" of (4) in y, where no block sees all of y; its value."""
+        responses = []
+        with torch.no_grad():
+            for block, batch in zip(self.blocks, batches, strict=True):
+                inside = batch.places[:, : self.width]
+                shift = self._shift(self._block_parameters(block), batch.distinct, inside)
+                responses.append(subset_responses(shift, batch.mask))
+        y = torch.cat(responses).requires_grad_()
+        assert self.sketch is not None
+        value = linearity(y, self.sketch, self.config.sketch_ridge)
+        return torch.autograd.grad(value, y)[0], value.detach()
+
+    def _shift(self, parameters: dict[str, Tensor], distinct: Tensor, places: Tensor) -> Tensor:
+        """Shifts of the examples at some places of `distinct`, `(k, n, C)`."""
+        features = self.features[distinct.to(self.features.device)].to(self.device, self.dtype)
+        rounded = self.config.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16) if rounded else nullcontext():
+            shift = functional_call(self.operators, parameters, (features, places))
+        moved: Tensor = shift.to(self.dtype)
+        return moved
+
+    def _block_parameters(self, block: slice) -> dict[str, Tensor]:
+        """The block's part of the stacked parameters, as leaves whose gradients are views of the whole."""
+        part = {}
+        for name in self.operators.stacked:
+            whole = self.operators.get_parameter(name)
+            part[name] = whole.detach()[block].requires_grad_()
+            part[name].grad = None if whole.grad is None else whole.grad[block]
+        return part
+
+
+def block_bytes(operators: SteeringOperators, n_subsets: int, n_train: int, width: int) -> int:
+    """What a block of k subsets needs: `itemsize (m (6 d + 4 q) + 2 b k (4 q + 12 C) + e)` bytes.
+
+    2 b k examples are drawn (b = `width`). m of them are encoded: min(2 b k, N) for a shared phi,
+    2 b k for one a subset. q is what an example carries behind phi: r, or r (d + C) for
+    "representation". e = 2 k (d^2 + d n_outputs) is a gradient of each phi, where every subset has one.
+    """
+    d, n_classes = operators.n_features, operators.n_classes
+    q = operators.rank * (1 if operators.steering == "logits" else d + n_classes)
+    drawn = 2 * width * n_subsets
+    own = operators.encoder == "per-subset"
+    encoded = drawn if own else min(n_train, drawn)
+    encoders = 2 * n_subsets * d * (d + operators.output_bias.shape[-1]) if own else 0
+    itemsize: int = operators.steering_matrices.element_size()
+    return itemsize * (encoded * (6 * d + 4 * q) + drawn * (4 * q + 12 * n_classes) + encoders)
+
+
+def largest_block(operators: SteeringOperators, n_train: int, width: int, budget: int) -> int:
+    """The most subsets whose `block_bytes` fit the budget, at least one, by bisection."""
+    low, high = 1, operators.n_subsets
+    while low < high:
+        middle = (low + high + 1) // 2
+        if block_bytes(operators, middle, n_train, width) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return low

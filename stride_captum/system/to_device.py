@@ -1,0 +1,74 @@
+"""Blocks of a stored training set on the device that computes with them.
+
+A copy to a GPU from pageable memory holds up the host until it is done. Through pinned memory it is queued:
+the host reads the next rows from the store while the GPU works on these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .devices import copied_in_background, float64_device
+from .memory import MOST_ROWS, blocks
+
+
+def staged(rows: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Rows of a stored array on a device; rounding and widening happen there, so that what travels is small.
+
+    Args:
+        rows: On the CPU (perhaps memory-mapped) or on the device already, in any precision.
+        device: Where they are needed.
+        dtype: In which they are needed.
+
+    >>> staged(torch.ones(2, 3, dtype=torch.bfloat16), torch.device("cpu"), torch.float32).dtype
+    torch.float32
+    """
+    return copied_in_background(rows, device).to(dtype)
+
+
+def working_dtype(features: Tensor) -> torch.dtype:
+    """The dtype of all results with these features: float64 for float64, float32 for all others."""
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class TrainingBlocks:
+    """A training set that is read block by block: nothing of its size is copied.
+
+    Attributes:
+        features: Raw features `(n_train, n_features)` in any precision, may be memory-mapped.
+        logits: `(n_train, n_classes)`, likewise.
+        labels: `(n_train,)` int64; products are taken on their device.
+        dtype: In which products are taken.
+        block_rows: Rows of a block.
+    """
+
+    features: Tensor
+    logits: Tensor
+    labels: Tensor
+    dtype: torch.dtype
+    block_rows: int = MOST_ROWS
+
+    def __iter__(self) -> Iterator[slice]:
+        return blocks(len(self.labels), self.block_rows)
+
+    @property
+    def device(self) -> torch.device:
+        """Where products are taken."""
+        return self.labels.device
+
+    def features_of(self, rows: slice, width: int | None = None) -> Tensor:
+        """The first `width` features of some rows, `(n_rows, width)` in `dtype`."""
+        return staged(self.features[rows, :width], self.device, self.dtype)
+
+    def logits_of(self, rows: slice) -> Tensor:
+        """Logits of some rows, `(n_rows, n_classes)` float64."""
+        return staged(self.logits[rows], float64_device(self.device), torch.float64)
+
+    def labels_of(self, rows: slice) -> Tensor:
+        """Labels of some rows, beside their logits, `(n_rows,)`."""
+        return self.labels[rows].to(float64_device(self.device))
