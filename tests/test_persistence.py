@@ -31,10 +31,10 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from stride_captum import STRIDE, InfluenceMethod, STRIDEConfig
 from stride_captum.adapters import TRAK, Random, Similarity
 from stride_captum.data.batch import Batch
-from stride_captum.influence import files as saved_files
 from stride_captum.influence import persistence
 from stride_captum.influence.persistence import saved_as
 from stride_captum.losses import CrossEntropy
+from stride_captum.system import saved_files
 
 TRAINED = {"operators": "trained", "subsets": "partition", "n_subsets": 8, "rank": 4, "iterations": 5}
 CONFIGS = {
