@@ -42,7 +42,7 @@ from captum.influence import DataInfluence, SimilarityInfluence
 from torch import Tensor, nn
 
 from ..errors import bad_choice, bad_type, bad_value
-from ..influence.method import Ask, InfluenceMethod
+from ..influence.method import InfluenceMethod, Query
 from ..responses import RESPONSES, response_gradient
 from ._captum import (
     Examples,
@@ -93,7 +93,7 @@ class CaptumInfluence(GradientMethod):
         orientation: "test-train" or "train-test", of what Captum returns.
         **options: Those of `GradientMethod` but `layers`; `residuals` with `answers="every"` only.
 
-    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
     >>> from captum.influence import SimilarityInfluence
     >>> def build(model, train):
@@ -167,7 +167,7 @@ class CaptumInfluence(GradientMethod):
         vars(network)["forward"] = forward
         return network
 
-    def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Ask) -> CaptumTest:
+    def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Query) -> CaptumTest:
         with torch.no_grad():
             outputs = batch.outputs(model)
         logits, response = widened(batch.logits_of(outputs)), ask.response

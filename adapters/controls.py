@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from ..data.batch import ExampleBatch
 from ..data.digests import digest_item
 from ..errors import bad_value
-from ..influence.method import Ask, InfluenceMethod
+from ..influence.method import InfluenceMethod, Query
 from ..system.preserve_state import bits
 from ..system.saved_values import saved_as
 from .gradients.working_copies import widened
 
-#: Columns that one generator serves.
+#: Design that one generator serves.
 _CHUNK = 1024
 
 
@@ -61,7 +61,7 @@ class Random(InfluenceMethod):
         seed: Seed of the scores.
         **options: Those of `InfluenceMethod`.
 
-    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
     >>> first, second = (Random(model, train, seed=1).influence(test.tensors) for _ in range(2))
     >>> first.equal(second)
@@ -87,7 +87,7 @@ class Random(InfluenceMethod):
         self.n_train_ = len(every)
         return RandomState(every, self.seed)
 
-    def _prepare(self, state: RandomState, model: nn.Module, batch: Any, ask: Ask) -> RandomTest:
+    def _prepare(self, state: RandomState, model: nn.Module, batch: Any, ask: Query) -> RandomTest:
         logits = self._logits(model, batch)
         sign = widened(logits).new_tensor(-1.0 if ask.response == "loss" else 1.0)
         return RandomTest(input_keys(batch), ask.classes(logits, batch), sign)
@@ -106,7 +106,7 @@ class ClassRandom(Random):
     Scores are `|e|` within the class and `-|e|` outside, with e standard normal (and the other way round
     for the response "loss").
 
-    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
     >>> x, y = test.tensors
     >>> (ClassRandom(model, train).influence((x, y)) > 0).equal(y[:, None] == train.tensors[1])

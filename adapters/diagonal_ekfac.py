@@ -66,7 +66,7 @@ class DiagonalEKFAC(GradientMethod):
         ValueError: An option out of its range; in `fit`, a relative eps where F is 0 throughout, or one at
             which rounding errors would decide (the least safe one is named).
 
-    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
     >>> DiagonalEKFAC(model, train, fisher="exact").influence(test.tensors).shape
     torch.Size([7, 48])

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import bad_choice, bad_value
-from ..influence.method import Ask
+from ..influence.method import Query
 from ..system.devices import float64_device
 from ..system.packages import install_command
 from ._kronfluence import Batch, Kronfluence, spectra
@@ -68,7 +68,7 @@ class EKFAC(GradientMethod):
         ImportError: kronfluence is not installed.
         ValueError: A device without float64, such as mps.
 
-    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
     >>> method = EKFAC(model, train, residuals="temperature")
     >>> method.influence(test.tensors).shape
@@ -198,7 +198,7 @@ class EKFAC(GradientMethod):
             # kronfluence takes the number of examples from what stands first.
             yield {**{name: every[rows] for name, every in vectors.items()}, "examples": batch}
 
-    def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Ask) -> EKFACTest:
+    def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Query) -> EKFACTest:
         vectors = self._response_gradients(model, batch, ask)
         query = {"gradients": vectors, "examples": batch}
         train = self._train_sides(residuals=state.residuals)

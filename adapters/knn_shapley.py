@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import bad_value
-from ..influence.method import Ask
+from ..influence.method import Query
 from ..system.devices import as_float64
-from .similarity import Similarity, SimilarityState, SimilarityTest
+from .similarity import Similarity, SimilarityQuery, SimilarityState
 
 
 @dataclass
-class KNNShapleyTest(SimilarityTest):
+class KNNShapleyTest(SimilarityQuery):
     """A batch of test points with the values that the training examples have for each.
 
     Attributes:
@@ -49,7 +49,7 @@ class KNNShapley(Similarity):
         k: Neighbours that vote; may exceed n_train.
         **options: Those of `InfluenceMethod`.
 
-    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
     >>> values = KNNShapley(model, train, k=3).influence(test.tensors)
     >>> bool((values.sum(1) <= 1.0001).all())  # the share of the three votes that are for the class
@@ -62,7 +62,7 @@ class KNNShapley(Similarity):
             raise bad_value("k", "be an integer of at least 1", repr(k))
         self.k = k
 
-    def _prepare(self, state: SimilarityState, model: nn.Module, batch: Any, ask: Ask) -> KNNShapleyTest:
+    def _prepare(self, state: SimilarityState, model: nn.Module, batch: Any, ask: Query) -> KNNShapleyTest:
         test = super()._prepare(state, model, batch, ask)
         similarity = test.features @ state.features.T
         order = similarity.argsort(dim=1, descending=True, stable=True)
@@ -72,7 +72,7 @@ class KNNShapley(Similarity):
         values = values.masked_fill(similarity.isnan().any(1, keepdim=True), float("nan"))
         return KNNShapleyTest(test.features, test.classes, test.sign, values)
 
-    def _scores(self, state: SimilarityState, prepared: SimilarityTest, columns: slice) -> Tensor:
+    def _scores(self, state: SimilarityState, prepared: SimilarityQuery, columns: slice) -> Tensor:
         assert isinstance(prepared, KNNShapleyTest)
         return prepared.values[:, columns]
 

@@ -27,7 +27,7 @@ from ..responses import class_labels, response_value
 from ..stride import STRIDE
 from ..system.devices import device_of, full_precision
 from ..system.packages import install_command
-from ..system.preserve_state import untouched
+from ..system.preserve_state import preserve_state
 from .gradients.working_copies import widened
 
 #: Probabilities `(n_test_rows, n_classes)` for some rows of the training set from a fit on others.
@@ -51,7 +51,7 @@ class LabelNoiseDetector(ABC):
     >>> class Coin(LabelNoiseDetector):
     ...     def mislabel_scores(self):
     ...         return torch.rand(len(self.train_dataset))
-    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
     >>> Coin(model, train).mislabel_scores().shape
     torch.Size([48])
@@ -92,7 +92,7 @@ class LabelNoiseDetector(ABC):
         logits: list[Tensor] = []
         labels: list[Tensor] = []
         precision = full_precision(device_of(self.model))
-        with untouched(self.model), torch.no_grad(), precision, recording(self.model, taps) as run:
+        with preserve_state(self.model), torch.no_grad(), precision, recording(self.model, taps) as run:
             check = OutputCheck(self.loss, self.model)
             for batch in self._passes.walk():
                 batch = batch.to(device_of(self.model))
@@ -110,7 +110,7 @@ class LabelNoiseDetector(ABC):
 class LossDetector(LabelNoiseDetector):
     """The training loss of each example, `-log p_y`: a wrong label is learnt late, or not at all.
 
-    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
     >>> suspicion = LossDetector(model, train).mislabel_scores()
     >>> bool((suspicion >= 0).all())
@@ -129,7 +129,7 @@ class RidgeLeaveOneOut(LabelNoiseDetector):
 
     The head reads all layers but the last, which has memorised the labels.
 
-    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
     >>> suspicion = RidgeLeaveOneOut(model, train).mislabel_scores()
     >>> suspicion.topk(5).indices.shape  # the five most suspect labels
@@ -172,7 +172,7 @@ class ConfidentLearning(LabelNoiseDetector):
     Raises:
         ImportError: Cleanlab is not installed.
 
-    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
     >>> suspicion = ConfidentLearning(model, train, n_folds=3).mislabel_scores()
     >>> bool((suspicion >= 0).all() and (suspicion <= 1).all())
@@ -212,7 +212,7 @@ class ConfidentLearning(LabelNoiseDetector):
         return 1 - torch.from_numpy(np.asarray(quality, dtype=np.float64))
 
     def _taps(self) -> list[Tap]:
-        with untouched(self.model), torch.no_grad():
+        with preserve_state(self.model), torch.no_grad():
             few = self._passes.first().to(device_of(self.model)).first(2)
             if self.layers is not None:
                 return named_taps(self.model, self.layers, few)
@@ -270,7 +270,7 @@ def logistic_regression(features: NDArray[Any], labels: NDArray[Any], n_classes:
     Args:
         features: `(n, n_features)`.
         labels: `(n,)` integers in `[0, n_classes)`.
-        n_classes: Columns of the probabilities; a class that a fit has not seen gets 0.
+        n_classes: Design of the probabilities; a class that a fit has not seen gets 0.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..influence.method import Ask, InfluenceMethod
+from ..influence.method import InfluenceMethod, Query
 from ..layers.activations import Tap, check_finite, default_taps, named_taps, recording
 from ..system.saved_values import saved_as
 
@@ -30,7 +30,7 @@ class SimilarityState:
 
 
 @dataclass
-class SimilarityTest:
+class SimilarityQuery:
     """What is kept of a batch of test points.
 
     Attributes:
@@ -49,7 +49,7 @@ class Similarity(InfluenceMethod):
 
     It does not depend on the response, but its sign does: similar examples lower the "loss".
 
-    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
     >>> alike = Similarity(model, train, layers=["relu1", "relu2"]).influence(test.tensors)
     >>> bool((alike.abs() < 1.0001).all())
@@ -77,27 +77,27 @@ class Similarity(InfluenceMethod):
         check_finite(every)
         return SimilarityState(taps, every, torch.cat(labels))
 
-    def _prepare(self, state: SimilarityState, model: nn.Module, batch: Any, ask: Ask) -> SimilarityTest:
+    def _prepare(self, state: SimilarityState, model: nn.Module, batch: Any, ask: Query) -> SimilarityQuery:
         with recording(model, state.taps) as run:
             outputs, rows = run(batch)
         classes = ask.classes(batch.logits_of(outputs), batch)
-        return SimilarityTest(_unit(torch.cat(rows, dim=1)), classes, -1 if ask.response == "loss" else 1)
+        return SimilarityQuery(_unit(torch.cat(rows, dim=1)), classes, -1 if ask.response == "loss" else 1)
 
-    def _scores(self, state: SimilarityState, prepared: SimilarityTest, columns: slice) -> Tensor:
+    def _scores(self, state: SimilarityState, prepared: SimilarityQuery, columns: slice) -> Tensor:
         scores: Tensor = (prepared.features * prepared.sign) @ state.features[columns].T
         return scores
 
     def _train_norms(self, state: SimilarityState) -> Tensor:
         return _norms(state.features)
 
-    def _test_norms(self, state: SimilarityState, prepared: SimilarityTest) -> Tensor:
+    def _test_norms(self, state: SimilarityState, prepared: SimilarityQuery) -> Tensor:
         return _norms(prepared.features)
 
 
 class ClassSimilarity(Similarity):
     """Cosine similarity of features, kept for training examples of the target's class and 0 for others.
 
-    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
     >>> x, y = test.tensors
     >>> other_class = y[:, None] != train.tensors[1]
@@ -105,7 +105,7 @@ class ClassSimilarity(Similarity):
     0.0
     """
 
-    def _scores(self, state: SimilarityState, prepared: SimilarityTest, columns: slice) -> Tensor:
+    def _scores(self, state: SimilarityState, prepared: SimilarityQuery, columns: slice) -> Tensor:
         same = prepared.classes[:, None] == state.labels[columns]
         scores: Tensor = super()._scores(state, prepared, columns) * same
         return scores

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from ..data.batch import ExampleBatch
 from ..data.inputs import PrivateLoader
 from ..errors import bad_value
-from ..influence.method import Ask
+from ..influence.method import Query
 from ._captum import parts_by_position, quiet
 from ._captum_losses import (
     Positional,
@@ -60,7 +60,7 @@ class TracIn(GradientMethod):
     Attributes:
         batched_: Whether Captum does a batch at a time, not an example.
 
-    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
     >>> TracIn(model, train, fast=True).influence(test.tensors).shape  # the last layer only
     torch.Size([7, 48])
@@ -134,13 +134,13 @@ class TracIn(GradientMethod):
         right = agree(found, rows @ rows.T, self._rounding)
         return None if right else ArithmeticError("other products of gradients than those of autograd")
 
-    def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Ask) -> TracInTest:
+    def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Query) -> TracInQuery:
         vectors = self._response_gradients(model, batch, ask)
         training = ResidualsAsLabels(self, state.residuals, None if self.batched_ else 1)
         scores = self._ask_captum(model, batch, vectors, training, self.batched_)
         # The column of a training example whose gradient is not finite; a row belongs to a test point.
         check_gradients(scores[scores.isfinite().any(1)].T, 0)
-        return TracInTest(scores, lambda: flat(self._gradients(model, batch, vectors)))
+        return TracInQuery(scores, lambda: flat(self._gradients(model, batch, vectors)))
 
     def _ask_captum(
         self, model: nn.Module, batch: ExampleBatch, vectors: Tensor, training: Any, batched: bool
@@ -189,7 +189,7 @@ def _as_they_are(batches: Any) -> DataLoader[Any]:
 
 
 @dataclass
-class TracInTest:
+class TracInQuery:
     """A batch of test points.
 
     Attributes:

@@ -77,7 +77,7 @@ class TRAK(GradientMethod):
         ValueError: An option out of its range; in `fit`, a damping at which rounding errors would decide
             (the least safe one is named).
 
-    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
     >>> TRAK(model, train, projection_dim=64).influence(test.tensors, 3).indices.shape
     torch.Size([7, 3])

@@ -4,7 +4,7 @@ from .comparison.compare import Comparison, compare
 from .comparison.counterfactual_runs import measure_counterfactual
 from .comparison.explain import Explanation, explain
 from .comparison.leakage_runs import measure_leakage
-from .comparison.methods import CONTENDERS, Contender
+from .comparison.methods import METHODS, MethodSpec
 from .comparison.mislabel_runs import measure_mislabel
 from .measures.calibration import CalibrationResult, calibration
 from .measures.cost import Cost, measure_cost
@@ -17,10 +17,10 @@ from .retraining.plan import RetrainingPlan, train_attributed, train_model
 from .tasks.tasks import Task, load_task
 
 __all__ = [
-    "CONTENDERS",
+    "METHODS",
     "CalibrationResult",
     "Comparison",
-    "Contender",
+    "MethodSpec",
     "Cost",
     "CounterfactualResult",
     "Explanation",

@@ -77,7 +77,7 @@ class STRIDEConfig:
         weight_decay: Trained. Factor of `1/2 |a_k|^2`; 0 in the paper.
         linearity: Trained. How equation (4) is read: "example" (y_k holds the responses of the
             members) or "subset" (y holds the responses of all subsets; F.3).
-        sketch_width: Trained. Columns of R (A.3).
+        sketch_width: Trained. Design of R (A.3).
         sketch_ridge: Trained. gamma of equation (4).
         precision: Trained. "float32", "tf32" or "bfloat16" for stage 1.
 

@@ -15,7 +15,7 @@ from .config import STRIDEConfig
 from .data import inputs as data
 from .data.batch import is_batch
 from .errors import bad_type, bad_value
-from .influence.method import Ask
+from .influence.method import Query
 from .influence.top_k import Collector, DenseScores, GroupSums, StreamedTopK, merge_top_k
 from .losses import CrossEntropy
 from .stride import STRIDE, STRIDEState
@@ -81,7 +81,7 @@ class DistributedSTRIDE(STRIDE):
         self.ranks = Ranks(process_group)
         n, share = _share(train_dataset, self.ranks)
         super().__init__(model, share, **options)
-        self._n_whole, self.columns = n, self.ranks.share(n)
+        self._n_whole, self.columns = n, self.ranks.shard(n)
         for name, only in (("operators", "trained"), ("curvature", "gauss-newton")):
             if getattr(self.config, name) == only:
                 raise bad_value(name, "be another one in a process group", repr(only), "Use STRIDE.")
@@ -129,12 +129,12 @@ class DistributedSTRIDE(STRIDE):
         with self.ranks.call("self_influence"):
             own = super().self_influence(inputs, *args, **options)
             whole = inputs is None and options.get("inputs_dataset") is None
-            return self.ranks.cat(own, "self-influence") if whole else own
+            return self.ranks.all_gather(own, "self-influence") if whole else own
 
     def mislabel_scores(self) -> Tensor:
         """As `STRIDE.mislabel_scores`, gathered on every rank."""
         with self.ranks.call("mislabel_scores"):
-            return self.ranks.cat(super().mislabel_scores(), "mislabel scores")
+            return self.ranks.all_gather(super().mislabel_scores(), "mislabel scores")
 
     def save(self, path: str | Path) -> None:
         """Write what this rank has learnt to a file of its own, `path.rank0-of-4` and so on."""
@@ -174,14 +174,14 @@ class DistributedSTRIDE(STRIDE):
         with self.ranks.call("influence"):
             return super()._collect(inputs, merged, show_progress and self.ranks.rank == 0, *args)
 
-    def _prepare(self, state: STRIDEState, model: nn.Module, batch: Any, ask: Ask) -> Any:
+    def _prepare(self, state: STRIDEState, model: nn.Module, batch: Any, ask: Query) -> Any:
         form: Any = state.operators
         n, d, c = len(batch), len(form.scale) - 1, form.n_classes
         self.ranks.agree(f"{n} {ask.response}", "inputs", "be the same test points on every rank")
         query = form.scale.new_empty(n, d + c)
         if self.ranks.rank == 0:
             query = torch.cat([part.to(query) for part in self._query(state, model, batch, ask)], 1)
-        return form.prepare(*self.ranks.same(query, "test points").split([d, c], 1))
+        return form.prepare(*self.ranks.broadcast(query, "test points").split([d, c], 1))
 
     def _column_blocks(self, size: int) -> Iterator[tuple[slice, Any]]:
         for columns in blocks(self.columns.stop - self.columns.start, max(size, 1)):
@@ -209,8 +209,8 @@ class _Merged:
         """What all ranks have collected."""
         found = self._inner.result()
         if isinstance(self._inner, GroupSums):
-            return (self._ranks.total(found[0], "sums of groups"),)
-        parts = [self._ranks.cat(part, "scores", dim=1) for part in found]
+            return (self._ranks.all_reduce(found[0], "sums of groups"),)
+        parts = [self._ranks.all_gather(part, "scores", dim=1) for part in found]
         if not isinstance(self._inner, StreamedTopK):
             return tuple(parts)
         return merge_top_k(parts[0], parts[1], self._inner.k, self._inner.largest)
@@ -234,7 +234,7 @@ def _share(dataset: Any, ranks: Ranks) -> tuple[int, Any]:
         raise bad_value(
             "train_dataset", f"hold an example for each of {ranks.size} ranks", n, "Start fewer processes."
         )
-    return n, data.some_examples(dataset, ranks.share(n))
+    return n, data.some_examples(dataset, ranks.shard(n))
 
 
 __all__ = ["DistributedSTRIDE"]

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 import torch
 from tqdm.auto import tqdm
 
-from .conformance import LAWS, Subject, judge, missing_extra, shipped
-from .conformance.planted import MLP, trained
+from .conformance import CHECKS, Subject, missing_extra, run_check, shipped
+from .conformance.toy_problems import MLP, trained
 from .influence.chance import at_chance
 from .stride import STRIDE
 from .system.packages import EXTRAS, PACKAGE, Finding, check_packages, requirements, version
@@ -58,7 +58,7 @@ class Diagnosis:
 
     def __str__(self) -> str:
         broken = [finding.what for finding in self.findings if finding.status == "broken"]
-        verdict = "Everything that was checked works" if self.ok else f"Broken: {', '.join(broken)}"
+        outcome = "Everything that was checked works" if self.ok else f"Broken: {', '.join(broken)}"
         return "\n".join(
             [
                 textwrap.fill(", ".join(f"{name} {found}" for name, found in self.versions.items()), 110),
@@ -69,7 +69,7 @@ class Diagnosis:
                 "Not covered:",
                 *(f"- {text}" for text in self.not_covered),
                 "",
-                f"{verdict} ({self.seconds:.1f} s).",
+                f"{outcome} ({self.seconds:.1f} s).",
             ]
         )
 
@@ -136,11 +136,11 @@ def check_method(subject: Subject) -> Finding:
     missing = missing_extra(subject.build)
     if missing is not None:
         return Finding(subject.name, "absent", missing.rstrip("."))
-    laws = [law for law in LAWS if law not in LEFT_OUT and law not in subject.exceptions]
+    laws = [law for law in CHECKS if law not in LEFT_OUT and law not in subject.exceptions]
     for law in laws:
-        verdict = judge(LAWS[law], subject.build)
-        if verdict != "pass":
-            why = verdict.removeprefix("fail: ").rstrip(".")
+        outcome = run_check(CHECKS[law], subject.build)
+        if outcome != "pass":
+            why = outcome.removeprefix("fail: ").rstrip(".")
             return Finding(subject.name, "broken", f"{law.replace('_', ' ')}? No: {why}", _REPORT)
     return Finding(subject.name, "ok", f"keeps {len(laws)} laws on planted data")
 

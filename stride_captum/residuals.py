@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .system.devices import as_float64, float64_device
 from .system.memory import blocks
-from .system.processes import ALONE, Alone
-from .system.to_device import staged
+from .system.processes import SINGLE_PROCESS, SingleProcess
+from .system.to_device import to_device
 
 #: The best of 2, 3 and 4 on digits and MNIST, and within .005 of the best on CIFAR-10 (LDS).
 DEFAULT_TEMPERATURE = 2.0
@@ -130,15 +130,17 @@ def simplex_shift(points: Tensor) -> Tensor:
     return excess.gather(-1, support - 1) / support
 
 
-def mean_residual(logits: Tensor, labels: Tensor, temperature: float = 1.0, ranks: Alone = ALONE) -> float:
+def mean_residual(
+    logits: Tensor, labels: Tensor, temperature: float = 1.0, ranks: SingleProcess = SINGLE_PROCESS
+) -> float:
     """Mean of half the L1 norm of `e_y - p`, which is the mean of `1 - p_y`; in float64, block by block."""
     device = float64_device(labels.device)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for rows in blocks(len(labels), max(_LOGITS // logits.shape[1], 1)):
-        z, y = staged(logits[rows], device, torch.float64), labels[rows].to(device)
+        z, y = to_device(logits[rows], device, torch.float64), labels[rows].to(device)
         total += tempered_residuals(z, y, temperature).gather(1, y[:, None]).sum()
     sums = torch.tensor([float(total), len(labels)], dtype=torch.float64, device="cpu")
-    whole, n = ranks.total(sums, "mean residual").tolist()
+    whole, n = ranks.all_reduce(sums, "mean residual").tolist()
     return float(whole / n)
 
 
@@ -148,7 +150,7 @@ def match_temperature(
     target: float,
     low: float = 1.0,
     high: float = 100.0,
-    ranks: Alone = ALONE,
+    ranks: SingleProcess = SINGLE_PROCESS,
 ) -> float:
     """The temperature at which the mean residual of the training set is that of held-out data.
 

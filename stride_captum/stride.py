@@ -34,7 +34,7 @@ from .features.store_files import as_tensor
 from .features.store_writer import Computed
 from .influence.checkpoints import LoadCheckpoint, load_checkpoint
 from .influence.estimate import Estimate, from_fewer_steps
-from .influence.method import Ask, InfluenceMethod
+from .influence.method import InfluenceMethod, Query
 from .layers.activations import Tap, check_finite, default_taps, named_taps, recording
 from .layers.probes import check_deterministic
 from .losses import CrossEntropy, OutputCheck
@@ -236,20 +236,20 @@ class STRIDE(InfluenceMethod):
         self.history_ = steering.history
         return STRIDEState(taps, steering, projection)
 
-    def _prepare(self, state: STRIDEState, model: nn.Module, batch: Any, ask: Ask) -> Any:
+    def _prepare(self, state: STRIDEState, model: nn.Module, batch: Any, ask: Query) -> Any:
         if isinstance(state.operators, ClosedForm):
             return state.operators.prepare(*self._query(state, model, batch, ask))
         features, logits, classes, response = self._asked(state, model, batch, ask)
         responses = state.operators.subset_responses(features, logits, classes, response)
         return state.operators.weights(responses, self.config)
 
-    def _query(self, state: STRIDEState, model: nn.Module, batch: Any, ask: Ask) -> tuple[Tensor, Tensor]:
+    def _query(self, state: STRIDEState, model: nn.Module, batch: Any, ask: Query) -> tuple[Tensor, Tensor]:
         """What the closed form needs to know of test points: raw features, gradients of the response."""
         features, logits, classes, response = self._asked(state, model, batch, ask)
         return features, response_gradient(logits, classes, response)
 
     def _asked(
-        self, state: STRIDEState, model: nn.Module, batch: Any, ask: Ask
+        self, state: STRIDEState, model: nn.Module, batch: Any, ask: Query
     ) -> tuple[Tensor, Tensor, Tensor, str]:
         features, logits, outputs = self._read_batch(model, state.taps, batch, state.projection)
         return features, logits, ask.classes(logits, batch), self.loss.response_of(outputs, ask.response)
@@ -279,7 +279,7 @@ class STRIDE(InfluenceMethod):
             return super()._self_influence(state, model, batch, rows)
         features, logits, _ = self._read_batch(model, state.taps, batch, state.projection)
         return state.operators.self_influence_of(
-            features, logits, Ask("loss", "label").classes(logits, batch)
+            features, logits, Query("loss", "label").classes(logits, batch)
         )
 
     def mislabel_scores(self) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from stride_captum import STRIDE
 from stride_captum.adapters import ClassRandom, ClassSimilarity, Random, Similarity
-from stride_captum.conformance.planted import (
+from stride_captum.conformance.toy_problems import (
     MLP,
     N_CLASSES,
     N_TEST,

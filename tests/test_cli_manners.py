@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from stride_captum.doctor import Diagnosis
 from stride_captum.evaluation.cli import app as cli
 from stride_captum.evaluation.cli.app import app
-from stride_captum.evaluation.cli.output import Voice, one_sentence_errors
-from stride_captum.evaluation.comparison.methods import CONTENDERS
+from stride_captum.evaluation.cli.output import Console, one_sentence_errors
+from stride_captum.evaluation.comparison.methods import METHODS
 from stride_captum.evaluation.retraining import workers as retraining_workers
 from stride_captum.evaluation.tasks.paper_tables import TABLES
 from stride_captum.system.packages import Finding
@@ -99,7 +99,7 @@ class TestCompletion:
             (["compare", "--preset", "s"], ["smoke", "small"]),
             (["compare", "--measure", "l"], ["lds", "linearized", "leakage"]),
             (["compare", "--measure", "a"], ["all"]),
-            (["compare", "--method", "Trac"], [n for n in CONTENDERS if n.startswith("TracIn")]),
+            (["compare", "--method", "Trac"], [n for n in METHODS if n.startswith("TracIn")]),
             (["compare", "--engine", "st"], ["stacked"]),
             (["reproduce", "table1"], [n for n in TABLES if n.startswith("table1")]),
             (["reproduce", "table8", "--method", "Class"], ["ClassSimilarity", "ClassRandom"]),
@@ -116,7 +116,7 @@ class TestCompletion:
     def test_bash_gets_one_word_a_name(self):
         for name in self.completed("bash", "compare", "--method", "STRIDE").splitlines():
             (word,) = shlex.split(name)
-            assert word in CONTENDERS
+            assert word in METHODS
 
     def test_zsh_gets_names_as_they_are(self):
         assert '"STRIDE (tuned)"' in self.completed("zsh", "compare", "--method", "STRIDE (")
@@ -164,21 +164,21 @@ class TestOutput:
             assert "--json" in options or path == ("report",)  # its result is a page
 
     def test_notes_go_where_they_should(self, capsys):
-        for voice, stream in ((Voice(), 0), (Voice(as_json=True), 1)):
+        for voice, stream in ((Console(), 0), (Console(as_json=True), 1)):
             voice.note("by the way")
             said = capsys.readouterr()
             assert said[stream].strip() == "by the way"
             assert said[1 - stream] == ""
-        Voice(quiet=True).note("by the way")
+        Console(quiet=True).note("by the way")
         assert capsys.readouterr() == ("", "")
 
     @pytest.mark.parametrize("text", ["Report: out/[bold]x[/bold]/report.html", "Report: out/[/]"])
     def test_a_path_with_brackets_is_said_as_it_is(self, text, capsys):
-        Voice().note(text)
+        Console().note(text)
         assert capsys.readouterr().out.strip() == text
 
     def test_a_path_that_is_not_unicode_can_be_said(self, capsys):
-        Voice().note(f"Report: {os.fsdecode(b'f' + bytes([246]) + b'lder')}")
+        Console().note(f"Report: {os.fsdecode(b'f' + bytes([246]) + b'lder')}")
         assert capsys.readouterr().out.strip() == "Report: f?lder"
 
 

@@ -12,11 +12,11 @@ from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE
 from stride_captum.adapters import Random, TracIn
-from stride_captum.evaluation import Contender, compare
+from stride_captum.evaluation import MethodSpec, compare
 from stride_captum.evaluation.comparison import compare as comparison
 from stride_captum.evaluation.comparison import plan as comparison_plan
 from stride_captum.evaluation.comparison.compare import comparison_sizes, estimates, halves
-from stride_captum.evaluation.comparison.methods import CONTENDERS, DEFAULT_METHODS, adapter
+from stride_captum.evaluation.comparison.methods import DEFAULT_METHODS, METHODS, adapter
 from stride_captum.evaluation.comparison.plan import DETECTORS, MEASURES, options_of, settle, wanted_measures
 from stride_captum.evaluation.report.html import write_comparison
 from stride_captum.evaluation.report.terminal import console, show_comparison
@@ -68,7 +68,7 @@ class Silent(Random):
         return 0 * super().influence(*args, **kwargs)
 
 
-silent = Contender("silent", adapter(Silent))
+silent = MethodSpec("silent", adapter(Silent))
 
 
 # Who is tuned on what.
@@ -117,14 +117,14 @@ def planted_row(model, data, options):
 class TestHalves:
     @pytest.mark.parametrize("order", [("tuning", "reported"), ("reported", "tuning")])
     def test_one_half_chooses_and_the_other_is_reported(self, planted, tmp_path, order):
-        row = Contender("planted", planted_row, [{"good_on": half} for half in order])
+        row = MethodSpec("planted", planted_row, [{"good_on": half} for half in order])
         (found,) = compare([row], planted, store=tmp_path, measures=["lds"], **FEW).rows
         assert found.options == {"good_on": "tuning"}
         assert found.lds.value == pytest.approx(-1.0)
         assert found.lds.per_test.shape == (1, 20)
 
     def test_options_that_are_given_are_not_chosen(self, planted, tmp_path):
-        row = Contender("planted", planted_row, [{"good_on": half} for half in ("tuning", "reported")])
+        row = MethodSpec("planted", planted_row, [{"good_on": half} for half in ("tuning", "reported")])
         given = {"planted": {"good_on": "reported"}}
         (found,) = compare([row], planted, store=tmp_path, measures=["lds"], options=given, **FEW).rows
         assert found.options == {"good_on": "reported"}
@@ -135,7 +135,7 @@ class TestHalves:
             return (Silent if options["silent"] else Planted)(model, data)
 
         for order in ((True, False), (False, True)):
-            row = Contender("row", build, [{"silent": flag} for flag in order])
+            row = MethodSpec("row", build, [{"silent": flag} for flag in order])
             (found,) = compare([row], planted, store=tmp_path, measures=["lds"], **FEW).rows
             assert found.options == {"silent": False}
 
@@ -155,7 +155,7 @@ class TestHalves:
             method.few = options["few"]
             return method
 
-        row = Contender("row", build, [{"few": flag} for flag in (True, False)])
+        row = MethodSpec("row", build, [{"few": flag} for flag in (True, False)])
         (found,) = compare([row], planted, store=tmp_path, measures=["lds"], **FEW).rows
         assert found.options == {"few": False}
 
@@ -236,7 +236,7 @@ class TestCheckpoints:
                 if len(list(tmp_path.glob("*.npy"))):  # not the check before anything is trained
                     seen.append((model, list(self.checkpoints)))
 
-        row = Contender("4 checkpoints", adapter(Watched), n_checkpoints=4)
+        row = MethodSpec("4 checkpoints", adapter(Watched), n_checkpoints=4)
         compare([row], task, store=tmp_path, measures=["lds"], **{**FEW, "n_models": 2})
         assert len(seen) == 2
         for seed, (model, states) in enumerate(seen):
@@ -258,7 +258,7 @@ class TestCheckpoints:
 
     def test_a_row_with_checkpoints_is_said_to_be_left_out_of_other_measures(self, task):
         asked = settle(["TracIn, 4 checkpoints", "TracIn"], task, ["lds", "leakage"])
-        assert [c.name for c in asked.contenders] == ["TracIn, 4 checkpoints", "TracIn"]
+        assert [c.name for c in asked.specs] == ["TracIn, 4 checkpoints", "TracIn"]
         assert list(asked.usable) == ["TracIn"]
         assert asked.skipped == {
             "TracIn, 4 checkpoints": "is not measured by leakage: those train models of their own"
@@ -271,28 +271,30 @@ class TestCheckpoints:
 class TestDefaults:
     def test_are_the_method_s_own_without_lds(self, task):
         asked = settle(["TRAK", "KNNShapley", "STRIDE (tuned)", "Similarity"], task, ["mislabel"])
-        assert [c.grid for c in asked.contenders] == [[{}]] * 4
+        assert [c.grid for c in asked.specs] == [[{}]] * 4
         tuned = settle(["TRAK"], task, ["mislabel", "calibration"])
-        assert tuned.contenders[0].grid == list(CONTENDERS["TRAK"].grid)
+        assert tuned.specs[0].grid == list(METHODS["TRAK"].grid)
 
     def test_are_those_of_the_row_where_it_has_some(self, task):
-        one = Contender("one", adapter(Random), [{"seed": 3}])
-        many = Contender("many", adapter(Random), [{"seed": 1}, {"seed": 2}], default={"seed": 5})
+        one = MethodSpec("one", adapter(Random), [{"seed": 3}])
+        many = MethodSpec("many", adapter(Random), [{"seed": 1}, {"seed": 2}], default={"seed": 5})
         asked = settle([one, many], task, ["leakage"])
-        assert [c.grid for c in asked.contenders] == [[{"seed": 3}], [{"seed": 5}]]
+        assert [c.grid for c in asked.specs] == [[{"seed": 3}], [{"seed": 5}]]
 
     def test_give_way_to_given_options(self, task):
         given = {"TRAK": {"damping": np.float32(0.5)}, "EKFAC": {"damping": 0.1}}
-        (row,) = settle(["TRAK"], task, ["lds"], given).contenders
+        (row,) = settle(["TRAK"], task, ["lds"], given).specs
         assert row.grid == [{"damping": 0.5}]
         assert type(row.grid[0]["damping"]) is float
 
     def test_methods_that_are_not_there_are_skipped_by_default_and_refused_by_name(self, task, monkeypatch):
-        monkeypatch.setattr(Contender, "available", property(lambda c: c.needs is None))
+        monkeypatch.setattr(MethodSpec, "available", property(lambda c: c.needs is None))
         asked = settle(None, task, ["lds"])
-        assert asked.skipped == dict.fromkeys(("EKFAC", "EKFAC, our residuals"), "needs kronfluence")
-        assert "EKFAC" not in [c.name for c in asked.contenders]
-        assert [c.name for c in settle(["EKFAC"], task, ["lds"]).contenders] == ["EKFAC"]
+        assert asked.skipped == dict.fromkeys(
+            ("EKFAC", "EKFAC, out-of-sample residuals"), "needs kronfluence"
+        )
+        assert "EKFAC" not in [c.name for c in asked.specs]
+        assert [c.name for c in settle(["EKFAC"], task, ["lds"]).specs] == ["EKFAC"]
 
 
 def test_numbers_of_numpy_are_numbers(task, tmp_path):
@@ -323,7 +325,7 @@ REFUSED = {
     "no method": ({"methods": []}, ValueError, r"`methods` must name at least one method; got none"),
     "another method": ({"methods": ["Stride"]}, ValueError, r"`methods` must be one of .*; got 'Stride'"),
     "one name twice": (
-        {"methods": ["STRIDE", Contender("STRIDE", adapter(Random))]},
+        {"methods": ["STRIDE", MethodSpec("STRIDE", adapter(Random))]},
         ValueError,
         r"`methods` must have names of their own; got 'STRIDE' twice\. Give each a `name`\.",
     ),
@@ -351,7 +353,7 @@ REFUSED = {
     ),
     "a row that needs options": (
         {
-            "methods": [Contender("row", planted_row, [{"good_on": "a"}, {"good_on": "b"}])],
+            "methods": [MethodSpec("row", planted_row, [{"good_on": "a"}, {"good_on": "b"}])],
             "measures": {"mislabel": {}},
         },
         ValueError,
@@ -426,7 +428,7 @@ REFUSED = {
         r"`measures\['mislabel'\]\['detectors'\]` must be one of 'loss', .*; got 'lost'",
     ),
     "a row with the name of a detector": (
-        {"methods": [Contender("loss", adapter(Random))], "measures": {"mislabel": {}}},
+        {"methods": [MethodSpec("loss", adapter(Random))], "measures": {"mislabel": {}}},
         ValueError,
         r"`methods` must have names that no detector has; got 'loss'",
     ),
@@ -474,7 +476,7 @@ class TestRefusals:
     def test_every_default_method_can_be_built_before_training(self, task):
         asked = settle(None, task, ["lds"])
         comparison_plan._check_builds(asked, task)
-        assert {c.name for c in asked.contenders} | asked.skipped.keys() == set(DEFAULT_METHODS)
+        assert {c.name for c in asked.specs} | asked.skipped.keys() == set(DEFAULT_METHODS)
 
 
 class TestTask:
@@ -575,7 +577,7 @@ class TestSilence:
         assert found.summary() == ["silent ranks nothing: its LDS is undefined for all 20 test points."]
 
     def test_of_all_rows_still_makes_a_report(self, task, tmp_path):
-        other = Contender("other", adapter(Silent))
+        other = MethodSpec("other", adapter(Silent))
         found = compare([silent, other], task, store=tmp_path, measures=["lds", "calibration"], **FEW)
         assert found.summary() == [
             "silent and other rank nothing: their LDS is undefined for all 20 test points."
@@ -590,7 +592,7 @@ class TestSilence:
                 scores = super().influence(inputs, **options)
                 return torch.where(torch.arange(len(scores))[:, None] < 2, scores, 0)
 
-        found = compare([Contender("few", adapter(Few))], planted, store=tmp_path, measures=["lds"], **FEW)
+        found = compare([MethodSpec("few", adapter(Few))], planted, store=tmp_path, measures=["lds"], **FEW)
         assert found.summary()[-1] == (
             "LDS is undefined for some test points of few: there they count as 0 against other methods."
         )
@@ -607,7 +609,7 @@ def test_detectors_are_known_by_name():
 
 def test_a_contender_is_asked_for_its_own_cache(task, tmp_path):
     """The row that vouches reaches the cache of every measure."""
-    vouched = Contender("mine", adapter(STRIDE), cache_key="one")
+    vouched = MethodSpec("mine", adapter(STRIDE), cache_key="one")
     measures = {"lds": {}, "leakage": {"counts": (3,)}, "mislabel": {"n_held_out": 10, "detectors": ()}}
     compare([vouched], task, store=tmp_path, measures=measures, **FEW)
     first = sorted(path.name for path in (tmp_path / "answers").iterdir())

@@ -15,18 +15,18 @@ from torch.utils.data import DataLoader
 
 from stride_captum import STRIDE, InfluenceMethod, STRIDEConfig, adapters
 from stride_captum.conformance import (
-    LAWS,
+    CHECKS,
     ConformanceReport,
     Subject,
     check,
-    judge,
     main,
     matrix,
     missing_extra,
+    run_check,
     shipped,
 )
 from stride_captum.data.batch import ExampleBatch, Reading, is_batch
-from stride_captum.influence.method import Ask
+from stride_captum.influence.method import Query
 from stride_captum.layers.activations import check_finite
 from stride_captum.residuals import tempered_residuals
 from stride_captum.responses import response_gradient
@@ -77,14 +77,14 @@ def missing() -> dict[str, str | None]:
     return {subject.name: missing_extra(subject.build) for subject in METHODS}
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", CHECKS)
 @pytest.mark.parametrize("subject", METHODS, ids=lambda subject: subject.name)
 def test_every_method_keeps_every_law(subject, law, missing):
     if missing[subject.name]:
         pytest.skip(missing[subject.name])
     reason = subject.exceptions.get(law)
-    verdict = judge(LAWS[law], subject.build, reason)
-    assert verdict == ("pass" if reason is None else f"exception: {reason}")
+    outcome = run_check(CHECKS[law], subject.build, reason)
+    assert outcome == ("pass" if reason is None else f"exception: {reason}")
 
 
 def test_every_method_that_ships_is_checked():
@@ -113,7 +113,7 @@ def test_captums_own_method_keeps_the_laws_of_its_contract(law, tmp_path):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it would rather loop over checkpoints
-        assert judge(LAWS[law], build) == "pass"
+        assert run_check(CHECKS[law], build) == "pass"
 
 
 # That the suite can fail.
@@ -178,7 +178,7 @@ class DependsOnTheBlock(Honest):
         return super()._scores(state, prepared, columns) / (columns.stop - columns.start)
 
     def _self_influence(self, state, model, batch, rows):
-        prepared = self._prepare(state, model, batch, Ask("loss", "label"))
+        prepared = self._prepare(state, model, batch, Query("loss", "label"))
         return -self._scores(state, prepared, slice(0, self.n_train_)).diagonal(rows.start)[
             : len(prepared[0])
         ]
@@ -302,7 +302,7 @@ def test_an_honest_method_of_three_functions_passes():
     report = check(Honest)
     assert report.failures == {}
     assert report.passed
-    assert list(report.verdicts) == list(LAWS)
+    assert list(report.outcomes) == list(CHECKS)
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
@@ -318,7 +318,7 @@ class TestReport:
         keep(monkeypatch, "examples_of_the_class_raise_its_margin", "the_cost_is_recorded")
         excuse = {"examples_of_the_class_raise_its_margin": "for fun", "the_cost_is_recorded": "too dear"}
         report = check(HasTheWrongSign, exceptions=excuse)
-        assert report.verdicts == {
+        assert report.outcomes == {
             "examples_of_the_class_raise_its_margin": "exception: for fun",
             "the_cost_is_recorded": "needless exception: too dear",
         }
@@ -394,9 +394,9 @@ class TestReport:
 
 
 def keep(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """Only some laws, for tests of what becomes of their verdicts."""
-    for name in set(LAWS) - set(names):
-        monkeypatch.delitem(LAWS, name)
+    """Only some laws, for tests of what becomes of their outcomes."""
+    for name in set(CHECKS) - set(names):
+        monkeypatch.delitem(CHECKS, name)
 
 
 def test_it_runs_without_pytest_and_without_the_tests(tmp_path):

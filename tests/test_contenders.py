@@ -8,11 +8,11 @@ import torch
 from planted import MLP, trained
 
 from stride_captum import STRIDE, STRIDEConfig, adapters
-from stride_captum.evaluation import Contender
+from stride_captum.evaluation import MethodSpec
 from stride_captum.evaluation.comparison.methods import (
-    CONTENDERS,
     DEFAULT_METHODS,
     GRID_SIZE,
+    METHODS,
     adapter,
     grid,
     stride,
@@ -26,10 +26,10 @@ def planted():
 
 
 def built(name, planted, **options):
-    contender = CONTENDERS[name]
-    if not contender.available:
-        pytest.skip(f"needs {contender.needs}")
-    return contender(*planted, options)
+    spec = METHODS[name]
+    if not spec.available:
+        pytest.skip(f"needs {spec.needs}")
+    return spec(*planted, options)
 
 
 def defaults(cls):
@@ -41,50 +41,53 @@ def defaults(cls):
 
 
 GRADIENT_METHODS = ("EKFAC", "DiagonalEKFAC", "TRAK", "TracIn")
-WITH_GRID = [name for name, contender in CONTENDERS.items() if len(contender.grid) > 1]
+WITH_GRID = [name for name, spec in METHODS.items() if len(spec.grid) > 1]
 
 
 def test_every_grid_has_as_many_points_and_no_point_twice():
-    assert set(WITH_GRID) >= {"STRIDE (tuned)", "EKFAC", "TRAK, our residuals", "KNNShapley"}
+    assert set(WITH_GRID) >= {"STRIDE (tuned)", "EKFAC", "TRAK, out-of-sample residuals", "KNNShapley"}
     for name in WITH_GRID:
-        points = [tuple(point.items()) for point in CONTENDERS[name].grid]
+        points = [tuple(point.items()) for point in METHODS[name].grid]
         assert len(points) == len(set(points)) == GRID_SIZE, name
     for name in ("STRIDE", "TracIn", "TracIn, 4 checkpoints", "Similarity", "Random"):
-        assert CONTENDERS[name].grid == ({},), name
+        assert METHODS[name].grid == ({},), name
 
 
 @pytest.mark.parametrize("name", [n for n in WITH_GRID if not n.startswith("STRIDE")])
 def test_without_a_choice_a_baseline_has_its_default_options_which_the_grid_holds(name, planted):
-    contender = CONTENDERS[name]
-    method = built(name, planted, **contender.default)
+    spec = METHODS[name]
+    method = built(name, planted, **spec.default)
     usual = defaults(type(method))
-    if name.endswith("our residuals"):
+    if name.endswith("out-of-sample residuals"):
         usual |= {"residuals": "both", "temperature": 2.0}  # the temperature of None, without held-out data
-    options = {option for point in contender.grid for option in point}
+    options = {option for point in spec.grid for option in point}
     for option in options - {"temperature"}:
         assert getattr(method, option) == usual[option], option
-    assert {option: usual[option] for option in options} in [dict(point) for point in contender.grid]
+    assert {option: usual[option] for option in options} in [dict(point) for point in spec.grid]
 
 
 def test_the_tuned_row_of_ours_holds_the_default(planted):
-    assert {"temperature": 2.0, "damping": STRIDEConfig().damping} in CONTENDERS["STRIDE (tuned)"].grid
+    assert {"temperature": 2.0, "damping": STRIDEConfig().damping} in METHODS["STRIDE (tuned)"].grid
     assert built("STRIDE (tuned)", planted).config == STRIDEConfig()
 
 
 @pytest.mark.parametrize("name", GRADIENT_METHODS)
 def test_our_residuals_are_out_of_sample_and_the_published_row_has_those_of_training(name, planted):
     cls = getattr(adapters, name)
-    published, ours = built(name, planted), built(f"{name}, our residuals", planted)
+    published, ours = built(name, planted), built(f"{name}, out-of-sample residuals", planted)
     assert type(published) is type(ours) is cls
     assert (published.residuals, ours.residuals) == ("training", "both")
-    for point in CONTENDERS[name].grid:
+    for point in METHODS[name].grid:
         assert built(name, planted, **point).residuals == "training"
-    for point in CONTENDERS[f"{name}, our residuals"].grid:
-        assert built(f"{name}, our residuals", planted, **point).residuals in ("both", "temperature")
+    for point in METHODS[f"{name}, out-of-sample residuals"].grid:
+        assert built(f"{name}, out-of-sample residuals", planted, **point).residuals in (
+            "both",
+            "temperature",
+        )
         assert point["temperature"] > 1
 
 
-@pytest.mark.parametrize("name", [n for n in CONTENDERS if n.startswith("STRIDE")])
+@pytest.mark.parametrize("name", [n for n in METHODS if n.startswith("STRIDE")])
 def test_our_rows_differ_from_the_default_in_what_they_say(name, planted):
     config, usual = built(name, planted).config, STRIDEConfig()
     expected = {
@@ -108,26 +111,26 @@ def test_our_rows_differ_from_the_default_in_what_they_say(name, planted):
 @pytest.mark.parametrize("preset", ["mnist", "cifar10"])
 def test_the_paper_s_row_is_the_preset_as_it_is_where_its_subsets_fit(planted, preset):
     enough = torch.utils.data.TensorDataset(torch.zeros(5000, 6), torch.zeros(5000, dtype=torch.int64))
-    method = CONTENDERS[f"STRIDE paper ({preset})"](planted[0], enough, {})
+    method = METHODS[f"STRIDE paper ({preset})"](planted[0], enough, {})
     assert method.config == STRIDEConfig.paper(preset)
 
 
 def test_four_checkpoints_are_three_and_the_attributed_model(planted):
-    contender = CONTENDERS["TracIn, 4 checkpoints"]
-    assert contender.n_checkpoints == 4
+    spec = METHODS["TracIn, 4 checkpoints"]
+    assert spec.n_checkpoints == 4
     states = [planted[0].state_dict()] * 4
-    method = contender(*planted, {"checkpoints": states})
+    method = spec(*planted, {"checkpoints": states})
     assert type(method) is adapters.TracIn
     assert len(method.checkpoints) == 4
-    others = [n for n, c in CONTENDERS.items() if c.n_checkpoints != 1]
+    others = [n for n, c in METHODS.items() if c.n_checkpoints != 1]
     assert others == ["TracIn, 4 checkpoints"]
 
 
 def test_options_that_are_settable_need_no_new_fit(planted):
     """A grid over them fits once: what is set must count as if it had been given."""
-    for name, contender in CONTENDERS.items():
-        for option in contender.settable:
-            values = {point[option] for point in contender.grid}
+    for name, spec in METHODS.items():
+        for option in spec.settable:
+            values = {point[option] for point in spec.grid}
             assert len(values) > 1, name
             method = built(name, planted, **{option: 1e-3}).fit()
             setattr(method, option, 0.1)
@@ -137,7 +140,7 @@ def test_options_that_are_settable_need_no_new_fit(planted):
 
 
 def test_a_row_of_your_own_is_called_as_its_build_is(planted):
-    row = Contender("mine", stride(damping=1.0), default={"damping": 0.5})
+    row = MethodSpec("mine", stride(damping=1.0), default={"damping": 0.5})
     assert row(*planted, {}).config.damping == 1.0
     assert row(*planted, row.default).config.damping == 0.5
     assert isinstance(row(*planted, {}), STRIDE)
@@ -146,7 +149,7 @@ def test_a_row_of_your_own_is_called_as_its_build_is(planted):
 
 
 def test_the_names_of_the_default_comparison_exist_and_the_first_is_ours():
-    assert set(DEFAULT_METHODS) <= set(CONTENDERS)
+    assert set(DEFAULT_METHODS) <= set(METHODS)
     assert DEFAULT_METHODS[0] == "STRIDE"
-    assert np.all([name == CONTENDERS[name].name for name in CONTENDERS])
+    assert np.all([name == METHODS[name].name for name in METHODS])
     assert grid(a=(1, 2), b=(3,)) == [{"a": 1, "b": 3}, {"a": 2, "b": 3}]

@@ -37,7 +37,7 @@ from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.influence.method import InfluenceMethod
 from stride_captum.influence.top_k import GroupSums, StreamedTopK
 from stride_captum.recovery import working_set
-from stride_captum.recovery.design import Columns
+from stride_captum.recovery.design import Design
 from stride_captum.recovery.solver import alpha_max, choose_alpha, lasso, lasso_path, ridge
 from stride_captum.steering.gradient import BatchGradient
 from stride_captum.steering.operators import SteeringOperators
@@ -51,7 +51,7 @@ from stride_captum.system.devices import (
     full_precision,
     tf32_products,
 )
-from stride_captum.system.to_device import staged
+from stride_captum.system.to_device import to_device
 
 Make = Callable[[nn.Module, Any], InfluenceMethod]
 HELD_OUT = planted_classes(20, seed=5)
@@ -405,7 +405,7 @@ class TestWaits:
         subsets = random_subsets(40, 20, 15)
         y = torch.randn(6, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         with strict_device() as device:
-            columns, Y = Columns(subsets, False, DEVICE), y.to(DEVICE)
+            columns, Y = Design(subsets, False, DEVICE), y.to(DEVICE)
             alpha, start, never = 0.02 * Y.new_ones(6), Y.new_zeros(6, columns.n_columns), Y.new_zeros(6)
             found: list[Any] = []
             waits = self.waits(
@@ -523,7 +523,7 @@ class TestPlaces:
     def test_rows_may_be_written_to_while_they_are_copied(self) -> None:
         rows = torch.ones(2, 3)
         with strict_device():
-            copied = staged(rows, DEVICE, torch.float32)
+            copied = to_device(rows, DEVICE, torch.float32)
             assert not isinstance(copied._numbers, Tensor)  # the copy is still under way
             rows.fill_(7.0)
             assert copied.tolist() == torch.ones(2, 3).tolist()

@@ -11,8 +11,8 @@ import torch
 
 from stride_captum import STRIDE, doctor
 from stride_captum.adapters import Similarity
-from stride_captum.conformance import LAWS, Subject, shipped
-from stride_captum.conformance.planted import trained
+from stride_captum.conformance import CHECKS, Subject, shipped
+from stride_captum.conformance.toy_problems import trained
 from stride_captum.doctor import diagnose
 from stride_captum.system import packages as installed
 from stride_captum.system.packages import EXTRAS, check_extra, check_packages, requirements
@@ -59,7 +59,7 @@ class TestMethods:
     def test_a_method_that_keeps_its_laws_is_ok(self, mixed):
         (finding,) = [f for f in mixed.findings if f.what == "Similarity"]
         assert finding.status == "ok"
-        assert f"{len(LAWS) - len(doctor.LEFT_OUT)} laws" in finding.detail
+        assert f"{len(CHECKS) - len(doctor.LEFT_OUT)} laws" in finding.detail
 
     def test_a_method_that_breaks_one_is_named_with_the_law_and_the_remedy(self, mixed):
         (finding,) = [f for f in mixed.findings if f.what == "Wrong"]
@@ -75,13 +75,13 @@ class TestMethods:
         assert "KFAC" in mixed.not_covered[0]
 
     def test_exceptions_of_a_method_are_not_held_against_it(self):
-        laws = [law for law in LAWS if "class" in law or "self_influence" in law]
+        laws = [law for law in CHECKS if "class" in law or "self_influence" in law]
         reasons = dict.fromkeys(laws, "the sign is wrong on purpose")
         assert diagnose([Subject("Wrong", WithTheWrongSign, reasons)]).ok
 
     def test_it_names_the_laws_that_it_leaves_out(self, mixed):
         for law in doctor.LEFT_OUT:
-            assert law in LAWS
+            assert law in CHECKS
             assert law.replace("_", " ") in str(mixed)
 
     def test_all_methods_that_ship_are_looked_at(self, monkeypatch):

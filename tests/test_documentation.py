@@ -138,7 +138,7 @@ class TestTheMethodOfTheGuide:
 
     def test_it_keeps_every_law(self, after):
         assert after["report"].passed, after["report"]
-        assert f"{len(after['report'].verdicts)} laws" in section("CONTRIBUTING.md", "How a method is added")
+        assert f"{len(after['report'].outcomes)} laws" in section("CONTRIBUTING.md", "How a method is added")
 
     def test_it_is_in_every_table_and_beats_chance(self, after):
         names = ["STRIDE", "Agreement", "Random"]
@@ -161,7 +161,7 @@ def test_every_public_class_and_function_has_an_example(package, name):
     if inspect.isclass(found) or inspect.isfunction(found):
         assert ">>> " in (vars(found).get("__doc__", found.__doc__) or ""), name
     else:  # a constant, or the name of a type
-        assert name in {"__version__", "CONTENDERS", "LAWS", "Law"}
+        assert name in {"__version__", "METHODS", "CHECKS", "Check"}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -26,7 +26,7 @@ from torch.utils.data import TensorDataset
 from stride_captum.adapters._kronfluence import drawn_labels
 from stride_captum.adapters.controls import input_keys
 from stride_captum.adapters.ekfac import EKFAC
-from stride_captum.conformance import laws_of_invariance, laws_of_scores, laws_of_use
+from stride_captum.conformance import invariance_checks, score_checks, usage_checks
 from stride_captum.residuals import tempered_residuals
 from stride_captum.responses import response_gradient
 
@@ -278,16 +278,16 @@ def test_the_seed_chooses_the_labels(small) -> None:
 @pytest.mark.parametrize(
     "law",
     [
-        laws_of_invariance.permuting_the_training_set_permutes_the_columns,
-        laws_of_invariance.the_batch_size_changes_rounding_only,
-        laws_of_invariance.a_saved_method_gives_the_same_bits,
-        laws_of_invariance.the_grad_mode_of_the_caller_changes_nothing,
-        laws_of_scores.examples_of_the_class_raise_its_margin,
-        laws_of_scores.self_influence_is_minus_the_effect_on_the_own_loss,
-        laws_of_scores.checkpoints_are_averaged,
-        laws_of_use.nan_in_a_test_point_is_never_hidden,
-        laws_of_use.the_model_is_left_as_it_was,
-        laws_of_use.the_model_is_left_as_it_was_after_an_exception,
+        invariance_checks.permuting_the_training_set_permutes_the_columns,
+        invariance_checks.the_batch_size_changes_rounding_only,
+        invariance_checks.a_saved_method_gives_the_same_bits,
+        invariance_checks.the_grad_mode_of_the_caller_changes_nothing,
+        score_checks.examples_of_the_class_raise_its_margin,
+        score_checks.self_influence_is_minus_the_effect_on_the_own_loss,
+        score_checks.checkpoints_are_averaged,
+        usage_checks.nan_in_a_test_point_is_never_hidden,
+        usage_checks.the_model_is_left_as_it_was,
+        usage_checks.the_model_is_left_as_it_was_after_an_exception,
     ],
     ids=lambda law: law.__name__,
 )
@@ -296,7 +296,7 @@ def test_laws(law) -> None:
 
 
 def test_the_law_of_self_influence_holds_with_out_of_sample_residuals() -> None:
-    law = laws_of_scores.self_influence_is_minus_the_effect_on_the_own_loss
+    law = score_checks.self_influence_is_minus_the_effect_on_the_own_loss
     law(partial(EKFAC, residuals="both"))
 
 

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from stride_captum import STRIDE, Batch, STRIDEConfig, adapters
 from stride_captum.adapters import EKFAC, CaptumInfluence, DiagonalEKFAC, Random, TracIn
 from stride_captum.evaluation.comparison import score_cache as kept_answers
-from stride_captum.evaluation.comparison.methods import Contender
-from stride_captum.evaluation.comparison.score_cache import KeptMethod
+from stride_captum.evaluation.comparison.methods import MethodSpec
+from stride_captum.evaluation.comparison.score_cache import CachedMethod
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.evaluation.tasks.tasks import Task
 from stride_captum.influence.checkpoints import load_checkpoint
@@ -45,7 +45,7 @@ def build(cls):
 
 
 def kept(task, model, store, cls=DiagonalEKFAC, **options):
-    return KeptMethod(build(cls), model, task, options, store, 0.5)
+    return CachedMethod(build(cls), model, task, options, store, 0.5)
 
 
 def never(method):
@@ -303,7 +303,7 @@ class TestContent:
             def make(model, data, options):
                 return Random(model, Examples(task, shift))
 
-            return KeptMethod(make, model, task, {}, tmp_path, 1.0)._path("question", ())
+            return CachedMethod(make, model, task, {}, tmp_path, 1.0)._path("question", ())
 
         assert name(0.0) == name(0.0) != name(1.0)
 
@@ -381,16 +381,17 @@ class WithALock(Random):
 class TestNoDigest:
     @pytest.fixture
     def row(self):
-        return Contender("mine", lambda model, data, options: WithALock(model, data, log=[lock], **options))
+        return MethodSpec("mine", lambda model, data, options: WithALock(model, data, log=[lock], **options))
 
     def test_nothing_is_kept_and_one_line_says_which_part(self, task, model, batch, tmp_path, row):
-        method = KeptMethod(row, model, task, {}, tmp_path, 1.0)
+        method = CachedMethod(row, model, task, {}, tmp_path, 1.0)
         with pytest.warns(UserWarning, match="not kept") as said:
             values = method.margins(batch).values
         method.margins(batch)  # says nothing more
         assert [str(warning.message) for warning in said] == [
             "The answers of WithALock are not kept: `log[0]` is of type lock, whose content cannot be read. "
-            "Build it without that, or give its Contender a `cache_key` that changes whenever the answers do."
+            "Build it without that, or give its MethodSpec a `cache_key` that changes whenever the "
+            "answers do."
         ]
         np.testing.assert_array_equal(values, Random(model, task.train).influence(batch).numpy())
         assert not (tmp_path / "answers").exists()
@@ -399,7 +400,7 @@ class TestNoDigest:
         vouched = dataclasses.replace(row, cache_key="first")
 
         def name(row=vouched, model=model, task=task, **options):
-            return KeptMethod(row, model, task, options, tmp_path, 1.0)._path("question", ())
+            return CachedMethod(row, model, task, options, tmp_path, 1.0)._path("question", ())
 
         one = name()
         assert one == name()
@@ -412,9 +413,9 @@ class TestNoDigest:
             name(seed=3),
         ]
         assert len({one, *others}) == 5
-        method = KeptMethod(vouched, model, task, {}, tmp_path, 1.0)
+        method = CachedMethod(vouched, model, task, {}, tmp_path, 1.0)
         values = method.margins(batch).values
-        KeptMethod(vouched, model, task, {}, tmp_path, 1.0).ask(
+        CachedMethod(vouched, model, task, {}, tmp_path, 1.0).ask(
             "margin of the label, normalize=None", batch, never
         )
         method.method.seed = 5  # as a grid over what needs no new fit sets it

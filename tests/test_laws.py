@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE, STRIDEConfig
 from stride_captum.adapters import ClassRandom, ClassSimilarity, Random, Similarity
-from stride_captum.conformance import LAWS, judge
+from stride_captum.conformance import CHECKS, run_check
 
 TRAINED = {"operators": "trained", "n_subsets": 12, "rank": 4, "iterations": 20}
 KEPT_BY_TRAINED = [
@@ -37,7 +37,7 @@ class TestFewerSubsetsThanExamples:
     @pytest.mark.parametrize("law", KEPT_BY_TRAINED)
     def test_laws_that_rounding_does_not_touch(self, recovery, tolerance, law):
         config = STRIDEConfig(**TRAINED, recovery=recovery)
-        assert judge(LAWS[law], partial(STRIDE, config=config)) == "pass"
+        assert run_check(CHECKS[law], partial(STRIDE, config=config)) == "pass"
 
     def test_a_test_point_scores_as_in_any_other_batch(self, planted, recovery, tolerance):
         model, train, (x, y) = planted[0], planted[1], planted[2].tensors

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 from stride_captum import STRIDE
 from stride_captum.adapters import Random, Similarity
 from stride_captum.evaluation.comparison.leakage_runs import answer_if_defined, measure_leakage, plant
-from stride_captum.evaluation.comparison.score_cache import KeptMethod
+from stride_captum.evaluation.comparison.score_cache import CachedMethod
 from stride_captum.evaluation.measures.leakage_rank import KINDS, leakage, near_duplicate
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.evaluation.tasks.tasks import Task
@@ -266,7 +266,7 @@ class TestRuns:
                 raise ValueError("`features` must be finite; got NaN.")
 
         def found(cls, normalize):
-            return answer_if_defined(KeptMethod(build(cls), model, task, {}, None, 1.0), batch, normalize)
+            return answer_if_defined(CachedMethod(build(cls), model, task, {}, None, 1.0), batch, normalize)
 
         assert {cls: found(cls, "cosine") is not None for cls in (Similarity, Random, Refuses)} == {
             Similarity: True, Random: False, Refuses: False

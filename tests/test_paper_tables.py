@@ -6,7 +6,7 @@ import pytest
 from planted import MLP, trained
 
 from stride_captum import STRIDEConfig
-from stride_captum.evaluation.comparison.methods import CONTENDERS, find_contender, fitting
+from stride_captum.evaluation.comparison.methods import METHODS, find_method, fitting
 from stride_captum.evaluation.comparison.plan import MEASURES
 from stride_captum.evaluation.tasks.networks import CIFAR10_TRAINING, MNIST_TRAINING, cifar10_cnn, mnist_mlp
 from stride_captum.evaluation.tasks.paper_tables import PAPER_SIZE, TABLES, find_table
@@ -118,20 +118,20 @@ def test_three_rows_of_ours_stand_under_names_of_their_own(name):
     ours = [method for method in table.methods if method.startswith("STRIDE")]
     assert ours == ["STRIDE", f"STRIDE paper ({table.task})", "STRIDE trained + Lasso"]
     model, train, _ = trained(MLP)
-    configs = [find_contender(method)(model, train, {}).config for method in ours]
+    configs = [find_method(method)(model, train, {}).config for method in ours]
     assert [config.operators for config in configs] == ["newton", "trained", "trained"]
     assert configs[1] == STRIDEConfig.paper(table.task, **fitting(len(train)))
     assert configs[2] == STRIDEConfig(operators="trained")
     assert configs[2].linearity_weight == 1.0
     assert "Its STRIDE is the row of the paper's preset" in table.differs
-    assert set(table.methods) <= set(CONTENDERS)
+    assert set(table.methods) <= set(METHODS)
 
 
 @pytest.mark.parametrize(("name", "layer"), [("table6", ["relu1"]), ("table7", ["relu2"])])
 def test_ablations_differ_from_the_whole_in_one_thing(name, layer):
     model, train, test = trained(MLP)
     whole = STRIDEConfig(operators="trained")
-    rows = {m: find_contender(m)(model, train, {}) for m in find_table(name).methods}
+    rows = {m: find_method(m)(model, train, {}) for m in find_table(name).methods}
     changes = {
         "STRIDE trained, no LDS loss": {"linearity_weight": 0.0, "stability_weight": 0.0},
         "STRIDE trained, no linearity": {"linearity_weight": 0.0},
@@ -145,7 +145,7 @@ def test_ablations_differ_from_the_whole_in_one_thing(name, layer):
     assert rows["STRIDE trained + Lasso"].config == whole
     few = {"n_subsets": 20, "iterations": 10}
     scores = [
-        find_contender(m)(model, train, few).influence(test.tensors)
+        find_method(m)(model, train, few).influence(test.tensors)
         for m in (*changes, "STRIDE trained + Lasso")
     ]
     for i, found in enumerate(scores):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stride_captum.adapters import Random
-from stride_captum.conformance.planted import MLP, planted_classes
+from stride_captum.conformance.toy_problems import MLP, planted_classes
 from stride_captum.system import peak_memory
 from stride_captum.system.peak_memory import PeakMemory, release_free_memory, resident_bytes
 

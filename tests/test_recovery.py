@@ -14,7 +14,7 @@ from sklearn.linear_model import Lasso
 from stride_captum.config import STRIDEConfig
 from stride_captum.recovery import design as columns_module
 from stride_captum.recovery import working_set
-from stride_captum.recovery.design import Columns
+from stride_captum.recovery.design import Design
 from stride_captum.recovery.solver import (
     alpha_max,
     choose_alpha,
@@ -155,7 +155,7 @@ class TestCertificate:
 
     def test_newton_steps_never_raise_the_objective(self):
         matrix, Y = DESIGNS["small subsets"], responses(DESIGNS["small subsets"])
-        columns, alpha = Columns(matrix, False, CPU), torch.full((4,), 0.1, dtype=torch.float64)
+        columns, alpha = Design(matrix, False, CPU), torch.full((4,), 0.1, dtype=torch.float64)
         generator = torch.Generator().manual_seed(0)
         w = torch.randn(4, columns.n_columns, generator=generator, dtype=torch.float64)
         index = torch.arange(columns.n_columns).expand(4, -1)
@@ -210,7 +210,7 @@ class TestLaws:
             torch.testing.assert_close(alone.weights[0], together.weights[t], rtol=0, atol=1e-6)
         monkeypatch.setattr(working_set, "_BLOCK_CELLS", 20)
         in_blocks = lasso(Y, matrix, alpha, tolerance=1e-13)
-        assert len(working_set.row_blocks(Columns(matrix, False, CPU), 7)) > 1
+        assert len(working_set.row_blocks(Design(matrix, False, CPU), 7)) > 1
         torch.testing.assert_close(in_blocks.weights, together.weights, rtol=0, atol=1e-6)
 
     def test_explained_responses_are_unique_where_the_weights_are_not(self):
@@ -557,7 +557,7 @@ class TestMemory:
 
         monkeypatch.setattr(torch.Tensor, "new_zeros", counted)
         monkeypatch.setattr(sparse.csc_matrix, "toarray", None)
-        columns = Columns(matrix, center, CPU)
+        columns = Design(matrix, center, CPU)
         assert not columns.dense
         Y = responses(matrix, 2)
         tracemalloc.start()
@@ -580,4 +580,4 @@ class TestMemory:
         torch.testing.assert_close(lasso(Y, matrix, 0.3, center=True).objective, expected)
 
     def test_half_subsets_are_dense(self):
-        assert Columns(DESIGNS["half subsets"], False, CPU).dense
+        assert Design(DESIGNS["half subsets"], False, CPU).dense

@@ -56,7 +56,7 @@ from stride_captum.subsets import random_subsets
 runner = CliRunner()
 TEMPLATES = resources.files("stride_captum.evaluation.report") / "templates"
 SCHEMA = json.loads((TEMPLATES / "results.schema.json").read_text(encoding="utf-8"))
-NAMES = ("STRIDE", "ClassRandom", "Similarity", "<b>Other</b>, our residuals")
+NAMES = ("STRIDE", "ClassRandom", "Similarity", "<b>Other</b>, out-of-sample residuals")
 N_TRAIN, N_TEST, N_CLASSES = 40, 8, 3
 
 

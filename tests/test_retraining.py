@@ -36,7 +36,7 @@ from stride_captum.evaluation.retraining.plan import (
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.evaluation.tasks.tasks import Task, load_task
 from stride_captum.subsets import members, membership_from_indices, random_subsets
-from stride_captum.system.atomic import write_whole
+from stride_captum.system.atomic import atomic_write
 
 SETTINGS = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=3, batch_size=8)
 
@@ -446,7 +446,7 @@ class TestPlan:
             raise OSError("disk full")
 
         with pytest.raises(OSError, match="disk full"):
-            write_whole(tmp_path / "run.npy", write)
+            atomic_write(tmp_path / "run.npy", write)
         assert list(tmp_path.iterdir()) == []
 
     def test_bad_plans_are_refused(self, plan):

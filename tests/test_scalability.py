@@ -18,7 +18,13 @@ from stride_captum import STRIDE
 from stride_captum.evaluation.benchmarks.scalability import measure as scalability_measure
 from stride_captum.evaluation.benchmarks.scalability import process as scalability_process
 from stride_captum.evaluation.benchmarks.scalability import scalability
-from stride_captum.evaluation.benchmarks.scalability.case import METHODS, PHASES, Case, CaseResult, Outcome
+from stride_captum.evaluation.benchmarks.scalability.case import (
+    PHASES,
+    SCALED_METHODS,
+    Case,
+    CaseResult,
+    Outcome,
+)
 from stride_captum.evaluation.benchmarks.scalability.exponents import (
     CPU_LADDERS,
     FULL_LADDERS,
@@ -185,8 +191,8 @@ def test_features_stand_for_a_model():
 def test_the_methods_are_those_of_the_paper():
     data = torch.utils.data.TensorDataset(*synthetic_images(500, 0))
     model = ScalableCNN(1, 1)
-    methods = [build(tiny(method=method, n_train=500), model, data) for method in METHODS]
-    assert [type(method).__name__ for method in methods] == ["STRIDE", "STRIDE", *METHODS[2:]]
+    methods = [build(tiny(method=method, n_train=500), model, data) for method in SCALED_METHODS]
+    assert [type(method).__name__ for method in methods] == ["STRIDE", "STRIDE", *SCALED_METHODS[2:]]
     assert methods[0].config.operators == "newton"
     config = methods[1].config
     assert (config.operators, config.n_subsets, config.subset_size) == ("trained", 50, 10)
@@ -362,7 +368,7 @@ def test_what_has_no_power_law_is_refused(sizes, seconds, message):
 
 @pytest.mark.parametrize("ladders", [CPU_LADDERS, FULL_LADDERS])
 def test_a_sweep_changes_one_quantity_alone(ladders):
-    sweeps = ladder_cases(ladders, METHODS, {"n_test": 5})
+    sweeps = ladder_cases(ladders, SCALED_METHODS, {"n_test": 5})
     assert {quantity for _, quantity in sweeps} == {"N", "d", "K"}
     names = {"N": "n_train", "d": "width", "K": "n_subsets"}
     for (method, quantity), cases in sweeps.items():
@@ -431,9 +437,9 @@ def test_models_come_by_their_parameters_and_every_method_is_run(tmp_path, monke
     ran = scripted(monkeypatch, {})
     lines = []
     found = sweep(tmp_path, say=lines.append)
-    assert [case.width for case in ran] == [2, 4, 8] * len(METHODS)
+    assert [case.width for case in ran] == [2, 4, 8] * len(SCALED_METHODS)
     assert len(lines) == len(ran)
-    assert [r.case.width for r in found.results] == [w for w in (2, 4, 8) for _ in METHODS]
+    assert [r.case.width for r in found.results] == [w for w in (2, 4, 8) for _ in SCALED_METHODS]
     assert {one.quantity for one in found.growth} == {"P"}
     assert all(case.memory_limit == "8GiB" and case.hardware for case in ran)
 
@@ -508,7 +514,7 @@ def test_the_command_prints_ratios_and_writes_figures_and_plot(tmp_path, monkeyp
     assert "3.27" in printed
     assert "6.43" in printed
     written = json.loads((tmp_path / "results.json").read_text())
-    assert len(written["results"]) == 3 * len(METHODS)
+    assert len(written["results"]) == 3 * len(SCALED_METHODS)
     assert written["paper"]["table5"][0]["stride"] == "3.27"
     ElementTree.fromstring((tmp_path / "scalability.svg").read_text())
 
@@ -529,7 +535,9 @@ def test_the_plot_marks_failures_and_shows_the_paper(tmp_path, monkeypatch):
     scripted(monkeypatch, {("EKFAC", 4, "setup"): "out of memory", ("TracIn", 8, "setup"): "over time limit"})
     svg = scalability_plot(sweep(tmp_path).results)
     texts = [node.text for node in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
-    assert {"M", "T", "parameters", *METHODS, "paper: STRIDE (H100)", "paper: EKFAC (H100)"} <= set(texts)
+    assert {"M", "T", "parameters", *SCALED_METHODS, "paper: STRIDE (H100)", "paper: EKFAC (H100)"} <= set(
+        texts
+    )
 
 
 def test_nothing_is_measured_with_warnings_of_the_paper_s_coverage():

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from stride_captum import STRIDE
 from stride_captum.adapters import KNNShapley, Similarity
-from stride_captum.system.preserve_state import draws_put_back, exclusive, untouched, user_code
+from stride_captum.system.preserve_state import draws_put_back, exclusive, preserve_state, user_code
 
 THREADS, ROUNDS = 4, 60
 
@@ -98,7 +98,7 @@ def test_a_model_in_use_makes_others_wait_that_share_a_part_of_it():
     order = []
 
     def hold() -> None:
-        with untouched(nn.Sequential(shared)):
+        with preserve_state(nn.Sequential(shared)):
             order.append("in")
             time.sleep(0.1)
             order.append("out")
@@ -119,7 +119,7 @@ def hold_other(model: nn.Module, order: list[str]) -> None:
 
 def test_a_lock_is_let_go_after_an_exception():
     model = nn.Linear(2, 2)
-    with pytest.raises(RuntimeError, match="broken"), untouched(model):
+    with pytest.raises(RuntimeError, match="broken"), preserve_state(model):
         raise RuntimeError("broken")
     in_threads(lambda: hold_other(model, []))
 

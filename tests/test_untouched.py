@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from stride_captum import STRIDE
 from stride_captum.system import preserve_state as restoring
 from stride_captum.system.preserve_state import (
+    preserve_state,
     same_random_state,
-    untouched,
     weights_fingerprint,
     weights_version,
 )
@@ -128,13 +128,13 @@ class TestUntouched:
                 model.fc.bias.data = model.fc.bias.data.double()
 
         for change_more in (change, change_and_fail(change)):
-            with expect_untouched(model), suppress(KeyError), untouched(model, weights=weights):
+            with expect_untouched(model), suppress(KeyError), preserve_state(model, weights=weights):
                 change_more()
 
     def test_nan_buffers_stay_nan(self):
         model = nn.BatchNorm1d(2)
         model.running_mean.fill_(float("nan"))
-        with expect_untouched(model), untouched(model):
+        with expect_untouched(model), preserve_state(model):
             model.running_mean.zero_()
 
     def test_random_states_come_back(self):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...config import Residuals, STRIDEConfig
 from ...data.batch import ExampleBatch
 from ...errors import bad_choice, bad_value
-from ...influence.method import Ask
+from ...influence.method import Query
 from ...residuals import choose_residuals, tempered_residuals
 from ...responses import response_gradient
 from ...stride import STRIDE
@@ -52,7 +52,7 @@ class GradientState:
 
 
 @dataclass
-class GradientTest:
+class GradientQuery:
     """A batch of test points.
 
     Attributes:
@@ -197,7 +197,7 @@ class GradientMethod(OnWorkingCopy):
         parameters = {name: every[name].detach() for name in self.parameters_}
         return example_gradients(model, parameters, batch, vectors)
 
-    def _response_gradients(self, model: nn.Module, batch: ExampleBatch, ask: Ask) -> Tensor:
+    def _response_gradients(self, model: nn.Module, batch: ExampleBatch, ask: Query) -> Tensor:
         """G of each test point, `(n, n_classes)`."""
         with torch.no_grad():
             outputs = batch.outputs(model)
@@ -205,10 +205,10 @@ class GradientMethod(OnWorkingCopy):
         response = self.loss.response_of(outputs, ask.response)
         return response_gradient(logits, ask.classes(logits, batch), response)
 
-    def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Ask) -> Any:
+    def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Query) -> Any:
         vectors = self._response_gradients(model, batch, ask)
         sides = self._side(state.kernel, self._gradients(model, batch, vectors))
-        return GradientTest(sides, self._precondition(state.kernel, sides))
+        return GradientQuery(sides, self._precondition(state.kernel, sides))
 
     def _scores(self, state: GradientState, prepared: Any, columns: slice) -> Tensor:
         if self.reads_training_data:
@@ -256,7 +256,7 @@ class GradientMethod(OnWorkingCopy):
             )
         with torch.no_grad():
             logits = self._logits(model, batch)
-        labels = Ask("loss", "label").classes(logits, batch)
+        labels = Query("loss", "label").classes(logits, batch)
         none = torch.zeros_like(logits)
         right, _ = choose_residuals(self.residuals, logits, labels, none, state.temperature)
         return tempered_residuals(logits, labels), right

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from ...errors import bad_choice, bad_value
-from ...system.atomic import write_whole
+from ...system.atomic import atomic_write
 from ...system.devices import existing_device
 from ..system.environment import describe
 from .gpu_parts import FULL, JOBS, TOY, Clock, Job
@@ -179,7 +179,7 @@ class Results:
 
     def _write(self, found: dict[str, Any]) -> None:
         text = json.dumps(found, indent=1, allow_nan=False)
-        write_whole(self.path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+        atomic_write(self.path, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 
 def _in_a_process(part: str, device: str, seconds: float, path: Path) -> None:

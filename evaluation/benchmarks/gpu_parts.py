@@ -25,7 +25,7 @@ from ...stride import STRIDE
 from ...subsets import random_subsets
 from ...system.devices import full_precision
 from ...system.memory import MOST_ROWS, blocks
-from ...system.to_device import staged
+from ...system.to_device import to_device
 from . import core as benchmark_core
 from .networks import examples, network
 from .retraining import bench_retraining
@@ -184,7 +184,7 @@ def transfers(device: torch.device, clock: Clock, *, n_train: int, n_test: int) 
             for block in blocks(len(rows), MOST_ROWS):
                 queries @ move(rows[block]).T
 
-        pinned = partial(through, lambda rows: staged(rows, device, torch.float32), stored)
+        pinned = partial(through, lambda rows: to_device(rows, device, torch.float32), stored)
         sizes = {"n_train": n_train, "n_features": stored.shape[1], "bytes": stored.nbytes, "n_test": n_test}
         for what, other, run, beside in (
             (

@@ -29,7 +29,7 @@ from ..benchmarks.gpu import bench_gpu, tables
 from ..benchmarks.peers import bench_peers
 from ..benchmarks.recovery import bench_lasso
 from ..benchmarks.retraining import CASES, bench_retraining
-from ..benchmarks.scalability.case import METHODS
+from ..benchmarks.scalability.case import SCALED_METHODS
 from ..benchmarks.scalability.report import show_scalability, write_scalability
 from ..benchmarks.scalability.scalability import bench_scalability, parse_size
 from ..comparison.compare import MEASURES, compare, comparison_sizes, estimates
@@ -52,7 +52,7 @@ from ..system.text_files import write_text
 from ..tasks.paper_tables import TABLES, find_table
 from ..tasks.tasks import PRESETS, TASKS, load_task
 from . import completion
-from .output import Voice, one_sentence_errors
+from .output import Console, one_sentence_errors
 
 
 def _version(wanted: bool) -> None:
@@ -179,7 +179,7 @@ def explain_command(
 
         torchrun --nproc-per-node 4 -m stride_captum explain --task digits
     """
-    voice = Voice(quiet, as_json)
+    voice = Console(quiet, as_json)
     with one_sentence_errors(store):
         on = existing_device(device)
         out.mkdir(parents=True, exist_ok=True)  # before the work
@@ -294,7 +294,7 @@ def compare_command(
 
         stride-captum compare --resume --out out/compare
     """
-    voice = Voice(quiet, as_json)
+    voice = Console(quiet, as_json)
     with one_sentence_errors(store):
         if resume:
             before = _read_asked(out)
@@ -379,7 +379,7 @@ def reproduce_command(
 
         stride-captum reproduce table13 --data-root ~/data --preset paper
     """
-    voice = Voice(quiet, as_json)
+    voice = Console(quiet, as_json)
     with one_sentence_errors(store):
         printed = find_table(table)
         folder = out / f"{table}-{preset}"
@@ -436,7 +436,7 @@ def report_command(
     """
     with one_sentence_errors():
         path = write_comparison(read_results(results), out or results.with_name("report.html"))
-    Voice(quiet).note(f"Report: {path}")
+    Console(quiet).note(f"Report: {path}")
 
 
 @app.command("recovery-curve")
@@ -479,7 +479,7 @@ def recovery_curve_command(
             show_progress=not quiet,
         )
         results = _write_json(out / "results.json", curve.to_dict())
-    Voice(quiet, as_json).results(results, lambda: _show_curve(curve, models))
+    Console(quiet, as_json).results(results, lambda: _show_curve(curve, models))
 
 
 def _show_curve(curve: RecoveryCurve, models: int) -> None:
@@ -522,7 +522,7 @@ def bench_core_command(
         results = _write_json(
             out / "core.json", {"environment": environment, "rows": [row.to_dict() for row in rows]}
         )
-    Voice(quiet, as_json).results(results, lambda: _show_core(rows, environment))
+    Console(quiet, as_json).results(results, lambda: _show_core(rows, environment))
 
 
 def _show_core(rows: Sequence[CoreRow], environment: dict[str, Any]) -> None:
@@ -564,7 +564,7 @@ def bench_peers_command(
     with one_sentence_errors():
         rows = bench_peers(repeats=repeats)
         results = _write_json(out / "peers.json", {"environment": describe(), "rows": rows})
-    Voice(quiet, as_json).results(results, lambda: _show_peers(rows, results["environment"]))
+    Console(quiet, as_json).results(results, lambda: _show_peers(rows, results["environment"]))
 
 
 def _show_peers(rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> None:
@@ -612,7 +612,7 @@ def bench_recovery_command(
             n_reference=reference,
         )
     title = "Lasso: seconds for all test points, in one run"
-    _show_rows(title, rows, out / "recovery.json", Voice(quiet, as_json))
+    _show_rows(title, rows, out / "recovery.json", Console(quiet, as_json))
 
 
 #: Of `compare` and `reproduce`, what may be said anew of a run that is resumed.
@@ -672,7 +672,7 @@ def bench_retraining_command(
             case or ("digits", "mnist"), device=existing_device(device), stack_sizes=stack, epochs=epochs
         )
     title = "Retraining: seconds of a model, with all workers busy, in one run"
-    _show_rows(title, rows, out / "retraining.json", Voice(quiet, as_json))
+    _show_rows(title, rows, out / "retraining.json", Console(quiet, as_json))
 
 
 @bench.command("gpu")
@@ -700,7 +700,7 @@ def bench_gpu_command(
 
     Example: stride-captum bench gpu
     """
-    voice, path = Voice(quiet, as_json), out / "gpu.json"
+    voice, path = Console(quiet, as_json), out / "gpu.json"
     with one_sentence_errors(out):
         found = bench_gpu(path, device=device, parts=part or GPU_PARTS, minutes=minutes, say=voice.note)
 
@@ -745,7 +745,7 @@ def bench_store_command(
             k=k,
             limit=parse_bytes(limit, name="--limit"),
         )
-    _show_rows("Features on disk", rows, out / "store.json", Voice(quiet, as_json))
+    _show_rows("Features on disk", rows, out / "store.json", Console(quiet, as_json))
 
 
 @bench.command("estimate")
@@ -761,7 +761,7 @@ def bench_estimate_command(
     """
     with one_sentence_errors():
         rows = bench_estimate(n_test=test_points)
-    _show_rows("Estimated, measured and their ratio", rows, out / "estimate.json", Voice(quiet, as_json))
+    _show_rows("Estimated, measured and their ratio", rows, out / "estimate.json", Console(quiet, as_json))
 
 
 @bench.command("scalability")
@@ -772,7 +772,7 @@ def bench_scalability_command(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="May be repeated; one of: " + ", ".join(METHODS) + ". Default: all.",
+            help="May be repeated; one of: " + ", ".join(SCALED_METHODS) + ". Default: all.",
             autocompletion=completion.scalable_methods,
         ),
     ] = None,
@@ -805,7 +805,7 @@ def bench_scalability_command(
 
         stride-captum bench scalability --size 4x64 --train 5000 --method STRIDE --no-exponents
     """
-    voice = Voice(quiet, as_json)
+    voice = Console(quiet, as_json)
     with one_sentence_errors(out):
         found = bench_scalability(
             out / "cases",
@@ -826,7 +826,7 @@ def bench_scalability_command(
         voice.note(f"Wrote {path}")
 
 
-def _show_rows(title: str, rows: Sequence[dict[str, Any]], path: Path, voice: Voice) -> None:
+def _show_rows(title: str, rows: Sequence[dict[str, Any]], path: Path, voice: Console) -> None:
     """Rows of plain values, as JSON in a file and as a table in the terminal."""
     environment = describe()
 
@@ -852,12 +852,12 @@ def doctor_command(quiet: Quiet = False, as_json: AsJSON = False) -> None:
     """
     with one_sentence_errors():
         diagnosis = diagnose(show_progress=not quiet)
-    Voice(quiet, as_json).results(diagnosis.to_dict(), lambda: typer.echo(str(diagnosis)))
+    Console(quiet, as_json).results(diagnosis.to_dict(), lambda: typer.echo(str(diagnosis)))
     if not diagnosis.ok:
         raise typer.Exit(1)
 
 
-def _affordable(found: list[RetrainingEstimate], dry_run: bool, yes: bool, voice: Voice) -> bool:
+def _affordable(found: list[RetrainingEstimate], dry_run: bool, yes: bool, voice: Console) -> bool:
     """Whether to go on: not after a dry run, and not for more than two hours without being told so.
 
     Raises:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 
 from ..benchmarks.feature_store import PARTS
 from ..benchmarks.retraining import CASES
-from ..benchmarks.scalability.case import METHODS
+from ..benchmarks.scalability.case import SCALED_METHODS
 from ..comparison.compare import MEASURES
-from ..comparison.methods import CONTENDERS
+from ..comparison.methods import METHODS
 from ..tasks.paper_tables import TABLES
 from ..tasks.tasks import PRESETS, TASKS
 
@@ -45,7 +45,7 @@ def _for_bash(name: str) -> str:
 
 tasks = one_of(TASKS)
 presets = one_of(PRESETS)
-methods = one_of(CONTENDERS)
+methods = one_of(METHODS)
 measures = one_of((*MEASURES, "all"))
 tables = one_of(TABLES)
 engines = one_of(ENGINES)
@@ -53,4 +53,4 @@ paper_presets = one_of(PAPER_PRESETS)
 devices = one_of(DEVICES)
 cases = one_of(CASES)
 parts = one_of(PARTS)
-scalable_methods = one_of(METHODS)
+scalable_methods = one_of(SCALED_METHODS)

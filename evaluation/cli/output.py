@@ -18,7 +18,7 @@ from ..system.text_files import printable
 
 
 @dataclass(frozen=True)
-class Voice:
+class Console:
     """Where a command speaks.
 
     Attributes:

@@ -31,11 +31,11 @@ from .counterfactual_runs import CounterfactualRow, measure_counterfactual
 from .counterfactual_runs import cost as counterfactual_cost
 from .gallery import Gallery
 from .leakage_runs import measure_leakage
-from .methods import Contender
+from .methods import MethodSpec
 from .mislabel_runs import measure_mislabel
 from .plan import DETECTORS, MEASURES, Asked, check, counterfactual_methods, settle, usable_detectors
 from .results import Comparison, Row
-from .score_cache import Answer, KeptMethod
+from .score_cache import Answer, CachedMethod
 
 __all__ = [
     "DETECTORS",
@@ -66,25 +66,25 @@ class _Setting:
     forward: float
     gallery: Gallery
 
-    def build(self, contender: Contender, options: Mapping[str, Any]) -> list[KeptMethod]:
+    def build(self, spec: MethodSpec, options: Mapping[str, Any]) -> list[CachedMethod]:
         """The method on every attributed model."""
         found = []
         for name, model in self.models.items():
             extra: dict[str, Any] = {}
-            if contender.n_checkpoints > 1:
+            if spec.n_checkpoints > 1:
                 extra["checkpoints"] = [*self.checkpoints[name], model.state_dict()]
             given = {**options, **extra}
-            found.append(KeptMethod(contender, model, self.task, given, self.store, self.forward))
+            found.append(CachedMethod(spec, model, self.task, given, self.store, self.forward))
         return found
 
-    def answers(self, methods: Sequence[KeptMethod], rows: slice) -> list[Answer]:
+    def answers(self, methods: Sequence[CachedMethod], rows: slice) -> list[Answer]:
         """`(n_test, n_train)` of each model for some test points."""
         x, y = (t[rows] for t in self.test)
         return [method.margins((x, y)) for method in methods]
 
 
 def compare(
-    methods: Sequence[str | Contender] | None,
+    methods: Sequence[str | MethodSpec] | None,
     task: Task,
     *,
     store: str | Path,
@@ -112,7 +112,7 @@ def compare(
     cannot work is refused before anything is trained.
 
     Args:
-        methods: Names from `CONTENDERS`, or contenders of your own; None takes `DEFAULT_METHODS` as far
+        methods: Names from `METHODS`, or specs of your own; None takes `DEFAULT_METHODS` as far
             as they can be run.
         task: The task.
         store: Folder of the retrainings, the trained models and the answers of methods: what is there is
@@ -184,13 +184,13 @@ def compare(
             forward=forward_seconds(next(iter(models.values())), task.train),
             gallery=gallery,
         )
-        bar = tqdm(asked.contenders, desc="methods", disable=not show_progress)
-        for contender in bar:
-            bar.set_postfix_str(contender.name)
-            rows.append(_row(contender, setting, rows[0] if rows else None))
+        bar = tqdm(asked.specs, desc="methods", disable=not show_progress)
+        for spec in bar:
+            bar.set_postfix_str(spec.name)
+            rows.append(_row(spec, setting, rows[0] if rows else None))
     common: dict[str, Any] = {
         "store": store,
-        "options": {c.name: c.grid[0] for c in asked.contenders} | {row.name: row.options for row in rows},
+        "options": {c.name: c.grid[0] for c in asked.specs} | {row.name: row.options for row in rows},
         "n_resamples": n_resamples,
         "device": device,
     }
@@ -286,7 +286,7 @@ def halves(task: Task, store: str | Path, n_subsets: int, n_seeds: int, n_test: 
 
 
 def estimates(
-    methods: Sequence[str | Contender] | None,
+    methods: Sequence[str | MethodSpec] | None,
     task: Task,
     *,
     store: str | Path,
@@ -335,7 +335,7 @@ def estimates(
 def _attributed(
     task: Task, store: Path, n_models: int, n_spiked: int, asked: Asked, device: torch.device
 ) -> tuple[dict[str, nn.Module], dict[str, list[Any]]]:
-    """The models, and the earlier checkpoints of their trainings where a contender wants them."""
+    """The models, and the earlier checkpoints of their trainings where a spec wants them."""
     models, seeds = {}, {}
     for seed in range(n_models):
         name = f"seed {seed}"
@@ -346,7 +346,7 @@ def _attributed(
         name = f"seed {seed}, stopped on a spike"
         models[name], seeds[name] = model, seed
         first_seed = seed + 1
-    n = max(c.n_checkpoints for c in asked.contenders) if asked.on_halves else 1
+    n = max(c.n_checkpoints for c in asked.specs) if asked.on_halves else 1
     if n == 1:
         return models, {}
     return models, {
@@ -354,9 +354,9 @@ def _attributed(
     }
 
 
-def _row(contender: Contender, setting: _Setting, first: Row | None) -> Row:
+def _row(spec: MethodSpec, setting: _Setting, first: Row | None) -> Row:
     half, membership, responses = setting.half, setting.membership, setting.responses
-    options, methods = _chosen(contender, setting)
+    options, methods = _chosen(spec, setting)
     answers = setting.answers(methods, slice(half, None))
     scores = [answer.values for answer in answers]
     reported, n_resamples = responses[..., half:], setting.n_resamples
@@ -370,9 +370,9 @@ def _row(contender: Contender, setting: _Setting, first: Row | None) -> Row:
         calibrated = calibration(scores, membership, reported, n_resamples=n_resamples)
     if "linearized" in setting.measures:
         linearized = linearized_influence_correlation(scores, membership, reported)
-    setting.gallery.add(contender.name, methods[0], scores[0])
+    setting.gallery.add(spec.name, methods[0], scores[0])
     return Row(
-        name=contender.name,
+        name=spec.name,
         options=dict(options),
         lds=result,
         models=list(setting.models),
@@ -383,30 +383,30 @@ def _row(contender: Contender, setting: _Setting, first: Row | None) -> Row:
     )
 
 
-def _chosen(contender: Contender, setting: _Setting) -> tuple[Mapping[str, Any], list[KeptMethod]]:
+def _chosen(spec: MethodSpec, setting: _Setting) -> tuple[Mapping[str, Any], list[CachedMethod]]:
     """The grid point with the highest LDS on the tuning half, and the method with it on every model.
 
     Undefined correlations count as 0, so that silence is not the best answer; a point that ranks nothing at
     all is below every other one.
     """
     half, membership, responses = setting.half, setting.membership, setting.responses
-    best: tuple[tuple[bool, float], Mapping[str, Any], list[KeptMethod]] | None = None
-    methods: list[KeptMethod] = []
+    best: tuple[tuple[bool, float], Mapping[str, Any], list[CachedMethod]] | None = None
+    methods: list[CachedMethod] = []
     built: Mapping[str, Any] | None = None
-    for options in contender.grid:
-        fixed = {name: value for name, value in options.items() if name not in contender.settable}
+    for options in spec.grid:
+        fixed = {name: value for name, value in options.items() if name not in spec.settable}
         if fixed != built:
-            methods, built = setting.build(contender, options), fixed
-        _set(methods, contender, options)
+            methods, built = setting.build(spec, options), fixed
+        _set(methods, spec, options)
         value = (False, 0.0)
-        if len(contender.grid) > 1:
+        if len(spec.grid) > 1:
             tuning = [a.values for a in setting.answers(methods, slice(0, half))]
             found = lds(tuning, membership, responses[..., :half], n_resamples=0)
             value = (not found.ranks_nothing, found.undefined_as_zero)
         if best is None or value > best[0]:
             best = (value, options, methods)
     assert best is not None, "a grid has at least one point"
-    _set(best[2], contender, best[1])
+    _set(best[2], spec, best[1])
     return best[1], best[2]
 
 
@@ -432,10 +432,10 @@ def _counterfactual(
     ]
 
 
-def _set(methods: Sequence[KeptMethod], contender: Contender, options: Mapping[str, Any]) -> None:
+def _set(methods: Sequence[CachedMethod], spec: MethodSpec, options: Mapping[str, Any]) -> None:
     """Set what needs no new fit."""
     for kept in methods:
-        for name in contender.settable & options.keys():
+        for name in spec.settable & options.keys():
             setattr(kept.method, name, options[name])
 
 

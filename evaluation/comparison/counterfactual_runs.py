@@ -36,7 +36,7 @@ from ..retraining.estimate import RetrainingEstimate
 from ..retraining.plan import ENGINES, RetrainingPlan, without_diverged
 from ..tasks.checks import check_task
 from ..tasks.tasks import Task
-from .score_cache import KeptMethod
+from .score_cache import CachedMethod
 
 Removed = Sequence[NDArray[np.int64]]
 
@@ -222,7 +222,7 @@ def measure_counterfactual(
     for model_name, model in models.items():
         forward = forward_seconds(model, task.train)
         for name, build in methods.items():
-            method = KeptMethod(build, model, task, (options or {}).get(name, {}), store, forward)
+            method = CachedMethod(build, model, task, (options or {}).get(name, {}), store, forward)
             answer = method.margins((x, y))
             scores = finite_array("scores", answer.values)
             costs[name].append(answer.cost(len(points)))

@@ -18,7 +18,7 @@ from ...influence.chance import at_chance
 from ...responses import class_labels, response_value
 from ...stride import STRIDE
 from ...system.devices import existing_device
-from ...system.preserve_state import untouched
+from ...system.preserve_state import preserve_state
 from ...system.processes import first_rank_first, in_group
 from ..retraining.attributed_models import train_attributed
 from ..retraining.training import logits_of
@@ -158,7 +158,7 @@ def explain(
     task.check_inputs()
     x, y = task.train.tensors
     x_test, y_test = task.test.tensors
-    with untouched(model):
+    with preserve_state(model):
         test_logits = _checked(logits_of(model, x_test), y_test, "test")
         started = time.perf_counter()
         train_logits = logits_of(model, x)

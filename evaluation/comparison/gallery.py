@@ -19,7 +19,7 @@ from ..report.pictures import picture
 from ..retraining.training import logits_of
 from ..tasks.tasks import Task
 from .mislabel_runs import MislabelRow, Suspect, most_suspect
-from .score_cache import KeptMethod
+from .score_cache import CachedMethod
 
 Example = dict[str, Any]
 
@@ -71,7 +71,7 @@ class Gallery:
             for i, row in enumerate(rows)
         ]
 
-    def add(self, name: str, method: KeptMethod, scores: NDArray[Any]) -> None:
+    def add(self, name: str, method: CachedMethod, scores: NDArray[Any]) -> None:
         """Show what a method says of the test points on the first model.
 
         Args:

@@ -24,7 +24,7 @@ from ..measures.statistics import Array
 from ..retraining.plan import train_attributed
 from ..tasks.checks import check_task
 from ..tasks.tasks import Task
-from .score_cache import Answer, KeptMethod
+from .score_cache import Answer, CachedMethod
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +185,7 @@ def measure_leakage(
                 model = train_attributed(planted.task, i, store, device=device)
                 forward = forward_seconds(model, planted.task.train)
                 for name, build in methods.items():
-                    method = KeptMethod(
+                    method = CachedMethod(
                         build, model, planted.task, (options or {}).get(name, {}), store, forward
                     )
                     for way in (None, "cosine"):
@@ -217,7 +217,7 @@ def _say_copies(task: Task, planted: Planted) -> None:
 
 
 def answer_if_defined(
-    method: KeptMethod, batch: tuple[Tensor, Tensor], normalize: str | None
+    method: CachedMethod, batch: tuple[Tensor, Tensor], normalize: str | None
 ) -> Answer | None:
     """The scores of a batch; None where the method has no norms to normalise them with."""
     try:

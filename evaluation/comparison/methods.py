@@ -24,7 +24,7 @@ from ..measures.cost import Build
 
 
 @dataclass(frozen=True)
-class Contender:
+class MethodSpec:
     """A method in a comparison.
 
     Attributes:
@@ -40,9 +40,9 @@ class Contender:
         default: Options where nothing chooses among several points of the grid, that is without LDS; {} is
             what the method does by default.
 
-    A contender is called as its `build` is.
+    A spec is called as its `build` is.
 
-    >>> row = Contender("TracIn, T=2", adapter(adapters.TracIn, residuals="temperature", temperature=2.0))
+    >>> row = MethodSpec("TracIn, T=2", adapter(adapters.TracIn, residuals="temperature", temperature=2.0))
     >>> row.available
     True
     """
@@ -120,36 +120,40 @@ def _twice(
     ours: Sequence[Mapping[str, Any]],
     needs: str | None = None,
     settable: frozenset[str] = frozenset(),
-) -> list[Contender]:
-    """A gradient method as published, and with our residuals."""
+) -> list[MethodSpec]:
+    """A gradient method as published, and with out-of-sample residuals."""
     name = cls.__name__
     return [
-        Contender(name, adapter(cls), published, needs=needs, settable=settable),
-        Contender(
-            f"{name}, our residuals", adapter(cls, residuals="both"), ours, needs=needs, settable=settable
+        MethodSpec(name, adapter(cls), published, needs=needs, settable=settable),
+        MethodSpec(
+            f"{name}, out-of-sample residuals",
+            adapter(cls, residuals="both"),
+            ours,
+            needs=needs,
+            settable=settable,
         ),
     ]
 
 
 #: The rows that `compare` knows by name.
-CONTENDERS: dict[str, Contender] = {
+METHODS: dict[str, MethodSpec] = {
     c.name: c
     for c in (
-        Contender("STRIDE", stride()),
-        Contender("STRIDE (tuned)", stride(), grid(temperature=_TEMPERATURES, damping=(0.1, 0.3, 1.0))),
-        Contender("STRIDE T=1", stride(residuals="training")),
-        Contender("STRIDE trained + Lasso", stride(operators="trained")),
-        Contender("STRIDE trained, no linearity", stride(operators="trained", linearity_weight=0.0)),
-        Contender("STRIDE trained, no stability", stride(operators="trained", stability_weight=0.0)),
-        Contender(
+        MethodSpec("STRIDE", stride()),
+        MethodSpec("STRIDE (tuned)", stride(), grid(temperature=_TEMPERATURES, damping=(0.1, 0.3, 1.0))),
+        MethodSpec("STRIDE T=1", stride(residuals="training")),
+        MethodSpec("STRIDE trained + Lasso", stride(operators="trained")),
+        MethodSpec("STRIDE trained, no linearity", stride(operators="trained", linearity_weight=0.0)),
+        MethodSpec("STRIDE trained, no stability", stride(operators="trained", stability_weight=0.0)),
+        MethodSpec(
             "STRIDE trained, no LDS loss",  # D.3: neither of the two constraints
             stride(operators="trained", linearity_weight=0.0, stability_weight=0.0),
         ),
         # D.3, "layer sensitivity": the first hidden layer of the MLP, the convolutions of the CNN (Table 2).
-        Contender("STRIDE trained, layer1", stride(operators="trained", layers=["relu1"])),
-        Contender("STRIDE trained, conv", stride(operators="trained", layers=["relu2"])),
-        Contender("STRIDE paper (mnist)", stride_paper("mnist")),
-        Contender("STRIDE paper (cifar10)", stride_paper("cifar10")),
+        MethodSpec("STRIDE trained, layer1", stride(operators="trained", layers=["relu1"])),
+        MethodSpec("STRIDE trained, conv", stride(operators="trained", layers=["relu2"])),
+        MethodSpec("STRIDE paper (mnist)", stride_paper("mnist")),
+        MethodSpec("STRIDE paper (cifar10)", stride_paper("cifar10")),
         *_twice(
             adapters.EKFAC,
             grid(damping=(None, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)),
@@ -172,12 +176,12 @@ CONTENDERS: dict[str, Contender] = {
             ({},),
             grid(residuals=("both", "temperature"), temperature=(*_TEMPERATURES, 5.0)),
         ),
-        Contender("TracIn, 4 checkpoints", adapter(adapters.TracIn), n_checkpoints=4),
-        Contender("KNNShapley", adapter(adapters.KNNShapley), grid(k=(1, 2, 5, 10, 20, 50))),
-        Contender("Similarity", adapter(adapters.Similarity)),
-        Contender("ClassSimilarity", adapter(adapters.ClassSimilarity)),
-        Contender("ClassRandom", adapter(adapters.ClassRandom)),
-        Contender("Random", adapter(adapters.Random)),
+        MethodSpec("TracIn, 4 checkpoints", adapter(adapters.TracIn), n_checkpoints=4),
+        MethodSpec("KNNShapley", adapter(adapters.KNNShapley), grid(k=(1, 2, 5, 10, 20, 50))),
+        MethodSpec("Similarity", adapter(adapters.Similarity)),
+        MethodSpec("ClassSimilarity", adapter(adapters.ClassSimilarity)),
+        MethodSpec("ClassRandom", adapter(adapters.ClassRandom)),
+        MethodSpec("Random", adapter(adapters.Random)),
     )
 }
 #: Compared unless methods are named. The first row is what the others are compared with.
@@ -186,13 +190,13 @@ DEFAULT_METHODS = (
     "STRIDE (tuned)",
     "STRIDE trained + Lasso",
     "EKFAC",
-    "EKFAC, our residuals",
+    "EKFAC, out-of-sample residuals",
     "DiagonalEKFAC",
-    "DiagonalEKFAC, our residuals",
+    "DiagonalEKFAC, out-of-sample residuals",
     "TRAK",
-    "TRAK, our residuals",
+    "TRAK, out-of-sample residuals",
     "TracIn",
-    "TracIn, our residuals",
+    "TracIn, out-of-sample residuals",
     "TracIn, 4 checkpoints",
     "KNNShapley",
     "Similarity",
@@ -202,14 +206,14 @@ DEFAULT_METHODS = (
 )
 
 
-def find_contender(method: str | Contender) -> Contender:
-    """A contender by name, or as it is.
+def find_method(method: str | MethodSpec) -> MethodSpec:
+    """A spec by name, or as it is.
 
     Raises:
         ValueError: No such name.
     """
-    if isinstance(method, Contender):
+    if isinstance(method, MethodSpec):
         return method
-    if method not in CONTENDERS:
-        raise bad_choice("methods", method, list(CONTENDERS))
-    return CONTENDERS[method]
+    if method not in METHODS:
+        raise bad_choice("methods", method, list(METHODS))
+    return METHODS[method]

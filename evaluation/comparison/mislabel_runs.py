@@ -29,7 +29,7 @@ from ..retraining.plan import train_attributed
 from ..system.stable_digest import stable_digest
 from ..tasks.checks import check_task
 from ..tasks.tasks import Task
-from .score_cache import Answer, KeptMethod
+from .score_cache import Answer, CachedMethod
 
 #: Called with the model and its training set, gives `(n_train,)`: high = the label is suspect.
 Detector = Callable[[nn.Module, Any], Any]
@@ -115,7 +115,7 @@ def most_suspect(scores: Any, labels: Any, true_labels: Any = None) -> tuple[Sus
     return tuple(Suspect(int(i), int(labels[i]), int(true_labels[i]), float(scores[i])) for i in first)
 
 
-def rankings(method: KeptMethod, held_out: tuple[Any, Any]) -> Iterator[tuple[str, Answer]]:
+def rankings(method: CachedMethod, held_out: tuple[Any, Any]) -> Iterator[tuple[str, Answer]]:
     """The ways in which a method can rank suspect labels: name and scores `(n_train,)`, high = suspect."""
     yield "self-influence", method.ask("self-influence", (), lambda m: m.self_influence())
     what = f"minus held-out influence {stable_digest(held_out_influence)}"
@@ -194,7 +194,7 @@ def measure_mislabel(
         model = train_attributed(noisy, i, store, device=device)
         forward = forward_seconds(model, noisy.train)
         for name, build in methods.items():
-            method = KeptMethod(build, model, noisy, (options or {}).get(name, {}), store, forward)
+            method = CachedMethod(build, model, noisy, (options or {}).get(name, {}), store, forward)
             for ranking, answer in rankings(method, (held_out[0], held_out[1])):
                 fits[name].append(answer.fit_seconds)
                 scores[name, ranking].append(finite_array("scores", answer.values))

@@ -20,7 +20,7 @@ from ..tasks.new_network import built
 from ..tasks.tasks import Task
 from .counterfactual_runs import measure_counterfactual
 from .leakage_runs import check_planting, measure_leakage
-from .methods import CONTENDERS, DEFAULT_METHODS, Contender, find_contender
+from .methods import DEFAULT_METHODS, METHODS, MethodSpec, find_method
 from .mislabel_runs import measure_mislabel
 
 #: What can be measured.
@@ -54,12 +54,12 @@ class Asked:
     """What is compared, with all options settled.
 
     Attributes:
-        contenders: With the grids that the tuning half chooses from, and one point where nothing chooses.
+        specs: With the grids that the tuning half chooses from, and one point where nothing chooses.
         measures: Options of each measure.
         skipped: Methods that are left out, and why.
     """
 
-    contenders: list[Contender]
+    specs: list[MethodSpec]
     measures: dict[str, dict[str, Any]]
     skipped: dict[str, str]
 
@@ -69,13 +69,13 @@ class Asked:
         return bool(OF_HALVES & self.measures.keys())
 
     @property
-    def usable(self) -> dict[str, Contender]:
+    def usable(self) -> dict[str, MethodSpec]:
         """Contenders by name that need nothing but a model: those of measures that train their own."""
-        return {c.name: c for c in self.contenders if c.n_checkpoints == 1}
+        return {c.name: c for c in self.specs if c.n_checkpoints == 1}
 
 
 def settle(
-    methods: Sequence[str | Contender] | None,
+    methods: Sequence[str | MethodSpec] | None,
     task: Task,
     measures: Sequence[str] | Mapping[str, Mapping[str, Any]],
     options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -94,34 +94,32 @@ def settle(
     """
     wanted = wanted_measures(measures)
     on_halves = bool(OF_HALVES & wanted.keys())
-    every = contenders_of(methods)
+    every = specs_of(methods)
     skipped = {}
-    for contender in every if methods is None else ():
-        if not contender.available:
-            skipped[contender.name] = f"needs {contender.needs}"
-        elif on_halves and task.training.epochs < contender.n_checkpoints:
-            skipped[contender.name] = f"needs at least {contender.n_checkpoints} epochs"
+    for spec in every if methods is None else ():
+        if not spec.available:
+            skipped[spec.name] = f"needs {spec.needs}"
+        elif on_halves and task.training.epochs < spec.n_checkpoints:
+            skipped[spec.name] = f"needs at least {spec.n_checkpoints} epochs"
     given = {name: _numbers(chosen) for name, chosen in (options or {}).items()}
-    known = [*(c.name for c in every), *CONTENDERS]
+    known = [*(c.name for c in every), *METHODS]
     for name in given:
         if name not in known:
             raise bad_choice("options", name, list(dict.fromkeys(known)))
-    contenders = []
-    for contender in every:
-        grid = [_numbers(point) for point in contender.grid]
-        if contender.name in given:
-            grid = [given[contender.name]]
+    specs = []
+    for spec in every:
+        grid = [_numbers(point) for point in spec.grid]
+        if spec.name in given:
+            grid = [given[spec.name]]
         elif not on_halves:
-            grid = [grid[0] if len(grid) == 1 else _numbers(contender.default)]
-        if contender.name not in skipped:
-            contenders.append(replace(contender, grid=grid))
+            grid = [grid[0] if len(grid) == 1 else _numbers(spec.default)]
+        if spec.name not in skipped:
+            specs.append(replace(spec, grid=grid))
     elsewhere = [name for name in wanted if name not in OF_HALVES]
-    for contender in contenders:
-        if contender.n_checkpoints > 1 and elsewhere:
-            skipped[contender.name] = (
-                f"is not measured by {', '.join(elsewhere)}: those train models of their own"
-            )
-    return Asked(contenders, wanted, skipped)
+    for spec in specs:
+        if spec.n_checkpoints > 1 and elsewhere:
+            skipped[spec.name] = f"is not measured by {', '.join(elsewhere)}: those train models of their own"
+    return Asked(specs, wanted, skipped)
 
 
 def wanted_measures(
@@ -164,16 +162,16 @@ def options_of(measure: str) -> list[str]:
     return sorted({p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - _GIVEN | more)
 
 
-def contenders_of(methods: Sequence[str | Contender] | None) -> list[Contender]:
+def specs_of(methods: Sequence[str | MethodSpec] | None) -> list[MethodSpec]:
     """Contenders by name, each once.
 
     Raises:
         ValueError: No such name, one that is there twice, or none.
         TypeError: A single name.
     """
-    if isinstance(methods, str | Contender):
+    if isinstance(methods, str | MethodSpec):
         raise bad_type("methods", "be a sequence of names and Contenders", methods, "Write [method].")
-    every = [find_contender(m) for m in (DEFAULT_METHODS if methods is None else methods)]
+    every = [find_method(m) for m in (DEFAULT_METHODS if methods is None else methods)]
     if not every:
         raise bad_value("methods", "name at least one method", "none")
     names = [c.name for c in every]
@@ -224,7 +222,7 @@ def _check_counterfactual(asked: Asked, task: Task, options: dict[str, Any], n_t
     for arm in options.get("arms", ARMS[:1]):
         if arm not in ARMS:
             raise bad_choice("measures['counterfactual']['arms']", arm, ARMS)
-    known = list(dict.fromkeys([*asked.usable, *CONTENDERS]))
+    known = list(dict.fromkeys([*asked.usable, *METHODS]))
     for name in options.get("methods") or ():
         if name not in known:
             raise bad_choice("measures['counterfactual']['methods']", name, known)
@@ -253,8 +251,8 @@ def _check_counterfactual(asked: Asked, task: Task, options: dict[str, Any], n_t
         raise bad_value("measures['counterfactual']['n_points']", must, options["n_points"])
 
 
-def counterfactual_methods(asked: Asked) -> dict[str, Contender]:
-    """The contenders whose examples are removed, with the controls."""
+def counterfactual_methods(asked: Asked) -> dict[str, MethodSpec]:
+    """The specs whose examples are removed, with the controls."""
     chosen = asked.measures.get("counterfactual", {}).get("methods") or list(asked.usable)
     return {n: c for n, c in asked.usable.items() if n in {*chosen, "ClassRandom", "Similarity"}}
 
@@ -276,24 +274,24 @@ def _check_leakage(asked: Asked, task: Task, options: dict[str, Any], n_test: in
 def _check_builds(asked: Asked, task: Task) -> None:
     """Whether every method can be built with all of its options, on an untrained network."""
     network = built(task).eval()
-    for contender in asked.contenders:
+    for spec in asked.specs:
         extra = {}
-        if contender.n_checkpoints > 1:
-            if asked.on_halves and task.training.epochs < contender.n_checkpoints:
-                must = f"be at least {contender.n_checkpoints} for {contender.name!r}"
+        if spec.n_checkpoints > 1:
+            if asked.on_halves and task.training.epochs < spec.n_checkpoints:
+                must = f"be at least {spec.n_checkpoints} for {spec.name!r}"
                 raise bad_value(
                     "epochs", must, task.training.epochs, "Its checkpoints are of different epochs."
                 )
-            extra = {"checkpoints": [network.state_dict()] * contender.n_checkpoints}
-        for point in contender.grid:
+            extra = {"checkpoints": [network.state_dict()] * spec.n_checkpoints}
+        for point in spec.grid:
             try:
-                contender(network, task.train, {**point, **extra})
+                spec(network, task.train, {**point, **extra})
             except (TypeError, KeyError) as error:
                 raise bad_value(
                     "options",
-                    f"be such that {contender.name!r} can be built",
+                    f"be such that {spec.name!r} can be built",
                     f"{dict(point)} ({type(error).__name__}: {error})",
-                    "Where nothing chooses, a Contender with a grid takes its `default`.",
+                    "Where nothing chooses, a MethodSpec with a grid takes its `default`.",
                 ) from error
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ... import adapters, errors
 from ...data.batch import is_batch
 from ...influence.method import InfluenceMethod
-from ...system.atomic import write_whole
+from ...system.atomic import atomic_write
 from ...system.peak_memory import release_free_memory
 from ...system.preserve_state import weights_fingerprint
 from ..measures.cost import Build, Cost
@@ -70,11 +70,11 @@ class Answer:
         )
 
 
-class KeptMethod:
+class CachedMethod:
     """A method on one model, fitted on the first question whose answer the store does not hold.
 
     Args:
-        build: Makes it. With an attribute `cache_key` (see `Contender`) the answers are named by that key,
+        build: Makes it. With an attribute `cache_key` (see `MethodSpec`) the answers are named by that key,
             the options, the weights and the training set alone.
         model: The attributed model.
         task: Its training set is that of the method.
@@ -116,7 +116,7 @@ class KeptMethod:
             self._folder = None
             warnings.warn(
                 f"The answers of {type(self.method).__name__} are not kept: {error}. Build it without that, "
-                "or give its Contender a `cache_key` that changes whenever the answers do.",
+                "or give its MethodSpec a `cache_key` that changes whenever the answers do.",
                 stacklevel=4,
             )
 
@@ -243,7 +243,7 @@ def _write(path: Path, answer: Answer) -> None:
 
     facts = {k: v for k, v in vars(answer).items() if k != "values"}
     metadata = {"cost": json.dumps(facts)}
-    write_whole(path, lambda name: save_file({"values": answer.values}, name, metadata))
+    atomic_write(path, lambda name: save_file({"values": answer.values}, name, metadata))
 
 
 def _read(path: Path) -> tuple[Answer | None, str | None]:

@@ -27,7 +27,7 @@ from ...data.passes import Passes
 from ...errors import bad_value
 from ...influence.method import InfluenceMethod
 from ...system.devices import CPU, device_of, synchronize
-from ...system.preserve_state import untouched
+from ...system.preserve_state import preserve_state
 from .linear_datamodeling import plain
 
 #: Makes a method: `build(model, train_dataset, options)`.
@@ -220,7 +220,7 @@ def forward_seconds(model: nn.Module, dataset: Any, *, batch_size: int = 1024, r
         for batch in Passes(dataset, batch_size, Reading(), "dataset").walk():
             batch.to(device).outputs(model)
 
-    with untouched(model), torch.no_grad():
+    with preserve_state(model), torch.no_grad():
         return median_seconds(forward, repeats, device=device)
 
 
@@ -251,7 +251,7 @@ def measure_cost(
     Raises:
         ValueError: `repeats` is below 1.
 
-    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
     >>> from stride_captum.adapters import Similarity
     >>> from stride_captum.evaluation.comparison.methods import adapter

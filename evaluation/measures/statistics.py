@@ -335,7 +335,7 @@ def _pair(a: Any, b: Any) -> tuple[Array, Array]:
 
 
 def _centred(a: Array) -> Array:
-    """Columns less their means, in units of their ranges: tiny values do not underflow when squared."""
+    """Design less their means, in units of their ranges: tiny values do not underflow when squared."""
     spread = a.max(0) - a.min(0)
     return np.asarray((a - a.mean(0)) / np.where(spread > 0, spread, 1.0))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import bad_value
-from ...system.atomic import write_whole
+from ...system.atomic import atomic_write
 from ..tasks.new_network import checked_network
 from ..tasks.tasks import Task
 from . import store as run_store
@@ -191,4 +191,4 @@ def _saved(model: nn.Module) -> dict[str, Tensor]:
 def _write(path: Path, model: nn.Module) -> None:
     from safetensors.torch import save_file
 
-    write_whole(path, lambda name: save_file(_saved(model), name))
+    atomic_write(path, lambda name: save_file(_saved(model), name))

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...system.atomic import write_whole
+from ...system.atomic import atomic_write
 from ...system.preserve_state import bits
 from ..system.stable_digest import NoStableDigest, stable_digest
 from ..tasks.new_network import built
@@ -110,7 +110,7 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
         with open(name, "wb") as file:
             np.save(file, array)
 
-    write_whole(path, write)
+    atomic_write(path, write)
 
 
 def read_array(path: Path, shape: tuple[int, ...]) -> tuple[NDArray[np.float32] | None, str | None]:

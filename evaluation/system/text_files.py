@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ...system.atomic import write_whole
+from ...system.atomic import atomic_write
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -25,7 +25,7 @@ def write_text(path: str | Path, text: str) -> Path:
     if target.exists() and not target.is_file():
         target.write_bytes(content)
     else:
-        write_whole(target, content)
+        atomic_write(target, content)
     return Path(path)
 
 

@@ -23,7 +23,7 @@ class PaperTable:
         measure: Which measure of `compare` it corresponds to.
         columns: Its columns.
         printed: Its rows, as printed.
-        methods: The contenders that measure its rows, and the closed form beside them.
+        methods: The specs that measure its rows, and the closed form beside them.
         settings: Options of the measure on the paper's training set, see `settings_for`.
         differs: What the paper does otherwise, or does not say.
     """

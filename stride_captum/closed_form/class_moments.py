@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import bad_value
 from ..linalg import add_gram_matrix
-from ..system.processes import ALONE, Alone
+from ..system.processes import SINGLE_PROCESS, SingleProcess
 from ..system.to_device import TrainingBlocks
 
 #: Classes up to which Sigma is kept whole.
@@ -89,7 +89,10 @@ class ClassMoments:
 
 
 def class_moments(
-    data: TrainingBlocks, temperature: float, diagonal_only: bool = False, ranks: Alone = ALONE
+    data: TrainingBlocks,
+    temperature: float,
+    diagonal_only: bool = False,
+    ranks: SingleProcess = SINGLE_PROCESS,
 ) -> ClassMoments:
     """One pass over the logits.
 
@@ -116,8 +119,8 @@ def class_moments(
         square += p.residuals(data.labels_of(rows)).square().sum()
     if not bool(total.isfinite().all()):
         raise _not_finite(data)
-    whole = ranks.total(total if diagonal_only else _laplacian(total), "class covariance")
-    sums = ranks.total(torch.stack([square, square.new_tensor(n)]).cpu(), "norms of the residuals")
+    whole = ranks.all_reduce(total if diagonal_only else _laplacian(total), "class covariance")
+    sums = ranks.all_reduce(torch.stack([square, square.new_tensor(n)]).cpu(), "norms of the residuals")
     covariance = whole / float(sums[1])
     unit = float(covariance.sum() if diagonal_only else covariance.trace()) / (n_classes - 1)
     if not unit > _LEAST:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..system.devices import matching
-from ..system.processes import ALONE, Alone
+from ..system.processes import SINGLE_PROCESS, SingleProcess
 from ..system.to_device import TrainingBlocks
 from .class_moments import ClassMoments, Probabilities, probabilities
 from .curvature import (
@@ -29,7 +29,7 @@ def fit_curvature(
     moments: Moments,
     classes: ClassMoments,
     damping: float,
-    ranks: Alone = ALONE,
+    ranks: SingleProcess = SINGLE_PROCESS,
 ) -> Curvature:
     """Fit one of the approximations of F.
 
@@ -66,7 +66,7 @@ def fit_curvature(
         weights = probabilities(data.logits_of(rows), temperature).variances() / classes.unit
         for c in range(n_classes):
             blocks_of_f[c] += matching((phi * weights[:, c : c + 1].to(phi)).T @ phi, a) / moments.n_train
-    blocks_of_f = ranks.total(blocks_of_f, "blocks of the Fisher")
+    blocks_of_f = ranks.all_reduce(blocks_of_f, "blocks of the Fisher")
     inverses = damped_inverse(blocks_of_f, damping, mean.expand(n_classes))
     return ClassBlockCurvature(classes.unit, [centered(inverse, moments, data) for inverse in inverses])
 
@@ -99,17 +99,17 @@ def _eigenvalue_corrected(
     moments: Moments,
     classes: ClassMoments,
     damping: float,
-    ranks: Alone,
+    ranks: SingleProcess,
 ) -> EigenvalueCorrectedCurvature:
     a = moments.second_moment
     # Other hardware may turn eigenvectors, and what is summed below must be in one basis.
-    basis, v = (ranks.same(torch.linalg.eigh(m)[1], "eigenvectors") for m in (a, classes.covariance))
+    basis, v = (ranks.broadcast(torch.linalg.eigh(m)[1], "eigenvectors") for m in (a, classes.covariance))
     diagonal = a.new_zeros(len(a), len(v))
     for rows in data:
         phi = scaled_features(data.features_of(rows), moments.scale)
         weights = _variances_in(v, probabilities(data.logits_of(rows), temperature)) / classes.unit
         diagonal += matching((phi @ basis.to(phi)).square().T @ weights.to(phi), a) / moments.n_train
-    diagonal = ranks.total(diagonal, "corrected eigenvalues")
+    diagonal = ranks.all_reduce(diagonal, "corrected eigenvalues")
     parts = (basis, v, 1 / (diagonal + damping * a.diagonal().mean()))
     return EigenvalueCorrectedCurvature(classes.unit, *(part.to(data.device, data.dtype) for part in parts))
 

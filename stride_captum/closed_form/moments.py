@@ -17,9 +17,9 @@ from ..linalg import add_gram_matrix, in_float32
 from ..residuals import one_hot
 from ..system.devices import float64_device, matching
 from ..system.memory import MOST_ROWS, blocks
-from ..system.processes import ALONE, Alone
+from ..system.processes import SINGLE_PROCESS, SingleProcess
 from ..system.saved_values import saved_as
-from ..system.to_device import staged, working_dtype
+from ..system.to_device import to_device, working_dtype
 
 #: Up to this many multiplications a Gram matrix takes .02 s in float64 on one core.
 _CHEAP = 2**28
@@ -75,7 +75,7 @@ def feature_moments(
     n_classes: int,
     widths: Sequence[int],
     block_rows: int = MOST_ROWS,
-    ranks: Alone = ALONE,
+    ranks: SingleProcess = SINGLE_PROCESS,
     dtype: torch.dtype | None = None,
 ) -> Moments:
     """Accumulate the moments.
@@ -104,7 +104,12 @@ def feature_moments(
 
 
 def _sums(
-    features: Tensor, labels: Tensor, n_classes: int, block_rows: int, ranks: Alone, dtype: torch.dtype
+    features: Tensor,
+    labels: Tensor,
+    n_classes: int,
+    block_rows: int,
+    ranks: SingleProcess,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """`sum h h^T` and `sum h e^T` over all processes, with products in `dtype`."""
     n, d = features.shape
@@ -113,7 +118,7 @@ def _sums(
     targets = torch.zeros(d + 1, n_classes, dtype=torch.float64, device=place)
     device = place if dtype == torch.float64 else labels.device
     for rows in blocks(n, block_rows):
-        h = staged(features[rows], device, dtype)
+        h = to_device(features[rows], device, dtype)
         e = one_hot(labels[rows].to(device), h.new_empty(0, n_classes))
         add_gram_matrix(gram[:d, :d], h)
         for few in blocks(len(h), block_rows if dtype == torch.float64 else _CLASS_ROWS):
@@ -121,7 +126,7 @@ def _sums(
         targets[d] += matching(e.sum(0), gram)
     gram[:d, d] = gram[d, :d] = targets[:d].sum(1)  # every example is of one class
     gram[d, d] = n
-    return ranks.total(gram, "Gram matrix"), ranks.total(targets, "class moments")
+    return ranks.all_reduce(gram, "Gram matrix"), ranks.all_reduce(targets, "class moments")
 
 
 def _layer_norms(gram: Tensor, widths: Sequence[int]) -> Tensor:

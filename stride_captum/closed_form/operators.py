@@ -20,7 +20,7 @@ from ..errors import bad_value
 from ..residuals import choose_residuals, project_on_simplex, ratio_of_norms, tempered_residuals
 from ..system.devices import matching
 from ..system.memory import MOST_ROWS, blocks, parse_bytes, rows_that_fit
-from ..system.processes import ALONE, Alone
+from ..system.processes import SINGLE_PROCESS, SingleProcess
 from ..system.saved_values import saved_as
 from ..system.to_device import TrainingBlocks, working_dtype
 from .class_moments import MOST_CLASSES, class_moments
@@ -257,7 +257,7 @@ def fit_closed_form(
     widths: Sequence[int],
     config: STRIDEConfig,
     temperature: float,
-    ranks: Alone = ALONE,
+    ranks: SingleProcess = SINGLE_PROCESS,
     moments: Moments | None = None,
 ) -> ClosedForm:
     """Fit the closed form: two products of n_train x n_features x n_features, or less.
@@ -279,7 +279,9 @@ def fit_closed_form(
     for name in ("damping", "head_damping"):
         check_damping(getattr(config, name), features, name)
     n = int(
-        ranks.total(torch.tensor(float(len(labels)), dtype=torch.float64, device="cpu"), "number of examples")
+        ranks.all_reduce(
+            torch.tensor(float(len(labels)), dtype=torch.float64, device="cpu"), "number of examples"
+        )
     )
     # The last layer has memorised the training labels: what it says of them is not out of sample.
     d = sum(widths[:-1]) if len(widths) > 1 else features.shape[1]
@@ -306,7 +308,7 @@ def fit_closed_form(
     )
     classes = class_moments(data, softening, diagonal_only, ranks)
     ridge = float(
-        ranks.total(
+        ranks.all_reduce(
             torch.tensor(head.square, dtype=torch.float64, device="cpu"), "norms of the ridge residuals"
         )
     )

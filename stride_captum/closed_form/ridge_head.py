@@ -17,7 +17,7 @@ from ..residuals import leave_one_out_residuals, simplex_shift
 from ..system.devices import as_float64, matching
 from ..system.memory import MOST_ROWS, blocks
 from ..system.saved_values import saved_as
-from ..system.to_device import staged, working_dtype
+from ..system.to_device import to_device, working_dtype
 from .damping import damped_factor
 from .moments import Moments
 
@@ -124,7 +124,7 @@ def fit_ridge_head(
         head.norms[rows] = block.norms.to(head.norms)
 
     for rows in blocks(len(features), block_rows):
-        h = staged(features[rows], labels.device, dtype)
+        h = to_device(features[rows], labels.device, dtype)
         block = _read(h, labels[rows], head.weights, 1 - inverse_forms(h, rounded) / n)
         keep(rows, block)
         head.delicate[rows] = block.delicate

@@ -9,17 +9,17 @@ It runs on planted data, without downloads and without pytest. `python -m stride
 the matrix of the methods that ship.
 """
 
-from .law import LAWS, Law
+from .registry import CHECKS, Check
+from .runner import ConformanceReport, Subject, check, matrix, run_check
 from .shipped import main, missing_extra, shipped
-from .suite import ConformanceReport, Subject, check, judge, matrix
 
 __all__ = [
-    "LAWS",
+    "CHECKS",
     "ConformanceReport",
-    "Law",
+    "Check",
     "Subject",
     "check",
-    "judge",
+    "run_check",
     "main",
     "matrix",
     "missing_extra",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .law import Build
-from .planted import MLP, trained
-from .suite import ConformanceReport, Subject, check, matrix
+from .registry import Build
+from .runner import ConformanceReport, Subject, check, matrix
+from .toy_problems import MLP, trained
 
 _BY_COLUMN = "scores belong to the column, not to the example"
 _READS_NOTHING = "the values of the inputs do not enter the scores"

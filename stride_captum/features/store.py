@@ -21,7 +21,7 @@ from ..errors import bad_choice, bad_type, bad_value
 from ..layers.activations import Tap
 from ..system.memory import parse_bytes, rows_that_fit
 from .store_files import Manifest, Part, StoreFiles
-from .store_writer import Filling, Run
+from .store_writer import Run, StoreWriter
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -151,7 +151,7 @@ class FeatureStore:
                     self._files.verify(manifest)
             if manifest is None or not manifest.complete or self.check_examples:
                 new = partial(self._new_manifest, key, taps)
-                manifest = Filling(self._files, manifest, new).through(batches, run)
+                manifest = StoreWriter(self._files, manifest, new).through(batches, run)
         return self._stored(manifest)
 
     def open(self, key: dict[str, Any]) -> StoredFeatures:

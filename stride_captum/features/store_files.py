@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import bad_value
-from ..system.atomic import write_whole
+from ..system.atomic import atomic_write
 from ..system.preserve_state import bits
 
 FORMAT = 1
@@ -163,7 +163,7 @@ class StoreFiles:
         """Put a manifest in the place of the one before, at once."""
         content = asdict(manifest)
         text = json.dumps({"format": FORMAT, "checksum": _manifest_checksum(content), **content}, indent=1)
-        write_whole(self.path(_MANIFEST), text)
+        atomic_write(self.path(_MANIFEST), text)
 
     def append(self, manifest: Manifest, values: Mapping[str, Tensor], examples: str) -> None:
         """Write one chunk behind the whole ones, then the manifest that names it.

@@ -17,7 +17,7 @@ Computed = tuple[Sequence[Tensor], Tensor, Tensor]
 Run = Callable[[ExampleBatch], Computed]
 
 
-class Filling:
+class StoreWriter:
     """One walk over the training set: stored chunks are compared, the others are computed and written.
 
     Args:

@@ -46,8 +46,8 @@ from ..subsets import membership_from_indices
 from ..system.devices import check_placed, device_of, existing_device, full_precision
 from ..system.memory import parse_bytes, rows_that_fit
 from ..system.peak_memory import PeakMemory
-from ..system.preserve_state import exclusive, untouched, weights_fingerprint, weights_version
-from ..system.processes import ALONE, Alone
+from ..system.preserve_state import exclusive, preserve_state, weights_fingerprint, weights_version
+from ..system.processes import SINGLE_PROCESS, SingleProcess
 from .checkpoints import LoadCheckpoint, checkpoint_list, load_checkpoint, load_with, warn_of_equal
 from .estimate import Estimate, from_small_runs
 from .persistence import load_method, save_method
@@ -62,7 +62,7 @@ _BLOCK_SCORES = 2**22
 
 
 @dataclass(frozen=True)
-class Ask:
+class Query:
     """What is asked about a batch of test points.
 
     Attributes:
@@ -145,7 +145,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
     ...         return ask.classes(self._logits(model, batch), batch)
     ...     def _scores(self, state, prepared, columns):
     ...         return (prepared[:, None] == state[columns]).float()
-    >>> from stride_captum.conformance.planted import MLP, trained
+    >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
     >>> SameClass(model, train).influence(test.tensors, 3).influence_scores.min()
     tensor(1.)
@@ -158,7 +158,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
     #: Whether `fit` reads the training set once (for each checkpoint), and queries never do.
     fits_in_one_pass: ClassVar[bool] = False
     #: The processes that share the training set.
-    ranks: Alone = ALONE
+    ranks: SingleProcess = SINGLE_PROCESS
     digests_: Digests | None
     compared_: str
 
@@ -227,7 +227,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         """Learn from the training set what the scores need; must set `n_train_`."""
 
     @abstractmethod
-    def _prepare(self, state: Any, model: nn.Module, batch: Any, ask: Ask) -> Any:
+    def _prepare(self, state: Any, model: nn.Module, batch: Any, ask: Query) -> Any:
         """Compute once what the scores of a batch of test points need."""
 
     @abstractmethod
@@ -261,7 +261,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
             raise NotImplementedError(
                 f"{type(self).__name__} gives the self-influence of training examples only: pass no inputs."
             )
-        prepared = self._prepare(state, model, batch, Ask("loss", "label"))
+        prepared = self._prepare(state, model, batch, Query("loss", "label"))
         return -self._scores_of_batch(state, prepared, rows, model, batch).diagonal()
 
     def _train_self_influence(self, state: Any) -> Tensor | None:
@@ -501,7 +501,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
             seen = 0
             for batch in self._test_batches(inputs, show_progress):
                 n = len(batch)
-                ask = Ask(response, _slice_target(wanted, seen, n))
+                ask = Query(response, _slice_target(wanted, seen, n))
                 seen += n
                 taken = collector()
                 for block, start in self._score_blocks(model, batch, ask, n, normalize, taken.keeps_all):
@@ -519,7 +519,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         )
 
     def _score_blocks(
-        self, model: nn.Module, batch: Any, ask: Ask, n: int, normalize: str | None, keeps_all: bool
+        self, model: nn.Module, batch: Any, ask: Query, n: int, normalize: str | None, keeps_all: bool
     ) -> Iterator[tuple[Tensor, int]]:
         """Blocks of scores of one test batch with the column where each starts."""
         parts = []
@@ -598,10 +598,10 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         residual, seen = 0.0, 0
         for batch in self._batches(self.held_out, "held_out", False, ""):
             outputs = self._logits(model, batch)
-            classes = Ask("loss", "label").classes(outputs, batch)
+            classes = Query("loss", "label").classes(outputs, batch)
             residual += mean_residual(outputs, classes) * len(outputs)
             seen += len(outputs)
-        sums = self.ranks.total(
+        sums = self.ranks.all_reduce(
             torch.tensor([residual, seen], dtype=torch.float64, device="cpu"), "held-out residual"
         )
         return match_temperature(logits, labels, float(sums[0] / sums[1]), ranks=self.ranks)
@@ -689,7 +689,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         """The model on the working device, in eval mode, for this thread alone; put back at the end."""
         with (
             exclusive(self, self.model),
-            untouched(self._model_on_device(), weights=self.checkpoints is not None) as model,
+            preserve_state(self._model_on_device(), weights=self.checkpoints is not None) as model,
             torch.inference_mode(False),
             torch.set_grad_enabled(self.needs_gradients),
             full_precision(self._work_device()),
@@ -833,4 +833,4 @@ def _slice_target(target: str | Tensor, start: int, n: int) -> str | Tensor:
     return piece
 
 
-__all__ = ["Ask", "InfluenceMethod"]
+__all__ = ["Query", "InfluenceMethod"]

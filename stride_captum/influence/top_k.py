@@ -155,7 +155,7 @@ def merge_top_k(indices: Tensor, scores: Tensor, k: int, largest: bool) -> tuple
     """The k best of lists that are side by side, such as those of several processes; ties by lower index.
 
     Args:
-        indices: Columns that the lists name, `(n_rows, n)` int64.
+        indices: Design that the lists name, `(n_rows, n)` int64.
         scores: Their scores, `(n_rows, n)`.
         k: How many are kept.
         largest: Proponents or opponents.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import bad_choice, bad_value
 from ..subsets import Membership
-from .design import Columns, read_membership, read_responses
+from .design import Design, read_membership, read_responses
 from .working_set import largest_correlation, row_blocks, solve
 
 RULES = ("bic", "aic", "cross-validation")
@@ -79,7 +79,7 @@ def choose_alpha(
     y = read_responses(Y, matrix.shape[0])
     if rule == "cross-validation" and not 2 <= folds <= matrix.shape[0]:
         raise bad_value("folds", f"be between 2 and n_subsets = {matrix.shape[0]}", folds)
-    columns = Columns(matrix, center, y.device)
+    columns = Design(matrix, center, y.device)
     top = largest_correlation(columns, _centred(y, center))
     alphas = [f * top for f in candidates]
     if rule == "cross-validation":
@@ -96,7 +96,7 @@ def _centred(y: Tensor, center: bool) -> Tensor:
 
 
 def _path(
-    columns: Columns, y: Tensor, alphas: list[Tensor], tolerance: float, max_rounds: int
+    columns: Design, y: Tensor, alphas: list[Tensor], tolerance: float, max_rounds: int
 ) -> Iterator[tuple[int, slice, Tensor]]:
     """The candidate's number, the rows, and the weights of distinct columns of each fit."""
     for rows in row_blocks(columns, len(y)):
@@ -107,7 +107,7 @@ def _path(
 
 
 def _criterion(
-    columns: Columns, y: Tensor, alphas: list[Tensor], price: float, tolerance: float, max_rounds: int
+    columns: Design, y: Tensor, alphas: list[Tensor], price: float, tolerance: float, max_rounds: int
 ) -> Tensor:
     """`K log(RSS / K) + price df`, `(n_alphas, n_test)`."""
     n_subsets = columns.n_subsets
@@ -135,7 +135,7 @@ def _held_out_error(
     errors = y.new_zeros(len(alphas), len(y))
     for part in np.array_split(np.random.default_rng(seed).permutation(n_subsets), folds):
         kept = np.setdiff1d(np.arange(n_subsets), part)
-        columns = Columns(matrix[kept], center, y.device)
+        columns = Design(matrix[kept], center, y.device)
         held_out = columns.applied_to(matrix[part])
         train, test = y[:, torch.from_numpy(kept)], y[:, torch.from_numpy(part)]
         if center:

@@ -37,7 +37,7 @@ class Operator(Protocol):
         """`A_J^T A_J` of the columns `index` (len(rows), a) of test points `rows`; 0 where not `valid`."""
 
 
-class Columns:
+class Design:
     """The distinct nonzero columns of X, shared by all test points.
 
     Attributes:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import bad_value
 from ..system.devices import float64_device, matching
 from .alpha import choose_alpha
-from .design import Columns, read_membership, read_responses
+from .design import Design, read_membership, read_responses
 from .working_set import certify, largest_correlation, row_blocks, solve
 
 __all__ = [
@@ -250,7 +250,7 @@ class _Problem:
         self.home = given.new_empty(0, dtype=given.dtype if given.is_floating_point() else torch.float64)
         self.mean = y.mean(1) if center else y.new_zeros(len(y))
         self.y = y - self.mean[:, None]
-        self.columns = Columns(matrix, center, y.device)
+        self.columns = Design(matrix, center, y.device)
 
     def per_row(self, name: str, value: float | Tensor, remedy: str | None) -> Tensor:
         """A number or `(n_test,)` tensor as `(n_test,)` float64, positive wherever it matters."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .design import Columns, Operator
+from .design import Design, Operator
 
 _FIRST_SIZE = 250  # columns in the first working set; later ones hold twice the support
 _INNER_GAIN = 0.1  # share of the gap that a round must leave
@@ -58,7 +58,7 @@ def certify(y: Tensor, residual: Tensor, peak: Tensor, norm: Tensor, alpha: Tens
     return Certificate(objective, gap.clamp(min=0), scale)
 
 
-def largest_correlation(columns: Columns, residual: Tensor) -> Tensor:
+def largest_correlation(columns: Design, residual: Tensor) -> Tensor:
     """`max_j |X_j^T r|`, `(n,)`; 0 where there are no columns."""
     peak = residual.new_zeros(len(residual))
     if columns.n_columns > 0:
@@ -67,7 +67,7 @@ def largest_correlation(columns: Columns, residual: Tensor) -> Tensor:
     return peak
 
 
-def row_blocks(columns: Columns, n_rows: int) -> list[slice]:
+def row_blocks(columns: Design, n_rows: int) -> list[slice]:
     """Slices of the rows that can be solved together within bounded memory."""
     cells = _BLOCK_CELLS * (1 if columns.norms.device.type == "cpu" else _GPU_BLOCK_FACTOR)
     size = max(1, cells // max(columns.n_columns, columns.n_subsets))
@@ -75,7 +75,7 @@ def row_blocks(columns: Columns, n_rows: int) -> list[slice]:
 
 
 def solve(
-    columns: Columns, y: Tensor, alpha: Tensor, start: Tensor, tolerance: float, max_rounds: int
+    columns: Design, y: Tensor, alpha: Tensor, start: Tensor, tolerance: float, max_rounds: int
 ) -> tuple[Tensor, Tensor]:
     """Minimise `1/2 ||y - X w||^2 + alpha ||w||_1` over the distinct columns, for all rows at once.
 

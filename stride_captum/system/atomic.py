@@ -17,7 +17,7 @@ _PARTIAL = re.compile(r".*\.[0-9a-f]{32}\.part", re.DOTALL)
 _swept: set[Path] = set()
 
 
-def write_whole(path: str | Path, content: bytes | str | Callable[[str], Any]) -> None:
+def atomic_write(path: str | Path, content: bytes | str | Callable[[str], Any]) -> None:
     """Write a file under another name, flush it to the disk, then rename it.
 
     If the write fails, the old file stays and nothing else is left. The folder is made. The first write of a
@@ -33,7 +33,7 @@ def write_whole(path: str | Path, content: bytes | str | Callable[[str], Any]) -
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder) / "runs" / "note.txt"
-    ...     write_whole(path, "all of it")
+    ...     atomic_write(path, "all of it")
     ...     path.read_text(), len(list(path.parent.iterdir()))
     ('all of it', 1)
     """

@@ -240,7 +240,7 @@ def user_code(what: Any) -> Iterator[UserCode]:
 
 
 @contextmanager
-def untouched(model: nn.Module, *, weights: bool = False) -> Iterator[nn.Module]:
+def preserve_state(model: nn.Module, *, weights: bool = False) -> Iterator[nn.Module]:
     """Evaluate a model without leaving a trace, also after an exception.
 
     Inside, every module is in eval mode, no parameter has a gradient, and no other thread has the model

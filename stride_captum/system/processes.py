@@ -26,33 +26,33 @@ _LOOK, _ROLL_CALL = 0.2, 5.0
 _counter = itertools.count()
 
 
-class Alone:
+class SingleProcess:
     """One process that has the whole training set: what it would exchange, it keeps."""
 
     rank = 0
     size = 1
 
-    def total(self, part: Tensor, what: str) -> Tensor:
+    def all_reduce(self, part: Tensor, what: str) -> Tensor:
         """The sum of `part` over all processes."""
         return part
 
-    def same(self, value: Tensor, what: str) -> Tensor:
+    def broadcast(self, value: Tensor, what: str) -> Tensor:
         """The `value` of rank 0."""
         return value
 
-    def cat(self, part: Tensor, what: str, dim: int = 0) -> Tensor:
+    def all_gather(self, part: Tensor, what: str, dim: int = 0) -> Tensor:
         """The parts of all processes, one after the other; they may differ in length along `dim`."""
         return part
 
 
-ALONE = Alone()
+SINGLE_PROCESS = SingleProcess()
 
 
 class StoppedError(RuntimeError):
     """A collective did not end, because another process of the group has died or stopped."""
 
 
-class Ranks(Alone):
+class Ranks(SingleProcess):
     """The processes of a group, each with a share of the training set.
 
     Args:
@@ -82,24 +82,24 @@ class Ranks(Alone):
         self._call, self._open = 0, False
         self._stopped: str | None = None
 
-    def share(self, n: int) -> slice:
+    def shard(self, n: int) -> slice:
         """The rows of `n` that this process takes: consecutive, and as many as the others' or one more."""
         return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
-    def total(self, part: Tensor, what: str) -> Tensor:
+    def all_reduce(self, part: Tensor, what: str) -> Tensor:
         """The sum of `part` over all processes, added in float64."""
         whole = part.detach().to(self._place(part)).to(torch.float64, copy=True).contiguous()
         self._finish(what, lambda: dist.all_reduce(whole, group=self.group, async_op=True))
         return whole.to(part.device, part.dtype)
 
-    def same(self, value: Tensor, what: str) -> Tensor:
+    def broadcast(self, value: Tensor, what: str) -> Tensor:
         """The `value` of rank 0; those of the others give its shape."""
         sent = value.detach().to(self._place(value), copy=True).contiguous()
         first = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         self._finish(what, lambda: dist.broadcast(sent, first, group=self.group, async_op=True))
         return sent.to(value.device)
 
-    def cat(self, part: Tensor, what: str, dim: int = 0) -> Tensor:
+    def all_gather(self, part: Tensor, what: str, dim: int = 0) -> Tensor:
         """The parts of all processes, one after the other; they may differ in length along `dim`."""
         rows = part.detach().transpose(0, dim)
         sizes = torch.cat(self._gather(torch.tensor([len(rows)], device=part.device), what)).tolist()
@@ -252,10 +252,10 @@ def first_rank_first() -> Iterator[None]:
     ranks = Ranks()
     with ranks.call("what rank 0 does first"):
         if ranks.rank:
-            ranks.same(torch.zeros(1, device="cpu"), "wait for rank 0")
+            ranks.broadcast(torch.zeros(1, device="cpu"), "wait for rank 0")
         yield
         if not ranks.rank:
-            ranks.same(torch.zeros(1, device="cpu"), "wait for rank 0")
+            ranks.broadcast(torch.zeros(1, device="cpu"), "wait for rank 0")
 
 
 def _named(ranks: list[int]) -> str:

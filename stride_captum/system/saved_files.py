@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import bad_value
-from ..system.atomic import write_whole
+from ..system.atomic import atomic_write
 from ..system.preserve_state import bits
 
 FORMAT = 3
@@ -35,7 +35,7 @@ def write_file(path: str | Path, description: Mapping[str, Any], tensors: dict[s
     # One entry: safetensors writes several in any order, and the same method is to give the same file.
     metadata = {_KEY: f"{checksum(text, tensors)} {text}"}
     try:
-        write_whole(path, lambda name: save_file(tensors, name, metadata))
+        atomic_write(path, lambda name: save_file(tensors, name, metadata))
     except SafetensorError as error:
         raise OSError(f"{str(path)!r} was not written: {error}") from error
 

@@ -16,7 +16,7 @@ from .devices import copied_in_background, float64_device
 from .memory import MOST_ROWS, blocks
 
 
-def staged(rows: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def to_device(rows: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Rows of a stored array on a device; rounding and widening happen there, so that what travels is small.
 
     Args:
@@ -24,7 +24,7 @@ def staged(rows: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         device: Where they are needed.
         dtype: In which they are needed.
 
-    >>> staged(torch.ones(2, 3, dtype=torch.bfloat16), torch.device("cpu"), torch.float32).dtype
+    >>> to_device(torch.ones(2, 3, dtype=torch.bfloat16), torch.device("cpu"), torch.float32).dtype
     torch.float32
     """
     return copied_in_background(rows, device).to(dtype)
@@ -63,11 +63,11 @@ class TrainingBlocks:
 
     def features_of(self, rows: slice, width: int | None = None) -> Tensor:
         """The first `width` features of some rows, `(n_rows, width)` in `dtype`."""
-        return staged(self.features[rows, :width], self.device, self.dtype)
+        return to_device(self.features[rows, :width], self.device, self.dtype)
 
     def logits_of(self, rows: slice) -> Tensor:
         """Logits of some rows, `(n_rows, n_classes)` float64."""
-        return staged(self.logits[rows], float64_device(self.device), torch.float64)
+        return to_device(self.logits[rows], float64_device(self.device), torch.float64)
 
     def labels_of(self, rows: slice) -> Tensor:
         """Labels of some rows, beside their logits, `(n_rows,)`."""

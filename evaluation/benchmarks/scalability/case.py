@@ -10,8 +10,8 @@ from ....config import parse_bytes
 from ....errors import bad_choice, bad_value
 
 #: Closed form, the paper's operators, and the gradient baselines.
-METHODS = ("STRIDE", "STRIDE paper", "DiagonalEKFAC", "EKFAC", "TracIn")
-GRADIENT_METHODS = METHODS[2:]
+SCALED_METHODS = ("STRIDE", "STRIDE paper", "DiagonalEKFAC", "EKFAC", "TracIn")
+GRADIENT_METHODS = SCALED_METHODS[2:]
 #: In this order.
 PHASES = ("forward", "setup", "inference")
 
@@ -21,7 +21,7 @@ class Case:
     """What is measured, and all that its figures depend on.
 
     Attributes:
-        method: One of `METHODS`.
+        method: One of `SCALED_METHODS`.
         depth: Of `ScalableCNN`; 0 for random features without a model.
         width: Channels of its first convolution, or the number of features.
         n_train: N.
@@ -57,7 +57,7 @@ class Case:
     last_phase: str = "inference"
 
     def __post_init__(self) -> None:
-        known = METHODS if self.depth else METHODS[:2]
+        known = SCALED_METHODS if self.depth else SCALED_METHODS[:2]
         if self.method not in known:
             raise bad_choice("method", self.method, known)
         if self.last_phase not in PHASES:

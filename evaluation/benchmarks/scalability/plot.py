@@ -6,15 +6,15 @@ import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from .case import METHODS, CaseResult
+from .case import SCALED_METHODS, CaseResult
 from .network import n_parameters
 from .printed import TABLE5
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = dict(zip(METHODS, ("#0b6e4f", "#3a86c8", "#d1495b", "#8d3b8a", "#b8860b"), strict=True))
-_MARKERS = dict(zip(METHODS, "os^Dv", strict=True))
+_COLOURS = dict(zip(SCALED_METHODS, ("#0b6e4f", "#3a86c8", "#d1495b", "#8d3b8a", "#b8860b"), strict=True))
+_MARKERS = dict(zip(SCALED_METHODS, "os^Dv", strict=True))
 
 
 def scalability_plot(results: Sequence[CaseResult]) -> str:
@@ -33,7 +33,7 @@ def scalability_plot(results: Sequence[CaseResult]) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "scalability", "font.size": 9.0}):
         figure = Figure(figsize=(12, 4.2), layout="constrained")
         setup, query, memory = figure.subplots(1, 3)
-        methods = [method for method in METHODS if any(r.case.method == method for r in results)]
+        methods = [method for method in SCALED_METHODS if any(r.case.method == method for r in results)]
         for method in methods:
             own = [result for result in results if result.case.method == method]
             _draw(setup, method, own, lambda r: r.setup.seconds, ("forward", "setup"))

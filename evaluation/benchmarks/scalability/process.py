@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ....config import parse_bytes
-from ....system.atomic import write_whole
+from ....system.atomic import atomic_write
 from .case import PHASES, Case, CaseResult, Outcome
 from .measure import measure
 
@@ -107,4 +107,4 @@ def _read(path: Path) -> CaseResult | None:
 def _write(path: Path, result: CaseResult) -> None:
     text = json.dumps(result.to_dict(), indent=1, allow_nan=False)
 
-    write_whole(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+    atomic_write(path, lambda name: Path(name).write_text(text, encoding="utf-8"))

@@ -13,7 +13,7 @@ from rich.console import Group
 from ...report.terminal import console, table_of
 from ...system.environment import one_line
 from ...system.text_files import write_text
-from .case import METHODS, CaseResult, Outcome
+from .case import SCALED_METHODS, CaseResult, Outcome
 from .plot import scalability_plot
 from .printed import PROPOSITION1_NOTE, TABLE5, TABLE5_NOTE
 from .scalability import Scalability
@@ -73,13 +73,13 @@ def _setup(found: Scalability) -> Group:
                 size,
                 f"{next(iter(results.values())).n_params:,}",
                 _forward(results),
-                *(_seconds(results, method, "setup") for method in METHODS[:1]),
+                *(_seconds(results, method, "setup") for method in SCALED_METHODS[:1]),
                 ratios[0] if ratios else "",
-                _seconds(results, METHODS[1], "setup"),
+                _seconds(results, SCALED_METHODS[1], "setup"),
                 theirs.stride if theirs else "",
-                *(_seconds(results, method, "setup") for method in METHODS[2:4]),
+                *(_seconds(results, method, "setup") for method in SCALED_METHODS[2:4]),
                 theirs.ekfac if theirs else "",
-                _seconds(results, METHODS[4], "setup"),
+                _seconds(results, SCALED_METHODS[4], "setup"),
             )
         )
     columns = (
@@ -99,10 +99,10 @@ def _queries(found: Scalability) -> Group:
         f"Query of {found.settings['n_test']} test points, seconds (goal of STRIDE on a GPU: {QUERY_GOAL})"
     )
     rows = [
-        (size, *(_seconds(results, method, "inference") for method in METHODS))
+        (size, *(_seconds(results, method, "inference") for method in SCALED_METHODS))
         for size, results in _by_model(found).items()
     ]
-    return table_of(title, ("model", *METHODS), rows)
+    return table_of(title, ("model", *SCALED_METHODS), rows)
 
 
 def _memory(found: Scalability) -> Group:
@@ -110,9 +110,9 @@ def _memory(found: Scalability) -> Group:
     rows = []
     for size, results in _by_model(found).items():
         weights = f"{4 * next(iter(results.values())).n_params / 2**20:,.0f}"
-        rows.append((size, weights, *(_mebibytes(results, method) for method in METHODS)))
+        rows.append((size, weights, *(_mebibytes(results, method) for method in SCALED_METHODS)))
     title = "Most memory that setup and query added, MiB"
-    return table_of(title, ("model", "its weights", *METHODS), rows)
+    return table_of(title, ("model", "its weights", *SCALED_METHODS), rows)
 
 
 def _by_model(found: Scalability) -> dict[str, dict[str, CaseResult]]:

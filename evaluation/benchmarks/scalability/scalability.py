@@ -13,7 +13,7 @@ import torch
 
 from ....errors import bad_choice, bad_value
 from ...system.environment import describe
-from .case import METHODS, Case, CaseResult, Outcome
+from .case import SCALED_METHODS, Case, CaseResult, Outcome
 from .exponents import CPU_LADDERS, FULL_LADDERS, Growth, Ladders, growth, ladder_cases
 from .network import n_parameters
 from .printed import PROPOSITION1_NOTE, TABLE5, TABLE5_NOTE
@@ -88,7 +88,7 @@ def bench_scalability(
         folder: Where the files of the cases are kept.
         full: The 18 models of Table 5 with 5,000 examples, instead of six small ones with 500.
         device: None is a GPU where there is one.
-        methods: Some of `METHODS`; None is all.
+        methods: Some of `SCALED_METHODS`; None is all.
         sizes: Depth and width of models instead.
         n_train: Training examples instead.
         n_test: Test points of the query.
@@ -102,10 +102,10 @@ def bench_scalability(
     Raises:
         ValueError: An argument out of its range.
     """
-    methods = list(METHODS if methods is None else methods)
+    methods = list(SCALED_METHODS if methods is None else methods)
     for method in methods:
-        if method not in METHODS:
-            raise bad_choice("methods", method, METHODS)
+        if method not in SCALED_METHODS:
+            raise bad_choice("methods", method, SCALED_METHODS)
     if sizes is None:
         sizes = [(row.depth, row.width) for row in TABLE5] if full else CPU_SIZES
     sizes = sorted({(int(depth), int(width)) for depth, width in sizes}, key=lambda size: n_parameters(*size))

@@ -1,4 +1,4 @@
-"""Owns the verdicts: every law on one method, its stated exceptions, and the matrix of methods by laws."""
+"""Owns the outcomes: every law on one method, its stated exceptions, and the matrix of methods by laws."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from ..errors import bad_choice, bad_value
-from . import laws_of_invariance, laws_of_scores, laws_of_use  # noqa: F401  (they fill LAWS)
-from .law import LAWS, Build, Law, Violation
+from . import invariance_checks, score_checks, usage_checks  # noqa: F401  (they fill CHECKS)
+from .registry import CHECKS, Build, Check, Violation
 
 _PASS, _FAIL, _EXCEPTION, _NEEDLESS = "pass", "fail: ", "exception: ", "needless exception: "
 _MARKS = {_PASS: "+", _FAIL: "F", _EXCEPTION: "e", _NEEDLESS: "?"}
@@ -20,7 +20,7 @@ class ConformanceReport:
 
     Attributes:
         method: Its name.
-        verdicts: For each law "pass", "fail: why", "exception: stated reason", or "needless exception:
+        outcomes: For each law "pass", "fail: why", "exception: stated reason", or "needless exception:
             stated reason" where the law holds after all.
 
     >>> report = ConformanceReport("MyMethod", {"ties_go_to_the_lower_index": "fail: ties are shuffled"})
@@ -29,7 +29,7 @@ class ConformanceReport:
     """
 
     method: str
-    verdicts: Mapping[str, str]
+    outcomes: Mapping[str, str]
 
     @property
     def failures(self) -> dict[str, str]:
@@ -47,7 +47,7 @@ class ConformanceReport:
         return not self.failures and not self.needless_exceptions
 
     def _beginning_with(self, start: str) -> dict[str, str]:
-        return {law: v.removeprefix(start) for law, v in self.verdicts.items() if v.startswith(start)}
+        return {law: v.removeprefix(start) for law, v in self.outcomes.items() if v.startswith(start)}
 
     def __str__(self) -> str:
         return matrix([self])
@@ -72,16 +72,16 @@ class Subject:
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
 
-def judge(law: Law, build: Build, reason: str | None = None) -> str:
-    """The verdict of one law (see `ConformanceReport.verdicts`).
+def run_check(law: Check, build: Build, reason: str | None = None) -> str:
+    """The outcome of one law (see `ConformanceReport.outcomes`).
 
     Args:
-        law: One of `LAWS`.
+        law: One of `CHECKS`.
         build: `build(model, train_dataset, **options)`.
         reason: Why the law need not hold; None where it must.
 
     >>> from stride_captum.adapters import Similarity
-    >>> judge(LAWS["the_top_k_are_the_best_of_all"], Similarity)
+    >>> run_check(CHECKS["the_top_k_are_the_best_of_all"], Similarity)
     'pass'
     """
     try:
@@ -115,14 +115,14 @@ def check(
     """
     exceptions = {} if exceptions is None else exceptions
     for law, reason in exceptions.items():
-        if law not in LAWS:
-            raise bad_choice("exceptions", law, list(LAWS))
+        if law not in CHECKS:
+            raise bad_choice("exceptions", law, list(CHECKS))
         if not reason:
             raise bad_value("exceptions", "give a reason for each law", f"{reason!r} for {law!r}")
     if name is None:
         name = getattr(build.func if isinstance(build, partial) else build, "__name__", repr(build))
-    verdicts = {law: judge(LAWS[law], build, exceptions.get(law)) for law in LAWS}
-    return ConformanceReport(name, verdicts)
+    outcomes = {law: run_check(CHECKS[law], build, exceptions.get(law)) for law in CHECKS}
+    return ConformanceReport(name, outcomes)
 
 
 def matrix(reports: Sequence[ConformanceReport]) -> str:
@@ -136,18 +136,18 @@ def matrix(reports: Sequence[ConformanceReport]) -> str:
     <BLANKLINE>
       1  ties go to the lower index
     """
-    laws = list(dict.fromkeys(law for report in reports for law in report.verdicts))
+    laws = list(dict.fromkeys(law for report in reports for law in report.outcomes))
     width = max([len(report.method) for report in reports], default=0)
     lines = [" " * width + "".join(f"{i:3}" for i in range(1, len(laws) + 1))]
     notes = []
     for report in reports:
         cells = ""
         for i, law in enumerate(laws, 1):
-            verdict = report.verdicts.get(law, "")
-            mark = next((mark for start, mark in _MARKS.items() if verdict.startswith(start)), " ")
+            outcome = report.outcomes.get(law, "")
+            mark = next((mark for start, mark in _MARKS.items() if outcome.startswith(start)), " ")
             cells += f"{mark:>3}"
             if mark not in "+ ":
-                notes.append(f"{report.method}, {i}: {verdict}")
+                notes.append(f"{report.method}, {i}: {outcome}")
         lines.append(f"{report.method:{width}}{cells}")
     numbered = [f"{i:3}  {law.replace('_', ' ')}" for i, law in enumerate(laws, 1)]
     return "\n".join([*lines, "", *numbered, *([""] if notes else []), *notes])

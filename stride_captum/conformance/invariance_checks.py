@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 from ..system.preserve_state import same_random_state
-from .law import Build, close, law, require, same_bits
-from .planted import MLP, N_TEST, N_TRAIN, BatchNormCNN, trained, unusual
+from .registry import Build, close, law, require, same_bits
+from .toy_problems import MLP, N_TEST, N_TRAIN, BatchNormCNN, trained, unusual
 
 
 @law

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ..system.preserve_state import same_random_state
-from .law import Build, Violation, close, law, loader, refuses, require, same_bits
-from .planted import (
+from .registry import Build, Violation, close, law, loader, refuses, require, same_bits
+from .toy_problems import (
     MLP,
     N_TEST,
     N_TRAIN,

@@ -17,22 +17,22 @@ from torch.utils.data import DataLoader
 #: `build(model, train_dataset, **options)`, the class of a method or a factory of it.
 Build = Callable[..., Any]
 #: What is called with a `Build` and raises where the method does not keep it.
-Law = Callable[[Build], None]
+Check = Callable[[Build], None]
 
 #: What rounding may change in float32, relative to the largest score of the row.
 ROUNDING = 1e-5
 
 #: All laws by name, in the order in which they are stated.
-LAWS: dict[str, Law] = {}
+CHECKS: dict[str, Check] = {}
 
 
 class Violation(AssertionError):
     """A law that does not hold, and what was found instead."""
 
 
-def law(function: Law) -> Law:
-    """Enter a law into `LAWS` under its name, which states it."""
-    LAWS[function.__name__] = function
+def law(function: Check) -> Check:
+    """Enter a law into `CHECKS` under its name, which states it."""
+    CHECKS[function.__name__] = function
     return function
 
 

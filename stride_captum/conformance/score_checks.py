@@ -15,8 +15,8 @@ from captum.influence._core.tracincp import KMostInfluentialResults
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from .law import ROUNDING, Build, close, law, require, same_bits
-from .planted import MLP, N_TEST, N_TRAIN, built, planted_classes, trained
+from .registry import ROUNDING, Build, close, law, require, same_bits
+from .toy_problems import MLP, N_TEST, N_TRAIN, built, planted_classes, trained
 
 
 @law
