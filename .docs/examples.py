@@ -1,4 +1,4 @@
-"""Owns how docstrings are read for the site: doctests become blocks of code, and `#:` comments count."""
+"""Docstrings as the site reads them: doctests become blocks of code, and `#:` comments count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the pages of the site: made from the documents, the notebooks and the modules of the checkout.
+"""Pages of the site, made from the documents, the notebooks and the modules of the checkout.
 
 MkDocs calls `on_files` when it has looked for pages, `on_page_markdown` for each page as it is written, and
 `on_page_content` for each page in HTML.

@@ -1,4 +1,4 @@
-"""Owns the options of STRIDE: one frozen, self-validating, serialisable value."""
+"""Options of STRIDE: one frozen dataclass that validates itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns `DistributedSTRIDE`: `STRIDE` in a `torch.distributed` process group, each rank with its share."""
+"""`DistributedSTRIDE`: `STRIDE` in a `torch.distributed` process group, with one shard of the data a rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the grammar of error messages: which argument, what it must be, what came, the remedy."""
+"""Error messages: which argument, what it must be, what came, the remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the scalar that is attributed: its value and its gradient with respect to the logits.
+"""Responses: the scalar that is attributed, and its gradient with respect to the logits.
 
 With class c and logits z (n_classes,), p = softmax(z):
 

@@ -1,4 +1,4 @@
-"""Owns `STRIDE`: training data attribution in activation space, wired from the files beside it."""
+"""`STRIDE`: training data attribution in activation space."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns what a shell completes: the names that options of the command line choose from."""
+"""Shell completion of the names that options choose from."""
 
 from __future__ import annotations
 

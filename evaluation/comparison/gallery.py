@@ -1,4 +1,4 @@
-"""Owns the gallery of a comparison: what every method shows for the same few test points, side by side.
+"""Gallery of a comparison: what every method shows for the same few test points, side by side.
 
 All of it is for the first attributed model. It is made while the fitted methods are at hand, and holds its
 pictures, so that a report can be written without the data.

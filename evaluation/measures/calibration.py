@@ -1,4 +1,4 @@
-"""Owns calibration: do predicted effects match the measured ones in size, not only in rank?
+"""Calibration: do predicted effects match measured ones in size, not only in rank?
 
     measured = slope * predicted + intercept
 

@@ -1,4 +1,4 @@
-"""Owns what a method costs: setup, queries and memory, in units of one pass over the training set.
+"""Cost of a method: setup, queries and memory, in units of one forward pass over the training set.
 
     setup ratio      = fit seconds / F
     query ratio      = query seconds / (n_queries F)

@@ -1,4 +1,4 @@
-"""Owns the paper's fidelity measure (C.1): scores against per-example effects read off the retrainings.
+"""Fidelity as in the paper (C.1): scores against per-example effects estimated from the retrainings.
 
 C.1 correlates scores w in R^N with "the linearized influence score per training example", LDS in R^N,
 without saying how that is obtained. Here it is the ridge regression of the responses on the membership,

@@ -1,4 +1,4 @@
-"""Owns how notebooks show examples: images and texts with their labels and scores.
+"""Displays for notebooks: images and texts with their labels and scores.
 
 Functions return a matplotlib figure, or an object with HTML, which a notebook shows where it is the last
 expression of a cell. The plots of `display_plots` can be imported from here too. `train` and `test` are

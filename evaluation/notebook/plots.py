@@ -1,4 +1,4 @@
-"""Owns the plots of notebooks: values with their spread, curves, points, histograms, matrices, drops.
+"""Plots for notebooks: values with their spread, curves, points, histograms, matrices, drops.
 
 Every function returns a matplotlib figure, which a notebook shows where it is the last expression of a cell.
 """

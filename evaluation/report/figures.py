@@ -1,4 +1,4 @@
-"""Owns the figures of the comparison's report, as inline SVG made from the content of results.json.
+"""Figures of the comparison report, as inline SVG made from the content of results.json.
 
 Lines and texts take their colours from custom properties of the page (`--ink`, `--series-1`, ...), so that
 they follow it into the dark. Where several series share a plot they differ in colour, marker and dash.

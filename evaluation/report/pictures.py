@@ -1,4 +1,4 @@
-"""Owns how an example becomes a picture."""
+"""Pictures of examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns what a plan of retrainings says about itself before it runs."""
+"""Estimate of a plan of retrainings before it runs."""
 
 from __future__ import annotations
 

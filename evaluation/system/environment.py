@@ -1,4 +1,4 @@
-"""Owns what must stand beside every figure: versions, hardware and threads."""
+"""Environment of a measurement: versions, hardware and threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the networks of the paper (Table 2) and how they are trained (Table 3)."""
+"""Networks of the paper (Table 2) and their training settings (Table 3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns data with planted influence: what a prediction must come from is known before anything is trained.
+"""Synthetic data with planted influence: the examples behind a prediction are known before training.
 
 Every class consists of small clusters far from one another. A test point lies in one cluster, and only
 the training examples of that cluster say which class is there: they are its influential examples.

@@ -1,4 +1,4 @@
-"""Owns the laws of what must not change the scores: order, batches, modes, random states, being saved.
+"""Laws about what must not change the scores: order, batches, modes, random states, saving.
 
 Each is one function whose name states it; `stride_captum.conformance` runs them all on planted data.
 """

@@ -1,4 +1,4 @@
-"""Owns what a law of the conformance suite is, and what its sentences are made of.
+"""Registry of the laws, and helpers that they share.
 
 A law is a function of `build(model, train_dataset, **options) -> method`, the constructor or a factory of
 the method under test; options are `batch_size` and `checkpoints`. It returns nothing, or raises: a

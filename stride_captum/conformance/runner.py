@@ -1,4 +1,4 @@
-"""Owns the outcomes: every law on one method, its stated exceptions, and the matrix of methods by laws."""
+"""Runs every law on a method, and compares the outcomes with its stated exceptions."""
 
 from __future__ import annotations
 

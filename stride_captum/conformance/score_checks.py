@@ -1,4 +1,4 @@
-"""Owns the laws of what scores are: their shapes and dtypes, their order, and what they mean.
+"""Laws about scores: shapes and dtypes, order, and meaning.
 
 Each is one function whose name states it; `stride_captum.conformance` runs them all on planted data.
 """

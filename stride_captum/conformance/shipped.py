@@ -1,4 +1,4 @@
-"""Owns the list of the methods of this package, with the laws that each does not keep, and their matrix."""
+"""The methods of this package, the laws that each one does not keep, and the matrix of both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns planted data and small networks: what the conformance suite runs methods on, without a download.
+"""Toy problems: small networks on generated data, without a download.
 
 Every function takes a seed and leaves the global random states alone.
 """

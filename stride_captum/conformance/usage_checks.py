@@ -1,4 +1,4 @@
-"""Owns the laws of use: what goes in, what is refused, and what is left behind.
+"""Laws about use: what goes in, what is refused, and what is left behind.
 
 Each is one function whose name states it; `stride_captum.conformance` runs them all on planted data.
 """

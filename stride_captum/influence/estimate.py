@@ -1,4 +1,4 @@
-"""Owns the estimate of what a method will cost, and how it is extrapolated from small runs.
+"""Estimates of what a method will cost, extrapolated from small runs.
 
 Any method is fitted and asked twice on the first few of its training examples. Seconds and bytes are
 taken to grow in a straight line with n_train from there. That is what methods do whose work is a pass over

@@ -1,4 +1,4 @@
-"""Owns what all attribution methods share: Captum's grammar around a method's own three functions.
+"""Base class of all attribution methods: Captum's contract around a method's own three functions.
 
 A method is a subclass of `InfluenceMethod` that implements
 

@@ -1,4 +1,4 @@
-"""Owns the choice of the Lasso's alpha where nobody gives one: information criteria, cross-validation."""
+"""Choice of the Lasso's alpha: information criteria and cross-validation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns what trained operators keep of a training set, and how scores come from them (stage 2).
+"""Fitted steering operators: what they keep of a training set, and the scores from them (stage 2).
 
 For a test point with logits z and class c, operator k responds with the change of the scalar that it
 causes, `y_k = response(z + a_k^T phi(h)) - response(z)`; for the response "logit" this is

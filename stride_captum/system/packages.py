@@ -1,4 +1,4 @@
-"""Owns what is installed: the packages that are needed, and the extras with what each gives."""
+"""Installed packages: those that are needed, and the extras with what each one enables."""
 
 from __future__ import annotations
 
