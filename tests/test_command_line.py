@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from stride_captum.evaluation import load_task, train_attributed
-from stride_captum.evaluation.cli import app as cli
+from stride_captum.evaluation.cli import compare as cli
 from stride_captum.evaluation.cli.app import app
 from stride_captum.evaluation.retraining import estimate as retraining_estimate
 from stride_captum.system import atomic as whole_files

@@ -1,0 +1,119 @@
+"""`stride-captum explain`."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from torch import nn
+
+from ...config import STRIDEConfig
+from ...errors import bad_value
+from ...influence.checkpoints import load_checkpoint
+from ...system.devices import existing_device
+from ...system.processes import is_first
+from ..comparison.explain import explain
+from ..report.html import write_explanation
+from ..report.terminal import (
+    show_explanation,
+)
+from ..tasks.tasks import load_task
+from .options import (
+    AsJSON,
+    Data,
+    DataRoot,
+    Device,
+    LabelKey,
+    Model,
+    Out,
+    Preset,
+    Quiet,
+    TaskName,
+    Training,
+)
+from .output import Console, one_sentence_errors
+from .results import json_object, training_settings, write_results
+
+
+def explain_command(
+    task: TaskName = "digits",
+    index: Annotated[list[int] | None, typer.Option(help="Test point; may be repeated.")] = None,
+    k: Annotated[int, typer.Option(help="Proponents and opponents of each test point.")] = 8,
+    preset: Preset = "small",
+    data_root: DataRoot = None,
+    data: Data = None,
+    label_key: LabelKey = None,
+    model: Model = None,
+    training: Training = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Trained weights instead of training.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+    config: Annotated[
+        str | None, typer.Option(help="Options of STRIDE as JSON, such as '{\"damping\": 0.1}'.")
+    ] = None,
+    store: Annotated[Path, typer.Option(help="Folder for trained models.")] = Path("out/store"),
+    device: Device = "cpu",
+    out: Out = Path("out/explain"),
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Train (or load) a model, fit STRIDE and explain test points by their training examples.
+
+    Examples:
+
+        stride-captum explain --task digits --index 3
+
+        stride-captum explain --task mnist --data-root ~/data --checkpoint mlp.pt --index 8 --index 9
+
+        torchrun --nproc-per-node 4 -m stride_captum explain --task digits
+    """
+    voice = Console(quiet, as_json)
+    with one_sentence_errors(store):
+        on = existing_device(device)
+        out.mkdir(parents=True, exist_ok=True)  # before the work
+        loaded = load_task(
+            task,
+            preset=preset,
+            data_root=data_root,
+            data=data,
+            model=model,
+            training=training_settings(training),
+            label_key=label_key,
+            mix_test=False,
+        )
+        trained = None
+        if checkpoint is not None:
+            trained = _loaded(loaded.build_model(), checkpoint).to(on)
+        explanation, _ = explain(
+            loaded,
+            indices=index,
+            k=k,
+            model=trained,
+            seed=seed,
+            store=store,
+            config=None if config is None else STRIDEConfig.from_dict(json_object("config", config)),
+            device=on,
+            show_progress=not quiet,
+        )
+        results = explanation.to_dict()
+        images = (loaded.train.tensors[0], loaded.test.tensors[0])
+        if is_first():
+            results = write_results(out, results, lambda found, path: write_explanation(found, *images, path))
+    if is_first():
+        voice.results(results, lambda: show_explanation(explanation))
+        if explanation.note:
+            voice.note(explanation.note)
+        voice.note(f"Report: {out / 'report.html'}")
+
+
+def _loaded(model: nn.Module, checkpoint: Path) -> nn.Module:
+    try:
+        load_checkpoint(model, checkpoint)
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise bad_value(
+            "checkpoint",
+            "be a file of weights, as torch.save(model.state_dict(), path) writes it",
+            f"{str(checkpoint)!r}, which is none or holds more than weights",
+        ) from error
+    return model

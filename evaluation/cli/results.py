@@ -1,0 +1,48 @@
+"""JSON that comes in with an option, and results that go out to files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...errors import bad_value
+from ..system.text_files import write_text
+
+
+def training_settings(text: str | None) -> dict[str, Any] | None:
+    """What --training says."""
+    return None if text is None else json_object("training", text)
+
+
+def json_object(argument: str, text: str) -> dict[str, Any]:
+    """A JSON object that was given as an option.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise bad_value(argument, "be a JSON object", f"{text!r} ({error})") from error
+    if not isinstance(options, dict):
+        raise bad_value(argument, "be a JSON object", repr(text))
+    return options
+
+
+def write_results(
+    out: Path, results: dict[str, Any], write_report: Callable[[dict[str, Any], Path], Path]
+) -> dict[str, Any]:
+    """Write the results and the report; gives the results as they are in the file."""
+    written = write_json(out / "results.json", results)
+    write_report(written, out / "report.html")
+    return written
+
+
+def write_json(path: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """Write results with the command that gave them."""
+    results = {"command": ["stride-captum", *sys.argv[1:]], **results}
+    write_text(path, json.dumps(results, indent=1, allow_nan=False))
+    return results
