@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset
 from ..data.batch import ExampleBatch
 from ..errors import bad_choice, bad_value
 from ..influence.method import InfluenceMethod
-from ..system.preserve_state import same_random_state
+from ..system.random_states import same_random_state
 from .gradients.traces import process_wide
 
 

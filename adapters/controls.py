@@ -14,7 +14,7 @@ from ..data.batch import ExampleBatch
 from ..data.digests import digest_item
 from ..errors import bad_value
 from ..influence.method import InfluenceMethod, Query
-from ..system.preserve_state import bits
+from ..system.fingerprints import bits
 from ..system.saved_values import saved_as
 from .gradients.working_copies import widened
 

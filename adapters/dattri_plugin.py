@@ -27,7 +27,7 @@ from ..errors import bad_type, bad_value
 from ..influence.method import InfluenceMethod
 from ..stride import STRIDE
 from ..system.packages import install_command
-from ..system.preserve_state import same_random_state
+from ..system.random_states import same_random_state
 
 try:
     from dattri.algorithm.base import BaseAttributor

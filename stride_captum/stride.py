@@ -43,8 +43,8 @@ from .responses import class_labels, response_gradient
 from .steering.trained import TrainedSteering, fit_steering
 from .subsets import coverage
 from .system.devices import as_float64
+from .system.fingerprints import weights_fingerprint
 from .system.memory import MOST_ROWS, blocks
-from .system.preserve_state import weights_fingerprint
 from .system.saved_values import saved_as
 from .system.to_device import working_dtype
 

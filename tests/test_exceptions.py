@@ -23,7 +23,16 @@ from stride_captum.adapters import EKFAC, TRAK, DiagonalEKFAC, TracIn
 #: Calls of one run at which something is raised, evenly spread, the first and the last among them.
 POINTS = 40
 #: What puts things back is not interrupted itself, nor is the start of a thread.
-SPARED = ("preserve_state.py", "contextlib.py", "threading.py", "peak_memory.py", "toy_problems.py")
+SPARED = (
+    "preserve_state.py",
+    "locks.py",
+    "random_states.py",
+    "fingerprints.py",
+    "contextlib.py",
+    "threading.py",
+    "peak_memory.py",
+    "toy_problems.py",
+)
 
 
 PACKAGE = tuple(str(Path(module.__file__).parent) + os.sep for module in (stride_captum, adapters))

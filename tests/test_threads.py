@@ -17,7 +17,9 @@ from torch.utils.data import Dataset, TensorDataset
 
 from stride_captum import STRIDE
 from stride_captum.adapters import KNNShapley, Similarity
-from stride_captum.system.preserve_state import draws_put_back, exclusive, preserve_state, user_code
+from stride_captum.system.locks import exclusive
+from stride_captum.system.preserve_state import preserve_state
+from stride_captum.system.random_states import draws_put_back, user_code
 
 THREADS, ROUNDS = 4, 60
 

@@ -23,13 +23,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from stride_captum import STRIDE
-from stride_captum.system import preserve_state as restoring
-from stride_captum.system.preserve_state import (
-    preserve_state,
-    same_random_state,
-    weights_fingerprint,
-    weights_version,
-)
+from stride_captum.system import random_states
+from stride_captum.system.fingerprints import weights_fingerprint, weights_version
+from stride_captum.system.preserve_state import preserve_state
+from stride_captum.system.random_states import same_random_state
 
 
 @pytest.fixture
@@ -99,7 +96,7 @@ def change_and_fail(change: Callable[[], None]) -> Callable[[], None]:
 @pytest.fixture
 def alone(monkeypatch):
     """As if no other thread ran: other tests leave some behind, which draw nothing."""
-    monkeypatch.setattr(restoring, "_alone", lambda: True)
+    monkeypatch.setattr(random_states, "_alone", lambda: True)
 
 
 @pytest.mark.usefixtures("alone")

@@ -20,7 +20,7 @@ from stride_captum.adapters.gradients.working_copies import (
     wide_copy,
     widened,
 )
-from stride_captum.system.preserve_state import weights_fingerprint
+from stride_captum.system.fingerprints import weights_fingerprint
 
 METHODS: list[Callable[..., Any]] = [
     TracIn,

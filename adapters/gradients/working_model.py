@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...data.batch import ExampleBatch
 from ...influence.method import InfluenceMethod
-from ...system.preserve_state import weights_fingerprint, weights_version
+from ...system.fingerprints import weights_fingerprint, weights_version
 from .checks import probe_of
 from .traces import attributes_put_back
 from .working_copies import check_copy, needs_copy, wide_copy, widened

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ...errors import bad_choice
-from ...system.preserve_state import same_random_state
+from ...system.random_states import same_random_state
 from ..tasks.networks import cifar10_cnn, mnist_mlp
 
 N_CLASSES = 10

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ...errors import bad_value, whole_number
 from ...subsets import Membership, random_subsets
 from ...system.devices import existing_device
-from ...system.preserve_state import weights_fingerprint
+from ...system.fingerprints import weights_fingerprint
 from ..measures.calibration import calibration
 from ..measures.cost import forward_seconds, median_cost
 from ..measures.linear_datamodeling import difference, lds, margins

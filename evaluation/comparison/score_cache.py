@@ -27,8 +27,8 @@ from ... import adapters, errors
 from ...data.batch import is_batch
 from ...influence.method import InfluenceMethod
 from ...system.atomic import atomic_write
+from ...system.fingerprints import weights_fingerprint
 from ...system.peak_memory import release_free_memory
-from ...system.preserve_state import weights_fingerprint
 from ..measures.cost import Build, Cost
 from ..retraining import store as run_store
 from ..system import environment

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...system.atomic import atomic_write
-from ...system.preserve_state import bits
+from ...system.fingerprints import bits
 from ..system.stable_digest import NoStableDigest, stable_digest
 from ..tasks.new_network import built
 from ..tasks.tasks import Task

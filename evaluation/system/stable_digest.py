@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from ...system.preserve_state import bits, same_random_state
+from ...system.fingerprints import bits
+from ...system.random_states import same_random_state
 from .code_references import codes, globals_read, imported, is_installed, is_there, version_of
 
 Parts = Iterator[bytes | memoryview | str]

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ...errors import bad_type, bad_value
-from ...system.preserve_state import same_random_state, weights_fingerprint
+from ...system.fingerprints import weights_fingerprint
+from ...system.random_states import same_random_state
 
 #: Seeds that nobody chooses, to see what a factory makes of a seed.
 _SEEDS = (314_159_265, 271_828_182)

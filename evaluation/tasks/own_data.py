@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import bad_value
-from ...system.preserve_state import bits
+from ...system.fingerprints import bits
 from .example_reading import Reader, check_finite
 from .image_data import holds_raw_images, image_tensors
 from .new_network import seeded

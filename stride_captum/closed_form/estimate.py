@@ -34,8 +34,8 @@ from ..influence.estimate import (
     training_examples,
 )
 from ..layers.activations import Tap, recording
+from ..system.fingerprints import weights_fingerprint
 from ..system.peak_memory import PeakMemory, release_free_memory
-from ..system.preserve_state import weights_fingerprint
 from .curvature import CenteredMap, KroneckerCurvature
 from .memory import ClosedFormBytes, closed_form_bytes, products_dtype
 from .moments import Moments

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
-from ..system.preserve_state import same_random_state
+from ..system.random_states import same_random_state
 from .registry import Build, close, law, require, same_bits
 from .toy_problems import MLP, N_TEST, N_TRAIN, BatchNormCNN, trained, unusual
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ..system.preserve_state import same_random_state
+from ..system.random_states import same_random_state
 from .registry import Build, Violation, close, law, loader, refuses, require, same_bits
 from .toy_problems import (
     MLP,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import bad_type, bad_value
 from ..losses import CrossEntropy
-from ..system.preserve_state import user_code
+from ..system.random_states import user_code
 
 LABEL_KEY = "labels"
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from ..errors import bad_value
-from ..system.preserve_state import bits, draws_put_back, user_code
+from ..system.fingerprints import bits
+from ..system.random_states import draws_put_back, user_code
 from ..system.saved_values import saved_as
 from .batch import ExampleBatch, walk
 

@@ -23,7 +23,7 @@ from torch.utils.data import (
 )
 
 from ..errors import bad_type, bad_value
-from ..system.preserve_state import draws_put_back, user_code
+from ..system.random_states import draws_put_back, user_code
 from .batch import ExampleBatch, Reading, is_batch
 
 _END = object()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from ..errors import bad_value
-from ..system.preserve_state import user_code
+from ..system.random_states import user_code
 from . import inputs as data
 from .batch import LABEL_KEY, ExampleBatch, Reading, is_batch
 from .digests import Digests

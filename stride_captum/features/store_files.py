@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..errors import bad_value
 from ..system.atomic import atomic_write
-from ..system.preserve_state import bits
+from ..system.fingerprints import bits
 
 FORMAT = 1
 _MANIFEST = "manifest.json"

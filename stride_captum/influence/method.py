@@ -44,9 +44,11 @@ from ..residuals import DEFAULT_TEMPERATURE, match_temperature, mean_residual
 from ..responses import RESPONSES, class_labels
 from ..subsets import membership_from_indices
 from ..system.devices import check_placed, device_of, existing_device, full_precision
+from ..system.fingerprints import weights_fingerprint, weights_version
+from ..system.locks import exclusive
 from ..system.memory import parse_bytes, rows_that_fit
 from ..system.peak_memory import PeakMemory
-from ..system.preserve_state import exclusive, preserve_state, weights_fingerprint, weights_version
+from ..system.preserve_state import preserve_state
 from ..system.processes import SINGLE_PROCESS, SingleProcess
 from .checkpoints import LoadCheckpoint, checkpoint_list, load_checkpoint, load_with, warn_of_equal
 from .estimate import Estimate, from_small_runs
@@ -126,7 +128,7 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
 
     Threads: methods may be shared between threads, and models between methods; one thread at a time works
     with a model. Other code that uses the model meanwhile sees it in eval mode. Global random states are put
-    back where the data set or the model has drawn from them (`stride_captum.system.preserve_state`).
+    back where the data set or the model has drawn from them (`stride_captum.system.random_states`).
 
     Attributes:
         digests_: A number for the label and one for the inputs of each training example, as they were read.

@@ -16,7 +16,7 @@ from ..data.digests import Digests
 from ..errors import bad_choice, bad_value
 from ..features.store import FeatureStore
 from ..losses import CrossEntropy, loss_of
-from ..system.preserve_state import draws_put_back, same_random_state
+from ..system.random_states import draws_put_back, same_random_state
 from ..system.saved_files import not_ours, read_file, write_file
 from ..system.saved_values import decode, encode, saved_as
 from .stale_data import batch_layout, changed_data, check_length, compare, read_digests

@@ -16,7 +16,7 @@ from ..data.digests import Digests, n_bytes, row_digests
 from ..data.passes import digests_of
 from ..errors import bad_value
 from ..influence.state_dicts import first_few
-from ..system.preserve_state import draws_put_back
+from ..system.random_states import draws_put_back
 
 if TYPE_CHECKING:
     from ..influence.method import InfluenceMethod

@@ -18,8 +18,9 @@ from ....config import STRIDEConfig, parse_bytes
 from ....influence.estimate import timed
 from ....influence.method import InfluenceMethod
 from ....stride import STRIDE
+from ....system.fingerprints import weights_fingerprint
 from ....system.peak_memory import release_free_memory
-from ....system.preserve_state import same_random_state, weights_fingerprint
+from ....system.random_states import same_random_state
 from .case import GRADIENT_METHODS, PHASES, Case, CaseResult, Outcome
 from .network import ScalableCNN, synthetic_images
 
