@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE
+from stride_captum.adapters import KNNShapley, Similarity, TracIn
 from stride_captum.layers.activations import Tap, default_taps, layer_places, named_taps, recording, to_rows
 
 N = 5
@@ -642,6 +643,41 @@ class TestWhatLayersMayBe:
             match=r"run in the forward pass; got 'noise'. It must be called in eval mode, as `module\(x\)`",
         ):
             named_taps(model, ["noise"], batch(noise(N, 4)))
+
+
+class TestLayersThatGiveTheOutputs:
+    def model(self, forward=lambda m, x: m.fc3(m.fc1(x).relu())):
+        return net(forward, fc1=linear(4, 3), fc3=linear(3, 2))
+
+    @pytest.mark.parametrize("method", [STRIDE, Similarity, KNNShapley])
+    def test_are_refused_with_what_the_layer_reads(self, method):
+        data = TensorDataset(noise(N, 4), torch.arange(N) % 2)
+        with pytest.raises(
+            ValueError,
+            match=r"`layers` must name layers that give features, not the outputs of the model; got 'fc3', whose "
+            r"values are these outputs. Write 'fc3:input' for what it reads",
+        ):
+            method(self.model(), data, layers=["fc1", "fc3"]).fit()
+        assert method(self.model(), data, layers=["fc3:input"]).fit().n_train_ == N
+
+    @pytest.mark.parametrize(
+        "forward",
+        [
+            lambda m, x: m.fc3(m.fc1(x).relu()).squeeze(-1),
+            lambda m, x: {"logits": m.fc3(m.fc1(x).relu())},
+        ],
+    )
+    def test_are_known_in_other_clothes(self, forward):
+        with pytest.raises(ValueError, match="got 'fc3', whose values are these outputs"):
+            named_taps(self.model(forward), ["fc3"], batch(noise(N, 4)))
+
+    def test_a_layer_of_which_the_outputs_are_a_part_is_read(self):
+        model = net(lambda m, x: m.wide(x)[:, :2], wide=linear(4, 3))
+        assert named_taps(model, ["wide"], batch(noise(N, 4)))[0].width == 3
+
+    def test_gradient_methods_take_the_parameters_of_the_layer(self):
+        data = TensorDataset(noise(N, 4), torch.arange(N) % 2)
+        assert TracIn(self.model(), data, layers=["fc3"]).influence(data[:2]).shape == (2, N)
 
 
 class TestOtherBatches:

@@ -208,6 +208,13 @@ class TapProbe:
         """Whether what a place gives is the output of the model."""
         return any(part.source.data_ptr() == self._outputs.data_ptr() for part in _parts(self.seen[place]))
 
+    def is_output(self, place: Place) -> bool:
+        """Whether a place gives the output of the model and nothing else."""
+        size = self._outputs.numel()
+        return self.returns_outputs(place) and all(
+            part.source.numel() == size for part in _parts(self.seen[place])
+        )
+
     def key(self, place: Place) -> tuple[Any, ...]:
         """Equal for places that see the same tensors, with nothing written to them in between."""
         parts = _parts(self.seen[place])

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import bad_type, bad_value, nearest
 from .hooks import check_weights_exist, scripted_parts
-from .pooling import INPUT_SUFFIX, Place, Tap
+from .pooling import INPUT_SUFFIX, Place, Tap, place_name
 from .tap_probe import TapProbe
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
@@ -34,13 +34,27 @@ def named_taps(model: nn.Module, layers: Sequence[str], batch: Any) -> list[Tap]
 
     Raises:
         ValueError: A name that is not a submodule (the nearest names are given), or none; a layer that
-            does not give one row of numbers per example.
+            does not give one row of numbers per example, or gives the outputs of the model.
         TypeError: Layers that are no list of names, or a layer that gives no tensor.
     """
     check_weights_exist(model)
     places = layer_places(model, layers)
     probe = TapProbe(model, batch, places)
-    return [probe.tap(place) for place in places]
+    taps = [probe.tap(place) for place in places]
+    for place in places:
+        if probe.is_output(place):
+            _refuse_outputs(place)
+    return taps
+
+
+def _refuse_outputs(place: Place) -> None:
+    """Features are what the last layer reads: the model's own outputs say nothing beside the residuals."""
+    name = place[0]
+    remedy = (
+        f"Write {name + INPUT_SUFFIX!r} for what it reads." if not place[1] else "Name a layer before it."
+    )
+    must = "name layers that give features, not the outputs of the model"
+    raise bad_value("layers", must, f"{place_name(place)!r}, whose values are these outputs", remedy)
 
 
 def layer_places(model: nn.Module, layers: Sequence[str]) -> list[Place]:
