@@ -654,8 +654,8 @@ class TestLayersThatGiveTheOutputs:
         data = TensorDataset(noise(N, 4), torch.arange(N) % 2)
         with pytest.raises(
             ValueError,
-            match=r"`layers` must name layers that give features, not the outputs of the model; got 'fc3', whose "
-            r"values are these outputs. Write 'fc3:input' for what it reads",
+            match=r"`layers` must name layers that give features, not the outputs of the model; got 'fc3', "
+            r"whose values are these outputs. Write 'fc3:input' for what it reads",
         ):
             method(self.model(), data, layers=["fc1", "fc3"]).fit()
         assert method(self.model(), data, layers=["fc3:input"]).fit().n_train_ == N

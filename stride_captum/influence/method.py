@@ -107,8 +107,8 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
         train_dataset: Dataset or (not shuffling) DataLoader of the examples that it was trained on. An
             item is `(inputs..., label)` or a dict with the key "labels".
         layers: Names of submodules; None selects them. Methods that read features (STRIDE, Similarity,
-            KNNShapley) take the outputs of these submodules ("name:input" for what one reads); gradient methods
-            take their parameters.
+            KNNShapley) take the outputs of these submodules ("name:input" for what one reads); gradient
+            methods take their parameters.
         batch_size: Examples a forward pass, where a data set is given instead of a loader.
         device: Where the work is done; None takes the device of the model. For another device the
             model is copied.
