@@ -1,11 +1,12 @@
 """One harness that measures every method the same way: fidelity, cost, controls and ceilings."""
 
-from .comparison.compare import Comparison, compare
+from .comparison.compare import compare
 from .comparison.counterfactual_runs import measure_counterfactual
 from .comparison.explain import Explanation, explain
 from .comparison.leakage_runs import measure_leakage
 from .comparison.methods import METHODS, MethodSpec
 from .comparison.mislabel_runs import measure_mislabel
+from .comparison.results import Comparison
 from .measures.calibration import CalibrationResult, calibration
 from .measures.cost import Cost, measure_cost
 from .measures.counterfactual_drop import CounterfactualResult, counterfactual
@@ -13,7 +14,9 @@ from .measures.leakage_rank import LeakageResult, leakage
 from .measures.linear_datamodeling import LDSResult, lds
 from .measures.linearized_influence import LinearizedInfluenceResult, linearized_influence_correlation
 from .measures.mislabel_precision import MislabelResult, mislabel
-from .retraining.plan import RetrainingPlan, train_attributed, train_model
+from .retraining.attributed_models import train_attributed
+from .retraining.plan import RetrainingPlan
+from .retraining.training import train_model
 from .tasks.tasks import Task, load_task
 
 __all__ = [

@@ -139,9 +139,8 @@ def mean_residual(
     for rows in blocks(len(labels), max(_LOGITS // logits.shape[1], 1)):
         z, y = to_device(logits[rows], device, torch.float64), labels[rows].to(device)
         total += tempered_residuals(z, y, temperature).gather(1, y[:, None]).sum()
-    sums = torch.tensor([float(total), len(labels)], dtype=torch.float64, device="cpu")
-    whole, n = ranks.all_reduce(sums, "mean residual").tolist()
-    return float(whole / n)
+    whole, n = ranks.sums("mean residual", float(total), len(labels))
+    return whole / n
 
 
 def match_temperature(

@@ -36,9 +36,8 @@ from stride_captum.evaluation import compare, load_task
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.influence.method import InfluenceMethod
 from stride_captum.influence.top_k import GroupSums, StreamedTopK
-from stride_captum.recovery import working_set
+from stride_captum.recovery import alpha_max, choose_alpha, lasso, lasso_path, ridge, working_set
 from stride_captum.recovery.design import Design
-from stride_captum.recovery.solver import alpha_max, choose_alpha, lasso, lasso_path, ridge
 from stride_captum.steering.gradient import BatchGradient
 from stride_captum.steering.operators import SteeringOperators
 from stride_captum.steering.sampling import padded_unique

@@ -24,7 +24,7 @@ from stride_captum.evaluation.measures.mislabel_precision import (
     flip_labels,
     mislabel,
 )
-from stride_captum.evaluation.retraining.plan import train_attributed
+from stride_captum.evaluation.retraining.attributed_models import train_attributed
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.evaluation.tasks.tasks import Task
 

@@ -12,10 +12,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Lasso
 
 from stride_captum.config import STRIDEConfig
-from stride_captum.recovery import design as columns_module
-from stride_captum.recovery import working_set
-from stride_captum.recovery.design import Design
-from stride_captum.recovery.solver import (
+from stride_captum.recovery import (
     alpha_max,
     choose_alpha,
     lasso,
@@ -23,7 +20,10 @@ from stride_captum.recovery.solver import (
     ridge,
     ridge_scale,
     soft_threshold,
+    working_set,
 )
+from stride_captum.recovery import design as columns_module
+from stride_captum.recovery.design import Design
 from stride_captum.steering.trained import TrainedSteering
 from stride_captum.subsets import partition, random_subsets, singletons
 

@@ -36,11 +36,11 @@ from stride_captum.evaluation import (
     mislabel,
 )
 from stride_captum.evaluation.cli.app import app
-from stride_captum.evaluation.comparison.compare import Row
 from stride_captum.evaluation.comparison.counterfactual_runs import CounterfactualRow
 from stride_captum.evaluation.comparison.gallery import Gallery, choose_points
 from stride_captum.evaluation.comparison.leakage_runs import LeakageRow
 from stride_captum.evaluation.comparison.mislabel_runs import MislabelRow, most_suspect
+from stride_captum.evaluation.comparison.results import Row
 from stride_captum.evaluation.measures.calibration import calibration, calibration_of_removals
 from stride_captum.evaluation.measures.counterfactual_difference import difference as drop_difference
 from stride_captum.evaluation.measures.counterfactual_difference import difference_at_equal_depletion

@@ -23,16 +23,10 @@ from stride_captum.evaluation.retraining import attributed_models as attributed_
 from stride_captum.evaluation.retraining import files as retraining_files
 from stride_captum.evaluation.retraining import plan as retraining
 from stride_captum.evaluation.retraining import workers as retraining_workers
-from stride_captum.evaluation.retraining.plan import (
-    RetrainingEstimate,
-    RetrainingPlan,
-    logits_of,
-    mean_residual,
-    train_attributed,
-    train_model,
-    train_spiked,
-    without_diverged,
-)
+from stride_captum.evaluation.retraining.attributed_models import train_attributed, train_spiked
+from stride_captum.evaluation.retraining.estimate import RetrainingEstimate
+from stride_captum.evaluation.retraining.plan import RetrainingPlan, without_diverged
+from stride_captum.evaluation.retraining.training import logits_of, mean_residual, train_model
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.evaluation.tasks.tasks import Task, load_task
 from stride_captum.subsets import members, membership_from_indices, random_subsets

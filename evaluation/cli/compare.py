@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from ...errors import bad_value
-from ..comparison.compare import MEASURES, compare, comparison_sizes, estimates
+from ..comparison.compare import compare, comparison_sizes, estimates
 from ..comparison.methods import DEFAULT_METHODS
+from ..comparison.plan import MEASURES
 from ..report.html import read_results, write_comparison
 from ..report.terminal import (
     console,
@@ -122,9 +124,7 @@ def compare_command(
     voice = Console(quiet, as_json)
     with one_sentence_errors(store):
         if resume:
-            before = _read_asked(out)
-            context.params.update(before)  # which is what is kept again
-            context.invoke(compare_command, context, **before, out=out, yes=yes, quiet=quiet, as_json=as_json)
+            _go_on(compare_command, context, out, out=out, yes=yes, quiet=quiet, as_json=as_json)
             return
         loaded = load_task(
             task,
@@ -208,11 +208,7 @@ def reproduce_command(
         printed = find_table(table)
         folder = out / f"{table}-{preset}"
         if resume:
-            before = _read_asked(folder)
-            context.params.update(before)  # which is what is kept again
-            context.invoke(
-                reproduce_command, context, **before, out=out, yes=yes, quiet=quiet, as_json=as_json
-            )
+            _go_on(reproduce_command, context, folder, out=out, yes=yes, quiet=quiet, as_json=as_json)
             return
         loaded = load_task(printed.task, preset=preset, data_root=data_root, data=data, label_key=label_key)
         rows = method or printed.methods
@@ -290,6 +286,13 @@ def _keep_asked(folder: Path, parameters: dict[str, Any]) -> None:
     """Write what a run was asked into its folder, before the work."""
     kept = {name: value for name, value in parameters.items() if name not in _SAID_ANEW}
     write_text(folder / "asked.json", json.dumps(kept, default=str, indent=1))
+
+
+def _go_on(command: Callable[..., None], context: typer.Context, folder: Path, **anew: Any) -> None:
+    """Run a command as it was asked in a folder; what is said anew holds instead."""
+    before = _read_asked(folder)
+    context.params.update(before)  # which is what is kept again
+    context.invoke(command, context, **before, **anew)
 
 
 def _read_asked(folder: Path) -> dict[str, Any]:

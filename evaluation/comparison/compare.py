@@ -33,20 +33,9 @@ from .gallery import Gallery
 from .leakage_runs import measure_leakage
 from .methods import MethodSpec
 from .mislabel_runs import measure_mislabel
-from .plan import DETECTORS, MEASURES, Asked, check, counterfactual_methods, settle, usable_detectors
+from .plan import DETECTORS, Asked, check, counterfactual_methods, settle, usable_detectors
 from .results import Comparison, Row
 from .score_cache import Answer, CachedMethod
-
-__all__ = [
-    "DETECTORS",
-    "MEASURES",
-    "Comparison",
-    "Row",
-    "compare",
-    "comparison_sizes",
-    "estimates",
-    "halves",
-]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ..measures.cost import Build, Cost, forward_seconds, median_cost
 from ..measures.leakage_rank import LeakageResult, leakage, near_duplicate
 from ..measures.linear_datamodeling import finite_array
 from ..measures.statistics import Array
-from ..retraining.plan import train_attributed
+from ..retraining.attributed_models import train_attributed
 from ..tasks.checks import check_task
 from ..tasks.tasks import Task
 from .score_cache import Answer, CachedMethod

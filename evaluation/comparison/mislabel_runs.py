@@ -25,7 +25,7 @@ from ..measures.cost import Build, forward_seconds
 from ..measures.linear_datamodeling import finite_array
 from ..measures.mislabel_precision import MislabelResult, flip_labels, mislabel
 from ..measures.statistics import Array
-from ..retraining.plan import train_attributed
+from ..retraining.attributed_models import train_attributed
 from ..system.stable_digest import stable_digest
 from ..tasks.checks import check_task
 from ..tasks.tasks import Task

@@ -23,7 +23,8 @@ from ...config import Recovery, STRIDEConfig
 from ...steering.trained import TrainedSteering
 from ...stride import STRIDE
 from ..measures.linear_datamodeling import LDSResult, lds, margins
-from ..retraining.plan import train_attributed, without_diverged
+from ..retraining.attributed_models import train_attributed
+from ..retraining.plan import without_diverged
 from ..system import environment
 from ..tasks.checks import check_task
 from ..tasks.tasks import Task

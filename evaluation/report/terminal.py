@@ -13,8 +13,8 @@ from rich.table import Table
 from ..system.environment import one_line
 
 if TYPE_CHECKING:
-    from ..comparison.compare import Comparison
     from ..comparison.explain import Explanation
+    from ..comparison.results import Comparison
     from ..measures.statistics import Interval
     from ..tasks.paper_tables import PaperTable
 

@@ -30,23 +30,11 @@ from ..tasks.tasks import Task
 from . import files as retraining_files
 from . import store as run_store
 from . import workers as retraining_workers
-from .attributed_models import train_attributed, train_spiked
 from .estimate import RetrainingEstimate
 from .files import Run, RunFile
 from .stacked import why_not_stacked
 from .store import Fingerprints
-from .training import logits_of, mean_residual, train_model
-
-__all__ = [
-    "ENGINES",
-    "RetrainingEstimate",
-    "RetrainingPlan",
-    "logits_of",
-    "mean_residual",
-    "train_attributed",
-    "train_model",
-    "train_spiked",
-]
+from .training import logits_of
 
 #: What helps where retrainings diverge.
 SMALLER_STEPS = "Train with smaller steps (`learning_rate` of the training settings)."

@@ -106,7 +106,7 @@ def class_moments(
         ValueError: Logits with NaN or infinity, or no uncertainty left that float64 could hold.
     """
     n_classes = data.logits.shape[1]
-    like, n = data.logits_of(slice(0, 0)), len(data.labels)
+    like = data.logits_of(slice(0, 0))
     total = like.new_zeros(n_classes if diagonal_only else (n_classes, n_classes))
     square = like.new_zeros(())
     for rows in data:
@@ -120,12 +120,12 @@ def class_moments(
     if not bool(total.isfinite().all()):
         raise _not_finite(data)
     whole = ranks.all_reduce(total if diagonal_only else _laplacian(total), "class covariance")
-    sums = ranks.all_reduce(torch.stack([square, square.new_tensor(n)]).cpu(), "norms of the residuals")
-    covariance = whole / float(sums[1])
+    residual_square, n_train = ranks.sums("norms of the residuals", float(square), len(data.labels))
+    covariance = whole / n_train
     unit = float(covariance.sum() if diagonal_only else covariance.trace()) / (n_classes - 1)
     if not unit > _LEAST:
         raise _certain(data, temperature)
-    return ClassMoments(covariance / unit, unit, float(sums[0]))
+    return ClassMoments(covariance / unit, unit, residual_square)
 
 
 def _laplacian(products: Tensor) -> Tensor:

@@ -278,11 +278,7 @@ def fit_closed_form(
     """
     for name in ("damping", "head_damping"):
         check_damping(getattr(config, name), features, name)
-    n = int(
-        ranks.all_reduce(
-            torch.tensor(float(len(labels)), dtype=torch.float64, device="cpu"), "number of examples"
-        )
-    )
+    n = int(ranks.sums("number of examples", len(labels))[0])
     # The last layer has memorised the training labels: what it says of them is not out of sample.
     d = sum(widths[:-1]) if len(widths) > 1 else features.shape[1]
     exact = needs_float64(config.damping, n, features.shape[1])
@@ -307,11 +303,7 @@ def fit_closed_form(
         config.curvature == "kronecker" and logits.shape[1] > MOST_CLASSES
     )
     classes = class_moments(data, softening, diagonal_only, ranks)
-    ridge = float(
-        ranks.all_reduce(
-            torch.tensor(head.square, dtype=torch.float64, device="cpu"), "norms of the ridge residuals"
-        )
-    )
+    (ridge,) = ranks.sums("norms of the ridge residuals", head.square)
     largest = ridge if config.residuals == "leave-one-out" else classes.residual_square
     _check_unit(largest, classes.unit, features)
     form = ClosedForm(

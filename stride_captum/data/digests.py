@@ -137,18 +137,14 @@ def _weights(n: int) -> Any:
     return (z ^ (z >> np.uint64(31))) | np.uint64(1)
 
 
-def n_bytes(n: int, parts: Iterable[Any]) -> int:
+def n_bytes(parts: Iterable[Any]) -> int:
     """Bytes that `row_digests` of these parts looks at."""
-    return sum(len(row) for part in parts for row in _rows(part, n))
-
-
-def _rows(part: Any, n: int) -> Iterable[Any]:
-    """The bytes of each row."""
-    if isinstance(part, Tensor) or _is_numeric(part):
-        content = memoryview(_bytes(part).data)
-        width = len(content) // max(n, 1)
-        return (content[i * width : (i + 1) * width] for i in range(n))
-    return (_item_bytes(item) for item in part)
+    return sum(
+        part.nbytes
+        if isinstance(part, Tensor) or _is_numeric(part)
+        else sum(map(len, map(_item_bytes, part)))
+        for part in parts
+    )
 
 
 def _is_numeric(value: Any) -> bool:

@@ -605,10 +605,8 @@ class InfluenceMethod(DataInfluence):  # type: ignore[misc]
             classes = Query("loss", "label").classes(outputs, batch)
             residual += mean_residual(outputs, classes) * len(outputs)
             seen += len(outputs)
-        sums = self.ranks.all_reduce(
-            torch.tensor([residual, seen], dtype=torch.float64, device="cpu"), "held-out residual"
-        )
-        return match_temperature(logits, labels, float(sums[0] / sums[1]), ranks=self.ranks)
+        whole, n = self.ranks.sums("held-out residual", residual, seen)
+        return match_temperature(logits, labels, whole / n, ranks=self.ranks)
 
     def _train_batches(self, show_progress: bool) -> Iterator[Any]:
         return self._batches(

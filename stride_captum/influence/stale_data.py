@@ -135,7 +135,7 @@ def _read(method: InfluenceMethod, saved: Digests) -> tuple[Digests, int]:
     n, labels = len(saved), own_labels(method.train_dataset)
     if labels is not None and len(labels) == n:
         batch = next(_batches(method, _spread(n, _FEW)))
-        size = n_bytes(len(batch), (part for _, part in batch.example_parts())) // len(batch)
+        size = n_bytes(part for _, part in batch.example_parts()) // len(batch)
         if batch.labels is not None and n * size > INPUT_BYTES:
             rows = _spread(n, max(INPUT_BYTES // size, _FEW))
             part = _digests_of(method, rows)

@@ -22,20 +22,8 @@ from torch import Tensor
 
 from ..errors import bad_value
 from ..system.devices import float64_device, matching
-from .alpha import choose_alpha
 from .design import Design, read_membership, read_responses
 from .working_set import certify, largest_correlation, row_blocks, solve
-
-__all__ = [
-    "LassoFit",
-    "alpha_max",
-    "choose_alpha",
-    "lasso",
-    "lasso_path",
-    "ridge",
-    "ridge_scale",
-    "soft_threshold",
-]
 
 
 @dataclass(frozen=True)

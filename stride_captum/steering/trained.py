@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import STRIDEConfig
-from ..recovery.solver import alpha_max, choose_alpha, lasso, ridge, ridge_scale
+from ..recovery import alpha_max, choose_alpha, lasso, ridge, ridge_scale
 from ..responses import response_value
 from ..subsets import Membership, coverage, partition, random_subsets
 from ..system.saved_values import saved_as
