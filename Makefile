@@ -50,7 +50,7 @@ $(VENV)/.eval: $(VENV)/bin/python pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.eval
-	$(BIN)/python -m pip install --quiet --editable ".[eval,kronfluence,cleanlab,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[eval,vision,kronfluence,cleanlab,dev]"
 	touch $@
 
 $(VENV)/.tutorials: $(VENV)/.dev

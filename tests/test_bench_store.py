@@ -102,6 +102,7 @@ def test_peers_are_measured_on_the_same_network():
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_b_16"])
 def test_the_networks_of_torchvision_can_be_attributed(name):
+    pytest.importorskip("torchvision")
     train, test = examples(name, 12, 2)
     assert STRIDE(network(name), train).influence(test).shape == (2, 12)
 

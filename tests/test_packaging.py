@@ -91,6 +91,51 @@ def test_every_module_is_imported_on_a_system_without_posix(tmp_path):
     assert (tmp_path / "manifest.json").exists()
 
 
+WITHOUT_TORCHVISION = """
+import sys
+from pathlib import Path
+
+class WithoutTorchvision:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torchvision":
+            raise ModuleNotFoundError("No module named 'torchvision'", name="torchvision")
+
+sys.meta_path.insert(0, WithoutTorchvision())
+import stride_captum.evaluation.cli.app
+from stride_captum.__main__ import main
+from stride_captum.evaluation import load_task
+from stride_captum.evaluation.benchmarks.networks import network
+
+for needs, call in {
+    "The task 'mnist'": lambda: load_task("mnist", data_root="."),
+    "The task 'cifar10'": lambda: load_task("cifar10", data_root="."),
+    "The network 'resnet18'": lambda: network("resnet18"),
+    "The network 'vit_b_16'": lambda: network("vit_b_16"),
+}.items():
+    try:
+        call()
+    except ImportError as error:
+        assert str(error).startswith(needs + ' needs torchvision: pip install "'), error
+    else:
+        raise AssertionError(needs + " does without torchvision")
+sys.argv[1:] = ["explain", "--task", "digits", "--preset", "smoke", "--out", sys.argv[1]]
+main()
+"""
+
+
+def test_the_command_line_and_the_digits_need_no_torchvision(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_TORCHVISION, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "report.html").exists()
+
+
+def test_only_the_extra_vision_installs_torchvision():
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.findall(r'^(\w+) = \["torchvision[^"]*"\]', settings, re.MULTILINE) == ["vision"]
+    assert settings.count('"torchvision>=') == 1
+
+
 @pytest.mark.slow
 def test_the_wheel_installs_and_works_without_the_extras(tmp_path):
     def run(*command: str) -> None:

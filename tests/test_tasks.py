@@ -186,6 +186,7 @@ class TestMissingData:
 
     @pytest.mark.parametrize("name", ["mnist", "cifar10"])
     def test_an_empty_folder_is_named_with_the_remedy(self, name, tmp_path):
+        pytest.importorskip("torchvision")
         with pytest.raises(
             FileNotFoundError, match=r"found no data in .* Point --data-root at .* --data module:factory"
         ) as e:

@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 from ...errors import bad_choice
 from ...system.random_states import same_random_state
+from ..tasks.image_data import import_torchvision
 from ..tasks.networks import cifar10_cnn, mnist_mlp
 
 N_CLASSES = 10
@@ -25,16 +26,14 @@ def _width_512() -> nn.Module:
 
 
 def _resnet18() -> nn.Module:
-    from torchvision.models import resnet18
-
-    network: nn.Module = resnet18(num_classes=N_CLASSES)
+    models = import_torchvision("models", "The network 'resnet18'")
+    network: nn.Module = models.resnet18(num_classes=N_CLASSES)
     return network
 
 
 def _vit_b_16() -> nn.Module:
-    from torchvision.models import vit_b_16
-
-    network: nn.Module = vit_b_16(image_size=32, num_classes=N_CLASSES)
+    models = import_torchvision("models", "The network 'vit_b_16'")
+    network: nn.Module = models.vit_b_16(image_size=32, num_classes=N_CLASSES)
     return network
 
 

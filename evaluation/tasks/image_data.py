@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
+
+from ...system.packages import install_command
 
 
 def normalise_images(images: Any, mean: Tensor, std: Tensor) -> Tensor:
@@ -22,19 +25,36 @@ CIFAR10_MEAN = torch.tensor([0.4914, 0.4822, 0.4465])
 CIFAR10_STD = torch.tensor([0.2470, 0.2435, 0.2616])
 
 
+def import_torchvision(module: str, needed_by: str) -> Any:
+    """A module of torchvision, which comes with the extra `vision` only.
+
+    Args:
+        module: Its name below torchvision, such as "datasets".
+        needed_by: What needs it, as the subject of the message.
+
+    Raises:
+        ImportError: It cannot be imported; the message says what to install.
+    """
+    try:
+        return importlib.import_module(f"torchvision.{module}")
+    except ImportError as error:
+        hint = f"{needed_by} needs torchvision: {install_command('vision')}"
+        raise ImportError(f"{hint} ({error}).") from error
+
+
 def torchvision_data(name: str, data_root: str | Path | None, *, train: bool) -> TensorDataset:
     """MNIST or CIFAR-10 from a folder in torchvision's layout.
 
     Raises:
         FileNotFoundError: No folder is named, or it does not hold the data.
+        ImportError: torchvision is not installed.
     """
-    from torchvision import datasets
-
     if data_root is None:
         raise FileNotFoundError(
             f"The task '{name}' reads files in torchvision's layout and nothing says where they are. "
             "Name their folder with --data-root DIR (in Python: data_root=)."
         )
+    datasets = import_torchvision("datasets", f"The task '{name}'")
     cls = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[name]
     try:
         dataset = cls(root=str(data_root), train=train, download=False)

@@ -143,6 +143,7 @@ def load_task(
             without one input and one class label, or a network that cannot read the inputs or returns no
             logits for all classes.
         FileNotFoundError: The data are not where they should be.
+        ImportError: A task needs torchvision, which is not installed.
 
     >>> load_task("digits").n_train
     1397

@@ -13,6 +13,7 @@ PACKAGE = "stride-captum"
 #: What each extra gives, and the module that shows whether it can be imported.
 EXTRAS = {
     "eval": ("the command line, the harness and the reports", "stride_captum.evaluation.cli.app"),
+    "vision": ("the tasks mnist and cifar10, and two networks of the benchmarks", "torchvision"),
     "kronfluence": ("the method EKFAC", "stride_captum.adapters._kronfluence"),
     "cleanlab": ("the detector ConfidentLearning", "cleanlab"),
     "quanda": ("our methods inside quanda", "stride_captum.adapters.quanda_plugin"),
