@@ -3,7 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-quanda test-dattri lint types notebooks docs clean
+# The imports and the closed form: what other systems than Linux, and the lowest versions, are tested with.
+CORE_TESTS := tests/test_packaging.py tests/test_newton.py tests/test_captum_contract.py tests/test_laws.py \
+	tests/test_recovery.py tests/test_persistence.py
+
+.PHONY: demo test test-core test-lowest test-quanda test-dattri lint types notebooks docs clean
 
 demo: $(VENV)/.eval
 	$(BIN)/stride-captum explain --task digits --out out/demo
@@ -11,6 +15,15 @@ demo: $(VENV)/.eval
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+test-core: $(VENV)/.eval
+	$(BIN)/python -m pip install --quiet --editable ".[vision]" "pytest>=8"
+	$(BIN)/python -m pytest $(CORE_TESTS)
+
+# The lowest versions that pyproject.toml promises, of what it names itself. The packages that those need are
+# the newest, so that old releases warn of them: no warning is an error here.
+test-lowest: .venv-lowest/.installed
+	.venv-lowest/bin/python -m pytest -W default $(CORE_TESTS) tests/test_cli_manners.py tests/test_tasks.py
 
 # The plugins, each with the library that it plugs into. quanda needs captum 0.8 and numpy 1: what holds
 # with the newest captum is tested there again.
@@ -59,6 +72,13 @@ $(VENV)/.tutorials: $(VENV)/.dev
 
 $(VENV)/.docs: $(VENV)/.eval
 	$(BIN)/python -m pip install --quiet --editable ".[eval,docs]"
+	touch $@
+
+.venv-lowest/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
+		--editable ".[eval,vision,kronfluence]" "pytest>=8"
 	touch $@
 
 # A layer over .venv: packages that the extra wants in another version shadow those below, torch is shared.

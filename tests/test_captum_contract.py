@@ -218,7 +218,7 @@ class TestCheckpoints:
 
     def test_pickles_that_run_code_are_not_loaded(self, planted, tmp_path):
         torch.save({"weights": Path("x").exists}, tmp_path / "evil.pt")
-        with pytest.raises(ValueError, match=r"which holds Python objects \(getattr\) beside tensors"):
+        with pytest.raises(ValueError, match=r"which holds Python objects \(\S*getattr\) beside tensors"):
             STRIDE(*planted[:2], checkpoints=[tmp_path / "evil.pt"]).fit()
 
 
