@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from stride_captum.evaluation import load_task
 
@@ -67,6 +68,42 @@ def test_make_targets_of_the_documents_exist():
             r"^make ([a-z-]+)", (ROOT / document).read_text(encoding="utf-8"), re.MULTILINE
         ):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+class TestTheWorkflow:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def jobs(cls):
+        return yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"]
+
+    @staticmethod
+    def commands(job):
+        """What the steps of a job run, once for each target of its matrix."""
+        runs = [step["run"] for step in job["steps"] if "run" in step]
+        targets = job.get("strategy", {}).get("matrix", {}).get("target", [""])
+        return [run.replace("${{ matrix.target }}", target) for target in targets for run in runs]
+
+    def test_it_runs_every_target_of_ci_and_none_that_is_not_there(self, jobs):
+        every = "\n".join(run for job in jobs.values() for run in self.commands(job))
+        called = set(re.findall(r"^make ([a-z-]+)", every, re.MULTILINE))
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        for target in called:
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+        wanted = re.findall(r"^make ([a-z-]+)", (ROOT / ".ci/run").read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(wanted) <= called
+
+    def test_it_tests_every_python_from_the_first_that_is_promised(self, jobs):
+        settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        (first,) = re.findall(r'^requires-python = ">=3\.(\d+)"$', settings, re.MULTILINE)
+        versions = jobs["test"]["strategy"]["matrix"]["python"]
+        assert versions == [f"3.{minor}" for minor in range(int(first), int(first) + len(versions))]
+
+    def test_windows_runs_the_core_tests_of_the_makefile(self, jobs):
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+        (core,) = re.findall(r"^CORE_TESTS := (.*)$", makefile, re.MULTILINE)
+        (run,) = (run for run in self.commands(jobs["windows"]) if "pytest tests/" in run)
+        assert run.split()[3:] == core.split()
+        assert all((ROOT / path).is_file() for path in core.split())
 
 
 def section(document: str, title: str) -> str:
