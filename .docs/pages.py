@@ -15,6 +15,7 @@ from typing import Any
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 from nbconvert import MarkdownExporter
 from typer import Context
 from typer.cli import get_docs_for_click
@@ -22,6 +23,7 @@ from typer.main import get_command
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {
+    "Results": "RESULTS.md",
     "Performance": "PERFORMANCE.md",
     "Contributing": "CONTRIBUTING.md",
     "Changelog": "CHANGELOG.md",
@@ -57,6 +59,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, path, content=content))
     config.nav = [
         {"Home": "README.md"},
+        {"Guide": "guide.md"},
         *([{"Tutorials": [p for p, _ in tutorials if p.endswith(".md")]}] if tutorials else []),
         {"Command line": "command-line.md"},
         {"API": [{Path(path).stem: path} for path, _ in reference]},
@@ -66,8 +69,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: object) -> str:
-    """Lead a link to a notebook to its page."""
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
+    """Lead links to notebooks and the guide to their pages; drop badges, which would be fetched."""
+    markdown = re.sub(r"^\[!\[.*\n", "", markdown, flags=re.MULTILINE)
+    markdown = markdown.replace("](.docs/", "](")
+    if page.file.src_uri == "guide.md":
+        markdown = markdown.replace("](../", "](")
     return re.sub(r"(\]\(tutorials/[^)\s]+)\.ipynb\)", r"\1.md)", markdown)
 
 
@@ -90,7 +97,8 @@ def linked_files(document: Path) -> list[str]:
     """Files of the checkout that a document links to or shows, other than itself."""
     text = document.read_text(encoding="utf-8")
     found = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r"(?:src|srcset)=\"([^\"]+)\"", text)
-    return sorted({target for target in found if "://" not in target and (ROOT / target).is_file()})
+    local = {target for target in found if "://" not in target and not target.startswith(".docs/")}
+    return sorted(target for target in local if (ROOT / target).is_file())
 
 
 def notebook(path: Path) -> list[tuple[str, str | bytes]]:

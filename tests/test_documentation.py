@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from stride_captum.evaluation import load_task
+from stride_captum.evaluation import load_task, train_attributed
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("stride_captum", "adapters", "evaluation")
@@ -42,20 +42,23 @@ def test_every_folder_and_every_file_at_the_top_is_on_the_map(map_of_files):
     assert names - left_out - map_of_files == set()
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+DOCUMENTS = ["README.md", "RESULTS.md", "PERFORMANCE.md", "CONTRIBUTING.md", ".docs/guide.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document):
     text = (ROOT / document).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        assert target.startswith("https://") or ((ROOT / document).parent / target).exists(), target
 
 
-def test_commands_of_the_readme_exist():
+def test_commands_of_the_documents_exist():
     from typer.main import get_command
 
     from stride_captum.evaluation.cli.app import app
 
     commands = get_command(app).commands
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = "\n".join((ROOT / document).read_text(encoding="utf-8") for document in DOCUMENTS)
     named = set(re.findall(r"(?:^|`)stride-captum ([a-z-]+)", text, re.MULTILINE))
     assert named <= set(commands), named - set(commands)
     assert {"explain", "compare", "reproduce"} <= named
@@ -63,7 +66,7 @@ def test_commands_of_the_readme_exist():
 
 def test_make_targets_of_the_documents_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for document in ("README.md", "CONTRIBUTING.md"):
+    for document in (*DOCUMENTS, ".ci/run"):
         for target in re.findall(
             r"^make ([a-z-]+)", (ROOT / document).read_text(encoding="utf-8"), re.MULTILINE
         ):
@@ -202,15 +205,23 @@ def test_every_public_class_and_function_has_an_example(package, name):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_python_of_the_readme_runs_as_printed(tmp_path, monkeypatch):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+def test_the_python_of_the_readme_and_the_guide_runs_as_printed(tmp_path, monkeypatch):
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", ".docs/guide.md")]
+    blocks = re.findall(r"^```python\n(.*?)^```", "\n".join(texts), re.MULTILINE | re.DOTALL)
     script = "".join(block for block in blocks if "torchrun" not in block)
     torch.manual_seed(0)
-    features, labels = torch.randn(30, 4), torch.arange(30) % 3
-    yours = {"features": features, "logits": torch.randn(30, 3), "labels": labels, "rates": [0.1, 0.1]}
     digits = load_task("digits")
-    yours |= {"more": digits.test, "files": ["a.pt", "b.pt"]}
+    yours: dict[str, Any] = {
+        "model": train_attributed(digits, seed=0),
+        "train_dataset": digits.train,
+        "more": digits.test,
+        "features": torch.randn(30, 4),
+        "logits": torch.randn(30, 3),
+        "labels": torch.arange(30) % 3,
+        "files": ["a.pt", "b.pt"],
+        "rates": [0.1, 0.1],
+    }
+    yours["x"], yours["y"] = digits.test[:5]
     monkeypatch.chdir(tmp_path)
     for name in yours["files"]:
         torch.save(digits.build_model().state_dict(), name)
@@ -218,5 +229,33 @@ def test_the_python_of_the_readme_runs_as_printed(tmp_path, monkeypatch):
     assert Path("stride.safetensors").exists()
 
 
+def words_and_numbers(text: str) -> tuple[int, int]:
+    """How many words and numbers a document has outside its blocks of code."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return len(prose.split()), len(re.findall(r"\d[\d.,]*\d|\d", prose))
+
+
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 200
+    words, numbers = words_and_numbers((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert words < 900
+    assert numbers < 60
+
+
+def test_words_and_numbers_are_counted_outside_code():
+    text = "One .5, 1,397 and -3.\n\n```python\nscores = [1, 2, 3]\n```\n[link](tutorials/6_own.ipynb)\n"
+    assert words_and_numbers(text) == (6, 4)
+
+
+def test_the_table_of_the_readme_is_small():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    head, _, *rows = [line for line in lines if line.startswith("|")]  # one table: all lines with cells
+    assert head.count("|") <= 4
+    assert len(rows) <= 6
+    assert sum("(control)" in row for row in rows) == 1
+
+
+def test_every_row_of_trained_operators_says_how_it_was_measured():
+    text = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    for row in re.findall(r"^\|.*trained operators.*$", text, re.MULTILINE):
+        assert "¹" in row, row
+    assert "Measured with the linearity loss off" in text
