@@ -178,7 +178,7 @@ def measure_counterfactual(
         engine: See there.
         device: See there.
         n_resamples: Of the bootstraps of the calibration; 0 leaves all intervals out.
-        seed: Of the bootstraps.
+        seed: Of the bootstrap of the calibration.
         show_progress: Whether to show a bar.
 
     Raises:
@@ -246,7 +246,6 @@ def measure_counterfactual(
             counts=numbers,
             opponents=opponents,
             n_resamples=n_resamples,
-            seed=seed,
         )
         calibrated[name] = calibration_of_removals(
             np.stack([predicted[key] for key in keys]), changes - m[:, 0], n_resamples=n_resamples, seed=seed
@@ -256,9 +255,9 @@ def measure_counterfactual(
         plain_gap = equal_gap = None
         if name != reference and reference in results:
             other = results[reference]
-            plain_gap = difference(result, other, n_resamples=n_resamples, seed=seed)
+            plain_gap = difference(result, other, n_resamples=n_resamples)
             if not opponents:
-                equal_gap = difference_at_equal_depletion(result, other, n_resamples=n_resamples, seed=seed)
+                equal_gap = difference_at_equal_depletion(result, other, n_resamples=n_resamples)
         rows.append(
             CounterfactualRow(name, result, plain_gap, equal_gap, calibrated[name], median_cost(costs[name]))
         )

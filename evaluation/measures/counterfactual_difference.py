@@ -44,7 +44,6 @@ def difference(
     *,
     n_resamples: int = 1000,
     level: float = 0.95,
-    seed: int = 0,
 ) -> DropDifference:
     """Drop of `a` less drop of `b` at each count, on the same models, seeds and test points.
 
@@ -53,7 +52,6 @@ def difference(
         b: Another.
         n_resamples: 0 leaves the intervals out.
         level: Level of the intervals.
-        seed: Without effect, as in `counterfactual`.
 
     Raises:
         ValueError: The results do not have the same counts, shapes and arm.
@@ -70,7 +68,6 @@ def difference_at_equal_depletion(
     *,
     n_resamples: int = 1000,
     level: float = 0.95,
-    seed: int = 0,
 ) -> DropDifference:
     """Drop of `a` less the drop that `reference` has at the depletion of `a`.
 
@@ -85,7 +82,6 @@ def difference_at_equal_depletion(
         reference: Another.
         n_resamples: 0 leaves the intervals out.
         level: Level of the intervals.
-        seed: Without effect, as in `counterfactual`.
 
     Raises:
         ValueError: The results do not have the same shapes, or opponents were removed.

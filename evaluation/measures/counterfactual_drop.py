@@ -167,7 +167,6 @@ def counterfactual(
     opponents: bool = False,
     n_resamples: int = 1000,
     level: float = 0.95,
-    seed: int = 0,
 ) -> CounterfactualResult:
     """The drop of the true class's probability when examples are removed.
 
@@ -180,7 +179,6 @@ def counterfactual(
         opponents: Whether they had the lowest scores.
         n_resamples: 0 leaves the intervals out. They are Student's and need no draws.
         level: Level of the intervals.
-        seed: Without effect.
 
     Raises:
         ValueError: Shapes do not match, counts do not increase, or a value is not a probability.
