@@ -527,6 +527,17 @@ class TestEngines:
         assert first == more._files("stacked", "cpu")[0].path
         assert len(more._files("stacked", "cpu")) == 3
 
+    @pytest.mark.parametrize("n_seeds", [1, 2, 3])
+    def test_seeds_that_are_added_leave_what_is_stored_as_it_is(self, plan, runs, monkeypatch, n_seeds):
+        monkeypatch.setattr(retraining, "_CPU_STACK", 6)  # two seeds of three subsets
+        few = replace(plan, n_seeds=n_seeds).execute(1, False, engine="stacked")
+        assert len(runs) == -(-n_seeds // 2)
+        for more in (n_seeds + 1, n_seeds + 2):
+            logits = replace(plan, n_seeds=more).execute(1, False, engine="stacked")
+            assert np.array_equal(logits[:n_seeds], few)
+            missing = replace(plan, n_seeds=more + 1).missing(engine="stacked")
+            assert {seed for _, seed in missing} == {more}
+
     def test_auto_stacks_many_runs_of_small_networks_without_convolutions(self, plan):
         def chosen(**changes):
             return plan_with(plan, **changes).estimate(1, engine="auto").engine

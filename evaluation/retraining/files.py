@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,14 +93,35 @@ def single_runs(n_subsets: int, n_seeds: int) -> Iterator[tuple[Run, ...]]:
             yield ((k, seed),)
 
 
-def stacks(membership: Membership, n_seeds: int, limit: int) -> Iterator[tuple[Run, ...]]:
-    """Runs with subsets of one size, by seed: whole seeds where several fit, parts of one elsewhere."""
+def stacks(
+    membership: Membership,
+    n_seeds: int,
+    limit: int,
+    is_stored: Callable[[Sequence[Run]], bool],
+) -> Iterator[tuple[Run, ...]]:
+    """Runs with subsets of one size, by seed: whole seeds where several fit, parts of one elsewhere.
+
+    Seeds that a plan with fewer of them has stacked by themselves stay together, so that its results serve.
+
+    Args:
+        membership: CSR `(n_subsets, n_train)`.
+        n_seeds: Retrainings of each subset.
+        limit: Runs of a stack, at most.
+        is_stored: Whether the store holds the stack of these runs.
+    """
     sizes = np.diff(membership.indptr)
     for size in np.unique(sizes):
         subsets = np.flatnonzero(sizes == size).tolist()
-        step = max(1, limit // len(subsets))
-        for first in range(0, n_seeds, step):
-            seeds = range(first, min(first + step, n_seeds))
-            runs = [(k, seed) for seed in seeds for k in subsets]
+        step, first = max(1, limit // len(subsets)), 0
+        while first < n_seeds:
+            end = min(first - first % step + step, n_seeds)
+            stored_ends = (n for n in range(end, first, -1) if is_stored(_of_seeds(subsets, first, n)))
+            last = next(stored_ends, end)
+            runs = _of_seeds(subsets, first, last)
             for start in range(0, len(runs), limit):
                 yield tuple(runs[start : start + limit])
+            first = last
+
+
+def _of_seeds(subsets: Sequence[int], first: int, last: int) -> list[Run]:
+    return [(k, seed) for seed in range(first, last) for k in subsets]

@@ -5,14 +5,16 @@ without these examples?". A killed plan resumes and gives the bits of an unbroke
 
 Two engines do the runs. "processes" trains one model after the other in every joblib worker, and one
 run is one file. "stacked" trains equally large subsets together (`train_stacked`), and one stack is one
-file: which runs share a stack follows from the plan alone. Their results differ by rounding, which
-training amplifies, so neither reads the files of the other and a result is never a mixture.
+file: which runs share a stack follows from the plan, and from the stacks that a plan with fewer seeds has
+left. Their results differ by rounding, which training amplifies, so neither reads the files of the other and
+a result is never a mixture.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -133,10 +135,10 @@ class RetrainingPlan:
             show_progress: Whether to show a bar, with the time that is left at the mean speed so far.
             engine: "processes" trains one model at a time in each worker. "stacked" trains up to 16
                 subsets of one size (256 off the CPU) at once in each worker; its bits are others, its
-                files are its own, and a plan with other subsets makes other stacks. "auto" takes the
-                engine that did most of the plan before; for a new plan "stacked" where it is faster
-                (off the CPU; on it for fully connected networks up to 250,000 parameters) and at least
-                8 runs have subsets of one size.
+                files are its own, and a plan with other subsets makes other stacks (more seeds only add
+                some). "auto" takes the engine that did most of the plan before; for a new plan "stacked"
+                where it is faster (off the CPU; on it for fully connected networks up to 250,000
+                parameters) and at least 8 runs have subsets of one size.
             device: Where it is trained.
 
         Returns:
@@ -258,18 +260,26 @@ class RetrainingPlan:
         there = retraining_files.stored(folder)
         n_evaluated = min(len(self.task.test), max(self.n_test, retraining_files.EVALUATED))
         limit = _CPU_STACK if device.type == "cpu" else _DEVICE_STACK
+
+        def stem(runs: Sequence[Run]) -> str:
+            found = [self._fingerprint(names, run, device, stacked) for run in runs]
+            return f"stack-{run_store.of_all(found)}" if stacked else f"run-{found[0]}"
+
+        def enough(name: str) -> list[int]:
+            return [n for n in there.get(name, ()) if self.n_test <= n <= len(self.task.test)]
+
         every = (
-            retraining_files.stacks(self.membership, self.n_seeds, limit)
+            retraining_files.stacks(
+                self.membership, self.n_seeds, limit, lambda runs: bool(enough(stem(runs)))
+            )
             if stacked
             else retraining_files.single_runs(self.membership.shape[0], self.n_seeds)
         )
         files = []
         for runs in every:
-            found = [self._fingerprint(names, run, device, stacked) for run in runs]
-            stem = f"stack-{run_store.of_all(found)}" if stacked else f"run-{found[0]}"
-            enough = [n for n in there.get(stem, ()) if self.n_test <= n <= len(self.task.test)]
-            n_test = min(enough, default=n_evaluated)
-            files.append(RunFile(folder / f"{stem}-{n_test}.npy", runs, n_test, n_classes, stacked))
+            name = stem(runs)
+            n_test = min(enough(name), default=n_evaluated)
+            files.append(RunFile(folder / f"{name}-{n_test}.npy", runs, n_test, n_classes, stacked))
         return files
 
     def _n_classes(self) -> int:
