@@ -4,8 +4,10 @@ from .comparison.compare import compare
 from .comparison.counterfactual_runs import measure_counterfactual
 from .comparison.explain import Explanation, explain
 from .comparison.leakage_runs import measure_leakage
+from .comparison.measure import Measure
 from .comparison.methods import METHODS, MethodSpec
 from .comparison.mislabel_runs import measure_mislabel
+from .comparison.plan import MEASURES
 from .comparison.results import Comparison
 from .measures.calibration import CalibrationResult, calibration
 from .measures.cost import Cost, measure_cost
@@ -20,9 +22,11 @@ from .retraining.training import train_model
 from .tasks.tasks import Task, load_task
 
 __all__ = [
+    "MEASURES",
     "METHODS",
     "CalibrationResult",
     "Comparison",
+    "Measure",
     "MethodSpec",
     "Cost",
     "CounterfactualResult",

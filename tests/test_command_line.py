@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jsonschema
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -17,6 +18,9 @@ from typer.testing import CliRunner
 from stride_captum.evaluation import load_task, train_attributed
 from stride_captum.evaluation.cli import compare as cli
 from stride_captum.evaluation.cli.app import app
+from stride_captum.evaluation.comparison.measure import Measure
+from stride_captum.evaluation.comparison.plan import MEASURES
+from stride_captum.evaluation.report import terminal
 from stride_captum.evaluation.retraining import estimate as retraining_estimate
 from stride_captum.system import atomic as whole_files
 
@@ -296,8 +300,6 @@ def test_a_dry_run_knows_the_methods(store, tmp_path):
 
 
 def test_a_table_that_is_too_wide_comes_in_pieces_with_the_first_column(monkeypatch):
-    from stride_captum.evaluation.report import terminal
-
     rows = [("STRIDE, a long name", *(f"{i}.{i}{i}{i}" for i in range(8)))]
     monkeypatch.setattr(terminal.console, "width", 50)
     with terminal.console.capture() as captured:
@@ -394,6 +396,28 @@ class TestCompare:
         assert result.exit_code == 2
         assert "No run was started in" in result.stderr
 
+    def test_a_measure_that_is_registered_is_measured_and_counted(self, tmp_path, monkeypatch):
+        class Size(Measure):
+            name = "size"
+
+            def trainings(self, shared):
+                return shared.model_estimates
+
+            def run(self, shared):
+                sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in shared.models.items()}
+                return [SimpleNamespace(to_dict=lambda: sizes)]
+
+        monkeypatch.setitem(MEASURES, "size", Size())
+        asked = ("compare", "--method", "Random", "--preset", "smoke", "--measure", "size", "--models", 2)
+        where = ("--store", tmp_path / "store", "--out", tmp_path, "--json", "--quiet")
+        (estimate,) = json.loads(invoke(*asked, *where, "--dry-run").stdout)["estimates"]
+        assert (estimate["purpose"], estimate["n_seeds"]) == ("attributed models", 2)
+        results = json.loads(invoke(*asked, *where).stdout)
+        (sizes,) = results["others"]["size"]
+        assert list(sizes) == ["seed 0", "seed 1"]
+        schema = Path(terminal.__file__).parent / "templates/results.schema.json"
+        jsonschema.validate(results, json.loads(schema.read_text()))
+
     def test_unknown_methods_are_refused(self, store, tmp_path):
         result = invoke("compare", "--method", "STRID", "--store", store, "--out", tmp_path)
         assert result.exit_code == 2
@@ -467,7 +491,8 @@ class TestReproduce:
         asked = ("reproduce", "table8", *self.few, "--store", tmp_path / "store", "--out", tmp_path / "out")
         result = invoke(*asked, "--dry-run", "--json")
         assert result.exit_code == 0, result.output
-        (found,) = json.loads(result.stdout)["estimates"]
+        models, found = json.loads(result.stdout)["estimates"]
+        assert (models["purpose"], models["n_seeds"]) == ("attributed models", 1)
         points, counts = 10, 4
         assert found["n_subsets"] == 1 + points * counts
         assert not (tmp_path / "out").exists()
@@ -477,8 +502,8 @@ class TestReproduce:
     def test_more_than_two_hours_want_a_yes(self, table, tmp_path, monkeypatch):
         started = []
         estimate = retraining_estimate.RetrainingEstimate("a task", 100, 2, "processes", 0, 0, 1, 7300.0, 9)
-        monkeypatch.setattr(cli, "estimates", lambda *_, **__: [estimate])
-        monkeypatch.setattr(cli, "compare", lambda *_, **__: started.append(1) or (_ for _ in ()).throw(
+        monkeypatch.setattr(cli, "planned_trainings", lambda question: [estimate])
+        monkeypatch.setattr(cli, "answer", lambda question: started.append(1) or (_ for _ in ()).throw(
             ValueError("started")
         ))  # fmt: skip
         asked = ("reproduce", table, "--store", tmp_path / "store", "--out", tmp_path / "out")

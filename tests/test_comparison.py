@@ -13,14 +13,21 @@ from torch.utils.data import TensorDataset
 from stride_captum import STRIDE
 from stride_captum.adapters import Random, TracIn
 from stride_captum.evaluation import MethodSpec, compare
-from stride_captum.evaluation.comparison import compare as comparison
-from stride_captum.evaluation.comparison import plan as comparison_plan
-from stride_captum.evaluation.comparison.compare import comparison_sizes, estimates, halves
+from stride_captum.evaluation.comparison import counterfactual_runs
+from stride_captum.evaluation.comparison.compare import answer, comparison_sizes, planned_trainings
+from stride_captum.evaluation.comparison.measure import Measure
 from stride_captum.evaluation.comparison.methods import DEFAULT_METHODS, METHODS, adapter
-from stride_captum.evaluation.comparison.plan import DETECTORS, MEASURES, options_of, settle, wanted_measures
+from stride_captum.evaluation.comparison.mislabel_runs import DETECTORS
+from stride_captum.evaluation.comparison.plan import MEASURES, settle, wanted_measures
+from stride_captum.evaluation.comparison.question import halves
 from stride_captum.evaluation.report.html import write_comparison
 from stride_captum.evaluation.report.terminal import console, show_comparison
-from stride_captum.evaluation.retraining.attributed_models import train_attributed, train_checkpoints
+from stride_captum.evaluation.retraining import attributed_models, workers
+from stride_captum.evaluation.retraining.attributed_models import (
+    train_attributed,
+    train_checkpoints,
+    train_spiked,
+)
 from stride_captum.evaluation.retraining.plan import RetrainingPlan
 from stride_captum.evaluation.tasks.checks import check_task
 from stride_captum.evaluation.tasks.networks import TrainingSettings
@@ -28,6 +35,10 @@ from stride_captum.evaluation.tasks.tasks import Task
 
 N_TRAIN, N_TEST = 90, 60
 FEW = {"n_subsets": 12, "n_seeds": 1, "n_models": 1, "n_test": 40, "n_jobs": 1, "n_resamples": 20}
+
+
+def settled(methods, task, measures, options=None):
+    return settle(methods, task, measures=measures, options=options, store="unused", n_test=40)
 
 
 def network():
@@ -183,7 +194,7 @@ class TestCounterfactualPoints:
             seen.append({"methods": list(methods), **options})
             return []
 
-        monkeypatch.setattr(comparison, "measure_counterfactual", measure)
+        monkeypatch.setattr(counterfactual_runs, "measure_counterfactual", measure)
         return seen
 
     @pytest.mark.parametrize("measures", [{}, {"lds": {}}])
@@ -254,10 +265,10 @@ class TestCheckpoints:
             match=r"`epochs` must be at least 4 for 'TracIn, 4 checkpoints'; got 3\. Its checkpoints",
         ):
             compare(["TracIn, 4 checkpoints"], short, store=tmp_path, **FEW)
-        assert settle(None, short, ["lds"]).skipped["TracIn, 4 checkpoints"] == "needs at least 4 epochs"
+        assert settled(None, short, ["lds"]).skipped["TracIn, 4 checkpoints"] == "needs at least 4 epochs"
 
     def test_a_row_with_checkpoints_is_said_to_be_left_out_of_other_measures(self, task):
-        asked = settle(["TracIn, 4 checkpoints", "TracIn"], task, ["lds", "leakage"])
+        asked = settled(["TracIn, 4 checkpoints", "TracIn"], task, {"lds": {}, "leakage": {"counts": (3,)}})
         assert [c.name for c in asked.specs] == ["TracIn, 4 checkpoints", "TracIn"]
         assert list(asked.usable) == ["TracIn"]
         assert asked.skipped == {
@@ -270,31 +281,31 @@ class TestCheckpoints:
 
 class TestDefaults:
     def test_are_the_method_s_own_without_lds(self, task):
-        asked = settle(["TRAK", "KNNShapley", "STRIDE (tuned)", "Similarity"], task, ["mislabel"])
+        asked = settled(["TRAK", "KNNShapley", "STRIDE (tuned)", "Similarity"], task, ["mislabel"])
         assert [c.grid for c in asked.specs] == [[{}]] * 4
-        tuned = settle(["TRAK"], task, ["mislabel", "calibration"])
+        tuned = settled(["TRAK"], task, ["mislabel", "calibration"])
         assert tuned.specs[0].grid == list(METHODS["TRAK"].grid)
 
     def test_are_those_of_the_row_where_it_has_some(self, task):
         one = MethodSpec("one", adapter(Random), [{"seed": 3}])
         many = MethodSpec("many", adapter(Random), [{"seed": 1}, {"seed": 2}], default={"seed": 5})
-        asked = settle([one, many], task, ["leakage"])
+        asked = settled([one, many], task, {"leakage": {"counts": (3,)}})
         assert [c.grid for c in asked.specs] == [[{"seed": 3}], [{"seed": 5}]]
 
     def test_give_way_to_given_options(self, task):
         given = {"TRAK": {"damping": np.float32(0.5)}, "EKFAC": {"damping": 0.1}}
-        (row,) = settle(["TRAK"], task, ["lds"], given).specs
+        (row,) = settled(["TRAK"], task, ["lds"], given).specs
         assert row.grid == [{"damping": 0.5}]
         assert type(row.grid[0]["damping"]) is float
 
     def test_methods_that_are_not_there_are_skipped_by_default_and_refused_by_name(self, task, monkeypatch):
         monkeypatch.setattr(MethodSpec, "available", property(lambda c: c.needs is None))
-        asked = settle(None, task, ["lds"])
+        asked = settled(None, task, ["lds"])
         assert asked.skipped == dict.fromkeys(
             ("EKFAC", "EKFAC, out-of-sample residuals"), "needs kronfluence"
         )
         assert "EKFAC" not in [c.name for c in asked.specs]
-        assert [c.name for c in settle(["EKFAC"], task, ["lds"]).specs] == ["EKFAC"]
+        assert [c.name for c in settled(["EKFAC"], task, ["lds"]).specs] == ["EKFAC"]
 
 
 def test_numbers_of_numpy_are_numbers(task, tmp_path):
@@ -454,11 +465,6 @@ class TestRefusals:
             compare(arguments.pop("methods"), task, store=tmp_path, **arguments)
         assert not list(tmp_path.iterdir())
 
-    def test_of_estimates_are_those_of_the_comparison(self, task, tmp_path):
-        measures = {"counterfactual": {"counts": (5,), "arms": ("opponent",)}}
-        with pytest.raises(ValueError, match="must be one of 'proponents', 'opponents'"):
-            estimates(["Similarity"], task, store=tmp_path, measures=measures)
-
     @pytest.mark.parametrize("preset", ["smoke", "small"])
     def test_spare_the_presets(self, preset):
         sizes, measures = comparison_sizes(preset)
@@ -466,16 +472,20 @@ class TestRefusals:
         assert sizes["n_subsets"] >= 6
 
     def test_every_option_of_a_measure_is_known(self):
-        assert options_of("lds") == []
-        assert {"arms", "counts", "methods", "n_points", "n_seeds", "test_points"} <= set(
-            options_of("counterfactual")
-        )
-        assert options_of("leakage") == ["counts", "kinds", "n_models", "seed"]
-        assert options_of("mislabel") == ["detectors", "kind", "n_held_out", "n_models", "rate", "seed"]
+        assert MEASURES["lds"].defaults == {}
+        assert sorted(MEASURES["counterfactual"].defaults) == [
+            "arms", "counts", "engine", "methods", "n_jobs", "n_points", "n_seeds", "reference", "seed",
+            "test_points",
+        ]  # fmt: skip
+        leakage, mislabel = MEASURES["leakage"].defaults, MEASURES["mislabel"].defaults
+        assert leakage == {"counts": (1, 10, 100), "kinds": ("exact",), "n_models": 1, "seed": 0}
+        assert mislabel == {
+            "detectors": tuple(DETECTORS), "kind": "symmetric", "n_held_out": 1000, "n_models": 1,
+            "rate": 0.1, "seed": 0,
+        }  # fmt: skip
 
     def test_every_default_method_can_be_built_before_training(self, task):
-        asked = settle(None, task, ["lds"])
-        comparison_plan._check_builds(asked, task)
+        asked = settled(None, task, ["lds"])
         assert {c.name for c in asked.specs} | asked.skipped.keys() == set(DEFAULT_METHODS)
 
 
@@ -511,6 +521,144 @@ class TestTask:
             with pytest.raises(ValueError, match=r"`test` must hold finite inputs; got .* example 5"):
                 compare(["STRIDE"], replace(task, test=TensorDataset(x, y)), store=tmp_path, **FEW)
         assert not list(tmp_path.iterdir())
+
+
+# What a dry run says, and what is then trained.
+
+
+CHECKPOINTS = ("STRIDE", "TracIn, 4 checkpoints", "ClassRandom", "Random")
+FLIPS = {"n_models": 2, "n_held_out": 10, "detectors": ()}
+LEAKS = {"counts": (2, 4), "kinds": ("exact", "noise"), "n_models": 2}
+DROPS = {"counts": (2, 5), "n_points": 2, "n_seeds": 2, "arms": ("proponents", "opponents")}
+
+
+class Accuracy(Measure):
+    """A measure that is not ours: the test accuracy of every attributed model."""
+
+    name = "accuracy"
+
+    def trainings(self, shared):
+        return shared.model_estimates
+
+    def run(self, shared):
+        x, y = shared.question.task.test.tensors
+        return [
+            Figure({"name": name, "accuracy": float((model(x).argmax(1) == y).float().mean())})
+            for name, model in shared.models.items()
+        ]
+
+
+class Figure(dict):
+    to_dict = dict.copy
+
+
+class TestPlannedTrainings:
+    @pytest.fixture
+    def trained(self, monkeypatch):
+        """How many models each training made."""
+        seen = []
+
+        def counted(module, name, how_many):
+            train = getattr(module, name)
+
+            def of_counted(*args, **options):
+                seen.append(how_many(*args))
+                return train(*args, **options)
+
+            monkeypatch.setattr(module, name, of_counted)
+
+        counted(attributed_models, "train_model", lambda *args: 1)
+        counted(workers, "train_model", lambda *args: 1)
+        counted(workers, "train_stacked", lambda build_model, x, y, subsets, *args: len(subsets))
+        return seen
+
+    @pytest.mark.parametrize(
+        ("measures", "n", "engine"),
+        [
+            ({"lds": {}}, 12 * 2 + 2 + 2, "processes"),
+            ({"lds": {}, "calibration": {}, "linearized": {}}, 12 * 2 + 2 + 2, "stacked"),
+            ({"mislabel": FLIPS}, 2, "auto"),
+            ({"leakage": LEAKS}, 2 * 2 * 2, "auto"),
+            ({"lds": {}, "mislabel": FLIPS, "leakage": LEAKS}, 28 + 2 + 8, "auto"),
+        ],
+    )
+    def test_are_those_that_are_done(self, task, tmp_path, trained, measures, n, engine):
+        few = {**FEW, "n_seeds": 2, "n_models": 2, "engine": engine}
+        question = settle(CHECKPOINTS, task, store=tmp_path, measures=measures, **few)
+        planned = planned_trainings(question)
+        assert not list(tmp_path.iterdir())
+        assert not any(estimate.at_most for estimate in planned)
+        trained.clear()  # of the epochs that were timed
+        answer(question)
+        assert sum(estimate.n_missing for estimate in planned) == sum(trained) == n
+        trained.clear()
+        again = planned_trainings(question)
+        assert [e.n_runs for e in again] == [e.n_runs for e in planned]
+        assert sum(e.n_missing for e in again) == len(trained) == sum(e.seconds for e in again) == 0
+
+    def test_of_counterfactuals_are_at_most_those(self, task, tmp_path, trained):
+        few = {**FEW, "n_models": 2, "n_spiked": 1}
+        measures = {"counterfactual": DROPS}
+        question = settle(["Random", "ClassRandom"], task, store=tmp_path, measures=measures, **few)
+        models, spiked, *arms = planned_trainings(question)
+        assert (models.n_missing, models.at_most) == (2, "")
+        assert (spiked.n_missing, bool(spiked.at_most)) == (30, True)
+        sets = 2 * 3 * 2 * 2  # methods, models, test points and counts
+        assert [(arm.n_missing, bool(arm.at_most)) for arm in arms] == [(2 * (1 + sets), True)] * 2
+        assert [arm.purpose.split()[-1] for arm in arms] == ["proponents", "opponents"]
+        trained.clear()
+        answer(question)
+        assert 2 + 1 < sum(trained) < sum(e.n_missing for e in (models, spiked, *arms))
+        models, spiked, *_ = planned_trainings(question)
+        assert (models.n_missing, spiked.n_missing, spiked.n_runs, spiked.at_most) == (0, 0, 1, "")
+
+    def test_of_stopped_models_go_on_behind_the_last(self, task, tmp_path, trained):
+        _, seed = train_spiked(task, tmp_path)
+        train_checkpoints(task, seed, tmp_path, 3)
+        few = {**FEW, "n_spiked": 2}
+        question = settle(CHECKPOINTS, task, store=tmp_path, measures=["lds"], **few)
+        _, _, spiked, checkpoints = planned_trainings(question)
+        assert (spiked.n_stored, spiked.n_missing) == (1, 30)
+        assert (checkpoints.n_stored, checkpoints.n_missing) == (1, 2)
+        answer(question)
+        assert sum(estimate.n_missing for estimate in planned_trainings(question)) == 0
+
+    def test_are_said_in_a_sentence_each(self, task, tmp_path):
+        measures = {"lds": {}, "mislabel": {}, "leakage": {"counts": (2,)}}
+        few = {**FEW, "n_spiked": 1}
+        question = settle(CHECKPOINTS, task, store=tmp_path, measures=measures, **few)
+        said = [str(estimate) for estimate in planned_trainings(question)]
+        assert [sentence.split(" clusters")[0] for sentence in said] == [
+            "LDS: 12 retrainings of",
+            "attributed models: 1 training of",
+            "models stopped on a spike: 30 trainings of",
+            "checkpoints of attributed models: 2 trainings of",
+            "mislabel: 1 training of",
+            "leakage: 1 training of",
+        ]
+        assert said[2].endswith(" with 1 worker: the first with a spike of its loss ends each search.")
+        assert ": 0 are in the store, 2 are to do one by one, which takes about " in said[3]
+
+    def test_a_measure_of_one_s_own_is_known_by_its_name(self, task, tmp_path, monkeypatch, trained):
+        monkeypatch.setitem(MEASURES, "accuracy", Accuracy())
+        few = {**FEW, "n_models": 2}
+        question = settle(["Random"], task, store=tmp_path, measures=["accuracy", "lds"], **few)
+        assert [e.purpose for e in planned_trainings(question)] == ["attributed models", "LDS"]
+        found = compare(["Random"], task, store=tmp_path, measures=["accuracy", "lds"], **few)
+        assert [row["name"] for row in found.others["accuracy"]] == ["seed 0", "seed 1"]
+        assert found.frame("accuracy")["accuracy"].min() > 0.5
+        assert found.to_dict()["others"]["accuracy"] == found.others["accuracy"]
+        assert list(found.protocol["models"]) == ["seed 0", "seed 1"]
+        with console.capture() as captured:
+            show_comparison(found)
+        assert f"{found.others['accuracy'][1]['accuracy']:.3f}" in captured.get()
+        with pytest.raises(ValueError, match=r"`measures\['accuracy'\]` must have no options; got 'k'"):
+            settle(["Random"], task, store=tmp_path, measures={"accuracy": {"k": 1}})
+
+    def test_models_that_no_measure_asks_for_are_not_trained(self, task, tmp_path):
+        found = compare(["Random"], task, store=tmp_path, measures={"mislabel": FLIPS}, **FEW)
+        assert found.protocol["models"] == {}
+        assert len(list(tmp_path.glob("attributed-*"))) == 2
 
 
 # What is said after it.

@@ -10,11 +10,8 @@ from planted import MLP, planted_classes
 
 from stride_captum import STRIDE
 from stride_captum.adapters import ClassRandom, Random
-from stride_captum.evaluation.comparison.counterfactual_runs import (
-    cost,
-    counterfactual_plan,
-    measure_counterfactual,
-)
+from stride_captum.evaluation.comparison.counterfactual_runs import measure_counterfactual
+from stride_captum.evaluation.comparison.removal_plan import cost, counterfactual_plan
 from stride_captum.evaluation.measures.counterfactual_difference import (
     difference,
     difference_at_equal_depletion,

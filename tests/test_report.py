@@ -38,9 +38,10 @@ from stride_captum.evaluation import (
 from stride_captum.evaluation.cli.app import app
 from stride_captum.evaluation.comparison.counterfactual_runs import CounterfactualRow
 from stride_captum.evaluation.comparison.gallery import Gallery, choose_points
+from stride_captum.evaluation.comparison.lds_runs import Row
 from stride_captum.evaluation.comparison.leakage_runs import LeakageRow
-from stride_captum.evaluation.comparison.mislabel_runs import MislabelRow, most_suspect
-from stride_captum.evaluation.comparison.results import Row
+from stride_captum.evaluation.comparison.mislabel_runs import MislabelRow
+from stride_captum.evaluation.comparison.suspects import most_suspect
 from stride_captum.evaluation.measures.calibration import calibration, calibration_of_removals
 from stride_captum.evaluation.measures.counterfactual_difference import difference as drop_difference
 from stride_captum.evaluation.measures.counterfactual_difference import difference_at_equal_depletion
@@ -174,6 +175,8 @@ def comparison(*, images=True, n_resamples=40, constant=False):
     finds.append(
         MislabelRow("loss", "detector", False, mislabel(list(flags), flipped, n_resamples=0), 0.0, 0.1)
     )
+    for row in finds:
+        gallery.add_flips(row.name, row.ranking, row.suspects)
     protocol = {
         "n_train": N_TRAIN, "n_subsets": 10, "subset_size": N_TRAIN // 2, "n_seeds": 3, "n_test_tuning": 2,
         "n_test_reported": N_TEST, "response": "margin of the true class",
@@ -184,7 +187,7 @@ def comparison(*, images=True, n_resamples=40, constant=False):
     }  # fmt: skip
     return Comparison(
         task.name, "A note.", rows, protocol, describe(), drops, finds, leaks,
-        skipped={"EKFAC": "needs kronfluence"}, gallery=gallery.to_dict(finds),
+        skipped={"EKFAC": "needs kronfluence"}, gallery=gallery.to_dict(),
     )  # fmt: skip
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,17 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from ...errors import bad_value
-from ..comparison.compare import compare, comparison_sizes, estimates
+from ..comparison.compare import answer, comparison_sizes, planned_trainings
 from ..comparison.methods import DEFAULT_METHODS
-from ..comparison.plan import MEASURES
+from ..comparison.plan import MEASURES, settle
+from ..comparison.question import Question
 from ..report.html import read_results, write_comparison
-from ..report.terminal import (
-    console,
-    show_comparison,
-    show_printed,
-)
-from ..retraining.estimate import RetrainingEstimate
-from ..system.text_files import write_text
+from ..report.terminal import console, show_comparison, show_printed
 from ..tasks.paper_tables import TABLES, find_table
 from ..tasks.tasks import load_task
 from . import completion
@@ -44,6 +37,7 @@ from .options import (
 )
 from .output import Console, one_sentence_errors
 from .results import json_object, training_settings, write_results
+from .resume import go_on, keep_asked
 
 
 def compare_command(
@@ -124,7 +118,7 @@ def compare_command(
     voice = Console(quiet, as_json)
     with one_sentence_errors(store):
         if resume:
-            _go_on(compare_command, context, out, out=out, yes=yes, quiet=quiet, as_json=as_json)
+            go_on(compare_command, context, out, out=out, yes=yes, quiet=quiet, as_json=as_json)
             return
         loaded = load_task(
             task,
@@ -147,15 +141,22 @@ def compare_command(
                 name: {**measures.get(name, {}), **_models_of(name, models), **own.get(name, {})}
                 for name in dict.fromkeys((*wanted, *own))
             },
-            "n_jobs": jobs,
-            "engine": engine,
-            "device": device,
         }
-        chosen = None if options_from is None else read_results(options_from)["protocol"]["options"]
-        if not _affordable(estimates(method, loaded, **plan), dry_run, yes, voice):
+        question = settle(
+            method,
+            loaded,
+            options=None if options_from is None else read_results(options_from)["protocol"]["options"],
+            n_spiked=spiked,
+            n_jobs=jobs,
+            engine=engine,
+            device=device,
+            show_progress=not quiet,
+            **plan,
+        )
+        if not _affordable(question, dry_run, yes, voice):
             return
-        _keep_asked(out, context.params)
-        result = compare(method, loaded, n_spiked=spiked, options=chosen, show_progress=not quiet, **plan)
+        keep_asked(out, context.params)
+        result = answer(question)
         results = write_results(out, result.to_dict(), write_comparison)
     voice.results(results, lambda: show_comparison(result))
     voice.note(f"Report: {out / 'report.html'}")
@@ -208,30 +209,29 @@ def reproduce_command(
         printed = find_table(table)
         folder = out / f"{table}-{preset}"
         if resume:
-            _go_on(reproduce_command, context, folder, out=out, yes=yes, quiet=quiet, as_json=as_json)
+            go_on(reproduce_command, context, folder, out=out, yes=yes, quiet=quiet, as_json=as_json)
             return
         loaded = load_task(printed.task, preset=preset, data_root=data_root, data=data, label_key=label_key)
         rows = method or printed.methods
-        plan: dict[str, Any] = {
-            "store": store,
-            "measures": {
-                printed.measure: {
-                    **printed.settings_for(loaded.n_train),
-                    **_models_of(printed.measure, models),
-                    **({} if settings is None else json_object("settings", settings)),
-                }
-            },
-            "n_subsets": subsets,
-            "n_seeds": seeds,
-            "n_models": 3 if models is None else models,
-            "n_test": test_points,
-            "n_jobs": jobs,
-            "device": device,
-        }
-        if not _affordable(estimates(rows, loaded, **plan), dry_run, yes, voice):
+        own = {} if settings is None else json_object("settings", settings)
+        defaults = {**printed.settings_for(loaded.n_train), **_models_of(printed.measure, models)}
+        question = settle(
+            rows,
+            loaded,
+            store=store,
+            measures={printed.measure: {**defaults, **own}},
+            n_subsets=subsets,
+            n_seeds=seeds,
+            n_models=3 if models is None else models,
+            n_test=test_points,
+            n_jobs=jobs,
+            device=device,
+            show_progress=not quiet,
+        )
+        if not _affordable(question, dry_run, yes, voice):
             return
-        _keep_asked(folder, context.params)
-        result = compare(rows, loaded, show_progress=not quiet, **plan)
+        keep_asked(folder, context.params)
+        result = answer(question)
         results = write_results(folder, {"paper": asdict(printed), **result.to_dict()}, write_comparison)
 
     def show() -> None:
@@ -258,12 +258,13 @@ def report_command(
     Console(quiet).note(f"Report: {path}")
 
 
-def _affordable(found: list[RetrainingEstimate], dry_run: bool, yes: bool, voice: Console) -> bool:
+def _affordable(question: Question, dry_run: bool, yes: bool, voice: Console) -> bool:
     """Whether to go on: not after a dry run, and not for more than two hours without being told so.
 
     Raises:
         ValueError: It would take more than two hours.
     """
+    found = planned_trainings(question)
     if dry_run:
         results = {"estimates": [asdict(estimate) for estimate in found]}
         voice.results(results, lambda: console.print("\n".join(map(str, found))))
@@ -278,44 +279,7 @@ def _affordable(found: list[RetrainingEstimate], dry_run: bool, yes: bool, voice
     return True
 
 
-#: Of `compare` and `reproduce`, what may be said anew of a run that is resumed.
-_SAID_ANEW = ("out", "yes", "quiet", "as_json", "resume", "dry_run")
-
-
-def _keep_asked(folder: Path, parameters: dict[str, Any]) -> None:
-    """Write what a run was asked into its folder, before the work."""
-    kept = {name: value for name, value in parameters.items() if name not in _SAID_ANEW}
-    write_text(folder / "asked.json", json.dumps(kept, default=str, indent=1))
-
-
-def _go_on(command: Callable[..., None], context: typer.Context, folder: Path, **anew: Any) -> None:
-    """Run a command as it was asked in a folder; what is said anew holds instead."""
-    before = _read_asked(folder)
-    context.params.update(before)  # which is what is kept again
-    context.invoke(command, context, **before, **anew)
-
-
-def _read_asked(folder: Path) -> dict[str, Any]:
-    """The parameters of the run that was started in a folder."""
-    path = folder / "asked.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"No run was started in {path.parent}: {path.name} is not there. Name its folder with --out, or "
-            "leave out --resume."
-        )
-    try:
-        asked = json_object("--resume", path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise bad_value(
-            "--resume",
-            "find what the run was asked",
-            f"{path}, which is damaged",
-            "Give the options again, without --resume: what is in the store is not done twice.",
-        ) from error
-    paths = ("store", "data_root", "options_from")
-    return {k: Path(v) if k in paths and v is not None else v for k, v in asked.items()}
-
-
 def _models_of(measure: str, models: int | None) -> dict[str, int]:
     """How many models a measure trains that trains its own: as many as were asked for."""
-    return {} if models is None or measure not in ("mislabel", "leakage") else {"n_models": models}
+    trains = measure in MEASURES and "n_models" in MEASURES[measure].defaults
+    return {"n_models": models} if trains and models is not None else {}

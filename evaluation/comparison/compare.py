@@ -3,73 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from ...errors import bad_value, whole_number
-from ...subsets import Membership, random_subsets
-from ...system.devices import existing_device
 from ...system.fingerprints import weights_fingerprint
-from ..measures.calibration import calibration
-from ..measures.cost import forward_seconds, median_cost
-from ..measures.linear_datamodeling import difference, lds, margins
-from ..measures.linearized_influence import linearized_influence_correlation
-from ..retraining.attributed_models import train_attributed, train_checkpoints, train_spiked
 from ..retraining.estimate import RetrainingEstimate
-from ..retraining.plan import RetrainingPlan, without_diverged
 from ..retraining.store import Fingerprints
 from ..retraining.training import mean_residual
 from ..system import environment
 from ..tasks.tasks import Task
-from .counterfactual_runs import CounterfactualRow, measure_counterfactual
-from .counterfactual_runs import cost as counterfactual_cost
-from .gallery import Gallery
-from .leakage_runs import measure_leakage
+from .lds_runs import chosen_options, retrained
 from .methods import MethodSpec
-from .mislabel_runs import measure_mislabel
-from .plan import DETECTORS, Asked, check, counterfactual_methods, settle, usable_detectors
-from .results import Comparison, Row
-from .score_cache import Answer, CachedMethod
+from .plan import MEASURES, settle
+from .question import Question
+from .question import halves as halves
+from .results import Comparison
+from .shared import Shared
 
-
-@dataclass(frozen=True)
-class _Setting:
-    """What all methods share."""
-
-    task: Task
-    models: Mapping[str, nn.Module]
-    checkpoints: Mapping[str, list[Any]]
-    test: tuple[Tensor, Tensor]
-    half: int
-    membership: Membership
-    responses: NDArray[Any]
-    n_resamples: int
-    measures: frozenset[str]
-    store: Path
-    forward: float
-    gallery: Gallery
-
-    def build(self, spec: MethodSpec, options: Mapping[str, Any]) -> list[CachedMethod]:
-        """The method on every attributed model."""
-        found = []
-        for name, model in self.models.items():
-            extra: dict[str, Any] = {}
-            if spec.n_checkpoints > 1:
-                extra["checkpoints"] = [*self.checkpoints[name], model.state_dict()]
-            given = {**options, **extra}
-            found.append(CachedMethod(spec, model, self.task, given, self.store, self.forward))
-        return found
-
-    def answers(self, methods: Sequence[CachedMethod], rows: slice) -> list[Answer]:
-        """`(n_test, n_train)` of each model for some test points."""
-        x, y = (t[rows] for t in self.test)
-        return [method.margins((x, y)) for method in methods]
+#: Measures whose rows are a field of `Comparison`.
+_FIELDS = ("rows", "counterfactual", "mislabel", "leakage")
 
 
 def compare(
@@ -141,93 +96,58 @@ def compare(
     >>> [row.name for row in result.rows]
     ['STRIDE', 'Random']
     """
-    device = existing_device(device)
-    asked = settle(methods, task, measures, options)
-    plan, store = halves(task, store, n_subsets, n_seeds, n_test), Path(store)
-    half, n_test = plan.n_test // 2, plan.n_test
-    sizes = {"n_subsets": n_subsets, "n_seeds": n_seeds, "n_models": n_models, "n_spiked": n_spiked}
-    check(asked, task, n_test=n_test, half=half, n_resamples=n_resamples, engine=engine, **sizes)
-    models: dict[str, nn.Module] = {}
-    checkpoints: dict[str, list[Any]] = {}
-    if asked.on_halves or "counterfactual" in asked.measures:
-        models, checkpoints = _attributed(task, store, n_models, n_spiked, asked, device)
-    shown = models if asked.on_halves else {}
-    gallery = Gallery(task, shown, range(half, n_test), rank_suspects="mislabel" not in asked.measures)
-    rows: list[Row] = []
-    left_out: list[int] = []
-    if asked.on_halves:
-        x_test, y_test = (t[:n_test] for t in task.test.tensors)
-        logits = plan.execute(n_jobs, show_progress, engine=engine, device=device)
-        membership, logits, left_out = without_diverged(plan, logits)
-        setting = _Setting(
-            task=task,
-            models=models,
-            checkpoints=checkpoints,
-            test=(x_test, y_test),
-            half=half,
-            membership=membership,
-            responses=margins(logits, y_test.numpy()),
-            n_resamples=n_resamples,
-            measures=frozenset(asked.measures),
+    return answer(
+        settle(
+            methods,
+            task,
             store=store,
-            forward=forward_seconds(next(iter(models.values())), task.train),
-            gallery=gallery,
+            measures=measures,
+            options=options,
+            n_subsets=n_subsets,
+            n_seeds=n_seeds,
+            n_models=n_models,
+            n_spiked=n_spiked,
+            n_test=n_test,
+            n_jobs=n_jobs,
+            engine=engine,
+            device=device,
+            n_resamples=n_resamples,
+            show_progress=show_progress,
         )
-        bar = tqdm(asked.specs, desc="methods", disable=not show_progress)
-        for spec in bar:
-            bar.set_postfix_str(spec.name)
-            rows.append(_row(spec, setting, rows[0] if rows else None))
-    common: dict[str, Any] = {
-        "store": store,
-        "options": {c.name: c.grid[0] for c in asked.specs} | {row.name: row.options for row in rows},
-        "n_resamples": n_resamples,
-        "device": device,
-    }
-    parts: dict[str, Any] = {}
-    if "counterfactual" in asked.measures:
-        points = range(half, n_test)  # none that options were chosen on
-        parts["counterfactual"] = _counterfactual(
-            asked, task, models, points, common, n_jobs=n_jobs, show_progress=show_progress
-        )
-    skipped = dict(asked.skipped)
-    if "mislabel" in asked.measures:
-        usable, missing = usable_detectors(asked.measures["mislabel"])
-        skipped |= missing
-        settings = {k: v for k, v in asked.measures["mislabel"].items() if k != "detectors"}
-        detectors = {name: _detect(DETECTORS[name]) for name in usable}
-        parts["mislabel"] = measure_mislabel(task, asked.usable, detectors=detectors, **common, **settings)
-    if "leakage" in asked.measures:
-        parts["leakage"] = measure_leakage(task, asked.usable, **common, **asked.measures["leakage"])
-    on_halves = asked.on_halves
-    protocol = {
-        "n_train": task.n_train,
-        "n_subsets": n_subsets - len(left_out) if on_halves else 0,
-        "left_out": left_out,
-        "subset_size": task.n_train // 2,
-        "n_seeds": n_seeds if on_halves else 0,
-        "n_test_tuning": half if on_halves else 0,
-        "n_test_reported": n_test - half if on_halves else 0,
-        "options": common["options"],
-        "response": "margin of the true class",
-        "models": {name: mean_residual(m, *task.train.tensors) for name, m in models.items()},
-        "n_resamples": n_resamples,
-        "measures": asked.measures,
-        "training": asdict(task.training),
-        "fingerprints": {
-            "task": Fingerprints(task).of(0, None, ""),
-            "models": {name: weights_fingerprint(m) for name, m in models.items()},
-        },
-    }
-    return Comparison(
-        task.name,
-        task.note,
-        rows,
-        protocol,
-        environment.describe(device),
-        skipped=skipped,
-        gallery=gallery.to_dict(parts.get("mislabel", ())),
-        **parts,
     )
+
+
+def answer(question: Question) -> Comparison:
+    """Run every measure of a question, and gather what they found.
+
+    Raises:
+        ValueError: More than a tenth of the halves diverge, or a retraining of the counterfactual.
+    """
+    shared, task = Shared(question), question.task
+    measured: dict[str, list[Any]] = {"rows": []}
+    for name in question.measures:
+        measured[MEASURES[name].part] = list(MEASURES[name].run(shared))
+    ours = {part: measured.pop(part) for part in _FIELDS if part in measured}
+    return Comparison(
+        task=task.name,
+        note=task.note,
+        protocol=_protocol(shared),
+        environment=environment.describe(question.device),
+        skipped=shared.skipped,
+        gallery=shared.gallery.to_dict(),
+        others=measured,
+        **ours,
+    )
+
+
+def planned_trainings(question: Question) -> list[RetrainingEstimate]:
+    """Every training that `answer` would start, before any is done: the store is looked at, epochs are timed.
+
+    The numbers are those of what is then trained, except where `RetrainingEstimate.at_most` says why not.
+    """
+    shared = Shared(question)
+    found = (estimate for name in question.measures for estimate in MEASURES[name].trainings(shared))
+    return list({id(estimate): estimate for estimate in found}.values())
 
 
 def comparison_sizes(preset: str) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
@@ -253,180 +173,30 @@ def comparison_sizes(preset: str) -> tuple[dict[str, int], dict[str, dict[str, A
     return sizes, measures
 
 
-def halves(task: Task, store: str | Path, n_subsets: int, n_seeds: int, n_test: int) -> RetrainingPlan:
-    """The retrainings that LDS is measured against.
-
-    Args:
-        task: The task.
-        store: Folder of the retrainings.
-        n_subsets: Random halves of the training set.
-        n_seeds: Retrainings of each.
-        n_test: Test points, as many as there are at most.
-
-    Raises:
-        ValueError: Fewer than 2 test points.
-    """
-    whole_number("n_subsets", n_subsets, 1)
-    n_test = min(n_test, len(task.test))
-    if n_test < 2:
-        raise bad_value("n_test", "be at least 2: one half tunes, the other reports", n_test)
-    membership = random_subsets(task.n_train, n_subsets, task.n_train // 2, seed=0)
-    return RetrainingPlan(task, membership, n_seeds, Path(store), n_test)
-
-
-def estimates(
-    methods: Sequence[str | MethodSpec] | None,
-    task: Task,
-    *,
-    store: str | Path,
-    measures: Sequence[str] | Mapping[str, Mapping[str, Any]] = ("lds", "calibration"),
-    n_subsets: int = 100,
-    n_seeds: int = 2,
-    n_models: int = 3,
-    n_test: int = 300,
-    n_jobs: int = -1,
-    engine: str = "auto",
-    device: torch.device | str = "cpu",
-) -> list[RetrainingEstimate]:
-    """The retrainings that `compare` with these arguments would do at most, before any of them is done.
-
-    The store is looked at, and one epoch is timed.
-
-    Raises:
-        ValueError: As for `compare`.
-        TypeError: As for `compare`.
-    """
-    device = existing_device(device)
-    asked = settle(methods, task, measures)
-    plan = halves(task, store, n_subsets, n_seeds, n_test)
-    sizes = {"n_subsets": n_subsets, "n_seeds": n_seeds, "n_models": n_models, "n_spiked": 0}
-    check(asked, task, n_test=plan.n_test, half=plan.n_test // 2, n_resamples=0, engine=engine, **sizes)
-    found = []
-    if asked.on_halves:
-        found.append(replace(plan.estimate(n_jobs, engine=engine, device=device), purpose="LDS"))
-    if "counterfactual" in asked.measures:
-        settings = asked.measures["counterfactual"]
-        for arm in settings.get("arms", ("proponents",)):
-            of_arm = counterfactual_cost(
-                task,
-                n_methods=len(counterfactual_methods(asked)),
-                counts=settings.get("counts", (50, 100, 500)),
-                n_test=len(settings.get("test_points", range(settings.get("n_points", 10)))),
-                n_seeds=settings.get("n_seeds", 3),
-                n_models=n_models,
-                n_jobs=n_jobs,
-                device=device,
-            )
-            found.append(replace(of_arm, purpose=f"counterfactual drop, {arm}", at_most=True))
-    return found
-
-
-def _attributed(
-    task: Task, store: Path, n_models: int, n_spiked: int, asked: Asked, device: torch.device
-) -> tuple[dict[str, nn.Module], dict[str, list[Any]]]:
-    """The models, and the earlier checkpoints of their trainings where a spec wants them."""
-    models, seeds = {}, {}
-    for seed in range(n_models):
-        name = f"seed {seed}"
-        models[name], seeds[name] = train_attributed(task, seed, store, device=device), seed
-    first_seed = 100
-    for _ in range(n_spiked):
-        model, seed = train_spiked(task, store, first_seed=first_seed, device=device)
-        name = f"seed {seed}, stopped on a spike"
-        models[name], seeds[name] = model, seed
-        first_seed = seed + 1
-    n = max(c.n_checkpoints for c in asked.specs) if asked.on_halves else 1
-    if n == 1:
-        return models, {}
-    return models, {
-        name: train_checkpoints(task, seed, store, n - 1, device=device) for name, seed in seeds.items()
+def _protocol(shared: Shared) -> dict[str, Any]:
+    """Subsets, seeds, test points, models and options, as results.json has them."""
+    question, task, plan = shared.question, shared.question.task, shared.question.halves
+    left_out = retrained(shared).left_out if question.on_halves else []
+    on_halves = {
+        "n_subsets": plan.membership.shape[0] - len(left_out),
+        "n_seeds": plan.n_seeds,
+        "n_test_tuning": question.reported.start,
+        "n_test_reported": len(question.reported),
     }
-
-
-def _row(spec: MethodSpec, setting: _Setting, first: Row | None) -> Row:
-    half, membership, responses = setting.half, setting.membership, setting.responses
-    options, methods = _chosen(spec, setting)
-    answers = setting.answers(methods, slice(half, None))
-    scores = [answer.values for answer in answers]
-    reported, n_resamples = responses[..., half:], setting.n_resamples
-    result = lds(scores, membership, reported, n_resamples=n_resamples)
-    against = None
-    if first is not None:
-        gap = difference(first.lds, result)
-        against = (gap.value, gap.interval)
-    calibrated = linearized = None
-    if "calibration" in setting.measures:
-        calibrated = calibration(scores, membership, reported, n_resamples=n_resamples)
-    if "linearized" in setting.measures:
-        linearized = linearized_influence_correlation(scores, membership, reported)
-    setting.gallery.add(spec.name, methods[0], scores[0])
-    return Row(
-        name=spec.name,
-        options=dict(options),
-        lds=result,
-        models=list(setting.models),
-        against_first=against,
-        cost=median_cost([answer.cost(reported.shape[-1]) for answer in answers]),
-        calibration=calibrated,
-        linearized=linearized,
-    )
-
-
-def _chosen(spec: MethodSpec, setting: _Setting) -> tuple[Mapping[str, Any], list[CachedMethod]]:
-    """The grid point with the highest LDS on the tuning half, and the method with it on every model.
-
-    Undefined correlations count as 0, so that silence is not the best answer; a point that ranks nothing at
-    all is below every other one.
-    """
-    half, membership, responses = setting.half, setting.membership, setting.responses
-    best: tuple[tuple[bool, float], Mapping[str, Any], list[CachedMethod]] | None = None
-    methods: list[CachedMethod] = []
-    built: Mapping[str, Any] | None = None
-    for options in spec.grid:
-        fixed = {name: value for name, value in options.items() if name not in spec.settable}
-        if fixed != built:
-            methods, built = setting.build(spec, options), fixed
-        _set(methods, spec, options)
-        value = (False, 0.0)
-        if len(spec.grid) > 1:
-            tuning = [a.values for a in setting.answers(methods, slice(0, half))]
-            found = lds(tuning, membership, responses[..., :half], n_resamples=0)
-            value = (not found.ranks_nothing, found.undefined_as_zero)
-        if best is None or value > best[0]:
-            best = (value, options, methods)
-    assert best is not None, "a grid has at least one point"
-    _set(best[2], spec, best[1])
-    return best[1], best[2]
-
-
-def _counterfactual(
-    asked: Asked,
-    task: Task,
-    models: Mapping[str, nn.Module],
-    points: range,
-    common: Mapping[str, Any],
-    **run: Any,
-) -> list[CounterfactualRow]:
-    """Both arms, where both are asked for; the first of `points` unless the options name others."""
-    settings = {**run, **asked.measures["counterfactual"]}
-    arms, n_points = settings.pop("arms", ("proponents",)), settings.pop("n_points", 10)
-    settings.pop("methods", None)
-    settings.setdefault("test_points", points[:n_points])
-    return [
-        row
-        for arm in arms
-        for row in measure_counterfactual(
-            task, counterfactual_methods(asked), models, opponents=arm == "opponents", **common, **settings
-        )
-    ]
-
-
-def _set(methods: Sequence[CachedMethod], spec: MethodSpec, options: Mapping[str, Any]) -> None:
-    """Set what needs no new fit."""
-    for kept in methods:
-        for name in spec.settable & options.keys():
-            setattr(kept.method, name, options[name])
-
-
-def _detect(cls: Any) -> Any:
-    return lambda model, dataset: cls(model, dataset).mislabel_scores()
+    models = shared.models_so_far
+    return {
+        "n_train": task.n_train,
+        **(on_halves if question.on_halves else dict.fromkeys(on_halves, 0)),
+        "left_out": left_out,
+        "subset_size": task.n_train // 2,
+        "options": chosen_options(shared),
+        "response": "margin of the true class",
+        "models": {name: mean_residual(model, *task.train.tensors) for name, model in models.items()},
+        "n_resamples": question.n_resamples,
+        "measures": question.measures,
+        "training": asdict(task.training),
+        "fingerprints": {
+            "task": Fingerprints(task).of(0, None, ""),
+            "models": {name: weights_fingerprint(model) for name, model in models.items()},
+        },
+    }

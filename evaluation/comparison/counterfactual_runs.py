@@ -7,9 +7,8 @@ training set less the removed examples. Sets that coincide are trained once, and
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ...errors import bad_choice, bad_value, whole_number
-from ...subsets import membership_from_indices
 from ..measures.calibration import CalibrationResult, calibration_of_removals, predicted_changes
 from ..measures.cost import Build, Cost, forward_seconds, median_cost
 from ..measures.counterfactual_difference import DropDifference, difference, difference_at_equal_depletion
@@ -33,12 +31,19 @@ from ..measures.counterfactual_drop import (
 )
 from ..measures.linear_datamodeling import finite_array, margins
 from ..retraining.estimate import RetrainingEstimate
-from ..retraining.plan import ENGINES, RetrainingPlan, without_diverged
+from ..retraining.plan import ENGINES, without_diverged
 from ..tasks.checks import check_task
 from ..tasks.tasks import Task
+from .lds_runs import given
+from .measure import Measure, defaults_of
+from .methods import METHODS, MethodSpec
+from .question import Question
+from .removal_plan import Removed, cost, counterfactual_plan
 from .score_cache import CachedMethod
+from .shared import Shared
 
-Removed = Sequence[NDArray[np.int64]]
+#: Which scores are removed.
+ARMS = ("proponents", "opponents")
 
 
 @dataclass(frozen=True)
@@ -65,81 +70,6 @@ class CounterfactualRow:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {k: v.to_dict() if hasattr(v, "to_dict") else v for k, v in vars(self).items()}
-
-
-def cost(
-    task: Task,
-    *,
-    n_methods: int,
-    counts: Sequence[int | float],
-    n_test: int,
-    n_seeds: int,
-    n_models: int = 1,
-    n_jobs: int = -1,
-    engine: str = "processes",
-    device: torch.device | str = "cpu",
-) -> RetrainingEstimate:
-    """How many retrainings an evaluation takes at most, and how long, before anything is fitted or trained.
-
-    At most: methods may agree on a set, or the store may hold it. Once the scores are known,
-    `counterfactual_plan(...)[0].estimate()` tells what is left to do.
-
-    Args:
-        task: The task.
-        n_methods: Methods.
-        counts: As for `removals`.
-        n_test: Test points.
-        n_seeds: Retrainings of each set.
-        n_models: Attributed models.
-        n_jobs: As for `RetrainingPlan.execute`, as are `engine` and `device`.
-        engine: See there.
-        device: See there.
-    """
-    numbers = resolve_counts(counts, task.n_train)
-    sizes = [task.n_train, *[task.n_train - k for k in numbers] * (n_methods * n_models * n_test)]
-    membership = membership_from_indices([np.arange(size) for size in sizes], task.n_train)
-    with tempfile.TemporaryDirectory() as nothing:
-        plan = RetrainingPlan(task, membership, n_seeds, Path(nothing), 1, common_seeds=True)
-        return plan.estimate(n_jobs, engine=engine, device=device)
-
-
-def counterfactual_plan(
-    task: Task,
-    removed: Mapping[Any, Removed],
-    test_points: Sequence[int],
-    *,
-    n_seeds: int,
-    store: str | Path,
-) -> tuple[RetrainingPlan, dict[Any, NDArray[np.int64]]]:
-    """The plan that retrains without each removed set, and where to find which.
-
-    Args:
-        task: The task.
-        removed: By any name, what `removals` gives for `test_points`.
-        test_points: Places in the test set, one for each row of the removals.
-        n_seeds: Retrainings of each set.
-        store: Folder of the runs.
-
-    Returns:
-        The plan, whose first subset is the whole training set, and for each name the subset of each count
-        and test point `(n_counts, n_test)`.
-    """
-    kept = [np.arange(task.n_train)]
-    known: dict[bytes, int] = {}
-    places = {}
-    for name, by_count in removed.items():
-        found = np.empty((len(by_count), len(test_points)), dtype=np.int64)
-        for c, rows in enumerate(by_count):
-            for t, row in enumerate(rows):
-                key = np.sort(row).tobytes()
-                if key not in known:
-                    known[key] = len(kept)
-                    kept.append(np.setdiff1d(kept[0], row))
-                found[c, t] = known[key]
-        places[name] = found
-    n_test = 1 + max(test_points)
-    membership = membership_from_indices(kept, task.n_train)
-    return RetrainingPlan(task, membership, n_seeds, Path(store), n_test, common_seeds=True), places
 
 
 def measure_counterfactual(
@@ -262,3 +192,95 @@ def measure_counterfactual(
             CounterfactualRow(name, result, plain_gap, equal_gap, calibrated[name], median_cost(costs[name]))
         )
     return rows
+
+
+class Counterfactual(Measure):
+    """`measure_counterfactual` for one arm or both, at the first reported test points if none are named."""
+
+    name = "counterfactual"
+    defaults: Mapping[str, Any] = {
+        **defaults_of(measure_counterfactual),
+        "methods": None,
+        "arms": ARMS[:1],
+        "n_points": 10,
+        "test_points": None,
+    }
+
+    def settings(self, question: Question) -> dict[str, Any]:
+        """The options, with the test points and workers of the question where none are named."""
+        found = super().settings(question)
+        if found["test_points"] is None:
+            found["test_points"] = question.reported[: found["n_points"]]
+        return {**found, "n_jobs": question.measures[self.name].get("n_jobs", question.n_jobs)}
+
+    def methods(self, question: Question) -> dict[str, MethodSpec]:
+        """The specs whose examples are removed, with the controls."""
+        chosen = self.settings(question)["methods"] or list(question.usable)
+        return {n: c for n, c in question.usable.items() if n in {*chosen, "ClassRandom", "Similarity"}}
+
+    def check(self, question: Question) -> None:
+        """Refuse names that do not exist, and test points that options are chosen on."""
+        settings, given = self.settings(question), question.measures[self.name]
+        resolve_counts(settings["counts"], question.task.n_train)
+        named, kept = settings["methods"] or (), list(self.methods(question))
+        for option, values, choices in (
+            ("arms", settings["arms"], ARMS),
+            ("methods", named, list(dict.fromkeys([*question.usable, *METHODS]))),
+            ("methods", () if set(named) & set(kept) else named[:1], list(question.usable)),
+            ("reference", [given["reference"]] if "reference" in given else (), kept),
+            ("engine", [settings["engine"]], ENGINES),
+        ):
+            for value in values:
+                if value not in choices:
+                    raise bad_choice(f"measures['counterfactual'][{option!r}]", value, choices)
+        self._check_points(question, given)
+
+    def _check_points(self, question: Question, given: Mapping[str, Any]) -> None:
+        points, reported = given.get("test_points"), question.reported
+        if points is None:
+            if given.get("n_points", 0) > len(reported):
+                must = f"be at most the {len(reported)} reported test points"
+                raise bad_value("measures['counterfactual']['n_points']", must, given["n_points"])
+            return
+        if "n_points" in given:
+            raise bad_value("measures['counterfactual']", "have `test_points` or `n_points`", "both")
+        places = range(reported.start if question.on_halves else 0, len(question.task.test))
+        if not len(points) or len(set(points)) < len(points) or not set(points) <= set(places):
+            must = f"be distinct places in [{places.start}, {places.stop})"
+            why = "Options are chosen on the test points before." if places.start else None
+            raise bad_value("measures['counterfactual']['test_points']", must, list(points), why)
+
+    def trainings(self, shared: Shared) -> list[RetrainingEstimate]:
+        """The attributed models, and at most a set for each of them, method, test point and count."""
+        question, settings = shared.question, self.settings(shared.question)
+        found = cost(
+            question.task,
+            n_methods=len(self.methods(question)),
+            counts=settings["counts"],
+            n_test=len(settings["test_points"]),
+            n_seeds=settings["n_seeds"],
+            n_models=question.n_models + question.n_spiked,
+            n_jobs=settings["n_jobs"],
+            device=question.device,
+        )
+        arms = [replace(found, purpose=f"counterfactual drop, {arm}") for arm in settings["arms"]]
+        return [*shared.model_estimates, *arms]
+
+    def run(self, shared: Shared) -> list[CounterfactualRow]:
+        """Both arms, where both are asked for."""
+        question, settings = shared.question, self.settings(shared.question)
+        arms = settings.pop("arms")
+        del settings["n_points"], settings["methods"]
+        return [
+            row
+            for arm in arms
+            for row in measure_counterfactual(
+                question.task,
+                self.methods(question),
+                shared.models,
+                opponents=arm == "opponents",
+                show_progress=question.show_progress,
+                **given(shared),
+                **settings,
+            )
+        ]

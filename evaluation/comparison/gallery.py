@@ -18,8 +18,8 @@ from ...responses import multiclass_logits
 from ..report.pictures import picture
 from ..retraining.training import logits_of
 from ..tasks.tasks import Task
-from .mislabel_runs import MislabelRow, Suspect, most_suspect
 from .score_cache import CachedMethod
+from .suspects import Suspect, most_suspect
 
 Example = dict[str, Any]
 
@@ -91,14 +91,12 @@ class Gallery:
             found = most_suspect(scores, labels)
             self._add_ranking(name, ranking, found, flips_known=False)
 
-    def to_dict(self, mislabel: Iterable[MislabelRow] = ()) -> dict[str, Any]:
-        """Plain values for JSON, with a picture of every example that is an image.
+    def add_flips(self, name: str, ranking: str, found: Iterable[Suspect]) -> None:
+        """Show the first examples of a ranking of labels of which it is known which were flipped."""
+        self._add_ranking(name, ranking, found, flips_known=True)
 
-        Args:
-            mislabel: Rankings of flipped labels; where there are some, they are the suspects.
-        """
-        for row in mislabel:
-            self._add_ranking(row.name, row.ranking, row.suspects, flips_known=True)
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with a picture of every example that is an image."""
         shown = [n for m in self.methods for p in m["points"] for side in p.values() for n in side]
         shown += [n for ranking in self.rankings for n in ranking["examples"]]
         train, test = self.task.train.tensors[0], self.task.test.tensors[0]

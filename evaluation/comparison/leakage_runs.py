@@ -21,10 +21,16 @@ from ..measures.cost import Build, Cost, forward_seconds, median_cost
 from ..measures.leakage_rank import LeakageResult, leakage, near_duplicate
 from ..measures.linear_datamodeling import finite_array
 from ..measures.statistics import Array
+from ..retraining.attributed_estimates import estimate_attributed
 from ..retraining.attributed_models import train_attributed
+from ..retraining.estimate import RetrainingEstimate
 from ..tasks.checks import check_task
 from ..tasks.tasks import Task
+from .lds_runs import given
+from .measure import Measure, defaults_of
+from .question import Question
 from .score_cache import Answer, CachedMethod
+from .shared import Shared
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,3 +232,32 @@ def answer_if_defined(
         if str(error).startswith("`normalize`"):
             return None
         raise
+
+
+class Leakage(Measure):
+    """`measure_leakage`."""
+
+    name = "leakage"
+    defaults = defaults_of(measure_leakage)
+
+    def check(self, question: Question) -> None:
+        """Refuse more examples than there are, and a kind of duplicates that does not exist."""
+        settings = self.settings(question)
+        check_planting(question.task, settings["counts"], settings["kinds"])
+
+    def trainings(self, shared: Shared) -> list[RetrainingEstimate]:
+        """The models of each planted set."""
+        question, settings = shared.question, self.settings(shared.question)
+        runs = (
+            (planted.task, seed)
+            for kind in settings["kinds"]
+            for n_planted in settings["counts"]
+            for planted in [plant(question.task, n_planted, kind=kind, seed=settings["seed"])]
+            for seed in range(settings["n_models"])
+        )
+        return [estimate_attributed(runs, question.store, purpose=self.name, device=question.device)]
+
+    def run(self, shared: Shared) -> list[LeakageRow]:
+        """Look for the planted examples."""
+        question = shared.question
+        return measure_leakage(question.task, question.usable, **given(shared), **self.settings(question))

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +20,36 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from ...errors import bad_value
+from ... import adapters
+from ...errors import bad_choice, bad_value
 from ...influence.method import InfluenceMethod
 from ..measures.cost import Build, forward_seconds
 from ..measures.linear_datamodeling import finite_array
 from ..measures.mislabel_precision import MislabelResult, flip_labels, mislabel
 from ..measures.statistics import Array
+from ..retraining.attributed_estimates import estimate_attributed
 from ..retraining.attributed_models import train_attributed
+from ..retraining.estimate import RetrainingEstimate
 from ..system.stable_digest import stable_digest
 from ..tasks.checks import check_task
 from ..tasks.tasks import Task
+from .lds_runs import given
+from .measure import Measure, defaults_of
+from .question import Question
 from .score_cache import Answer, CachedMethod
+from .shared import Shared
+from .suspects import Suspect, most_suspect
 
 #: Called with the model and its training set, gives `(n_train,)`: high = the label is suspect.
 Detector = Callable[[nn.Module, Any], Any]
 
+#: Detectors of label noise that need no influence.
+DETECTORS = {
+    "loss": adapters.LossDetector,
+    "ridge leave-one-out": adapters.RidgeLeaveOneOut,
+    "confident learning": adapters.ConfidentLearning,
+}
 _HELD_OUT_BATCH = 100
-_N_SUSPECTS = 10
-
-
-@dataclass(frozen=True)
-class Suspect:
-    """A training example near the top of a ranking.
-
-    Attributes:
-        index: Place in the training set.
-        label: The label that the model was trained on.
-        true_label: The label before the flips.
-        score: Of the ranking.
-    """
-
-    index: int
-    label: int
-    true_label: int
-    score: float
 
 
 @dataclass(frozen=True)
@@ -106,13 +103,6 @@ def held_out_influence(method: InfluenceMethod, test: tuple[Any, Any]) -> Array:
         scores = method.influence((x[rows], y[rows]), response="margin", target="label")
         total = total + finite_array("scores", scores).sum(0)
     return np.asarray(total / len(x))
-
-
-def most_suspect(scores: Any, labels: Any, true_labels: Any = None) -> tuple[Suspect, ...]:
-    """The `_N_SUSPECTS` highest scores `(n_train,)`, ties by lower index; without flips labels are true."""
-    true_labels = labels if true_labels is None else true_labels
-    first = np.argsort(-np.asarray(scores), kind="stable")[:_N_SUSPECTS]
-    return tuple(Suspect(int(i), int(labels[i]), int(true_labels[i]), float(scores[i])) for i in first)
 
 
 def rankings(method: CachedMethod, held_out: tuple[Any, Any]) -> Iterator[tuple[str, Answer]]:
@@ -215,3 +205,50 @@ def measure_mislabel(
         )
         for (name, ranking), found in scores.items()
     ]
+
+
+class Mislabel(Measure):
+    """`measure_mislabel`, with the detectors that are named."""
+
+    name = "mislabel"
+    defaults: Mapping[str, Any] = {**defaults_of(measure_mislabel), "detectors": tuple(DETECTORS)}
+
+    def check(self, question: Question) -> None:
+        """Refuse a detector that does not exist, the name of one for a method, and flips of no label."""
+        settings, task = self.settings(question), question.task
+        for name in settings["detectors"]:
+            if name not in DETECTORS:
+                raise bad_choice("measures['mislabel']['detectors']", name, list(DETECTORS))
+            if name in question.usable:
+                raise bad_value("methods", "have names that no detector has", repr(name))
+        flip_labels(task.train.tensors[1].numpy(), settings["rate"], task.n_classes, kind=settings["kind"])
+
+    def trainings(self, shared: Shared) -> list[RetrainingEstimate]:
+        """A model for each set of flips."""
+        question, settings = shared.question, self.settings(shared.question)
+        noisy = (
+            flipped_task(question.task, settings["rate"], kind=settings["kind"], seed=settings["seed"] + i)
+            for i in range(settings["n_models"])
+        )
+        runs = ((task, i) for i, (task, _) in enumerate(noisy))
+        return [estimate_attributed(runs, question.store, purpose=self.name, device=question.device)]
+
+    def run(self, shared: Shared) -> list[MislabelRow]:
+        """Rank the flipped labels, and show the first ones in the gallery."""
+        settings = self.settings(shared.question)
+        usable = settings.pop("detectors")
+        if "confident learning" in usable and find_spec("cleanlab") is None:
+            shared.skipped["confident learning"] = "needs cleanlab"
+            usable = [name for name in usable if name != "confident learning"]
+        detectors = {name: _detector(DETECTORS[name]) for name in usable}
+        question = shared.question
+        rows = measure_mislabel(
+            question.task, question.usable, detectors=detectors, **given(shared), **settings
+        )
+        for row in rows:
+            shared.gallery.add_flips(row.name, row.ranking, row.suspects)
+        return rows
+
+
+def _detector(cls: Any) -> Detector:
+    return lambda model, dataset: cls(model, dataset).mislabel_scores()

@@ -7,67 +7,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...errors import bad_choice
-from ..measures.calibration import CalibrationResult
-from ..measures.cost import Cost
-from ..measures.linear_datamodeling import LDSResult, plain
-from ..measures.linearized_influence import LinearizedInfluenceResult
-from ..measures.statistics import Interval
+from ..measures.linear_datamodeling import plain
 from ..report.html import FORMAT, comparison_table
 from .counterfactual_runs import CounterfactualRow
+from .lds_runs import Row
 from .leakage_runs import LeakageRow
 from .mislabel_runs import MislabelRow
 
 if TYPE_CHECKING:
     import pandas
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method's figures on the reporting half of the test points.
-
-    Attributes:
-        name: The method.
-        options: The grid point that the tuning half chose.
-        lds: Linear datamodeling score.
-        models: Names of the attributed models, in the order of `lds.per_model`.
-        against_first: LDS of the first row less this one's, with its paired interval; None for the first.
-        cost: Medians over models; queries are the reported test points.
-        calibration: Whether effects are right in size.
-        linearized: C.1 of the paper.
-    """
-
-    name: str
-    options: dict[str, Any]
-    lds: LDSResult
-    models: list[str]
-    against_first: tuple[float, Interval | None] | None
-    cost: Cost
-    calibration: CalibrationResult | None = None
-    linearized: LinearizedInfluenceResult | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        against = None
-        if self.against_first is not None:
-            value, interval = self.against_first
-            spread = None if interval is None else [interval.low, interval.high]
-            against = {"value": value, "interval": spread}
-        parts = {
-            name: None if part is None else part.to_dict()
-            for name, part in (
-                ("lds", self.lds),
-                ("cost", self.cost),
-                ("calibration", self.calibration),
-                ("linearized", self.linearized),
-            )
-        }
-        return {
-            "name": self.name,
-            "options": self.options,
-            "models": self.models,
-            **parts,
-            "first_row_less_this": against,
-        }
 
 
 @dataclass(frozen=True)
@@ -85,6 +33,7 @@ class Comparison:
         leakage: One per method and planted set, where measured.
         skipped: Methods that were left out, and why.
         gallery: What each method shows for a few test points, with pictures.
+        others: Rows of measures that are not ours, by name of the measure.
 
     >>> Comparison("digits-300", "", rows=[], protocol={}, environment={}).frame("leakage").shape
     (0, 0)
@@ -100,11 +49,12 @@ class Comparison:
     leakage: list[LeakageRow] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     gallery: dict[str, Any] | None = None
+    others: dict[str, list[Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        parts: tuple[Sequence[Any], ...] = (self.counterfactual, self.mislabel, self.leakage)
-        names = ("counterfactual", "mislabel", "leakage")
+        """Plain values for JSON; "others" is there where a measure is not ours."""
+        parts = {name: [row.to_dict() for row in rows] for name, rows in self._parts().items()}
+        others = {name: parts.pop(name) for name in self.others}
         return plain(
             {
                 "format": FORMAT,
@@ -114,11 +64,22 @@ class Comparison:
                 "protocol": self.protocol,
                 "environment": self.environment,
                 "skipped": self.skipped,
-                "rows": [row.to_dict() for row in self.rows],
-                **{n: [r.to_dict() for r in part] for n, part in zip(names, parts, strict=True)},
+                "rows": parts.pop("lds"),
+                **parts,
                 "gallery": self.gallery,
+                **({"others": others} if others else {}),
             }
         )
+
+    def _parts(self) -> dict[str, Sequence[Any]]:
+        """Rows by measure."""
+        return {
+            "lds": self.rows,
+            "counterfactual": self.counterfactual,
+            "mislabel": self.mislabel,
+            "leakage": self.leakage,
+            **self.others,
+        }
 
     def summary(self) -> list[str]:
         """Sentences that name a winner only where the paired interval excludes zero."""
@@ -154,20 +115,15 @@ class Comparison:
         """The figures of one measure as a pandas frame, a row a method.
 
         Args:
-            measure: "lds" (with cost, calibration and C.1 where measured), "counterfactual", "mislabel" or
-                "leakage".
+            measure: "lds" (with cost, calibration and C.1 where measured), "counterfactual", "mislabel",
+                "leakage" or one of `others`.
 
         Raises:
             ValueError: Another measure.
         """
         import pandas
 
-        parts: dict[str, Sequence[Any]] = {
-            "lds": self.rows,
-            "counterfactual": self.counterfactual,
-            "mislabel": self.mislabel,
-            "leakage": self.leakage,
-        }
+        parts = self._parts()
         if measure not in parts:
             raise bad_choice("measure", measure, list(parts))
         return pandas.json_normalize([row.to_dict() for row in parts[measure]])

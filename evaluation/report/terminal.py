@@ -93,6 +93,10 @@ def show_comparison(result: Comparison) -> None:
                 for row in result.leakage
             ],
         )
+    for name, rows in result.others.items():
+        figures = [_cells(row.to_dict()) for row in rows]
+        if figures:
+            _print(name, tuple(figures[0]), [tuple(row.values()) for row in figures])
     for name, reason in result.skipped.items():
         console.print(f"Left out: {name}, which {reason}")
     console.print(" ".join(result.summary()))
@@ -222,6 +226,15 @@ def show_measured(
 
 def _print(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     console.print(table_of(title, columns, rows))
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """What a table can show of a row of a measure that is not ours: its single values."""
+    return {
+        name: _figure(value) if isinstance(value, float) else str(value)
+        for name, value in row.items()
+        if isinstance(value, str | int | float)
+    }
 
 
 def _ceiling(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from ..tasks.new_network import checked_network
 from ..tasks.tasks import Task
 from . import store as run_store
 from .training import mean_residual, single_thread, train_model
+
+#: Mean training residual of a model that was stopped on a spike of its training loss.
+SPIKE = 0.005
+#: The first seed that is tried for such a model, and how many are.
+FIRST_SPIKED, TRIES = 100, 30
 
 
 class DivergedError(ValueError):
@@ -59,8 +65,7 @@ def train_attributed(
     network = checked_network(task.build_model)
     path = None
     if store is not None:
-        key = run_store.Fingerprints(task).of(seed, None, f"attributed spike={spike}{_on(device)}")
-        path = Path(store) / f"attributed-{key}.safetensors"
+        path = attributed_path(run_store.Fingerprints(task), seed, store, spike, device)
         state, damage = run_store.read_state(path, network)
         if state is not None:
             network.load_state_dict(state)
@@ -99,9 +104,9 @@ def train_spiked(
     task: Task,
     store: str | Path | None = None,
     *,
-    threshold: float = 0.005,
-    first_seed: int = 100,
-    tries: int = 30,
+    threshold: float = SPIKE,
+    first_seed: int = FIRST_SPIKED,
+    tries: int = TRIES,
     device: torch.device | str = "cpu",
 ) -> tuple[nn.Module, int]:
     """A model stopped on a spike of its training loss: mean training residual above `threshold`.
@@ -152,15 +157,8 @@ def train_checkpoints(
     """
     from safetensors.torch import load_file
 
-    epochs = task.training.epochs
-    kept = [round(epochs * (i + 1) / (n_checkpoints + 1)) for i in range(n_checkpoints)]
-    if not kept or kept[0] < 1 or len(set(kept)) < n_checkpoints:
-        raise bad_value("n_checkpoints", f"be between 1 and {epochs - 1}", n_checkpoints)
-    names = run_store.Fingerprints(task)
-    paths = [
-        Path(store) / f"checkpoint-{names.of(seed, None, f'epoch {epoch}{_on(device)}')}.safetensors"
-        for epoch in kept
-    ]
+    kept = kept_epochs(task.training.epochs, n_checkpoints)
+    paths = checkpoint_paths(run_store.Fingerprints(task), kept, seed, store, device)
 
     def keep(epoch: int, model: nn.Module) -> None:
         if epoch in kept:
@@ -172,6 +170,34 @@ def train_checkpoints(
             x, y = task.train.tensors
             train_model(task.build_model, x, y, task.training, seed, after_epoch=keep, device=device)
     return [load_file(path) for path in paths]
+
+
+def kept_epochs(epochs: int, n_checkpoints: int) -> list[int]:
+    """Checkpoints are spread evenly over the epochs before the last."""
+    kept = [round(epochs * (i + 1) / (n_checkpoints + 1)) for i in range(n_checkpoints)]
+    if not kept or kept[0] < 1 or len(set(kept)) < n_checkpoints:
+        raise bad_value("n_checkpoints", f"be between 1 and {epochs - 1}", n_checkpoints)
+    return kept
+
+
+def attributed_path(
+    names: run_store.Fingerprints, seed: int, store: str | Path, spike: bool, device: torch.device | str
+) -> Path:
+    """The file of an attributed model."""
+    key = names.of(seed, None, f"attributed spike={spike}{_on(device)}")
+    return Path(store) / f"attributed-{key}.safetensors"
+
+
+def checkpoint_paths(
+    names: run_store.Fingerprints,
+    kept: Sequence[int],
+    seed: int,
+    store: str | Path,
+    device: torch.device | str,
+) -> list[Path]:
+    """The files of the checkpoints after the epochs that are kept."""
+    keys = (names.of(seed, None, f"epoch {epoch}{_on(device)}") for epoch in kept)
+    return [Path(store) / f"checkpoint-{key}.safetensors" for key in keys]
 
 
 def _on(device: torch.device | str) -> str:

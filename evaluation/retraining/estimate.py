@@ -20,7 +20,7 @@ class RetrainingEstimate:
         seconds: Of the runs to do, where each worker has a free core.
         n_bytes: That the runs to do will take on disk.
         purpose: What they are for.
-        at_most: Whether some of the runs may prove to be the same, or to be in the store.
+        at_most: Why fewer runs may do; empty where it is known how many will.
     """
 
     task: str
@@ -33,7 +33,7 @@ class RetrainingEstimate:
     seconds: float
     n_bytes: int
     purpose: str = ""
-    at_most: bool = False
+    at_most: str = ""
 
     @property
     def n_runs(self) -> int:
@@ -46,7 +46,11 @@ class RetrainingEstimate:
         return self.n_runs - self.n_stored
 
     def __str__(self) -> str:
-        what = f"{self.n_runs} retrainings of {self.task} ({self.n_subsets} subsets x {self.n_seeds} seeds)"
+        what = (
+            f"{self.n_runs} retrainings of {self.task} ({self.n_subsets} subsets x {self.n_seeds} seeds)"
+            if self.n_subsets > 1
+            else f"{self.n_runs} training{'s' * (self.n_runs > 1)} of {self.task}"
+        )
         what = f"{self.purpose}: {what}" if self.purpose else what
         if not self.n_missing:
             return f"{what}: all are in the store."
@@ -55,8 +59,8 @@ class RetrainingEstimate:
         how = "one by one" if self.engine == "processes" else "in stacks"
         if self.at_most:
             return (
-                f"{what} at most, which would take about {_duration(self.seconds)} with {workers}: how many "
-                "sets differ, and which are in the store, is known once the methods have answered."
+                f"{what} at most, which would take about {_duration(self.seconds)} with {workers}: "
+                f"{self.at_most}."
             )
         return (
             f"{what}: {self.n_stored} are in the store, {self.n_missing}{damaged} are to do {how}, which "

@@ -12,10 +12,9 @@ a result is never a mixture.
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -310,16 +309,7 @@ class RetrainingPlan:
         }
 
     def _seconds_per_example(self, file: RunFile, device: torch.device | str) -> float:
-        arguments = self._arguments(file, device)
-        arguments.update(training=replace(self.task.training, epochs=1), x_test=arguments["x_test"][:1])
-        subsets, batch = arguments["subsets"], self.task.training.batch_size
-        seconds = []
-        for n_batches in (2, 20, 20):  # the first warms up
-            arguments["subsets"] = [rows[: n_batches * batch] for rows in subsets]
-            started = time.perf_counter()
-            retraining_workers.train_and_evaluate(**arguments)
-            seconds.append(time.perf_counter() - started)
-        return min(seconds[1:]) / sum(len(rows) for rows in arguments["subsets"])
+        return retraining_workers.seconds_per_example(**self._arguments(file, device))
 
 
 def without_diverged(

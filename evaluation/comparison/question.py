@@ -1,0 +1,89 @@
+"""The settled question of a comparison: which methods, on what, measured how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import bad_value, whole_number
+from ...subsets import random_subsets
+from ..retraining.plan import RetrainingPlan
+from ..tasks.tasks import Task
+from .methods import MethodSpec
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Question:
+    """What is compared, with all options settled; `settle` makes one.
+
+    Attributes:
+        task: The task.
+        specs: With the grids that the tuning half chooses from, and one point where nothing chooses.
+        measures: By name of the measure, the options that were given.
+        halves: The retrainings that LDS is measured against; done only where `on_halves`.
+        on_halves: Whether a measure reads them.
+        store: Folder of the retrainings, the trained models and the answers of methods.
+        n_models: Attributed models.
+        n_spiked: Further ones, stopped on a spike of their training loss.
+        n_jobs: As for `RetrainingPlan.execute`, as is `engine`.
+        engine: See there.
+        device: Where models are trained and methods are run.
+        n_resamples: Of the bootstraps.
+        show_progress: Whether to show bars.
+        skipped: Methods that are left out, and why.
+    """
+
+    task: Task
+    specs: Sequence[MethodSpec]
+    measures: Mapping[str, Mapping[str, Any]]
+    halves: RetrainingPlan
+    on_halves: bool
+    store: Path
+    n_models: int = 3
+    n_spiked: int = 0
+    n_jobs: int = -1
+    engine: str = "auto"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    n_resamples: int = 1000
+    show_progress: bool = False
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def reported(self) -> range:
+        """Places of the test points that are reported; options are chosen on those before."""
+        return range(self.halves.n_test // 2, self.halves.n_test)
+
+    @property
+    def usable(self) -> dict[str, MethodSpec]:
+        """Specs by name that need nothing but a model: those of measures that train their own."""
+        return {spec.name: spec for spec in self.specs if spec.n_checkpoints == 1}
+
+    @property
+    def n_checkpoints(self) -> int:
+        """Checkpoints that are wanted of every attributed model, itself included."""
+        return max((spec.n_checkpoints for spec in self.specs), default=1) if self.on_halves else 1
+
+
+def halves(task: Task, store: str | Path, n_subsets: int, n_seeds: int, n_test: int) -> RetrainingPlan:
+    """The retrainings that LDS is measured against.
+
+    Args:
+        task: The task.
+        store: Folder of the retrainings.
+        n_subsets: Random halves of the training set.
+        n_seeds: Retrainings of each.
+        n_test: Test points, as many as there are at most.
+
+    Raises:
+        ValueError: Fewer than 2 test points.
+    """
+    whole_number("n_subsets", n_subsets, 1)
+    n_test = min(n_test, len(task.test))
+    if n_test < 2:
+        raise bad_value("n_test", "be at least 2: one half tunes, the other reports", n_test)
+    membership = random_subsets(task.n_train, n_subsets, task.n_train // 2, seed=0)
+    return RetrainingPlan(task, membership, n_seeds, Path(store), n_test)

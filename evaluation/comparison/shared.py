@@ -1,0 +1,110 @@
+"""What the measures of one comparison share: the question, the attributed models, the gallery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..retraining.attributed_estimates import estimate_attributed, estimate_checkpoints, estimate_spiked
+from ..retraining.attributed_models import FIRST_SPIKED, train_attributed, train_checkpoints, train_spiked
+from ..retraining.estimate import RetrainingEstimate
+from .gallery import Gallery
+from .question import Question
+
+T = TypeVar("T")
+
+
+class Shared:
+    """Everything here is made when a measure first asks for it, and once.
+
+    Attributes:
+        question: What is compared.
+        skipped: What is left out, and why; a measure may add to it.
+    """
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self.skipped = dict(question.skipped)
+        self._made: dict[Callable[[Shared], Any], Any] = {}
+
+    def once(self, make: Callable[[Shared], T]) -> T:
+        """`make(self)`: the same object for all who ask."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        found: T = self._made[make]
+        return found
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """The attributed models by name, trained on all of the task's training set."""
+        return {name: model for name, (model, _) in self.once(_attributed).items()}
+
+    @property
+    def models_so_far(self) -> dict[str, nn.Module]:
+        """`models` where a measure has asked for them, else none."""
+        return self.models if _attributed in self._made else {}
+
+    @property
+    def checkpoints(self) -> dict[str, list[Any]]:
+        """Of every attributed model, the states on the way to it: as many as a method wants at most."""
+        return self.once(_checkpoints)
+
+    @property
+    def gallery(self) -> Gallery:
+        """What each method shows for a few of the reported test points."""
+        return self.once(_gallery)
+
+    @property
+    def model_estimates(self) -> list[RetrainingEstimate]:
+        """The trainings behind `models` and `checkpoints`, before any of them is done."""
+        return self.once(_estimates)
+
+
+def _attributed(shared: Shared) -> dict[str, tuple[nn.Module, int]]:
+    """Models and the seeds of their trainings."""
+    question, first_seed = shared.question, FIRST_SPIKED
+    task, store, device = question.task, question.store, question.device
+    found = {
+        f"seed {seed}": (train_attributed(task, seed, store, device=device), seed)
+        for seed in range(question.n_models)
+    }
+    for _ in range(question.n_spiked):
+        model, seed = train_spiked(task, store, first_seed=first_seed, device=device)
+        found[f"seed {seed}, stopped on a spike"] = (model, seed)
+        first_seed = seed + 1
+    return found
+
+
+def _checkpoints(shared: Shared) -> dict[str, list[Any]]:
+    question, n = shared.question, shared.question.n_checkpoints - 1
+    return {
+        name: train_checkpoints(question.task, seed, question.store, n, device=question.device) if n else []
+        for name, (_, seed) in shared.once(_attributed).items()
+    }
+
+
+def _estimates(shared: Shared) -> list[RetrainingEstimate]:
+    question, seeds = shared.question, list(range(shared.question.n_models))
+    task, store, device = question.task, question.store, question.device
+    runs = [(task, seed) for seed in seeds]
+    found = [estimate_attributed(runs, store, purpose="attributed models", device=device)]
+    if question.n_spiked:
+        spiked, chosen = estimate_spiked(task, store, question.n_spiked, device=device)
+        found.append(spiked)
+        seeds += chosen
+    if question.n_checkpoints > 1:
+        n = question.n_checkpoints - 1
+        found.append(estimate_checkpoints(task, seeds, store, n, device=device))
+    return found
+
+
+def _gallery(shared: Shared) -> Gallery:
+    question = shared.question
+    return Gallery(
+        question.task,
+        shared.models if question.on_halves else {},
+        question.reported,
+        rank_suspects="mislabel" not in question.measures,
+    )

@@ -1,0 +1,34 @@
+"""Training examples near the top of a ranking of labels, for people to look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+_N_SUSPECTS = 10
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A training example near the top of a ranking.
+
+    Attributes:
+        index: Place in the training set.
+        label: The label that the model was trained on.
+        true_label: The label before the flips.
+        score: Of the ranking.
+    """
+
+    index: int
+    label: int
+    true_label: int
+    score: float
+
+
+def most_suspect(scores: Any, labels: Any, true_labels: Any = None) -> tuple[Suspect, ...]:
+    """The `_N_SUSPECTS` highest scores `(n_train,)`, ties by lower index; without flips labels are true."""
+    true_labels = labels if true_labels is None else true_labels
+    first = np.argsort(-np.asarray(scores), kind="stable")[:_N_SUSPECTS]
+    return tuple(Suspect(int(i), int(labels[i]), int(true_labels[i]), float(scores[i])) for i in first)

@@ -1,0 +1,123 @@
+"""Estimates of the trainings of attributed models and their checkpoints, before they are done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..tasks.new_network import checked_network
+from ..tasks.tasks import Task
+from . import store as run_store
+from .attributed_models import FIRST_SPIKED, SPIKE, TRIES, attributed_path, checkpoint_paths, kept_epochs
+from .estimate import RetrainingEstimate
+from .training import mean_residual
+from .workers import seconds_per_example
+
+
+def estimate_attributed(
+    runs: Iterable[tuple[Task, int]], store: str | Path, *, purpose: str, device: torch.device | str = "cpu"
+) -> RetrainingEstimate:
+    """What `train_attributed` would train, and how long that takes.
+
+    Args:
+        runs: Tasks and seeds of the trainings, at least one.
+        store: Folder for the weights; it is left as it is.
+        purpose: What they are for.
+        device: Where they are trained.
+    """
+    files = (
+        (task, [attributed_path(run_store.Fingerprints(task), seed, store, False, device)])
+        for task, seed in runs
+    )
+    return _estimate(files, purpose, device)
+
+
+def estimate_checkpoints(
+    task: Task,
+    seeds: Sequence[int],
+    store: str | Path,
+    n_checkpoints: int,
+    *,
+    device: torch.device | str = "cpu",
+) -> RetrainingEstimate:
+    """What `train_checkpoints` would train for models with these seeds."""
+    names, kept = run_store.Fingerprints(task), kept_epochs(task.training.epochs, n_checkpoints)
+    files = ((task, checkpoint_paths(names, kept, seed, store, device)) for seed in seeds)
+    return _estimate(files, "checkpoints of attributed models", device)
+
+
+def estimate_spiked(
+    task: Task, store: str | Path, n_models: int, *, device: torch.device | str = "cpu"
+) -> tuple[RetrainingEstimate, list[int]]:
+    """What `train_spiked` would train for several models, each with seeds after that of the one before.
+
+    Returns:
+        The estimate, and the seed of each model: where the store does not tell, the first that is tried.
+    """
+    names, network = run_store.Fingerprints(task), checked_network(task.build_model)
+    paths: list[Path] = []
+    chosen, first, at_most = [], FIRST_SPIKED, ""
+    for _ in range(n_models):
+        for seed in range(first, first + TRIES):
+            paths.append(attributed_path(names, seed, store, True, device))
+            state, _ = run_store.read_state(paths[-1], network)
+            if state is not None:
+                network.load_state_dict(state)
+                if mean_residual(network.eval(), *task.train.tensors) > SPIKE:
+                    break
+        else:
+            seed, at_most = first, "the first with a spike of its loss ends each search"
+        chosen.append(seed)
+        first = seed + 1 if not at_most else first + TRIES
+    found = _estimate(((task, [path]) for path in paths), "models stopped on a spike", device)
+    return replace(found, at_most=at_most), chosen
+
+
+def _estimate(
+    runs: Iterable[tuple[Task, Sequence[Path]]], purpose: str, device: torch.device | str
+) -> RetrainingEstimate:
+    """Of trainings on whole training sets, with the files that each leaves; the first one to do is timed."""
+    n_runs = n_missing = n_damaged = n_examples = n_bytes = 0
+    name, per_example = "", 0.0
+    for task, paths in runs:
+        network = checked_network(task.build_model)
+        found = [run_store.read_state(path, network) for path in paths]
+        n_runs, name = n_runs + 1, name or task.name
+        if all(state is not None for state, _ in found):
+            continue
+        n_missing += 1
+        n_damaged += any(damage is not None for _, damage in found)
+        n_examples += task.n_train * task.training.epochs
+        n_bytes += len(paths) * sum(t.numel() * t.element_size() for t in network.state_dict().values())
+        per_example = per_example or _seconds_per_example(task, device)
+    return RetrainingEstimate(
+        task=name,
+        n_subsets=1,
+        n_seeds=n_runs,
+        engine="processes",
+        n_stored=n_runs - n_missing,
+        n_damaged=n_damaged,
+        n_workers=min(1, n_missing),
+        seconds=per_example * n_examples,
+        n_bytes=n_bytes,
+        purpose=purpose,
+    )
+
+
+def _seconds_per_example(task: Task, device: torch.device | str) -> float:
+    x, y = (t.numpy() for t in task.train.tensors)
+    return seconds_per_example(
+        build_model=task.build_model,
+        training=task.training,
+        x=x,
+        y=y,
+        subsets=[np.arange(task.n_train)],
+        seeds=[0],
+        x_test=task.test.tensors[0].numpy(),
+        device=str(device),
+        stacked=False,
+    )
