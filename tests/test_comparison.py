@@ -1,6 +1,7 @@
 """The protocol of a comparison: who is tuned on what, what is refused first, what is said afterwards."""
 
 import json
+import re
 import warnings
 from dataclasses import replace
 
@@ -662,6 +663,19 @@ class TestPlannedTrainings:
 
 
 # What is said after it.
+
+
+@pytest.mark.parametrize("measures", [{"lds": {}}, {"counterfactual": DROPS}])
+def test_a_model_that_has_learned_nothing_is_named(task, tmp_path, measures):
+    idle = replace(task, training=replace(task.training, learning_rate=0.0), note="A note.")
+    note = compare(["Random"], idle, store=tmp_path, measures=measures, **FEW).note
+    assert re.fullmatch(
+        r"A note\. Attributed model seed 0 has learned nothing: it is right for .*% of its training "
+        r"examples, and .* have the most frequent label\. Its scores mean nothing\.",
+        note,
+    )
+    able = replace(idle, training=replace(task.training, epochs=20))
+    assert compare(["Random"], able, store=tmp_path, measures=measures, **FEW).note == "A note."
 
 
 class TestDivergence:

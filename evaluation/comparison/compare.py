@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from ...influence.chance import at_chance
+from ...responses import multiclass_logits
 from ...system.fingerprints import weights_fingerprint
 from ..retraining.estimate import RetrainingEstimate
 from ..retraining.store import Fingerprints
-from ..retraining.training import mean_residual
+from ..retraining.training import logits_of, mean_residual
 from ..system import environment
 from ..tasks.tasks import Task
 from .lds_runs import chosen_options, retrained
@@ -130,7 +132,7 @@ def answer(question: Question) -> Comparison:
     ours = {part: measured.pop(part) for part in _FIELDS if part in measured}
     return Comparison(
         task=task.name,
-        note=task.note,
+        note=" ".join(part for part in (task.note, *_learned_nothing(shared)) if part),
         protocol=_protocol(shared),
         environment=environment.describe(question.device),
         skipped=shared.skipped,
@@ -200,3 +202,14 @@ def _protocol(shared: Shared) -> dict[str, Any]:
             "models": {name: weights_fingerprint(model) for name, model in models.items()},
         },
     }
+
+
+def _learned_nothing(shared: Shared) -> list[str]:
+    """A sentence on each attributed model that is no better than one answer for all."""
+    x, y = shared.question.task.train.tensors
+    found = []
+    for name, model in shared.models_so_far.items():
+        why = at_chance(multiclass_logits(logits_of(model, x)).argmax(1).cpu(), y)
+        if why is not None:
+            found.append(f"Attributed model {name} has learned nothing: {why}. Its scores mean nothing.")
+    return found
