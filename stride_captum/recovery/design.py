@@ -7,6 +7,7 @@ columns and shared out afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -105,6 +106,16 @@ class Design:
             return product
         product = product - product.mean(0, keepdim=True)
         return product - product.mean(1, keepdim=True)
+
+    def blocks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
+        """The distinct columns, `size` at a time and dense: `(n_subsets, size)`, centred if asked."""
+        for begin in range(0, self.n_columns, size):
+            columns = slice(begin, begin + size)
+            if self.dense:
+                block = self._array[:, columns]
+            else:
+                block = torch.from_numpy(self._matrix[:, columns].toarray()).to(self.means.device)
+            yield columns, block - self.means[columns] if self.center else block
 
     def expand(self, x: Tensor) -> Tensor:
         """The value of each training example's column, 0 for zero columns: (n, p) to (n, n_train)."""
