@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import sparse
 from scipy.stats import multivariate_normal, spearmanr
+from strict_device import DEVICE, strict_device
 from torch import Tensor
 
 import stride_captum
@@ -419,12 +420,25 @@ class TestInputs:
         assert torch.equal(p.measured, before[1])
         assert refine(p.scores, p.membership, -p.measured).scores.data_ptr() != p.scores.data_ptr()
 
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-    def test_on_a_gpu(self):
+    @pytest.mark.parametrize("float64", [True, False])
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_tensors_on_a_device(self, float64, sign):
         p = planted()
-        found = refine(p.scores.cuda(), p.membership, p.measured.cuda())
-        assert found.scores.is_cuda
-        torch.testing.assert_close(found.scores.cpu(), p.refined().scores, rtol=1e-7, atol=0)
+        p = p._replace(scores=p.scores.float(), measured=sign * p.measured.float())
+        expected = p.refined()
+        assert expected.supported == (sign > 0)
+        with strict_device(float64):
+            found = refine(p.scores.to(DEVICE), p.membership, p.measured.to(DEVICE))
+            assert found.scores.device == found.standard_deviation.device == DEVICE
+            scores, deviation = found.scores.cpu(), found.standard_deviation.cpu()
+        torch.testing.assert_close(scores, expected.scores, rtol=1e-6, atol=0)
+        torch.testing.assert_close(deviation, expected.standard_deviation, rtol=1e-6, atol=0, equal_nan=True)
+
+    def test_the_device_is_that_of_the_scores(self):
+        p = planted()
+        with strict_device():
+            assert refine(p.scores, p.membership, p.measured.to(DEVICE)).scores.device.type == "cpu"
+            assert refine(p.scores.to(DEVICE), p.membership, p.measured).scores.device == DEVICE
 
     @pytest.mark.parametrize(
         ("changes", "error", "message"),
