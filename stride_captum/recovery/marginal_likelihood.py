@@ -83,7 +83,8 @@ class MarginalLikelihood:
         """
         size = float(self.measured.square().mean().sqrt())
         if size == 0:
-            return Hyperparameters(slope or 0.0, prior_scale or 0.0, noise or 0.0)
+            scale = prior_scale or 0.0
+            return Hyperparameters(slope or 0.0, scale, NOISE_FLOOR * scale if noise is None else noise)
         if noise is not None and prior_scale is not None:
             return self._with_slope(slope, prior_scale, noise)
         if noise is not None:
@@ -106,9 +107,9 @@ class MarginalLikelihood:
             return max(without, found, key=self.value)
         if prior_scale == 0:
             return without
-        scale, least = prior_scale, max(NOISE_FLOOR * prior_scale, _EXACT * size)
+        given_scale, least = prior_scale, max(NOISE_FLOOR * prior_scale, _EXACT * size)
         return self._search(
-            lambda x: self._with_slope(slope, scale, math.exp(x)),
+            lambda x: self._with_slope(slope, given_scale, math.exp(x)),
             math.log(least),
             math.log(max(10 * least, 100 * size)),
             by=2,
