@@ -107,7 +107,7 @@ class Examples(IterableDataset[Any]):
         return n_train
 
     def __iter__(self) -> Iterator[Any]:
-        for rows, batch in self.method._train_blocks(len(self), False):
+        for rows, batch in self.method.train_blocks(len(self), False):
             labels: Any = batch.labels if self.residuals is None else self.residuals[rows]
             yield from zip(*parts_by_position(batch), labels, strict=True)
 

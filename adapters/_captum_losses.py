@@ -44,7 +44,7 @@ class ResidualsAsLabels(IterableDataset[Any]):
         self.method, self.residuals, self.size = method, residuals, size or len(residuals)
 
     def __iter__(self) -> Iterator[Any]:
-        for rows, batch in self.method._train_blocks(self.size, False):
+        for rows, batch in self.method.train_blocks(self.size, False):
             yield (*parts_by_position(batch), self.residuals[rows])
 
 

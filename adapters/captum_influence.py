@@ -40,6 +40,7 @@ from typing import Any
 import torch
 from captum.influence import DataInfluence, SimilarityInfluence
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..errors import bad_choice, bad_type, bad_value
 from ..influence.method import InfluenceMethod, Query
@@ -167,19 +168,24 @@ class CaptumInfluence(GradientMethod):
         vars(network)["forward"] = forward
         return network
 
-    def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Query) -> CaptumTest:
+    def holds_all_columns(self) -> bool:
+        """Yes: an object of Captum gives all columns."""
+        return True
+
+    @override
+    def prepare_query(self, state: GradientState, model: nn.Module, batch: Any, query: Query) -> CaptumTest:
         with torch.no_grad():
             outputs = batch.outputs(model)
-        logits, response = widened(batch.logits_of(outputs)), ask.response
+        logits, response = widened(batch.logits_of(outputs)), query.response
         if response != self.answers:
             response = self.loss.response_of(outputs, response)
-        classes, factor = ask.classes(logits, batch), response_factor(self.answers, self.sign, response)
+        classes, factor = query.classes(logits, batch), response_factor(self.answers, self.sign, response)
         labels = batch.labels
         if self.answers == "every":
             labels = response_gradient(logits, classes, response)
         elif labels is None:
             labels = classes
-        elif not isinstance(ask.target, str) or ask.target != "label":
+        elif not isinstance(query.target, str) or query.target != "label":
             labels = classes.to(labels.dtype).reshape(labels.shape)
         asked = (*parts_by_position(batch), labels)
         check_parts(state.kernel, asked[:-1])
@@ -200,23 +206,25 @@ class CaptumInfluence(GradientMethod):
 
     def _inverse_norms(self, state: GradientState, prepared: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
         if self.answers != "every":
-            raise self._no_norms()
+            raise self.no_norms()
         if state.norms is None:
             squares = [
                 squared_norms(state.kernel, (*parts_by_position(batch), state.residuals[rows]))
-                for rows, batch in self._train_blocks(self.n_train_, False)
+                for rows, batch in self.train_blocks(self.n_train_, False)
             ]
             state.norms = torch.cat(squares).sqrt()
         return super()._inverse_norms(state, prepared, model)
 
-    def _test_norms(self, state: GradientState, prepared: Any) -> Tensor:
+    @override
+    def test_norms(self, state: GradientState, prepared: Any) -> Tensor:
         return squared_norms(state.kernel, prepared.asked).sqrt()
 
-    def _self_influence(
+    @override
+    def batch_self_influence(
         self, state: GradientState, model: nn.Module, batch: Any, rows: slice | None
     ) -> Tensor:
         if self.answers != "every":
-            return InfluenceMethod._self_influence(self, state, model, batch, rows)
+            return InfluenceMethod.batch_self_influence(self, state, model, batch, rows)
         left, right = self._both_residuals(state, model, batch, rows)
         inputs = parts_by_position(batch)
         if self.residuals == "training":

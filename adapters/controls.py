@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..data.batch import ExampleBatch
 from ..data.digests import digest_item
@@ -79,25 +80,29 @@ class Random(InfluenceMethod):
             raise bad_value("seed", "be an integer of at least 0", repr(seed))
         self.seed = seed
 
-    def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> RandomState:
+    @override
+    def fit_checkpoint(self, model: nn.Module, show_progress: bool) -> RandomState:
         labels = []
-        for batch in self._train_batches(show_progress):
-            labels.append(self._train_labels(batch, 2**62))
+        for batch in self.train_batches(show_progress):
+            labels.append(self.train_labels(batch, 2**62))
         every = torch.cat(labels)
         self.n_train_ = len(every)
         return RandomState(every, self.seed)
 
-    def _prepare(self, state: RandomState, model: nn.Module, batch: Any, ask: Query) -> RandomTest:
-        logits = self._logits(model, batch)
-        sign = widened(logits).new_tensor(-1.0 if ask.response == "loss" else 1.0)
-        return RandomTest(input_keys(batch), ask.classes(logits, batch), sign)
+    @override
+    def prepare_query(self, state: RandomState, model: nn.Module, batch: Any, query: Query) -> RandomTest:
+        logits = self.batch_logits(model, batch)
+        sign = widened(logits).new_tensor(-1.0 if query.response == "loss" else 1.0)
+        return RandomTest(input_keys(batch), query.classes(logits, batch), sign)
 
-    def _scores(self, state: RandomState, prepared: RandomTest, columns: slice) -> Tensor:
+    @override
+    def score_columns(self, state: RandomState, prepared: RandomTest, columns: slice) -> Tensor:
         rows = [_noise(state.seed, key, columns) for key in prepared.keys]
         return prepared.sign * torch.stack(rows).to(prepared.sign)
 
-    def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "seed": self.seed}
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "seed": self.seed}
 
 
 class ClassRandom(Random):
@@ -113,8 +118,9 @@ class ClassRandom(Random):
     True
     """
 
-    def _scores(self, state: RandomState, prepared: RandomTest, columns: slice) -> Tensor:
-        size = super()._scores(state, prepared, columns).abs() * prepared.sign
+    @override
+    def score_columns(self, state: RandomState, prepared: RandomTest, columns: slice) -> Tensor:
+        size = super().score_columns(state, prepared, columns).abs() * prepared.sign
         same = prepared.classes[:, None] == state.labels[columns]
         return torch.where(same, size, -size)
 

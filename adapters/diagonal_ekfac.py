@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..errors import bad_choice, bad_value
 from ..system.devices import as_float64
@@ -106,8 +107,8 @@ class DiagonalEKFAC(GradientMethod):
         n = min(self.n_fisher, self.n_train_)
         for batch, uniforms in self._fisher_batches(show_progress):
             with torch.no_grad():
-                logits = self._logits(model, batch)
-            labels = self._train_labels(batch, logits.shape[1])
+                logits = self.batch_logits(model, batch)
+            labels = self.train_labels(batch, logits.shape[1])
             draws = fisher_vectors(self.fisher, logits, labels, uniforms)
             size = len(batch) if together else 1
             for vectors in draws:
@@ -129,7 +130,7 @@ class DiagonalEKFAC(GradientMethod):
     def _fisher_batches(self, show_progress: bool) -> Iterator[tuple[Any, Tensor]]:
         chosen, uniforms = fisher_sample(self.n_train_, self.n_fisher, self.seed)
         device = self._work_device()
-        for rows, batch in self._train_blocks(self.n_train_, show_progress):
+        for rows, batch in self.train_blocks(self.n_train_, show_progress):
             inside = (chosen >= rows.start) & (chosen < rows.stop)
             if inside.any():
                 places = chosen[inside] - rows.start
@@ -169,9 +170,10 @@ class DiagonalEKFAC(GradientMethod):
                 done.append(piece * scale.flatten())
         return torch.cat(done, dim=1)
 
-    def _settings(self) -> dict[str, Any]:
+    @override
+    def settings(self) -> dict[str, Any]:
         names = ("damping", "relative", "dense", "fisher", "n_fisher", "seed")
-        return {**super()._settings(), **{name: getattr(self, name) for name in names}}
+        return {**super().settings(), **{name: getattr(self, name) for name in names}}
 
 
 def _add(total: dict[str, list[Tensor]], name: str, parts: list[Tensor]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..errors import bad_choice, bad_value
 from ..influence.method import Query
@@ -131,8 +132,9 @@ class EKFAC(GradientMethod):
             parts.append((least_lambda(spectrum, rounding) if rotated else 0.0, given, 1.0))
         check_damping(damping, parts, rounding, "Or take strategy='diagonal'.")
 
-    def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> GradientState:
-        state = super()._fit_checkpoint(model, show_progress)
+    @override
+    def fit_checkpoint(self, model: nn.Module, show_progress: bool) -> GradientState:
+        state = super().fit_checkpoint(model, show_progress)
         layers = tracked_layers(model, self.parameters_, self._probe)
         self.parameters_ = [n for n, _ in model.named_parameters() if n.rpartition(".")[0] in layers]
         self.layout_ = self._layout_of(model, layers)
@@ -194,21 +196,27 @@ class EKFAC(GradientMethod):
             yield {**batch, "uniforms": residuals.new_tensor(uniforms, dtype=torch.float64)}
 
     def _train_sides(self, show_progress: bool = False, **vectors: Tensor) -> Iterator[Batch]:
-        for rows, batch in self._train_blocks(self.n_train_, show_progress):
+        for rows, batch in self.train_blocks(self.n_train_, show_progress):
             # kronfluence takes the number of examples from what stands first.
             yield {**{name: every[rows] for name, every in vectors.items()}, "examples": batch}
 
-    def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Query) -> EKFACTest:
-        vectors = self._response_gradients(model, batch, ask)
-        query = {"gradients": vectors, "examples": batch}
+    def holds_all_columns(self) -> bool:
+        """Yes: kronfluence gives all columns."""
+        return True
+
+    @override
+    def prepare_query(self, state: GradientState, model: nn.Module, batch: Any, query: Query) -> EKFACTest:
+        vectors = self._response_gradients(model, batch, query)
+        points = {"gradients": vectors, "examples": batch}
         train = self._train_sides(residuals=state.residuals)
-        scores = self._kronfluence(model).scores(state.kernel, query, train) / self.n_train_
-        return EKFACTest(scores, lambda: self._norms_of(state, model, [{**query, "residuals": vectors}]))
+        scores = self._kronfluence(model).scores(state.kernel, points, train) / self.n_train_
+        return EKFACTest(scores, lambda: self._norms_of(state, model, [{**points, "residuals": vectors}]))
 
     def _self_scores(self, state: GradientState, model: nn.Module, batches: Iterable[Batch]) -> Tensor:
         return self._kronfluence(model).self_scores(state.kernel, batches) / self.n_train_
 
-    def _self_influence(
+    @override
+    def batch_self_influence(
         self, state: GradientState, model: nn.Module, batch: Any, rows: slice | None
     ) -> Tensor:
         left, right = self._both_residuals(state, model, batch, rows)
@@ -223,13 +231,15 @@ class EKFAC(GradientMethod):
             state.norms = self._norms_of(state, model, both)
         return super()._inverse_norms(state, prepared, model)
 
-    def _test_norms(self, state: GradientState, prepared: Any) -> Tensor:
+    @override
+    def test_norms(self, state: GradientState, prepared: Any) -> Tensor:
         norms: Tensor = prepared.norms()
         return norms
 
-    def _settings(self) -> dict[str, Any]:
+    @override
+    def settings(self) -> dict[str, Any]:
         options = ("damping", "strategy", "fisher", "seed")
-        return {**super()._settings(), **{name: getattr(self, name) for name in options}}
+        return {**super().settings(), **{name: getattr(self, name) for name in options}}
 
 
 @dataclass

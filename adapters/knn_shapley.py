@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..errors import bad_value
 from ..influence.method import Query
@@ -62,8 +63,15 @@ class KNNShapley(Similarity):
             raise bad_value("k", "be an integer of at least 1", repr(k))
         self.k = k
 
-    def _prepare(self, state: SimilarityState, model: nn.Module, batch: Any, ask: Query) -> KNNShapleyTest:
-        test = super()._prepare(state, model, batch, ask)
+    def holds_all_columns(self) -> bool:
+        """Yes: a value depends on the order of all examples."""
+        return True
+
+    @override
+    def prepare_query(
+        self, state: SimilarityState, model: nn.Module, batch: Any, query: Query
+    ) -> KNNShapleyTest:
+        test = super().prepare_query(state, model, batch, query)
         similarity = test.features @ state.features.T
         order = similarity.argsort(dim=1, descending=True, stable=True)
         matches = state.labels[order] == test.classes[:, None]
@@ -72,18 +80,30 @@ class KNNShapley(Similarity):
         values = values.masked_fill(similarity.isnan().any(1, keepdim=True), float("nan"))
         return KNNShapleyTest(test.features, test.classes, test.sign, values)
 
-    def _scores(self, state: SimilarityState, prepared: SimilarityQuery, columns: slice) -> Tensor:
+    @override
+    def score_columns(self, state: SimilarityState, prepared: SimilarityQuery, columns: slice) -> Tensor:
         assert isinstance(prepared, KNNShapleyTest)
         return prepared.values[:, columns]
 
-    def _train_norms(self, state: SimilarityState) -> Tensor:
-        raise self._no_norms()
+    @override
+    def query_vectors(self, state: SimilarityState, prepared: SimilarityQuery) -> Tensor | None:
+        return None  # a value depends on the order of all examples
 
-    def _test_norms(self, state: SimilarityState, prepared: Any) -> Tensor:
-        raise self._no_norms()
+    @override
+    def train_vectors(self, state: SimilarityState, rows: Tensor) -> Tensor | None:
+        return None
 
-    def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "k": self.k}
+    @override
+    def train_norms(self, state: SimilarityState) -> Tensor:
+        raise self.no_norms()
+
+    @override
+    def test_norms(self, state: SimilarityState, prepared: Any) -> Tensor:
+        raise self.no_norms()
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "k": self.k}
 
 
 def knn_shapley(matches: Tensor, k: int) -> Tensor:

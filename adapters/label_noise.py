@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import STRIDEConfig
 from ..data import inputs as data
 from ..data.batch import Batch, Reading, is_batch
 from ..data.passes import Passes
 from ..errors import bad_choice, bad_type, bad_value, whole_number
+from ..features.options import Features
 from ..layers.activations import Tap, check_finite, default_taps, named_taps, recording
 from ..losses import CrossEntropy, OutputCheck, loss_of
 from ..responses import class_labels, response_value
@@ -216,7 +216,7 @@ class ConfidentLearning(LabelNoiseDetector):
             few = self._passes.first().to(device_of(self.model)).first(2)
             if self.layers is not None:
                 return named_taps(self.model, self.layers, few)
-            taps = default_taps(self.model, few, STRIDEConfig().max_width)
+            taps = default_taps(self.model, few, Features().max_width)
         return taps[:-1] or taps
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..influence.method import InfluenceMethod, Query
 from ..layers.activations import Tap, check_finite, default_taps, named_taps, recording
@@ -58,7 +59,8 @@ class Similarity(InfluenceMethod):
 
     fits_in_one_pass = True
 
-    def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> SimilarityState:
+    @override
+    def fit_checkpoint(self, model: nn.Module, show_progress: bool) -> SimilarityState:
         first = self._first_train_batch()
         taps = (
             default_taps(model, first, 2**31, penultimate=True)
@@ -67,30 +69,44 @@ class Similarity(InfluenceMethod):
         )
         features, labels = [], []
         with recording(model, taps) as run:
-            for batch in self._train_batches(show_progress):
+            for batch in self.train_batches(show_progress):
                 outputs, rows = run(batch)
                 features.append(_unit(torch.cat(rows, dim=1)))
                 n_classes = self._as_logits(outputs, batch).shape[1]
-                labels.append(self._train_labels(batch, n_classes))
+                labels.append(self.train_labels(batch, n_classes))
         self.n_train_ = sum(map(len, labels))
         every = torch.cat(features)
         check_finite(every)
         return SimilarityState(taps, every, torch.cat(labels))
 
-    def _prepare(self, state: SimilarityState, model: nn.Module, batch: Any, ask: Query) -> SimilarityQuery:
+    @override
+    def prepare_query(
+        self, state: SimilarityState, model: nn.Module, batch: Any, query: Query
+    ) -> SimilarityQuery:
         with recording(model, state.taps) as run:
             outputs, rows = run(batch)
-        classes = ask.classes(batch.logits_of(outputs), batch)
-        return SimilarityQuery(_unit(torch.cat(rows, dim=1)), classes, -1 if ask.response == "loss" else 1)
+        classes = query.classes(batch.logits_of(outputs), batch)
+        return SimilarityQuery(_unit(torch.cat(rows, dim=1)), classes, -1 if query.response == "loss" else 1)
 
-    def _scores(self, state: SimilarityState, prepared: SimilarityQuery, columns: slice) -> Tensor:
+    @override
+    def score_columns(self, state: SimilarityState, prepared: SimilarityQuery, columns: slice) -> Tensor:
         scores: Tensor = (prepared.features * prepared.sign) @ state.features[columns].T
         return scores
 
-    def _train_norms(self, state: SimilarityState) -> Tensor:
+    @override
+    def query_vectors(self, state: SimilarityState, prepared: SimilarityQuery) -> Tensor | None:
+        return prepared.features * prepared.sign
+
+    @override
+    def train_vectors(self, state: SimilarityState, rows: Tensor) -> Tensor | None:
+        return state.features[rows.to(state.features.device)]
+
+    @override
+    def train_norms(self, state: SimilarityState) -> Tensor:
         return _norms(state.features)
 
-    def _test_norms(self, state: SimilarityState, prepared: SimilarityQuery) -> Tensor:
+    @override
+    def test_norms(self, state: SimilarityState, prepared: SimilarityQuery) -> Tensor:
         return _norms(prepared.features)
 
 
@@ -105,10 +121,19 @@ class ClassSimilarity(Similarity):
     0.0
     """
 
-    def _scores(self, state: SimilarityState, prepared: SimilarityQuery, columns: slice) -> Tensor:
+    @override
+    def score_columns(self, state: SimilarityState, prepared: SimilarityQuery, columns: slice) -> Tensor:
         same = prepared.classes[:, None] == state.labels[columns]
-        scores: Tensor = super()._scores(state, prepared, columns) * same
+        scores: Tensor = super().score_columns(state, prepared, columns) * same
         return scores
+
+    @override
+    def query_vectors(self, state: SimilarityState, prepared: SimilarityQuery) -> Tensor | None:
+        return None  # scores are 0 for other classes
+
+    @override
+    def train_vectors(self, state: SimilarityState, rows: Tensor) -> Tensor | None:
+        return None
 
 
 def _norms(features: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ import torch
 from captum.influence import TracInCP, TracInCPFast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from ..data.batch import ExampleBatch
 from ..data.inputs import PrivateLoader
@@ -100,11 +101,13 @@ class TracIn(GradientMethod):
             raise bad_value("model", "end in a Linear layer with fast=True", "one without any")
         return linear[-1] if self.layers is None else self.layers[0]
 
-    def _combine_weights(self, learning_rates: list[float]) -> list[float]:
+    @override
+    def combine_weights(self, learning_rates: list[float]) -> list[float]:
         return learning_rates if self.learning_rates is None else self.learning_rates
 
-    def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> GradientState:
-        state = super()._fit_checkpoint(model, show_progress)
+    @override
+    def fit_checkpoint(self, model: nn.Module, show_progress: bool) -> GradientState:
+        state = super().fit_checkpoint(model, show_progress)
         if self.fast:
             self.parameters_ = [name for name in self.parameters_ if name.endswith("weight")]
         known = dict(model.named_modules())
@@ -134,8 +137,13 @@ class TracIn(GradientMethod):
         right = agree(found, rows @ rows.T, self._rounding)
         return None if right else ArithmeticError("other products of gradients than those of autograd")
 
-    def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Query) -> TracInQuery:
-        vectors = self._response_gradients(model, batch, ask)
+    def holds_all_columns(self) -> bool:
+        """Yes: Captum gives all columns."""
+        return True
+
+    @override
+    def prepare_query(self, state: GradientState, model: nn.Module, batch: Any, query: Query) -> TracInQuery:
+        vectors = self._response_gradients(model, batch, query)
         training = ResidualsAsLabels(self, state.residuals, None if self.batched_ else 1)
         scores = self._ask_captum(model, batch, vectors, training, self.batched_)
         # The column of a training example whose gradient is not finite; a row belongs to a test point.
@@ -156,7 +164,8 @@ class TracIn(GradientMethod):
             scores: Tensor = captum.influence(asked[0] if self.fast else _as_they_are(asked))
         return scores
 
-    def _test_norms(self, state: GradientState, prepared: Any) -> Tensor:
+    @override
+    def test_norms(self, state: GradientState, prepared: Any) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(prepared.sides(), dim=1)
         return norms
 
@@ -179,8 +188,9 @@ class TracIn(GradientMethod):
             **checkpoint,
         )
 
-    def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "learning_rates": self.learning_rates, "fast": self.fast}
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "learning_rates": self.learning_rates, "fast": self.fast}
 
 
 def _as_they_are(batches: Any) -> DataLoader[Any]:

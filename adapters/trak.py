@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..errors import bad_value
 from ..residuals import tempered_residuals
@@ -110,10 +111,10 @@ class TRAK(GradientMethod):
         place = float64_device(residuals.device)
         gram = torch.zeros(k, k, dtype=torch.float64, device=place)
         margins, doubts, sides = [], [], []
-        for rows, batch in self._train_blocks(self.n_train_, show_progress):
+        for rows, batch in self.train_blocks(self.n_train_, show_progress):
             with torch.no_grad():
-                logits = self._logits(model, batch)
-            labels = self._train_labels(batch, logits.shape[1])
+                logits = self.batch_logits(model, batch)
+            labels = self.train_labels(batch, logits.shape[1])
             vectors = response_gradient(logits, labels, "margin")
             margins.append(count_sketch(self._gradients(model, batch, vectors), places, k))
             check_gradients(margins[-1], rows.start)
@@ -164,24 +165,38 @@ class TRAK(GradientMethod):
     def _precondition(self, kernel: TRAKKernel, sides: Tensor) -> Tensor:
         return _applied(kernel.inverse, sides)
 
-    def _scores(self, state: GradientState, prepared: Any, columns: slice) -> Tensor:
+    @override
+    def score_columns(self, state: GradientState, prepared: Any, columns: slice) -> Tensor:
         scores: Tensor = prepared.sides @ state.kernel.features[columns].T
         return scores
 
-    def _test_norms(self, state: GradientState, prepared: Any) -> Tensor:
+    @override
+    def query_vectors(self, state: GradientState, prepared: Any) -> Tensor | None:
+        sides: Tensor = prepared.sides
+        return sides
+
+    @override
+    def train_vectors(self, state: GradientState, rows: Tensor) -> Tensor | None:
+        features: Tensor = state.kernel.features
+        return features[rows.to(features.device)]
+
+    @override
+    def test_norms(self, state: GradientState, prepared: Any) -> Tensor:
         return _norms(prepared.sides, state.kernel.inverse)
 
     def _inverse_norms(self, state: GradientState, prepared: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
         state.norms = state.kernel.norms
         return super()._inverse_norms(state, prepared, model)
 
-    def _train_self_influence(self, state: GradientState) -> Tensor | None:
+    @override
+    def train_self_influence(self, state: GradientState) -> Tensor | None:
         own: Tensor = state.kernel.own
         return own
 
-    def _settings(self) -> dict[str, Any]:
+    @override
+    def settings(self) -> dict[str, Any]:
         names = ("projection_dim", "damping", "seed")
-        return {**super()._settings(), **{name: getattr(self, name) for name in names}}
+        return {**super().settings(), **{name: getattr(self, name) for name in names}}
 
 
 def _applied(inverse: Tensor, sides: Tensor) -> Tensor:

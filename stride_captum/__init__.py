@@ -1,11 +1,32 @@
 """STRIDE: training data attribution in activation space, as a Captum plugin."""
 
-from .config import STRIDEConfig
+from .closed_form.options import ClosedForm
 from .data.batch import Batch
+from .designs import LeftRegular, Partition, RandomSubsets
+from .features.options import Features
 from .influence.method import InfluenceMethod
+from .influence.rows import result_rows
+from .recovery.estimators import Lasso, Ridge
 from .recovery.refinement import RefinedScores, refine
+from .steering.options import Trained
 from .stride import STRIDE
 
 __version__ = "0.1.0"
 
-__all__ = ["STRIDE", "Batch", "InfluenceMethod", "RefinedScores", "STRIDEConfig", "__version__", "refine"]
+__all__ = [
+    "STRIDE",
+    "Batch",
+    "ClosedForm",
+    "Features",
+    "InfluenceMethod",
+    "Lasso",
+    "LeftRegular",
+    "Partition",
+    "RandomSubsets",
+    "RefinedScores",
+    "Ridge",
+    "Trained",
+    "__version__",
+    "refine",
+    "result_rows",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,15 +10,16 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import override
 
-from .config import STRIDEConfig
 from .data import inputs as data
 from .data.batch import is_batch
 from .errors import bad_type, bad_value
+from .features.precomputed import Precomputed
 from .influence.method import Query
-from .influence.top_k import Collector, DenseScores, GroupSums, StreamedTopK, merge_top_k
-from .losses import CrossEntropy
-from .stride import STRIDE, STRIDEState
+from .influence.top_k import Collector, ColumnSums, DenseScores, GroupSums, StreamedTopK, merge_top_k
+from .operators import STRIDEState, TestPoints
+from .stride import STRIDE
 from .system.memory import blocks
 from .system.processes import Ranks
 
@@ -82,40 +83,30 @@ class DistributedSTRIDE(STRIDE):
         n, share = _share(train_dataset, self.ranks)
         super().__init__(model, share, **options)
         self._n_whole, self.columns = n, self.ranks.shard(n)
-        for name, only in (("operators", "trained"), ("curvature", "gauss-newton")):
-            if getattr(self.config, name) == only:
-                raise bad_value(name, "be another one in a process group", repr(only), "Use STRIDE.")
-        if self.config.projection is not None:
-            raise bad_value("projection", "be None in a process group", repr(self.config.projection))
+        self.operators.check_shared()
+        if self.features.projection is not None:
+            raise bad_value("projection", "be None in a process group", repr(self.features.projection))
         if self.feature_store is not None:  # every rank keeps its share
             folder = f"rank{self.ranks.rank}-of-{self.ranks.size}"
             self.feature_store = replace(self.feature_store, path=Path(self.feature_store.path) / folder)
 
     @classmethod
-    def from_features(
-        cls: type[Self],
-        features: Any,
-        logits: Any,
-        labels: Any,
-        *,
-        widths: Sequence[int] | None = None,
-        config: STRIDEConfig | None = None,
-        loss: str | CrossEntropy = "cross_entropy",
-    ) -> Self:
+    def from_features(cls: type[Self], features: Any, logits: Any, labels: Any, **options: Any) -> Self:
         """As `STRIDE.from_features`: every rank passes all of it (memory-mapped) and reads its rows."""
-        method = super().from_features(features, logits, labels, widths=widths, config=config, loss=loss)
-        assert method._precomputed is not None
-        features, logits, labels, widths = method._precomputed
-        rows = method.columns
-        method._precomputed = features[rows], logits[rows], labels[rows], widths
+        method = super().from_features(features, logits, labels, **options)
+        known, rows = method._precomputed, method.columns
+        assert known is not None
+        method._precomputed = Precomputed(
+            known.features[rows], known.logits[rows], known.labels[rows], known.widths
+        )
         return method
 
     def fit(self: Self, show_progress: bool = False) -> Self:
         """Learn from the training set; a bar shows the share of rank 0."""
         with self.ranks.call("fit"):
             self.ranks.agree(
-                f"{self._n_whole} {self.layers} {self.config}",
-                "config",
+                f"{self._n_whole} {self.layers} {self.operators} {self.features}",
+                "operators",
                 "be the same on every rank, as the layers and the length of the training set must",
             )
             super().fit(show_progress and self.ranks.rank == 0)
@@ -153,8 +144,9 @@ class DistributedSTRIDE(STRIDE):
             method._agree_on_weights()
         return method
 
-    def _settings(self) -> dict[str, Any]:
-        settings = super()._settings()
+    @override
+    def settings(self) -> dict[str, Any]:
+        settings = super().settings()
         if self.feature_store is not None:  # of all ranks: `load` finds the folder of this one again
             settings["feature_store"]["path"] = str(Path(self.feature_store.path).parent)
         return settings
@@ -174,14 +166,18 @@ class DistributedSTRIDE(STRIDE):
         with self.ranks.call("influence"):
             return super()._collect(inputs, merged, show_progress and self.ranks.rank == 0, *args)
 
-    def _prepare(self, state: STRIDEState, model: nn.Module, batch: Any, ask: Query) -> Any:
-        form: Any = state.operators
-        n, d, c = len(batch), len(form.scale) - 1, form.n_classes
-        self.ranks.agree(f"{n} {ask.response}", "inputs", "be the same test points on every rank")
-        query = form.scale.new_empty(n, d + c)
+    @override
+    def prepare_query(self, state: STRIDEState, model: nn.Module, batch: Any, query: Query) -> Any:
+        operators, n = state.operators, len(batch)
+        self.ranks.agree(f"{n} {query.response}", "inputs", "be the same test points on every rank")
+        sizes = [sum(tap.width for tap in state.taps), operators.n_classes, operators.n_classes, 1]
+        rows = torch.empty(n, sum(sizes), dtype=operators.dtype, device=operators.device)
         if self.ranks.rank == 0:
-            query = torch.cat([part.to(query) for part in self._query(state, model, batch, ask)], 1)
-        return form.prepare(*self.ranks.broadcast(query, "test points").split([d, c], 1))
+            points = self._points(state, model, batch, query)
+            parts = (points.features, points.logits, points.gradients, points.classes[:, None])
+            rows = torch.cat([part.to(rows) for part in parts], 1)
+        h, z, gradients, classes = self.ranks.broadcast(rows, "test points").split(sizes, 1)
+        return operators.prepare(TestPoints(h, z, classes[:, 0].long(), gradients, query.response))
 
     def _column_blocks(self, size: int) -> Iterator[tuple[slice, Any]]:
         for columns in blocks(self.columns.stop - self.columns.start, max(size, 1)):
@@ -199,7 +195,7 @@ class _Merged:
         self._dense = isinstance(whole, DenseScores)
         self._inner = DenseScores(columns.stop - columns.start) if self._dense else whole
         self._ranks, self._start = ranks, 0 if self._dense else columns.start
-        self.keeps_all = self._inner.keeps_all
+        self.keeps_all, self.over_all_batches = self._inner.keeps_all, self._inner.over_all_batches
 
     def update(self, block: Tensor, start: int) -> None:
         """Take in the scores of columns `start, start + 1, ...` of the share, `(n_rows, n_block)`."""
@@ -207,6 +203,8 @@ class _Merged:
 
     def result(self) -> tuple[Tensor, ...]:
         """What all ranks have collected."""
+        if isinstance(self._inner, ColumnSums):
+            return self._inner.result_of(self._ranks.all_reduce(self._inner.sums(), "sums of columns"))
         found = self._inner.result()
         if isinstance(self._inner, GroupSums):
             return (self._ranks.all_reduce(found[0], "sums of groups"),)

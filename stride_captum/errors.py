@@ -42,6 +42,15 @@ def bad_choice(name: str, got: object, choices: Sequence[str]) -> ValueError:
     )
 
 
+class NotFitted(ValueError, AttributeError):
+    """A learned attribute is read before `fit`: `hasattr` is then False."""
+
+
+def not_fitted(name: str) -> NotFitted:
+    """The error for a learned attribute that is read before `fit`."""
+    return NotFitted(_sentence(name, "be read after fit()", "a method that is not fitted", None))
+
+
 def whole_number(name: str, value: Any, least: int = 1, or_else: str = "") -> int:
     """An argument that is an integer of any type (of NumPy or a tensor, too) as an `int`.
 

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from .errors import bad_choice, bad_type, bad_value
 from .responses import multiclass_logits
+from .system.saved_values import saved_as
 
 Outputs = Literal["logits", "probabilities"]
 
 
+@saved_as("loss.cross-entropy")
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropy:
     """Softmax cross-entropy over the classes; with one output, the binary cross-entropy of a sigmoid.

@@ -15,15 +15,15 @@ A score is the predicted change of this scalar, so that a training example with 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .config import Response
 from .errors import bad_choice, bad_value
 from .residuals import one_hot, tempered_residuals
 
+Response = Literal["margin", "logit", "probability", "log-probability", "loss"]
 RESPONSES: tuple[str, ...] = get_args(Response)
 
 

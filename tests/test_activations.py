@@ -8,7 +8,7 @@ from planted import N_CLASSES, BatchNormCNN, HuggingFaceLike, ListOfDicts, built
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stride_captum import STRIDE, STRIDEConfig
+from stride_captum import STRIDE, Features
 from stride_captum.evaluation.tasks.networks import cifar10_cnn, mnist_mlp
 from stride_captum.layers.activations import Tap, default_taps, named_taps, recording, to_rows
 
@@ -225,7 +225,7 @@ class TestWidth:
 
     def test_stride_respects_max_width_and_says_what_it_reads(self):
         model, train, _ = trained(BatchNormCNN, n_train=12, steps=1)
-        method = STRIDE(model, train, config=STRIDEConfig(max_width=70)).fit()
+        method = STRIDE(model, train, features=Features(max_width=70)).fit()
         assert method.layers_ == ["conv2:input", "fc:input"]
         assert method._states[0].operators.features.shape[1] == 4 * 4 + 48
 

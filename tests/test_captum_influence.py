@@ -19,6 +19,7 @@ from captum.influence import (
 )
 from captum.influence._core.arnoldi_influence_function import ArnoldiInfluenceFunction
 from captum.influence._core.similarity_influence import cosine_similarity, euclidean_distance
+from flat_options import arguments
 from planted import (
     MLP,
     BatchNormCNN,
@@ -39,7 +40,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from stride_captum import STRIDE, STRIDEConfig
+from stride_captum import STRIDE
 from stride_captum.adapters.captum_influence import CaptumInfluence, NoIndex, ResidualLoss, keep_weights
 from stride_captum.residuals import tempered_residuals
 from stride_captum.responses import RESPONSES, response_gradient, response_value
@@ -359,8 +360,8 @@ class TestResiduals:
     @pytest.mark.parametrize("residuals", ["temperature", "leave-one-out", "both"])
     def test_stand_for_the_training_losses(self, exact, kind, residuals):
         model, train, test = exact
-        config = STRIDEConfig(residuals=residuals, temperature=3.0)
-        vectors = STRIDE(model, train, config=config).fit()._states[0].operators.residuals
+        config = arguments(residuals=residuals, temperature=3.0)
+        vectors = STRIDE(model, train, **config).fit()._states[0].operators.residuals
         ours = CaptumInfluence(model, train, build=with_residuals(kind), residuals=residuals, temperature=3.0)
         found = ours.influence(test.tensors)
         torch.testing.assert_close(ours._states[0].residuals, vectors)

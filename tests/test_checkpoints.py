@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from planted import MLP, BatchNormCNN, built, expect_untouched
+from planted import MLP, BatchNormCNN, built, expect_untouched, trained
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from stride_captum import STRIDE
 from stride_captum.influence.checkpoints import (
@@ -452,3 +453,32 @@ class TestEqualWeights:
         warn_of_equal(["a.pt", "b.pt", "a.pt"], ["1", "2", "1"])
         warn_of_equal([{}, {}], ["1", "1"])
         assert len(recwarn) == 0
+
+
+class TestStateDictOfTheModelItself:
+    """`model.state_dict()` holds the parameters: the next checkpoint must not be loaded over it."""
+
+    @pytest.mark.parametrize("wrapped", [False, True])
+    def test_batches_of_a_query_have_the_scores_of_one(self, planted, wrapped):
+        model, train, test = planted
+        own = {"state_dict": model.state_dict()} if wrapped else model.state_dict()
+        other = trained(MLP, seed=3)[0].state_dict()
+        method = STRIDE(model, train, checkpoints=[own, other])
+        wanted = (STRIDE(model, train).influence(test) + _of(other, train).influence(test)) / 2
+        torch.testing.assert_close(method.influence(test), wanted)
+        torch.testing.assert_close(method.influence(DataLoader(test, 2)), wanted)
+        assert method.checkpoints[1] is other
+
+    def test_it_is_what_it_was_when_the_method_was_built(self, planted):
+        model, train, test = copy.deepcopy(planted[0]), planted[1], planted[2]
+        wanted = STRIDE(model, train).influence(test)
+        method = STRIDE(model, train, checkpoints=[model.state_dict()])
+        with torch.no_grad():
+            model.fc1.weight.add_(1)
+        torch.testing.assert_close(method.influence(test), wanted)
+
+
+def _of(weights, train):
+    model = built(MLP)
+    model.load_state_dict(weights)
+    return STRIDE(model, train)

@@ -5,6 +5,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from flat_options import arguments
 from planted import MLP, planted_classes
 from torch import nn
 from torch.nn import functional as F
@@ -12,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from stride_captum import STRIDE, STRIDEConfig
+from stride_captum import STRIDE, ClosedForm
 from stride_captum.closed_form.moments import scaled_features
-from stride_captum.config import Curvature, Residuals
+from stride_captum.closed_form.options import Curvature, Residuals
 from stride_captum.residuals import DEFAULT_TEMPERATURE, RIDGE_SHARE, mean_residual, project_on_simplex
 from stride_captum.responses import response_gradient, response_value
 
@@ -61,9 +62,7 @@ def wide_network():
 
 
 def stride(model, x, y, held_out=None, layers=None, **options):
-    return STRIDE(
-        model, TensorDataset(x, y), held_out=held_out, layers=layers, config=STRIDEConfig(**options)
-    )
+    return STRIDE(model, TensorDataset(x, y), held_out=held_out, layers=layers, **arguments(**options))
 
 
 def mlp_features(model, x):
@@ -136,8 +135,8 @@ class TestLogisticRegression:
 
     def scores(self, regression, x, y, response, **options):
         options = {"residuals": "training", "curvature": "gauss-newton", **options}
-        config = STRIDEConfig(damping=regression.damping(), **options)
-        method = STRIDE(regression.model(), TensorDataset(regression.x, regression.y), config=config)
+        config = arguments(damping=regression.damping(), **options)
+        method = STRIDE(regression.model(), TensorDataset(regression.x, regression.y), **config)
         return method.influence((x, y), response=response)
 
     @pytest.mark.parametrize("response", ["margin", "loss", "logit"])
@@ -217,29 +216,23 @@ class TestFrequencies:
 
     def test_gauss_newton_scores_are_the_derivatives_of_the_log_odds(self):
         features, logits, labels, cells = self.data(self.COUNTS)
-        config = STRIDEConfig(residuals="training", curvature="gauss-newton", damping=1e-7)
-        scores = STRIDE.from_features(features, logits, labels, config=config).influence(
-            self.queries(self.COUNTS)
-        )
+        config = arguments(residuals="training", curvature="gauss-newton", damping=1e-7)
+        scores = STRIDE.from_features(features, logits, labels, **config).influence(self.queries(self.COUNTS))
         torch.testing.assert_close(scores, self.expected(self.COUNTS, cells, labels), rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("curvature", CURVATURES)
     def test_so_are_all_others_for_two_classes_of_equal_odds_up_to_what_they_leave_out(self, curvature):
         counts = ((6, 3), (3, 6), (12, 6))
         features, logits, labels, cells = self.data(counts)
-        config = STRIDEConfig(residuals="training", curvature=curvature, damping=1e-7)
-        scores = STRIDE.from_features(features, logits, labels, config=config).influence(self.queries(counts))
-        # One block per class misses the coupling of the two logits: both blocks have half of F's curvature.
-        factor = 2 if curvature == "class-blocks" else 1
-        torch.testing.assert_close(
-            scores, factor * self.expected(counts, cells, labels), rtol=1e-5, atol=1e-5
-        )
+        config = arguments(residuals="training", curvature=curvature, damping=1e-7)
+        scores = STRIDE.from_features(features, logits, labels, **config).influence(self.queries(counts))
+        torch.testing.assert_close(scores, self.expected(counts, cells, labels), rtol=1e-5, atol=1e-5)
 
     def test_removing_an_example_changes_the_log_odds_by_the_score_to_second_order(self):
         counts = tuple(tuple(10 * count for count in row) for row in self.COUNTS)
         features, logits, labels, cells = self.data(counts)
-        config = STRIDEConfig(residuals="training", curvature="gauss-newton", damping=1e-7)
-        method = STRIDE.from_features(features, logits, labels, config=config)
+        config = arguments(residuals="training", curvature="gauss-newton", damping=1e-7)
+        method = STRIDE.from_features(features, logits, labels, **config)
         scores = method.influence(self.queries(counts))
         for cell, row in enumerate(counts):
             for c, same in enumerate(row):
@@ -325,12 +318,12 @@ class TestEveryOption:
             "temperature": tempered,
             "leave-one-out": ridge,
             "both": (1 - RIDGE_SHARE) * tempered + RIDGE_SHARE * form.ridge_ratio * ridge,
-        }[method.config.residuals]
+        }[method.operators.residuals]
         terms = form.curvature.precondition(phi, e - p)
         expected = sum((u * phi).sum(1) * (v * residuals).sum(1) for u, v in terms) / len(x_train)
         torch.testing.assert_close(own, expected, rtol=1e-7, atol=1e-12)
         assert (own >= 0).all()
-        if method.config.residuals in ("training", "temperature"):
+        if method.operators.residuals in ("training", "temperature"):
             again = method.self_influence((x_train, y_train))
             torch.testing.assert_close(again, method.self_influence(), rtol=1e-7, atol=1e-12)
 
@@ -339,8 +332,8 @@ class TestCosine:
     def test_a_zero_norm_gives_zero(self):
         features, labels = torch.eye(4), torch.tensor([0, 1, 0, 1])
         logits = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.0], [-1e4, 1e4]])
-        config = STRIDEConfig(residuals="training")
-        method = STRIDE.from_features(features, logits, labels, config=config)
+        config = arguments(residuals="training")
+        method = STRIDE.from_features(features, logits, labels, **config)
         batch = (features, logits, labels)
         assert (method.influence(batch)[:, 3] == 0).all()
         cosine = method.influence(batch, normalize="cosine")
@@ -354,8 +347,8 @@ class TestCosine:
     def test_it_does_not_depend_on_the_size_of_a_residual(self, curvature, confidence):
         features, logits, labels = torch.eye(3)[[0, 0, 1, 2]], torch.zeros(4, 2), torch.tensor([0, 0, 1, 1])
         logits[1, 0] = confidence
-        config = STRIDEConfig(residuals="training", curvature=curvature)
-        method = STRIDE.from_features(features, logits, labels, config=config)
+        config = arguments(residuals="training", curvature=curvature)
+        method = STRIDE.from_features(features, logits, labels, **config)
         cosine = method.influence((features, logits, labels), normalize="cosine")
         assert cosine.abs().max() <= 1 + 1e-5
         if confidence < 90:
@@ -470,9 +463,7 @@ class TestFromFeatures:
         features, logits = mlp_features(model, x)
         for options in ({}, {"curvature": "gauss-newton"}, {"residuals": "training"}):
             from_model = stride(model, x, y, **options)
-            precomputed = STRIDE.from_features(
-                features, logits, y, widths=[5, 8], config=STRIDEConfig(**options)
-            )
+            precomputed = STRIDE.from_features(features, logits, y, widths=[5, 8], **arguments(**options))
             batch = (features[:7], logits[:7], y[:7])
             torch.testing.assert_close(precomputed.influence(batch), from_model.influence((x[:7], y[:7])))
             torch.testing.assert_close(precomputed.self_influence(), from_model.self_influence())
@@ -499,9 +490,9 @@ class TestFromFeatures:
     def test_half_precision_is_only_for_storage(self, network, dtype, curvature):
         model, x, y = network
         features, logits = (part.to(dtype) for part in mlp_features(model, x))
-        config = STRIDEConfig(curvature=curvature)
-        half = STRIDE.from_features(features, logits, y, config=config)
-        single = STRIDE.from_features(features.float(), logits.float(), y, config=config)
+        config = arguments(curvature=curvature)
+        half = STRIDE.from_features(features, logits, y, **config)
+        single = STRIDE.from_features(features.float(), logits.float(), y, **config)
         batch = (features[:5], logits[:5], y[:5])
         full = (features[:5].float(), logits[:5].float(), y[:5])
         for normalize in (None, "cosine"):
@@ -659,7 +650,7 @@ class TestCost:
         for n in (100, 1000):
             x, y = blobs(n)
             method = STRIDE(
-                nn.Linear(5, 3).double(), TensorDataset(x, y), config=STRIDEConfig(curvature=curvature)
+                nn.Linear(5, 3).double(), TensorDataset(x, y), operators=ClosedForm(curvature=curvature)
             )
             with Count() as count:
                 method.fit()
@@ -679,7 +670,7 @@ def test_float32_and_float64_models_give_scores_of_their_dtype():
 def test_a_damping_that_is_too_small_for_float32_is_refused():
     x, y = blobs(40, n_features=200, dtype=torch.float32)
     with pytest.raises(ValueError, match="`damping` must be large enough"):
-        STRIDE.from_features(x, x[:, :3], y, config=STRIDEConfig(damping=1e-12)).fit()
+        STRIDE.from_features(x, x[:, :3], y, operators=ClosedForm(damping=1e-12)).fit()
 
 
 def test_a_notebook_shows_whether_it_is_fitted_and_on_what():

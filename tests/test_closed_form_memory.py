@@ -5,20 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from flat_options import arguments
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
-from stride_captum import STRIDE, STRIDEConfig
-from stride_captum.config import Residuals
+from stride_captum import STRIDE, ClosedForm
+from stride_captum.closed_form.options import Residuals
 from stride_captum.features.store import FeatureStore
 
 N, D, C, N_TEST = 1_200, 12, 30, 5
 SMALL = "64KiB"
 OPTIONS = [
     *({"residuals": kind} for kind in ("training", "leave-one-out", "both")),
-    *({"curvature": name} for name in ("identity", "eigenvalue-corrected", "class-blocks")),
+    *({"curvature": name} for name in ("identity", "eigenvalue-corrected")),
 ]
 
 
@@ -70,10 +71,10 @@ def ask_everything(method: STRIDE, test) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_mapped_arrays_are_read_and_nothing_of_their_size_is_made(tmp_path, options):
-    config = STRIDEConfig(memory_budget=SMALL, **options)
+    config = arguments(memory_budget=SMALL, **options)
     features, logits, labels = mapped(tmp_path)
     test = tuple(part[:N_TEST] for part in arrays())
-    method = STRIDE.from_features(features, logits, labels, config=config)
+    method = STRIDE.from_features(features, logits, labels, **config)
     with LargeAllocations(N * D) as large:
         method.fit()
         ask_everything(method, test)
@@ -96,7 +97,7 @@ def test_with_a_store_no_array_grows_with_the_training_set(tmp_path, monkeypatch
     test = train.tensors[0][:N_TEST], train.tensors[1][:N_TEST]
     options = {
         "batch_size": 50,
-        "config": STRIDEConfig(memory_budget=SMALL, feature_layers="penultimate"),
+        **arguments(memory_budget=SMALL, select="penultimate"),
         "feature_store": FeatureStore(tmp_path / "store", chunk="32KiB"),
         "held_out": TensorDataset(*(t[:40] for t in train.tensors)) if held_out else None,
     }
@@ -115,7 +116,7 @@ def test_with_a_store_no_array_grows_with_the_training_set(tmp_path, monkeypatch
 def test_in_memory_the_logits_are_the_only_array_of_their_size():
     features, logits, labels = arrays()
     test = features[:N_TEST], logits[:N_TEST], labels[:N_TEST]
-    method = STRIDE.from_features(features, logits, labels, config=STRIDEConfig(memory_budget=SMALL))
+    method = STRIDE.from_features(features, logits, labels, memory_budget=SMALL)
     with LargeAllocations(N * D) as large:
         method.fit()
         ask_everything(method, test)
@@ -124,7 +125,7 @@ def test_in_memory_the_logits_are_the_only_array_of_their_size():
 
 def test_residuals_that_fit_the_budget_are_kept_once(tmp_path):
     features, logits, labels = mapped(tmp_path)
-    method = STRIDE.from_features(features, logits, labels, config=STRIDEConfig(memory_budget="8MiB"))
+    method = STRIDE.from_features(features, logits, labels, memory_budget="8MiB")
     method.fit()
     kept = method._states[0].operators._residuals.kept
     assert kept.shape == (N, C)
@@ -142,7 +143,7 @@ def test_kept_or_computed_again_residuals_give_the_same_scores(residuals, dtype)
     test = features[:N_TEST], logits[:N_TEST], labels[:N_TEST]
     few, many = (
         STRIDE.from_features(
-            features, logits, labels, config=STRIDEConfig(memory_budget=budget, residuals=residuals)
+            features, logits, labels, operators=ClosedForm(residuals=residuals), memory_budget=budget
         ).fit()
         for budget in (SMALL, "64MiB")
     )

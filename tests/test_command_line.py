@@ -69,7 +69,7 @@ class TestExplain:
             assert best == sorted(best, reverse=True)
             assert worst == sorted(worst)
         assert results["seconds"].keys() == {"forward", "fit", "query"}
-        assert results["settings"]["operators"] == "newton"
+        assert results["settings"]["operators"]["name"] == "closed-form"
         assert results["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
 
     def test_the_report_shows_every_figure_and_needs_no_network(self, run):
@@ -100,22 +100,25 @@ class TestExplain:
         assert points[0] == points[1]
 
     def test_own_options(self, store, tmp_path):
-        config = '{"residuals": "training", "damping": 0.1}'
+        options = '{"residuals": "training", "damping": 0.1}'
         result = invoke(
             "explain",
             "--preset",
             "smoke",
             "--index",
             0,
-            "--config",
-            config,
+            "--operators",
+            options,
             "--store",
             store,
             "--out",
             tmp_path,
         )
         assert result.exit_code == 0
-        assert json.loads((tmp_path / "results.json").read_text())["settings"]["residuals"] == "training"
+        assert (
+            json.loads((tmp_path / "results.json").read_text())["settings"]["operators"]["residuals"]
+            == "training"
+        )
 
 
 @pytest.mark.parametrize(
@@ -125,9 +128,10 @@ class TestExplain:
         (["--preset", "large"], r"`preset` must be one of"),
         (["--task", "mnist"], r"Name their folder with --data-root"),
         (["--preset", "smoke", "--index", "4000"], r"has points 0 to 399; got 4000"),
-        (["--config", "{damping}"], r"`config` must be a JSON object"),
-        (["--config", "[1]"], r"`config` must be a JSON object"),
-        (["--config", '{"dampin": 1}'], r"Nearest: 'damping'"),
+        (["--operators", "{damping}"], r"`operators` must be a JSON object"),
+        (["--operators", "[1]"], r"`operators` must be one of 'closed-form', 'trained'"),
+        (["--operators", '{"dampin": 1}'], r"Nearest: 'damping'"),
+        (["--features", "[1]"], r"`features` must be a JSON object"),
         (["--model", "nothing.here:make"], r"`model` must name a module that can be imported"),
     ],
 )
@@ -435,7 +439,7 @@ def test_recovery_curve(store, tmp_path):
     assert point["n_subsets"] == 30
     assert point["subset_size"] == 100
     assert {"lasso", "ridge", "closed_form_on_phi"} < point.keys()
-    assert results["protocol"]["paper"]["operators"] == "trained"
+    assert results["protocol"]["paper"]["name"] == "trained"
 
 
 def test_bench_recovery(tmp_path):

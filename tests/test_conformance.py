@@ -10,10 +10,11 @@ import pytest
 import torch
 from captum.influence import TracInCPFast
 from captum.influence._core.tracincp import KMostInfluentialResults
+from flat_options import arguments
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from stride_captum import STRIDE, InfluenceMethod, STRIDEConfig, adapters
+from stride_captum import STRIDE, InfluenceMethod, adapters
 from stride_captum.conformance import (
     CHECKS,
     ConformanceReport,
@@ -33,7 +34,7 @@ from stride_captum.responses import response_gradient
 
 
 def stride(name: str, exceptions: dict[str, str] | None = None, **config: Any) -> Subject:
-    return Subject(f"STRIDE-{name}", partial(STRIDE, config=STRIDEConfig(**config)), exceptions or {})
+    return Subject(f"STRIDE-{name}", partial(STRIDE, **arguments(**config)), exceptions or {})
 
 
 # One line a method: those that ship are in `shipped()`, other settings of them here.
@@ -41,7 +42,6 @@ METHODS = [
     *shipped(),
     stride("kronecker", curvature="kronecker"),
     stride("eigenvalue-corrected", curvature="eigenvalue-corrected"),
-    stride("class-blocks", curvature="class-blocks"),
     stride("gauss-newton", curvature="gauss-newton"),
     stride("training-residuals", residuals="training"),
     stride("cosine", normalize="cosine"),
@@ -122,30 +122,30 @@ def test_captums_own_method_keeps_the_laws_of_its_contract(law, tmp_path):
 class Honest(InfluenceMethod):
     """`(<p, p_i> + 1) <g, e_y - p_i> / N` with the gradient g of the response: keeps every law."""
 
-    def _fit_checkpoint(self, model, show_progress):
+    def fit_checkpoint(self, model, show_progress):
         logits, residuals = [], []
-        for batch in self._train_batches(show_progress):
-            logits.append(self._logits(model, batch))
-            labels = self._train_labels(batch, logits[-1].shape[1])
+        for batch in self.train_batches(show_progress):
+            logits.append(self.batch_logits(model, batch))
+            labels = self.train_labels(batch, logits[-1].shape[1])
             residuals.append(tempered_residuals(logits[-1], labels))
         every = torch.cat(logits)
         check_finite(every, "logits")
         self.n_train_ = len(every)
         return {"logits": every, "residuals": torch.cat(residuals)}
 
-    def _prepare(self, state, model, batch, ask):
-        logits = self._logits(model, batch)
-        return logits, response_gradient(logits, ask.classes(logits, batch), ask.response)
+    def prepare_query(self, state, model, batch, query):
+        logits = self.batch_logits(model, batch)
+        return logits, response_gradient(logits, query.classes(logits, batch), query.response)
 
-    def _scores(self, state, prepared, columns):
+    def score_columns(self, state, prepared, columns):
         kernel = prepared[0].softmax(1) @ state["logits"][columns].softmax(1).T + 1
         return kernel * (prepared[1] @ state["residuals"][columns].T) / self.n_train_
 
 
 class HasTheWrongSign(Honest):
-    def _prepare(self, state, model, batch, ask):
-        logits, gradient = super()._prepare(state, model, batch, ask)
-        return logits, -gradient if ask.response == "margin" else gradient
+    def prepare_query(self, state, model, batch, query):
+        logits, gradient = super().prepare_query(state, model, batch, query)
+        return logits, -gradient if query.response == "margin" else gradient
 
 
 class IsOffByOneInGroups(Honest):
@@ -164,22 +164,22 @@ class LeavesEvalMode(Honest):
 
 
 class HidesNaN(Honest):
-    def _scores(self, state, prepared, columns):
-        return super()._scores(state, prepared, columns).nan_to_num()
+    def score_columns(self, state, prepared, columns):
+        return super().score_columns(state, prepared, columns).nan_to_num()
 
 
 class DependsOnTheBatchSize(Honest):
-    def _scores(self, state, prepared, columns):
-        return super()._scores(state, prepared, columns) / self.batch_size
+    def score_columns(self, state, prepared, columns):
+        return super().score_columns(state, prepared, columns) / self.batch_size
 
 
 class DependsOnTheBlock(Honest):
-    def _scores(self, state, prepared, columns):
-        return super()._scores(state, prepared, columns) / (columns.stop - columns.start)
+    def score_columns(self, state, prepared, columns):
+        return super().score_columns(state, prepared, columns) / (columns.stop - columns.start)
 
-    def _self_influence(self, state, model, batch, rows):
-        prepared = self._prepare(state, model, batch, Query("loss", "label"))
-        return -self._scores(state, prepared, slice(0, self.n_train_)).diagonal(rows.start)[
+    def batch_self_influence(self, state, model, batch, rows):
+        prepared = self.prepare_query(state, model, batch, Query("loss", "label"))
+        return -self.score_columns(state, prepared, slice(0, self.n_train_)).diagonal(rows.start)[
             : len(prepared[0])
         ]
 
@@ -190,12 +190,12 @@ class DrawsFromTheGlobalState(Honest):
             self.factor_ = 1 + float(torch.rand(()))
         return super().fit(show_progress)
 
-    def _scores(self, state, prepared, columns):
-        return super()._scores(state, prepared, columns) * self.factor_
+    def score_columns(self, state, prepared, columns):
+        return super().score_columns(state, prepared, columns) * self.factor_
 
 
 class AddsCheckpointsUp(Honest):
-    def _combine_weights(self, learning_rates):
+    def combine_weights(self, learning_rates):
         return [1.0] * len(learning_rates)
 
 
@@ -214,19 +214,19 @@ class BreaksTiesFromTheRight(Honest):
 
 
 class RoundsToSinglePrecision(Honest):
-    def _scores(self, state, prepared, columns):
-        return super()._scores(state, prepared, columns).float()
+    def score_columns(self, state, prepared, columns):
+        return super().score_columns(state, prepared, columns).float()
 
 
 class ScoresThePlace(Honest):
-    def _scores(self, state, prepared, columns):
+    def score_columns(self, state, prepared, columns):
         place = torch.arange(columns.start, columns.stop).to(prepared[0])
-        return super()._scores(state, prepared, columns) * (1 + place / self.n_train_)
+        return super().score_columns(state, prepared, columns) * (1 + place / self.n_train_)
 
 
 class DoublesSelfInfluence(Honest):
-    def _self_influence(self, state, model, batch, rows):
-        return 2 * super()._self_influence(state, model, batch, rows)
+    def batch_self_influence(self, state, model, batch, rows):
+        return 2 * super().batch_self_influence(state, model, batch, rows)
 
 
 class SwallowsExceptions(Honest):
@@ -332,7 +332,7 @@ class TestReport:
         assert found == "they do for 1 of 40 test points"
 
         class Raises(Honest):
-            def _prepare(self, state, model, batch, ask):
+            def prepare_query(self, state, model, batch, query):
                 raise KeyError("no such thing\nat all")
 
         found = check(Raises).failures["examples_of_the_class_raise_its_margin"]
@@ -375,7 +375,7 @@ class TestReport:
 
     def test_the_command_prints_the_matrix_and_says_what_is_left_out(self, monkeypatch, capsys):
         class Absent(Honest):
-            def _fit_checkpoint(self, model, show_progress):
+            def fit_checkpoint(self, model, show_progress):
                 raise ImportError('Absent needs nothing: pip install "nothing"')
 
         keep(monkeypatch, "examples_of_the_class_raise_its_margin")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from planted import MLP, trained
 
-from stride_captum import STRIDE, STRIDEConfig, adapters
+from stride_captum import STRIDE, ClosedForm, Partition, Trained, adapters
 from stride_captum.evaluation import MethodSpec
 from stride_captum.evaluation.comparison.methods import (
     DEFAULT_METHODS,
@@ -67,8 +67,8 @@ def test_without_a_choice_a_baseline_has_its_default_options_which_the_grid_hold
 
 
 def test_the_tuned_row_of_ours_holds_the_default(planted):
-    assert {"temperature": 2.0, "damping": STRIDEConfig().damping} in METHODS["STRIDE (tuned)"].grid
-    assert built("STRIDE (tuned)", planted).config == STRIDEConfig()
+    assert {"temperature": 2.0, "damping": ClosedForm().damping} in METHODS["STRIDE (tuned)"].grid
+    assert built("STRIDE (tuned)", planted).operators == ClosedForm()
 
 
 @pytest.mark.parametrize("name", GRADIENT_METHODS)
@@ -89,30 +89,28 @@ def test_our_residuals_are_out_of_sample_and_the_published_row_has_those_of_trai
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n.startswith("STRIDE")])
 def test_our_rows_differ_from_the_default_in_what_they_say(name, planted):
-    config, usual = built(name, planted).config, STRIDEConfig()
+    operators, usual = built(name, planted).operators, ClosedForm()
     expected = {
         "STRIDE": usual,
         "STRIDE (tuned)": usual,
-        "STRIDE T=1": STRIDEConfig(residuals="training"),
-        "STRIDE trained + Lasso": STRIDEConfig(operators="trained"),
-        "STRIDE trained, no linearity": STRIDEConfig(operators="trained", linearity_weight=0.0),
-        "STRIDE trained, no stability": STRIDEConfig(operators="trained", stability_weight=0.0),
-        "STRIDE trained, no LDS loss": STRIDEConfig(
-            operators="trained", linearity_weight=0.0, stability_weight=0.0
-        ),
-        "STRIDE trained, layer1": STRIDEConfig(operators="trained"),
-        "STRIDE trained, conv": STRIDEConfig(operators="trained"),
-        "STRIDE paper (mnist)": STRIDEConfig.paper("mnist", coverage="partition", subset_size=None),
-        "STRIDE paper (cifar10)": STRIDEConfig.paper("cifar10", coverage="partition", subset_size=None),
+        "STRIDE T=1": ClosedForm(residuals="training"),
+        "STRIDE trained + Lasso": Trained(),
+        "STRIDE trained, no linearity": Trained(linearity_weight=0.0),
+        "STRIDE trained, no stability": Trained(stability_weight=0.0),
+        "STRIDE trained, no LDS loss": Trained(linearity_weight=0.0, stability_weight=0.0),
+        "STRIDE trained, layer1": Trained(),
+        "STRIDE trained, conv": Trained(),
+        "STRIDE paper (mnist)": Trained.paper("mnist", subsets=Partition(50)),
+        "STRIDE paper (cifar10)": Trained.paper("cifar10", subsets=Partition(50)),
     }
-    assert config == expected[name]
+    assert operators == expected[name]
 
 
 @pytest.mark.parametrize("preset", ["mnist", "cifar10"])
 def test_the_paper_s_row_is_the_preset_as_it_is_where_its_subsets_fit(planted, preset):
     enough = torch.utils.data.TensorDataset(torch.zeros(5000, 6), torch.zeros(5000, dtype=torch.int64))
     method = METHODS[f"STRIDE paper ({preset})"](planted[0], enough, {})
-    assert method.config == STRIDEConfig.paper(preset)
+    assert method.operators == Trained.paper(preset)
 
 
 def test_four_checkpoints_are_three_and_the_attributed_model(planted):
@@ -141,8 +139,8 @@ def test_options_that_are_settable_need_no_new_fit(planted):
 
 def test_a_row_of_your_own_is_called_as_its_build_is(planted):
     row = MethodSpec("mine", stride(damping=1.0), default={"damping": 0.5})
-    assert row(*planted, {}).config.damping == 1.0
-    assert row(*planted, row.default).config.damping == 0.5
+    assert row(*planted, {}).operators.damping == 1.0
+    assert row(*planted, row.default).operators.damping == 0.5
     assert isinstance(row(*planted, {}), STRIDE)
     similar = adapter(adapters.KNNShapley, k=7)
     assert (similar(*planted, {}).k, similar(*planted, {"k": 2}).k) == (7, 2)

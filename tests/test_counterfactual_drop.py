@@ -400,7 +400,7 @@ class TestRuns:
         class Oracle(Random):
             """Scores the wrong labels lowest."""
 
-            def _scores(self, state, prepared, columns):
+            def score_columns(self, state, prepared, columns):
                 places = torch.arange(columns.start, columns.stop)
                 return (places >= 18).float().expand(len(prepared.keys), -1)
 

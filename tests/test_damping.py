@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from flat_options import arguments
 
-from stride_captum import STRIDE, STRIDEConfig
+from stride_captum import STRIDE, ClosedForm
 from stride_captum.closed_form.damping import LEAST_OF_HEAD, check_damping, damped_inverse, needs_float64
 
 DTYPES = {torch.float32: "1e-07", torch.float16: "3e-05", torch.bfloat16: "0.002"}
@@ -33,8 +34,8 @@ class TestRefusals:
         generator = torch.Generator().manual_seed(0)
         features = torch.randn(40, n_features, generator=generator).to(dtype)
         logits, labels = torch.randn(40, 3, generator=generator).to(dtype), torch.arange(40) % 3
-        config = STRIDEConfig(**{name: damping})
-        return STRIDE.from_features(features, logits, labels, config=config).fit()
+        config = arguments(**{name: damping})
+        return STRIDE.from_features(features, logits, labels, **config).fit()
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_of_rounded_features(self, name, dtype):
@@ -56,7 +57,7 @@ class TestRefusals:
 
 
 def test_float32_is_enough_for_the_defaults():
-    config = STRIDEConfig()
+    config = ClosedForm()
     for n, d in ((50_000, 1_552), (5_000, 4_096), (2_000, 3_840)):
         assert not needs_float64(config.damping, n, d)
         assert not needs_float64(config.head_damping, n, d, LEAST_OF_HEAD)

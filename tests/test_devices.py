@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from flat_options import arguments
 from planted import MLP, BatchNormCNN, planted_classes, trained
 from strict_device import DEVICE, StrictDevice, strict_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stride_captum import STRIDE, STRIDEConfig
+from stride_captum import STRIDE, Trained
 from stride_captum.adapters import (
     EKFAC,
     TRAK,
@@ -54,18 +54,24 @@ from stride_captum.system.to_device import to_device
 
 Make = Callable[[nn.Module, Any], InfluenceMethod]
 HELD_OUT = planted_classes(20, seed=5)
-TRAINED = STRIDEConfig(
-    operators="trained", iterations=6, n_subsets=12, subset_size=8, rank=4, alpha=0.6, center=False
-)
-CURVATURES = ("identity", "kronecker", "eigenvalue-corrected", "class-blocks", "gauss-newton")
+TRAINED: dict[str, Any] = {
+    "operators": "trained",
+    "iterations": 6,
+    "n_subsets": 12,
+    "subset_size": 8,
+    "rank": 4,
+    "alpha": 0.6,
+    "center": False,
+}
+CURVATURES = ("identity", "kronecker", "eigenvalue-corrected", "gauss-newton")
 
 
 def stride(**options: Any) -> Make:
-    return lambda model, train: STRIDE(model, train, config=STRIDEConfig(**options))
+    return lambda model, train: STRIDE(model, train, **arguments(**options))
 
 
 def operators(**options: Any) -> Make:
-    return lambda model, train: STRIDE(model, train, config=replace(TRAINED, **options))
+    return stride(**{**TRAINED, **options})
 
 
 METHODS: dict[str, Make] = {
@@ -81,9 +87,7 @@ METHODS: dict[str, Make] = {
         linearity_weight=0.1, linearity="subset", memory_budget=60_000, recovery="ridge"
     ),
     "operators, own encoders": operators(encoder="per-subset", recovery="ridge"),
-    "operators, representation": operators(
-        steering="representation", feature_layers="penultimate", recovery="ridge"
-    ),
+    "operators, representation": operators(steering="representation", select="penultimate", recovery="ridge"),
     "TracIn": TracIn,
     "TracIn, fast": lambda model, train: TracIn(model, train, fast=True),
     "TracIn, residuals both": lambda model, train: TracIn(model, train, residuals="both"),
@@ -342,14 +346,14 @@ class TestWaits:
             )
         assert many == few
 
-    @pytest.mark.parametrize("curvature", ["kronecker", "eigenvalue-corrected", "class-blocks"])
+    @pytest.mark.parametrize("curvature", ["kronecker", "eigenvalue-corrected"])
     def test_blocks_of_a_fit(self, curvature: Any) -> None:
         model, train, _ = trained(MLP)
         with strict_device() as device:
             counts, sizes = [], []
             for budget in ("256MiB", 2_000):
-                config = STRIDEConfig(memory_budget=budget, curvature=curvature)
-                method = STRIDE(moved(model), train, config=config)
+                config = arguments(memory_budget=budget, curvature=curvature)
+                method = STRIDE(moved(model), train, **config)
                 counts.append(self.waits(method.fit, device))
                 sizes += [state.operators.block_rows for state in method._states or []]
         assert sizes[0] > 48 >= 8 * sizes[1]
@@ -362,7 +366,7 @@ class TestWaits:
             points = on(DEVICE, *test.tensors)
             counts = []
             for budget in ("256MiB", 16 * 7 * 10):
-                method = STRIDE(moved(model), train, config=STRIDEConfig(memory_budget=budget)).fit()
+                method = STRIDE(moved(model), train, memory_budget=budget).fit()
                 blocks = list(method._column_blocks(budget // 112 if isinstance(budget, int) else 48))
                 counts.append(self.waits(lambda: CALLS[call](method, points), device))  # noqa: B023
         assert len(blocks) > 4
@@ -390,7 +394,8 @@ class TestWaits:
         with strict_device() as device:
             counts = []
             for steps in (16, 48):
-                config = replace(TRAINED, iterations=steps, **{"linearity_weight": 0.1, **options})
+                chosen = {**TRAINED, "iterations": steps, "linearity_weight": 0.1, **options}
+                config = arguments(**chosen)["operators"]
                 counts.append(
                     self.waits(
                         lambda: train_operators(*on(DEVICE, x, z, y), random_subsets(60, 8, 6), config),  # noqa: B023
@@ -484,11 +489,11 @@ class TestBatches:
     def test_batches_that_are_drawn_ahead_are_those_of_the_processor(self) -> None:
         subsets = random_subsets(50, 6, 9)
         data = torch.randn(50, 4), torch.randn(50, 3), torch.zeros(50, dtype=torch.int64)
-        config = replace(TRAINED, batch_size=5, memory_budget=4_000)
+        options = Trained(batch_size=5)
 
         def batches(device: torch.device) -> list[Tensor]:
             phi = SteeringOperators(4, 3, 6, 4).to(device)
-            gradient = BatchGradient(phi, *on(device, *data), subsets, config, 3)
+            gradient = BatchGradient(phi, *on(device, *data), subsets, options, 3, 4_000)
             assert len(gradient.blocks) > 1
             steps = [batch for _ in range(40) for batch in gradient.batches.step()]
             return [part.cpu() for batch in steps for part in vars(batch).values()]

@@ -19,8 +19,8 @@ from stride_captum.system.packages import EXTRAS, check_extra, check_packages, r
 
 
 class WithTheWrongSign(Similarity):
-    def _scores(self, state, prepared, columns):
-        return -super()._scores(state, prepared, columns)
+    def score_columns(self, state, prepared, columns):
+        return -super().score_columns(state, prepared, columns)
 
 
 def needs_what_is_not_there(model, train, **options):
@@ -175,8 +175,8 @@ class TestDevices:
     @pytest.mark.parametrize("factor", [1.01, float("nan")])
     def test_one_that_computes_other_scores_is_broken(self, monkeypatch, factor):
         class Computes(STRIDE):
-            def _scores(self, state, prepared, columns):
-                scores = super()._scores(state, prepared, columns)
+            def score_columns(self, state, prepared, columns):
+                scores = super().score_columns(state, prepared, columns)
                 return scores if self.device is None else scores * factor
 
         monkeypatch.setattr(doctor, "STRIDE", Computes)

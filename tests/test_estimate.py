@@ -4,12 +4,13 @@ import time
 
 import pytest
 import torch
+from flat_options import arguments
 from planted import METHODS, MLP, HuggingFaceLike, ListOfDicts, built, expect_untouched, trained
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from stride_captum import STRIDE, STRIDEConfig
+from stride_captum import STRIDE
 from stride_captum.adapters import DiagonalEKFAC, Similarity
 from stride_captum.closed_form import estimate as closed_form_estimate
 from stride_captum.closed_form.memory import closed_form_bytes
@@ -22,7 +23,7 @@ from stride_captum.influence.estimate import Estimate, from_small_runs
 def short_calibration(monkeypatch):
     monkeypatch.setattr(estimate, "_REPEATS", 1)
     monkeypatch.setattr(estimate, "_SMALL", 64)
-    monkeypatch.setattr(estimate, "_STEPS", (1, 2))
+    monkeypatch.setattr("stride_captum.steering.estimate._STEPS", (1, 2))
     monkeypatch.setattr(closed_form_estimate, "_ROWS", (16, 128))
 
 
@@ -51,15 +52,15 @@ def test_an_estimate_runs_nothing_on_the_method_or_the_model(planted, method):
 @pytest.mark.parametrize(
     "config",
     [
-        STRIDEConfig(curvature="class-blocks"),
-        STRIDEConfig(operators="trained", n_subsets=6, rank=2),
-        STRIDEConfig(projection="random", projection_width=3),
+        arguments(curvature="eigenvalue-corrected"),
+        arguments(operators="trained", n_subsets=6, rank=2),
+        arguments(projection="random", projection_width=3),
     ],
-    ids=["class-blocks", "trained", "projection"],
+    ids=["eigenvalue-corrected", "trained", "projection"],
 )
 def test_options_that_are_not_counted_are_run_small(planted, config):
     model, train, _ = planted
-    found = STRIDE(model, train, config=config).estimate(2)
+    found = STRIDE(model, train, **config).estimate(2)
     assert "runs on" in found.basis
     assert found.fit_seconds > 0
 
@@ -89,7 +90,7 @@ def test_a_few_batches_are_read_and_not_the_training_set():
 )
 def test_the_bytes_that_a_fit_keeps_are_those_that_were_counted(n_classes, options):
     model, train = network(3_000, 64, n_classes)
-    method = STRIDE(model, train, config=STRIDEConfig(**options)).fit()
+    method = STRIDE(model, train, **arguments(**options)).fit()
     form = method._states[0].operators
     parts = [
         vars(part)
@@ -99,7 +100,14 @@ def test_the_bytes_that_a_fit_keeps_are_those_that_were_counted(n_classes, optio
     kept = sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
     widths = [tap.width for tap in method._states[0].taps]
     counted, without = (
-        closed_form_bytes(method.config, 3_000, widths, n_classes, torch.device("cpu"), in_memory=there)
+        closed_form_bytes(
+            method.operators,
+            3_000,
+            widths,
+            n_classes,
+            in_memory=there,
+            memory_budget=method.memory_budget,
+        )
         for there in (True, False)
     )
     assert counted.kept == pytest.approx(kept, rel=0.02)

@@ -11,22 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flat_options import arguments
 from planted import MLP, HuggingFaceLike, ListOfDicts, built, expect_untouched, trained
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from stride_captum import STRIDE, STRIDEConfig
+from stride_captum import STRIDE
 from stride_captum.data.batch import ExampleBatch, Reading
 from stride_captum.features.store import FeatureStore
 from stride_captum.features.store_files import StoreFiles, _manifest_checksum
 
-TRAINED = STRIDEConfig(operators="trained", n_subsets=8, rank=4, iterations=5)
+TRAINED = arguments(operators="trained", n_subsets=8, rank=4, iterations=5)
 CONFIGS = {
-    "newton": STRIDEConfig(),
-    "class-blocks": STRIDEConfig(curvature="class-blocks"),
-    "gauss-newton": STRIDEConfig(curvature="gauss-newton"),
+    "closed-form": arguments(),
+    "gauss-newton": arguments(curvature="gauss-newton"),
     "trained": TRAINED,
 }
 BATCH = 5
@@ -66,7 +66,7 @@ class OneByOne(Dataset):
 
 def stored(model, train, folder, config=None, **options) -> STRIDE:
     store = FeatureStore(folder, chunk=CHUNK, **options)
-    return STRIDE(model, train, batch_size=BATCH, config=config, feature_store=store)
+    return STRIDE(model, train, batch_size=BATCH, **(config or {}), feature_store=store)
 
 
 def manifest(folder: Path) -> dict:
@@ -78,7 +78,7 @@ def test_scores_have_the_bits_of_those_without_a_store_and_later_runs_make_no_fo
     planted, tmp_path, config
 ):
     model, train, test = planted
-    plain = STRIDE(model, train, batch_size=BATCH, config=config).fit()
+    plain = STRIDE(model, train, batch_size=BATCH, **config).fit()
     first = stored(model, train, tmp_path, config)
     with Counting(model) as counted, expect_untouched(model):
         first.fit()
@@ -99,11 +99,11 @@ def test_scores_have_the_bits_of_those_without_a_store_and_later_runs_make_no_fo
 def test_other_options_start_from_the_same_store(planted, tmp_path):
     model, train, test = planted
     stored(model, train, tmp_path).fit()
-    for config in (STRIDEConfig(damping=1.0, residuals="temperature"), TRAINED):
+    for config in (arguments(damping=1.0, residuals="temperature"), TRAINED):
         with Counting(model) as counted:
             method = stored(model, train, tmp_path, config).fit()
         assert counted.passes == 0
-        plain = STRIDE(model, train, batch_size=BATCH, config=config)
+        plain = STRIDE(model, train, batch_size=BATCH, **config)
         assert torch.equal(method.influence(test.tensors), plain.influence(test.tensors))
 
 
@@ -112,10 +112,10 @@ def test_the_closed_form_reads_the_map_and_copies_no_more_than_a_block(tmp_path)
     n, d = 4_000, 256
     model = nn.Sequential(nn.Linear(4, d), nn.ReLU(), nn.Linear(d, 3)).eval()
     x, y = torch.randn(n, 4), torch.randint(0, 3, (n,))
-    config = STRIDEConfig(memory_budget="1MiB", feature_layers="penultimate")
+    config = arguments(memory_budget="1MiB", select="penultimate")
     for dtype in ("float32", "bfloat16"):
         store = FeatureStore(tmp_path / dtype, dtype=dtype, chunk="256KiB")
-        method = STRIDE(model, TensorDataset(x, y), batch_size=128, config=config, feature_store=store)
+        method = STRIDE(model, TensorDataset(x, y), batch_size=128, **config, feature_store=store)
         with Allocated() as seen:
             method.fit()
             method.influence((x[:3], y[:3]), 5)
@@ -467,7 +467,7 @@ def test_a_store_that_was_half_built_from_other_examples_is_not_continued(plante
 
 
 class TestSaving:
-    @pytest.mark.parametrize("config", [STRIDEConfig(), TRAINED], ids=["newton", "trained"])
+    @pytest.mark.parametrize("config", [arguments(), TRAINED], ids=["closed-form", "trained"])
     def test_a_saved_method_leaves_the_features_in_the_store(self, planted, tmp_path, config):
         model, train, test = planted
         method = stored(model, train, tmp_path / "store", config).fit()

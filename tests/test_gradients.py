@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import arguments
 from planted import (
     MLP,
     BatchNormCNN,
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from stride_captum import STRIDE, STRIDEConfig
+from stride_captum import STRIDE
 from stride_captum.adapters.gradients.method import GradientMethod
 from stride_captum.adapters.gradients.per_example import (
     chosen_parameters,
@@ -440,7 +441,7 @@ class TestScores:
         model, train, test = exact
         options = {"residuals": residuals, "temperature": 3.0}
         method = PlainProducts(model, train, **options).fit()
-        stride = STRIDE(model, train, config=STRIDEConfig(**options)).fit()
+        stride = STRIDE(model, train, **arguments(**options)).fit()
         wanted = stride._states[0].operators.residuals
         torch.testing.assert_close(method._states[0].residuals, wanted, rtol=1e-9, atol=1e-12)
         with torch.no_grad():
@@ -499,13 +500,13 @@ class TestScores:
             torch.testing.assert_close(method.influence(test.tensors), wanted)
             method.self_influence()
             assert max(seen) == rows
-        assert Counts(model, train, memory_budget=1)._max_rows() == 1
+        assert Counts(model, train, memory_budget=1).max_rows() == 1
 
     def test_a_layer_counts_for_the_budget_as_itself(self, exact):
         model, train, _ = exact
         whole, last = (PlainProducts(model, train, layers=x, memory_budget="64KiB") for x in (None, ["fc3"]))
-        assert whole._max_rows() == 2**16 // (4 * 8 * sum(p.numel() for p in model.parameters()))
-        assert last._max_rows() == 2**16 // (4 * 8 * (15 + 3))
+        assert whole.max_rows() == 2**16 // (4 * 8 * sum(p.numel() for p in model.parameters()))
+        assert last.max_rows() == 2**16 // (4 * 8 * (15 + 3))
 
 
 class TestNorms:
@@ -646,7 +647,7 @@ class TestOptions:
     def test_columns_cannot_be_scored_without_their_examples(self, exact):
         model, train, _ = exact
         with pytest.raises(NotImplementedError, match="score batches of training examples"):
-            PlainProducts(model, train)._scores(None, None, slice(0, 1))
+            PlainProducts(model, train).score_columns(None, None, slice(0, 1))
 
 
 class Odd(MLP):

@@ -12,7 +12,7 @@ from captum.influence import SimilarityInfluence
 from planted import MLP, planted_classes
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from stride_captum import STRIDE, Batch, STRIDEConfig, adapters
+from stride_captum import STRIDE, Batch, ClosedForm, Features, Partition, Ridge, Trained, adapters
 from stride_captum.adapters import EKFAC, CaptumInfluence, DiagonalEKFAC, Random, TracIn
 from stride_captum.evaluation.comparison import score_cache as kept_answers
 from stride_captum.evaluation.comparison.methods import MethodSpec
@@ -21,6 +21,7 @@ from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.evaluation.tasks.tasks import Task
 from stride_captum.influence.checkpoints import load_checkpoint
 from stride_captum.losses import CrossEntropy
+from stride_captum.options import Options
 
 
 @pytest.fixture
@@ -191,6 +192,9 @@ CHANGED = {
     "residuals": "temperature",
     "response": "logit",
     "seed": 3,
+    "operators": "trained",
+    "features": Features(select="penultimate"),
+    "ids": lambda task, model: range(task.n_train),
     "sign": -1,
     "strategy": "kfac",
     "target": "predicted",
@@ -205,30 +209,37 @@ BESIDE = {
 }
 #: Refused by the class, and tested there.
 NONE = {("CaptumInfluence", "layers")}
-CHANGED_CONFIG = {
+CHANGED_OPTIONS = {
     "alpha": 0.2,
-    "batch_size": 33,
     "center": False,
-    "coverage": {"coverage": "paper", "subsets": "partition", "subset_size": 3},
     "curvature": "identity",
     "encoder": "per-subset",
-    "feature_layers": "penultimate",
     "linearity": "example",
-    "memory_budget": "1MiB",
-    "normalize": "cosine",
-    "operators": "trained",
     "precision": "tf32",
+    "preset": "mnist",
     "projection": "random",
-    "recovery": "ridge",
+    "recovery": Ridge(),
     "residuals": "training",
-    "response": "logit",
     "schedule": "constant",
+    "select": "penultimate",
+    "size": 9,
     "steering": "representation",
-    "subset_size": 9,
-    "subsets": "partition",
-    "target": "predicted",
+    "subsets": Partition(50),
     "temperature": 3.0,
 }
+
+
+def changed_options(value):
+    """Copies of an option object, and of those in it, with one option changed each."""
+    for field in dataclasses.fields(value):
+        old = getattr(value, field.name)
+        new = CHANGED_OPTIONS[field.name] if field.name in CHANGED_OPTIONS else old + 1
+        yield field.name, dataclasses.replace(value, **{field.name: new})
+        if isinstance(old, Options):
+            for name, part in changed_options(old):
+                yield f"{field.name}.{name}", dataclasses.replace(value, **{field.name: part})
+
+
 METHODS = [STRIDE, *(getattr(adapters, name) for name in adapters.__all__)]
 METHODS = [cls for cls in METHODS if issubclass(cls, kept_answers.InfluenceMethod)]
 
@@ -250,9 +261,7 @@ class TestEveryArgument:
         if cls is EKFAC:
             pytest.importorskip("kronfluence")
         names = {}
-        arguments = arguments_of(cls) - {"config"}
-        if cls is STRIDE:  # in its config
-            arguments -= {"memory_budget", "normalize", "response", "target"}
+        arguments = arguments_of(cls)
         usual = BESIDE.get((cls.__name__, None), {})
         for argument in arguments:
             if (cls.__name__, argument) in NONE:
@@ -267,18 +276,18 @@ class TestEveryArgument:
             assert before != names[argument], argument
         assert len(set(names.values())) == len(names)
 
-    def test_of_the_configuration_is_part_of_the_name(self, task, model, tmp_path):
-        before, names = STRIDEConfig(), {}
-        for field in dataclasses.fields(STRIDEConfig):
-            value = CHANGED_CONFIG.get(field.name)
-            if value is None:
-                value = getattr(before, field.name) + 1
-            changes = value if isinstance(value, dict) else {field.name: value}
-            names[field.name] = name_of(task, model, tmp_path, STRIDE, config=STRIDEConfig(**changes))
-        assert len({name_of(task, model, tmp_path, STRIDE), *names.values()}) == 1 + len(names)
+    @pytest.mark.parametrize("before", [ClosedForm(), Trained(), Features()], ids=lambda value: value.name)
+    def test_every_option_is_part_of_the_name(self, task, model, tmp_path, before):
+        argument = "features" if isinstance(before, Features) else "operators"
+        names = {
+            option: name_of(task, model, tmp_path, STRIDE, **{argument: value})
+            for option, value in changed_options(before)
+        }
+        usual = name_of(task, model, tmp_path, STRIDE, **{argument: before})
+        assert len({usual, *names.values()}) == 1 + len(names)
 
-    def test_that_is_given_as_it_is_by_default_changes_nothing(self, task, model, tmp_path):
-        given = {"config": STRIDEConfig(), "held_out": None, "checkpoints_load_func": load_checkpoint}
+    def test_what_is_given_as_it_is_by_default_changes_nothing(self, task, model, tmp_path):
+        given = {"operators": ClosedForm(), "held_out": None, "checkpoints_load_func": load_checkpoint}
         assert name_of(task, model, tmp_path, STRIDE, **given) == name_of(task, model, tmp_path, STRIDE)
 
 

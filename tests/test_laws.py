@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import arguments
 from planted import MLP, N_TEST, N_TRAIN, Fails, built, loader, planted_classes
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from stride_captum import STRIDE, STRIDEConfig
+from stride_captum import STRIDE, ClosedForm
 from stride_captum.adapters import ClassRandom, ClassSimilarity, Random, Similarity
 from stride_captum.conformance import CHECKS, run_check
 
@@ -36,12 +37,12 @@ def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
 class TestFewerSubsetsThanExamples:
     @pytest.mark.parametrize("law", KEPT_BY_TRAINED)
     def test_laws_that_rounding_does_not_touch(self, recovery, tolerance, law):
-        config = STRIDEConfig(**TRAINED, recovery=recovery)
-        assert run_check(CHECKS[law], partial(STRIDE, config=config)) == "pass"
+        config = arguments(**TRAINED, recovery=recovery)
+        assert run_check(CHECKS[law], partial(STRIDE, **config)) == "pass"
 
     def test_a_test_point_scores_as_in_any_other_batch(self, planted, recovery, tolerance):
         model, train, (x, y) = planted[0], planted[1], planted[2].tensors
-        method = STRIDE(model, train, config=STRIDEConfig(**TRAINED, recovery=recovery))
+        method = STRIDE(model, train, **arguments(**TRAINED, recovery=recovery))
         scores = method.influence((x, y))
         if recovery == "ridge":
             # Scores come from changes of logits, which are rounded as logits are.
@@ -55,7 +56,7 @@ class TestFewerSubsetsThanExamples:
 
     def test_nan_in_a_test_point_is_in_its_row_only(self, planted, recovery, tolerance):
         model, train, (x, y) = planted[0], planted[1], planted[2].tensors
-        method = STRIDE(model, train, config=STRIDEConfig(**TRAINED, recovery=recovery))
+        method = STRIDE(model, train, **arguments(**TRAINED, recovery=recovery))
         wanted, spoilt = method.influence((x, y)), x.clone()
         spoilt[2] = float("nan")
         scores, others = method.influence((spoilt, y)), [i for i in range(N_TEST) if i != 2]
@@ -63,7 +64,7 @@ class TestFewerSubsetsThanExamples:
         close(scores[others], wanted[others], tolerance)
 
 
-trained_stride = partial(STRIDE, config=STRIDEConfig(**TRAINED))
+trained_stride = partial(STRIDE, **arguments(**TRAINED))
 
 
 class TestNaN:
@@ -138,7 +139,7 @@ class TestControls:
 class TestSTRIDE:
     def test_the_cosine_is_bounded_and_one_for_a_training_example_with_itself(self, planted):
         model, train, test = planted
-        method = STRIDE(model, train, config=STRIDEConfig(residuals="training"))
+        method = STRIDE(model, train, operators=ClosedForm(residuals="training"))
         cosine = method.influence(test, normalize="cosine")
         assert float(cosine.abs().max()) <= 1 + 1e-5
         own = method.influence(train, response="loss", normalize="cosine").diagonal()
@@ -148,14 +149,14 @@ class TestSTRIDE:
         self, planted
     ):
         model, train, _ = planted
-        method = STRIDE(model, train, config=STRIDEConfig(residuals="training"))
+        method = STRIDE(model, train, operators=ClosedForm(residuals="training"))
         own = method.self_influence()
         assert float(own.min()) >= 0
         close(method.self_influence(train), own, 1e-5)
 
     def test_self_influence_differs_from_the_thresholded_effect_by_the_threshold_at_most(self, planted):
         model, train, _ = planted
-        method = STRIDE(model, train, config=STRIDEConfig(threshold=0.02))
+        method = STRIDE(model, train, operators=ClosedForm(threshold=0.02))
         effect = method.influence(train, response="loss", target="label").diagonal()
         assert float((method.self_influence() + effect).abs().max()) <= 0.02 * (1 + 1e-5)
 
@@ -198,7 +199,7 @@ class TestSTRIDE:
 
     def test_its_words_for_itself(self, planted):
         method = STRIDE(*planted[:2], layers=["relu2"])
-        assert repr(method) == "STRIDE(operators='newton', not fitted)"
+        assert repr(method) == "STRIDE(operators='closed-form', not fitted)"
         with pytest.raises(ValueError, match=r"`layers_` must be read after fit\(\)"):
             method.layers_  # noqa: B018
-        assert repr(method.fit()) == "STRIDE(operators='newton', n_train=48, layers=['relu2'])"
+        assert repr(method.fit()) == "STRIDE(operators='closed-form', n_train=48, layers=['relu2'])"

@@ -258,11 +258,11 @@ class TestRuns:
         model, batch = task.build_model(), task.test.tensors
 
         class Refuses(Similarity):
-            def _train_norms(self, state):
-                raise self._no_norms()
+            def train_norms(self, state):
+                raise self.no_norms()
 
         class Broken(Similarity):
-            def _train_norms(self, state):
+            def train_norms(self, state):
                 raise ValueError("`features` must be finite; got NaN.")
 
         def found(cls, normalize):

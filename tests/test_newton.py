@@ -16,7 +16,7 @@ from stride_captum.closed_form.curvature import (
 )
 from stride_captum.closed_form.curvature_fit import centered, fit_curvature
 from stride_captum.closed_form.moments import feature_moments, scaled_features
-from stride_captum.config import Curvature as CurvatureName
+from stride_captum.closed_form.options import Curvature as CurvatureName
 from stride_captum.steering.objective import fidelity, stability
 from stride_captum.system.to_device import TrainingBlocks
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stride_captum.config import STRIDEConfig
+from stride_captum import Partition, Trained
 from stride_captum.steering.gradient import BatchGradient, block_bytes, largest_block
 from stride_captum.steering.objective import fidelity, stability, subset_responses
 from stride_captum.steering.operators import SteeringOperators
 from stride_captum.steering.sampling import SubsetRows
-from stride_captum.steering.training import TrainedOperators, step_size, train_operators
+from stride_captum.steering.training import StageOne, step_size, train_operators
 from stride_captum.subsets import (
     Membership,
     members,
@@ -42,11 +42,12 @@ class Data:
         self.labels = self.logits.argmax(1)
         self.labels[::6] = (self.labels[::6] + 1) % N_CLASSES
 
-    def train(self, membership: Membership, **options: Any) -> TrainedOperators:
-        preset: dict[str, Any] = {"operators": "trained", "rank": 4, "iterations": 20, "batch_size": 8}
-        arguments = {k: options.pop(k) for k in ("seed", "device", "show_progress", "head") if k in options}
-        config = STRIDEConfig(**{**preset, **options})
-        return train_operators(self.features, self.logits, self.labels, membership, config, **arguments)
+    def train(self, membership: Membership, **options: Any) -> StageOne:
+        names = ("seed", "device", "show_progress", "head", "memory_budget")
+        arguments = {k: options.pop(k) for k in names if k in options}
+        preset: dict[str, Any] = {"rank": 4, "iterations": 20, "batch_size": 8}
+        wanted = Trained(**{**preset, **options})
+        return train_operators(self.features, self.logits, self.labels, membership, wanted, **arguments)
 
 
 @pytest.fixture
@@ -63,16 +64,16 @@ def test_a_step_is_the_gradient_of_equation_5_one_subset_at_a_time(encoder, stee
     data = Data(torch.float64)
     membership = membership_from_indices([[0, 6, 12], range(1, 30), [59], range(10, 20)], N)
     head = data.head if steering == "representation" else None
-    config = STRIDEConfig(
-        operators="trained", rank=4, batch_size=100, encoder=encoder, steering=steering, linearity=reading,
-        fidelity_weight=0.5, stability_weight=2.0, linearity_weight=3.0, weight_decay=0.1, memory_budget=1,
+    config = Trained(
+        rank=4, batch_size=100, encoder=encoder, steering=steering, linearity=reading,
+        fidelity_weight=0.5, stability_weight=2.0, linearity_weight=3.0, weight_decay=0.1,
     )  # fmt: skip
     operators = SteeringOperators(
         D, N_CLASSES, 4, 4, encoder=encoder, steering=steering,
         head_weight=None if head is None else head.weight, dtype=torch.float64,
     )  # fmt: skip
     gradient_of_batch = BatchGradient(
-        operators, data.features, data.logits, data.labels, membership, config, 3
+        operators, data.features, data.logits, data.labels, membership, config, 3, 1
     )
     assert len(gradient_of_batch.blocks) == 4
     with torch.no_grad():
@@ -248,7 +249,7 @@ def test_half_precision_features_are_read_as_float32(data):
 
 def test_the_cosine_schedule_falls_from_the_learning_rate_to_nothing(data):
     constant, cosine = (
-        STRIDEConfig(iterations=40, learning_rate=0.01, schedule=s) for s in ("constant", "cosine")
+        Trained(iterations=40, learning_rate=0.01, schedule=s) for s in ("constant", "cosine")
     )
     assert [step_size(constant, step) for step in (0, 39)] == [0.01, 0.01]
     assert [step_size(cosine, step) for step in (0, 20)] == pytest.approx([0.01, 0.005])
@@ -259,10 +260,11 @@ def test_the_cosine_schedule_falls_from_the_learning_rate_to_nothing(data):
     assert moves[1] < 0.2 * moves[0]
 
 
+@pytest.mark.filterwarnings("ignore:.*training examples are in no subset")
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_the_paper_s_presets_run(data, name):
-    config = STRIDEConfig.paper(name, iterations=3, n_subsets=5, subset_size=4)
-    membership = partition(N, config.n_subsets, config.subset_size)
+    config = Trained.paper(name, iterations=3, subsets=Partition(5, size=4))
+    membership = config.subsets.draw(N, config.seed)
     trained = train_operators(data.features, data.logits, data.labels, membership, config)
     assert trained.operators.steering_matrices.shape == (5, config.rank, N_CLASSES)
     for loss in ("fidelity", "stability", "linearity"):
@@ -278,7 +280,7 @@ def test_progress_goes_to_the_error_stream_only_where_asked(data, capsys):
 
 def test_arguments_that_do_not_fit_are_named(data):
     membership = random_subsets(N, 5, 10)
-    config = STRIDEConfig(operators="trained", iterations=1)
+    config = Trained(iterations=1)
     f, z, y = data.features, data.logits, data.labels
     with pytest.raises(
         ValueError, match=r"`features` must be a float matrix \(n_train, d\); got torch.int64"

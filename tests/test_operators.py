@@ -1,137 +1,117 @@
-"""The encoder and the steering matrices: shapes, a loop over subsets as reference, initial values."""
+"""A third kind of operators: one subclass of `Operators` and one of `FittedOperators`, and all else works."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
+from planted import N_CLASSES, N_TRAIN
 from torch import Tensor
 
-from stride_captum.steering.operators import SteeringOperators
-
-K, N, D, N_CLASSES, RANK = 4, 6, 5, 3, 2
-EVERY_FORM = [(e, s) for e in ("shared", "per-subset") for s in ("logits", "representation")]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from stride_captum import STRIDE
+from stride_captum.conformance import CHECKS, run_check
+from stride_captum.evaluation.comparison.methods import MethodSpec, stride
+from stride_captum.operators import FittedOperators, Operators, TestPoints, TrainingSet
+from stride_captum.system.saved_values import saved_as
 
 
-def build(encoder: Any, steering: Any, seed: int = 0) -> SteeringOperators:
-    operators = SteeringOperators(
-        D,
-        N_CLASSES,
-        K,
-        RANK,
-        encoder=encoder,
-        steering=steering,
-        head_weight=normal(N_CLASSES, D) if steering == "representation" else None,
-        generator=torch.Generator().manual_seed(seed),
-        dtype=torch.float64,
-    )
+@saved_as("test.dot-products")
+@dataclass(frozen=True, kw_only=True)
+class DotProducts(Operators):
+    """Scores that are products of features and of the gradients with the residuals at T = 1."""
+
+    name: ClassVar[str] = "test.dot-products"
+
+    factor: float = 1.0
+
+    def fit(self, training: TrainingSet) -> FittedDotProducts:
+        one_hot = torch.nn.functional.one_hot(training.labels, training.logits.shape[1])
+        residuals = one_hot - training.logits.softmax(1)
+        return FittedDotProducts(training.features, self.factor * residuals / len(training.labels))
+
+
+@saved_as("test.fitted-dot-products")
+@dataclass
+class FittedDotProducts(FittedOperators):
+    features: Tensor
+    residuals: Tensor
+
+    @property
+    def n_train(self) -> int:
+        return len(self.features)
+
+    def prepare(self, points: TestPoints) -> TestPoints:
+        return points
+
+    def scores(self, prepared: TestPoints, columns: slice) -> Tensor:
+        products = prepared.features @ self.features[columns].T
+        return products * (prepared.gradients @ self.residuals[columns].T)
+
+
+def dot_products(model, train, **options):
+    return STRIDE(model, train, operators=DotProducts(), **options)
+
+
+def test_scores_are_those_of_the_formula(planted):
+    model, train, (x, y) = planted[0], planted[1], planted[2].tensors
+    method = STRIDE(model, train, layers=["fc3:input"], operators=DotProducts(factor=2.0))
     with torch.no_grad():
-        for i, parameter in enumerate(operators.parameters()):
-            if not parameter.any():
-                parameter.copy_(normal(*parameter.shape, seed=i + 10))
-    return operators
+        seen, z = {}, []
+        hook = model.fc3.register_forward_pre_hook(lambda module, inputs: seen.update(h=inputs[0]))
+        for inputs in (x, train.tensors[0]):
+            z.append(model(inputs))
+            seen[len(z)] = seen["h"].clone()
+        hook.remove()
+    labels = torch.nn.functional.one_hot(train.tensors[1], N_CLASSES)
+    others = z[0].masked_fill(torch.nn.functional.one_hot(y, N_CLASSES).bool(), float("-inf"))
+    gradients = torch.nn.functional.one_hot(y, N_CLASSES) - others.softmax(1)
+    wanted = (seen[1] @ seen[2].T) * (gradients @ (labels - z[1].softmax(1)).T) * 2 / N_TRAIN
+    torch.testing.assert_close(method.influence((x, y)), wanted)
 
 
-def shift_one_by_one(operators: SteeringOperators, features: Tensor) -> Tensor:
-    """`a_k^T phi(h)` for one subset and one example at a time; features `(K, n, d)`."""
-    own = operators.encoder == "per-subset"
-    p = dict(operators.named_parameters())
-    out = torch.zeros(K, features.shape[1], N_CLASSES, dtype=torch.float64)
-    for k in range(K):
-        w1, b1, w2, b2 = (
-            p[name][k] if own else p[name]
-            for name in ("hidden_weight", "hidden_bias", "output_weight", "output_bias")
-        )
-        a = p["steering_matrices"][k]
-        for i, h in enumerate(features[k]):
-            phi = w2 @ (w1 @ h + b1).clamp(min=0) + b2
-            if operators.steering == "logits":
-                out[k, i] = a.T @ phi
-            else:
-                assert operators.head_weight is not None
-                moved = h + phi.reshape(RANK, D).T @ a
-                out[k, i] = operators.head_weight @ moved - operators.head_weight @ h
-    return out.detach()
+# The kernel has no norms, and its features grow with those of any one example.
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_laws_hold(name):
+    assert run_check(CHECKS[name], dot_products) == "pass"
 
 
-@pytest.mark.parametrize(("encoder", "steering"), EVERY_FORM)
-def test_shift_is_each_operator_applied_to_each_example(encoder, steering):
-    operators, features = build(encoder, steering), normal(N, D, seed=2)
-    slow = shift_one_by_one(operators, features.expand(K, N, D))
-    torch.testing.assert_close(operators.shift(features), slow)
+def test_it_has_a_name_and_is_saved_with_its_options(planted, tmp_path):
+    model, train, test = planted[0], planted[1], planted[2].tensors
+    assert STRIDE(model, train, operators="test.dot-products").operators == DotProducts()
+    method = STRIDE(model, train, operators=DotProducts(factor=3.0)).fit()
+    assert "test.dot-products" in repr(method)
+    method.save(tmp_path / "method")
+    loaded = STRIDE.load(tmp_path / "method", model, train)
+    assert loaded.operators == DotProducts(factor=3.0)
+    assert torch.equal(loaded.influence(test), method.influence(test))
 
 
-@pytest.mark.parametrize(("encoder", "steering"), EVERY_FORM)
-def test_examples_of_each_subset_by_tensor_or_by_row_number(encoder, steering):
-    operators, features = build(encoder, steering), normal(N, D, seed=2)
-    rows = torch.tensor([[0, 1], [5, 1], [3, 3], [2, 4]])
-    slow = shift_one_by_one(operators, features[rows])
-    torch.testing.assert_close(operators.shift(features[rows]), slow)
-    torch.testing.assert_close(operators(features, rows), slow)
+def test_what_it_does_not_offer_is_refused(planted):
+    method = dot_products(*planted[:2])
+    with pytest.raises(ValueError, match=r"`normalize` must be None for operators='test.dot-products'"):
+        method.influence(planted[2].tensors, normalize="cosine")
+    with pytest.raises(ValueError, match=r"`operators` must be ClosedForm\(\) for adding"):
+        method.add_examples(planted[2])
+    with pytest.raises(AttributeError, match="temperature"):
+        method.fit().temperature_  # noqa: B018
+    with pytest.raises(NotImplementedError, match="training examples only"):
+        method.self_influence(planted[2].tensors)
 
 
-@pytest.mark.parametrize(
-    ("encoder", "steering", "phi", "a"),
-    [
-        ("shared", "logits", (N, RANK), (K, RANK, N_CLASSES)),
-        ("per-subset", "logits", (K, N, RANK), (K, RANK, N_CLASSES)),
-        ("shared", "representation", (N, RANK, D), (K, RANK)),
-        ("per-subset", "representation", (K, N, RANK, D), (K, RANK)),
-    ],
-)
-def test_shapes(encoder, steering, phi, a):
-    operators = build(encoder, steering)
-    assert operators.encode(normal(N, D)).shape == phi
-    assert operators.steering_matrices.shape == a
-    assert operators.n_subsets == K
-    for name in operators.stacked:
-        assert operators.get_parameter(name).shape[0] == K
+def test_it_is_a_row_of_a_comparison(planted):
+    spec = MethodSpec("DotProducts", stride(DotProducts))
+    assert spec(*planted[:2], {"factor": 4.0}).operators == DotProducts(factor=4.0)
 
 
-def test_an_untrained_operator_moves_nothing_and_its_matrix_has_a_gradient():
-    features = normal(N, D)
-    operators = SteeringOperators(D, N_CLASSES, K, RANK, dtype=torch.float64)
-    shift = operators.shift(features)
-    assert not shift.any()
-    (shift * normal(K, N, N_CLASSES)).sum().backward()
-    assert operators.steering_matrices.grad is not None
-    assert operators.steering_matrices.grad.abs().min() > 0
-
-
-def test_features_of_unit_mean_square_give_phi_of_unit_mean_square():
-    operators = SteeringOperators(200, N_CLASSES, K, 100)
-    phi = operators.encode(normal(300, 200).float())
-    assert 0.7 < float(phi.detach().square().mean()) < 1.4
-
-
-def test_the_seed_gives_the_bits_and_the_global_state_is_untouched():
-    before = torch.get_rng_state()
-    first, second, other = (build("shared", "logits", seed=s) for s in (1, 1, 2))
-    assert torch.equal(before, torch.get_rng_state())
-    assert torch.equal(first.hidden_weight, second.hidden_weight)
-    assert not torch.equal(first.hidden_weight, other.hidden_weight)
-
-
-@pytest.mark.parametrize(("encoder", "steering"), EVERY_FORM)
-def test_a_state_dict_carries_everything_the_shift_needs(encoder, steering):
-    operators, other = build(encoder, steering), build(encoder, steering, seed=5)
-    other.load_state_dict(operators.state_dict())
-    assert torch.equal(other.shift(normal(N, D)), operators.shift(normal(N, D)))
-
-
-def test_arguments_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"`encoder` must be one of 'shared', 'per-subset'; got 'share'"):
-        SteeringOperators(D, N_CLASSES, K, RANK, encoder="share")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"`steering` must be one of 'logits', 'representation'"):
-        SteeringOperators(D, N_CLASSES, K, RANK, steering="features")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="`head_weight` must be the weight of the Linear behind the"):
-        SteeringOperators(D, N_CLASSES, K, RANK, steering="representation")
-    with pytest.raises(ValueError, match=r"`head_weight` must have shape .* = \(3, 5\); got \(5, 3\)"):
-        SteeringOperators(D, N_CLASSES, K, RANK, steering="representation", head_weight=normal(5, 3))
-    with pytest.raises(ValueError, match="`head_weight` must be None with steering='logits'"):
-        SteeringOperators(D, N_CLASSES, K, RANK, head_weight=normal(3, 5))
+def test_what_is_learned_can_be_looked_at_after_fit(planted):
+    method = dot_products(*planted[:2])
+    for name in ("operators_", "layers_", "n_features_"):
+        assert not hasattr(method, name)
+        with pytest.raises(ValueError, match=f"`{name}` must be read after fit"):
+            getattr(method, name)
+    method.fit()
+    assert isinstance(method.operators_, FittedDotProducts)
+    assert method.n_features_ == method.operators_.features.shape[1] == 6 + 8 + 5
+    assert bool(method.coverage_.all())

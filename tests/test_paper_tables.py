@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 from planted import MLP, trained
 
-from stride_captum import STRIDEConfig
+from stride_captum import ClosedForm, Partition, RandomSubsets, Trained
 from stride_captum.evaluation.comparison.methods import METHODS, find_method, fitting
 from stride_captum.evaluation.comparison.plan import MEASURES
 from stride_captum.evaluation.tasks.networks import CIFAR10_TRAINING, MNIST_TRAINING, cifar10_cnn, mnist_mlp
@@ -105,11 +105,11 @@ def test_table_3_has_the_settings_of_the_trainings():
 def test_table_4_has_the_options_of_the_operators(
     data, rank, learning_rate, iterations, linearity, stability
 ):
-    preset = STRIDEConfig.paper(data)
+    preset = Trained.paper(data)
     assert (preset.rank, preset.learning_rate, preset.iterations) == (rank, learning_rate, iterations)
     assert (preset.linearity_weight, preset.stability_weight) == (linearity, stability)
     assert preset.fidelity_weight == 1.0
-    assert (preset.n_subsets, preset.subset_size) == (50, 100)
+    assert preset.subsets == Partition(50, size=100)
 
 
 @pytest.mark.parametrize("name", [n for n in TABLES if n not in ("table6", "table7")])
@@ -118,11 +118,9 @@ def test_three_rows_of_ours_stand_under_names_of_their_own(name):
     ours = [method for method in table.methods if method.startswith("STRIDE")]
     assert ours == ["STRIDE", f"STRIDE paper ({table.task})", "STRIDE trained + Lasso"]
     model, train, _ = trained(MLP)
-    configs = [find_method(method)(model, train, {}).config for method in ours]
-    assert [config.operators for config in configs] == ["newton", "trained", "trained"]
-    assert configs[1] == STRIDEConfig.paper(table.task, **fitting(len(train)))
-    assert configs[2] == STRIDEConfig(operators="trained")
-    assert configs[2].linearity_weight == 1.0
+    operators = [find_method(method)(model, train, {}).operators for method in ours]
+    assert operators == [ClosedForm(), Trained.paper(table.task, **fitting(len(train))), Trained()]
+    assert operators[2].linearity_weight == 1.0
     assert "Its STRIDE is the row of the paper's preset" in table.differs
     assert set(table.methods) <= set(METHODS)
 
@@ -130,7 +128,7 @@ def test_three_rows_of_ours_stand_under_names_of_their_own(name):
 @pytest.mark.parametrize(("name", "layer"), [("table6", ["relu1"]), ("table7", ["relu2"])])
 def test_ablations_differ_from_the_whole_in_one_thing(name, layer):
     model, train, test = trained(MLP)
-    whole = STRIDEConfig(operators="trained")
+    whole = Trained()
     rows = {m: find_method(m)(model, train, {}) for m in find_table(name).methods}
     changes = {
         "STRIDE trained, no LDS loss": {"linearity_weight": 0.0, "stability_weight": 0.0},
@@ -138,12 +136,12 @@ def test_ablations_differ_from_the_whole_in_one_thing(name, layer):
         "STRIDE trained, no stability": {"stability_weight": 0.0},
     }
     for row, change in changes.items():
-        assert rows[row].config == STRIDEConfig(operators="trained", **change)
+        assert rows[row].operators == Trained(**change)
         assert rows[row].layers is None
     (one,) = [method for row, method in rows.items() if method.layers is not None]
-    assert (one.config, list(one.layers)) == (whole, layer)
-    assert rows["STRIDE trained + Lasso"].config == whole
-    few = {"n_subsets": 20, "iterations": 10}
+    assert (one.operators, list(one.layers)) == (whole, layer)
+    assert rows["STRIDE trained + Lasso"].operators == whole
+    few = {"subsets": RandomSubsets(20), "iterations": 10}
     scores = [
         find_method(m)(model, train, few).influence(test.tensors)
         for m in (*changes, "STRIDE trained + Lasso")

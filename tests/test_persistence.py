@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import arguments
 from planted import (
     METHODS,
     MLP,
@@ -28,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from stride_captum import STRIDE, InfluenceMethod, STRIDEConfig
+from stride_captum import STRIDE, ClosedForm, InfluenceMethod
 from stride_captum.adapters import TRAK, Random, Similarity
 from stride_captum.data.batch import Batch
 from stride_captum.influence import persistence
@@ -38,14 +39,13 @@ from stride_captum.system import saved_files
 
 TRAINED = {"operators": "trained", "subsets": "partition", "n_subsets": 8, "rank": 4, "iterations": 5}
 CONFIGS = {
-    "newton": STRIDEConfig(),
-    "kronecker": STRIDEConfig(curvature="kronecker", residuals="temperature", temperature=2.0),
-    "eigenvalue-corrected": STRIDEConfig(curvature="eigenvalue-corrected", normalize="cosine"),
-    "class-blocks": STRIDEConfig(curvature="class-blocks", threshold=0.01, response="loss"),
-    "gauss-newton": STRIDEConfig(curvature="gauss-newton"),
-    "trained": STRIDEConfig(**TRAINED),
-    "per-subset": STRIDEConfig(**TRAINED, encoder="per-subset", recovery="ridge"),
-    "representation": STRIDEConfig(**TRAINED, steering="representation", feature_layers="penultimate"),
+    "closed-form": arguments(),
+    "kronecker": arguments(curvature="kronecker", residuals="temperature", temperature=2.0),
+    "eigenvalue-corrected": arguments(curvature="eigenvalue-corrected", normalize="cosine"),
+    "gauss-newton": arguments(curvature="gauss-newton"),
+    "trained": arguments(**TRAINED),
+    "per-subset": arguments(**TRAINED, encoder="per-subset", recovery="ridge"),
+    "representation": arguments(**TRAINED, steering="representation", select="penultimate"),
 }
 
 
@@ -65,7 +65,7 @@ def no_pass_over_the_training_set(
         raise AssertionError("the training set was read")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cls, "_fit_checkpoint", refuse)
+        patch.setattr(cls, "fit_checkpoint", refuse)
         yield
 
 
@@ -73,12 +73,12 @@ class TestRoundTrip:
     @pytest.mark.parametrize("name", CONFIGS)
     def test_stride_gives_the_same_bits(self, planted, tmp_path, monkeypatch, name):
         model, train, test = planted
-        saved = STRIDE(model, train, config=CONFIGS[name], batch_size=9).fit()
+        saved = STRIDE(model, train, **CONFIGS[name], batch_size=9).fit()
         saved.save(tmp_path / "method")
         with no_pass_over_the_training_set(STRIDE, monkeypatch):
             loaded = STRIDE.load(tmp_path / "method", model, train)
             same_bits(loaded, saved, test)
-        assert loaded.config == saved.config
+        assert (loaded.operators, loaded.features) == (saved.operators, saved.features)
         assert loaded.layers_ == saved.layers_
         assert loaded.batch_size == 9
         assert (loaded.n_train_, loaded.fit_seconds_) == (48, saved.fit_seconds_)
@@ -135,7 +135,7 @@ class TestRoundTrip:
     def test_nothing_else_changes(self, planted, tmp_path):
         model = trained(BatchNormCNN, n_train=12, steps=1)[0].train()
         train = planted_classes(12, BatchNormCNN.shape)
-        method = STRIDE(model, Fails(train), config=STRIDEConfig(**TRAINED)).fit()
+        method = STRIDE(model, Fails(train), **arguments(**TRAINED)).fit()
         with expect_untouched(model):
             method.save(tmp_path / "method")
             STRIDE.load(tmp_path / "method", model, Fails(train))
@@ -165,14 +165,14 @@ NOTE = {
 class OwnMethod(Similarity):
     """A method from outside the package, with a state of its own."""
 
-    def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> OwnState:
+    def fit_checkpoint(self, model: nn.Module, show_progress: bool) -> OwnState:
         self.n_train_ = 48
-        return OwnState(sum(b.first_tensor.sum(0) for b in self._train_batches(False)), NOTE)
+        return OwnState(sum(b.first_tensor.sum(0) for b in self.train_batches(False)), NOTE)
 
-    def _prepare(self, state: OwnState, model: nn.Module, batch: Any, ask: Any) -> Tensor:
+    def prepare_query(self, state: OwnState, model: nn.Module, batch: Any, ask: Any) -> Tensor:
         return batch.first_tensor @ state.total
 
-    def _scores(self, state: OwnState, prepared: Tensor, columns: slice) -> Tensor:
+    def score_columns(self, state: OwnState, prepared: Tensor, columns: slice) -> Tensor:
         return prepared[:, None].expand(-1, columns.stop - columns.start)
 
 
@@ -313,7 +313,7 @@ class TestRefusals:
             Similarity.load(saved, *planted[:2])
 
     def test_options_that_were_fitted(self, planted, saved):
-        for options in ({"layers": ["fc1"]}, {"config": STRIDEConfig(damping=1.0)}):
+        for options in ({"layers": ["fc1"]}, arguments(damping=1.0)):
             with pytest.raises(
                 ValueError, match=f"`options` must leave what has been fitted.*; got '{next(iter(options))}'"
             ):
@@ -525,6 +525,6 @@ class TestAtomicWrite:
     def test_an_old_file_is_replaced(self, planted, tmp_path):
         model, train, _ = planted
         for damping in (0.1, 0.5):
-            STRIDE(model, train, config=STRIDEConfig(damping=damping)).fit().save(tmp_path / "method")
-        assert STRIDE.load(tmp_path / "method", model, train).config.damping == 0.5
+            STRIDE(model, train, operators=ClosedForm(damping=damping)).fit().save(tmp_path / "method")
+        assert STRIDE.load(tmp_path / "method", model, train).operators.damping == 0.5
         assert os.listdir(tmp_path) == ["method"]

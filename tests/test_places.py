@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from flat_options import arguments
 
-from stride_captum import STRIDE, STRIDEConfig
+from stride_captum import STRIDE
 from stride_captum.data.places import groups_of_places, places
 
 MASK = torch.zeros(48, dtype=torch.bool)
@@ -73,5 +74,5 @@ def test_groups_by_name_and_flat_lists_are_refused():
 
 
 def test_a_lasso_without_a_penalty_is_refused_before_any_work():
-    with pytest.raises(ValueError, match=r"`alpha` must be above 0 for the Lasso; got 0.*ridge"):
-        STRIDEConfig(operators="trained", alpha=0.0)
+    with pytest.raises(ValueError, match=r"`alpha` must be a fraction of alpha_max above 0.*Ridge with"):
+        arguments(operators="trained", alpha=0.0)

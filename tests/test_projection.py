@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from flat_options import arguments
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
-from stride_captum import STRIDE, STRIDEConfig
+from stride_captum import STRIDE, Features, Trained
 from stride_captum.closed_form.class_moments import MOST_CLASSES
 from stride_captum.features.projection import fit_projection, kernel_error
 
@@ -86,7 +87,7 @@ def classifier(width: int, n_classes: int, n: int):
 
 
 class TestScores:
-    @pytest.mark.parametrize("operators", ["newton", "trained"])
+    @pytest.mark.parametrize("operators", ["closed-form", "trained"])
     def test_a_projection_that_loses_nothing_changes_no_score(self, tmp_path, operators):
         model, train = classifier(64, 3, 90)
         with torch.no_grad():
@@ -94,15 +95,15 @@ class TestScores:
             model[0].bias[20:] = 1
         test = train.tensors[0][:4], train.tensors[1][:4]
         options = {"layers": ["1"], "batch_size": 16}
-        projected = STRIDEConfig(projection="pca", projection_width=24)
+        projected = arguments(projection="pca", projection_width=24)
         if operators == "trained":
             few = {"operators": "trained", "n_subsets": 6, "subsets": "partition", "rank": 3, "iterations": 3}
             method = STRIDE(
-                model, train, config=STRIDEConfig(**few, projection="pca", projection_width=24), **options
+                model, train, **arguments(**few, projection="pca", projection_width=24), **options
             )
             assert method.influence(test).shape == (4, 90)
         else:
-            method = STRIDE(model, train, config=projected, **options)
+            method = STRIDE(model, train, **projected, **options)
             wanted = STRIDE(model, train, **options).influence(test)
             # The mean square norm counts features, and damping is relative to it: both scale with the width.
             found = method.influence(test)
@@ -110,7 +111,14 @@ class TestScores:
             ranks = torch.corrcoef(torch.stack([found.flatten(), wanted.flatten()]))[0, 1]
             assert ranks > 0.97
         assert method.projection_error_ < 1e-5
-        stored = STRIDE(model, train, config=method.config, feature_store=tmp_path / "s", **options)
+        stored = STRIDE(
+            model,
+            train,
+            operators=method.operators,
+            features=method.features,
+            feature_store=tmp_path / "s",
+            **options,
+        )
         assert torch.equal(stored.influence(test), method.influence(test))
         stored.save(tmp_path / "file")
         loaded = STRIDE.load(tmp_path / "file", model, train)
@@ -120,17 +128,15 @@ class TestScores:
     def test_layers_that_fit_are_left_alone(self):
         model, train = classifier(8, 3, 30)
         test = train.tensors[0][:4], train.tensors[1][:4]
-        method = STRIDE(model, train, config=STRIDEConfig(projection="random", projection_width=8))
+        method = STRIDE(model, train, features=Features(projection="random", projection_width=8))
         assert torch.equal(method.influence(test), STRIDE(model, train).influence(test))
         assert method.projection_error_ == 0
 
     def test_wrong_options(self):
-        with pytest.raises(ValueError, match="`projection` must be None, 'random' or 'pca'; got 'svd'"):
-            STRIDEConfig(projection="svd")
-        with pytest.raises(ValueError, match="`projection` must be None where steering='representation'"):
-            STRIDEConfig(projection="pca", steering="representation")
-        with pytest.raises(ValueError, match="`projection_width` must be an integer of at least 1"):
-            STRIDEConfig(projection="pca", projection_width=0)
+        model, train = classifier(64, 3, 30)
+        features = Features(select="penultimate", projection="random", projection_width=8)
+        with pytest.raises(ValueError, match="`steering` must be 'logits' unless one layer is read"):
+            STRIDE(model, train, operators=Trained(steering="representation"), features=features).fit()
 
 
 class Largest(TorchDispatchMode):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import tracemalloc
 import warnings
 
@@ -8,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from scipy import sparse
+from sklearn import linear_model
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import Lasso
 
-from stride_captum.config import STRIDEConfig
+from stride_captum import Lasso, Ridge
 from stride_captum.recovery import (
     alpha_max,
     choose_alpha,
@@ -24,7 +23,6 @@ from stride_captum.recovery import (
 )
 from stride_captum.recovery import design as columns_module
 from stride_captum.recovery.design import Design
-from stride_captum.steering.trained import TrainedSteering
 from stride_captum.subsets import partition, random_subsets, singletons
 
 CPU = torch.device("cpu")
@@ -61,7 +59,7 @@ def objective(y, matrix, w, alpha, center=False) -> float:
 
 def reference(y, matrix, alpha, center=False) -> np.ndarray:
     """The oracle: scikit-learn divides the squared error by the number of rows."""
-    model = Lasso(alpha=alpha / matrix.shape[0], fit_intercept=center, tol=1e-13, max_iter=10**6)
+    model = linear_model.Lasso(alpha=alpha / matrix.shape[0], fit_intercept=center, tol=1e-13, max_iter=10**6)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit(matrix.toarray(), np.asarray(y)).coef_
@@ -88,7 +86,9 @@ class TestAgainstScikitLearn:
         Y = responses(matrix)
         fit = lasso(Y, matrix, 2.0, center=True, tolerance=1e-12)
         for t, y in enumerate(Y):
-            model = Lasso(alpha=2.0 / len(y), tol=1e-13, max_iter=10**6).fit(matrix.toarray(), y.numpy())
+            model = linear_model.Lasso(alpha=2.0 / len(y), tol=1e-13, max_iter=10**6).fit(
+                matrix.toarray(), y.numpy()
+            )
             np.testing.assert_allclose(fit.weights[t], model.coef_, atol=1e-6)
             assert float(fit.intercept[t]) == pytest.approx(model.intercept_, abs=1e-6)
 
@@ -439,36 +439,29 @@ class TestRidge:
 
 
 class TestRecoveryOfOperators:
-    """The penalty of the configuration is relative to the problem, for the Lasso and for ridge."""
+    """The penalty is relative to the problem, for the Lasso and for ridge."""
 
     matrix = random_subsets(40, 20, 8, seed=3)
-
-    def steering(self):
-        return TrainedSteering(None, self.matrix, torch.ones(1), {})
 
     @pytest.mark.parametrize("center", [False, True])
     def test_the_lasso_takes_a_fraction_of_alpha_max(self, center):
         Y = responses(self.matrix)
-        config = STRIDEConfig(operators="trained", recovery="lasso", alpha=0.1, center=center)
         alpha = 0.1 * alpha_max(Y, self.matrix, center=center)
         expected = lasso(Y, self.matrix, alpha, center=center).weights
-        torch.testing.assert_close(self.steering().weights(Y, config), expected)
-        largest = dataclasses.replace(config, alpha=1.0)
-        assert not self.steering().weights(Y, largest).any()
-        assert self.steering().weights(Y, dataclasses.replace(config, alpha=0.999)).any()
+        torch.testing.assert_close(Lasso(alpha=0.1, center=center).weights(Y, self.matrix), expected)
+        assert not Lasso(alpha=1.0, center=center).weights(Y, self.matrix).any()
+        assert Lasso(alpha=0.999, center=center).weights(Y, self.matrix).any()
 
     @pytest.mark.parametrize("center", [False, True])
     def test_ridge_takes_a_multiple_of_its_scale(self, center):
         Y = responses(self.matrix)
-        config = STRIDEConfig(operators="trained", recovery="ridge", alpha=0.1, center=center)
         expected = ridge(Y, self.matrix, 0.1 * ridge_scale(self.matrix, center=center), center=center)
-        torch.testing.assert_close(self.steering().weights(Y, config), expected)
+        torch.testing.assert_close(Ridge(alpha=0.1, center=center).weights(Y, self.matrix), expected)
 
-    @pytest.mark.parametrize("recovery", ["lasso", "ridge"])
-    def test_responses_in_other_units_give_scores_in_other_units(self, recovery):
+    @pytest.mark.parametrize("kind", [Lasso, Ridge])
+    def test_responses_in_other_units_give_scores_in_other_units(self, kind):
         Y = responses(self.matrix)
-        config = STRIDEConfig(operators="trained", recovery=recovery, alpha=0.1)
-        one, other = (self.steering().weights(c * Y, config) for c in (1.0, 1000.0))
+        one, other = (kind(alpha=0.1).weights(c * Y, self.matrix) for c in (1.0, 1000.0))
         torch.testing.assert_close(other, 1000 * one, rtol=1e-4, atol=1e-6 * float(other.abs().max()))
 
 

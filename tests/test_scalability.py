@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from stride_captum import STRIDE
+from stride_captum import STRIDE, ClosedForm, Partition
 from stride_captum.evaluation.benchmarks.scalability import measure as scalability_measure
 from stride_captum.evaluation.benchmarks.scalability import process as scalability_process
 from stride_captum.evaluation.benchmarks.scalability import scalability
@@ -193,11 +193,10 @@ def test_the_methods_are_those_of_the_paper():
     model = ScalableCNN(1, 1)
     methods = [build(tiny(method=method, n_train=500), model, data) for method in SCALED_METHODS]
     assert [type(method).__name__ for method in methods] == ["STRIDE", "STRIDE", *SCALED_METHODS[2:]]
-    assert methods[0].config.operators == "newton"
-    config = methods[1].config
-    assert (config.operators, config.n_subsets, config.subset_size) == ("trained", 50, 10)
-    full = build(tiny(method="STRIDE paper", n_train=5000), model, data).config
-    assert (full.subset_size, full.rank, full.iterations) == (100, 64, 200)
+    assert methods[0].operators == ClosedForm()
+    assert methods[1].operators.subsets == Partition(50, size=10)
+    full = build(tiny(method="STRIDE paper", n_train=5000), model, data).operators
+    assert (full.subsets.size, full.rank, full.iterations) == (100, 64, 200)
     limited = build(tiny(method="TracIn", memory_limit="8GiB"), model, data)
     assert limited.memory_budget == 2 * 2**30
 

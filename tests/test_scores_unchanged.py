@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import arguments
 from planted import MLP, BatchNormCNN, built, planted_classes
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from stride_captum import STRIDE, STRIDEConfig, adapters
+from stride_captum import STRIDE, Partition, Trained, adapters
 from stride_captum.conformance.shipped import shipped
 from stride_captum.influence.method import InfluenceMethod
 
@@ -28,7 +29,7 @@ FEW = 2
 
 
 def stride(**options: Any) -> Make:
-    return lambda model, train: STRIDE(model, train, config=STRIDEConfig(**options))
+    return lambda model, train: STRIDE(model, train, **arguments(**options))
 
 
 def operators(**options: Any) -> Make:
@@ -64,7 +65,7 @@ OPTIONS: dict[str, Make] = {
     "threshold": stride(threshold=0.01),
     "random projection": stride(projection="random", projection_width=4),
     "pca projection": stride(projection="pca", projection_width=4),
-    "penultimate": stride(feature_layers="penultimate"),
+    "penultimate": stride(select="penultimate"),
     "max width": stride(max_width=20),
     "held out": held_out,
     "checkpoints": checkpoints,
@@ -74,7 +75,7 @@ OPTIONS: dict[str, Make] = {
     "trained, no stability": operators(stability_weight=0.0),
     "trained, linearity by example": operators(linearity="example"),
     "trained, own encoders": operators(encoder="per-subset"),
-    "trained, representation": operators(steering="representation", feature_layers="penultimate"),
+    "trained, representation": operators(steering="representation", select="penultimate"),
     "trained, constant steps": operators(schedule="constant", learning_rate=0.01),
     "trained, small batches": operators(batch_size=4),
     "trained, weights": operators(weight_decay=0.1, fidelity_weight=0.5),
@@ -88,7 +89,7 @@ OPTIONS: dict[str, Make] = {
     "trained, cross-validation": operators(alpha="cross-validation"),
     "trained, seed": operators(seed=3),
     "paper": lambda model, train: STRIDE(
-        model, train, config=STRIDEConfig.paper("mnist", iterations=8, n_subsets=8, subset_size=4)
+        model, train, operators=Trained.paper("mnist", iterations=8, subsets=Partition(8, size=4))
     ),
 }
 METHODS: dict[str, Make] = {

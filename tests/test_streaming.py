@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
-from stride_captum import STRIDE, STRIDEConfig
+from stride_captum import STRIDE
 from stride_captum.adapters import Random, Similarity
 from stride_captum.influence.top_k import DenseScores, GroupSums, StreamedTopK, _merged
 from stride_captum.subsets import membership_from_indices
@@ -137,7 +137,7 @@ class TestCollectors:
 
 def with_budget(method: type, model: nn.Module, train: TensorDataset, budget: int):
     if method is STRIDE:
-        return STRIDE(model, train, config=STRIDEConfig(memory_budget=budget))
+        return STRIDE(model, train, memory_budget=budget)
     return method(model, train, memory_budget=budget)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from captum.influence import TracInCP
+from flat_options import arguments
 from planted import (
     MLP,
     BatchNormCNN,
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, TensorDataset
 
-from stride_captum import STRIDE, STRIDEConfig
+from stride_captum import STRIDE
 from stride_captum.adapters.tracin import TracIn
 from stride_captum.data.batch import ExampleBatch, Reading
 from stride_captum.residuals import tempered_residuals
@@ -338,8 +339,8 @@ class TestBoth:
     @pytest.mark.parametrize("residuals", ["temperature", "leave-one-out", "both"])
     def test_every_kind_of_residuals(self, mlp, fast, residuals):
         model, train, test = mlp
-        config = STRIDEConfig(residuals=residuals, temperature=3.0)
-        vectors = STRIDE(model, train, config=config).fit()._states[0].operators.residuals
+        config = arguments(residuals=residuals, temperature=3.0)
+        vectors = STRIDE(model, train, **config).fit()._states[0].operators.residuals
         found = TracIn(model, train, fast=fast, residuals=residuals, temperature=3.0).influence(test.tensors)
         names = self.names(model, fast)
         wanted = products(model, names, train.tensors, test.tensors, residuals=vectors)

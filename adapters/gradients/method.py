@@ -15,11 +15,13 @@ from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from ...config import Residuals, STRIDEConfig
+from ...closed_form.options import ClosedForm, Residuals
 from ...data.batch import ExampleBatch
 from ...errors import bad_choice, bad_value
 from ...influence.method import Query
+from ...influence.temperature import choose_temperature
 from ...residuals import choose_residuals, tempered_residuals
 from ...responses import response_gradient
 from ...stride import STRIDE
@@ -122,7 +124,8 @@ class GradientMethod(OnWorkingCopy):
 
     # What it has.
 
-    def _fit_checkpoint(self, model: nn.Module, show_progress: bool) -> GradientState:
+    @override
+    def fit_checkpoint(self, model: nn.Module, show_progress: bool) -> GradientState:
         check_layers(model)
         self.parameters_ = list(chosen_parameters(model, self.layers))
         self._probe = probe_of(self._first_train_batch())
@@ -140,24 +143,24 @@ class GradientMethod(OnWorkingCopy):
     def _probe_vectors(self, model: nn.Module) -> Tensor:
         """Vectors v that tell the examples of the probe apart: rows of the identity, `(n, n_classes)`."""
         with torch.no_grad():
-            logits = self._logits(model, self._probe)
+            logits = self.batch_logits(model, self._probe)
         return torch.eye(logits.shape[1]).to(logits).repeat(len(logits), 1)[: len(logits)]
 
     def _find_bad_gradient(self, model: nn.Module, residuals: Tensor) -> None:
         """Refuse the first training example whose gradient is not finite, if there is one."""
-        for rows, batch in self._train_blocks(self.n_train_, False):
+        for rows, batch in self.train_blocks(self.n_train_, False):
             check_gradients(flat(self._gradients(model, batch, residuals[rows])), rows.start)
 
     def _read_residuals(self, model: nn.Module, show_progress: bool) -> tuple[Tensor, Tensor, float]:
         logits, labels = [], []
-        for batch in self._train_batches(show_progress):
-            logits.append(self._logits(model, batch))
-            labels.append(self._train_labels(batch, logits[-1].shape[1]))
+        for batch in self.train_batches(show_progress):
+            logits.append(self.batch_logits(model, batch))
+            labels.append(self.train_labels(batch, logits[-1].shape[1]))
         z, y = torch.cat(logits), torch.cat(labels)
         if not bool(torch.isfinite(z).all()):
             wrong = int((~torch.isfinite(z).all(1)).nonzero()[0])
             raise bad_value("model", "return finite logits", f"NaN or infinity for training example {wrong}")
-        temperature = self._choose_temperature(model, z, y, self.temperature)
+        temperature = choose_temperature(self, model, z, y, self.temperature)
         loss_residuals = tempered_residuals(z, y)
         if self.residuals == "training":
             return loss_residuals, loss_residuals, temperature
@@ -174,11 +177,11 @@ class GradientMethod(OnWorkingCopy):
             device=self.device,
             loss=self.loss,
             batch=self.batch,
-            config=STRIDEConfig(residuals=self.residuals, temperature=temperature),  # type: ignore[arg-type]
+            operators=ClosedForm(residuals=self.residuals, temperature=temperature),  # type: ignore[arg-type]
         )
         stride._passes = self._training_passes()  # so that it reads the same examples, or says so
         try:
-            form = stride._fit_checkpoint(model, False).operators
+            form = stride.fit_checkpoint(model, False).operators
         except ValueError as error:
             if not str(error).startswith("`layers` must be given"):
                 raise
@@ -187,7 +190,7 @@ class GradientMethod(OnWorkingCopy):
                 "be 'training' or 'temperature' for a model in which no Linear or convolution module runs",
                 repr(self.residuals),
             ) from error
-        residuals: Tensor = form.residuals  # type: ignore[union-attr]
+        residuals: Tensor = form.residuals  # type: ignore[attr-defined]
         return residuals
 
     # Gradients and products of them.
@@ -197,32 +200,46 @@ class GradientMethod(OnWorkingCopy):
         parameters = {name: every[name].detach() for name in self.parameters_}
         return example_gradients(model, parameters, batch, vectors)
 
-    def _response_gradients(self, model: nn.Module, batch: ExampleBatch, ask: Query) -> Tensor:
+    def _response_gradients(self, model: nn.Module, batch: ExampleBatch, query: Query) -> Tensor:
         """G of each test point, `(n, n_classes)`."""
         with torch.no_grad():
             outputs = batch.outputs(model)
         logits = widened(batch.logits_of(outputs))
-        response = self.loss.response_of(outputs, ask.response)
-        return response_gradient(logits, ask.classes(logits, batch), response)
+        response = self.loss.response_of(outputs, query.response)
+        return response_gradient(logits, query.classes(logits, batch), response)
 
-    def _prepare(self, state: GradientState, model: nn.Module, batch: Any, ask: Query) -> Any:
-        vectors = self._response_gradients(model, batch, ask)
+    @override
+    def prepare_query(self, state: GradientState, model: nn.Module, batch: Any, query: Query) -> Any:
+        vectors = self._response_gradients(model, batch, query)
         sides = self._side(state.kernel, self._gradients(model, batch, vectors))
         return GradientQuery(sides, self._precondition(state.kernel, sides))
 
-    def _scores(self, state: GradientState, prepared: Any, columns: slice) -> Tensor:
+    @override
+    def score_columns(self, state: GradientState, prepared: Any, columns: slice) -> Tensor:
         if self.reads_training_data:
             raise NotImplementedError("gradient methods score batches of training examples")
-        scores: Tensor = prepared.scores[:, columns]  # `_prepare` has given all columns
+        scores: Tensor = prepared.scores[:, columns]  # `prepare_query` has given all columns
         return scores
 
-    def _scores_of_batch(
+    @override
+    def score_batch(
         self, state: GradientState, prepared: Any, columns: slice, model: nn.Module, batch: Any
     ) -> Tensor:
         if not self.reads_training_data:
-            return self._scores(state, prepared, columns)
+            return self.score_columns(state, prepared, columns)
         scores: Tensor = prepared.preconditioned @ self._train_side(state, model, batch, columns).T
         return scores
+
+    @override
+    def query_vectors(self, state: GradientState, prepared: Any) -> Tensor | None:
+        return prepared.preconditioned if isinstance(prepared, GradientQuery) else None
+
+    @override
+    def train_vectors_of(
+        self, state: GradientState, model: nn.Module, batch: Any, rows: Tensor
+    ) -> Tensor | None:
+        residuals = state.residuals[rows.to(state.residuals.device)]
+        return self._side(state.kernel, self._gradients(model, batch, residuals))
 
     def _train_side(
         self, state: GradientState, model: nn.Module, batch: ExampleBatch, columns: slice
@@ -232,7 +249,8 @@ class GradientMethod(OnWorkingCopy):
         check_gradients(sides, columns.start)
         return sides
 
-    def _self_influence(
+    @override
+    def batch_self_influence(
         self, state: GradientState, model: nn.Module, batch: Any, rows: slice | None
     ) -> Tensor:
         left, right = self._both_residuals(state, model, batch, rows)
@@ -255,7 +273,7 @@ class GradientMethod(OnWorkingCopy):
                 "residuals", "be 'training' or 'temperature' for other inputs", repr(self.residuals)
             )
         with torch.no_grad():
-            logits = self._logits(model, batch)
+            logits = self.batch_logits(model, batch)
         labels = Query("loss", "label").classes(logits, batch)
         none = torch.zeros_like(logits)
         right, _ = choose_residuals(self.residuals, logits, labels, none, state.temperature)
@@ -264,7 +282,7 @@ class GradientMethod(OnWorkingCopy):
     def _inverse_norms(self, state: GradientState, prepared: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
         if state.norms is None:
             norms = []
-            for rows, batch in self._train_blocks(self.n_train_, False):
+            for rows, batch in self.train_blocks(self.n_train_, False):
                 sides = self._train_side(state, model, batch, rows)
                 norms.append(self._norms(state, sides, self._precondition(state.kernel, sides)))
             state.norms = torch.cat(norms)
@@ -274,18 +292,21 @@ class GradientMethod(OnWorkingCopy):
     def _norms(state: GradientState, sides: Tensor, preconditioned: Tensor) -> Tensor:
         return (sides * preconditioned).sum(1).clamp_min(0).sqrt()
 
-    def _train_norms(self, state: GradientState) -> Tensor:
+    @override
+    def train_norms(self, state: GradientState) -> Tensor:
         assert state.norms is not None
         return state.norms
 
-    def _test_norms(self, state: GradientState, prepared: Any) -> Tensor:
+    @override
+    def test_norms(self, state: GradientState, prepared: Any) -> Tensor:
         return self._norms(state, prepared.sides, prepared.preconditioned)
 
-    def _max_rows(self) -> int:
+    def max_rows(self) -> int:
         """Examples whose gradients, in four copies, fit the memory budget."""
         parameters = chosen_parameters(self.model, self.layers)
         size = sum(p.numel() * max(p.element_size(), 4) for p in parameters.values())
         return rows_that_fit(self.memory_budget, 4 * size, None)
 
-    def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "residuals": self.residuals, "temperature": self.temperature}
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "residuals": self.residuals, "temperature": self.temperature}

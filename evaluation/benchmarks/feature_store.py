@@ -30,7 +30,6 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from ...config import STRIDEConfig
 from ...errors import bad_choice
 from ...features.store import FeatureStore
 from ...stride import STRIDE
@@ -283,8 +282,7 @@ def _limited(options: dict[str, Any]) -> dict[str, Any]:
         arrays = _mapped(Path(options["folder"]), *shape)
         if options.get("in_memory"):
             arrays = [np.array(array) for array in arrays]
-        config = STRIDEConfig(memory_budget=options.get("budget", STRIDEConfig().memory_budget))
-        method = STRIDE.from_features(*arrays, config=config).fit()
+        method = STRIDE.from_features(*arrays, memory_budget=options.get("budget", "256MiB")).fit()
     with PeakAnonymous() as asking:
         best: Any = method.influence(_test_points(options["n_test"], *shape[1:]), options["k"])
     return {

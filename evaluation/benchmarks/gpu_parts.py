@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...config import STRIDEConfig
 from ...distributed import DistributedSTRIDE
 from ...features.store import FeatureStore
 from ...influence.estimate import timed
+from ...steering.options import Trained
 from ...steering.training import train_operators
 from ...stride import STRIDE
 from ...subsets import random_subsets
@@ -109,14 +109,13 @@ def training(
     z = torch.randn(n_train, 10, generator=draw).to(device)
     y = torch.randint(10, (n_train,), generator=draw).to(device)
     subsets = random_subsets(n_train, n_subsets, max(n_train // 50, 2))
-    config = STRIDEConfig(
-        operators="trained", iterations=iterations, n_subsets=n_subsets, memory_budget="2GiB"
-    )
+    options = Trained(iterations=iterations)
 
     def train(precision: str = "float32", fused: bool | None = None) -> Tensor:
         with full_precision(device):
-            chosen = replace(config, precision=precision)  # type: ignore[arg-type]
-            return train_operators(h, z, y, subsets, chosen, fused=fused).operators.steering_matrices
+            chosen = replace(options, precision=precision)  # type: ignore[arg-type]
+            trained = train_operators(h, z, y, subsets, chosen, memory_budget=2**31, fused=fused)
+            return trained.operators.steering_matrices
 
     sizes = {"n_train": n_train, "n_features": n_features, "n_subsets": n_subsets, "steps": iterations}
     weight = torch.randn(n_features, n_features, generator=draw).to(device)

@@ -194,7 +194,7 @@ def reproduce_command(
 ) -> None:
     """Measure a table of the paper, with the paper's figures beside ours.
 
-    Tables 2 to 4 are settings: `stride_captum.evaluation.tasks.networks` and `STRIDEConfig.paper`.
+    Tables 2 to 4 are settings: `stride_captum.evaluation.tasks.networks` and `Trained.paper`.
 
     Examples:
 

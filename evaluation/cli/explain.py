@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 from torch import nn
 
-from ...config import STRIDEConfig
 from ...errors import bad_value
+from ...features.options import Features
 from ...influence.checkpoints import load_checkpoint
+from ...operators import Operators, operators_of
 from ...system.devices import existing_device
 from ...system.processes import is_first
 from ..comparison.explain import explain
@@ -49,8 +50,15 @@ def explain_command(
     training: Training = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Trained weights instead of training.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
-    config: Annotated[
-        str | None, typer.Option(help="Options of STRIDE as JSON, such as '{\"damping\": 0.1}'.")
+    operators: Annotated[
+        str | None,
+        typer.Option(
+            help="'closed-form', 'trained', or options as JSON, such as '{\"damping\": 0.1}' or "
+            '\'{"name": "trained", "rank": 32}\'.'
+        ),
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(help="Options of the features as JSON, such as '{\"max_width\": 1024}'.")
     ] = None,
     store: Annotated[Path, typer.Option(help="Folder for trained models.")] = Path("out/store"),
     device: Device = "cpu",
@@ -92,7 +100,8 @@ def explain_command(
             model=trained,
             seed=seed,
             store=store,
-            config=None if config is None else STRIDEConfig.from_dict(json_object("config", config)),
+            operators=None if operators is None else _operators(operators),
+            features=None if features is None else Features.from_dict(json_object("features", features)),
             device=on,
             show_progress=not quiet,
         )
@@ -105,6 +114,14 @@ def explain_command(
         if explanation.note:
             voice.note(explanation.note)
         voice.note(f"Report: {out / 'report.html'}")
+
+
+def _operators(text: str) -> Operators:
+    """Operators by name, or from JSON with their name and options."""
+    if not text.lstrip().startswith("{"):
+        return operators_of(text.strip())
+    options = json_object("operators", text)
+    return Operators.from_dict({"name": "closed-form", **options})
 
 
 def _loaded(model: nn.Module, checkpoint: Path) -> nn.Module:

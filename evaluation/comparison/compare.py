@@ -21,7 +21,6 @@ from .lds_runs import chosen_options, retrained
 from .methods import MethodSpec
 from .plan import MEASURES, settle
 from .question import Question
-from .question import halves as halves
 from .results import Comparison
 from .shared import Shared
 

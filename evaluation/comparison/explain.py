@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...config import STRIDEConfig
 from ...distributed import DistributedSTRIDE
 from ...errors import bad_value
+from ...features.options import Features
 from ...influence.chance import at_chance
+from ...operators import Operators
 from ...responses import class_labels, response_value
 from ...stride import STRIDE
 from ...system.devices import existing_device
@@ -114,7 +115,8 @@ def explain(
     model: nn.Module | None = None,
     seed: int = 0,
     store: str | Path | None = None,
-    config: STRIDEConfig | None = None,
+    operators: Operators | str | None = None,
+    features: Features | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = False,
 ) -> tuple[Explanation, STRIDE]:
@@ -128,7 +130,8 @@ def explain(
         model: A trained model; None trains one.
         seed: Of the training.
         store: Folder where a trained model is kept.
-        config: Options of STRIDE.
+        operators: As for `STRIDE`.
+        features: As for `STRIDE`.
         device: Where the model is trained and attributed; None takes the device of `model`, or the CPU.
         show_progress: Whether to show bars.
 
@@ -170,7 +173,8 @@ def explain(
     for index in indices:
         if not 0 <= index < len(y_test):
             raise IndexError(f"The test set of {task.name} has points 0 to {len(y_test) - 1}; got {index}.")
-    method = (DistributedSTRIDE if in_group() else STRIDE)(model, task.train, config=config, device=device)
+    kind = DistributedSTRIDE if in_group() else STRIDE
+    method = kind(model, task.train, operators=operators, features=features, device=device)
     method.fit(show_progress)
     rows = torch.as_tensor(indices)
     batch = (x_test[rows], y_test[rows])
@@ -199,7 +203,12 @@ def explain(
         suspects=_neighbours(suspects, flags[suspects], y),
         accuracy={"train": _accuracy(train_logits, y), "test": _accuracy(test_logits, y_test)},
         seconds=seconds,
-        settings=method.config.to_dict(),
+        settings={
+            "response": method.response,
+            "target": method.target,
+            "operators": method.operators.to_dict(),
+            "features": method.features.to_dict(),
+        },
         layers=method.layers_,
         environment=environment.describe(device or "cpu"),
     )

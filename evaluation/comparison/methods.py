@@ -16,9 +16,12 @@ from itertools import product
 from typing import Any
 
 from ... import adapters
-from ...config import STRIDEConfig
+from ...closed_form.options import ClosedForm
+from ...designs import Partition
 from ...errors import bad_choice
 from ...influence.method import InfluenceMethod
+from ...operators import Operators
+from ...steering.options import Trained
 from ...stride import STRIDE
 from ..measures.cost import Build
 
@@ -66,22 +69,25 @@ class MethodSpec:
         return self.needs is None or find_spec(self.needs) is not None
 
 
-def stride(*, layers: Sequence[str] | None = None, **fixed: Any) -> Build:
-    """STRIDE with a configuration; the options of a grid point replace its fields.
+def stride(
+    operators: type[Operators] = ClosedForm, *, layers: Sequence[str] | None = None, **fixed: Any
+) -> Build:
+    """STRIDE with operators of one kind; the options of a grid point are theirs.
 
     Args:
+        operators: `ClosedForm`, `Trained`, or yours.
         layers: As for `STRIDE`.
-        **fixed: Options of `STRIDEConfig`.
+        **fixed: Options of the operators.
     """
     return lambda model, data, options: STRIDE(
-        model, data, layers=layers, config=STRIDEConfig(**{**fixed, **options})
+        model, data, layers=layers, operators=operators(**{**fixed, **options})
     )
 
 
 def stride_paper(preset: str) -> Build:
     """STRIDE with the settings of Table 4, on smaller training sets as `fitting` says."""
     return lambda model, data, options: STRIDE(
-        model, data, config=STRIDEConfig.paper(preset, **{**fitting(len(data)), **options})
+        model, data, operators=Trained.paper(preset, **{**fitting(len(data)), **options})
     )
 
 
@@ -89,9 +95,9 @@ def fitting(n_train: int) -> dict[str, Any]:
     """B.2's 50 subsets of 100 need 5,000 examples: smaller training sets are split into 50 parts.
 
     >>> fitting(60_000), fitting(300)
-    ({}, {'coverage': 'partition', 'subset_size': None})
+    ({}, {'subsets': Partition(n_subsets=50, size=None)})
     """
-    return {} if n_train >= 5_000 else {"coverage": "partition", "subset_size": None}
+    return {} if n_train >= 5_000 else {"subsets": Partition(50)}
 
 
 def adapter(cls: type[InfluenceMethod], **fixed: Any) -> Build:
@@ -142,16 +148,16 @@ METHODS: dict[str, MethodSpec] = {
         MethodSpec("STRIDE", stride()),
         MethodSpec("STRIDE (tuned)", stride(), grid(temperature=_TEMPERATURES, damping=(0.1, 0.3, 1.0))),
         MethodSpec("STRIDE T=1", stride(residuals="training")),
-        MethodSpec("STRIDE trained + Lasso", stride(operators="trained")),
-        MethodSpec("STRIDE trained, no linearity", stride(operators="trained", linearity_weight=0.0)),
-        MethodSpec("STRIDE trained, no stability", stride(operators="trained", stability_weight=0.0)),
+        MethodSpec("STRIDE trained + Lasso", stride(Trained)),
+        MethodSpec("STRIDE trained, no linearity", stride(Trained, linearity_weight=0.0)),
+        MethodSpec("STRIDE trained, no stability", stride(Trained, stability_weight=0.0)),
         MethodSpec(
             "STRIDE trained, no LDS loss",  # D.3: neither of the two constraints
-            stride(operators="trained", linearity_weight=0.0, stability_weight=0.0),
+            stride(Trained, linearity_weight=0.0, stability_weight=0.0),
         ),
         # D.3, "layer sensitivity": the first hidden layer of the MLP, the convolutions of the CNN (Table 2).
-        MethodSpec("STRIDE trained, layer1", stride(operators="trained", layers=["relu1"])),
-        MethodSpec("STRIDE trained, conv", stride(operators="trained", layers=["relu2"])),
+        MethodSpec("STRIDE trained, layer1", stride(Trained, layers=["relu1"])),
+        MethodSpec("STRIDE trained, conv", stride(Trained, layers=["relu2"])),
         MethodSpec("STRIDE paper (mnist)", stride_paper("mnist")),
         MethodSpec("STRIDE paper (cifar10)", stride_paper("cifar10")),
         *_twice(

@@ -8,19 +8,20 @@ chosen among as many values on the tuning half of the test points.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...config import Recovery, STRIDEConfig
-from ...steering.trained import TrainedSteering
+from ...designs import RandomSubsets
+from ...recovery.estimators import Lasso, Recovery, Ridge
+from ...steering.options import Trained
+from ...steering.trained import TrainedOperators
 from ...stride import STRIDE
 from ..measures.linear_datamodeling import LDSResult, lds, margins
 from ..retraining.attributed_models import train_attributed
@@ -28,11 +29,11 @@ from ..retraining.plan import without_diverged
 from ..system import environment
 from ..tasks.checks import check_task
 from ..tasks.tasks import Task
-from .compare import halves
 from .methods import fitting
+from .question import halves
 
 #: Penalties that the tuning half chooses from.
-ALPHAS: dict[Recovery, tuple[float, ...]] = {
+ALPHAS: dict[str, tuple[float, ...]] = {
     "lasso": (0.003, 0.01, 0.03, 0.1, 0.3, 0.5),
     "ridge": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
 }
@@ -58,7 +59,7 @@ class CurvePoint:
     ridge: LDSResult
     closed_form: LDSResult
     fit_seconds: float
-    alphas: dict[Recovery, float]
+    alphas: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def recovery_curve(
         task: The task.
         store: Folder of the retrainings.
         ks: Numbers of subsets.
-        preset: Which `STRIDEConfig.paper`.
+        preset: Which `Trained.paper`.
         n_seeds: Retrainings of each of 100 random halves.
         n_models: Attributed models.
         n_test: Test points, both halves together.
@@ -131,8 +132,8 @@ def recovery_curve(
         ValueError: A number of subsets or a preset that does not exist, inputs or labels that the network
             cannot read (before anything is retrained), or more than a tenth of the halves diverge.
     """
-    configs = {k: STRIDEConfig(operators="trained", n_subsets=k) for k in ks}
-    paper = STRIDEConfig.paper(preset, **fitting(task.n_train))
+    kinds = {k: Trained(subsets=RandomSubsets(k)) for k in ks}
+    paper = Trained.paper(preset, **fitting(task.n_train))
     check_task(task)
     plan = halves(task, store, 100, n_seeds, n_test)
     x_test, y_test = (t[: plan.n_test] for t in task.test.tensors)
@@ -146,8 +147,8 @@ def recovery_curve(
         return [np.asarray(method.influence(batch)) for method in methods]
 
     points = []
-    for k, config in configs.items():
-        methods = [STRIDE(model, task.train, config=config).fit(show_progress) for model in models]
+    for k, kind in kinds.items():
+        methods = [STRIDE(model, task.train, operators=kind).fit(show_progress) for model in models]
         found, alphas = {}, {}
         for recovery in ALPHAS:
             alphas[recovery] = _chosen(
@@ -155,15 +156,14 @@ def recovery_curve(
             )
             _set(methods, recovery, alphas[recovery])
             found[recovery] = lds(scored(methods, batches[1]), membership, reported)
-        operators = [method._states[0].operators if method._states else None for method in methods]
         closed = [
-            _closed_form_on_phi(method, steering, model, task, batches[1])
-            for method, steering, model in zip(methods, operators, models, strict=True)
+            _closed_form_on_phi(method, model, task, batches[1])
+            for method, model in zip(methods, models, strict=True)
         ]
         points.append(
             CurvePoint(
                 n_subsets=k,
-                subset_size=int(operators[0].membership[0].nnz) if operators[0] is not None else 0,
+                subset_size=int(_trained(methods[0]).membership[0].nnz),
                 lasso=found["lasso"],
                 ridge=found["ridge"],
                 closed_form=lds(closed, membership, reported),
@@ -171,7 +171,7 @@ def recovery_curve(
                 alphas=alphas,
             )
         )
-    of_paper = [STRIDE(model, task.train, config=paper) for model in models]
+    of_paper = [STRIDE(model, task.train, operators=paper) for model in models]
     protocol = {
         "n_train": task.n_train,
         "n_models": n_models,
@@ -188,7 +188,7 @@ def recovery_curve(
 
 
 def _chosen(
-    methods: Sequence[STRIDE], recovery: Recovery, measure: Callable[[Sequence[STRIDE]], LDSResult]
+    methods: Sequence[STRIDE], recovery: str, measure: Callable[[Sequence[STRIDE]], LDSResult]
 ) -> float:
     """The penalty with the highest LDS; undefined correlations count as 0, as in `compare`."""
     values = []
@@ -199,24 +199,29 @@ def _chosen(
     return ALPHAS[recovery][max(range(len(values)), key=lambda i: values[i])]
 
 
-def _set(methods: Sequence[STRIDE], recovery: Recovery, alpha: float) -> None:
+def _set(methods: Sequence[STRIDE], recovery: str, alpha: float) -> None:
     """How the operators are read, which needs no new fit."""
+    wanted: Recovery = Lasso(alpha=alpha) if recovery == "lasso" else Ridge(alpha=alpha)
     for method in methods:
-        method.config = dataclasses.replace(method.config, recovery=recovery, alpha=alpha)
+        _trained(method).recovery = wanted
+
+
+def _trained(method: STRIDE) -> TrainedOperators:
+    return cast(TrainedOperators, method.operators_)
 
 
 def _closed_form_on_phi(
-    method: STRIDE, steering: Any, model: nn.Module, task: Task, batch: tuple[Tensor, Tensor]
+    method: STRIDE, model: nn.Module, task: Task, batch: tuple[Tensor, Tensor]
 ) -> NDArray[Any]:
     """Scores of the closed form whose features are phi of the trained operators."""
-    assert isinstance(steering, TrainedSteering)
+    trained = _trained(method)
     with torch.no_grad():
         taps = method._states[0].taps if method._states else []
 
         def encode(inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             batch = method._example_batch((inputs, labels), "inputs")
             features, logits, _ = method._read_batch(model, taps, batch)
-            return steering.operators.encode(features * steering.scale), logits
+            return trained.steering.encode(features * trained.scale), logits
 
         codes, logits = encode(*task.train.tensors)
         closed = STRIDE.from_features(codes, logits, task.train.tensors[1])

@@ -184,25 +184,6 @@ class EigenvalueCorrectedCurvature(Curvature):
         ]
 
 
-@saved_as("curvature.class-blocks")
-@dataclass
-class ClassBlockCurvature(Curvature):
-    """The diagonal blocks of F: E[phi phi^T p_c (1 - p_c)] for each class c.
-
-    Attributes:
-        scale: s.
-        inverses: s times the damped inverse of the block of each class.
-    """
-
-    scale: float
-    inverses: list[CenteredMap]
-
-    def solve(self, phi: Tensor, vectors: Tensor) -> list[Term]:
-        """One term per class."""
-        classes = torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
-        return [(inverse(phi), vectors[:, c : c + 1] * classes[c]) for c, inverse in enumerate(self.inverses)]
-
-
 @saved_as("curvature.gauss-newton")
 @dataclass
 class GaussNewtonCurvature(Curvature):

@@ -11,7 +11,6 @@ from ..system.to_device import TrainingBlocks
 from .class_moments import ClassMoments, Probabilities, probabilities
 from .curvature import (
     CenteredMap,
-    ClassBlockCurvature,
     Curvature,
     EigenvalueCorrectedCurvature,
     GaussNewtonCurvature,
@@ -38,7 +37,7 @@ def fit_curvature(
     single Kronecker product damp its factors instead: s lambda I beside A, and both of A (x) Sigma.
 
     Args:
-        name: An option of `STRIDEConfig.curvature`.
+        name: An option of `ClosedForm.curvature`.
         data: The training set.
         temperature: T of `p = softmax(z / T)`.
         moments: Of the features.
@@ -47,7 +46,6 @@ def fit_curvature(
         ranks: Who else has a share of the training set.
     """
     a, sigma = moments.second_moment, classes.covariance
-    mean = a.diagonal().mean()
     if name in ("identity", "kronecker"):
         inverse = centered(damped_inverse(a, damping), moments, data)
         if name == "identity":
@@ -57,18 +55,7 @@ def fit_curvature(
         return KroneckerCurvature(classes.unit, inverse, side.to(data.device, data.dtype))
     if name == "gauss-newton":
         return _gauss_newton(data, temperature, moments, classes, damping)
-    if name == "eigenvalue-corrected":
-        return _eigenvalue_corrected(data, temperature, moments, classes, damping, ranks)
-    n_classes = len(sigma)
-    blocks_of_f = a.new_zeros(n_classes, *a.shape)
-    for rows in data:
-        phi = scaled_features(data.features_of(rows), moments.scale)
-        weights = probabilities(data.logits_of(rows), temperature).variances() / classes.unit
-        for c in range(n_classes):
-            blocks_of_f[c] += matching((phi * weights[:, c : c + 1].to(phi)).T @ phi, a) / moments.n_train
-    blocks_of_f = ranks.all_reduce(blocks_of_f, "blocks of the Fisher")
-    inverses = damped_inverse(blocks_of_f, damping, mean.expand(n_classes))
-    return ClassBlockCurvature(classes.unit, [centered(inverse, moments, data) for inverse in inverses])
+    return _eigenvalue_corrected(data, temperature, moments, classes, damping, ranks)
 
 
 def _gauss_newton(

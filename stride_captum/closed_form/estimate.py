@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,16 +34,18 @@ from ..influence.estimate import (
     training_examples,
 )
 from ..layers.activations import Tap, recording
+from ..operators import STRIDEState
 from ..system.fingerprints import weights_fingerprint
 from ..system.peak_memory import PeakMemory, release_free_memory
 from .curvature import CenteredMap, KroneckerCurvature
 from .memory import ClosedFormBytes, closed_form_bytes, products_dtype
 from .moments import Moments
-from .operators import ClosedForm, block_rows, fit_closed_form
+from .operators import ClosedFormOperators, block_rows, fit_closed_form
 from .ridge_head import RidgeHead
 
 if TYPE_CHECKING:
     from ..stride import STRIDE
+    from .options import ClosedForm
 
 _BATCHES = 3
 _NARROW = 768
@@ -103,11 +105,14 @@ def estimate_closed_form(method: STRIDE, n_test: int, k: int | None) -> Estimate
     )
 
 
+def _options(method: STRIDE) -> ClosedForm:
+    return cast("ClosedForm", method.operators)
+
+
 def _read_a_little(method: STRIDE, model: nn.Module, n: int) -> _Reading:
     if method._precomputed is not None:
-        features, logits, _, widths = method._precomputed
-        del features
-        return _Reading(0.0, 0, widths, logits.shape[1], method._choose_taps(model))
+        known = method._precomputed
+        return _Reading(0.0, 0, known.widths, known.logits.shape[1], method._choose_taps(model))
     method = copy.copy(method)  # which reads the training set on its own
     device = method._work_device()
     source = Passes(method.train_dataset, method.batch_size, method._reading()).walk()
@@ -183,8 +188,8 @@ def _closed_form_seconds(
     features = torch.randn(n, sum(widths), generator=generator, device="cpu").to(device)
     logits = torch.randn(n, n_classes, generator=generator, device="cpu").to(device)
     labels = torch.arange(n, device=device) % n_classes
-    config = method.config
-    return median_seconds(lambda: fit_closed_form(features, logits, labels, widths, config, 2.0), device)
+    fit = partial(fit_closed_form, features, logits, labels, widths, _options(method), 2.0)
+    return median_seconds(lambda: fit(memory_budget=method.memory_budget), device)
 
 
 def _query_seconds(method: STRIDE, reading: _Reading, test: Any, k: int | None, n: int) -> float:
@@ -205,12 +210,12 @@ def _query_seconds(method: STRIDE, reading: _Reading, test: Any, k: int | None, 
 def _random_state(method: STRIDE, reading: _Reading, n: int, of: int, like: ClosedFormBytes) -> Any:
     """A closed form of n random examples that computes and keeps as one of `of` examples does."""
     device, d, n_classes = method._work_device(), sum(reading.widths), reading.n_classes
-    dtype = products_dtype(method.config, of, d)
+    dtype = products_dtype(_options(method), of, d)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(n, n_classes, generator=generator, device="cpu").to(device)
     none = logits[:0]
     eye, classes = (torch.eye(size, dtype=dtype, device=device) for size in (d + 1, n_classes))
-    form = ClosedForm(
+    form = ClosedFormOperators(
         features=torch.randn(n, d, generator=generator, device="cpu").to(device),
         logits=logits,
         labels=torch.arange(n, device=device) % n_classes,
@@ -220,13 +225,13 @@ def _random_state(method: STRIDE, reading: _Reading, n: int, of: int, like: Clos
         head=_random_head(reading, n, device),
         ridge_ratio=1.0,
         curvature=KroneckerCurvature(1.0, CenteredMap(eye, 0 * eye[0], 0 * eye[0]), classes),
-        kind=method.config.residuals,
+        kind=_options(method).residuals,
         temperature=2.0,
-        block_rows=block_rows(method.config, d, n_classes, dtype, device),
+        block_rows=block_rows(method.memory_budget, d, n_classes, dtype),
         residual_bytes=sys.maxsize if like.residuals else 0,
     )
     form.keep_residuals()
-    return method._state(reading.taps, form)
+    return STRIDEState(reading.taps, form)
 
 
 def _random_head(reading: _Reading, n: int, device: torch.device) -> RidgeHead:
@@ -239,8 +244,14 @@ def _random_head(reading: _Reading, n: int, device: torch.device) -> RidgeHead:
 
 def _bytes(method: STRIDE, reading: _Reading, n: int) -> ClosedFormBytes:
     in_memory = method.feature_store is None and method._precomputed is None
-    device = method._work_device()
-    return closed_form_bytes(method.config, n, reading.widths, reading.n_classes, device, in_memory=in_memory)
+    return closed_form_bytes(
+        _options(method),
+        n,
+        reading.widths,
+        reading.n_classes,
+        in_memory=in_memory,
+        memory_budget=method.memory_budget,
+    )
 
 
 def _fit_bytes(method: STRIDE, reading: _Reading, n: int) -> tuple[int, int]:

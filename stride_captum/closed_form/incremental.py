@@ -15,43 +15,22 @@ leverages of all examples change, and their pass over the stored features stays.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset
 
-from ..data import inputs as data
-from ..data.batch import is_batch
-from ..data.places import places
-from ..errors import bad_type, bad_value
+from ..operators import Changed
 from ..residuals import one_hot
 from ..system.devices import matching
 from ..system.memory import blocks
 from .moments import Moments, feature_moments, layer_scale
-from .operators import ClosedForm
+
+if TYPE_CHECKING:
+    from .operators import ClosedFormOperators
 
 
-@dataclass(frozen=True)
-class Changed:
-    """What the closed form of a changed training set starts from, in the order of its examples.
-
-    Attributes:
-        features: `(n_train, n_features)`.
-        logits: `(n_train, n_classes)`.
-        labels: `(n_train,)`.
-        moments: Of the features.
-    """
-
-    features: Tensor
-    logits: Tensor
-    labels: Tensor
-    moments: Moments
-
-
-def with_examples(form: ClosedForm, features: Tensor, logits: Tensor, labels: Tensor) -> Changed:
+def with_examples(form: ClosedFormOperators, features: Tensor, logits: Tensor, labels: Tensor) -> Changed:
     """Put examples behind those of a closed form.
 
     Args:
@@ -67,11 +46,12 @@ def with_examples(form: ClosedForm, features: Tensor, logits: Tensor, labels: Te
         torch.cat([form.features, features.to(form.features)]),  # a memory map becomes a tensor
         torch.cat([form.logits, logits.to(form.logits)]),
         torch.cat([form.labels, labels.to(form.labels)]),
+        form.widths,
         Moments(gram, targets, layer_scale(gram.diagonal(), form.widths, n), n),
     )
 
 
-def without_examples(form: ClosedForm, keep: Tensor) -> Changed:
+def without_examples(form: ClosedFormOperators, keep: Tensor) -> Changed:
     """Keep some examples of a closed form.
 
     Args:
@@ -82,10 +62,12 @@ def without_examples(form: ClosedForm, keep: Tensor) -> Changed:
     gone[keep] = False
     features, labels = _rows(form.features, keep), form.labels[keep]
     moments = _moments_without(form, gone, None, features, labels)
-    return Changed(features, _rows(form.logits, keep), labels, moments)
+    return Changed(features, _rows(form.logits, keep), labels, form.widths, moments)
 
 
-def with_others(form: ClosedForm, rows: Tensor, features: Tensor, logits: Tensor, labels: Tensor) -> Changed:
+def with_others(
+    form: ClosedFormOperators, rows: Tensor, features: Tensor, logits: Tensor, labels: Tensor
+) -> Changed:
     """Put other examples in the places of some of a closed form.
 
     Args:
@@ -103,11 +85,11 @@ def with_others(form: ClosedForm, rows: Tensor, features: Tensor, logits: Tensor
 
     every, all_labels = replaced(form.features, features), replaced(form.labels, labels)
     moments = _moments_without(form, rows, new, every, all_labels)
-    return Changed(every, replaced(form.logits, logits), all_labels, moments)
+    return Changed(every, replaced(form.logits, logits), all_labels, form.widths, moments)
 
 
 def _moments_without(
-    form: ClosedForm, gone: Tensor, new: Moments | None, features: Tensor, labels: Tensor
+    form: ClosedFormOperators, gone: Tensor, new: Moments | None, features: Tensor, labels: Tensor
 ) -> Moments:
     """Moments after the rows `gone` have left a closed form and `new` ones have come.
 
@@ -142,29 +124,3 @@ def _moments_without(
 def _rows(stored: Tensor, rows: Tensor) -> Tensor:
     """Some rows of an array that may be elsewhere than their indices."""
     return stored[rows.to(stored.device)]
-
-
-def rows_to_keep(indices: Any, n_train: int) -> Tensor:
-    """The rows that stay when `indices` are removed, `(n_kept,)` int64.
-
-    Raises:
-        TypeError: Not places in the training set (`places`).
-        ValueError: Out of range, twice the same, none at all, or every example.
-    """
-    gone = places(indices, n_train, "indices")
-    if not 0 < gone.size < n_train:
-        raise bad_value("indices", f"name between 1 and {n_train - 1} examples", gone.size)
-    keep = np.ones(n_train, dtype=bool)
-    keep[gone] = False
-    return torch.from_numpy(keep.nonzero()[0])
-
-
-def new_examples(examples: Any) -> Any:
-    """Added examples as a data set: a Dataset or DataLoader as it is, or tensors `(inputs..., labels)`."""
-    if isinstance(examples, tuple | list) and len(examples) > 1 and all(map(torch.is_tensor, examples)):
-        examples = TensorDataset(*examples)
-    if is_batch(examples) or data.count_examples(examples) is None:
-        must = "be a Dataset or DataLoader with a length, or tensors (inputs..., labels)"
-        raise bad_type("examples", must, examples)
-    data.check_source(examples, "examples")
-    return examples

@@ -14,14 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..config import STRIDEConfig
-from ..system.memory import parse_bytes
+from ..system.memory import DEFAULT_BUDGET
 from .class_moments import MOST_CLASSES
 from .damping import needs_float64
 from .operators import block_rows
+
+if TYPE_CHECKING:
+    from .options import ClosedForm
 
 
 @dataclass(frozen=True)
@@ -53,39 +56,39 @@ class ClosedFormBytes:
 
 
 def closed_form_bytes(
-    config: STRIDEConfig,
+    options: ClosedForm,
     n_train: int,
     widths: Sequence[int],
     n_classes: int,
-    device: torch.device,
     *,
     in_memory: bool,
+    memory_budget: int = DEFAULT_BUDGET,
 ) -> ClosedFormBytes:
     """Count the arrays of one Kronecker term.
 
     Args:
-        config: `damping`, `curvature` and `memory_budget`.
+        options: `damping` and `curvature`.
         n_train: n.
         widths: Widths of the layers.
         n_classes: C.
-        device: Where products are taken.
         in_memory: Whether features and logits are in memory.
+        memory_budget: Bytes.
 
-    >>> wide = closed_form_bytes(STRIDEConfig(memory_budget="1MiB"), 10**6, [64], 1000, torch.device("cpu"),
-    ...                          in_memory=False)
+    >>> from stride_captum import ClosedForm
+    >>> wide = closed_form_bytes(ClosedForm(), 10**6, [64], 1000, in_memory=False, memory_budget=2**20)
     >>> wide.vectors, wide.residuals, wide.block <= 2**20
     (29000000, 0, True)
     """
     d = sum(widths) + 1
     head = sum(widths[:-1]) + 1 if len(widths) > 1 else d
-    dtype = products_dtype(config, n_train, d - 1)
-    whole = config.curvature == "kronecker" and n_classes <= MOST_CLASSES
+    dtype = products_dtype(options, n_train, d - 1)
+    whole = options.curvature == "kronecker" and n_classes <= MOST_CLASSES
     residuals = dtype.itemsize * n_train * n_classes
-    rows = min(n_train, block_rows(config, d - 1, n_classes, dtype, device))
+    rows = min(n_train, block_rows(memory_budget, d - 1, n_classes, dtype))
     return ClosedFormBytes(
         arrays=4 * n_train * (d - 1 + n_classes) * in_memory,
         vectors=29 * n_train,
-        residuals=residuals if residuals <= parse_bytes(config.memory_budget, device) else 0,
+        residuals=residuals if residuals <= memory_budget else 0,
         moments=8 * d * (d + n_classes),
         factors=dtype.itemsize * (d * d + (n_classes**2 if whole else n_classes)) + 8 * head * n_classes,
         block=rows * (3 * dtype.itemsize * d + 6 * 8 * n_classes),
@@ -93,6 +96,6 @@ def closed_form_bytes(
     )
 
 
-def products_dtype(config: STRIDEConfig, n_train: int, n_features: int) -> torch.dtype:
+def products_dtype(options: ClosedForm, n_train: int, n_features: int) -> torch.dtype:
     """The dtype of products with float32 features of usual size."""
-    return torch.float64 if needs_float64(config.damping, n_train, n_features) else torch.float32
+    return torch.float64 if needs_float64(options.damping, n_train, n_features) else torch.float32

@@ -11,15 +11,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..config import STRIDEConfig
 from ..errors import bad_value
+from ..operators import Changed, FittedOperators, TestPoints
+from ..recovery import soft_threshold
 from ..residuals import choose_residuals, project_on_simplex, ratio_of_norms, tempered_residuals
 from ..system.devices import matching
-from ..system.memory import MOST_ROWS, blocks, parse_bytes, rows_that_fit
+from ..system.memory import DEFAULT_BUDGET, MOST_ROWS, blocks, rows_that_fit
 from ..system.processes import SINGLE_PROCESS, SingleProcess
 from ..system.saved_values import saved_as
 from ..system.to_device import TrainingBlocks, working_dtype
@@ -35,9 +37,13 @@ from .curvature import (
 )
 from .curvature_fit import fit_curvature
 from .damping import LEAST_OF_HEAD, check_damping, needs_float64
+from .incremental import with_examples, with_others, without_examples
 from .moments import Moments, feature_moments, scaled_features
 from .ridge_head import RidgeHead, fit_ridge_head
 from .training_residuals import TrainingResiduals
+
+if TYPE_CHECKING:
+    from .options import ClosedForm
 
 #: Rows that are taken at a time by curvatures with many Kronecker terms.
 _FEW_ROWS = 256
@@ -49,7 +55,7 @@ _LARGEST_RESIDUAL = 1e30
 
 @saved_as("closed-form")
 @dataclass
-class ClosedForm:
+class ClosedFormOperators(FittedOperators):
     """Closed-form operators of all singleton subsets.
 
     Attributes:
@@ -57,13 +63,14 @@ class ClosedForm:
         logits: z, `(n_train, n_classes)`, likewise.
         labels: y, `(n_train,)` int64, where products are taken.
         widths: Widths of the layers, in the order of the columns.
-        moments: What `update` changes when examples come or go.
+        moments: Sums that change when examples come or go.
         scale: Factor of each feature, 1 for the constant, `(n_features + 1,)` in the dtype of products.
         head: Ridge head on all layers but the last.
         ridge_ratio: Factor of the ridge part of the residuals "both".
         curvature: Approximation of F + lambda I.
         kind: The option `residuals`.
         temperature: T.
+        threshold: The option of that name.
         block_rows: Training examples that are read at a time, where that needs memory.
         residual_bytes: Residuals are kept where they take no more.
     """
@@ -79,6 +86,7 @@ class ClosedForm:
     curvature: Curvature
     kind: str
     temperature: float
+    threshold: float = 0.0
     block_rows: int = MOST_ROWS
     residual_bytes: int = 0
 
@@ -88,9 +96,19 @@ class ClosedForm:
         return self.moments.n_train
 
     @property
-    def n_classes(self) -> int:
+    def n_classes(self) -> int:  # type: ignore[override]
         """C."""
         return self.logits.shape[1]
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where products are taken."""
+        return self.scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Of products."""
+        return self.scale.dtype
 
     @property
     def residuals(self) -> Tensor:
@@ -108,23 +126,19 @@ class ClosedForm:
             whole[rows] = of_rows(rows).to(whole)
         return whole
 
-    def prepare(self, features: Tensor, gradients: Tensor) -> tuple[list[Term], Tensor, Tensor]:
-        """What the scores of test points need.
-
-        Args:
-            features: Raw features of the test points, `(n_test, n_features)`.
-            gradients: Of the response with respect to the logits, `(n_test, n_classes)`.
-
-        Returns:
-            The preconditioned terms, acting on raw training features, and both sides as they came.
-        """
-        phi = scaled_features(features.to(self.scale.device), self.scale, self.scale.dtype)
-        gradients = gradients.to(phi)
+    def prepare(self, points: TestPoints) -> ClosedFormQuery:
+        """Precondition the test points."""
+        phi = scaled_features(points.features.to(self.scale.device), self.scale, self.scale.dtype)
+        gradients = points.gradients.to(phi)
         terms = self.curvature.solve(phi, gradients)
-        return on_raw_features(terms, self.scale, self.n_train), phi, gradients
+        return ClosedFormQuery(on_raw_features(terms, self.scale, self.n_train), phi, gradients)
 
-    def scores(self, terms: Sequence[Term], columns: slice) -> Tensor:
+    def scores(self, prepared: ClosedFormQuery, columns: slice) -> Tensor:
         """Scores `(n_test, n_columns)` against a slice of the training set."""
+        scores = self._dense_scores(prepared.terms, columns)
+        return soft_threshold(scores, self.threshold) if self.threshold else scores
+
+    def _dense_scores(self, terms: Sequence[Term], columns: slice) -> Tensor:
         like, features = terms[0][0], self.features[columns]
         in_place = features.dtype == like.dtype and features.device == like.device
         if in_place and self._residuals.kept is not None:
@@ -147,12 +161,27 @@ class ClosedForm:
             norms.append(_norms(self._forms(rows, units, units), sizes))
         return torch.cat(norms).to(working_dtype(self.features))
 
-    def test_norms(self, phi: Tensor, gradients: Tensor) -> Tensor:
+    def test_norms(self, prepared: ClosedFormQuery) -> Tensor:
         """The same norm of the test points, times sqrt(s) instead, `(n_test,)`."""
-        sizes, units = _sizes_and_units(gradients)
-        forms = forms_of(self.curvature.solve(phi, units), phi, units)
+        sizes, units = _sizes_and_units(prepared.gradients)
+        forms = forms_of(self.curvature.solve(prepared.phi, units), prepared.phi, units)
         norms = _norms(forms / self.n_train, sizes)
         return norms.to(working_dtype(self.features))
+
+    def query_vectors(self, prepared: ClosedFormQuery) -> Tensor | None:
+        """`sum_t U_t (x) V_t`, `(n_test, (n_features + 1) n_classes)`; none with a threshold."""
+        if self.threshold:
+            return None
+        return torch.stack([outer(u, v.to(u)) for u, v in prepared.terms]).sum(0)
+
+    def train_vectors(self, rows: Tensor) -> Tensor | None:
+        """`[h_i, 1] (x) r_i` of training examples, likewise."""
+        if self.threshold:
+            return None
+        whole = slice(0, len(self.labels))
+        residuals = self._residuals.of(whole)[rows.to(self.labels.device)]
+        h = matching(self.features[rows.to(self.features.device)], residuals).to(self.dtype)
+        return outer(torch.nn.functional.pad(h, (0, 1), value=1.0), residuals.to(h))
 
     def self_influence(self) -> Tensor:
         """`<phi_i (x) (e_y - p), (F + lambda)^-1 (phi_i (x) r_i)> / N`, `(n_train,)`."""
@@ -163,23 +192,43 @@ class ClosedForm:
             parts.append(sizes * matching(self._forms(rows, left, self._residuals.of(rows)), sizes))
         return self._in_range(torch.cat(parts))
 
-    def self_influence_of(self, features: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    def self_influence_of(self, points: TestPoints) -> Tensor:
         """The self-influence that other examples would have, `(n,)`.
 
         The ridge part of their residuals is out of sample as it is: nothing is left out.
         """
-        phi = scaled_features(features.to(self.scale.device), self.scale, self.scale.dtype)
-        predictions = project_on_simplex(self.head.predict(features))
-        z, y = matching(logits, predictions), labels.to(predictions.device)
+        phi = scaled_features(points.features.to(self.scale.device), self.scale, self.scale.dtype)
+        predictions = project_on_simplex(self.head.predict(points.features))
+        z, y = matching(points.logits, predictions), points.classes.to(predictions.device)
         residuals, _ = choose_residuals(self.kind, z, y, predictions, self.temperature, self.ridge_ratio)
         sizes, units = _sizes_and_units(tempered_residuals(z, y))
         right = (residuals / self.curvature.scale).to(phi)
         forms = forms_of(self.curvature.solve(phi, right), phi, units.to(phi))
         return self._in_range(sizes * matching(forms, sizes) / self.n_train)
 
-    def suspicion(self) -> Tensor:
-        """Norm of the leave-one-out residual of the ridge head, `(n_train,)`."""
+    def mislabel_scores(self) -> Tensor:
+        """Norm of the leave-one-out residual of the ridge head: how far a label is from what others say."""
         return self.head.norms
+
+    def without_features(self) -> ClosedFormOperators:
+        """A copy without features and logits."""
+        return replace(self, features=self.features[:0].clone(), logits=self.logits[:0].clone())
+
+    def with_features(self, features: Tensor, logits: Tensor) -> ClosedFormOperators:
+        """A copy with features and logits."""
+        return replace(self, features=features, logits=logits)
+
+    def with_examples(self, features: Tensor, logits: Tensor, labels: Tensor) -> Changed:
+        """The training set with examples behind it (`incremental.with_examples`)."""
+        return with_examples(self, features, logits, labels)
+
+    def without_examples(self, keep: Tensor) -> Changed:
+        """Some examples of the training set (`incremental.without_examples`)."""
+        return without_examples(self, keep)
+
+    def with_others(self, rows: Tensor, features: Tensor, logits: Tensor, labels: Tensor) -> Changed:
+        """The training set with others in some places (`incremental.with_others`)."""
+        return with_others(self, rows, features, logits, labels)
 
     def keep_residuals(self) -> None:
         """Compute residuals that fit the budget now, so that the first query is as fast as the second."""
@@ -238,6 +287,26 @@ class ClosedForm:
         return rounded
 
 
+@dataclass(frozen=True)
+class ClosedFormQuery:
+    """Test points as the closed form scores them.
+
+    Attributes:
+        terms: Preconditioned; they act on raw training features.
+        phi: Scaled features with the constant, `(n_test, n_features + 1)`.
+        gradients: Of the response, `(n_test, n_classes)`.
+    """
+
+    terms: list[Term]
+    phi: Tensor
+    gradients: Tensor
+
+
+def outer(left: Tensor, right: Tensor) -> Tensor:
+    """The outer product of each pair of rows, flat, `(n, n_left n_right)`."""
+    return (left[:, :, None] * right[:, None, :]).flatten(1)
+
+
 def _sizes_and_units(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """The largest entry of each row, and the rows divided by it: tiny residuals have no tiny squares."""
     sizes = vectors.abs().amax(1)
@@ -255,11 +324,13 @@ def fit_closed_form(
     logits: Tensor,
     labels: Tensor,
     widths: Sequence[int],
-    config: STRIDEConfig,
+    options: ClosedForm,
     temperature: float,
+    *,
+    memory_budget: int = DEFAULT_BUDGET,
     ranks: SingleProcess = SINGLE_PROCESS,
     moments: Moments | None = None,
-) -> ClosedForm:
+) -> ClosedFormOperators:
     """Fit the closed form: two products of n_train x n_features x n_features, or less.
 
     Args:
@@ -267,9 +338,10 @@ def fit_closed_form(
         logits: `(n_train, n_classes)`, likewise.
         labels: `(n_train,)` int64, on the device where products are taken; blocks of features go there.
         widths: Widths of the layers, in the order of the columns.
-        config: `residuals`, `damping`, `head_damping`, `curvature`, `memory_budget`.
+        options: As the user has given them; its temperature is not read.
         temperature: T of the tempered residuals; also of p in the curvature, unless the residuals are
             those of training.
+        memory_budget: Bytes of one block; residuals are kept if they fit it.
         ranks: Who else has a share of the training set.
         moments: Of the features, where they are known: one of the two products is saved.
 
@@ -277,36 +349,36 @@ def fit_closed_form(
         ValueError: A damping too small for the precision of the features, or logits without uncertainty.
     """
     for name in ("damping", "head_damping"):
-        check_damping(getattr(config, name), features, name)
+        check_damping(getattr(options, name), features, name)
     n = int(ranks.sums("number of examples", len(labels))[0])
     # The last layer has memorised the training labels: what it says of them is not out of sample.
     d = sum(widths[:-1]) if len(widths) > 1 else features.shape[1]
-    exact = needs_float64(config.damping, n, features.shape[1])
-    exact_head = exact or needs_float64(config.head_damping, n, d, LEAST_OF_HEAD)
-    data = _blocks(features, logits, labels, config, exact)
+    exact = needs_float64(options.damping, n, features.shape[1])
+    exact_head = exact or needs_float64(options.head_damping, n, d, LEAST_OF_HEAD)
+    data = _blocks(features, logits, labels, memory_budget, exact)
     if moments is None:
         dtype = torch.float64 if exact_head else None
         moments = feature_moments(features, labels, logits.shape[1], widths, data.block_rows, ranks, dtype)
     if not moments.in_float32:
         exact = exact_head = True
-        data = _blocks(features, logits, labels, config, exact)
+        data = _blocks(features, logits, labels, memory_budget, exact)
     head = fit_ridge_head(
         features[:, :d],
         labels,
         moments.first(d),
-        config.head_damping,
+        options.head_damping,
         data.block_rows,
         torch.float64 if exact_head else data.dtype,
     )
-    softening = 1.0 if config.residuals == "training" else temperature
-    diagonal_only = config.curvature == "identity" or (
-        config.curvature == "kronecker" and logits.shape[1] > MOST_CLASSES
+    softening = 1.0 if options.residuals == "training" else temperature
+    diagonal_only = options.curvature == "identity" or (
+        options.curvature == "kronecker" and logits.shape[1] > MOST_CLASSES
     )
     classes = class_moments(data, softening, diagonal_only, ranks)
     (ridge,) = ranks.sums("norms of the ridge residuals", head.square)
-    largest = ridge if config.residuals == "leave-one-out" else classes.residual_square
+    largest = ridge if options.residuals == "leave-one-out" else classes.residual_square
     _check_unit(largest, classes.unit, features)
-    form = ClosedForm(
+    form = ClosedFormOperators(
         features=features,
         logits=logits,
         labels=labels,
@@ -315,21 +387,22 @@ def fit_closed_form(
         scale=moments.scale.to(labels.device, data.dtype),
         head=head,
         ridge_ratio=ratio_of_norms(classes.residual_square, ridge),
-        curvature=fit_curvature(config.curvature, data, softening, moments, classes, config.damping, ranks),
-        kind=config.residuals,
+        curvature=fit_curvature(options.curvature, data, softening, moments, classes, options.damping, ranks),
+        kind=options.residuals,
         temperature=temperature,
+        threshold=options.threshold,
         block_rows=data.block_rows,
-        residual_bytes=parse_bytes(config.memory_budget, labels.device),
+        residual_bytes=memory_budget,
     )
     form.keep_residuals()
     return form
 
 
 def _blocks(
-    features: Tensor, logits: Tensor, labels: Tensor, config: STRIDEConfig, exact: bool
+    features: Tensor, logits: Tensor, labels: Tensor, memory_budget: int, exact: bool
 ) -> TrainingBlocks:
     dtype = torch.float64 if exact else working_dtype(features)
-    rows = block_rows(config, features.shape[1], logits.shape[1], dtype, labels.device)
+    rows = block_rows(memory_budget, features.shape[1], logits.shape[1], dtype)
     return TrainingBlocks(features, logits, labels, dtype, rows)
 
 
@@ -344,10 +417,8 @@ def _check_unit(square: float, unit: float, features: Tensor) -> None:
         )
 
 
-def block_rows(
-    config: STRIDEConfig, n_features: int, n_classes: int, dtype: torch.dtype, device: torch.device
-) -> int:
+def block_rows(memory_budget: int, n_features: int, n_classes: int, dtype: torch.dtype) -> int:
     """Training examples whose temporary arrays fit the budget: 3 of features, 6 of classes in float64."""
     bytes_per_row = 3 * dtype.itemsize * (n_features + 1) + 6 * 8 * n_classes
     most = min(MOST_ROWS, max(_LOGITS // n_classes, _FEW_ROWS))
-    return rows_that_fit(parse_bytes(config.memory_budget, device), bytes_per_row, most)
+    return rows_that_fit(memory_budget, bytes_per_row, most)

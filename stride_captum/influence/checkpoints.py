@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import warnings
@@ -69,6 +70,26 @@ def checkpoint_list(checkpoints: str | os.PathLike[str] | Iterable[Any]) -> list
     if not every:
         raise bad_value("checkpoints", "hold at least one checkpoint", "none", "Leave it out to use `model`.")
     return every
+
+
+def apart_from(model: nn.Module, checkpoints: Sequence[Any]) -> list[Any]:
+    """Checkpoints whose tensors are not those of the model, which loading another checkpoint would overwrite.
+
+    `[model.state_dict()]` holds the parameters themselves. What shares memory with the model is copied.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers()) if t.numel()}
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().clone() if value.untyped_storage().data_ptr() in own else value
+        if isinstance(value, dict):
+            parts = {key: copied(part) for key, part in value.items()}
+            if any(parts[key] is not part for key, part in value.items()):
+                value = copy.copy(value)  # with the attributes that a state dict has
+                value.update(parts)
+        return value
+
+    return [copied(checkpoint) for checkpoint in checkpoints]
 
 
 def _in_folder(path: Path) -> list[str]:

@@ -12,7 +12,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -26,13 +26,11 @@ from ..system.devices import synchronize
 from ..system.peak_memory import PeakMemory, release_free_memory
 
 if TYPE_CHECKING:
-    from ..stride import STRIDE
     from .method import InfluenceMethod
 
 Method = TypeVar("Method", bound="InfluenceMethod")
 _SMALL = 1024
 _REPEATS = 3
-_STEPS = (4, 16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,21 +135,6 @@ def from_small_runs(method: Method, n_test: int, k: int | None) -> Estimate:
     )
 
 
-def from_fewer_steps(method: STRIDE, n_test: int, k: int | None) -> Estimate:
-    """The cost of trained operators, from `from_small_runs` with two small numbers of steps.
-
-    The query stands for operators that have hardly been trained: take it as an order of magnitude.
-    """
-    found = []
-    for steps in _STEPS:
-        twin = copy.copy(method)
-        twin.config = replace(method.config, iterations=steps)
-        found.append(from_small_runs(twin, n_test, k))
-    seconds = along_a_line(list(_STEPS), [part.fit_seconds for part in found], method.config.iterations)
-    basis = f"{found[-1].basis} with {' and '.join(map(str, _STEPS))} steps"
-    return replace(found[-1], fit_seconds=float(seconds or 0), basis=basis)
-
-
 def measured(run: Callable[[], Any], device: torch.device) -> tuple[float, int | None]:
     """Median seconds of a few calls, and the memory that the first one adds."""
     release_free_memory()
@@ -230,4 +213,4 @@ def first_examples(source: Any, n: int) -> Any:
     return Subset(source, range(min(n, len(source))))
 
 
-__all__ = ["Estimate", "from_fewer_steps", "from_small_runs", "readable"]
+__all__ = ["Estimate", "from_small_runs", "readable"]

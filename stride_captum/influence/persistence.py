@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..config import STRIDEConfig
 from ..data.batch import Batch
 from ..data.digests import Digests
 from ..errors import bad_choice, bad_value
 from ..features.store import FeatureStore
-from ..losses import CrossEntropy, loss_of
+from ..losses import loss_of
 from ..system.random_states import draws_put_back, same_random_state
 from ..system.saved_files import not_ours, read_file, write_file
 from ..system.saved_values import decode, encode, saved_as
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from ..influence.method import InfluenceMethod
 
 Method = TypeVar("Method", bound="InfluenceMethod")
-_DEFAULTS = ("response", "target", "normalize")
+_DEFAULTS = ("response", "target", "normalize", "memory_budget")
 _PARTS = (
     "class",
     "settings",
@@ -57,7 +56,7 @@ def save_method(method: InfluenceMethod, path: str | Path) -> None:
         learned["digests_"] = _digests_now(method)
     description = {
         "class": type(method).__name__,
-        "settings": encode(method._settings(), "settings", tensors),
+        "settings": encode(method.settings(), "settings", tensors),
         "defaults": encode({name: getattr(method, name) for name in _DEFAULTS}, "defaults", tensors),
         "weights": method._fitted_on[1],
         "batch": batch_layout(method),
@@ -95,14 +94,12 @@ def load_method(
         got = f"{str(path)!r} with a {description['class']}"
         raise bad_value("path", f"hold a {cls.__name__}", got, f"Call {description['class']}.load.")
     settings, defaults = _decoded(path, description, tensors, ("settings", "defaults"))
-    loss = CrossEntropy(**settings.pop("loss", {}))
+    loss = settings.pop("loss")
     fitted = [name for name in options if name in settings and name not in ("batch_size", "feature_store")]
     if loss_of(options.get("loss", loss)) != loss:
         fitted.append("loss")
     if fitted:
         raise bad_value("options", "leave what has been fitted as it is", repr(fitted[0]), "Fit again.")
-    if "config" in settings:
-        settings["config"] = STRIDEConfig.from_dict(settings["config"])
     if settings.get("feature_store"):
         settings["feature_store"] = FeatureStore(**settings["feature_store"])
     method = cls(model, train_dataset, **{**settings, **options})

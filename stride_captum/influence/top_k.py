@@ -21,9 +21,11 @@ class Collector(Protocol):
 
     Attributes:
         keeps_all: Whether every score is kept, so that one wide block costs no more memory.
+        over_all_batches: Whether one collector takes in all test batches.
     """
 
     keeps_all: bool
+    over_all_batches: bool
 
     def update(self, block: Tensor, start: int) -> None:
         """Take in the scores of columns `start, start + 1, ...`, `(n_rows, n_block)`."""
@@ -40,6 +42,7 @@ class DenseScores:
     """
 
     keeps_all = True
+    over_all_batches = False
 
     def __init__(self, n_columns: int) -> None:
         self.n_columns = n_columns
@@ -60,6 +63,49 @@ class DenseScores:
         return (self._scores,)
 
 
+class ColumnSums:
+    """Keep the sum of each column over all test points, in float64, and give it or its k best.
+
+    Args:
+        n_columns: Width of the whole matrix.
+        k: None for the whole row.
+        proponents: With k: whether the highest are the best.
+    """
+
+    keeps_all = False
+    over_all_batches = True
+
+    def __init__(self, n_columns: int, k: int | None, proponents: bool) -> None:
+        self.n_columns, self.k, self.largest = n_columns, k, proponents
+        self._sums: Tensor | None = None
+        self._dtype = torch.float32
+
+    def update(self, block: Tensor, start: int) -> None:
+        """Take in the scores of columns `start, start + 1, ...`, `(n_rows, n_block)`."""
+        scores = as_float64(block)
+        if self._sums is None:
+            self._sums, self._dtype = scores.new_zeros(1, self.n_columns), block.dtype
+        self._sums[0, start : start + block.shape[1]] += scores.sum(0)
+
+    def sums(self) -> Tensor:
+        """`(1, n_columns)` in float64."""
+        assert self._sums is not None, "no block has been seen"
+        return self._sums
+
+    def result(self) -> tuple[Tensor, ...]:
+        """The sums `(1, n_columns)`, or indices and values of the k best."""
+        return self.result_of(self.sums())
+
+    def result_of(self, sums: Tensor) -> tuple[Tensor, ...]:
+        """`result`, for sums that may be those of several processes."""
+        row = sums.to(self._dtype)
+        if self.k is None:
+            return (row,)
+        best = StreamedTopK(self.k, self.largest)
+        best.update(row, 0)
+        return best.result()
+
+
 class GroupSums:
     """Keep the sum of the scores of each group of columns, in float64.
 
@@ -68,6 +114,7 @@ class GroupSums:
     """
 
     keeps_all = False
+    over_all_batches = False
 
     def __init__(self, membership: Membership) -> None:
         self._membership = sparse.csc_matrix(membership)
@@ -105,6 +152,7 @@ class StreamedTopK:
     """
 
     keeps_all = False
+    over_all_batches = False
 
     def __init__(self, k: int, largest: bool) -> None:
         self.k = k

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ..config import STRIDEConfig, parse_bytes
 from ..subsets import Membership, sketch, sketch_projection
 from .objective import combined, example_responses, fidelity, linearity, stability, subset_responses
 from .operators import SteeringOperators
 from .sampling import MiniBatch, MiniBatches, SubsetRows
 
+if TYPE_CHECKING:
+    from .options import Trained
+
 
 class BatchGradient:
     """The losses of B_S and B_R of every subset, and their gradient in the operators.
 
-    Subsets are taken in blocks that fit `config.memory_budget` (`block_bytes`). The gradient of a
+    Subsets are taken in blocks that fit `memory_budget` (`block_bytes`). The gradient of a
     block is written into a view of the whole gradient, so that nothing of the size of all operators
     is made for it.
 
@@ -36,8 +39,9 @@ class BatchGradient:
         logits: Tensor,
         labels: Tensor,
         membership: Membership,
-        config: STRIDEConfig,
+        options: Trained,
         seed: int,
+        memory_budget: int,
     ) -> None:
         """Put what every step reads on the device of the operators; the features stay where they are.
 
@@ -47,29 +51,28 @@ class BatchGradient:
             logits: z, `(n_train, n_classes)`.
             labels: `(n_train,)` int64.
             membership: CSR `(n_subsets, n_train)`.
-            config: Options of stage 1.
+            options: Of stage 1.
             seed: Of the batches and the sketch.
+            memory_budget: Bytes of one block of subsets.
         """
-        self.operators, self.features, self.config = operators, features, config
+        self.operators, self.features, self.options = operators, features, options
         parameter = operators.steering_matrices
         self.device, self.dtype = parameter.device, parameter.dtype
         self.logits, self.labels = logits.to(self.device, self.dtype), labels.to(self.device)
         rows = SubsetRows.from_membership(membership, self.device)
         smallest = int(membership.getnnz(axis=1).min())
-        self.width = min(config.batch_size, max(rows.largest, len(features) - smallest))
-        size = largest_block(
-            operators, len(features), self.width, parse_bytes(config.memory_budget, self.device)
-        )
+        self.width = min(options.batch_size, max(rows.largest, len(features) - smallest))
+        size = largest_block(operators, len(features), self.width, memory_budget)
         n_subsets = operators.n_subsets
         self.blocks = [slice(k, min(k + size, n_subsets)) for k in range(0, n_subsets, size)]
         generator = torch.Generator().manual_seed(seed)
         self.batches = MiniBatches(rows, self.blocks, self.width, generator)
-        self.sketch = self._sketch(membership, seed) if config.linearity_weight else None
+        self.sketch = self._sketch(membership, seed) if options.linearity_weight else None
 
     def _sketch(self, membership: Membership, seed: int) -> Tensor:
         """R for the reading "example" of (4), `(N, sketch_width)`; X R for "subset", `(K, sketch_width)`."""
-        n_train, width = membership.shape[1], self.config.sketch_width
-        if self.config.linearity == "example":
+        n_train, width = membership.shape[1], self.options.sketch_width
+        if self.options.linearity == "example":
             return sketch_projection(n_train, width, seed).to(self.dtype).to(self.device)
         return sketch(membership, n_train, width, seed).to(self.dtype).to(self.device)
 
@@ -80,9 +83,9 @@ class BatchGradient:
             Fidelity and stability, averaged over subsets, and linearity, averaged ("example") or
             whole ("subset") or NaN (weight 0): `(3,)`.
         """
-        config = self.config
+        options = self.options
         batches: Iterable[MiniBatch] = self.batches.step()
-        couples = self.sketch is not None and config.linearity == "subset"
+        couples = self.sketch is not None and options.linearity == "subset"
         pull, value = None, None
         if couples and len(self.blocks) > 1:
             batches = list(batches)
@@ -99,12 +102,12 @@ class BatchGradient:
                 fid,
                 stab,
                 lin,
-                fidelity_weight=config.fidelity_weight,
-                stability_weight=config.stability_weight,
-                linearity_weight=config.linearity_weight,
+                fidelity_weight=options.fidelity_weight,
+                stability_weight=options.stability_weight,
+                linearity_weight=options.linearity_weight,
             )
-            if config.weight_decay:
-                loss = loss + 0.5 * config.weight_decay * parameters["steering_matrices"].square().sum()
+            if options.weight_decay:
+                loss = loss + 0.5 * options.weight_decay * parameters["steering_matrices"].square().sum()
             loss.backward()
             lin_sum = torch.full_like(losses[2], float("nan")) if lin is None else lin.detach().sum()
             losses += torch.stack([fid.detach().sum(), stab.detach().sum(), lin_sum])
@@ -117,12 +120,12 @@ class BatchGradient:
     ) -> Tensor | None:
         if self.sketch is None:
             return None
-        if self.config.linearity == "example":
+        if self.options.linearity == "example":
             responses = example_responses(shift).where(mask, 0)
-            return linearity(responses, self.sketch[rows] * mask[..., None], self.config.sketch_ridge)
+            return linearity(responses, self.sketch[rows] * mask[..., None], self.options.sketch_ridge)
         responses = subset_responses(shift, mask)
         if pull is None:
-            return linearity(responses, self.sketch, self.config.sketch_ridge)
+            return linearity(responses, self.sketch, self.options.sketch_ridge)
         return (pull[block] * responses).sum()
 
     def _pull(self, batches: Iterable[MiniBatch]) -> tuple[Tensor, Tensor]:
@@ -135,13 +138,13 @@ class BatchGradient:
                 responses.append(subset_responses(shift, batch.mask))
         y = torch.cat(responses).requires_grad_()
         assert self.sketch is not None
-        value = linearity(y, self.sketch, self.config.sketch_ridge)
+        value = linearity(y, self.sketch, self.options.sketch_ridge)
         return torch.autograd.grad(value, y)[0], value.detach()
 
     def _shift(self, parameters: dict[str, Tensor], distinct: Tensor, places: Tensor) -> Tensor:
         """Shifts of the examples at some places of `distinct`, `(k, n, C)`."""
         features = self.features[distinct.to(self.features.device)].to(self.device, self.dtype)
-        rounded = self.config.precision == "bfloat16"
+        rounded = self.options.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16) if rounded else nullcontext():
             shift = functional_call(self.operators, parameters, (features, places))
         moved: Tensor = shift.to(self.dtype)

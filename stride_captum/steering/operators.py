@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import Encoder, Steering
 from ..errors import bad_choice, bad_value
 from ..system.saved_values import saved_as
+
+Encoder = Literal["shared", "per-subset"]
+Steering = Literal["logits", "representation"]
 
 
 @saved_as("steering-operators")

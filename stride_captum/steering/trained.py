@@ -1,4 +1,4 @@
-"""Fitted steering operators: what they keep of a training set, and the scores from them (stage 2).
+"""Trained operators: what they keep of a training set, and the scores from them (stage 2).
 
 For a test point with logits z and class c, operator k responds with the change of the scalar that it
 causes, `y_k = response(z + a_k^T phi(h)) - response(z)`; for the response "logit" this is
@@ -8,116 +8,143 @@ membership matrix (Algorithm 1, line 10).
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..config import STRIDEConfig
-from ..recovery import alpha_max, choose_alpha, lasso, ridge, ridge_scale
+from ..errors import bad_value
+from ..layers.activations import check_finite
+from ..operators import FittedOperators, TestPoints, TrainingSet
+from ..recovery.estimators import Recovery
 from ..responses import response_value
-from ..subsets import Membership, coverage, partition, random_subsets
+from ..subsets import Membership, coverage
+from ..system.devices import as_float64
 from ..system.saved_values import saved_as
+from ..system.to_device import working_dtype
 from .operators import SteeringOperators
 from .training import train_operators
 
+if TYPE_CHECKING:
+    from .options import Trained
 
-@saved_as("trained-steering")
+
+@saved_as("trained-operators")
 @dataclass
-class TrainedSteering:
+class TrainedOperators(FittedOperators):
     """Trained operators and the memberships that they belong to.
 
     Attributes:
-        operators: phi and the K steering matrices.
+        steering: phi and the K steering matrices.
         membership: X, CSR `(n_subsets, n_train)`.
         scale: Factor of each feature before phi, `(n_features,)`.
         history: Losses of stage 1, one tensor each.
+        recovery: How scores are recovered; another one may be set.
     """
 
-    operators: SteeringOperators
+    steering: SteeringOperators
     membership: Membership
     scale: Tensor
     history: dict[str, Tensor]
+    recovery: Recovery
+
+    @property
+    def n_train(self) -> int:
+        """N."""
+        return int(self.membership.shape[1])
+
+    @property
+    def n_classes(self) -> int:  # type: ignore[override]
+        """C."""
+        return self.steering.n_classes
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Of the operators."""
+        return self.scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Of the operators."""
+        return self.scale.dtype
+
+    def coverage(self) -> Tensor:
+        """Which training examples are in a subset, `(n_train,)` bool."""
+        return torch.from_numpy(coverage(self.membership))
+
+    def prepare(self, points: TestPoints) -> Tensor:
+        """Recover the scores `(n_test, n_train)`: the Lasso gives all columns at once."""
+        return self.recovery.weights(self.subset_responses(points), self.membership)
+
+    def scores(self, prepared: Tensor, columns: slice) -> Tensor:
+        """Some columns of them."""
+        return prepared[:, columns]
 
     @torch.no_grad()
-    def subset_responses(self, features: Tensor, logits: Tensor, classes: Tensor, response: str) -> Tensor:
-        """Y, `(n_test, n_subsets)`.
-
-        Args:
-            features: Raw features `(n_test, n_features)`.
-            logits: z, `(n_test, n_classes)`.
-            classes: c, `(n_test,)`.
-            response: One of `responses.RESPONSES`.
-        """
-        shift = self.operators.shift(features * self.scale)
-        before = response_value(logits, classes, response)
-        return (response_value(logits + shift, classes, response) - before).T
-
-    def weights(self, responses: Tensor, config: STRIDEConfig) -> Tensor:
-        """Recover the scores `(n_test, n_train)` from Y `(n_test, n_subsets)`.
-
-        Args:
-            responses: Y.
-            config: `recovery`, `alpha`, `center`.
-
-        A test point with NaN gets NaN for every example; the others are recovered without it.
-        """
-        finite = torch.isfinite(responses).all(1)
-        if not bool(finite.all()):
-            scores = responses.new_full((len(responses), self.membership.shape[1]), float("nan"))
-            if bool(finite.any()):
-                scores[finite] = self.weights(responses[finite], config)
-            return scores
-        if config.recovery == "ridge":
-            penalty = float(config.alpha) * ridge_scale(self.membership, center=config.center)
-            return ridge(responses, self.membership, penalty, center=config.center)
-        if isinstance(config.alpha, str):
-            alpha = choose_alpha(responses, self.membership, config.alpha, center=config.center)
-        else:
-            alpha = config.alpha * alpha_max(responses, self.membership, center=config.center)
-        return lasso(responses, self.membership, alpha, center=config.center).weights
+    def subset_responses(self, points: TestPoints) -> Tensor:
+        """Y, `(n_test, n_subsets)`."""
+        shift = self.steering.shift(points.features * self.scale)
+        before = response_value(points.logits, points.classes, points.response)
+        return (response_value(points.logits + shift, points.classes, points.response) - before).T
 
 
-def draw_subsets(n_train: int, config: STRIDEConfig) -> Membership:
-    """The subsets of stage 1; warns where they leave examples uncovered (B.2's setting does)."""
-    if config.subsets == "random":
-        size = config.subset_size or min(-(-10 * n_train // config.n_subsets), max(n_train // 2, 1))
-        membership = random_subsets(n_train, config.n_subsets, size, config.seed)
-    else:
-        size_or_all = config.subset_size if config.coverage == "paper" else None
-        membership = partition(n_train, config.n_subsets, size_or_all, config.seed)
-    left_out = int((~coverage(membership)).sum())
-    if left_out:
-        warnings.warn(
-            f"{left_out} of {n_train} training examples are in no subset and get score 0 (see `coverage_`).",
-            stacklevel=2,
-        )
-    return membership
-
-
-def fit_steering(
-    features: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    scale: Tensor,
-    config: STRIDEConfig,
-    head: nn.Linear | None,
-    show_progress: bool,
-) -> TrainedSteering:
+def fit_trained(options: Trained, training: TrainingSet) -> TrainedOperators:
     """Draw the subsets and train their operators.
 
     Args:
-        features: Raw features `(n_train, n_features)`.
-        logits: `(n_train, n_classes)`.
-        labels: `(n_train,)` int64.
-        scale: Factor of each feature, `(n_features,)`.
-        config: Options of stage 1.
-        head: The Linear behind the features, for `steering="representation"`.
-        show_progress: Whether to show a bar over the steps.
+        options: Of stage 1 and the recovery.
+        training: Features in memory.
     """
-    membership = draw_subsets(len(labels), config)
-    trained = train_operators(
-        features * scale, logits, labels, membership, config, head=head, show_progress=show_progress
+    check_finite(training.features)
+    check_finite(training.logits, "logits")
+    features = training.features.to(working_dtype(training.features))
+    head = _head(training, features) if options.steering == "representation" else None
+    scale = features.new_ones(features.shape[1]) if head else unit_scale(features, training.widths)
+    membership = options.subsets.draw(len(training.labels), options.seed)
+    with torch.enable_grad():  # reading the features needs none
+        trained = train_operators(
+            features * scale,
+            training.logits,
+            training.labels,
+            membership,
+            options,
+            memory_budget=training.memory_budget,
+            head=head,
+            show_progress=training.show_progress,
+        )
+    return TrainedOperators(trained.operators, membership, scale, trained.history, options.recovery)
+
+
+def unit_scale(features: Tensor, widths: Sequence[int]) -> Tensor:
+    """Factor of each feature that gives every layer unit mean square per feature, `(n_features,)`."""
+    scales = []
+    for part in features.split(list(widths), dim=1):
+        # Squares of float32 leave its range.
+        squares = torch.stack([as_float64(rows).square().sum() for rows in part.split(8192)]).sum()
+        scale = (part.numel() / squares).sqrt() if squares > 0 else torch.ones_like(squares)
+        scales.append(scale.to(features).expand(part.shape[1]))
+    return torch.cat(scales)
+
+
+def _head(training: TrainingSet, features: Tensor) -> nn.Linear:
+    """The Linear that turns the features of the only layer into the logits.
+
+    Raises:
+        ValueError: There is none: equation (6) would need backward passes through the model's tail.
+    """
+    few, logits = slice(0, 64), training.logits
+    if len(training.layers) == 1:
+        for module in training.model.modules():
+            if isinstance(module, nn.Linear) and module.weight.shape == (logits.shape[1], features.shape[1]):
+                with torch.no_grad():
+                    outputs = module(features[few].to(module.weight))
+                if torch.allclose(outputs.to(logits), logits[few], rtol=1e-3, atol=1e-3):
+                    return module
+    raise bad_value(
+        "steering",
+        "be 'logits' unless one layer is read and a single Linear makes the logits of it",
+        f"'representation' with layers {training.layers}",
+        "Read the penultimate layer (features=Features(select='penultimate')), or steer the logits.",
     )
-    return TrainedSteering(trained.operators, membership, scale, trained.history)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,16 +13,19 @@ from scipy import sparse
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..config import STRIDEConfig
 from ..errors import bad_value
 from ..subsets import Membership
 from ..system.devices import tf32_products
+from ..system.memory import DEFAULT_BUDGET
 from .gradient import BatchGradient
 from .operators import SteeringOperators
 
+if TYPE_CHECKING:
+    from .options import Trained
+
 
 @dataclass(frozen=True)
-class TrainedOperators:
+class StageOne:
     """What stage 1 gives.
 
     Attributes:
@@ -40,20 +44,21 @@ def train_operators(
     logits: Tensor,
     labels: Tensor,
     membership: Membership,
-    config: STRIDEConfig,
+    options: Trained,
     *,
+    memory_budget: int = DEFAULT_BUDGET,
     head: nn.Linear | None = None,
     seed: int | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = False,
     fused: bool | None = None,
-) -> TrainedOperators:
+) -> StageOne:
     """Minimise equation (5) over phi and all a_k with Adam on mini-batches.
 
     Every step draws B_S within and B_R outside each subset and treats all subsets as one batched
     computation. A shared phi sees each distinct example of the batch once.
 
-    Memory: one block of subsets (`batch_gradient.block_bytes`, at most `config.memory_budget`); five
+    Memory: one block of subsets (`batch_gradient.block_bytes`, at most `memory_budget`); five
     times the operators (value, gradient, two moments and a temporary of Adam); z; the indices of the
     membership. The size of the blocks changes the result by rounding only.
 
@@ -63,9 +68,10 @@ def train_operators(
         logits: z, `(n_train, n_classes)`.
         labels: `(n_train,)` int64.
         membership: CSR `(n_subsets, n_train)`.
-        config: Options with "Trained." in their description.
+        options: Of stage 1.
+        memory_budget: Bytes of one block of subsets.
         head: The Linear behind the features, for `steering="representation"`.
-        seed: Replaces `config.seed`.
+        seed: Replaces `options.seed`.
         device: Where the operators are trained; None means that of `features`.
         show_progress: Show a progress bar.
         fused: Whether Adam makes a step in one kernel; None leaves it to torch.
@@ -79,61 +85,59 @@ def train_operators(
             example, a head that does not turn the features into the logits, or losses that become NaN.
     """
     _check(features, logits, labels, membership, head)
-    seed = config.seed if seed is None else seed
+    seed = options.seed if seed is None else seed
     operators = SteeringOperators(
         features.shape[1],
         logits.shape[1],
         membership.shape[0],
-        config.rank,
-        encoder=config.encoder,
-        steering=config.steering,
-        head_weight=head.weight if head is not None and config.steering == "representation" else None,
+        options.rank,
+        encoder=options.encoder,
+        steering=options.steering,
+        head_weight=head.weight if head is not None and options.steering == "representation" else None,
         generator=torch.Generator().manual_seed(seed),
         dtype=torch.float64 if features.dtype == torch.float64 else torch.float32,
     ).to(features.device if device is None else device)
-    gradient = BatchGradient(operators, features, logits, labels, membership, config, seed)
-    with tf32_products() if config.precision == "tf32" else nullcontext():
-        return _minimise(gradient, config, show_progress, fused)
+    gradient = BatchGradient(operators, features, logits, labels, membership, options, seed, memory_budget)
+    with tf32_products() if options.precision == "tf32" else nullcontext():
+        return _minimise(gradient, options, show_progress, fused)
 
 
-def _minimise(
-    gradient: BatchGradient, config: STRIDEConfig, show_progress: bool, fused: bool | None
-) -> TrainedOperators:
+def _minimise(gradient: BatchGradient, options: Trained, show_progress: bool, fused: bool | None) -> StageOne:
     operators = gradient.operators
-    optimizer = torch.optim.Adam(operators.parameters(), lr=config.learning_rate, fused=fused)
+    optimizer = torch.optim.Adam(operators.parameters(), lr=options.learning_rate, fused=fused)
     for parameter in operators.parameters():
         parameter.grad = torch.zeros_like(parameter)
     losses: list[Tensor] = []
-    for step in tqdm(range(config.iterations), desc="operators", disable=not show_progress):
+    for step in tqdm(range(options.iterations), desc="operators", disable=not show_progress):
         optimizer.zero_grad(set_to_none=False)
-        optimizer.param_groups[0]["lr"] = step_size(config, step)
+        optimizer.param_groups[0]["lr"] = step_size(options, step)
         losses.append(gradient.accumulate())
         optimizer.step()
     operators.zero_grad(set_to_none=True)
     table = torch.stack(losses).cpu()
-    _check_finite(table, config)
+    _check_finite(table, options)
     history = dict(zip(("fidelity", "stability", "linearity"), table.unbind(1), strict=True))
-    return TrainedOperators(operators.requires_grad_(False), history)
+    return StageOne(operators.requires_grad_(False), history)
 
 
-def _check_finite(losses: Tensor, config: STRIDEConfig) -> None:
+def _check_finite(losses: Tensor, options: Trained) -> None:
     """Refuse a training that went wrong; a weight of 0 leaves NaN for equation (4)."""
-    used = losses if config.linearity_weight else losses[:, :2]
+    used = losses if options.linearity_weight else losses[:, :2]
     wrong = (~torch.isfinite(used).all(1)).nonzero()
     if len(wrong):
         raise bad_value(
             "learning_rate",
             "be small enough for the operators to be trained",
-            f"{config.learning_rate:g}, with which the losses were not finite from step {int(wrong[0])} on",
+            f"{options.learning_rate:g}, with which the losses were not finite from step {int(wrong[0])} on",
             "Lower it, or scale the features.",
         )
 
 
-def step_size(config: STRIDEConfig, step: int) -> float:
-    """Adam's step size: `config.learning_rate`, or half a cosine that falls from it to 0."""
-    if config.schedule == "constant":
-        return config.learning_rate
-    return config.learning_rate * (1 + math.cos(math.pi * step / config.iterations)) / 2
+def step_size(options: Trained, step: int) -> float:
+    """Adam's step size: `options.learning_rate`, or half a cosine that falls from it to 0."""
+    if options.schedule == "constant":
+        return options.learning_rate
+    return options.learning_rate * (1 + math.cos(math.pi * step / options.iterations)) / 2
 
 
 def _check(

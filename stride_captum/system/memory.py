@@ -23,6 +23,8 @@ from ..errors import bad_value
 AUTO_SHARE = 8
 #: Rows of one block of work, at most: more are not faster.
 MOST_ROWS = 8192
+#: Bytes of the default budget.
+DEFAULT_BUDGET = 2**28
 _UNKNOWN_FREE = 2**31
 _UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9, "b": 1}
 

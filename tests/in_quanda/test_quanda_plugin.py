@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from flat_options import arguments
 from planted import (
     MLP,
     N_TEST,
@@ -25,7 +26,7 @@ from quanda.explainers import Explainer
 from quanda.explainers.utils import explain_fn_from_explainer, self_influence_fn_from_explainer
 from torch import nn
 
-from stride_captum import STRIDE, STRIDEConfig
+from stride_captum import STRIDE
 from stride_captum.adapters import ClassRandom, Random, Similarity
 from stride_captum.adapters.quanda_plugin import InfluenceExplainer, STRIDEExplainer, explainer_for
 
@@ -146,9 +147,9 @@ class TestData:
 
     def test_options_of_the_method_go_through(self, planted):
         model, train, test = planted
-        config = STRIDEConfig(response="logit", damping=1.0)
-        found = STRIDEExplainer(model, train, config=config).explain(*test.tensors)
-        assert torch.equal(found, STRIDE(model, train, config=config).influence(test.tensors))
+        config = arguments(response="logit", damping=1.0)
+        found = STRIDEExplainer(model, train, **config).explain(*test.tensors)
+        assert torch.equal(found, STRIDE(model, train, **config).influence(test.tensors))
 
 
 class Undecided(Random):

@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ....config import parse_bytes
 from ....errors import bad_choice, bad_value
+from ....system.memory import parse_bytes
 
 #: Closed form, the paper's operators, and the gradient baselines.
 SCALED_METHODS = ("STRIDE", "STRIDE paper", "DiagonalEKFAC", "EKFAC", "TracIn")

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from .... import adapters
-from ....config import STRIDEConfig, parse_bytes
+from ....designs import Partition
 from ....influence.estimate import timed
 from ....influence.method import InfluenceMethod
+from ....operators import Operators
+from ....steering.options import Trained
 from ....stride import STRIDE
 from ....system.fingerprints import weights_fingerprint
+from ....system.memory import parse_bytes
 from ....system.peak_memory import release_free_memory
 from ....system.random_states import same_random_state
 from .case import GRADIENT_METHODS, PHASES, Case, CaseResult, Outcome
@@ -87,15 +90,14 @@ def build(case: Case, model: nn.Module, dataset: TensorDataset) -> InfluenceMeth
     if case.method in GRADIENT_METHODS:
         kind: type[InfluenceMethod] = getattr(adapters, case.method)
         return kind(model, dataset, batch_size=case.batch_size, memory_budget=_memory(case) // 4)
-    config = STRIDEConfig()
+    operators: Operators | None = None
     if case.method == "STRIDE paper":
         size = case.subset_size or max(min(100, case.n_train // case.n_subsets), 1)
-        config = STRIDEConfig.paper("cifar10", n_subsets=case.n_subsets, subset_size=size)
-        if case.iterations is not None:
-            config = STRIDEConfig.from_dict({**config.to_dict(), "iterations": case.iterations})
+        shorter = {} if case.iterations is None else {"iterations": case.iterations}
+        operators = Trained.paper("cifar10", subsets=Partition(case.n_subsets, size=size), **shorter)
     if case.depth == 0:
-        return STRIDE.from_features(*dataset.tensors, config=config)
-    return STRIDE(model, dataset, batch_size=case.batch_size, config=config)
+        return STRIDE.from_features(*dataset.tensors, operators=operators)
+    return STRIDE(model, dataset, batch_size=case.batch_size, operators=operators)
 
 
 def _outcomes(case: Case, result: CaseResult) -> Iterator[Outcome]:

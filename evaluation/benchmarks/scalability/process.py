@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from ....config import parse_bytes
 from ....system.atomic import atomic_write
+from ....system.memory import parse_bytes
 from .case import PHASES, Case, CaseResult, Outcome
 from .measure import measure
 

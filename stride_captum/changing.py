@@ -1,0 +1,194 @@
+"""Training examples that come, go or change, without a pass over the others."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from .data import inputs as data
+from .data.batch import is_batch
+from .data.digests import Digests
+from .data.places import places
+from .errors import bad_type, bad_value
+from .features.options import Features
+from .features.precomputed import Precomputed
+from .influence.method import InfluenceMethod
+from .layers.activations import Tap
+from .operators import Changed, Operators, STRIDEState, TrainingSet
+
+Self = TypeVar("Self", bound="ChangingTrainingSet")
+
+
+class ChangingTrainingSet(InfluenceMethod):
+    """The part of `STRIDE` that takes in a change of the training set; its operators must be `changeable`."""
+
+    operators: Operators
+    features: Features
+    _precomputed: Precomputed | None
+    _changed: bool
+
+    @abstractmethod
+    def _read(self, model: nn.Module, taps: Sequence[Tap], show_progress: bool) -> Precomputed:
+        """One forward pass over the training set."""
+
+    @abstractmethod
+    def _training_set(
+        self, model: nn.Module, taps: Sequence[Tap], read: Precomputed, **more: Any
+    ) -> TrainingSet:
+        """What operators are fitted to."""
+
+    @abstractmethod
+    def _learned(self, state: STRIDEState) -> STRIDEState:
+        """Set what is known of the training set once operators are fitted."""
+
+    def add_examples(self: Self, examples: Any) -> Self:
+        """Add training examples behind those that were fitted, without reading those again.
+
+        The result is that of a fit of the longer training set, up to rounding. The method holds its
+        features in memory from then on; the store stays as it is. The features must be those of
+        the same model: if training has gone on, fit again.
+
+        Args:
+            examples: Dataset, DataLoader or tensors `(inputs..., labels)`.
+
+        Returns:
+            The method itself; fitted first, if it was not.
+
+        Raises:
+            ValueError: Trained operators, or a model that has changed since `fit`.
+            TypeError: Examples of another kind, or without a length.
+        """
+        examples = new_examples(examples)
+        reader = self._reader_of(examples)
+        return self._change(
+            lambda state, model: state.operators.with_examples(*reader._read_as_fitted(state, model)),
+            lambda dataset: data.joined(dataset, examples),
+            lambda digests: Digests.joined([digests, reader._digests_read()]),
+        )
+
+    def remove_examples(self: Self, indices: Sequence[int] | Tensor) -> Self:
+        """Remove training examples, without a pass through the model; the others keep their order.
+
+        Args:
+            indices: Places in the training set, each once; not all of them.
+
+        Returns:
+            The method itself; fitted first, if it was not.
+
+        Raises:
+            ValueError: Trained operators, a model that has changed since `fit`, or wrong indices.
+            TypeError: Indices that are no integers.
+        """
+        if self._states is None:
+            self.fit()
+        keep = rows_to_keep(indices, self.n_train_)
+        return self._change(
+            lambda state, model: state.operators.without_examples(keep),
+            lambda dataset: data.some_examples(dataset, keep),
+            lambda digests: digests.rows(keep),
+        )
+
+    def _read_again(self: Self, rows: Tensor) -> Self:
+        """Take in training examples that have changed in `train_dataset`, at their places."""
+        if data.count_examples(self.train_dataset) is None:
+            must = "have a length, and examples that can be read one by one, for changed='update'"
+            raise bad_value("train_dataset", must, type(self.train_dataset).__name__, "Fit again.")
+        reader = self._reader_of(data.some_examples(self.train_dataset, rows))
+        return self._change(
+            lambda state, model: state.operators.with_others(rows, *reader._read_as_fitted(state, model)),
+            lambda dataset: dataset,
+            lambda digests: digests.replaced(rows, reader._digests_read()),
+        )
+
+    def _reader_of(self: Self, examples: Any) -> Self:
+        """A copy of the method that reads other examples."""
+        reader = copy.copy(self)
+        reader.train_dataset, reader._precomputed = examples, None
+        return reader
+
+    def _read_as_fitted(self, state: STRIDEState, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """Features as the operators have them, logits and labels."""
+        read = self._read(model, state.taps, False)
+        features = read.features if state.projection is None else state.projection(read.features)
+        return features, read.logits, read.labels
+
+    def _digests_read(self) -> Digests:
+        """Of the examples that `_read_as_fitted` has read."""
+        digests = self._training_passes().digests
+        assert digests is not None, "a pass is done"
+        return digests
+
+    def _check_changeable(self) -> None:
+        """Refuse operators that cannot take in a change.
+
+        Raises:
+            ValueError: Trained operators, or principal directions, which depend on all examples.
+        """
+        if not self.operators.changeable:
+            must = "be ClosedForm() for adding or removing examples"
+            raise bad_value("operators", must, repr(self.operators.name), "Fit again.")
+        if self.features.projection == "pca":
+            must = "be None or 'random' for adding or removing examples"
+            raise bad_value("projection", must, "'pca', which depends on them", "Fit again.")
+
+    def _change(
+        self: Self,
+        change: Callable[[STRIDEState, nn.Module], Changed],
+        dataset: Callable[[Any], Any],
+        digests: Callable[[Digests], Digests],
+    ) -> Self:
+        """Fit the changed training set from what is known; nothing is changed if that fails."""
+        self._check_changeable()
+        if self._states is None:
+            self.fit()
+        states: list[Any] = []
+        with self._session() as model:
+            self._check_unchanged()
+            for checkpoint, state in zip(self._checkpoints(), self._states or [], strict=True):
+                self._load(model, checkpoint)
+                new = change(state, model)
+                known = Precomputed(new.features, new.logits, new.labels, new.widths)
+                training = self._training_set(model, state.taps, known, known=new.known)
+                states.append(replace(state, operators=self.operators.fit(training)))
+        seen: Digests | None = getattr(self, "digests_", None)
+        self.digests_ = None if seen is None else digests(seen)
+        self._states, self.train_dataset = states, dataset(self.train_dataset)
+        self._learned(states[-1])
+        self._changed = True
+        if self._precomputed is not None:
+            self._precomputed = known
+        return self
+
+
+def rows_to_keep(indices: Any, n_train: int) -> Tensor:
+    """The rows that stay when `indices` are removed, `(n_kept,)` int64.
+
+    Raises:
+        TypeError: Not places in the training set (`places`).
+        ValueError: Out of range, twice the same, none at all, or every example.
+    """
+    gone = places(indices, n_train, "indices")
+    if not 0 < gone.size < n_train:
+        raise bad_value("indices", f"name between 1 and {n_train - 1} examples", gone.size)
+    keep = np.ones(n_train, dtype=bool)
+    keep[gone] = False
+    return torch.from_numpy(keep.nonzero()[0])
+
+
+def new_examples(examples: Any) -> Any:
+    """Added examples as a data set: a Dataset or DataLoader as it is, or tensors `(inputs..., labels)`."""
+    if isinstance(examples, tuple | list) and len(examples) > 1 and all(map(torch.is_tensor, examples)):
+        examples = TensorDataset(*examples)
+    if is_batch(examples) or data.count_examples(examples) is None:
+        must = "be a Dataset or DataLoader with a length, or tensors (inputs..., labels)"
+        raise bad_type("examples", must, examples)
+    data.check_source(examples, "examples")
+    return examples

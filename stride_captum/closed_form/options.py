@@ -1,0 +1,95 @@
+"""`ClosedForm`: options of the closed-form operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+
+from ..errors import bad_value
+from ..operators import Operators, TrainingSet
+from ..options import check_choice, check_number
+from ..system.saved_values import saved_as
+from .estimate import estimate_closed_form
+from .operators import ClosedFormOperators, fit_closed_form
+
+if TYPE_CHECKING:
+    from ..influence.estimate import Estimate
+    from ..stride import STRIDE
+
+Residuals = Literal["training", "temperature", "leave-one-out", "both"]
+Curvature = Literal["identity", "kronecker", "eigenvalue-corrected", "gauss-newton"]
+
+
+@saved_as("options.closed-form")
+@dataclass(frozen=True, kw_only=True)
+class ClosedForm(Operators):
+    """Closed-form operators of all singleton subsets: the default of `STRIDE`.
+
+        a_i = 1/N (F + lambda)^-1 phi_i (x) r_i,  F = E[phi phi^T (x) (diag p - p p^T)]
+
+    the first-order response of a steering operator to the fidelity loss of one example under the stability
+    loss (equations 1 and 2). No network is trained and no gradient of the network is taken.
+
+    Attributes:
+        residuals: What stands for `r_i = e_y - p` of a training example: "training" (the model's own),
+            "temperature" (p = softmax(z / T)), "leave-one-out" (of a ridge head on all layers but the last)
+            or "both" (weighted mean of the last two).
+        temperature: T; None means 2, or matched on `held_out` data if they are given.
+        damping: lambda, relative to the mean diagonal of the curvature.
+        head_damping: lambda of the ridge head, likewise relative.
+        curvature: How the Fisher F is approximated: "identity" (A (x) s I), "kronecker" (A (x) Sigma),
+            "eigenvalue-corrected" (exact diagonal in the eigenbasis of A (x) Sigma) or "gauss-newton" (exact,
+            by conjugate gradients). The last two cost n_classes products or more.
+        threshold: The Lasso's alpha, which for singleton subsets is a soft threshold on the scores; 0 keeps
+            them dense.
+
+    >>> ClosedForm(damping=0.1, residuals="temperature").damping
+    0.1
+    """
+
+    name: ClassVar[str] = "closed-form"
+    aliases: ClassVar[Sequence[str]] = ("newton",)
+    streams: ClassVar[bool] = True
+    changeable: ClassVar[bool] = True
+
+    residuals: Residuals = "both"
+    temperature: float | None = None
+    damping: float = 0.3
+    head_damping: float = 0.1
+    curvature: Curvature = "kronecker"
+    threshold: float = 0.0
+
+    def check(self) -> None:
+        """Refuse values out of their range."""
+        check_choice("residuals", self.residuals, get_args(Residuals))
+        check_choice("curvature", self.curvature, get_args(Curvature))
+        check_number("damping", self.damping, positive=True)
+        check_number("head_damping", self.head_damping, positive=True)
+        check_number("threshold", self.threshold, positive=False)
+        if self.temperature is not None:
+            check_number("temperature", self.temperature, positive=True)
+
+    def fit(self, training: TrainingSet) -> ClosedFormOperators:
+        """Fit the closed form (see `fit_closed_form`)."""
+        return fit_closed_form(
+            training.features,
+            training.logits,
+            training.labels,
+            training.widths,
+            self,
+            training.temperature(self.temperature),
+            memory_budget=training.memory_budget,
+            ranks=training.ranks,
+            moments=training.known,
+        )
+
+    def check_shared(self) -> None:
+        """Refuse conjugate gradients, which need the whole training set in one place."""
+        if self.curvature == "gauss-newton":
+            raise bad_value("curvature", "be another one in a process group", "'gauss-newton'", "Use STRIDE.")
+
+    def estimate(self, method: STRIDE, n_test: int, k: int | None) -> Estimate | None:
+        """By counting, if there is one Kronecker term and no projection."""
+        counted = self.curvature in ("identity", "kronecker") and method.features.projection is None
+        return estimate_closed_form(method, n_test, k) if counted else None

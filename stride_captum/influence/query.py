@@ -1,0 +1,110 @@
+"""What is asked about test points: the response, its class, and how scores are normalized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.batch import ExampleBatch
+from ..errors import bad_choice, bad_type, bad_value
+from ..responses import RESPONSES, class_labels
+
+
+class Default(Enum):
+    """The value of an argument that is not given, if None has a meaning of its own."""
+
+    DEFAULT = "default"
+
+    def __repr__(self) -> str:
+        return "DEFAULT"
+
+
+DEFAULT: Final = Default.DEFAULT
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is asked about a batch of test points.
+
+    Attributes:
+        response: The scalar that is attributed.
+        target: "label", "predicted", or the class of each test point of the batch, `(n,)` int64.
+    """
+
+    response: str
+    target: str | Tensor
+
+    def classes(self, logits: Tensor, batch: ExampleBatch) -> Tensor:
+        """The class c of each test point, `(n,)` int64.
+
+        Args:
+            logits: `(n, n_classes)`.
+            batch: The batch that gave them.
+        """
+        if isinstance(self.target, Tensor):
+            return class_labels(self.target.to(logits.device), logits.shape[1], "target")
+        if self.target == "predicted":
+            return logits.argmax(1)
+        labels = batch.labels
+        if labels is None:
+            raise bad_value(
+                "inputs",
+                "carry labels, as in (x, y), when target='label'",
+                "a batch without labels",
+                "Add them, or ask for target='predicted' or a class index.",
+            )
+        if len(labels) != len(logits):
+            raise bad_value("inputs", f"carry one label for each of {len(logits)} examples", len(labels))
+        return class_labels(labels.to(logits.device), logits.shape[1], "inputs")
+
+
+def check_query(response: str, normalize: str | None) -> None:
+    """Refuse what cannot be asked of any method.
+
+    Raises:
+        ValueError: A response or a normalization that does not exist.
+    """
+    if response not in RESPONSES:
+        raise bad_choice("response", response, RESPONSES)
+    if normalize not in (None, "cosine"):
+        raise bad_value("normalize", "be None or 'cosine'", repr(normalize))
+
+
+def checked_target(target: Any) -> str | Tensor:
+    """A target as a name, or as class indices.
+
+    Raises:
+        ValueError: Another name.
+        TypeError: Another object.
+    """
+    if isinstance(target, str):
+        if target not in ("label", "predicted"):
+            raise bad_value("target", "be 'label', 'predicted' or class indices", repr(target))
+        return target
+    numeric = isinstance(target, int | Sequence | Tensor | np.ndarray | np.integer)
+    if isinstance(target, bool) or not numeric:
+        raise bad_type("target", "be 'label', 'predicted' or class indices", target)
+    try:
+        return torch.as_tensor(target)
+    except (TypeError, ValueError) as error:
+        raise bad_value("target", "be 'label', 'predicted' or class indices", repr(target)) from error
+
+
+def slice_target(target: str | Tensor, start: int, n: int) -> str | Tensor:
+    """The target of test points `start, ..., start + n - 1`."""
+    if isinstance(target, str):
+        return target
+    if target.ndim == 0:
+        return target.expand(n)
+    piece = target[start : start + n]
+    if len(piece) != n:
+        raise bad_value(
+            "target", "hold one class per test point", f"{len(target)} classes for more test points"
+        )
+    return piece

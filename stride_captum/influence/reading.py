@@ -1,0 +1,169 @@
+"""Batches of a method: passes over the training set, test points, labels and logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..data import inputs as data
+from ..data.batch import Batch, ExampleBatch, Reading, is_batch
+from ..data.passes import Passes
+from ..errors import bad_type, bad_value, whole_number
+from ..layers.probes import check_deterministic
+from ..losses import CrossEntropy, OutputCheck, loss_of
+from ..responses import class_labels
+from .checkpoints import LoadCheckpoint
+from .session import ModelSession
+
+#: Test points that are scored together, at most.
+_TEST_ROWS = 1024
+
+
+class BatchReader(ModelSession):
+    """The part of every method that reads examples.
+
+    Args:
+        model: The network.
+        train_dataset: Dataset or DataLoader of the training set.
+        batch_size: Examples a forward pass, if a data set is given.
+        loss: What the model was trained with.
+        batch: How a batch is read.
+        device: As for `ModelSession`.
+        checkpoints: As for `ModelSession`.
+        checkpoints_load_func: As for `ModelSession`.
+        memory_budget: As for `ModelSession`.
+    """
+
+    n_train_: int
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Any,
+        batch_size: int,
+        loss: str | CrossEntropy,
+        batch: Batch | None,
+        device: torch.device | str | None,
+        checkpoints: Iterable[Any] | str | Path | None,
+        checkpoints_load_func: LoadCheckpoint,
+        memory_budget: int | str,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise bad_type("model", "be a torch.nn.Module", model)
+        if is_batch(train_dataset):
+            remedy = "Write TensorDataset(inputs, labels)."
+            raise bad_type("train_dataset", "be a Dataset or a DataLoader", train_dataset, remedy)
+        data.check_source(train_dataset, "train_dataset")
+        data.check_places(train_dataset, "train_dataset")
+        self.train_dataset = train_dataset
+        self.batch_size = whole_number("batch_size", batch_size)
+        super().__init__(model, device, checkpoints, checkpoints_load_func, memory_budget)
+        if batch is not None and not isinstance(batch, Batch):
+            raise bad_type("batch", "be a stride_captum.Batch", batch, "Write Batch(label_key=...).")
+        self.loss = loss_of(loss)
+        self.batch = Batch() if batch is None else batch
+        self._passes: Passes | None = None
+        self._output_check: OutputCheck | None = None
+
+    def max_rows(self) -> int | None:
+        """Examples that the method takes at a time, None for as many as a batch has."""
+        return None
+
+    def train_batches(self, show_progress: bool) -> Iterator[Any]:
+        """One pass over the training set, in batches on the working device."""
+        return self._batches(
+            self.train_dataset, "train_dataset", show_progress, f"fitting {type(self).__name__}"
+        )
+
+    def train_blocks(self, size: int, show_progress: bool) -> Iterator[tuple[slice, Any]]:
+        """Batches of the training set, cut to `size` and `max_rows`, with their places in it."""
+        for batch in self.train_batches(show_progress):
+            for piece in batch.split(min(size, self.max_rows() or size)):
+                assert piece.columns is not None, "a batch of the training set"
+                yield piece.columns, piece
+
+    def train_labels(self, batch: ExampleBatch, n_classes: int) -> Tensor:
+        """Labels of a batch of training examples, `(n,)` int64 in `[0, n_classes)`, on the working device.
+
+        They are checked where they are: those of a batch that is not on a GPU wait for none.
+        """
+        if batch.labels is None:
+            raise bad_value(
+                "train_dataset",
+                "give one label per example, last in (inputs..., label) or under 'labels'",
+                "none",
+            )
+        return class_labels(batch.labels, n_classes, "train_dataset").to(self._work_device())
+
+    def batch_logits(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
+        """Logits of a batch, `(n, n_classes)`."""
+        return self._as_logits(batch.outputs(model), batch)
+
+    def _as_logits(self, outputs: Tensor, batch: ExampleBatch) -> Tensor:
+        """Outputs for a batch as logits; those for training examples are looked at in `fit`."""
+        if self._output_check is not None and batch.columns is not None:
+            self._output_check.look(outputs, batch.columns.start)
+        return batch.logits_of(outputs)
+
+    def _test_rows(self) -> int:
+        """Test points of one batch, at most."""
+        return self.max_rows() or max(self.batch_size, _TEST_ROWS)
+
+    def _test_batches(self, inputs: Any, show_progress: bool) -> Iterator[ExampleBatch]:
+        for batch in self._batches(inputs, "inputs", show_progress, type(self).__name__):
+            yield from batch.split(self._test_rows())
+
+    def _batches(self, source: Any, argument: str, show_progress: bool, what: str) -> Iterator[ExampleBatch]:
+        """Batches on the working device, with a bar; those of the training set know their places in it."""
+        device = self._work_device()
+        for batch in self._batches_as_they_are(source, argument, show_progress, what):
+            yield batch.to(device)
+
+    def _batches_as_they_are(
+        self, source: Any, argument: str, show_progress: bool, what: str
+    ) -> Iterator[ExampleBatch]:
+        """Batches with a bar, where the source has put them."""
+        total: int | None = 1
+        if is_batch(source):
+            batches = iter([self._example_batch(source, argument)])
+        elif source is self.train_dataset:
+            batches = self._training_passes().walk()
+            total = data.count_batches(source, self.batch_size)
+        else:
+            found = data.raw_batches(source, self.batch_size, argument)
+            batches = (self._example_batch(content, argument) for content in found)
+            total = data.count_batches(source, self.batch_size)
+        batch = None
+        for batch in tqdm(batches, total=total, desc=what, disable=not show_progress):
+            yield batch
+        if batch is None:
+            raise bad_value(argument, "hold at least one example", "an empty one")
+
+    def _example_batch(self, content: Any, argument: str) -> ExampleBatch:
+        """A batch of examples outside the training set, read as those of the training set are."""
+        if isinstance(content, ExampleBatch):
+            return content
+        reading = None if self._passes is None else self._passes.reading
+        return ExampleBatch(content, reading or self._reading(), argument=argument)
+
+    def _reading(self) -> Reading:
+        return Reading(self.batch, self.loss)
+
+    def _check_model(self, model: nn.Module) -> None:
+        """Refuse a model whose outputs for an example depend on chance or on the other examples."""
+        check_deterministic(model, self._first_train_batch())
+
+    def _training_passes(self) -> Passes:
+        """Passes over the present training set."""
+        if self._passes is None or self._passes.source is not self.train_dataset:
+            self._passes = Passes(self.train_dataset, self.batch_size, self._reading())
+        return self._passes
+
+    def _first_train_batch(self) -> ExampleBatch:
+        """The first training examples on the working device; the next pass gives them again."""
+        return self._training_passes().first().to(self._work_device())

@@ -1,0 +1,242 @@
+"""The scoring loop: test batches against blocks of the training set, over checkpoints; and self-influence."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..data import inputs as data
+from ..errors import bad_value
+from ..system.locks import exclusive
+from ..system.memory import rows_that_fit
+from ..system.peak_memory import PeakMemory
+from .query import Default, Query, check_query, checked_target, slice_target
+from .reading import BatchReader
+from .top_k import Collector
+
+#: Scores of one block, at most: small enough for the last level of cache.
+_BLOCK_SCORES = 2**22
+
+
+class ScoringLoop(BatchReader):
+    """What a method implements, and the loops that call it."""
+
+    #: Whether scores need the training examples again, so that blocks of columns are training batches.
+    reads_training_data: ClassVar[bool] = False
+
+    response: str
+    target: str | Tensor
+    normalize: str | None
+    _states: list[Any] | None
+    _weights: list[float]
+    _fit_bytes: int | None
+    peak_bytes_: int | None
+
+    # What a method implements.
+
+    @abstractmethod
+    def fit_checkpoint(self, model: nn.Module, show_progress: bool) -> Any:
+        """Learn from the training set what the scores need; must set `n_train_`."""
+
+    @abstractmethod
+    def prepare_query(self, state: Any, model: nn.Module, batch: Any, query: Query) -> Any:
+        """Compute once what the scores of a batch of test points need."""
+
+    @abstractmethod
+    def score_columns(self, state: Any, prepared: Any, columns: slice) -> Tensor:
+        """Scores `(n_test, n_columns)` against a slice of the training set."""
+
+    def score_batch(self, state: Any, prepared: Any, columns: slice, model: nn.Module, batch: Any) -> Tensor:
+        """`score_columns`, given the examples of the columns and the model (`reads_training_data`)."""
+        return self.score_columns(state, prepared, columns)
+
+    def holds_all_columns(self) -> bool:
+        """Whether `prepare_query` computes the scores of all columns at once.
+
+        Test batches are then so small that `memory_budget` holds their scores; other methods never have more
+        than one block of columns.
+        """
+        return False
+
+    def train_norms(self, state: Any) -> Tensor:
+        """Norm of each training example in the method's kernel, `(n_train,)`."""
+        raise self.no_norms()
+
+    def test_norms(self, state: Any, prepared: Any) -> Tensor:
+        """Norm of each test point in the method's kernel, `(n_test,)`."""
+        raise self.no_norms()
+
+    def no_norms(self) -> ValueError:
+        """The error of a method without a kernel."""
+        return bad_value("normalize", f"be None for {type(self).__name__}, which has no norms", "'cosine'")
+
+    def batch_self_influence(self, state: Any, model: nn.Module, batch: Any, rows: slice | None) -> Tensor:
+        """Self-influence of one batch; `rows` are its places in the training set, None for other data."""
+        if rows is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} gives the self-influence of training examples only: pass no inputs."
+            )
+        prepared = self.prepare_query(state, model, batch, Query("loss", "label"))
+        return -self.score_batch(state, prepared, rows, model, batch).diagonal()
+
+    def train_self_influence(self, state: Any) -> Tensor | None:
+        """Self-influence of the whole training set where the state knows it, `(n_train,)`; else None."""
+        return None
+
+    def combine_weights(self, learning_rates: list[float]) -> list[float]:
+        """Weight of each checkpoint in the score: the mean, unless a method says otherwise."""
+        return [1 / len(learning_rates)] * len(learning_rates)
+
+    def _test_rows(self) -> int:
+        """Test points of one batch, at most: as many as the budget holds scores of, if all are held."""
+        rows = super()._test_rows()
+        if not self.holds_all_columns():
+            return rows
+        return min(rows, rows_that_fit(self.memory_budget, 2 * 4 * self.n_train_, rows))
+
+    def query_vectors(self, state: Any, prepared: Any) -> Tensor | None:
+        """Vectors of test points whose products with `train_vectors` are scores; None if there are none."""
+        return None
+
+    def train_vectors(self, state: Any, rows: Tensor) -> Tensor | None:
+        """Vectors of training examples, `(n, width)`; their places are in order."""
+        return None
+
+    def train_vectors_of(self, state: Any, model: nn.Module, batch: Any, rows: Tensor) -> Tensor | None:
+        """`train_vectors`, given the examples and the model (`reads_training_data`)."""
+        return self.train_vectors(state, rows)
+
+    def _fitted(self) -> Iterator[tuple[Any, Any, float]]:
+        """Each checkpoint with what was learned at it, and its weight in the score."""
+        return zip(self._checkpoints(), self._states or [], self._weights, strict=True)
+
+    @abstractmethod
+    def fit(self, show_progress: bool = False) -> Any:
+        """Learn from the training set."""
+
+    # The loops.
+
+    def _collect(
+        self,
+        inputs: Any,
+        collector: Callable[[], Collector],
+        show_progress: bool,
+        response: str | None,
+        target: Any,
+        normalize: str | Default | None,
+    ) -> tuple[Tensor, ...]:
+        """Score all test batches; `collector` makes what takes in the blocks of one batch, or of all."""
+        response = self.response if response is None else response
+        chosen = self.normalize if isinstance(normalize, Default) else normalize
+        check_query(response, chosen)
+        wanted = checked_target(self.target if target is None else target)
+        data.check_source(inputs, "inputs")
+        with exclusive(self):
+            if self._states is None:
+                self.fit(show_progress)
+            return self._collected(inputs, collector, show_progress, response, wanted, chosen)
+
+    def _collected(
+        self,
+        inputs: Any,
+        collector: Callable[[], Collector],
+        show_progress: bool,
+        response: str,
+        wanted: str | Tensor,
+        normalize: str | None,
+    ) -> tuple[Tensor, ...]:
+        started, seen, taken = time.perf_counter(), 0, None
+        results: list[tuple[Tensor, ...]] = []
+        with self._session() as model, PeakMemory(self._work_device()) as memory:
+            self._check_unchanged()
+            for batch in self._test_batches(inputs, show_progress):
+                n = len(batch)
+                query = Query(response, slice_target(wanted, seen, n))
+                seen += n
+                if taken is None or not taken.over_all_batches:
+                    taken = collector()
+                for block, start in self._score_blocks(model, batch, query, n, normalize, taken.keeps_all):
+                    taken.update(block, start)
+                if not taken.over_all_batches:
+                    results.append(taken.result())
+            if taken is not None and taken.over_all_batches:
+                results.append(taken.result())
+        if isinstance(wanted, Tensor) and wanted.ndim and len(wanted) != seen:
+            raise bad_value("target", f"hold one class for each of the {seen} test points", len(wanted))
+        self.query_seconds_ = time.perf_counter() - started
+        if memory.bytes is not None:
+            self.peak_bytes_ = max(memory.bytes, self._fit_bytes or 0)
+        if len(results) == 1:
+            return results[0]
+        return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+
+    def _score_blocks(
+        self, model: nn.Module, batch: Any, query: Query, n: int, normalize: str | None, keeps_all: bool
+    ) -> Iterator[tuple[Tensor, int]]:
+        """Blocks of scores of one test batch with the column where each starts."""
+        parts = []
+        for checkpoint, state, weight in self._fitted():
+            self._load(model, checkpoint)
+            prepared = self.prepare_query(state, model, batch, query)
+            norms = self._inverse_norms(state, prepared, model) if normalize else None
+            parts.append((checkpoint, state, prepared, weight, norms))
+        bytes_per_score = max((p.element_size() for p in model.parameters()), default=8)
+        if len(parts) > 1 or normalize or not keeps_all:
+            size = rows_that_fit(self.memory_budget, 4 * bytes_per_score, _BLOCK_SCORES)
+        else:  # the block is the result itself
+            size = rows_that_fit(self.memory_budget, bytes_per_score, None)
+        for columns, train_batch in self._column_blocks(size // max(n, 1)):
+            block: Tensor | None = None
+            for checkpoint, state, prepared, weight, norms in parts:
+                if self.reads_training_data and len(parts) > 1:
+                    self._load(model, checkpoint)
+                scores = self.score_batch(state, prepared, columns, model, train_batch).detach()
+                if norms is not None:
+                    scores = scores * norms[0][:, None] * norms[1][columns]
+                if weight != 1:
+                    scores = scores * weight
+                block = scores if block is None else block + scores
+            assert block is not None, "there is at least one checkpoint"
+            yield block, columns.start
+
+    def _inverse_norms(self, state: Any, prepared: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
+        test, train = self.test_norms(state, prepared), self.train_norms(state)
+        # Not where(x > 0): the norm of a point with NaN is NaN, and its scores must be.
+        return tuple(torch.where(x == 0, torch.zeros_like(x), 1 / x) for x in (test, train))  # type: ignore[return-value]
+
+    def _column_blocks(self, size: int) -> Iterator[tuple[slice, Any]]:
+        """Slices of the training set, each with its examples (None unless the method reads them)."""
+        size = max(size, 1)
+        if self.reads_training_data:
+            yield from self.train_blocks(size, False)
+            return
+        for start in range(0, self.n_train_, size):
+            yield slice(start, min(start + size, self.n_train_)), None
+
+    def _total_self_influence(self, inputs: Any, show_progress: bool) -> Tensor:
+        total: Tensor | None = None
+        with self._session() as model:
+            self._check_unchanged()
+            for checkpoint, state, weight in self._fitted():
+                part = self.train_self_influence(state) if inputs is None else None
+                if part is None:
+                    self._load(model, checkpoint)
+                    part = self._self_influence_of(state, model, inputs, show_progress)
+                total = part * weight if total is None else total + part * weight
+        assert total is not None, "there is at least one checkpoint"
+        return total
+
+    def _self_influence_of(self, state: Any, model: nn.Module, inputs: Any, show_progress: bool) -> Tensor:
+        """Self-influence of other inputs, or batch by batch of the training set (None)."""
+        source, argument = (self.train_dataset, "train_dataset") if inputs is None else (inputs, "inputs")
+        parts = []
+        for batch in self._batches(source, argument, show_progress, "self-influence"):
+            for piece in batch.split(self.max_rows() or len(batch)):
+                rows = piece.columns if inputs is None else None
+                parts.append(self.batch_self_influence(state, model, piece, rows))
+        return torch.cat(parts)

@@ -1,0 +1,126 @@
+"""The model of a method while it works: its device, its checkpoints, and that it comes back as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from captum.influence import DataInfluence
+from torch import nn
+
+from ..errors import bad_type, bad_value
+from ..system.devices import check_placed, device_of, existing_device, full_precision
+from ..system.fingerprints import weights_fingerprint, weights_version
+from ..system.locks import exclusive
+from ..system.memory import parse_bytes
+from ..system.preserve_state import preserve_state
+from .checkpoints import LoadCheckpoint, apart_from, checkpoint_list, load_with
+
+
+class ModelSession(DataInfluence):  # type: ignore[misc]
+    """The part of every method that works with the model.
+
+    Args:
+        model: The network.
+        device: Where the work is done; None takes the device of the model.
+        checkpoints: State dicts or paths, or a folder of them.
+        checkpoints_load_func: `f(model, checkpoint)` loads one and returns a learning rate.
+        memory_budget: Memory for one block of work.
+    """
+
+    #: Whether the method takes gradients of the network.
+    needs_gradients: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device | str | None,
+        checkpoints: Iterable[Any] | str | Path | None,
+        checkpoints_load_func: LoadCheckpoint,
+        memory_budget: int | str,
+    ) -> None:
+        # Captum's own constructor is misspelt and cannot be called.
+        if not isinstance(model, nn.Module):
+            raise bad_type("model", "be a torch.nn.Module", model)
+        self.model = model
+        check_placed(model, device is None)
+        self.device = None if device is None else existing_device(device)
+        self.checkpoints = None if checkpoints is None else apart_from(model, checkpoint_list(checkpoints))
+        self.checkpoints_load_func = checkpoints_load_func
+        self.memory_budget = parse_bytes(memory_budget, self._work_device())
+        self._device_copy: tuple[Any, nn.Module] | None = None
+        self._fitted_on: tuple[Any, str, torch.device] | None = None
+
+    @contextmanager
+    def _session(self) -> Iterator[nn.Module]:
+        """The model on the working device, in eval mode, for this thread alone; put back at the end."""
+        with (
+            exclusive(self, self.model),
+            preserve_state(self._model_on_device(), weights=self.checkpoints is not None) as model,
+            torch.inference_mode(False),
+            torch.set_grad_enabled(self.needs_gradients),
+            full_precision(self._work_device()),
+        ):
+            yield model
+
+    def _model_on_device(self) -> nn.Module:
+        """The model, or a copy on another device, which is made anew when the weights have changed."""
+        first = next(self.model.parameters(), None)
+        if self.device is None or first is None or first.device == self.device:
+            return self.model
+        version = weights_version(self.model)
+        if self._device_copy is None or self._device_copy[0] != version:
+            self._device_copy = version, copy.deepcopy(self.model).to(self.device)
+        return self._device_copy[1]
+
+    def _work_device(self) -> torch.device:
+        if self.device is not None:
+            return self.device
+        return device_of(self.model)
+
+    def _checkpoints(self) -> Sequence[Any]:
+        return [None] if self.checkpoints is None else self.checkpoints
+
+    def _load(self, model: nn.Module, checkpoint: Any) -> float:
+        if checkpoint is None:
+            return 1.0
+        rate = load_with(self.checkpoints_load_func, model, checkpoint)
+        model.eval()
+        return rate
+
+    def _fingerprint(self) -> str:
+        """Of the weights of `model`, or of all checkpoints."""
+        with self._session() as model:
+            found = []
+            for checkpoint in self._checkpoints():
+                self._load(model, checkpoint)
+                found.append(weights_fingerprint(model))
+        return " ".join(found)
+
+    def _mark_fitted(self, fingerprint: str) -> None:
+        self._fitted_on = (weights_version(self.model), fingerprint, self._work_device())
+
+    def _check_unchanged(self) -> None:
+        if self._fitted_on is None:
+            return
+        version, fingerprint, device = self._fitted_on
+        if self._work_device() != device:
+            remedy = "Move it back, or call fit() again."
+            must = f"be on {device}, as it was when the method was fitted"
+            raise bad_value("model", must, str(self._work_device()), remedy)
+        if self.checkpoints is not None:
+            return
+        now = weights_version(self.model)
+        if now != version:
+            if weights_fingerprint(self.model) != fingerprint:
+                raise bad_value(
+                    "model",
+                    "have the weights that the method was fitted on",
+                    "other weights",
+                    "Call fit() again, or build a new object for the new model.",
+                )
+            self._fitted_on = (now, fingerprint, device)

@@ -1,0 +1,106 @@
+"""Vectors whose products are scores: one for each test point, and one for each training example."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..data import inputs as data
+from ..data.places import places
+from ..errors import bad_value
+from ..system.devices import as_float64
+from ..system.locks import exclusive
+from .query import Query, check_query, checked_target, slice_target
+
+if TYPE_CHECKING:
+    from .method import InfluenceMethod
+
+
+def test_vectors(method: InfluenceMethod, inputs: Any, aggregate: bool, response: str, target: Any) -> Tensor:
+    """Vectors of test points, `(n_test, width)`, or their sum `(1, width)`; checkpoints side by side.
+
+    Args:
+        method: Fitted here, if it is not.
+        inputs: As for `InfluenceMethod.influence`.
+        aggregate: Whether to add up all test points.
+        response: The scalar that is attributed.
+        target: Its class.
+    """
+    check_query(response, None)
+    wanted, seen = checked_target(target), 0
+    data.check_source(inputs, "inputs")
+    rows: list[Tensor] = []
+    with exclusive(method):
+        if method._states is None:
+            method.fit()
+        with method._session() as model:
+            method._check_unchanged()
+            for batch in method._test_batches(inputs, False):
+                query, parts = Query(response, slice_target(wanted, seen, len(batch))), []
+                seen += len(batch)
+                for checkpoint, state, weight in method._fitted():
+                    method._load(model, checkpoint)
+                    prepared = method.prepare_query(state, model, batch, query)
+                    parts.append(_checked(method, method.query_vectors(state, prepared)) * weight)
+                whole = torch.cat(parts, 1)
+                if aggregate:
+                    total = as_float64(whole).sum(0, keepdim=True)
+                    rows = [rows[0] + total if rows else total]
+                else:
+                    rows.append(whole)
+    return rows[0].to(whole) if aggregate else torch.cat(rows)
+
+
+def train_vectors(method: InfluenceMethod, indices: Any, aggregate: bool) -> Tensor:
+    """Vectors of training examples, `(n, width)`, in the order of `indices`, or their sum.
+
+    Args:
+        method: Fitted here, if it is not.
+        indices: Places in the training set.
+        aggregate: Whether to add them up.
+    """
+    with exclusive(method):
+        if method._states is None:
+            method.fit()
+        order = torch.as_tensor(places(indices, method.n_train_, "inputs"), device="cpu")
+        given = torch.as_tensor(indices, device="cpu") if isinstance(indices, list | tuple | range) else order
+        with method._session() as model:
+            method._check_unchanged()
+            parts = []
+            for checkpoint, state, _ in method._fitted():
+                method._load(model, checkpoint)
+                parts.append(_of_rows(method, state, model, order))
+    whole = torch.cat(parts, 1)[torch.searchsorted(order, given).to(parts[0].device)]
+    return as_float64(whole).sum(0, keepdim=True).to(whole) if aggregate else whole
+
+
+def _of_rows(method: InfluenceMethod, state: Any, model: Any, rows: Tensor) -> Tensor:
+    if not method.reads_training_data:
+        return _checked(method, method.train_vectors(state, rows))
+    found = []
+    for columns, batch in method.train_blocks(method.n_train_, False):
+        chosen = rows[(rows >= columns.start) & (rows < columns.stop)] - columns.start
+        if len(chosen):
+            few = batch[chosen]
+            vectors = method.train_vectors_of(state, model, few, chosen + columns.start)
+            found.append(_checked(method, vectors))
+    return torch.cat(found)
+
+
+def _checked(method: InfluenceMethod, vectors: Tensor | None) -> Tensor:
+    """The vectors, if there are any and one of them fits the budget.
+
+    Raises:
+        ValueError: There are none, or they are too long.
+    """
+    name = type(method).__name__
+    if vectors is None:
+        must = f"be called on a method whose scores are products of vectors; those of {name} are not"
+        raise bad_value("compute_intermediate_quantities", must, repr(method), "Use influence().")
+    size = vectors.shape[1] * vectors.element_size()
+    if size > method.memory_budget:
+        must = f"hold a vector of {vectors.shape[1]:,} numbers, which is {size:,} bytes"
+        raise bad_value("memory_budget", must, method.memory_budget, "Raise it, or project the features.")
+    return vectors

@@ -1,0 +1,253 @@
+"""Interface of operators: what `STRIDE` asks of the closed form, of trained operators, or of yours.
+
+`Operators` are options with a `fit`; it gives `FittedOperators`, which score. `STRIDE` reads features and
+logits, and knows nothing else of the kind. A third kind is one file with one subclass of each.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .errors import bad_type, bad_value
+from .features.projection import Projection
+from .layers.pooling import Tap
+from .options import Options
+from .system.processes import SINGLE_PROCESS, SingleProcess
+from .system.saved_values import saved_as
+
+if TYPE_CHECKING:
+    from .influence.estimate import Estimate
+    from .stride import STRIDE
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What operators are fitted to.
+
+    Attributes:
+        features: h, raw, `(n_train, n_features)`; memory-mapped where the operators `stream`.
+        logits: z, `(n_train, n_classes)`.
+        labels: y, `(n_train,)` int64, on the working device.
+        widths: Widths of the layers, in the order of the columns.
+        model: The network, in eval mode.
+        layers: Names of the layers.
+        memory_budget: Bytes of one block of work.
+        temperature: `f(given)`: T of the tempered residuals, as given, matched to held-out data, or the
+            default.
+        ranks: Who else has a share of the training set.
+        show_progress: Whether to show a bar.
+        known: `Changed.known` of these examples, if they come from fitted operators.
+    """
+
+    features: Tensor
+    logits: Tensor
+    labels: Tensor
+    widths: list[int]
+    model: nn.Module
+    layers: list[str]
+    memory_budget: int
+    temperature: Callable[[float | None], float]
+    ranks: SingleProcess = SINGLE_PROCESS
+    show_progress: bool = False
+    known: Any = None
+
+
+@dataclass(frozen=True)
+class TestPoints:
+    """A batch of test points with what is asked about them.
+
+    Attributes:
+        features: h, raw, `(n_test, n_features)`.
+        logits: z, `(n_test, n_classes)`.
+        classes: Class c of the response, `(n_test,)` int64.
+        gradients: Of the response with respect to the logits, `(n_test, n_classes)`.
+        response: One of `responses.RESPONSES`.
+    """
+
+    __test__ = False  # the name is not that of a test
+
+    features: Tensor
+    logits: Tensor
+    classes: Tensor
+    gradients: Tensor
+    response: str
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A training set after examples have come, gone or changed, in the order of its examples.
+
+    Attributes:
+        features: `(n_train, n_features)`.
+        logits: `(n_train, n_classes)`.
+        labels: `(n_train,)`.
+        widths: Widths of the layers.
+        known: For `TrainingSet.known`.
+    """
+
+    features: Tensor
+    logits: Tensor
+    labels: Tensor
+    widths: list[int]
+    known: Any = None
+
+
+class Operators(Options, ABC):
+    """Options of one kind of operators: a frozen dataclass with a `name`, registered with `saved_as`.
+
+    Attributes:
+        streams: Whether fit and scores read features block by block, so that they may be memory-mapped.
+        changeable: Whether examples can be added and removed without a new fit.
+        all_columns: Whether `FittedOperators.prepare` computes the scores of all columns at once.
+    """
+
+    streams: ClassVar[bool] = False
+    changeable: ClassVar[bool] = False
+    all_columns: ClassVar[bool] = False
+
+    @abstractmethod
+    def fit(self, training: TrainingSet) -> FittedOperators:
+        """Fit them to a training set."""
+
+    def defaults(self) -> dict[str, Any]:
+        """Arguments of `STRIDE` that these operators want where the user has given none."""
+        return {}
+
+    def check_shared(self) -> None:
+        """Refuse a training set that several processes share.
+
+        Raises:
+            ValueError: These operators need all of it in one place.
+        """
+        raise bad_value("operators", "be others in a process group", repr(self.name), "Use STRIDE.")
+
+    def estimate(self, method: STRIDE, n_test: int, k: int | None) -> Estimate | None:
+        """What fit and query will cost, where more is known than small runs tell; else None."""
+        return None
+
+
+class FittedOperators(ABC):
+    """Operators of one checkpoint: a dataclass, registered with `saved_as`, so that it can be saved.
+
+    Attributes:
+        n_train: Number of training examples.
+        n_classes: C.
+        device: Where test points are taken.
+        dtype: In which they are.
+    """
+
+    n_classes: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    @abstractmethod
+    def n_train(self) -> int:
+        """Number of training examples."""
+
+    @abstractmethod
+    def prepare(self, points: TestPoints) -> Any:
+        """Compute once what the scores of a batch of test points need."""
+
+    @abstractmethod
+    def scores(self, prepared: Any, columns: slice) -> Tensor:
+        """Scores `(n_test, n_columns)` against a slice of the training set."""
+
+    def coverage(self) -> Tensor:
+        """Which training examples can have a score, `(n_train,)` bool on the CPU."""
+        return torch.ones(self.n_train, dtype=torch.bool, device="cpu")
+
+    def train_norms(self) -> Tensor | None:
+        """Norm of each training example in the kernel of the scores, `(n_train,)`; None: there are none."""
+        return None
+
+    def test_norms(self, prepared: Any) -> Tensor | None:
+        """The same norm of the test points, `(n_test,)`."""
+        return None
+
+    def query_vectors(self, prepared: Any) -> Tensor | None:
+        """Vectors of test points whose products with `train_vectors` are scores; None if there are none."""
+        return None
+
+    def train_vectors(self, rows: Tensor) -> Tensor | None:
+        """Vectors of training examples, `(n, width)`."""
+        return None
+
+    def self_influence(self) -> Tensor | None:
+        """Of the training set, `(n_train,)`; None: the diagonal of the scores for the response "loss"."""
+        return None
+
+    def self_influence_of(self, points: TestPoints) -> Tensor | None:
+        """That other examples would have, `(n,)`; None: it is not defined."""
+        return None
+
+    def mislabel_scores(self) -> Tensor | None:
+        """How suspect each training label is, `(n_train,)`; None: the self-influence."""
+        return None
+
+    # For `Operators.streams`.
+
+    def without_features(self) -> FittedOperators:
+        """A copy without features and logits, to be saved beside a store that holds them."""
+        raise NotImplementedError
+
+    def with_features(self, features: Tensor, logits: Tensor) -> FittedOperators:
+        """The inverse of `without_features`."""
+        raise NotImplementedError
+
+    # For `Operators.changeable`.
+
+    def with_examples(self, features: Tensor, logits: Tensor, labels: Tensor) -> Changed:
+        """The training set with k examples behind it: `(k, n_features)`, `(k, n_classes)`, `(k,)`."""
+        raise NotImplementedError
+
+    def without_examples(self, keep: Tensor) -> Changed:
+        """Some examples of the training set, in order: rows `(n_kept,)` on the CPU."""
+        raise NotImplementedError
+
+    def with_others(self, rows: Tensor, features: Tensor, logits: Tensor, labels: Tensor) -> Changed:
+        """The training set with other examples in the places `rows`, `(k,)`."""
+        raise NotImplementedError
+
+
+@saved_as("stride")
+@dataclass
+class STRIDEState:
+    """What `STRIDE.fit` learns at one checkpoint.
+
+    Attributes:
+        taps: Where features are read.
+        operators: Fitted to them.
+        projection: Of wide layers, if `Features.projection` asks for it.
+    """
+
+    taps: list[Tap]
+    operators: FittedOperators
+    projection: Projection | None = None
+
+
+def operators_of(value: Any) -> Operators:
+    """Operators by name, or as they are.
+
+    Raises:
+        ValueError: Another name.
+        TypeError: Another object.
+    """
+    if isinstance(value, Operators):
+        return value
+    if isinstance(value, str):
+        kind: type[Any] = Operators.named(value, "operators")
+        operators: Operators = kind()
+        return operators
+    raise bad_type(
+        "operators",
+        "be ClosedForm(...), Trained(...) or a name",
+        value,
+        "Write operators=ClosedForm(damping=.1).",
+    )
