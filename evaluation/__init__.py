@@ -17,6 +17,7 @@ from .measures.linear_datamodeling import LDSResult, lds
 from .measures.linearized_influence import LinearizedInfluenceResult, linearized_influence_correlation
 from .measures.mislabel_precision import MislabelResult, mislabel
 from .retraining.attributed_models import train_attributed
+from .retraining.cross_fitting import CrossFitted, TaskTraining, retrain
 from .retraining.plan import RetrainingPlan
 from .retraining.training import train_model
 from .tasks.tasks import Task, load_task
@@ -30,6 +31,7 @@ __all__ = [
     "MethodSpec",
     "Cost",
     "CounterfactualResult",
+    "CrossFitted",
     "Explanation",
     "LDSResult",
     "LeakageResult",
@@ -37,6 +39,7 @@ __all__ = [
     "MislabelResult",
     "RetrainingPlan",
     "Task",
+    "TaskTraining",
     "calibration",
     "compare",
     "counterfactual",
@@ -50,6 +53,7 @@ __all__ = [
     "measure_leakage",
     "measure_mislabel",
     "mislabel",
+    "retrain",
     "train_attributed",
     "train_model",
 ]

@@ -4,6 +4,7 @@ from .closed_form.options import ClosedForm
 from .data.batch import Batch
 from .designs import LeftRegular, Partition, RandomSubsets
 from .features.options import Features
+from .influence.checkpoints import Checkpoint, along_training
 from .influence.method import InfluenceMethod
 from .influence.rows import result_rows
 from .recovery.estimators import Lasso, Ridge
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "STRIDE",
     "Batch",
+    "Checkpoint",
     "ClosedForm",
     "Features",
     "InfluenceMethod",
@@ -27,6 +29,7 @@ __all__ = [
     "Ridge",
     "Trained",
     "__version__",
+    "along_training",
     "refine",
     "result_rows",
 ]

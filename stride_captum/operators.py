@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ class TrainingSet:
         ranks: Who else has a share of the training set.
         show_progress: Whether to show a bar.
         known: `Changed.known` of these examples, if they come from fitted operators.
+        n_checkpoints: Checkpoints over which scores are averaged.
     """
 
     features: Tensor
@@ -56,6 +57,12 @@ class TrainingSet:
     ranks: SingleProcess = SINGLE_PROCESS
     show_progress: bool = False
     known: Any = None
+    n_checkpoints: int = 1
+
+    @property
+    def usual_residuals(self) -> Literal["both", "temperature"]:
+        """Out-of-sample residuals: with a ridge head for one model, which hurts averages over several."""
+        return "both" if self.n_checkpoints == 1 else "temperature"
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,7 @@ class STRIDE(ChangingTrainingSet):
             memory_budget=self.memory_budget,
             temperature=partial(choose_temperature, self, model, read.logits, read.labels),
             ranks=self.ranks,
+            n_checkpoints=len(self._checkpoints()),
             **more,
         )
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from stride_captum import STRIDE
+from stride_captum import STRIDE, ClosedForm
 from stride_captum.influence.checkpoints import (
     checkpoint_list,
     learning_rate_of,
@@ -463,8 +463,10 @@ class TestStateDictOfTheModelItself:
         model, train, test = planted
         own = {"state_dict": model.state_dict()} if wrapped else model.state_dict()
         other = trained(MLP, seed=3)[0].state_dict()
-        method = STRIDE(model, train, checkpoints=[own, other])
-        wanted = (STRIDE(model, train).influence(test) + _of(other, train).influence(test)) / 2
+        tempered = ClosedForm(residuals="temperature", temperature=2.0)
+        method = STRIDE(model, train, checkpoints=[own, other], operators=tempered)
+        alone = STRIDE(model, train, operators=tempered), _of(other, train, tempered)
+        wanted = (alone[0].influence(test) + alone[1].influence(test)) / 2
         torch.testing.assert_close(method.influence(test), wanted)
         torch.testing.assert_close(method.influence(DataLoader(test, 2)), wanted)
         assert method.checkpoints[1] is other
@@ -478,7 +480,7 @@ class TestStateDictOfTheModelItself:
         torch.testing.assert_close(method.influence(test), wanted)
 
 
-def _of(weights, train):
+def _of(weights, train, operators):
     model = built(MLP)
     model.load_state_dict(weights)
-    return STRIDE(model, train)
+    return STRIDE(model, train, operators=operators)

@@ -25,6 +25,7 @@ from stride_captum.evaluation.report.html import write_comparison
 from stride_captum.evaluation.report.terminal import console, show_comparison
 from stride_captum.evaluation.retraining import attributed_models, workers
 from stride_captum.evaluation.retraining.attributed_models import (
+    even_epochs,
     train_attributed,
     train_checkpoints,
     train_spiked,
@@ -253,7 +254,7 @@ class TestCheckpoints:
         assert len(seen) == 2
         for seed, (model, states) in enumerate(seen):
             attributed = train_attributed(task, seed, tmp_path).state_dict()
-            earlier = train_checkpoints(task, seed, tmp_path, 3)
+            earlier = train_checkpoints(task, seed, tmp_path, even_epochs(task.training.epochs, 3))
             assert len(states) == 4
             for state, expected in zip(states, [*earlier, attributed], strict=True):
                 assert all(torch.equal(state[name], value) for name, value in expected.items())
@@ -615,7 +616,7 @@ class TestPlannedTrainings:
 
     def test_of_stopped_models_go_on_behind_the_last(self, task, tmp_path, trained):
         _, seed = train_spiked(task, tmp_path)
-        train_checkpoints(task, seed, tmp_path, 3)
+        train_checkpoints(task, seed, tmp_path, even_epochs(task.training.epochs, 3))
         few = {**FEW, "n_spiked": 2}
         question = settle(CHECKPOINTS, task, store=tmp_path, measures=["lds"], **few)
         _, _, spiked, checkpoints = planned_trainings(question)

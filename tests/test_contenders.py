@@ -92,6 +92,8 @@ def test_our_rows_differ_from_the_default_in_what_they_say(name, planted):
     operators, usual = built(name, planted).operators, ClosedForm()
     expected = {
         "STRIDE": usual,
+        "STRIDE, checkpoints": usual,
+        "STRIDE, cross-fitted": usual,
         "STRIDE (tuned)": usual,
         "STRIDE T=1": ClosedForm(residuals="training"),
         "STRIDE trained + Lasso": Trained(),
@@ -120,8 +122,10 @@ def test_four_checkpoints_are_three_and_the_attributed_model(planted):
     method = spec(*planted, {"checkpoints": states})
     assert type(method) is adapters.TracIn
     assert len(method.checkpoints) == 4
-    others = [n for n, c in METHODS.items() if c.n_checkpoints != 1]
-    assert others == ["TracIn, 4 checkpoints"]
+    others = {n: c.n_checkpoints for n, c in METHODS.items() if c.n_checkpoints != 1}
+    assert others == {"TracIn, 4 checkpoints": 4, "STRIDE, checkpoints": "log"}
+    method = METHODS["STRIDE, checkpoints"](*planted, {"checkpoints": states})
+    assert (method.operators, len(method.checkpoints)) == (ClosedForm(), 4)
 
 
 def test_options_that_are_settable_need_no_new_fit(planted):

@@ -220,6 +220,7 @@ def test_the_python_of_the_readme_and_the_guide_runs_as_printed(tmp_path, monkey
         "labels": torch.arange(30) % 3,
         "files": ["a.pt", "b.pt"],
         "rates": [0.1, 0.1],
+        "train_function": lambda indices, seed: digits.build_model(),
     }
     yours["x"], yours["y"] = digits.test[:5]
     monkeypatch.chdir(tmp_path)

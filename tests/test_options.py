@@ -44,6 +44,7 @@ COUNTS = [
 ]
 SEEDS = [(Features, "seed"), (Trained, "seed")]
 OTHERS = {
+    (ClosedForm, "residuals"),
     (Features, "projection"),
     (LeftRegular, "n_subsets"),
     (Trained, "subsets"),
@@ -115,6 +116,7 @@ MULTIPLE = "`alpha` must be a multiple of `recovery.ridge_scale` above 0; got "
     ("kind", "options", "message"),
     [
         (Features, {"projection": "svd"}, "`projection` must be None, 'random' or 'pca'; got 'svd'"),
+        (ClosedForm, {"residuals": "bth"}, "`residuals` must be one of .*; got 'bth'. Nearest: 'both'"),
         (ClosedForm, {"curvature": "kroneker"}, "got 'kroneker'. Nearest: 'kronecker'"),
         (Lasso, {"alpha": -0.1}, PENALTY + "-0.1"),
         (Lasso, {"alpha": None}, PENALTY + "None"),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from stride_captum import STRIDE, Partition, Trained, adapters
+from stride_captum import STRIDE, ClosedForm, Partition, Trained, adapters
 from stride_captum.conformance.shipped import shipped
 from stride_captum.influence.method import InfluenceMethod
 
@@ -45,7 +45,8 @@ def held_out(model: nn.Module, train: Any) -> InfluenceMethod:
 
 def checkpoints(model: nn.Module, train: Any) -> InfluenceMethod:
     halved = {name: t / 2 if t.is_floating_point() else t for name, t in model.state_dict().items()}
-    return STRIDE(model, train, checkpoints=[model.state_dict(), halved])
+    operators = ClosedForm(residuals="both", temperature=2.0)
+    return STRIDE(model, train, checkpoints=[model.state_dict(), halved], operators=operators)
 
 
 def changed(model: nn.Module, train: Any) -> InfluenceMethod:

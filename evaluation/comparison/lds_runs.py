@@ -185,8 +185,13 @@ class _OneMethod:
         question, found = self.shared.question, []
         for name, model in self.shared.models.items():
             extra: dict[str, Any] = {}
-            if self.spec.n_checkpoints > 1:
-                extra["checkpoints"] = [*self.shared.checkpoints[name], model.state_dict()]
+            if self.spec.n_checkpoints != 1:
+                kept = self.spec.epochs(question.task.training.epochs)
+                states = [self.shared.checkpoints[name][epoch] for epoch in kept]
+                extra["checkpoints"] = [*states, model.state_dict()]
+            if self.spec.partitions:
+                models = 2 * self.spec.partitions
+                extra["checkpoints"] = self.shared.cross_fitted[name].checkpoints[:models]
             every = {**options, **extra}
             found.append(CachedMethod(self.spec, model, question.task, every, question.store, self.forward))
         return found

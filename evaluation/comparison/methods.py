@@ -10,10 +10,10 @@ choice. TracIn as published, the similarities and the controls have no grid: the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 from ... import adapters
 from ...closed_form.options import ClosedForm
@@ -24,6 +24,7 @@ from ...operators import Operators
 from ...steering.options import Trained
 from ...stride import STRIDE
 from ..measures.cost import Build
+from ..retraining.attributed_models import even_epochs, log_epochs
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,11 @@ class MethodSpec:
         build: Called with the model, the training set and the options of a grid point.
         grid: Option sets among which the tuning half of the test points chooses; one means untuned.
         n_checkpoints: Checkpoints of the training that `build` is given as the option `checkpoints`,
-            the attributed model last; 1 gives none.
+            the attributed model last, evenly spaced; 1 gives none, and "log" those after epochs 1, 2, 3, 5,
+            8, 12, 20, ... and the last.
+        partitions: Partitions of the training set into halves on which models are trained for this row:
+            `build` is given these models as `checkpoints`, and the attributed model is not used. Each
+            partition costs what one training costs.
         needs: Module of an extra without which it cannot run.
         settable: Options that may be set on a fitted method, so that a grid over them fits once.
         cache_key: Vouches for the row: what it answers depends on this key, the options, the weights and the
@@ -53,7 +58,8 @@ class MethodSpec:
     name: str
     build: Build
     grid: Sequence[Mapping[str, Any]] = field(default=({},))
-    n_checkpoints: int = 1
+    n_checkpoints: int | Literal["log"] = 1
+    partitions: int = 0
     needs: str | None = None
     settable: frozenset[str] = frozenset()
     cache_key: str | None = None
@@ -62,6 +68,24 @@ class MethodSpec:
     def __call__(self, model: Any, data: Any, options: Mapping[str, Any]) -> InfluenceMethod:
         """The method on a model and its training set."""
         return self.build(model, data, options)
+
+    @property
+    def uses_model_alone(self) -> bool:
+        """Whether it needs nothing but the attributed model."""
+        return self.n_checkpoints == 1 and not self.partitions
+
+    def epochs(self, epochs: int) -> list[int]:
+        """Epochs before the last of a training after which it wants checkpoints."""
+        if self.n_checkpoints == 1:
+            return []
+        if self.n_checkpoints == "log":
+            return log_epochs(epochs)
+        return even_epochs(epochs, self.n_checkpoints - 1)
+
+    @property
+    def fewest_epochs(self) -> int:
+        """Epochs that a training must have."""
+        return 2 if self.n_checkpoints == "log" else self.n_checkpoints
 
     @property
     def available(self) -> bool:
@@ -79,16 +103,28 @@ def stride(
         layers: As for `STRIDE`.
         **fixed: Options of the operators.
     """
-    return lambda model, data, options: STRIDE(
-        model, data, layers=layers, operators=operators(**{**fixed, **options})
-    )
+
+    def build(model: Any, data: Any, options: Mapping[str, Any]) -> STRIDE:
+        own, beside = _apart({**fixed, **options})
+        return STRIDE(model, data, layers=layers, operators=operators(**own), **beside)
+
+    return build
+
+
+def _apart(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of operators, and the checkpoints that STRIDE takes."""
+    own = {name: value for name, value in options.items() if name != "checkpoints"}
+    return own, {name: value for name, value in options.items() if name not in own}
 
 
 def stride_paper(preset: str) -> Build:
     """STRIDE with the settings of Table 4, on smaller training sets as `fitting` says."""
-    return lambda model, data, options: STRIDE(
-        model, data, operators=Trained.paper(preset, **{**fitting(len(data)), **options})
-    )
+
+    def build(model: Any, data: Any, options: Mapping[str, Any]) -> STRIDE:
+        own, beside = _apart({**fitting(len(data)), **options})
+        return STRIDE(model, data, operators=Trained.paper(preset, **own), **beside)
+
+    return build
 
 
 def fitting(n_train: int) -> dict[str, Any]:
@@ -183,6 +219,8 @@ METHODS: dict[str, MethodSpec] = {
             grid(residuals=("both", "temperature"), temperature=(*_TEMPERATURES, 5.0)),
         ),
         MethodSpec("TracIn, 4 checkpoints", adapter(adapters.TracIn), n_checkpoints=4),
+        MethodSpec("STRIDE, checkpoints", stride(), n_checkpoints="log"),
+        MethodSpec("STRIDE, cross-fitted", stride(), partitions=1),
         MethodSpec("KNNShapley", adapter(adapters.KNNShapley), grid(k=(1, 2, 5, 10, 20, 50))),
         MethodSpec("Similarity", adapter(adapters.Similarity)),
         MethodSpec("ClassSimilarity", adapter(adapters.ClassSimilarity)),
@@ -193,9 +231,12 @@ METHODS: dict[str, MethodSpec] = {
 #: Compared unless methods are named. The first row is what the others are compared with.
 DEFAULT_METHODS = (
     "STRIDE",
+    "STRIDE, checkpoints",
+    "STRIDE, cross-fitted",
     "STRIDE (tuned)",
     "STRIDE trained + Lasso",
     "EKFAC",
+    "EKFAC, checkpoints",
     "EKFAC, out-of-sample residuals",
     "DiagonalEKFAC",
     "DiagonalEKFAC, out-of-sample residuals",
@@ -203,7 +244,7 @@ DEFAULT_METHODS = (
     "TRAK, out-of-sample residuals",
     "TracIn",
     "TracIn, out-of-sample residuals",
-    "TracIn, 4 checkpoints",
+    "TracIn, checkpoints",
     "KNNShapley",
     "Similarity",
     "ClassSimilarity",
@@ -213,13 +254,21 @@ DEFAULT_METHODS = (
 
 
 def find_method(method: str | MethodSpec) -> MethodSpec:
-    """A spec by name, or as it is.
+    """A spec by name, or as it is; "X, checkpoints" is the row X with checkpoints along the training, and
+    "X, cross-fitted" that with models of two complementary halves.
 
     Raises:
         ValueError: No such name.
     """
     if isinstance(method, MethodSpec):
         return method
+    wanted: dict[str, dict[str, Any]] = {
+        "checkpoints": {"n_checkpoints": "log"},
+        "cross-fitted": {"partitions": 1},
+    }
+    row, _, what = method.rpartition(", ")
+    if what in wanted and row in METHODS and method not in METHODS:
+        return replace(METHODS[row], name=method, **wanted[what])
     if method not in METHODS:
         raise bad_choice("methods", method, list(METHODS))
     return METHODS[method]

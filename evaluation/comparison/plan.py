@@ -73,7 +73,7 @@ def settle(
     elsewhere = ", ".join(name for name in wanted if not MEASURES[name].on_halves)
     if elsewhere:
         why = f"is not measured by {elsewhere}: those train models of their own"
-        skipped |= {spec.name: why for spec in specs if spec.n_checkpoints > 1}
+        skipped |= {spec.name: why for spec in specs if not spec.uses_model_alone}
     question = Question(
         task=task,
         specs=specs,
@@ -145,8 +145,8 @@ def _not_possible(every: Sequence[MethodSpec], task: Task, on_halves: bool) -> d
     for spec in every:
         if not spec.available:
             skipped[spec.name] = f"needs {spec.needs}"
-        elif on_halves and task.training.epochs < spec.n_checkpoints:
-            skipped[spec.name] = f"needs at least {spec.n_checkpoints} epochs"
+        elif on_halves and task.training.epochs < spec.fewest_epochs:
+            skipped[spec.name] = f"needs at least {spec.fewest_epochs} epochs"
     return skipped
 
 
@@ -197,11 +197,13 @@ def _check(question: Question) -> None:
 def _check_builds(spec: MethodSpec, question: Question, network: nn.Module) -> None:
     """Whether a method can be built with all of its options, on an untrained network."""
     task, extra = question.task, {}
-    if spec.n_checkpoints > 1:
-        if question.on_halves and task.training.epochs < spec.n_checkpoints:
-            must = f"be at least {spec.n_checkpoints} for {spec.name!r}"
+    if spec.n_checkpoints != 1:
+        if question.on_halves and task.training.epochs < spec.fewest_epochs:
+            must = f"be at least {spec.fewest_epochs} for {spec.name!r}"
             raise bad_value("epochs", must, task.training.epochs, "Its checkpoints are of different epochs.")
-        extra = {"checkpoints": [network.state_dict()] * spec.n_checkpoints}
+        extra = {"checkpoints": [network.state_dict()] * spec.fewest_epochs}
+    if spec.partitions:
+        extra = {"checkpoints": [network.state_dict()] * 2}
     for point in spec.grid:
         try:
             spec(network, task.train, {**point, **extra})

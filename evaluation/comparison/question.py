@@ -60,12 +60,18 @@ class Question:
     @property
     def usable(self) -> dict[str, MethodSpec]:
         """Specs by name that need nothing but a model: those of measures that train their own."""
-        return {spec.name: spec for spec in self.specs if spec.n_checkpoints == 1}
+        return {spec.name: spec for spec in self.specs if spec.uses_model_alone}
 
     @property
-    def n_checkpoints(self) -> int:
-        """Checkpoints that are wanted of every attributed model, itself included."""
-        return max((spec.n_checkpoints for spec in self.specs), default=1) if self.on_halves else 1
+    def partitions(self) -> int:
+        """Partitions into halves that are wanted beside every attributed model."""
+        return max((spec.partitions for spec in self.specs), default=0) if self.on_halves else 0
+
+    @property
+    def epochs(self) -> list[int]:
+        """Epochs before the last after which checkpoints of every attributed model are wanted."""
+        wanted = [spec.epochs(self.task.training.epochs) for spec in self.specs] if self.on_halves else []
+        return sorted({epoch for kept in wanted for epoch in kept})
 
 
 def halves(task: Task, store: str | Path, n_subsets: int, n_seeds: int, n_test: int) -> RetrainingPlan:

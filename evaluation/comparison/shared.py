@@ -7,8 +7,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..retraining.attributed_estimates import estimate_attributed, estimate_checkpoints, estimate_spiked
+from ..retraining.attributed_estimates import (
+    estimate_attributed,
+    estimate_checkpoints,
+    estimate_cross_fitted,
+    estimate_spiked,
+)
 from ..retraining.attributed_models import FIRST_SPIKED, train_attributed, train_checkpoints, train_spiked
+from ..retraining.cross_fitting import CrossFitted, check_apart, cross_fit
 from ..retraining.estimate import RetrainingEstimate
 from .gallery import Gallery
 from .question import Question
@@ -47,9 +53,14 @@ class Shared:
         return self.models if _attributed in self._made else {}
 
     @property
-    def checkpoints(self) -> dict[str, list[Any]]:
+    def checkpoints(self) -> dict[str, dict[int, Any]]:
         """Of every attributed model, the states on the way to it: as many as a method wants at most."""
         return self.once(_checkpoints)
+
+    @property
+    def cross_fitted(self) -> dict[str, CrossFitted]:
+        """Beside every attributed model, models of halves: as many as a method wants at most."""
+        return self.once(_cross_fitted)
 
     @property
     def gallery(self) -> Gallery:
@@ -77,12 +88,26 @@ def _attributed(shared: Shared) -> dict[str, tuple[nn.Module, int]]:
     return found
 
 
-def _checkpoints(shared: Shared) -> dict[str, list[Any]]:
-    question, n = shared.question, shared.question.n_checkpoints - 1
-    return {
-        name: train_checkpoints(question.task, seed, question.store, n, device=question.device) if n else []
-        for name, (_, seed) in shared.once(_attributed).items()
-    }
+def _checkpoints(shared: Shared) -> dict[str, dict[int, Any]]:
+    question, epochs = shared.question, shared.question.epochs
+    found: dict[str, dict[int, Any]] = {}
+    for name, (_, seed) in shared.once(_attributed).items():
+        states = (
+            train_checkpoints(question.task, seed, question.store, epochs, device=question.device)
+            if epochs
+            else []
+        )
+        found[name] = dict(zip(epochs, states, strict=True))
+    return found
+
+
+def _cross_fitted(shared: Shared) -> dict[str, CrossFitted]:
+    question = shared.question
+    found = {}
+    for number, name in enumerate(shared.once(_attributed)):
+        found[name] = cross_fit(question.task, number, question.partitions, question.store)
+        check_apart(question.halves.membership, found[name].membership)
+    return found
 
 
 def _estimates(shared: Shared) -> list[RetrainingEstimate]:
@@ -94,9 +119,11 @@ def _estimates(shared: Shared) -> list[RetrainingEstimate]:
         spiked, chosen = estimate_spiked(task, store, question.n_spiked, device=device)
         found.append(spiked)
         seeds += chosen
-    if question.n_checkpoints > 1:
-        n = question.n_checkpoints - 1
-        found.append(estimate_checkpoints(task, seeds, store, n, device=device))
+    if question.partitions:
+        n_models = question.n_models + question.n_spiked
+        found.append(estimate_cross_fitted(task, n_models, question.partitions, store, device=device))
+    if question.epochs:
+        found.append(estimate_checkpoints(task, seeds, store, question.epochs, device=device))
     return found
 
 

@@ -12,7 +12,8 @@ import torch
 from ..tasks.new_network import checked_network
 from ..tasks.tasks import Task
 from . import store as run_store
-from .attributed_models import FIRST_SPIKED, SPIKE, TRIES, attributed_path, checkpoint_paths, kept_epochs
+from .attributed_models import FIRST_SPIKED, SPIKE, TRIES, attributed_path, checkpoint_paths
+from .cross_fitting import cross_fit_paths, is_stored
 from .estimate import RetrainingEstimate
 from .training import mean_residual
 from .workers import seconds_per_example
@@ -40,14 +41,36 @@ def estimate_checkpoints(
     task: Task,
     seeds: Sequence[int],
     store: str | Path,
-    n_checkpoints: int,
+    epochs: Sequence[int],
     *,
     device: torch.device | str = "cpu",
 ) -> RetrainingEstimate:
     """What `train_checkpoints` would train for models with these seeds."""
-    names, kept = run_store.Fingerprints(task), kept_epochs(task.training.epochs, n_checkpoints)
-    files = ((task, checkpoint_paths(names, kept, seed, store, device)) for seed in seeds)
+    names = run_store.Fingerprints(task)
+    files = ((task, checkpoint_paths(names, epochs, seed, store, device)) for seed in seeds)
     return _estimate(files, "checkpoints of attributed models", device)
+
+
+def estimate_cross_fitted(
+    task: Task, n_models: int, repeats: int, store: str | Path, *, device: torch.device | str = "cpu"
+) -> RetrainingEstimate:
+    """What `cross_fit` would train for the attributed models 0, 1, ...: each on half of the training set."""
+    paths = [path for number in range(n_models) for path in cross_fit_paths(task, number, repeats, store)]
+    missing = [path for path in paths if not is_stored(path)]
+    network = checked_network(task.build_model)
+    per_example = _seconds_per_example(task, device) if missing else 0.0
+    return RetrainingEstimate(
+        task=task.name,
+        n_subsets=1,
+        n_seeds=len(paths),
+        engine="processes",
+        n_stored=len(paths) - len(missing),
+        n_damaged=sum(path.exists() for path in missing),
+        n_workers=min(1, len(missing)),
+        seconds=per_example * len(missing) * task.training.epochs * task.n_train / 2,
+        n_bytes=len(missing) * sum(t.numel() * t.element_size() for t in network.state_dict().values()),
+        purpose="cross-fitted halves",
+    )
 
 
 def estimate_spiked(

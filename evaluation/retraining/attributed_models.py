@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import bad_value
+from ...influence.checkpoints import log_positions
 from ...system.atomic import atomic_write
 from ..tasks.new_network import checked_network
 from ..tasks.tasks import Task
@@ -135,7 +136,7 @@ def train_checkpoints(
     task: Task,
     seed: int,
     store: str | Path,
-    n_checkpoints: int,
+    epochs: Sequence[int],
     *,
     device: torch.device | str = "cpu",
 ) -> list[dict[str, Any]]:
@@ -145,19 +146,21 @@ def train_checkpoints(
         task: What is trained.
         seed: Seed of the training of the attributed model.
         store: Folder for the weights.
-        n_checkpoints: How many; they are spread evenly over the epochs before the last.
+        epochs: After which they are kept (`even_epochs`, `log_epochs`), in order.
         device: Where the attributed model was trained.
 
     Returns:
         State dicts on the CPU in the order of the training, the final weights not among them.
 
     Raises:
-        ValueError: Fewer epochs than checkpoints.
+        ValueError: Epochs that the training does not have.
 
     """
     from safetensors.torch import load_file
 
-    kept = kept_epochs(task.training.epochs, n_checkpoints)
+    kept = list(epochs)
+    if any(not 0 < epoch <= task.training.epochs for epoch in kept):
+        raise bad_value("epochs", f"lie between 1 and {task.training.epochs}", kept)
     paths = checkpoint_paths(run_store.Fingerprints(task), kept, seed, store, device)
 
     def keep(epoch: int, model: nn.Module) -> None:
@@ -172,8 +175,17 @@ def train_checkpoints(
     return [load_file(path) for path in paths]
 
 
-def kept_epochs(epochs: int, n_checkpoints: int) -> list[int]:
-    """Checkpoints are spread evenly over the epochs before the last."""
+def log_epochs(epochs: int) -> list[int]:
+    """Epochs before the last at which checkpoints are worth keeping: 1, 2, 3, 5, 8, 12, 20, 30, 50, 80, ...
+
+    >>> log_epochs(30)
+    [1, 2, 3, 5, 8, 12, 20]
+    """
+    return log_positions(epochs)[:-1]
+
+
+def even_epochs(epochs: int, n_checkpoints: int) -> list[int]:
+    """Checkpoints that are spread evenly over the epochs before the last."""
     kept = [round(epochs * (i + 1) / (n_checkpoints + 1)) for i in range(n_checkpoints)]
     if not kept or kept[0] < 1 or len(set(kept)) < n_checkpoints:
         raise bad_value("n_checkpoints", f"be between 1 and {epochs - 1}", n_checkpoints)

@@ -225,7 +225,7 @@ def _random_state(method: STRIDE, reading: _Reading, n: int, of: int, like: Clos
         head=_random_head(reading, n, device),
         ridge_ratio=1.0,
         curvature=KroneckerCurvature(1.0, CenteredMap(eye, 0 * eye[0], 0 * eye[0]), classes),
-        kind=_options(method).residuals,
+        kind=_options(method).residuals or "both",
         temperature=2.0,
         block_rows=block_rows(method.memory_budget, d, n_classes, dtype),
         residual_bytes=sys.maxsize if like.residuals else 0,

@@ -370,13 +370,14 @@ def fit_closed_form(
         data.block_rows,
         torch.float64 if exact_head else data.dtype,
     )
-    softening = 1.0 if options.residuals == "training" else temperature
+    kind = options.residuals or "both"
+    softening = 1.0 if kind == "training" else temperature
     diagonal_only = options.curvature == "identity" or (
         options.curvature == "kronecker" and logits.shape[1] > MOST_CLASSES
     )
     classes = class_moments(data, softening, diagonal_only, ranks)
     (ridge,) = ranks.sums("norms of the ridge residuals", head.square)
-    largest = ridge if options.residuals == "leave-one-out" else classes.residual_square
+    largest = ridge if kind == "leave-one-out" else classes.residual_square
     _check_unit(largest, classes.unit, features)
     form = ClosedFormOperators(
         features=features,
@@ -388,7 +389,7 @@ def fit_closed_form(
         head=head,
         ridge_ratio=ratio_of_norms(classes.residual_square, ridge),
         curvature=fit_curvature(options.curvature, data, softening, moments, classes, options.damping, ranks),
-        kind=options.residuals,
+        kind=kind,
         temperature=temperature,
         threshold=options.threshold,
         block_rows=data.block_rows,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from ..errors import bad_value
@@ -34,8 +34,10 @@ class ClosedForm(Operators):
     Attributes:
         residuals: What stands for `r_i = e_y - p` of a training example: "training" (the model's own),
             "temperature" (p = softmax(z / T)), "leave-one-out" (of a ridge head on all layers but the last)
-            or "both" (weighted mean of the last two).
-        temperature: T; None means 2, or matched on `held_out` data if they are given.
+            or "both" (weighted mean of the last two). None means "both" for one model, and "temperature" for
+            several checkpoints: the ridge head helps one and hurts averages.
+        temperature: T; None means 2 for one model, and for several checkpoints what fits each of them (see
+            `stride_captum.influence.temperature`); with `held_out` data it is matched to them.
         damping: lambda, relative to the mean diagonal of the curvature.
         head_damping: lambda of the ridge head, likewise relative.
         curvature: How the Fisher F is approximated: "identity" (A (x) s I), "kronecker" (A (x) Sigma),
@@ -53,7 +55,7 @@ class ClosedForm(Operators):
     streams: ClassVar[bool] = True
     changeable: ClassVar[bool] = True
 
-    residuals: Residuals = "both"
+    residuals: Residuals | None = None
     temperature: float | None = None
     damping: float = 0.3
     head_damping: float = 0.1
@@ -62,7 +64,8 @@ class ClosedForm(Operators):
 
     def check(self) -> None:
         """Refuse values out of their range."""
-        check_choice("residuals", self.residuals, get_args(Residuals))
+        if self.residuals is not None:
+            check_choice("residuals", self.residuals, get_args(Residuals))
         check_choice("curvature", self.curvature, get_args(Curvature))
         check_number("damping", self.damping, positive=True)
         check_number("head_damping", self.head_damping, positive=True)
@@ -77,7 +80,7 @@ class ClosedForm(Operators):
             training.logits,
             training.labels,
             training.widths,
-            self,
+            self if self.residuals else replace(self, residuals=training.usual_residuals),
             training.temperature(self.temperature),
             memory_budget=training.memory_budget,
             ranks=training.ranks,

@@ -176,7 +176,8 @@ def checkpoints_are_averaged(build: Build) -> None:
     """The score over two checkpoints is the mean of the scores at each."""
     model, train, test = trained(MLP)
     models = [built(MLP, seed) for seed in (1, 2)]
-    alone = [build(one, train) for one in models]
+    # Twice the same checkpoint: what a method does about several of them, it does here, too.
+    alone = [build(one, train, checkpoints=[one.state_dict()] * 2) for one in models]
     both = build(model, train, checkpoints=[one.state_dict() for one in models])
     asks: dict[str, Callable[[Any], Tensor]] = {
         "scores": lambda method: method.influence(test.tensors),
@@ -188,5 +189,7 @@ def checkpoints_are_averaged(build: Build) -> None:
         close(ask(both), (ask(alone[0]) + ask(alone[1])) / 2, what)
     wanted = both.influence(test.tensors).topk(5).values
     close(both.influence(test.tensors, 5).influence_scores, wanted, "the top 5")
+    thrice = build(models[0], train, checkpoints=[models[0].state_dict()] * 3)
+    close(thrice.influence(test.tensors), alone[0].influence(test.tensors), "one checkpoint three times")
     own = build(model, train, checkpoints=[model.state_dict()]).influence(test.tensors)
     close(own, build(model, train).influence(test.tensors), "the model's own weights as a checkpoint")

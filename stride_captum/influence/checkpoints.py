@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,27 @@ from .state_dicts import first_few, load_fitting
 from .weight_files import model_folders, read_weights, weight_files
 
 LoadCheckpoint = Callable[[nn.Module, Any], float]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that knows which training examples its model has seen.
+
+    Attributes:
+        weights: State dict or path, as `checkpoints` takes them.
+        seen: Places of the examples that it was trained on; None means all of them.
+
+    >>> Checkpoint("half.pt", seen=range(0, 100, 2)).weights
+    'half.pt'
+    """
+
+    weights: Any
+    seen: Sequence[int] | None = None
+
+
+def weights_of(checkpoint: Any) -> Any:
+    """What is loaded: the weights of a `Checkpoint`, or what the user gave."""
+    return checkpoint.weights if isinstance(checkpoint, Checkpoint) else checkpoint
 
 
 def load_checkpoint(model: nn.Module, checkpoint: Any) -> float:
@@ -72,6 +94,33 @@ def checkpoint_list(checkpoints: str | os.PathLike[str] | Iterable[Any]) -> list
     return every
 
 
+def along_training(checkpoints: str | os.PathLike[str] | Iterable[Any]) -> list[Any]:
+    """The checkpoints of a training that are worth averaging over: few, and more of them early than late.
+
+    A network changes most at its start, so late checkpoints say almost the same as the last one. Of
+    checkpoints in the order of the training, those at places 1, 2, 3, 5, 8, 12, 20, 30, 50, 80, ... and the
+    last are taken. If you choose when to save, save after these epochs.
+
+    Args:
+        checkpoints: A folder, whose files are put in natural order, or a list in the order of the training.
+
+    >>> along_training([f"epoch-{i}.pt" for i in range(1, 16)])
+    ['epoch-1.pt', 'epoch-2.pt', 'epoch-3.pt', 'epoch-5.pt', 'epoch-8.pt', 'epoch-12.pt', 'epoch-15.pt']
+    """
+    every = checkpoint_list(checkpoints)
+    return [every[place - 1] for place in log_positions(len(every))]
+
+
+def log_positions(n: int) -> list[int]:
+    """1, 2, 3, 5, 8, 12, 20, 30, 50, 80, 120, ... below n, and n.
+
+    >>> log_positions(20)
+    [1, 2, 3, 5, 8, 12, 20]
+    """
+    steps = [1, 2, 3, 5, 8, *(factor * 10**power for power in range(6) for factor in (12, 20, 30, 50, 80))]
+    return [*(step for step in steps if step < n), n]
+
+
 def apart_from(model: nn.Module, checkpoints: Sequence[Any]) -> list[Any]:
     """Checkpoints whose tensors are not those of the model, which loading another checkpoint would overwrite.
 
@@ -80,6 +129,8 @@ def apart_from(model: nn.Module, checkpoints: Sequence[Any]) -> list[Any]:
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers()) if t.numel()}
 
     def copied(value: Any) -> Any:
+        if isinstance(value, Checkpoint):
+            return replace(value, weights=copied(value.weights))
         if isinstance(value, Tensor):
             return value.detach().clone() if value.untyped_storage().data_ptr() in own else value
         if isinstance(value, dict):
@@ -242,7 +293,7 @@ def warn_of_equal(checkpoints: Sequence[Any], fingerprints: Sequence[str]) -> No
         fingerprints: `restoring.weights_fingerprint` of the model after each was loaded.
     """
     seen: dict[str, Any] = {}
-    for checkpoint, fingerprint in zip(checkpoints, fingerprints, strict=True):
+    for checkpoint, fingerprint in zip(map(weights_of, checkpoints), fingerprints, strict=True):
         if not isinstance(checkpoint, str | os.PathLike):
             continue
         if fingerprint in seen and str(seen[fingerprint]) != str(checkpoint):

@@ -18,7 +18,7 @@ from ..system.fingerprints import weights_fingerprint, weights_version
 from ..system.locks import exclusive
 from ..system.memory import parse_bytes
 from ..system.preserve_state import preserve_state
-from .checkpoints import LoadCheckpoint, apart_from, checkpoint_list, load_with
+from .checkpoints import LoadCheckpoint, apart_from, checkpoint_list, load_with, weights_of
 
 
 class ModelSession(DataInfluence):  # type: ignore[misc]
@@ -88,7 +88,7 @@ class ModelSession(DataInfluence):  # type: ignore[misc]
     def _load(self, model: nn.Module, checkpoint: Any) -> float:
         if checkpoint is None:
             return 1.0
-        rate = load_with(self.checkpoints_load_func, model, checkpoint)
+        rate = load_with(self.checkpoints_load_func, model, weights_of(checkpoint))
         model.eval()
         return rate
 

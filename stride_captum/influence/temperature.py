@@ -1,12 +1,22 @@
-"""Temperature of tempered residuals: as given, matched to held-out data, or the default."""
+"""Temperature of tempered residuals: as given, matched to data that a model has not seen, or the default."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
-from ..residuals import DEFAULT_TEMPERATURE, match_temperature, mean_residual
+from ..data.places import places
+from ..errors import bad_value
+from ..residuals import (
+    CHECKPOINT_RESIDUAL,
+    CHECKPOINT_TEMPERATURE,
+    DEFAULT_TEMPERATURE,
+    match_temperature,
+    mean_residual,
+)
+from .checkpoints import Checkpoint
 from .query import Query
 
 if TYPE_CHECKING:
@@ -16,10 +26,18 @@ if TYPE_CHECKING:
 def choose_temperature(
     method: InfluenceMethod, model: nn.Module, logits: Tensor, labels: Tensor, temperature: float | None
 ) -> float:
-    """T of a method.
+    """T of a method at the checkpoint that it is fitted to.
+
+    - as given;
+    - for a `Checkpoint` that has not seen all examples, matched to the mean residual of the others;
+    - with `held_out`, matched to the mean residual there;
+    - for one of several checkpoints, such that the mean residual of the training set is at least
+      `CHECKPOINT_RESIDUAL`, but at most `CHECKPOINT_TEMPERATURE`: a network that has hardly learned needs no
+      temperature, and one that has learned everything by heart needs 2;
+    - else `DEFAULT_TEMPERATURE`.
 
     Args:
-        method: Its `held_out` is read, if T is not given.
+        method: Its `held_out` is read if it is needed.
         model: Its model.
         logits: Of the training set, `(n_train, n_classes)`.
         labels: `(n_train,)`.
@@ -27,8 +45,39 @@ def choose_temperature(
     """
     if temperature is not None:
         return float(temperature)
-    if method.held_out is None:
+    checkpoint = method._checkpoints()[method._checkpoint_index]
+    if isinstance(checkpoint, Checkpoint) and checkpoint.seen is not None:
+        return _matched_to_unseen(method, logits, labels, checkpoint)
+    if method.held_out is not None:
+        return _matched_to_held_out(method, model, logits, labels)
+    if len(method._checkpoints()) == 1:
         return DEFAULT_TEMPERATURE
+    most = CHECKPOINT_TEMPERATURE
+    return match_temperature(logits, labels, CHECKPOINT_RESIDUAL, high=most, ranks=method.ranks)
+
+
+def _matched_to_unseen(
+    method: InfluenceMethod, logits: Tensor, labels: Tensor, checkpoint: Checkpoint
+) -> float:
+    """T at which examples that the model has seen have the mean residual of those that it has not."""
+    own: slice = getattr(method, "columns", slice(0, len(labels)))  # of a process
+    n_train = getattr(method, "_n_whole", len(labels))
+    seen = torch.zeros(n_train, dtype=torch.bool)
+    seen[torch.from_numpy(places(checkpoint.seen, n_train, "seen"))] = True
+    if bool(seen.all()) or not bool(seen.any()):
+        must = "leave out some training examples, and hold some"
+        raise bad_value("seen", must, f"{int(seen.sum())} of {n_train}", "Give None for all of them.")
+    mine = seen[own]
+    outside, inside = ((~mine).nonzero()[:, 0], mine.nonzero()[:, 0])
+
+    def some(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return logits[rows.to(logits.device)], labels[rows.to(labels.device)]
+
+    target = mean_residual(*some(outside), ranks=method.ranks)
+    return match_temperature(*some(inside), target, ranks=method.ranks)
+
+
+def _matched_to_held_out(method: InfluenceMethod, model: nn.Module, logits: Tensor, labels: Tensor) -> float:
     residual, seen = 0.0, 0
     for batch in method._batches(method.held_out, "held_out", False, ""):
         outputs = method.batch_logits(model, batch)

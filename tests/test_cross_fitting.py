@@ -1,0 +1,260 @@
+"""`retrain`: partitions, what is kept on disk, and scores from models that have not seen everything."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from planted import MLP, built, planted_classes
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from stride_captum import STRIDE, refine
+from stride_captum.evaluation import TaskTraining, load_task, retrain
+from stride_captum.evaluation.comparison.compare import answer, planned_trainings
+from stride_captum.evaluation.comparison.plan import settle
+from stride_captum.evaluation.retraining.cross_fitting import check_apart, cross_fit
+from stride_captum.evaluation.tasks.networks import TrainingSettings
+from stride_captum.responses import response_value
+from stride_captum.subsets import membership_from_indices, partition, random_subsets
+
+N = 48
+X, Y = planted_classes(N, (6,), seed=1).tensors
+TEST = planted_classes(7, (6,), seed=2).tensors
+CALLS: list[tuple[int, int]] = []
+
+
+def train(indices, seed):
+    """A few steps from scratch."""
+    CALLS.append((len(indices), seed))
+    model = built(MLP, seed=seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(20):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(X[indices]), Y[indices]).backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def no_calls():
+    CALLS.clear()
+
+
+class TestModels:
+    def test_each_partition_is_seen_once(self):
+        found = retrain(train, N, parts=3, repeats=2, seed=5)
+        assert found.membership.shape == (6, N)
+        sums = np.asarray(found.membership[:3].sum(axis=0)), np.asarray(found.membership[3:].sum(axis=0))
+        assert all((part == 1).all() for part in sums)
+        assert [(16, 5 + i) for i in range(6)] == CALLS
+        assert found.trainings == 2.0
+        for i, checkpoint in enumerate(found.checkpoints):
+            assert list(checkpoint.seen) == found.membership[i].indices.tolist()
+        assert not np.array_equal(found.membership[0].indices, found.membership[3].indices)
+
+    def test_a_training_may_return_checkpoints_along_it(self):
+        def along(indices, seed):
+            model = train(indices, seed)
+            return [built(MLP, seed).state_dict(), model]
+
+        found = retrain(along, N)
+        assert found.last == [1, 3]
+        assert len(found.checkpoints) == 4
+        assert list(found.checkpoints[0].seen) == list(found.checkpoints[1].seen)
+
+    def test_random_states_of_the_caller_are_left_alone_and_trainings_without_a_seed_repeat(self):
+        def unseeded(indices, seed):
+            return nn.Linear(6, 3)
+
+        torch.manual_seed(3)
+        before = torch.get_rng_state()
+        one, other = (retrain(unseeded, N, seed=8) for _ in range(2))
+        assert torch.equal(torch.get_rng_state(), before)
+        for a, b in zip(one.checkpoints, other.checkpoints, strict=True):
+            assert torch.equal(a.weights["weight"], b.weights["weight"])
+        assert not torch.equal(one.checkpoints[0].weights["weight"], one.checkpoints[1].weights["weight"])
+
+    def test_measured_responses_are_those_of_the_last_checkpoints(self):
+        found = retrain(train, N, repeats=2)
+        network = built(MLP)
+        before = copy.deepcopy(network.state_dict())
+        measured = found.measured(network, TEST)
+        assert measured.shape == (7, 4)
+        for i, place in enumerate(found.last):
+            network.load_state_dict(found.checkpoints[place].weights)
+            with torch.no_grad():
+                wanted = response_value(network(TEST[0]), TEST[1], "margin")
+            np.testing.assert_allclose(measured[:, i], wanted.double().numpy(), rtol=1e-6)
+        network.load_state_dict(before)
+        found.measured(network, TEST, "loss")
+        assert all(
+            torch.equal(a, b) for a, b in zip(network.state_dict().values(), before.values(), strict=True)
+        )
+
+
+class TestStore:
+    def test_what_is_there_is_not_trained_again(self, tmp_path):
+        first = retrain(train, N, store=tmp_path)
+        CALLS.clear()
+        again = retrain(train, N, store=tmp_path)
+        assert CALLS == []
+        more = retrain(train, N, repeats=2, store=tmp_path)
+        assert [seed for _, seed in CALLS] == [2, 3]
+        for a, b, c in zip(first.checkpoints, again.checkpoints, more.checkpoints, strict=False):
+            assert all(torch.equal(a.weights[k], b.weights[k]) for k in a.weights)
+            assert all(torch.equal(a.weights[k], c.weights[k]) for k in a.weights)
+
+    def test_a_run_that_is_killed_goes_on(self, tmp_path):
+        def fails_at_the_second(indices, seed):
+            if seed == 1 and not (tmp_path / "mended").exists():
+                raise OSError("no space")
+            return train(indices, seed)
+
+        with pytest.raises(RuntimeError, match=r"Training 1 of .* seed 1, failed with OSError"):
+            retrain(fails_at_the_second, N, store=tmp_path, version="a")
+        (tmp_path / "mended").touch()
+        CALLS.clear()
+        retrain(fails_at_the_second, N, store=tmp_path, version="a")
+        assert [seed for _, seed in CALLS] == [1]
+
+    @pytest.mark.parametrize("change", ["seed", "parts", "code", "closure"])
+    def test_other_trainings_have_other_names(self, tmp_path, change):
+        def of(steps):
+            def function(indices, seed):
+                CALLS.append((len(indices), seed))
+                return nn.Linear(6, 3 + 0 * steps)
+
+            return function
+
+        retrain(of(1), N, store=tmp_path)
+        CALLS.clear()
+        if change == "code":
+            retrain(train, N, store=tmp_path)
+        else:
+            other = of(2 if change == "closure" else 1)
+            options = {"seed": {"seed": 7}, "parts": {"parts": 3}}.get(change, {})
+            retrain(other, N, store=tmp_path, **options)
+        assert len(CALLS) == (3 if change == "parts" else 2)
+
+    def test_a_version_vouches_for_code(self, tmp_path):
+        retrain(train, N, store=tmp_path, version="1")
+        CALLS.clear()
+        retrain(lambda indices, seed: train(indices, seed), N, store=tmp_path, version="1")
+        assert CALLS == []
+        retrain(train, N, store=tmp_path, version="2")
+        assert len(CALLS) == 2
+
+    def test_a_damaged_file_is_trained_again(self, tmp_path):
+        retrain(train, N, store=tmp_path)
+        file = sorted((tmp_path / "cross-fitted").iterdir())[0]
+        file.write_bytes(file.read_bytes()[:50])
+        CALLS.clear()
+        with pytest.warns(UserWarning, match="cut off or not a file of weights"):
+            retrain(train, N, store=tmp_path)
+        assert len(CALLS) == 1
+
+
+class TestScores:
+    def test_a_method_takes_them_as_checkpoints(self):
+        found = retrain(train, N)
+        data = TensorDataset(X, Y)
+        method = STRIDE(built(MLP), data, checkpoints=found.checkpoints)
+        scores = method.influence(TEST)
+        assert scores.shape == (7, N)
+        parts = [STRIDE(built(MLP), data, checkpoints=[c] * 2).influence(TEST) for c in found.checkpoints]
+        torch.testing.assert_close(scores, (parts[0] + parts[1]) / 2)
+
+    def test_they_can_be_refined_by_the_same_models(self):
+        found = retrain(train, N, repeats=4)
+        scores = STRIDE(built(MLP), TensorDataset(X, Y), checkpoints=found.checkpoints).influence(TEST)
+        refined = refine(scores, found.membership, found.measured(built(MLP), TEST))
+        assert refined.scores.shape == (7, N)
+        assert np.isfinite(float(refined.slope))
+
+    def test_subsets_that_judge_must_not_have_been_used(self):
+        used = partition(N, 2, seed=3)
+        check_apart(random_subsets(N, 20, N // 2, seed=1), used)
+        judge = membership_from_indices([[0, 1, 2], used[1].indices], N)
+        with pytest.raises(ValueError, match="`membership` must hold subsets whose models have not entered"):
+            check_apart(judge, used)
+
+
+class TestTasks:
+    def test_the_training_of_a_task(self):
+        training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=6)
+        task = load_task("synthetic", preset="smoke", training=training)
+        whole, along = TaskTraining(task), TaskTraining(task, along=True)
+        rows = np.arange(0, task.n_train, 2)
+        (last,) = whole(rows, 3)
+        states = along(rows, 3)
+        assert len(states) == 5  # after epochs 1, 2, 3, 5 and the last
+        assert all(torch.equal(states[-1][name], last[name]) for name in last)
+        (short,) = TaskTraining(task, epochs=2)(rows, 3)
+        assert not torch.equal(
+            short["0.weight"] if "0.weight" in short else next(iter(short.values())),
+            next(iter(last.values())),
+        )
+        found = retrain(along, task.n_train)
+        assert len(found.checkpoints) == 10
+
+
+class TestComparison:
+    ROWS = ("STRIDE", "STRIDE, cross-fitted", "TracIn, cross-fitted")
+
+    def test_a_row_is_averaged_over_models_of_halves_that_are_trained_as_planned(self, tmp_path):
+        task = load_task("synthetic", preset="smoke")
+        few = {"n_subsets": 8, "n_seeds": 1, "n_models": 2, "n_test": 12, "store": tmp_path}
+        question = settle(self.ROWS, task, measures={"lds": {}}, **few)
+        planned = [e for e in planned_trainings(question) if e.purpose == "cross-fitted halves"]
+        assert [e.n_missing for e in planned] == [4]
+        found = answer(question)
+        assert [e.n_missing for e in planned_trainings(question)] == [0, 0, 0]
+        folder = tmp_path / "cross-fitted"
+        assert len(list(folder.iterdir())) == 4
+        rows = {row.name: row for row in found.rows}
+        values = [rows[name].lds.per_model for name in self.ROWS]
+        assert len({tuple(v) for v in values}) == 3
+        apart = [cross_fit(task, number, 1, tmp_path).membership for number in (0, 1)]
+        assert not np.array_equal(apart[0][0].indices, apart[1][0].indices)
+
+    def test_it_is_left_out_of_measures_that_train_models_of_their_own(self, tmp_path):
+        task = load_task("synthetic", preset="smoke")
+        asked = settle(
+            self.ROWS[:2], task, store=tmp_path, measures={"lds": {}, "leakage": {}}, n_subsets=8, n_test=12
+        )
+        assert list(asked.usable) == ["STRIDE"]
+        assert "STRIDE, cross-fitted" in asked.skipped
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"parts": 1}, "`parts` must be an integer of at least 2; got 1"),
+            ({"repeats": 0}, "`repeats` must be an integer of at least 1; got 0"),
+            ({"parts": 49}, "`parts` must be at most n_train = 48; got 49"),
+        ],
+    )
+    def test_counts(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            retrain(train, N, **options)
+
+    def test_what_a_function_returns(self):
+        for returned in (None, 3, [nn.Linear(2, 2), "weights"]):
+            with pytest.raises(TypeError, match="`train_function` must return a model"):
+                retrain(lambda indices, seed, returned=returned: returned, N)
+        with pytest.raises(ValueError, match="`train_function` must return at least one model"):
+            retrain(lambda indices, seed: [], N)
+
+    def test_weights_that_are_not_finite(self):
+        def diverged(indices, seed):
+            model = nn.Linear(6, 3)
+            with torch.no_grad():
+                model.weight[0, 0] = torch.nan
+            return model
+
+        with pytest.raises(ValueError, match=r"finite weights; got NaN or infinity in training 0 \(seed 4\)"):
+            retrain(diverged, N, seed=4)
