@@ -157,6 +157,10 @@ class DistributedSTRIDE(STRIDE):
 
     # The seams of the base class.
 
+    @override
+    def _own_columns(self) -> slice:
+        return self.columns
+
     def _collect(
         self, inputs: Any, collector: Callable[[], Collector], show_progress: bool, *args: Any
     ) -> tuple[Tensor, ...]:

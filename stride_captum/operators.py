@@ -198,6 +198,10 @@ class FittedOperators(ABC):
         """How suspect each training label is, `(n_train,)`; None: the self-influence."""
         return None
 
+    def out_of_sample_mislabel_scores(self) -> Tensor | None:
+        """As `mislabel_scores`, for examples that the model has not seen; None: the operators do not know."""
+        return None
+
     # For `Operators.streams`.
 
     def without_features(self) -> FittedOperators:

@@ -23,7 +23,7 @@ from .features.projection import Projection, fit_projection
 from .features.reader import read_batch, read_training_set
 from .features.store import FeatureStore
 from .features.store_writer import Computed
-from .influence.checkpoints import LoadCheckpoint, load_checkpoint
+from .influence.checkpoints import LoadCheckpoint, load_checkpoint, unseen_by
 from .influence.estimate import Estimate
 from .influence.method import Query
 from .influence.temperature import choose_temperature
@@ -276,12 +276,38 @@ class STRIDE(ChangingTrainingSet):
         With closed-form operators this is the norm of the leave-one-out residual of a ridge head on
         the features: how far the label is from what the other examples say. With trained operators it
         is the self-influence.
+
+        If each example is one that some of the checkpoints have not seen (`Checkpoint(seen=...)`, as of
+        `retrain`), these judge it: the mean over them of `|e_y - p|`.
         """
         if self._states is None:
             self.fit()
+        judged = self._judged_out_of_sample()
+        if judged is not None:
+            return judged
         parts = [state.operators.mislabel_scores() for state in self._states or []]
         known = [part * w for part, w in zip(parts, self._weights, strict=True) if part is not None]
         return torch.stack(known).sum(0) if len(known) == len(parts) else self.self_influence()
+
+    def _judged_out_of_sample(self) -> Tensor | None:
+        """`mislabel_scores` from models that have not seen the example; None if there are none for some."""
+        total: Tensor | None = None
+        counts: Tensor | None = None
+        for checkpoint, state, _ in self._fitted():
+            unseen = unseen_by(checkpoint, self.n_train_)[self._own_columns()]
+            scores = state.operators.out_of_sample_mislabel_scores() if bool(unseen.any()) else None
+            if scores is None:
+                continue
+            mask = unseen.to(scores)
+            total = scores * mask if total is None else total + scores * mask
+            counts = mask if counts is None else counts + mask
+        if total is None or counts is None or not bool((counts > 0).all()):
+            return None
+        return total / counts
+
+    def _own_columns(self) -> slice:
+        """Places of the training examples that this process reads."""
+        return slice(None)
 
     def _estimate(self, n_test: int, k: int | None) -> Estimate:
         return self.operators.estimate(self, n_test, k) or super()._estimate(n_test, k)

@@ -167,6 +167,34 @@ class TestScores:
         parts = [STRIDE(built(MLP), data, checkpoints=[c] * 2).influence(TEST) for c in found.checkpoints]
         torch.testing.assert_close(scores, (parts[0] + parts[1]) / 2)
 
+    def test_labels_are_judged_by_the_models_that_have_not_seen_them(self):
+        found = retrain(train, N, parts=3)
+        flipped = Y.clone()
+        flipped[::8] = (flipped[::8] + 1) % 3
+        method = STRIDE(built(MLP), TensorDataset(X, flipped), checkpoints=found.checkpoints)
+        scores = method.mislabel_scores()
+        wanted = torch.zeros(N)
+        for checkpoint in found.checkpoints:
+            network = built(MLP)
+            network.load_state_dict(checkpoint.weights)
+            with torch.no_grad():
+                residuals = nn.functional.one_hot(flipped, 3) - network(X).softmax(1)
+            unseen = torch.ones(N)
+            unseen[list(checkpoint.seen)] = 0
+            wanted += residuals.norm(dim=1) * unseen / 2
+        torch.testing.assert_close(scores, wanted)
+        whole = STRIDE(
+            built(MLP), TensorDataset(X, flipped), checkpoints=[c.weights for c in found.checkpoints]
+        )
+        assert not torch.allclose(whole.mislabel_scores(), wanted)
+
+    def test_examples_that_every_model_has_seen_are_judged_as_by_one_model(self):
+        (one, _) = retrain(train, N).checkpoints
+        data = TensorDataset(X, Y)
+        found = STRIDE(built(MLP), data, checkpoints=[one]).mislabel_scores()
+        wanted = STRIDE(built(MLP), data, checkpoints=[one.weights]).mislabel_scores()
+        torch.testing.assert_close(found, wanted)
+
     def test_they_can_be_refined_by_the_same_models(self):
         found = retrain(train, N, repeats=4)
         scores = STRIDE(built(MLP), TensorDataset(X, Y), checkpoints=found.checkpoints).influence(TEST)

@@ -210,6 +210,11 @@ class ClosedFormOperators(FittedOperators):
         """Norm of the leave-one-out residual of the ridge head: how far a label is from what others say."""
         return self.head.norms
 
+    def out_of_sample_mislabel_scores(self) -> Tensor:
+        """`|e_y - p|`: what a model that has not seen an example says of its label."""
+        norms: Tensor = torch.linalg.vector_norm(self.loss_residuals, dim=1)
+        return norms
+
     def without_features(self) -> ClosedFormOperators:
         """A copy without features and logits."""
         return replace(self, features=self.features[:0].clone(), logits=self.logits[:0].clone())

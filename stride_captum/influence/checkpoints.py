@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data.places import places
 from ..errors import bad_type, bad_value
 from .state_dicts import first_few, load_fitting
 from .weight_files import model_folders, read_weights, weight_files
@@ -36,6 +37,21 @@ class Checkpoint:
 
     weights: Any
     seen: Sequence[int] | None = None
+
+
+def unseen_by(checkpoint: Any, n_train: int) -> Tensor:
+    """Which training examples the model of a checkpoint has not seen, `(n_train,)` bool.
+
+    Raises:
+        TypeError: `seen` does not hold integers.
+        ValueError: They are no places in the training set.
+    """
+    seen = checkpoint.seen if isinstance(checkpoint, Checkpoint) else None
+    unseen = torch.zeros(n_train, dtype=torch.bool, device="cpu")
+    if seen is not None:
+        unseen[:] = True
+        unseen[torch.from_numpy(places(seen, n_train, "seen"))] = False
+    return unseen
 
 
 def weights_of(checkpoint: Any) -> Any:

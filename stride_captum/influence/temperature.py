@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
-from ..data.places import places
 from ..errors import bad_value
 from ..residuals import (
     CHECKPOINT_RESIDUAL,
@@ -16,7 +14,7 @@ from ..residuals import (
     match_temperature,
     mean_residual,
 )
-from .checkpoints import Checkpoint
+from .checkpoints import Checkpoint, unseen_by
 from .query import Query
 
 if TYPE_CHECKING:
@@ -60,10 +58,9 @@ def _matched_to_unseen(
     method: InfluenceMethod, logits: Tensor, labels: Tensor, checkpoint: Checkpoint
 ) -> float:
     """T at which examples that the model has seen have the mean residual of those that it has not."""
-    own: slice = getattr(method, "columns", slice(0, len(labels)))  # of a process
+    own: slice = getattr(method, "columns", slice(None))  # of a process
     n_train = getattr(method, "_n_whole", len(labels))
-    seen = torch.zeros(n_train, dtype=torch.bool)
-    seen[torch.from_numpy(places(checkpoint.seen, n_train, "seen"))] = True
+    seen = ~unseen_by(checkpoint, n_train)
     if bool(seen.all()) or not bool(seen.any()):
         must = "leave out some training examples, and hold some"
         raise bad_value("seen", must, f"{int(seen.sum())} of {n_train}", "Give None for all of them.")
