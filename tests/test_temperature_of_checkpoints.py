@@ -5,13 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from planted import MLP, N_TRAIN, built, trained
+from safetensors.torch import save_file
 from torch.utils.data import TensorDataset
+from typer.testing import CliRunner
 
 from stride_captum import STRIDE, Checkpoint, ClosedForm, along_training
 from stride_captum.adapters import DiagonalEKFAC
+from stride_captum.evaluation import load_task
+from stride_captum.evaluation.cli.app import app
 from stride_captum.evaluation.comparison.methods import METHODS, find_method
 from stride_captum.evaluation.retraining.attributed_models import even_epochs, log_epochs
 from stride_captum.influence.checkpoints import log_positions
+from stride_captum.influence.weight_files import files_like
 from stride_captum.residuals import mean_residual
 
 
@@ -156,6 +161,28 @@ class TestWhichCheckpoints:
         assert found == ["100.pt", "200.pt", "300.pt", "500.pt", "800.pt", "1200.pt", "1500.pt"]
         few = STRIDE(*planted[:2], checkpoints=along_training(tmp_path)[:2])
         assert len(few.checkpoints) == 2
+
+    def test_files_beside_one_that_hold_the_same_names(self, tmp_path, planted):
+        state = planted[0].state_dict()
+        for name in ("epoch-1.pt", "epoch-2.pt", "epoch-10.pt"):
+            torch.save(state, tmp_path / name)
+        save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "last.safetensors")
+        torch.save({"other.weight": torch.zeros(2)}, tmp_path / "head.pt")
+        (tmp_path / "broken.pt").write_bytes(b"none")
+        torch.save({"step": 3}, tmp_path / "optimizer.pt")
+        found = [path.name for path in files_like(tmp_path / "epoch-2.pt")]
+        assert found == ["epoch-1.pt", "epoch-10.pt", "last.safetensors"]
+        assert files_like(tmp_path / "head.pt") == []
+        assert files_like(tmp_path / "broken.pt") == []
+
+    def test_explain_says_so(self, tmp_path, planted):
+        task = load_task("digits", preset="smoke")
+        for name in ("a.pt", "b.pt"):
+            torch.save(task.build_model().state_dict(), tmp_path / name)
+        arguments = ["explain", "--preset", "smoke", "--index", "0", "--checkpoint", str(tmp_path / "a.pt")]
+        result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
+        assert result.exit_code == 0, result.output
+        assert "1 other file in" in " ".join(result.output.split())
 
     def test_every_row_has_one_with_checkpoints(self):
         spec = find_method("EKFAC, out-of-sample residuals, checkpoints")

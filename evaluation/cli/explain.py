@@ -12,6 +12,7 @@ from torch import nn
 from ...errors import bad_value
 from ...features.options import Features
 from ...influence.checkpoints import load_checkpoint
+from ...influence.weight_files import files_like
 from ...operators import Operators, operators_of
 from ...system.devices import existing_device
 from ...system.processes import is_first
@@ -113,6 +114,12 @@ def explain_command(
         voice.results(results, lambda: show_explanation(explanation))
         if explanation.note:
             voice.note(explanation.note)
+        if checkpoint is not None and (alike := files_like(checkpoint)):
+            voice.note(
+                f"{len(alike)} other file{'s' * (len(alike) > 1)} in {checkpoint.parent} hold weights of the same "
+                "names. If they are of the same training, STRIDE(model, data, "
+                f"checkpoints=along_training({str(checkpoint.parent)!r})) is more faithful than one of them."
+            )
         voice.note(f"Report: {out / 'report.html'}")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..errors import bad_value
@@ -68,6 +68,28 @@ def model_folders(folder: Path) -> list[Path]:
         if path.is_dir() and any((path / name).is_file() for name in _HUGGING_FACE)
     ]
     return sorted(found, key=natural_order)
+
+
+def files_like(path: Path) -> list[Path]:
+    """Other files beside a file of weights that hold the same names: probably checkpoints of one training.
+
+    At most 50 of them are looked at, and no tensor is read.
+    """
+    keys = _keys(path)
+    others = [other for other in weight_files(path.parent) if other.resolve() != path.resolve()]
+    return [other for other in others[:50] if keys is not None and _keys(other) == keys]
+
+
+def _keys(path: Path) -> frozenset[str] | None:
+    """The names of the tensors in a file; None if it cannot be read."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return frozenset(file.keys())
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # a file of another kind raises almost anything
+        return None
+    return frozenset(map(str, content)) if isinstance(content, Mapping) else None
 
 
 def read_weights(path: Path) -> Any:
