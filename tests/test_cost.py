@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 from stride_captum.adapters import ClassRandom, Similarity
 from stride_captum.evaluation.measures.cost import (
     Cost,
-    break_even,
     cost_of,
     forward_seconds,
     measure_cost,
@@ -41,30 +39,14 @@ def test_ratios_are_in_forward_passes_of_the_training_set():
     assert one.fit_ratio == 20
     assert one.seconds_per_query == 2
     assert one.query_ratio == 4
-    assert one.amortised_seconds() == 7
-    assert one.amortised_ratio() == 14
-    assert one.amortised_ratio(10) == 6
-    assert one.amortised_ratio(10**9) == pytest.approx(one.query_ratio)
 
 
 def test_everything_is_written_as_json():
     read = json.loads(json.dumps(cost(peak=1024).to_dict(), allow_nan=False))
     assert read["fit_seconds"] == 10
     assert read["peak_bytes"] == 1024
-    assert (read["fit_ratio"], read["query_ratio"], read["amortised_ratio"]) == (20, 4, 14)
+    assert (read["fit_ratio"], read["query_ratio"]) == (20, 4)
     assert cost().to_dict()["peak_bytes"] is None
-
-
-def test_break_even_is_where_the_totals_meet():
-    dear_setup, dear_query = cost(fit=10, query=1, n=1), cost(fit=1, query=4, n=1)
-    n = break_even(dear_setup, dear_query)
-    totals = [c.fit_seconds + n * c.seconds_per_query for c in (dear_setup, dear_query)]
-    assert totals[0] == totals[1]
-    assert break_even(cost(fit=1, query=1), cost(fit=2, query=2)) == 0
-    assert break_even(cost(), cost()) == 0
-    assert break_even(cost(fit=2, query=2), cost(fit=1, query=1)) == math.inf
-    assert break_even(cost(fit=2, query=2), cost(fit=1, query=2)) == math.inf
-    assert break_even(dear_query, dear_setup) == math.inf
 
 
 def test_several_runs_are_one_by_medians_and_the_highest_peak():

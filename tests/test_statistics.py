@@ -24,7 +24,6 @@ def columns(request, generator):
     [
         (statistics.spearman, stats.spearmanr),
         (statistics.pearson, stats.pearsonr),
-        (statistics.kendall, stats.kendalltau),
     ],
 )
 class TestCorrelations:

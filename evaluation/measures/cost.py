@@ -2,7 +2,6 @@
 
     setup ratio      = fit seconds / F
     query ratio      = query seconds / (n_queries F)
-    amortised ratio  = (fit seconds / n_queries + query seconds / n_queries) / F
 
 with F the seconds of one forward pass of the model over the training set, measured in the same run: seconds
 belong to a machine, ratios travel.
@@ -10,7 +9,6 @@ belong to a machine, ratios travel.
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -77,46 +75,9 @@ class Cost:
         """One test point in forward passes over the training set, setup not counted."""
         return self.seconds_per_query / self.forward_seconds
 
-    def amortised_seconds(self, n_queries: int | None = None) -> float:
-        """Seconds of one test point when `n_queries` (None: those that were asked) share the setup.
-
-        >>> cost = Cost(fit_seconds=10.0, query_seconds=4.0, n_queries=2, forward_seconds=0.5)
-        >>> cost.amortised_seconds(), cost.amortised_seconds(10)
-        (7.0, 3.0)
-        """
-        return self.fit_seconds / (n_queries or self.n_queries) + self.seconds_per_query
-
-    def amortised_ratio(self, n_queries: int | None = None) -> float:
-        """`amortised_seconds` in forward passes over the training set."""
-        return self.amortised_seconds(n_queries) / self.forward_seconds
-
     def to_dict(self) -> dict[str, Any]:
         """Seconds, bytes and ratios as plain values for JSON."""
-        ratios = {
-            "fit_ratio": self.fit_ratio,
-            "query_ratio": self.query_ratio,
-            "amortised_ratio": self.amortised_ratio(),
-            "amortised_seconds": self.amortised_seconds(),
-        }
-        return plain({**vars(self), **ratios})
-
-
-def break_even(a: Cost, b: Cost) -> float:
-    """The number of queries from which on `a` is not dearer than `b` in total.
-
-    Returns:
-        0 where `a` is not dearer from the start, infinity where it never catches up (or, not dearer at
-        the start, is overtaken later).
-
-    >>> slow_setup = Cost(fit_seconds=10.0, query_seconds=1.0, n_queries=1, forward_seconds=1.0)
-    >>> slow_query = Cost(fit_seconds=1.0, query_seconds=4.0, n_queries=1, forward_seconds=1.0)
-    >>> break_even(slow_setup, slow_query)
-    3.0
-    """
-    setup, gain = a.fit_seconds - b.fit_seconds, b.seconds_per_query - a.seconds_per_query
-    if setup <= 0 and gain >= 0:
-        return 0.0
-    return setup / gain if gain > 0 else math.inf
+        return plain({**vars(self), "fit_ratio": self.fit_ratio, "query_ratio": self.query_ratio})
 
 
 def median_cost(costs: Sequence[Cost]) -> Cost:

@@ -36,7 +36,6 @@ class LDSResult:
             the subsets. They are left out of the means above.
         undefined_as_zero: `value` had they been counted as 0.
         pearson: As `value`, with Pearson's correlation.
-        kendall: As `value`, with Kendall's tau-b.
         interval: Crossed bootstrap over subsets and test points, for these attributed models, of what many
             subsets would give (`statistics.without_bias`); None where no resamples were asked for.
         ceiling: What a perfect prediction of the mean response can expect, from split halves of the
@@ -63,7 +62,6 @@ class LDSResult:
     undefined: int
     undefined_as_zero: float
     pearson: float
-    kendall: float
     interval: Interval | None
     ceiling: float | None
     n_subsets: int
@@ -165,7 +163,6 @@ def lds(
         undefined=int(np.isnan(per_test).sum()),
         undefined_as_zero=float(np.nan_to_num(per_test).mean()),
         pearson=_mean_over_models(statistics.pearson, predictions, target),
-        kendall=_mean_over_models(statistics.kendall, predictions, target),
         interval=None
         if draws is None
         else statistics.interval(np.clip(mean_defined(draws, axis=1), -1, 1), level),

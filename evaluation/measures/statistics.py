@@ -72,19 +72,6 @@ def spearman(a: Any, b: Any) -> Array:
     return np.asarray(np.where(broken, np.nan, pearson(ranks(a), ranks(b))))
 
 
-def kendall(a: Any, b: Any) -> Array:
-    """Kendall's tau-b along axis 0: concordant less discordant pairs, over the root of the untied counts."""
-    a, b = _pair(a, b)
-    defined = _varies(a) & _varies(b)
-    agree, untied_a, untied_b = (np.zeros(a.shape[1:]) for _ in range(3))
-    for i in range(len(a) - 1):
-        sign_a, sign_b = np.sign(a[i + 1 :] - a[i]), np.sign(b[i + 1 :] - b[i])
-        agree += (sign_a * sign_b).sum(0)
-        untied_a += np.abs(sign_a).sum(0)
-        untied_b += np.abs(sign_b).sum(0)
-    return _divide(agree, np.sqrt(untied_a) * np.sqrt(untied_b), defined)
-
-
 def mean_defined(values: Any, axis: int | None = None) -> Array:
     """Mean of the values that are not NaN; NaN where there is none."""
     values = np.asarray(values, dtype=np.float64)
