@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 CORE_TESTS := tests/test_packaging.py tests/test_newton.py tests/test_captum_contract.py tests/test_laws.py \
 	tests/test_recovery.py tests/test_persistence.py
 
+# All cores, one thread each: workers that share a core wait for one another's threads.
+PARALLEL := -n auto --dist loadgroup
+
 .PHONY: demo test test-core test-lowest test-quanda test-dattri lint types notebooks docs clean
 
 demo: $(VENV)/.eval
@@ -14,7 +17,7 @@ demo: $(VENV)/.eval
 	$(BIN)/stride-captum compare --task digits --preset smoke --measure all --out out/demo/compare
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term
 
 test-core: $(VENV)/.eval
 	$(BIN)/python -m pip install --quiet --editable ".[vision]" "pytest>=8"
@@ -28,7 +31,7 @@ test-lowest: .venv-lowest/.installed
 # The plugins, each with the library that it plugs into. quanda needs captum 0.8 and numpy 1: what holds
 # with the newest captum is tested there again.
 test-quanda: .venv-quanda/.installed
-	.venv-quanda/bin/python -m pytest tests/in_quanda tests/test_captum_contract.py tests/test_laws.py \
+	OMP_NUM_THREADS=1 .venv-quanda/bin/python -m pytest $(PARALLEL) tests/in_quanda tests/test_captum_contract.py tests/test_laws.py \
 		tests/test_streaming.py tests/test_untouched.py
 
 test-dattri: .venv-dattri/.installed

@@ -29,6 +29,8 @@ from stride_captum.evaluation.cli.app import app
 from stride_captum.features.store import FeatureStore
 from stride_captum.influence.top_k import merge_top_k
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 N_TRAIN = 47  # no multiple of 2 or 4
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["stride_captum.evaluation.cli.app", "planted", "pytest"])

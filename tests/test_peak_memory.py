@@ -12,6 +12,8 @@ from stride_captum.conformance.toy_problems import MLP, planted_classes
 from stride_captum.system import peak_memory
 from stride_captum.system.peak_memory import PeakMemory, release_free_memory, resident_bytes
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 CPU = torch.device("cpu")
 MIB = 2**20
 

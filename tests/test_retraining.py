@@ -32,6 +32,8 @@ from stride_captum.evaluation.tasks.tasks import Task, load_task
 from stride_captum.subsets import members, membership_from_indices, random_subsets
 from stride_captum.system.atomic import atomic_write
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 SETTINGS = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=3, batch_size=8)
 
 

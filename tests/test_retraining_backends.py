@@ -14,6 +14,8 @@ from stride_captum.evaluation.tasks.networks import TrainingSettings, digits_mlp
 from stride_captum.evaluation.tasks.tasks import Task
 from stride_captum.subsets import random_subsets
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 SETTINGS = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2, batch_size=16)
 
 
