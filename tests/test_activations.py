@@ -97,6 +97,7 @@ class TestDefaultTaps:
     def test_penultimate_is_what_the_last_weight_layer_reads(self):
         assert names(choose(cifar10_cnn(), (noise(2, 3, 32, 32), None), penultimate=True)) == ["fc2:input"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("max_width", [4096, 3840, 2000, 700, 1])
     def test_resnet18_fits_the_width_and_always_keeps_the_last_tap(self, max_width):
         torchvision = pytest.importorskip("torchvision")
@@ -111,6 +112,7 @@ class TestDefaultTaps:
             assert len(taps) >= 12
             assert not any("downsample" in name for name in names(taps))  # reads what conv1 reads
 
+    @pytest.mark.slow
     def test_vit_b_16_gives_token_means_and_no_pixels(self):
         torchvision = pytest.importorskip("torchvision")
         model = built(lambda: torchvision.models.vit_b_16(image_size=32)).eval()

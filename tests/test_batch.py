@@ -71,6 +71,7 @@ class Nested(Dataset):
         return type(content)(*values) if hasattr(content, "_fields") else type(content)(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [STRIDE, Similarity, KNNShapley, Random, TRAK])
 @pytest.mark.parametrize("kind", NESTED)
 def test_nested_inputs_score_as_flat_ones(planted, method, kind):

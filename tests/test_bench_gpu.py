@@ -30,6 +30,7 @@ def started(tmp_path: Path) -> Results:
 
 
 class TestParts:
+    @pytest.mark.slow
     @pytest.mark.parametrize("part", [part for part in PARTS if part != "scaling"])
     def test_every_row_is_measured_beside_something(self, part: str, started: Results) -> None:
         measure(part, "cpu", 60.0, started.path)
@@ -44,6 +45,7 @@ class TestParts:
             assert figures
             assert all(math.isfinite(figure) and figure > 0 for figure in figures)
 
+    @pytest.mark.slow
     def test_precisions_stay_near_float32(self, started: Results) -> None:
         measure("training", "cpu", 60.0, started.path)
         rows = started.read()["parts"]["training"]["rows"]
@@ -58,6 +60,7 @@ class TestParts:
         assert rows[-1]["difference"] < 1e-5
         assert not torch.distributed.is_initialized()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("part", ["training", "queries", "transfers"])
     def test_parts_run_on_a_device_of_their_own(self, part: str) -> None:
         sizes = {**TOY[part], **({"iterations": 1} if part == "training" else {})}
@@ -161,6 +164,7 @@ class TestCommand:
     def run(self, *arguments: str) -> Any:
         return CliRunner().invoke(app, ["bench", "gpu", *arguments])
 
+    @pytest.mark.slow
     def test_one_command_writes_one_file(self, tmp_path: Path) -> None:
         result = self.run(
             "--part", "transfers", "--part", "scaling", "--device", "cpu", "--out", str(tmp_path)

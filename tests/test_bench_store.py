@@ -18,6 +18,7 @@ from stride_captum.evaluation.benchmarks.peers import bench_peers
 from stride_captum.evaluation.cli.app import app
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="reads /proc and the page cache")
 def test_the_store_is_measured_in_four_parts(tmp_path):
     arguments = [
@@ -77,6 +78,7 @@ def test_what_is_no_part_is_refused():
         bench_store(["larg"])
 
 
+@pytest.mark.slow
 def test_estimates_stand_beside_measurements():
     (row,) = bench_estimate([Case("width 512", 300, k=5)], n_test=4)
     assert (row["model"], row["n_train"], row["k"], row["n_test"]) == ("width 512", 300, 5, 4)
@@ -85,6 +87,7 @@ def test_estimates_stand_beside_measurements():
         assert row[f"{name}_ratio"] == pytest.approx(estimated / measured)
 
 
+@pytest.mark.slow
 def test_peers_are_measured_on_the_same_network():
     rows = bench_peers([peers.Case("width 512", 200, n_test=3, k=5)], repeats=1)
     assert [row["method"] for row in rows] == [
@@ -100,6 +103,7 @@ def test_peers_are_measured_on_the_same_network():
         assert row["n_features"] == 512 + 784
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "vit_b_16"])
 def test_the_networks_of_torchvision_can_be_attributed(name):
     pytest.importorskip("torchvision")

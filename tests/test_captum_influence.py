@@ -116,6 +116,7 @@ class TestOfALoss:
         with torch.random.fork_rng():
             return with_cross_entropy(kind)(copy.deepcopy(planted[0]), planted[1]), planted
 
+    @pytest.mark.slow
     def test_with_their_loss_scores_are_theirs(self, exact, kind):
         theirs, (model, train, test) = self.theirs(exact, kind)
         ours = CaptumInfluence(model, train, build=with_cross_entropy(kind), answers="log-probability")
@@ -191,6 +192,7 @@ class TestOfALoss:
             ours.influence(test.tensors, normalize="cosine")
             ours.self_influence()
 
+    @pytest.mark.slow
     def test_the_model_comes_back(self, kind):
         model, train, test = trained(MLP, n_train=24)
         with expect_untouched(unusual(model)):

@@ -123,6 +123,7 @@ class TestCompletion:
 
 
 class TestOutput:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "arguments",
         [
@@ -146,6 +147,7 @@ class TestOutput:
         assert json.loads(result.stdout)["rows"]
         assert result.stderr == ""
 
+    @pytest.mark.slow
     def test_quiet_prints_nothing(self, store, tmp_path):
         result = invoke(*SMALL, "--store", store, "--out", tmp_path, "--quiet")
         assert result.exit_code == 0
@@ -270,6 +272,7 @@ class TestInterruption:
         monkeypatch.setattr(retraining_workers, "write_runs", counted)
         return counts
 
+    @pytest.mark.slow
     def test_the_same_command_goes_on_where_ctrl_c_stopped_it(self, runs, tmp_path, monkeypatch):
         arguments = [*SMALL, "--store", str(tmp_path / "my store"), "--out", str(tmp_path / "out"), "--quiet"]
         monkeypatch.setattr(sys, "argv", ["stride-captum", *arguments])

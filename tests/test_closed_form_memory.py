@@ -69,6 +69,7 @@ def ask_everything(method: STRIDE, test) -> None:
     method.mislabel_scores()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_mapped_arrays_are_read_and_nothing_of_their_size_is_made(tmp_path, options):
     config = arguments(memory_budget=SMALL, **options)
@@ -90,6 +91,7 @@ def network(n: int = N):
     return model, TensorDataset(torch.randn(n, 4), torch.arange(n) % C)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held_out", [False, True])
 def test_with_a_store_no_array_grows_with_the_training_set(tmp_path, monkeypatch, held_out):
     monkeypatch.setattr("stride_captum.residuals._LOGITS", 2**12)

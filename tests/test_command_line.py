@@ -174,6 +174,7 @@ class TestOwn:
         (tmp_path / "own_module_of_a_folder.py").write_text(OWN)
         return tmp_path
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "command", [["explain", "--index", "3"], ["compare", *FEW]], ids=["explain", "compare"]
     )
@@ -183,6 +184,7 @@ class TestOwn:
         assert result.exit_code == 0, result.output
         assert "Data from own_module" in json.loads((folder / "results.json").read_text())["note"]
 
+    @pytest.mark.slow
     def test_modules_of_the_current_folder_come_after_those_that_are_installed(self, folder):
         """A file of the user's with the name of a package that the command line imports is not run."""
         for name in ("typer", "rich", "jinja2"):
@@ -209,6 +211,7 @@ class TestOwn:
 class TestWholeFiles:
     """A run that is killed as it writes leaves the files of the run before."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("command", "written"),
         [
@@ -314,6 +317,7 @@ def test_a_table_that_is_too_wide_comes_in_pieces_with_the_first_column(monkeypa
     assert "…" not in text
 
 
+@pytest.mark.slow
 class TestCompare:
     @pytest.fixture(scope="class")
     @classmethod
@@ -428,6 +432,7 @@ class TestCompare:
         assert "Nearest: 'STRIDE'" in result.stderr
 
 
+@pytest.mark.slow
 def test_recovery_curve(store, tmp_path):
     result = invoke(
         "recovery-curve", "--preset", "smoke", "--n-subsets", 30, "--seeds", 2, "--models", 1,
@@ -442,6 +447,7 @@ def test_recovery_curve(store, tmp_path):
     assert results["protocol"]["paper"]["name"] == "trained"
 
 
+@pytest.mark.slow
 def test_bench_recovery(tmp_path):
     result = invoke(
         "bench", "recovery", "--test-points", 4, "--n-subsets", 20, "--n-train", 300, "--subset-size", 30,
@@ -517,6 +523,7 @@ class TestReproduce:
         assert invoke(*asked, "--yes").exit_code == 2
         assert started == [1]
 
+    @pytest.mark.slow
     def test_a_run_goes_on_as_it_was_asked(self, tmp_path):
         asked = ("reproduce", "table1-mnist", *self.few, "--store", tmp_path / "store", "--out", tmp_path)
         whole = invoke(*asked, "--quiet")

@@ -127,6 +127,7 @@ def planted_row(model, data, options):
 
 
 class TestHalves:
+    @pytest.mark.slow
     @pytest.mark.parametrize("order", [("tuning", "reported"), ("reported", "tuning")])
     def test_one_half_chooses_and_the_other_is_reported(self, planted, tmp_path, order):
         row = MethodSpec("planted", planted_row, [{"good_on": half} for half in order])
@@ -142,6 +143,7 @@ class TestHalves:
         assert found.options == {"good_on": "reported"}
         assert found.lds.value == pytest.approx(1.0)
 
+    @pytest.mark.slow
     def test_a_point_that_ranks_nothing_is_never_the_best(self, planted, tmp_path):
         def build(model, data, options):
             return (Silent if options["silent"] else Planted)(model, data)
@@ -151,6 +153,7 @@ class TestHalves:
             (found,) = compare([row], planted, store=tmp_path, measures=["lds"], **FEW).rows
             assert found.options == {"silent": False}
 
+    @pytest.mark.slow
     def test_a_point_that_answers_few_test_points_is_not_the_best_by_its_silence(self, planted, tmp_path):
         class Few(Planted):
             few = True
@@ -239,6 +242,7 @@ class TestCounterfactualPoints:
 
 
 class TestCheckpoints:
+    @pytest.mark.slow
     def test_are_those_of_the_training_and_the_attributed_model_last(self, task, tmp_path):
         seen = []
 
@@ -309,6 +313,7 @@ class TestDefaults:
         assert [c.name for c in settled(["EKFAC"], task, ["lds"]).specs] == ["EKFAC"]
 
 
+@pytest.mark.slow
 def test_numbers_of_numpy_are_numbers(task, tmp_path):
     found = compare(
         ["TRAK", "KNNShapley", "STRIDE"],
@@ -573,6 +578,7 @@ class TestPlannedTrainings:
         counted(workers, "train_stacked", lambda build_model, x, y, subsets, *args: len(subsets))
         return seen
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("measures", "n", "engine"),
         [
@@ -597,6 +603,7 @@ class TestPlannedTrainings:
         assert [e.n_runs for e in again] == [e.n_runs for e in planned]
         assert sum(e.n_missing for e in again) == len(trained) == sum(e.seconds for e in again) == 0
 
+    @pytest.mark.slow
     def test_of_counterfactuals_are_at_most_those(self, task, tmp_path, trained):
         few = {**FEW, "n_models": 2, "n_spiked": 1}
         measures = {"counterfactual": DROPS}
@@ -613,6 +620,7 @@ class TestPlannedTrainings:
         models, spiked, *_ = planned_trainings(question)
         assert (models.n_missing, spiked.n_missing, spiked.n_runs, spiked.at_most) == (0, 0, 1, "")
 
+    @pytest.mark.slow
     def test_of_stopped_models_go_on_behind_the_last(self, task, tmp_path, trained):
         _, seed = train_spiked(task, tmp_path)
         train_checkpoints(task, seed, tmp_path, 3)
@@ -640,6 +648,7 @@ class TestPlannedTrainings:
         assert said[2].endswith(" with 1 worker: the first with a spike of its loss ends each search.")
         assert ": 0 are in the store, 2 are to do one by one, which takes about " in said[3]
 
+    @pytest.mark.slow
     def test_a_measure_of_one_s_own_is_known_by_its_name(self, task, tmp_path, monkeypatch, trained):
         monkeypatch.setitem(MEASURES, "accuracy", Accuracy())
         few = {**FEW, "n_models": 2}
@@ -656,6 +665,7 @@ class TestPlannedTrainings:
         with pytest.raises(ValueError, match=r"`measures\['accuracy'\]` must have no options; got 'k'"):
             settle(["Random"], task, store=tmp_path, measures={"accuracy": {"k": 1}})
 
+    @pytest.mark.slow
     def test_models_that_no_measure_asks_for_are_not_trained(self, task, tmp_path):
         found = compare(["Random"], task, store=tmp_path, measures={"mislabel": FLIPS}, **FEW)
         assert found.protocol["models"] == {}
@@ -665,6 +675,7 @@ class TestPlannedTrainings:
 # What is said after it.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measures", [{"lds": {}}, {"counterfactual": DROPS}])
 def test_a_model_that_has_learned_nothing_is_named(task, tmp_path, measures):
     idle = replace(task, training=replace(task.training, learning_rate=0.0), note="A note.")
@@ -679,6 +690,7 @@ def test_a_model_that_has_learned_nothing_is_named(task, tmp_path, measures):
 
 
 class TestDivergence:
+    @pytest.mark.slow
     def test_of_few_halves_leaves_them_out_and_says_so(self, task, tmp_path, monkeypatch):
         monkeypatch.setattr(Unlucky, "seeds", (1_000_003 + 2,))
         task = replace(task, build_model=Unlucky)
@@ -719,6 +731,7 @@ class TestDivergence:
 
 
 class TestSilence:
+    @pytest.mark.slow
     def test_is_told_in_words_and_compared_with_nothing(self, task, tmp_path):
         found = compare(
             ["STRIDE", silent, "Random"], task, store=tmp_path, measures=["lds", "calibration"], **FEW
@@ -734,6 +747,7 @@ class TestSilence:
         written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
         assert "NaN" not in write_comparison(written, tmp_path / "report.html").read_text(encoding="utf-8")
 
+    @pytest.mark.slow
     def test_of_the_first_row_leaves_nothing_to_compare_with(self, task, tmp_path):
         found = compare([silent, "Random"], task, store=tmp_path, measures=["lds"], **FEW)
         assert found.summary() == ["silent ranks nothing: its LDS is undefined for all 20 test points."]
@@ -759,6 +773,7 @@ class TestSilence:
             "LDS is undefined for some test points of few: there they count as 0 against other methods."
         )
 
+    @pytest.mark.slow
     def test_without_resamples_no_winner_is_named(self, planted, tmp_path):
         few = {**FEW, "n_resamples": 0}
         found = compare(["Random", "Similarity"], planted, store=tmp_path, measures=["lds"], **few)
@@ -769,6 +784,7 @@ def test_detectors_are_known_by_name():
     assert set(DETECTORS) == {"loss", "ridge leave-one-out", "confident learning"}
 
 
+@pytest.mark.slow
 def test_a_contender_is_asked_for_its_own_cache(task, tmp_path):
     """The row that vouches reaches the cache of every measure."""
     vouched = MethodSpec("mine", adapter(STRIDE), cache_key="one")

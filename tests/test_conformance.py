@@ -77,8 +77,15 @@ def missing() -> dict[str, str | None]:
     return {subject.name: missing_extra(subject.build) for subject in METHODS}
 
 
+#: Methods whose laws are quick.
+QUICK = {"STRIDE", "Similarity", "ClassSimilarity", "KNNShapley", "ClassRandom", "Random"}
+
+
 @pytest.mark.parametrize("law", CHECKS)
-@pytest.mark.parametrize("subject", METHODS, ids=lambda subject: subject.name)
+@pytest.mark.parametrize(
+    "subject",
+    [pytest.param(s, marks=[] if s.name in QUICK else pytest.mark.slow, id=s.name) for s in METHODS],
+)
 def test_every_method_keeps_every_law(subject, law, missing):
     if missing[subject.name]:
         pytest.skip(missing[subject.name])
@@ -305,6 +312,7 @@ def test_an_honest_method_of_three_functions_passes():
     assert list(report.outcomes) == list(CHECKS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
 def test_a_broken_method_is_caught_by_exactly_its_law(broken):
     assert set(check(broken).failures) == {BROKEN[broken]}

@@ -309,6 +309,7 @@ class TestPlan:
 
 
 class TestRuns:
+    @pytest.mark.slow
     def test_rows_are_the_figures_written_out(self, task, models, tmp_path):
         rows = {r.name: r for r in measure_counterfactual(task, METHODS, models, store=tmp_path, **FEW)}
         (x, y), (x_test, y_test) = task.train.tensors, task.test.tensors
@@ -346,6 +347,7 @@ class TestRuns:
         read = json.loads(json.dumps(row.to_dict(), allow_nan=False))
         assert read["cost"]["n_queries"] == 2
 
+    @pytest.mark.slow
     def test_calibration_compares_changes_of_the_margin(self, task, models, tmp_path, monkeypatch):
         seen = {}
         name = "stride_captum.evaluation.comparison.counterfactual_runs.calibration_of_removals"
@@ -369,6 +371,7 @@ class TestRuns:
         assert seen["measured"].shape == (2, 2, 2, 2)
         assert seen["measured"][1, 0, 0, 1] == pytest.approx(margins[0] - margins[1], abs=1e-4)
 
+    @pytest.mark.slow
     def test_a_second_call_retrains_nothing_and_more_points_keep_what_is_done(self, task, models, tmp_path):
         few = {**FEW, "n_seeds": 1}
         # Random scores do not depend on the model: both ask for the same sets.
@@ -384,6 +387,7 @@ class TestRuns:
         assert len(more) == 5 + 2
         assert first.items() <= more.items()
 
+    @pytest.mark.slow
     def test_stacked_retrainings_give_the_same_figures(self, task, models, tmp_path):
         model = {"seed 0": models["seed 0"]}
         one, two = (
@@ -392,6 +396,7 @@ class TestRuns:
         )
         np.testing.assert_allclose(one[0].result.drops, two[0].result.drops, atol=1e-3)
 
+    @pytest.mark.slow
     def test_removing_opponents_of_the_planted_kind_raises_the_probability(self, task, tmp_path):
         x, y = (t.clone() for t in task.train.tensors)
         y[:18] = (y[:18] + 1) % 3

@@ -166,6 +166,7 @@ def assert_same_answers(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*in no subset")
 class TestEveryMethod:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", METHODS)
     def test_answers_as_on_the_processor(self, name: str, expected: Any) -> None:
         wanted = expected(name)
@@ -756,6 +757,7 @@ class TestTheStrictDevice:
 
 
 class TestComparison:
+    @pytest.mark.slow
     def test_models_are_trained_and_methods_run_on_the_device(self, tmp_path: Path) -> None:
         training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=3)
         task = load_task("synthetic", preset="smoke", training=training)

@@ -196,6 +196,7 @@ def differences(single, found):
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_all_ranks_have_the_answers_of_one_process(single, tmp_path, size):
     worst = differences(single, start(size, all_cases, folder=tmp_path))

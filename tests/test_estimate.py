@@ -49,6 +49,7 @@ def test_an_estimate_runs_nothing_on_the_method_or_the_model(planted, method):
     assert found.disk_bytes == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

@@ -415,6 +415,7 @@ STRIDE(model, train, batch_size=5, feature_store=FeatureStore(sys.argv[1], chunk
 """
 
 
+@pytest.mark.slow
 def test_a_build_that_was_killed_goes_on_behind_the_last_whole_chunk(planted, tmp_path):
     model, train, test = planted
     folder = tmp_path / "store"

@@ -229,6 +229,7 @@ reveal_type(method.fit())
 """
 
 
+@pytest.mark.slow
 def test_types_tell_scores_from_the_k_best(tmp_path):
     file = tmp_path / "typed.py"
     file.write_text(TYPED)

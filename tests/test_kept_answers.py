@@ -78,6 +78,7 @@ class TestKeeping:
         assert own.shape == (30,)
         assert len(list((tmp_path / "answers").iterdir())) == 4
 
+    @pytest.mark.slow
     def test_settings_weights_and_data_make_another_method(self, task, model, batch, tmp_path):
         kept(task, model, tmp_path).ask("x", (), lambda m: np.ones(1))
 

@@ -219,6 +219,7 @@ def build(cls):
 
 
 class TestRuns:
+    @pytest.mark.slow
     def test_similarity_finds_exact_duplicates_and_random_does_not(self, tmp_path):
         rows = measure_leakage(
             task_of(MLP),
@@ -241,6 +242,7 @@ class TestRuns:
         assert json.loads(json.dumps(rows[0].to_dict()))["kind"] == "exact"
         assert len(list(tmp_path.glob("attributed-*"))) == 4
 
+    @pytest.mark.slow
     def test_images_leak_in_every_way(self):
         rows = measure_leakage(
             task_of(BatchNormCNN, n=24),
@@ -253,6 +255,7 @@ class TestRuns:
         assert [row.kind for row in rows] == list(KINDS)
         assert rows[0].result.n_train == 26
 
+    @pytest.mark.slow
     def test_methods_are_normalised_where_they_can_be_and_other_errors_are_raised(self):
         task = task_of(MLP)
         model, batch = task.build_model(), task.test.tensors

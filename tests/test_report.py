@@ -757,6 +757,7 @@ class TestInABrowser:
 # End to end.
 
 
+@pytest.mark.slow
 def test_a_real_comparison_conforms_and_its_report_reads_back(tmp_path):
     found = compare(
         ["STRIDE", "ClassRandom", "Similarity"], load_task("digits", preset="smoke"), store=tmp_path,

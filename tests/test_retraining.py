@@ -377,6 +377,7 @@ class TestPlan:
         assert np.array_equal(found, np.delete(logits, 1, axis=1))
         assert np.array_equal(membership.toarray(), np.delete(plan.membership.toarray(), 1, axis=0))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("n_jobs", [1, 2])
     def test_a_run_that_fails_is_named_and_those_before_it_stay(self, plan, n_jobs):
         plan = plan_with(plan, build_model=partial(Unlucky, plan._seed(2, 1), True))
@@ -896,6 +897,7 @@ plan.execute(n_jobs=1, show_progress=False)
 """
 
 
+@pytest.mark.slow
 def test_a_plan_that_is_killed_resumes_in_another_process_with_the_same_bits(tmp_path):
     settings = {"optimizer": "adam", "learning_rate": 1e-3, "epochs": 4}
     store = tmp_path / "killed"

@@ -63,6 +63,7 @@ def test_a_backend_without_generators(make_plan, expected, capsys):
     assert "20/20" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # those of the cluster are not ours
 def test_a_local_dask_cluster_of_two_workers(make_plan):
     distributed = pytest.importorskip("distributed")

@@ -329,6 +329,7 @@ print(stable_digest([Net, Net(), functools.partial(Net), cifar10_cnn, np.random.
 """
 
 
+@pytest.mark.slow
 def test_digests_are_those_of_another_process():
     found = {
         subprocess.run(

@@ -178,6 +178,7 @@ def test_the_benchmark_reports_ratios_and_sizes():
     assert 0 < row["smallest_ratio"] <= row["ratio"] <= row["largest_ratio"]
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_benchmark(tmp_path, monkeypatch):
     monkeypatch.setattr(console, "_width", 200)  # cells wrap in a narrow terminal
     arguments = ["bench", "retraining", "--case", "digits", "--stack", "2", "--out", str(tmp_path)]

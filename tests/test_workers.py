@@ -32,9 +32,23 @@ def test_files_that_start_processes_or_measure_memory_are_one_group() -> None:
     assert all(found.values()), found
 
 
-def test_make_test_uses_all_cores() -> None:
+def recipe(target: str) -> str:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert "PARALLEL := -n auto --dist loadgroup\n" in makefile
-    (recipe,) = re.findall(r"^test: .*\n\t(.*)$", makefile, re.MULTILINE)
-    assert recipe.startswith("OMP_NUM_THREADS=1 ")
-    assert "$(PARALLEL)" in recipe
+    (found,) = re.findall(rf"^{target}: .*\n\t(.*)$", makefile, re.MULTILINE)
+    return found
+
+
+@pytest.mark.parametrize("target", ["test", "test-fast", "test-quanda"])
+def test_make_uses_all_cores_with_one_thread_each(target: str) -> None:
+    assert "PARALLEL := -n auto --dist loadgroup\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert recipe(target).startswith("OMP_NUM_THREADS=1 ")
+    assert "$(PARALLEL)" in recipe(target)
+
+
+def test_slow_tests_are_left_out_by_test_fast_alone(pytestconfig: pytest.Config) -> None:
+    assert recipe("test-fast").endswith('-m "not slow"')
+    assert "slow" not in recipe("test")
+    (described,) = (line for line in pytestconfig.getini("markers") if line.startswith("slow:"))
+    assert "make test-fast" in described
+    (told,) = re.findall(r"^make test-fast .*$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
+    assert "without the tests that are marked `slow`" in told
