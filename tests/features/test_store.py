@@ -419,7 +419,7 @@ STRIDE(model, train, batch_size=5, feature_store=FeatureStore(sys.argv[1], chunk
 def test_a_build_that_was_killed_goes_on_behind_the_last_whole_chunk(planted, tmp_path):
     model, train, test = planted
     folder = tmp_path / "store"
-    ended = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(Path(__file__).parent)])
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(Path(__file__).parents[1])])
     assert ended.returncode == -signal.SIGKILL
     left = manifest(folder)
     whole, rows = sum(chunk["rows"] for chunk in left["chunks"]), left["chunk_rows"]

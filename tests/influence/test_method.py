@@ -233,7 +233,7 @@ reveal_type(method.fit())
 def test_types_tell_scores_from_the_k_best(tmp_path):
     file = tmp_path / "typed.py"
     file.write_text(TYPED)
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     options = ["--no-incremental", "--follow-imports=silent", "--ignore-missing-imports", "--strict"]
     command = [sys.executable, "-m", "mypy", *options, str(file)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=_environment(root))
