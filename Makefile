@@ -4,17 +4,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # The imports and the closed form: what other systems than Linux, and the lowest versions, are tested with.
-CORE_TESTS := tests/test_packaging.py tests/test_newton.py tests/test_captum_contract.py tests/test_laws.py \
-	tests/test_recovery.py tests/test_persistence.py
+CORE_TESTS := tests/test_packaging.py tests/closed_form/test_curvature.py \
+	tests/influence/test_captum_contract.py tests/conformance/test_laws.py tests/recovery/test_recovery.py \
+	tests/influence/test_persistence.py
 
-.PHONY: demo test test-core test-lowest test-quanda test-dattri lint types notebooks docs clean
+# All cores, one thread each: workers that share a core wait for one another's threads.
+PARALLEL := -n auto --dist loadgroup
+
+.PHONY: demo test test-fast test-core test-lowest test-quanda test-dattri lint types notebooks docs clean
 
 demo: $(VENV)/.eval
 	$(BIN)/stride-captum explain --task digits --out out/demo
 	$(BIN)/stride-captum compare --task digits --preset smoke --measure all --out out/demo/compare
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term
+
+# While you work: a minute and a half on two cores.
+test-fast: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-core: $(VENV)/.eval
 	$(BIN)/python -m pip install --quiet --editable ".[vision]" "pytest>=8"
@@ -23,13 +31,15 @@ test-core: $(VENV)/.eval
 # The lowest versions that pyproject.toml promises, of what it names itself. The packages that those need are
 # the newest, so that old releases warn of them: no warning is an error here.
 test-lowest: .venv-lowest/.installed
-	.venv-lowest/bin/python -m pytest -W default $(CORE_TESTS) tests/test_cli_manners.py tests/test_tasks.py
+	.venv-lowest/bin/python -m pytest -W default $(CORE_TESTS) tests/evaluation/cli/test_output.py \
+		tests/evaluation/tasks/test_tasks.py
 
 # The plugins, each with the library that it plugs into. quanda needs captum 0.8 and numpy 1: what holds
 # with the newest captum is tested there again.
 test-quanda: .venv-quanda/.installed
-	.venv-quanda/bin/python -m pytest tests/in_quanda tests/test_captum_contract.py tests/test_laws.py \
-		tests/test_streaming.py tests/test_untouched.py
+	OMP_NUM_THREADS=1 .venv-quanda/bin/python -m pytest $(PARALLEL) tests/in_quanda \
+		tests/influence/test_captum_contract.py tests/conformance/test_laws.py tests/influence/test_top_k.py \
+		tests/system/test_preserve_state.py
 
 test-dattri: .venv-dattri/.installed
 	.venv-dattri/bin/python -m pytest tests/in_dattri

@@ -13,6 +13,16 @@ from torch.utils.data import TensorDataset
 torch.set_num_threads(int(os.environ.get("STRIDE_CAPTUM_TEST_THREADS", "1")))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With pytest-xdist one worker runs a whole file, whose fixtures are then made once.
+
+    Files that start processes or measure memory are in one group, "processes": they run one after the other.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def planted() -> tuple[nn.Module, TensorDataset, TensorDataset]:
     """A trained MLP in eval mode, its 48 training examples and 7 test examples of 3 classes."""

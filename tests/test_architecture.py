@@ -93,6 +93,19 @@ def test_no_folders_import_one_another_in_a_circle() -> None:
     assert circle(graph) == []
 
 
+def test_the_tests_mirror_the_folders() -> None:
+    places = [path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")]
+    folders = {place for place in places if place.parts and not place.parts[0].startswith("in_")}
+    assert len(folders) > 15
+    for folder in folders:  # of the core, or with its package
+        assert any((ROOT / parent / folder).is_dir() for parent in ("stride_captum", ".")), folder
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
+
+
 @pytest.mark.parametrize(
     "measure", sorted((ROOT / "evaluation/measures").glob("[!_]*.py")), ids=lambda p: p.stem
 )

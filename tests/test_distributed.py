@@ -29,6 +29,8 @@ from stride_captum.evaluation.cli.app import app
 from stride_captum.features.store import FeatureStore
 from stride_captum.influence.top_k import merge_top_k
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 N_TRAIN = 47  # no multiple of 2 or 4
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["stride_captum.evaluation.cli.app", "planted", "pytest"])
@@ -194,6 +196,7 @@ def differences(single, found):
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_all_ranks_have_the_answers_of_one_process(single, tmp_path, size):
     worst = differences(single, start(size, all_cases, folder=tmp_path))

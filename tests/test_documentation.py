@@ -162,6 +162,7 @@ class TestArchitecture:
         assert equation in covered
 
 
+@pytest.mark.slow
 class TestTheMethodOfTheGuide:
     """The fences of CONTRIBUTING, one after the other, as a reader would run them."""
 

@@ -84,6 +84,7 @@ stride_captum.STRIDE(torch.nn.Linear(4, 2), data, feature_store=store).fit()
 """
 
 
+@pytest.mark.slow
 def test_every_module_is_imported_on_a_system_without_posix(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_POSIX, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -123,6 +124,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_the_command_line_and_the_digits_need_no_torchvision(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_TORCHVISION, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
