@@ -117,8 +117,8 @@ def explain_command(
         if checkpoint is not None and (alike := files_like(checkpoint)):
             files = f"{len(alike)} other file{'s' * (len(alike) > 1)} in {checkpoint.parent}"
             voice.note(
-                f"{files} hold weights of the same names. If they are of the same training, STRIDE(model, data, "
-                f"checkpoints=along_training({str(checkpoint.parent)!r})) is more faithful than one of them."
+                f"{files} hold weights of the same names. If they are of the same training, "
+                f"STRIDE(model, data, checkpoints=along_training({str(checkpoint.parent)!r})) is more faithful than one of them."
             )
         voice.note(f"Report: {out / 'report.html'}")
 
