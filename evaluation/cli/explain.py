@@ -118,7 +118,8 @@ def explain_command(
             files = f"{len(alike)} other file{'s' * (len(alike) > 1)} in {checkpoint.parent}"
             voice.note(
                 f"{files} hold weights of the same names. If they are of the same training, "
-                f"STRIDE(model, data, checkpoints=along_training({str(checkpoint.parent)!r})) is more faithful than one of them."
+                f"STRIDE(model, data, checkpoints=along_training({str(checkpoint.parent)!r})) is more "
+                "faithful than one of them."
             )
         voice.note(f"Report: {out / 'report.html'}")
 
