@@ -205,6 +205,7 @@ def test_every_public_class_and_function_has_an_example(package, name):
         assert name in {"__version__", "MEASURES", "METHODS", "CHECKS", "Check"}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_python_of_the_readme_and_the_guide_runs_as_printed(tmp_path, monkeypatch):
     texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", ".docs/guide.md")]

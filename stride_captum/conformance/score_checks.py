@@ -6,6 +6,7 @@ Each is one function whose name states it; `stride_captum.conformance` runs them
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from captum.influence._core.tracincp import KMostInfluentialResults
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from .registry import ROUNDING, Build, close, law, require, same_bits
+from .registry import ROUNDING, Build, close, law, loader, require, same_bits
 from .toy_problems import MLP, N_TEST, N_TRAIN, built, planted_classes, trained
 
 
@@ -169,6 +170,34 @@ def groups_score_the_sum_of_their_members(build: Build) -> None:
         wanted = torch.stack([scores[:, list(group)].sum(1) for group in groups], 1)
         found = method.subset_influence(test.tensors, groups, **ask)
         close(found, wanted, f"the sums with {ask or 'the default response'}", scores)
+
+
+@law
+def the_aggregate_is_the_sum_of_the_rows(build: Build) -> None:
+    """`aggregate=True` gives one row, the sum over all test points whatever their batches, or its top k."""
+    model, train, test = trained(MLP)
+    method = build(model, train)
+    scores = method.influence(test.tensors)
+    wanted, scale = scores.sum(0, keepdim=True), scores.reshape(1, -1)
+    for what, inputs in (("a batch", test.tensors), ("a loader", loader(test, 3))):
+        close(method.influence(inputs, aggregate=True), wanted, f"the sum over {what}", scale)
+        top = method.influence(inputs, 5, aggregate=True)
+        close(top.influence_scores, wanted.topk(5).values, f"the top 5 of the sum over {what}", scale)
+
+
+@law
+def products_of_vectors_are_scores(build: Build) -> None:
+    """`compute_intermediate_quantities` of test points times that of training examples.
+
+    A method whose scores are no such products refuses one of both with a ValueError.
+    """
+    model, *data = trained(MLP)
+    train, test = (TensorDataset(d.tensors[0].double(), d.tensors[1]) for d in data)
+    method = build(model.double(), train)
+    with suppress(ValueError):
+        right = method.compute_intermediate_quantities(range(N_TRAIN), side="train")
+        left = method.compute_intermediate_quantities(test.tensors)
+        close(left @ right.T, method.influence(test.tensors, normalize=None), "the products")
 
 
 @law

@@ -108,6 +108,7 @@ class Reference:
         return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [MLP, BatchNormCNN])
 @pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
 @pytest.mark.parametrize(

@@ -117,6 +117,7 @@ def product(left: dict[str, Tensor], inverse: dict[str, Tensor], right: dict[str
 LAYERS = ["0", "2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ekfac", "kfac", "diagonal", "identity"])
 @pytest.mark.parametrize("fisher", ["sampled", "empirical"])
 @pytest.mark.parametrize("damping", [None, 1e-2])
@@ -275,6 +276,7 @@ def test_the_seed_chooses_the_labels(small) -> None:
 # Laws and traces.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "law",
     [
@@ -404,6 +406,7 @@ def bags(layout: str) -> nn.Module:
     return built(lambda: Bags(layout)).double().eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "found"), [("flat", "grouped"), ("rows first", "alone"), ("rows first and flat", "alone")]
 )
@@ -559,6 +562,7 @@ def test_without_kronfluence_the_error_says_what_to_install(small, monkeypatch) 
         EKFAC(small[0], small[1])
 
 
+@pytest.mark.slow
 def test_the_module_imports_without_kronfluence() -> None:
     code = "import sys; sys.modules['kronfluence'] = None; import stride_captum.adapters.ekfac"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -35,11 +35,13 @@ def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
 # 12 responses hardly determine 48 weights: rounding moves the Lasso along a flat bottom.
 @pytest.mark.parametrize(("recovery", "tolerance"), [("ridge", 1e-5), ("lasso", 2e-2)])
 class TestFewerSubsetsThanExamples:
+    @pytest.mark.slow
     @pytest.mark.parametrize("law", KEPT_BY_TRAINED)
     def test_laws_that_rounding_does_not_touch(self, recovery, tolerance, law):
         config = arguments(**TRAINED, recovery=recovery)
         assert run_check(CHECKS[law], partial(STRIDE, **config)) == "pass"
 
+    @pytest.mark.slow
     def test_a_test_point_scores_as_in_any_other_batch(self, planted, recovery, tolerance):
         model, train, (x, y) = planted[0], planted[1], planted[2].tensors
         method = STRIDE(model, train, **arguments(**TRAINED, recovery=recovery))

@@ -73,6 +73,7 @@ def manifest(folder: Path) -> dict:
     return json.loads((folder / "manifest.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_scores_have_the_bits_of_those_without_a_store_and_later_runs_make_no_forward_pass(
     planted, tmp_path, config
@@ -107,6 +108,7 @@ def test_other_options_start_from_the_same_store(planted, tmp_path):
         assert torch.equal(method.influence(test.tensors), plain.influence(test.tensors))
 
 
+@pytest.mark.slow
 def test_the_closed_form_reads_the_map_and_copies_no_more_than_a_block(tmp_path):
     torch.manual_seed(0)
     n, d = 4_000, 256
@@ -468,6 +470,7 @@ def test_a_store_that_was_half_built_from_other_examples_is_not_continued(plante
 
 
 class TestSaving:
+    @pytest.mark.slow
     @pytest.mark.parametrize("config", [arguments(), TRAINED], ids=["closed-form", "trained"])
     def test_a_saved_method_leaves_the_features_in_the_store(self, planted, tmp_path, config):
         model, train, test = planted

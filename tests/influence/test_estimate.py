@@ -35,6 +35,7 @@ def network(n: int, width: int = 32, n_classes: int = 3):
     return model, TensorDataset(x, torch.randint(n_classes, (n,), generator=generator))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*METHODS, DiagonalEKFAC])
 def test_an_estimate_runs_nothing_on_the_method_or_the_model(planted, method):
     model, train, _ = planted
@@ -66,6 +67,7 @@ def test_options_that_are_not_counted_are_run_small(planted, config):
     assert found.fit_seconds > 0
 
 
+@pytest.mark.slow
 def test_a_few_batches_are_read_and_not_the_training_set():
     model, train = network(20_000)
     seen = []
@@ -137,6 +139,7 @@ class Clock:
         return self.now
 
 
+@pytest.mark.slow
 def test_small_runs_are_extrapolated_along_a_line(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", clock)
@@ -156,6 +159,7 @@ def test_small_runs_are_extrapolated_along_a_line(monkeypatch):
     assert found.query_seconds == pytest.approx(1 + 0.5 * 30_000 * 7)
 
 
+@pytest.mark.slow
 def test_what_only_the_first_run_of_all_costs_is_left_out(monkeypatch):
     clock, ran = Clock(), []
     monkeypatch.setattr(time, "perf_counter", clock)
@@ -194,6 +198,7 @@ def test_wide_features_follow_a_power_of_the_width(monkeypatch):
     assert max(widths_seen) == 1_000
 
 
+@pytest.mark.slow
 def test_loaders_dicts_and_precomputed_features():
     model = built(HuggingFaceLike).eval()
     for method in (STRIDE, Similarity):

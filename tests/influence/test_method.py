@@ -180,6 +180,7 @@ class TestDefaults:
 
 
 class TestMemoryOfMethodsThatComputeAllColumns:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["trained", "TracIn", "EKFAC", "KNNShapley"])
     def test_a_small_budget_makes_small_batches_of_test_points(self, planted, name, monkeypatch):
         if name == "EKFAC":

@@ -64,6 +64,7 @@ def calls_of(run: Callable[[], Any], stop_at: int | None = None) -> int:
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*METHODS, TRAK, DiagonalEKFAC, TracIn, EKFAC])
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_an_exception_at_any_call_leaves_the_model_as_it_was(method, checkpoints):

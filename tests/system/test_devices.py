@@ -175,6 +175,7 @@ class TestEveryMethod:
             found = every_call(METHODS[name](moved(model), train), on(DEVICE, *test.tensors))
             assert_same_answers(found, wanted)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", [name for name in METHODS if name != "EKFAC"])
     def test_answers_on_a_device_without_float64(self, name: str, expected: Any) -> None:
         wanted = expected(name)
@@ -183,6 +184,7 @@ class TestEveryMethod:
             found = every_call(METHODS[name](moved(model), train), on(DEVICE, *test.tensors))
             assert_same_answers(found, wanted)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", METHODS)
     def test_the_default_device_of_the_caller_changes_nothing(self, name: str, expected: Any) -> None:
         wanted = expected(name)
@@ -360,6 +362,7 @@ class TestWaits:
         assert sizes[0] > 48 >= 8 * sizes[1]
         assert counts[1] == counts[0]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("call", ["influence", "top-k", "subset influence", "cosine"])
     def test_blocks_of_a_query(self, call: str) -> None:
         model, train, test = trained(MLP)
@@ -387,6 +390,7 @@ class TestWaits:
                 counts.append(self.waits(lambda: method.influence(train[:3]), device))  # noqa: B023
         assert counts[1] == counts[0]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("options", [{}, {"linearity_weight": 0.1}, {"linearity": "example"}])
     def test_steps_of_a_training(self, options: dict[str, Any]) -> None:
         data = torch.Generator().manual_seed(0)
@@ -427,6 +431,7 @@ class TestWaits:
 
 
 class TestRecovery:
+    @pytest.mark.slow
     @pytest.mark.parametrize("float64", [True, False])
     @pytest.mark.parametrize("size", [4, 15])
     def test_every_function_on_the_device(self, float64: bool, size: int) -> None:
@@ -487,6 +492,7 @@ class TestBatches:
         assert torch.equal(places, inverse)
         assert len(distinct) == values.numel()
 
+    @pytest.mark.slow
     def test_batches_that_are_drawn_ahead_are_those_of_the_processor(self) -> None:
         subsets = random_subsets(50, 6, 9)
         data = torch.randn(50, 4), torch.randn(50, 3), torch.zeros(50, dtype=torch.int64)

@@ -483,6 +483,7 @@ class TestScores:
         left = all_gradients(model, test, vectors) * state.kernel
         torch.testing.assert_close(scores, left @ all_gradients(model, train, state.residuals).T)
 
+    @pytest.mark.slow
     def test_the_memory_budget_bounds_the_examples_at_a_time(self, exact):
         model, train, test = exact
         size = 8 * sum(p.numel() for p in model.parameters())

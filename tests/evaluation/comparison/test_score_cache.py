@@ -107,12 +107,14 @@ class TestKeeping:
             method.margins(batch).values,
         )
 
+    @pytest.mark.slow
     def test_other_code_is_another_method(self, task, model, batch, tmp_path, monkeypatch):
         kept(task, model, tmp_path).ask("x", (), lambda m: np.ones(1))
         monkeypatch.setattr(kept_answers, "_code", lambda: "another")
         with pytest.raises(AssertionError, match="asked again"):
             kept(task, model, tmp_path).ask("x", (), never)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("content", [b"", b"\x10", None])
     def test_a_damaged_file_is_computed_again(self, task, model, batch, tmp_path, content):
         answer = kept(task, model, tmp_path).margins(batch)
@@ -361,6 +363,7 @@ class TestContent:
         other.load_state_dict(model.state_dict())
         assert name_of(task, other, tmp_path, STRIDE) != name_of(task, model, tmp_path, STRIDE)
 
+    @pytest.mark.slow
     def test_code_of_a_class_of_the_user(self, task, model, batch, tmp_path):
         def mine(sign):
             class Mine(Random):

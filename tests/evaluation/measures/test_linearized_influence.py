@@ -26,6 +26,7 @@ def problem(n_subsets, noise=0.5):
     return membership, effects, responses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_subsets", [12, 40])
 def test_effects_are_the_ridge_whose_leave_one_out_error_is_least(n_subsets):
     membership, _, responses = problem(n_subsets)
