@@ -20,6 +20,7 @@ def test_without_the_library_the_plugin_names_the_extra(monkeypatch, library):
         importlib.import_module(plugin)
 
 
+@pytest.mark.slow
 def test_the_adapters_import_neither_library():
     code = "import sys, stride_captum.adapters, stride_captum.evaluation; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -87,6 +87,7 @@ def asked(make: Callable[[], Any], parts: list[Any], rounds: int) -> list[str]:
     return wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False], ids=["one method", "a method a thread"])
 @pytest.mark.parametrize("name", METHODS)
 def test_every_thread_gets_its_own_answer(problem, name, shared) -> None:

@@ -32,9 +32,7 @@ class TestTheGrammarOfCaptum:
             ours = list(inspect.signature(getattr(method, name)).parameters.values())
             theirs = list(inspect.signature(getattr(TracInCP, name)).parameters.values())
             assert [(p.name, p.kind) for p in ours[:n]] == [(p.name, p.kind) for p in theirs[:n]]
-            assert [p.default for p in ours[1:n] if name != "inputs"][1:] == [p.default for p in theirs[1:n]][
-                1:
-            ]
+            assert [p.default for p in ours[1:n]] == [p.default for p in theirs[1:n]]
             assert all(p.kind is p.KEYWORD_ONLY for p in ours[n:])
 
     def test_progress_is_shown_where_asked_for_and_only_there(self, planted, method, capsys):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -240,8 +241,29 @@ def test_it_reads_as_a_table():
     ]
 
 
-def test_checkpoints_multiply():
+def test_checkpoints_multiply_what_is_kept(monkeypatch):
     model, train, _ = trained(MLP)
-    one = STRIDE(model, train)
-    two = STRIDE(model, train, checkpoints=[model.state_dict()] * 2)
-    assert 1.5 * one.estimate(3).fit_bytes < 2.5 * two.estimate(3).fit_bytes
+    method = STRIDE(model, train).fit()
+    three = STRIDE(model, train, checkpoints=[model.state_dict()] * 3)
+    kept = closed_form_bytes(
+        method.operators,
+        len(train),
+        [tap.width for tap in method._states[0].taps],
+        3,
+        in_memory=True,
+        memory_budget=method.memory_budget,
+    ).kept
+    read = closed_form_estimate._read_a_little  # without the memory of a forward pass, which is measured
+    monkeypatch.setattr(closed_form_estimate, "_read_a_little", lambda *asked: replace(read(*asked), bytes=0))
+    assert kept > 0
+    # Each is kept; only one is fitted at a time.
+    assert three.estimate(3).fit_bytes - method.estimate(3).fit_bytes == 2 * kept
+
+
+def test_checkpoints_multiply_the_disk(tmp_path):
+    model, train, _ = trained(MLP)
+    one, three = (
+        STRIDE(model, train, feature_store=FeatureStore(tmp_path), checkpoints=[model.state_dict()] * n)
+        for n in (1, 3)
+    )
+    assert three.estimate(3).disk_bytes == 3 * one.estimate(3).disk_bytes > 0

@@ -188,6 +188,7 @@ def plain(flat: Any) -> tuple[nn.Module, TensorDataset, Any]:
     return Reads(model, lambda x: x).eval(), train, test.tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", [*METHODS, "STRIDE"])
 def test_scores_are_those_of_the_flat_model(flat, name, form) -> None:

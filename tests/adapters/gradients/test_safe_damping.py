@@ -70,6 +70,7 @@ def refusal(method: Any) -> str | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wide", "near duplicates"])
 @pytest.mark.parametrize("name", METHODS)
 def test_scores_in_float32_are_those_in_float64_or_the_damping_is_refused(name, kind) -> None:
@@ -101,6 +102,7 @@ def test_the_damping_that_is_named_is_taken(name) -> None:
     assert refusal(METHODS[name](model, train, damping=0.8 * least)) is not None
 
 
+@pytest.mark.slow
 def test_trak_with_more_coordinates_than_examples_keeps_five_digits_at_a_damping_of_a_millionth() -> None:
     model, train, test = problem("wide")
     twin, exact_train, exact_test = in_double(model, train, test)

@@ -116,6 +116,7 @@ def attributes(model: nn.Module) -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", METHODS)
 def test_nothing_is_left_wherever_an_exception_comes(name, place) -> None:

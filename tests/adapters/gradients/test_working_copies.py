@@ -45,6 +45,7 @@ def narrowed(dtype: torch.dtype, build: Any = MLP) -> tuple[nn.Module, nn.Module
     return model, copy.deepcopy(model).float(), train, test, *wide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=name_of)
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("build", [MLP, BatchNormCNN])

@@ -168,6 +168,7 @@ def test_a_case_measures_a_forward_pass_setup_and_query():
     assert CaseResult.from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False))) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["STRIDE", "STRIDE paper"])
 def test_what_a_process_does_once_is_done_before_setup_is_timed(monkeypatch, method):
     sizes, fit = [], STRIDE.fit
@@ -247,12 +248,14 @@ def test_a_wrong_case_is_refused(changes, message):
 # Its process.
 
 
+@pytest.mark.slow
 def test_a_process_that_needs_more_memory_than_its_limit_says_so(tmp_path):
     found = run_case(tiny(depth=4, width=256, memory_limit="4MiB", n_train=50), tmp_path)
     assert found.ended_with("out of memory") == "forward"
     assert found.forward.seconds is None
 
 
+@pytest.mark.slow
 def test_a_phase_over_its_time_is_ended_and_what_was_measured_is_kept(tmp_path):
     case = tiny(depth=0, width=64, method="STRIDE paper", n_subsets=5, iterations=10**6, time_limit=0.5)
     found = run_case(case, tmp_path)
@@ -294,6 +297,7 @@ def in_this_process(monkeypatch):
     return ran
 
 
+@pytest.mark.slow
 def test_a_case_on_disk_is_not_measured_again_but_another_one_is(tmp_path, monkeypatch):
     ran = in_this_process(monkeypatch)
     first = run_case(tiny(), tmp_path)
@@ -303,6 +307,7 @@ def test_a_case_on_disk_is_not_measured_again_but_another_one_is(tmp_path, monke
     assert len(ran) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", ["running", "failed"])
 def test_a_case_that_was_cut_off_or_failed_is_measured_again(tmp_path, monkeypatch, status):
     ran = in_this_process(monkeypatch)
@@ -489,6 +494,7 @@ def test_the_sweep_refuses_what_it_does_not_know(tmp_path):
         parse_size("4*64")
 
 
+@pytest.mark.slow
 def test_the_command_prints_ratios_and_writes_figures_and_plot(tmp_path, monkeypatch):
     endings = {("EKFAC", 16, "setup"): "out of memory", ("TracIn", 16, "setup"): "over time limit"}
     scripted(monkeypatch, endings)

@@ -457,13 +457,28 @@ def test_bench_recovery(tmp_path):
     assert json.loads((tmp_path / "recovery.json").read_text())["rows"]
 
 
-def test_bench_core_measures_a_small_case():
-    from stride_captum.evaluation.benchmarks.core import Case, bench_case
+def test_bench_core_divides_what_it_measures(monkeypatch):
+    from stride_captum.evaluation.benchmarks import core
 
-    row = bench_case(Case("width 512", 300, ("relu",), 10), repeats=1)
-    assert row.n_features == 512
-    assert row.fit_ratio == pytest.approx(row.fit / (row.forward + 2 * row.product))
-    assert row.single_speedup == pytest.approx(row.tracin_single / row.single)
+    seconds = {
+        "forward": 2.0, "fit": 30.0, "product": 4.0, "scoring": 5.0, "dense": 10.0, "top100": 15.0,
+        "single": 2.0, "tracin_single": 100.0, "tracin_many": 40.0,
+    }  # fmt: skip
+    times = iter(seconds.values())
+
+    def timed(work, repeats, device):
+        work()
+        return next(times)
+
+    monkeypatch.setattr(core, "median_seconds", timed)
+    row = core.bench_case(core.Case("width 512", 300, ("relu",), 10), repeats=1).to_dict()
+    assert {name: row[name] for name in seconds} == seconds
+    assert (row["n_features"], row["n_train"], row["n_test"]) == (512, 300, 10)
+    assert row["fit_ratio"] == 3
+    assert row["dense_ratio"] == 2
+    assert row["top100_ratio"] == 3
+    assert row["single_speedup"] == 50
+    assert row["many_speedup"] == 4
 
 
 def test_the_module_runs_the_command_line(monkeypatch, capsys):

@@ -142,6 +142,7 @@ class TestOutput:
         assert json.loads(result.stdout) == json.loads(file.read_text())
         assert ("Report: " in result.stderr) is bool(kept)
 
+    @pytest.mark.slow
     def test_quiet_and_json_leave_nothing_but_the_results(self, store, tmp_path):
         result = invoke(*SMALL, "--store", store, "--out", tmp_path, "--json", "--quiet")
         assert json.loads(result.stdout)["rows"]

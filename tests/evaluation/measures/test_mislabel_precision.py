@@ -241,6 +241,7 @@ class TestRuns:
         found, rounding = held_out_influence(method, task.test.tensors), 1e-6 * float(np.abs(whole).max())
         np.testing.assert_allclose(found, whole.astype(np.float64).mean(0), rtol=0, atol=rounding)
 
+    @pytest.mark.slow
     def test_methods_and_detectors_find_planted_flips(self, task, tmp_path):
         Oracle.clean = task.train.tensors[1]
         rows = measure_mislabel(
@@ -278,6 +279,7 @@ class TestRuns:
         assert json.loads(json.dumps(rows[0].to_dict()))["result"]["m"] == [12, 12]
         assert len(list(tmp_path.glob("attributed-*"))) == 2
 
+    @pytest.mark.slow
     def test_options_reach_the_method(self, task):
         rows = [
             measure_mislabel(

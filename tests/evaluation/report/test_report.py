@@ -319,6 +319,7 @@ class TestFigures:
                 shown = float(text) / (100 if "%" in element["text"] else 1)
                 assert shown == pytest.approx(value, rel=0.006, abs=0.006)
 
+    @pytest.mark.slow
     def test_every_figure_of_every_measure_is_shown(self, results, parsed):
         shown = {e["data-path"] for e in parsed.elements if "data-value" in e}
         expected = set()
@@ -393,6 +394,7 @@ class TestPanels:
     def test_all_are_there_where_all_was_measured(self, parsed):
         assert {*self.PANELS, "proponents", "opponents"} <= {e.get("id") for e in parsed.all("h2", "h3")}
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("panel", PANELS)
     def test_a_measure_that_was_not_taken_leaves_no_trace(self, panel, results, tmp_path):
         without = json.loads(json.dumps({**results, "counterfactual": results["counterfactual"][:1]}))
@@ -406,6 +408,7 @@ class TestPanels:
         others = set(self.PANELS) - {panel}
         assert others <= found
 
+    @pytest.mark.slow
     def test_one_arm_is_shown_alone(self, results, tmp_path):
         one = [row for row in results["counterfactual"] if row["result"]["opponents"]][:1]
         found = self.ids({**results, "counterfactual": one}, tmp_path)
@@ -773,6 +776,7 @@ def test_a_real_comparison_conforms_and_its_report_reads_back(tmp_path):
     assert {row["name"] for row in results["mislabel"]} >= {"STRIDE", "loss"}
 
 
+@pytest.mark.slow
 def test_without_halves_there_is_no_panel_of_lds(tmp_path):
     found = compare(
         ["STRIDE", "KNNShapley", "Random"], load_task("digits", preset="smoke"), store=tmp_path,

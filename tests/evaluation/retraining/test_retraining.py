@@ -322,6 +322,7 @@ class TestPlan:
         assert np.array_equal(plan.execute(n_jobs=1, show_progress=False), unbroken)
         assert len(runs) == len(set(runs)) == 6
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("engine", ["processes", "stacked"])
     @pytest.mark.parametrize("damage", DAMAGES)
     def test_a_damaged_file_is_said_and_recomputed(self, plan, runs, damage, engine):
