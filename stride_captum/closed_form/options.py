@@ -34,7 +34,7 @@ class ClosedForm(Operators):
     Attributes:
         residuals: What stands for `r_i = e_y - p` of a training example: "training" (the model's own),
             "temperature" (p = softmax(z / T)), "leave-one-out" (of a ridge head on all layers but the last)
-            or "both" (weighted mean of the last two).
+            or "both" (weighted mean of the last two). Losses without a temperature have no "temperature".
         temperature: T; None means 2, or matched on `held_out` data if they are given.
         damping: lambda, relative to the mean diagonal of the curvature.
         head_damping: lambda of the ridge head, likewise relative.
@@ -82,6 +82,8 @@ class ClosedForm(Operators):
             memory_budget=training.memory_budget,
             ranks=training.ranks,
             moments=training.known,
+            loss=training.loss,
+            weights=training.weights,
         )
 
     def check_shared(self) -> None:
