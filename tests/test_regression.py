@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from stride_captum import STRIDE, ClosedForm
+from stride_captum import STRIDE, Batch, ClosedForm
 from stride_captum.losses import MSE, CrossEntropy, loss_of
 from stride_captum.residuals import RIDGE_SHARE
 
@@ -262,3 +262,28 @@ class TestRefusals:
 
 def test_names():
     assert loss_of("mse") == MSE()
+
+
+@pytest.mark.parametrize("curvature", ["identity", "eigenvalue-corrected", "gauss-newton"])
+def test_with_weights_too_scores_are_the_exact_changes(curvature):
+    """`1/2 sum_i omega_i |y_i - phi_i B|^2 + W lambda / 2 |B|^2`, solved with and without each example."""
+    ridge, omega = Ridge(2), torch.rand(N, generator=torch.Generator().manual_seed(1)).double() * 3
+    omega[0] = 0
+    h = ridge.hidden(torch.cat([ridge.x, ridge.x_test]))
+    scale = 1 / ((omega * h[:N].square().sum(1)).sum() / omega.sum()).sqrt()
+    phi, phi_test = torch.cat([h * scale, torch.ones(len(h), 1).double()], 1).split([N, N_TEST])
+    second = (omega[:, None] * phi).T @ phi / omega.sum()
+    penalty = ridge.damping * second.diagonal().mean() * torch.eye(H + 1).double()
+
+    def solved(weights: Tensor) -> Tensor:
+        weighted = (weights[:, None] * phi).T / omega.sum()
+        return torch.linalg.solve(weighted @ phi + penalty, weighted @ ridge.y)
+
+    every = solved(omega)
+    others = [solved(omega.clone().index_fill_(0, torch.tensor([i]), 0.0)) for i in range(N)]
+    method = ridge.stride(curvature=curvature, batch=Batch(sample_weight=omega))
+    wanted = torch.stack([(phi_test @ (every - other)).sum(1) for other in others], 1)
+    found = method.influence((ridge.x_test, ridge.y_test))
+    torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-11)
+    left_out = torch.stack([ridge.y[i] - phi[i] @ other for i, other in enumerate(others)])
+    torch.testing.assert_close(method.mislabel_scores(), left_out.norm(dim=1))
