@@ -20,29 +20,33 @@ from torch.utils.data import IterableDataset
 from ..data.batch import ExampleBatch
 from ..errors import bad_choice, bad_value
 from ..influence.method import InfluenceMethod
+from ..losses import Loss, loss_of
 from ..system.random_states import same_random_state
 from .gradients.traces import process_wide
 
 
 class ResidualLoss(nn.Module):
-    """`log sum exp z - <z, v + p>` with p = softmax(z) held constant, for logits z and "labels" v.
+    """`A(z) - <z, v + A'(z)>` with A' held constant, for logits z and "labels" v.
 
-    Its gradient is -v. For residuals `v = e_y - p` it is the cross-entropy up to a constant, its curvature
-    included; for `v = g` it stands for minus a response with the gradient g.
+    A is `Loss.potential`, `log sum exp z` with cross-entropy, where A' = softmax(z). The gradient is -v. For
+    residuals v it is the loss up to a constant, its curvature included; for `v = g` it stands for minus a
+    response with the gradient g.
 
     Args:
         reduction: "sum" or "none", as Captum's class demands.
+        loss: What the model was trained with, that of `CaptumInfluence`.
     """
 
-    def __init__(self, reduction: str = "none") -> None:
+    def __init__(self, reduction: str = "none", loss: str | Loss = "cross_entropy") -> None:
         super().__init__()
         if reduction not in ("none", "sum"):
             raise bad_choice("reduction", reduction, ["none", "sum"])
-        self.reduction = reduction
+        self.reduction, self.loss = reduction, loss_of(loss)
 
     def forward(self, logits: Tensor, vectors: Tensor) -> Tensor:
         """The losses `(n,)`, or their sum; both arguments are `(n, n_classes)`."""
-        losses = logits.logsumexp(1) - (logits * (vectors + logits.detach().softmax(1))).sum(1)
+        slope = torch.func.grad(lambda z: self.loss.potential(z).sum())(logits.detach())
+        losses = self.loss.potential(logits) - (logits * (vectors + slope)).sum(1)
         return losses.sum() if self.reduction == "sum" else losses
 
 
@@ -127,13 +131,20 @@ def traceless() -> Iterator[None]:
         yield
 
 
-def check_losses(captum: Any) -> None:
+def check_losses(captum: Any, loss: Loss) -> None:
     """Refuse an object that is to answer every response and cannot.
 
     Raises:
-        ValueError: Other losses than `ResidualLoss`, or weights that Captum loads itself.
+        ValueError: Other losses than `ResidualLoss`, or of another loss, or weights that Captum loads itself.
     """
-    if not all(isinstance(getattr(captum, name, None), ResidualLoss) for name in ("loss_fn", "test_loss_fn")):
+    losses = [getattr(captum, name, None) for name in ("loss_fn", "test_loss_fn")]
+    others = [
+        found.loss for found in losses if isinstance(found, ResidualLoss) and found.loss.name != loss.name
+    ]
+    if others:
+        remedy = f"Write ResidualLoss(..., loss={loss.name!r}), or the same object."
+        raise bad_value("build", f"use the loss of the method, {loss.name!r}", repr(others[0].name), remedy)
+    if not all(isinstance(found, ResidualLoss) for found in losses):
         raise bad_value("build", "use ResidualLoss with answers='every'", "another loss", "Or set `answers`.")
     if getattr(captum, "checkpoints_load_func", keep_weights) is not keep_weights:
         raise bad_value(

@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset
 
 from ..data.batch import ExampleBatch
 from ..influence.method import InfluenceMethod
-from ..losses import CrossEntropy
+from ..losses import Loss
 from ._captum import outputs_by_position, parts_by_position
 
 
@@ -55,12 +55,12 @@ def has_batched_gradients(module: nn.Module) -> bool:
     return type(module) is nn.Linear
 
 
-def linear_losses(loss: CrossEntropy, outputs: Tensor, vectors: Tensor) -> Tensor:
+def linear_losses(loss: Loss, outputs: Tensor, vectors: Tensor) -> Tensor:
     """`-<logits, v>` of each example, `(n,)`; its gradient with respect to the logits is -v."""
     return -(loss.logits(outputs) * vectors).sum(1)
 
 
-def linear_loss(loss: CrossEntropy, outputs: Tensor, vectors: Tensor) -> Tensor:
+def linear_loss(loss: Loss, outputs: Tensor, vectors: Tensor) -> Tensor:
     """Their sum."""
     return linear_losses(loss, outputs, vectors).sum()
 

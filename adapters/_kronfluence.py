@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..residuals import tempered_residuals
+from ..losses import CrossEntropy, Loss
 from ._kronfluence_layers import Grouped, group_rows, replace_modules
 from .gradients.traces import process_wide
 from .gradients.working_copies import independent_copy, widened
@@ -36,6 +36,7 @@ class Kronfluence:
         empirical: Use training labels for the Fisher matrix instead of drawn ones.
         damping: Of `ScoreArguments`; None is a tenth of the mean eigenvalue.
         layout: How the rows that a layer sees follow the examples, one of `LAYOUTS`.
+        loss: What the model was trained with; None for cross-entropy.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Kronfluence:
         empirical: bool = False,
         damping: float | None = None,
         layout: str = "rows",
+        loss: Loss | None = None,
     ) -> None:
         from kronfluence import FactorArguments, ScoreArguments, prepare_model
         from kronfluence.module import TrackedModule
@@ -55,7 +57,10 @@ class Kronfluence:
         # The wrapper of a layer needs a parent to be put into, also where the model is a layer itself.
         root, names = nn.Sequential(independent_copy(model)), [f"0.{name}".rstrip(".") for name in layers]
         groups, names = ([], names) if layout == "rows" else group_rows(root, names)
-        self.losses, self.alone = LinearLosses(names, groups), layout == "alone"
+        self.losses, self.alone = (
+            LinearLosses(names, groups, CrossEntropy() if loss is None else loss),
+            layout == "alone",
+        )
         self.model = prepare_model(root, self.losses).to(first.device)
         wrapped = [module for module in self.model.modules() if isinstance(module, TrackedModule)]
         replace_modules(self.model, {module.original_module: module for module in wrapped})
@@ -174,25 +179,26 @@ def spectra(factors: Factors) -> Iterator[tuple[Tensor, bool]]:
 class LinearLosses:
     """What kronfluence calls a task: `-<logits, r>` in training and `-<logits, g>` as measurement.
 
-    With `sample=True` r is `e_y - p` for a label y that the model draws.
+    With `sample=True` r is that of a label that the model draws (`Loss.drawn_residuals`), times the root of
+    the weight of the example.
 
     Args:
         layers: Names of the layers to wrap.
         groups: Layers that must know the size of a batch.
+        loss: What the model was trained with.
     """
 
     enable_post_process_per_sample_gradient = False
 
-    def __init__(self, layers: Sequence[str], groups: Sequence[Grouped]) -> None:
-        self.layers, self.groups = list(layers), list(groups)
+    def __init__(self, layers: Sequence[str], groups: Sequence[Grouped], loss: Loss) -> None:
+        self.layers, self.groups, self.loss = list(layers), list(groups), loss
 
     def compute_train_loss(self, batch: Batch, model: nn.Module, sample: bool = False) -> Tensor:
         """Summed over the batch."""
         logits = self._logits(model, batch)
         if not sample:
             return _minus_product(logits, batch["residuals"])
-        labels = drawn_labels(logits.detach(), batch["uniforms"])
-        return _minus_product(logits, tempered_residuals(logits.detach(), labels))
+        return _minus_product(logits, self.loss.drawn_residuals(logits.detach(), batch["uniforms"]))
 
     def compute_measurement(self, batch: Batch, model: nn.Module) -> Tensor:
         """Summed over the batch."""
@@ -215,21 +221,6 @@ class LinearLosses:
 def _minus_product(logits: Tensor, vectors: Tensor) -> Tensor:
     product: Tensor = (logits * vectors).sum()
     return -product
-
-
-def drawn_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Labels from softmax(logits) by inversion of its distribution function, `(n,)` int64.
-
-    Args:
-        logits: `(n, n_classes)`.
-        uniforms: In [0, 1), `(n,)`.
-
-    >>> drawn_labels(torch.zeros(3, 2), torch.tensor([0.2, 0.5, 0.9])).tolist()
-    [0, 1, 1]
-    """
-    below = logits.double().softmax(1).cumsum(1) <= uniforms.double()[:, None]
-    labels: Tensor = below[:, :-1].sum(1)  # without the last: a sum may round to less than 1
-    return labels
 
 
 class Batches:

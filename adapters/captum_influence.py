@@ -44,7 +44,7 @@ from typing_extensions import override
 
 from ..errors import bad_choice, bad_type, bad_value
 from ..influence.method import InfluenceMethod, Query
-from ..responses import RESPONSES, response_gradient
+from ..losses import loss_of
 from ._captum import (
     Examples,
     NoIndex,
@@ -62,8 +62,6 @@ from ._captum import (
 )
 from .gradients.method import GradientMethod, GradientState
 from .gradients.working_copies import check_copy, independent_copy, widened
-
-_ANSWERS = ["every", "similarity", *RESPONSES]
 
 
 @dataclass
@@ -118,13 +116,14 @@ class CaptumInfluence(GradientMethod):
         orientation: str = "test-train",
         **options: Any,
     ) -> None:
-        if answers not in _ANSWERS:
-            raise bad_choice("answers", answers, _ANSWERS)
+        responses = loss_of(options.get("loss", "cross_entropy")).responses
+        if answers not in ("every", "similarity", *responses):
+            raise bad_choice("answers", answers, ["every", "similarity", *responses])
         if sign not in (1, -1):
             raise bad_value("sign", "be 1 or -1", repr(sign))
         if orientation not in ("test-train", "train-test"):
             raise bad_choice("orientation", orientation, ["test-train", "train-test"])
-        if answers in RESPONSES:
+        if answers in responses:
             options.setdefault("response", answers)
         super().__init__(model, train_dataset, **options)
         if self.layers is not None:
@@ -148,7 +147,7 @@ class CaptumInfluence(GradientMethod):
         if getattr(captum, "model", getattr(captum, "module", network)) is not network:
             raise bad_value("build", "give Captum's object the model that `build` is given", "another one")
         if self.answers == "every":
-            check_losses(captum)
+            check_losses(captum, self.loss)
         if isinstance(captum, SimilarityInfluence):
             mend_similarity(captum, len(residuals))
         return captum
@@ -179,14 +178,14 @@ class CaptumInfluence(GradientMethod):
         logits, response = widened(batch.logits_of(outputs)), query.response
         if response != self.answers:
             response = self.loss.response_of(outputs, response)
-        classes, factor = query.classes(logits, batch), response_factor(self.answers, self.sign, response)
+        asked_for, factor = query.asked(logits, batch), response_factor(self.answers, self.sign, response)
         labels = batch.labels
         if self.answers == "every":
-            labels = response_gradient(logits, classes, response)
+            labels = self.loss.response_gradient(logits, asked_for, response)
         elif labels is None:
-            labels = classes
+            labels = asked_for
         elif not isinstance(query.target, str) or query.target != "label":
-            labels = classes.to(labels.dtype).reshape(labels.shape)
+            labels = asked_for.to(labels.dtype).reshape(labels.shape)
         asked = (*parts_by_position(batch), labels)
         check_parts(state.kernel, asked[:-1])
         with traceless():

@@ -15,6 +15,7 @@ from ..data.batch import ExampleBatch
 from ..data.digests import digest_item
 from ..errors import bad_value
 from ..influence.method import InfluenceMethod, Query
+from ..responses import class_labels
 from ..system.fingerprints import bits
 from ..system.saved_values import saved_as
 from .gradients.working_copies import widened
@@ -29,7 +30,7 @@ class RandomState:
     """What a control keeps.
 
     Attributes:
-        labels: Training labels, `(n_train,)` int64.
+        labels: Training labels as they came; `(n_train,)` int64 of classes.
         seed: Of the scores.
     """
 
@@ -43,7 +44,7 @@ class RandomTest:
 
     Attributes:
         keys: One per test point, from the bits of its inputs.
-        classes: Class of the response, `(n_test,)` int64.
+        classes: What the response is about: its class, `(n_test,)` int64, with cross-entropy.
         sign: -1 for the response "loss", which what helps the class lowers, otherwise 1; in the dtype and
             on the device of the logits.
     """
@@ -84,16 +85,22 @@ class Random(InfluenceMethod):
     def fit_checkpoint(self, model: nn.Module, show_progress: bool) -> RandomState:
         labels = []
         for batch in self.train_batches(show_progress):
-            labels.append(self.train_labels(batch, 2**62))
+            labels.append(self._labels(batch))
         every = torch.cat(labels)
         self.n_train_ = len(every)
         return RandomState(every, self.seed)
+
+    def _labels(self, batch: ExampleBatch) -> Tensor:
+        """Labels of training examples, which need not be classes."""
+        if batch.labels is None:
+            raise bad_value("train_dataset", "give one label per example", "none")
+        return batch.labels.to(self._work_device())
 
     @override
     def prepare_query(self, state: RandomState, model: nn.Module, batch: Any, query: Query) -> RandomTest:
         logits = self.batch_logits(model, batch)
         sign = widened(logits).new_tensor(-1.0 if query.response == "loss" else 1.0)
-        return RandomTest(input_keys(batch), query.classes(logits, batch), sign)
+        return RandomTest(input_keys(batch), query.asked(logits, batch), sign)
 
     @override
     def score_columns(self, state: RandomState, prepared: RandomTest, columns: slice) -> Tensor:
@@ -118,10 +125,19 @@ class ClassRandom(Random):
     True
     """
 
+    def __init__(self, model: nn.Module, train_dataset: Any, **options: Any) -> None:
+        super().__init__(model, train_dataset, **options)
+        self.loss.refuse(type(self).__name__, "whose scores compare them")
+
+    def _labels(self, batch: ExampleBatch) -> Tensor:
+        """Classes of training examples."""
+        return class_labels(super()._labels(batch), 2**62, "train_dataset")
+
     @override
     def score_columns(self, state: RandomState, prepared: RandomTest, columns: slice) -> Tensor:
         size = super().score_columns(state, prepared, columns).abs() * prepared.sign
-        same = prepared.classes[:, None] == state.labels[columns]
+        classes = prepared.classes if prepared.classes.ndim == 1 else prepared.classes.argmax(1)
+        same = classes[:, None] == state.labels[columns]
         return torch.where(same, size, -size)
 
 

@@ -1,6 +1,6 @@
 """The paper's EKFAC (Appendix E.2): gradients divided by a mostly diagonal Fisher information F.
 
-    score(x, i) = 1/n_train (J_x^T g)^T (F + eps)^-1 (J_i^T r_i)
+    score(x, i) = 1/W (J_x^T g)^T (F + eps)^-1 (J_i^T r_i),    W = n_train without weights
 
 F is diagonal for convolutions, norm layers and biases. For the weights of dense layers, with inputs a and
 output gradients b, it is `E[b b^T] (x) E[a a^T]`, and is inverted in its eigenbasis. (EKFAC as others know
@@ -35,7 +35,7 @@ class DiagonalKernel:
     """M of one model, by parameter.
 
     Attributes:
-        scales: `1 / (n_train (F + eps))` in the shape of the parameter, in the eigenbasis if it has one.
+        scales: `1 / (W (F + eps))` in the shape of the parameter, in the eigenbasis if it has one.
         bases: Eigenvectors of `E[b b^T]` and of `E[a a^T]`, in columns, for each dense layer.
     """
 
@@ -99,24 +99,30 @@ class DiagonalEKFAC(GradientMethod):
         self.fisher, self.n_fisher, self.seed = fisher, n_fisher, seed
 
     def _fit_kernel(self, model: nn.Module, residuals: Tensor, show_progress: bool) -> DiagonalKernel:
+        self._n_outputs = residuals.shape[1]
         fisher: dict[str, list[Tensor]] = {}
         parameters = {name: p.detach() for name, p in model.named_parameters() if name in self.parameters_}
         layers = dense_layers(model, parameters) if self.dense == "kronecker" else {}
         vectors = self._probe_vectors(model)
         together = sides_of_examples(model, layers, self._probe, vectors, self._rounding)
-        n = min(self.n_fisher, self.n_train_)
-        for batch, uniforms in self._fisher_batches(show_progress):
+        n = self._fisher_weight()
+        for batch, uniforms, omega in self._fisher_batches(show_progress):
             with torch.no_grad():
                 logits = self.batch_logits(model, batch)
             labels = self.train_labels(batch, logits.shape[1])
-            draws = fisher_vectors(self.fisher, logits, labels, uniforms)
+            draws = fisher_vectors(self.fisher, logits, labels, uniforms, self.loss)
+            if omega is not None:
+                draws = [v * omega.to(v).sqrt()[:, None] for v in draws]
             size = len(batch) if together else 1
             for vectors in draws:
                 dense: set[str] = set()
-                for piece, rows in zip(batch.split(size), vectors.split(size), strict=True):
+                parts = [None] * len(batch) if omega is None else omega.split(size)
+                for piece, rows, of_piece in zip(batch.split(size), vectors.split(size), parts, strict=False):
                     for name, (a, b) in dense_sides(model, layers, piece, rows).items():
                         # The positions of an example add up in one factor, and are averaged in the other.
                         n_inputs = n * len(draws) * len(a) / len(rows)
+                        if of_piece is not None:
+                            a = _weighed(a, of_piece)
                         _add(fisher, name, [b.T @ b / n, a.T @ a / n_inputs])
                         dense.add(name)
                 others = {name: p for name, p in parameters.items() if name not in dense}
@@ -127,14 +133,28 @@ class DiagonalEKFAC(GradientMethod):
             self._find_bad_gradient(model, residuals)
         return self._invert({name: fisher[name] for name in parameters})
 
-    def _fisher_batches(self, show_progress: bool) -> Iterator[tuple[Any, Tensor]]:
-        chosen, uniforms = fisher_sample(self.n_train_, self.n_fisher, self.seed)
+    def _fisher_weight(self) -> float:
+        """The sum of the weights of the examples that F is estimated from."""
+        if self._omega is None:
+            return min(self.n_fisher, self.n_train_)
+        chosen, _ = fisher_sample(self.n_train_, self.n_fisher, self.seed)
+        total = float(self._omega[chosen.to(self._omega.device)].sum())
+        if not total > 0:
+            got = f"weights of 0 for all {len(chosen)} that F is estimated from"
+            raise bad_value("n_fisher", "take in examples with a weight above 0", got, "Raise it.")
+        return total
+
+    def _fisher_batches(self, show_progress: bool) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
+        """Examples that F is estimated from, what draws their labels, and their weights."""
+        n_draws = self.loss.n_draws(self._n_outputs)
+        chosen, uniforms = fisher_sample(self.n_train_, self.n_fisher, self.seed, n_draws)
         device = self._work_device()
         for rows, batch in self.train_blocks(self.n_train_, show_progress):
             inside = (chosen >= rows.start) & (chosen < rows.stop)
             if inside.any():
                 places = chosen[inside] - rows.start
-                yield batch[places], uniforms[inside].to(device)
+                omega = None if self._omega is None else self._omega[rows][places.to(device)]
+                yield batch[places], uniforms[inside].to(device), omega
 
     def _invert(self, fisher: Mapping[str, list[Tensor]]) -> DiagonalKernel:
         scales, bases, safe, rounding = {}, {}, [], 0.0
@@ -151,7 +171,7 @@ class DiagonalEKFAC(GradientMethod):
                 least = least_lambda(spectrum, rounding)
                 safe.append((least, self.damping * unit, unit))
             # A tensor that F says nothing about takes no part. Not where(damped > 0): NaN must stay NaN.
-            scales[name] = torch.where(damped == 0, 0, 1 / (self.n_train_ * damped))
+            scales[name] = torch.where(damped == 0, 0, 1 / (self.weight_ * damped))
         if not any(bool(scale.any()) for scale in scales.values()):
             remedy = "Take relative=False, or another one."
             raise bad_value("fisher", "be above 0 somewhere", f"0 throughout from {self.fisher!r}", remedy)
@@ -174,6 +194,11 @@ class DiagonalEKFAC(GradientMethod):
     def settings(self) -> dict[str, Any]:
         names = ("damping", "relative", "dense", "fisher", "n_fisher", "seed")
         return {**super().settings(), **{name: getattr(self, name) for name in names}}
+
+
+def _weighed(inputs: Tensor, omega: Tensor) -> Tensor:
+    """Inputs of a layer, the positions of an example one after the other, times the root of its weight."""
+    return inputs * omega.to(inputs).sqrt().repeat_interleave(len(inputs) // len(omega))[:, None]
 
 
 def _add(total: dict[str, list[Tensor]], name: str, parts: list[Tensor]) -> None:

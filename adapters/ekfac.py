@@ -1,6 +1,6 @@
 """True EKFAC (George et al., 2018; Grosse et al., 2023; E.2 of the paper), computed by kronfluence.
 
-    score(x, i) = 1/N (J_x^T g)^T (F + lambda I)^-1 (J_i^T r_i),    F = Q diag(Lambda) Q^T, layer by layer
+    score(x, i) = 1/W (J_x^T g)^T (F + lambda I)^-1 (J_i^T r_i),    F = Q diag(Lambda) Q^T, layer by layer
 
 where Q is the eigenbasis of the Kronecker factors of a layer's Fisher matrix and Lambda holds the mean
 squares of gradients in it. kronfluence is asked for products of the gradients of two linear losses,
@@ -67,7 +67,7 @@ class EKFAC(GradientMethod):
 
     Raises:
         ImportError: kronfluence is not installed.
-        ValueError: A device without float64, such as mps.
+        ValueError: A device without float64, such as mps; in `fit`, weights of examples or classes.
 
     >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
@@ -135,6 +135,11 @@ class EKFAC(GradientMethod):
     @override
     def fit_checkpoint(self, model: nn.Module, show_progress: bool) -> GradientState:
         state = super().fit_checkpoint(model, show_progress)
+        if self._omega is not None:
+            must = (
+                "be None for EKFAC, and so must the weights of classes: kronfluence counts every example once"
+            )
+            raise bad_value("sample_weight", must, "weights", "Take DiagonalEKFAC.")
         layers = tracked_layers(model, self.parameters_, self._probe)
         self.parameters_ = [n for n, _ in model.named_parameters() if n.rpartition(".")[0] in layers]
         self.layout_ = self._layout_of(model, layers)
@@ -186,13 +191,14 @@ class EKFAC(GradientMethod):
     def _kronfluence(self, model: nn.Module) -> Kronfluence:
         layers = dict.fromkeys(name.rpartition(".")[0] for name in self.parameters_)
         empirical = self.fisher == "empirical"
-        return Kronfluence(model, layers, self.strategy, empirical, self.damping, self.layout_)
+        return Kronfluence(model, layers, self.strategy, empirical, self.damping, self.layout_, self.loss)
 
     def _fisher_batches(self, residuals: Tensor, draw: int, show_progress: bool) -> Iterator[Batch]:
         for batch in self._train_sides(show_progress, residuals=residuals):
             # By the inputs, so that neither batches nor the order of the examples change the labels.
             keys = input_keys(batch["examples"])
-            uniforms = [np.random.default_rng([self.seed, draw, key]).random() for key in keys]
+            k = self.loss.n_draws(residuals.shape[1])
+            uniforms = np.stack([np.random.default_rng([self.seed, draw, key]).random(k) for key in keys])
             yield {**batch, "uniforms": residuals.new_tensor(uniforms, dtype=torch.float64)}
 
     def _train_sides(self, show_progress: bool = False, **vectors: Tensor) -> Iterator[Batch]:
@@ -209,11 +215,11 @@ class EKFAC(GradientMethod):
         vectors = self._response_gradients(model, batch, query)
         points = {"gradients": vectors, "examples": batch}
         train = self._train_sides(residuals=state.residuals)
-        scores = self._kronfluence(model).scores(state.kernel, points, train) / self.n_train_
+        scores = self._kronfluence(model).scores(state.kernel, points, train) / self.weight_
         return EKFACTest(scores, lambda: self._norms_of(state, model, [{**points, "residuals": vectors}]))
 
     def _self_scores(self, state: GradientState, model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-        return self._kronfluence(model).self_scores(state.kernel, batches) / self.n_train_
+        return self._kronfluence(model).self_scores(state.kernel, batches) / self.weight_
 
     @override
     def batch_self_influence(

@@ -12,7 +12,7 @@ from typing_extensions import override
 from ..errors import bad_value
 from ..influence.method import Query
 from ..system.devices import as_float64
-from .similarity import Similarity, SimilarityQuery, SimilarityState
+from .similarity import Similarity, SimilarityQuery, SimilarityState, check_classes
 
 
 @dataclass
@@ -62,6 +62,11 @@ class KNNShapley(Similarity):
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise bad_value("k", "be an integer of at least 1", repr(k))
         self.k = k
+        self.loss.refuse(type(self).__name__, "whose neighbors vote for one")
+
+    @override
+    def fit_checkpoint(self, model: nn.Module, show_progress: bool) -> SimilarityState:
+        return check_classes(self, super().fit_checkpoint(model, show_progress))
 
     def holds_all_columns(self) -> bool:
         """Yes: a value depends on the order of all examples."""
@@ -74,7 +79,8 @@ class KNNShapley(Similarity):
         test = super().prepare_query(state, model, batch, query)
         similarity = test.features @ state.features.T
         order = similarity.argsort(dim=1, descending=True, stable=True)
-        matches = state.labels[order] == test.classes[:, None]
+        classes = test.classes if test.classes.ndim == 1 else test.classes.argmax(1)
+        matches = state.labels[order] == classes[:, None]
         values = test.sign * knn_shapley(matches, self.k).to(similarity)
         values = torch.empty_like(values).scatter_(1, order, values)
         values = values.masked_fill(similarity.isnan().any(1, keepdim=True), float("nan"))

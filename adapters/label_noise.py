@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..data import inputs as data
 from ..data.batch import Batch, Reading, is_batch
@@ -22,8 +21,7 @@ from ..data.passes import Passes
 from ..errors import bad_choice, bad_type, bad_value, whole_number
 from ..features.options import Features
 from ..layers.activations import Tap, check_finite, default_taps, named_taps, recording
-from ..losses import CrossEntropy, OutputCheck, loss_of
-from ..responses import class_labels, response_value
+from ..losses import Loss, loss_of
 from ..stride import STRIDE
 from ..system.devices import device_of, full_precision
 from ..system.packages import install_command
@@ -64,7 +62,7 @@ class LabelNoiseDetector(ABC):
         *,
         layers: Sequence[str] | None = None,
         batch_size: int = 1024,
-        loss: str | CrossEntropy = "cross_entropy",
+        loss: str | Loss = "cross_entropy",
         batch: Batch | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -93,7 +91,7 @@ class LabelNoiseDetector(ABC):
         labels: list[Tensor] = []
         precision = full_precision(device_of(self.model))
         with preserve_state(self.model), torch.no_grad(), precision, recording(self.model, taps) as run:
-            check = OutputCheck(self.loss, self.model)
+            check = self.loss.output_check(self.model)
             for batch in self._passes.walk():
                 batch = batch.to(device_of(self.model))
                 outputs, rows = run(batch)
@@ -102,13 +100,13 @@ class LabelNoiseDetector(ABC):
                 features.append(torch.cat(rows, 1) if rows else logits[-1].new_empty(len(logits[-1]), 0))
                 if batch.labels is None:
                     raise bad_value("train_dataset", "give one label per example", "none")
-                labels.append(class_labels(batch.labels, logits[-1].shape[1], "train_dataset"))
+                labels.append(self.loss.labels(batch.labels, logits[-1].shape[1], "train_dataset"))
             check.finish()
         return torch.cat(features), torch.cat(logits), torch.cat(labels)
 
 
 class LossDetector(LabelNoiseDetector):
-    """The training loss of each example, `-log p_y`: a wrong label is learnt late, or not at all.
+    """The training loss of each example: a wrong label is learnt late, or not at all.
 
     >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
@@ -118,10 +116,9 @@ class LossDetector(LabelNoiseDetector):
     """
 
     def mislabel_scores(self) -> Tensor:
-        """`-log p_y = log(1 + exp(-margin))` of each example, `(n_train,)`."""
+        """The loss of each example, `(n_train,)`: `-log p_y = log(1 + exp(-margin))` with cross-entropy."""
         _, logits, labels = self._read()
-        # In this form the losses of a confident model stay apart, where log p_y rounds to 0.
-        return F.softplus(-response_value(logits, labels, "margin"))
+        return self.loss.values(logits, labels)
 
 
 class RidgeLeaveOneOut(LabelNoiseDetector):
@@ -191,6 +188,7 @@ class ConfidentLearning(LabelNoiseDetector):
         **options: Any,
     ) -> None:
         super().__init__(model, train_dataset, **options)
+        self.loss.refuse(type(self).__name__, "which fits a classifier")
         if quality not in QUALITIES:
             raise bad_choice("quality", quality, QUALITIES)
         self._quality_scores = _cleanlab_quality_scores()
@@ -202,6 +200,9 @@ class ConfidentLearning(LabelNoiseDetector):
     def mislabel_scores(self) -> Tensor:
         """One minus cleanlab's label quality, `(n_train,)` float64 in [0, 1]."""
         features, logits, classes = self._read(self._taps() if self.fit_predict is None else ())
+        if classes.ndim != 1:
+            must = "hold class indices for ConfidentLearning, which fits a classifier"
+            raise bad_value("train_dataset", must, "distributions over classes", "Write labels.argmax(1).")
         labels = classes.cpu().numpy()
         fit_predict = self.fit_predict
         if fit_predict is None:

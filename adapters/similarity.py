@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from ..errors import bad_value
 from ..influence.method import InfluenceMethod, Query
 from ..layers.activations import Tap, check_finite, default_taps, named_taps, recording
 from ..system.saved_values import saved_as
@@ -22,7 +23,7 @@ class SimilarityState:
     Attributes:
         taps: Where they are read.
         features: `(n_train, n_features)`, each row of norm 1.
-        labels: `(n_train,)` int64.
+        labels: As the loss has them: `(n_train,)` int64 with cross-entropy.
     """
 
     taps: list[Tap]
@@ -36,7 +37,7 @@ class SimilarityQuery:
 
     Attributes:
         features: `(n_test, n_features)`, each row of norm 1.
-        classes: Class of the response, `(n_test,)` int64.
+        classes: What the response is about: its class, `(n_test,)` int64, with cross-entropy.
         sign: -1 for the response "loss", which similar examples lower.
     """
 
@@ -85,7 +86,7 @@ class Similarity(InfluenceMethod):
     ) -> SimilarityQuery:
         with recording(model, state.taps) as run:
             outputs, rows = run(batch)
-        classes = query.classes(batch.logits_of(outputs), batch)
+        classes = query.asked(batch.logits_of(outputs), batch)
         return SimilarityQuery(_unit(torch.cat(rows, dim=1)), classes, -1 if query.response == "loss" else 1)
 
     @override
@@ -110,6 +111,18 @@ class Similarity(InfluenceMethod):
         return _norms(prepared.features)
 
 
+def check_classes(method: InfluenceMethod, state: SimilarityState) -> SimilarityState:
+    """Refuse labels that are no class indices for a method that compares classes.
+
+    Raises:
+        ValueError: Distributions over classes.
+    """
+    if state.labels.ndim != 1:
+        must = f"hold class indices for {type(method).__name__}, which compares classes"
+        raise bad_value("train_dataset", must, "distributions over classes", "Write labels.argmax(1).")
+    return state
+
+
 class ClassSimilarity(Similarity):
     """Cosine similarity of features, kept for training examples of the target's class and 0 for others.
 
@@ -120,6 +133,21 @@ class ClassSimilarity(Similarity):
     >>> float(ClassSimilarity(model, train).influence((x, y))[other_class].abs().max())
     0.0
     """
+
+    def __init__(self, model: nn.Module, train_dataset: Any, **options: Any) -> None:
+        super().__init__(model, train_dataset, **options)
+        self.loss.refuse(type(self).__name__, "which compares them")
+
+    @override
+    def fit_checkpoint(self, model: nn.Module, show_progress: bool) -> SimilarityState:
+        return check_classes(self, super().fit_checkpoint(model, show_progress))
+
+    @override
+    def prepare_query(
+        self, state: SimilarityState, model: nn.Module, batch: Any, query: Query
+    ) -> SimilarityQuery:
+        test = super().prepare_query(state, model, batch, query)
+        return test if test.classes.ndim == 1 else replace(test, classes=test.classes.argmax(1))
 
     @override
     def score_columns(self, state: SimilarityState, prepared: SimilarityQuery, columns: slice) -> Tensor:

@@ -4,7 +4,9 @@
 
 phi_i is the projection of the gradient of the margin m_i of the label, Phi stacks these, and `1 - p_i`
 is what stands in the diagonal of the paper's Q. Since `e_y - p = (1 - p_y) dm/dz`, the last factor is the
-projection of `J_i^T r_i`, so other residuals r_i apply here as to every gradient method.
+projection of `J_i^T r_i`, so other residuals r_i apply here as to every gradient method. Of another loss,
+m is its default response, summed over the outputs of an example, and r_i its residual. Weights of examples
+multiply their terms of `Phi^T Phi` and r_i.
 
 The projection is a count sketch. The package `traker` 0.3.2 draws a matrix of the size parameters x
 projection_dim anew for each batch where it has no CUDA kernel: for 100 gradients of 535,818 parameters and
@@ -13,6 +15,7 @@ projection_dim anew for each batch where it has no CUDA kernel: for 100 gradient
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +24,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..errors import bad_value
-from ..residuals import tempered_residuals
-from ..responses import response_gradient
 from ..system.devices import as_float64, float64_device
 from ..system.memory import MOST_ROWS
 from ..system.saved_values import saved_as
@@ -69,8 +70,8 @@ class TRAK(GradientMethod):
         train_dataset: As for every method.
         projection_dim: Coordinates of the projection.
         damping: lambda in units of the mean of the largest `min(n_train, projection_dim)` eigenvalues of
-            `Phi^T Phi`, the others being 0. The default is the best of .01, .1, .3, 1 and 3 on digits
-            (LDS). Published: 0, and a projection_dim that is tuned.
+            `Phi^T Phi`, the others being 0 (with weights, their sum stands for n_train). The default is the
+            best of .01, .1, .3, 1 and 3 on digits (LDS). Published: 0, and a projection_dim that is tuned.
         seed: Of the projection.
         **options: Those of `GradientMethod`.
 
@@ -110,24 +111,37 @@ class TRAK(GradientMethod):
         places = random_places(n_parameters, k, self.seed).to(residuals.device)
         place = float64_device(residuals.device)
         gram = torch.zeros(k, k, dtype=torch.float64, device=place)
-        margins, doubts, sides = [], [], []
+        margins, doubts, own, sides = [], [], [], []
+        feature = self.loss.responses[0]
         for rows, batch in self.train_blocks(self.n_train_, show_progress):
             with torch.no_grad():
                 logits = self.batch_logits(model, batch)
             labels = self.train_labels(batch, logits.shape[1])
-            vectors = response_gradient(logits, labels, "margin")
+            asked = self.loss.asked(logits, batch.labels, "label", feature)
+            vectors = self.loss.response_gradient(logits, asked, feature)
             margins.append(count_sketch(self._gradients(model, batch, vectors), places, k))
             check_gradients(margins[-1], rows.start)
-            wide = as_float64(margins[-1])
-            gram += wide.T @ wide
-            doubts.append(tempered_residuals(logits, labels).gather(1, labels[:, None]))
-            if self.residuals != "training":
+            wide, doubt = as_float64(margins[-1]), self.loss.doubts(logits, labels)
+            gram += wide.T @ (wide if self._omega is None else wide * self._omega[rows].to(wide)[:, None])
+            if doubt is None:
+                residual = self.loss.residuals(logits, labels)
+                own.append(count_sketch(self._gradients(model, batch, residual), places, k))
+            else:
+                doubts.append(doubt)
+            if self.residuals != "training" or doubt is None:
                 sides.append(count_sketch(self._gradients(model, batch, residuals[rows]), places, k))
         inverse = self._inverse(gram, residuals.dtype)
-        return self._kernel(places, inverse, torch.cat(margins), torch.cat(doubts), sides)
+        q = torch.cat(doubts) if doubts else None
+        return self._kernel(places, inverse, torch.cat(margins), q, own, sides)
 
     def _kernel(
-        self, places: Tensor, inverse: Tensor, phi: Tensor, doubts: Tensor, sides: list[Tensor]
+        self,
+        places: Tensor,
+        inverse: Tensor,
+        phi: Tensor,
+        doubts: Tensor | None,
+        own: list[Tensor],
+        sides: list[Tensor],
     ) -> TRAKKernel:
         """What is kept: M is applied to phi itself, since phi, rounded, leaves the span that M was made of.
 
@@ -135,26 +149,35 @@ class TRAK(GradientMethod):
             places: Of `count_sketch`.
             inverse: M.
             phi: `(n_train, n_coordinates)`.
-            doubts: `1 - p` of the labels, `(n_train, 1)`.
-            sides: Projections of `J_i^T r_i` in blocks, none where these are `phi_i (1 - p_i)`.
+            doubts: q with `J_i^T (e_y - p) = q phi_i`, `(n_train, 1)`; None where there is none.
+            own: Projections of `J_i^T (e_y - p)` in blocks, where `doubts` is None.
+            sides: Projections of `J_i^T r_i` in blocks, none where these are `omega_i q phi_i`.
         """
+        if doubts is None:
+            left, right = torch.cat(own), torch.cat(sides)
+            applied = _applied(inverse, right)
+            return TRAKKernel(places, inverse, applied, _norms(right, inverse), (applied * left).sum(1))
         applied = _applied(inverse, phi)
         if not sides:
-            norms = _norms(phi, inverse) * doubts.squeeze(1)
-            return TRAKKernel(places, inverse, applied * doubts, norms, norms.square())
+            omega = 1.0 if self._omega is None else self._omega.to(doubts)
+            norms, features = _norms(phi, inverse) * doubts.squeeze(1).abs(), (applied * doubts).T * omega
+            return TRAKKernel(places, inverse, features.T.contiguous(), norms * omega, norms.square() * omega)
         right = torch.cat(sides)
-        own = (applied * right).sum(1) * doubts.squeeze(1)
-        return TRAKKernel(places, inverse, _applied(inverse, right), _norms(right, inverse), own)
+        mine = (applied * right).sum(1) * doubts.squeeze(1)
+        return TRAKKernel(places, inverse, _applied(inverse, right), _norms(right, inverse), mine)
 
     def _inverse(self, gram: Tensor, dtype: torch.dtype) -> Tensor:
         """M of `Phi^T Phi`, a sum of products of gradients of some dtype."""
-        rank, trace = min(len(gram), self.n_train_), float(gram.trace())
+        rank, trace = min(len(gram), self.weight_), float(gram.trace())
         unit, rounding = trace / rank, rounding_of(dtype)
         given = self.damping * unit
         if given < rounding * trace:  # more is safe whatever the eigenvalues are
             spectrum = torch.linalg.eigvalsh(gram)
             # With more coordinates than examples the rest is 0, which matters for the inverse alone.
-            least = max(least_lambda(spectrum[-rank:], rounding), least_lambda(spectrum, _INVERSE_ROUNDING))
+            least = max(
+                least_lambda(spectrum[-math.ceil(rank) :], rounding),
+                least_lambda(spectrum, _INVERSE_ROUNDING),
+            )
             check_damping(self.damping, [(least, given, unit)], rounding, "Or lower projection_dim.")
         damped = gram + torch.eye(len(gram)).to(gram) * given
         return torch.cholesky_inverse(torch.linalg.cholesky(damped))

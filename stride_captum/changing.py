@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from .data import inputs as data
-from .data.batch import is_batch
+from .data.batch import Batch, is_batch
 from .data.digests import Digests
 from .data.places import places
 from .errors import bad_type, bad_value
@@ -67,6 +67,9 @@ class ChangingTrainingSet(InfluenceMethod):
             TypeError: Examples of another kind, or without a length.
         """
         examples = new_examples(examples)
+        if isinstance(self.batch.sample_weight, Tensor):
+            must = "be a part of the batch for examples that come later"
+            raise bad_value("sample_weight", must, "a tensor", "Name the part, or fit again.")
         reader = self._reader_of(examples)
         return self._change(
             lambda state, model: state.operators.with_examples(*reader._read_as_fitted(state, model)),
@@ -94,6 +97,7 @@ class ChangingTrainingSet(InfluenceMethod):
             lambda state, model: state.operators.without_examples(keep),
             lambda dataset: data.some_examples(dataset, keep),
             lambda digests: digests.rows(keep),
+            self.batch.with_weights_of(keep),
         )
 
     def _read_again(self: Self, rows: Tensor) -> Self:
@@ -102,6 +106,7 @@ class ChangingTrainingSet(InfluenceMethod):
             must = "have a length, and examples that can be read one by one, for changed='update'"
             raise bad_value("train_dataset", must, type(self.train_dataset).__name__, "Fit again.")
         reader = self._reader_of(data.some_examples(self.train_dataset, rows))
+        reader.batch = self.batch.with_weights_of(rows)
         return self._change(
             lambda state, model: state.operators.with_others(rows, *reader._read_as_fitted(state, model)),
             lambda dataset: dataset,
@@ -111,14 +116,16 @@ class ChangingTrainingSet(InfluenceMethod):
     def _reader_of(self: Self, examples: Any) -> Self:
         """A copy of the method that reads other examples."""
         reader = copy.copy(self)
-        reader.train_dataset, reader._precomputed = examples, None
+        reader.train_dataset, reader._precomputed, reader._passes = examples, None, None
         return reader
 
-    def _read_as_fitted(self, state: STRIDEState, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """Features as the operators have them, logits and labels."""
+    def _read_as_fitted(
+        self, state: STRIDEState, model: nn.Module
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Features as the operators have them, logits, labels and weights."""
         read = self._read(model, state.taps, False)
         features = read.features if state.projection is None else state.projection(read.features)
-        return features, read.logits, read.labels
+        return features, read.logits, read.labels, read.weights
 
     def _digests_read(self) -> Digests:
         """Of the examples that `_read_as_fitted` has read."""
@@ -144,6 +151,7 @@ class ChangingTrainingSet(InfluenceMethod):
         change: Callable[[STRIDEState, nn.Module], Changed],
         dataset: Callable[[Any], Any],
         digests: Callable[[Digests], Digests],
+        batch: Batch | None = None,
     ) -> Self:
         """Fit the changed training set from what is known; nothing is changed if that fails."""
         self._check_changeable()
@@ -155,12 +163,13 @@ class ChangingTrainingSet(InfluenceMethod):
             for checkpoint, state in zip(self._checkpoints(), self._states or [], strict=True):
                 self._load(model, checkpoint)
                 new = change(state, model)
-                known = Precomputed(new.features, new.logits, new.labels, new.widths)
+                known = Precomputed(new.features, new.logits, new.labels, new.widths, new.weights)
                 training = self._training_set(model, state.taps, known, known=new.known)
                 states.append(replace(state, operators=self.operators.fit(training)))
         seen: Digests | None = getattr(self, "digests_", None)
         self.digests_ = None if seen is None else digests(seen)
         self._states, self.train_dataset = states, dataset(self.train_dataset)
+        self.batch = self.batch if batch is None else batch
         self._learned(states[-1])
         self._changed = True
         if self._precomputed is not None:

@@ -97,7 +97,11 @@ class DistributedSTRIDE(STRIDE):
         known, rows = method._precomputed, method.columns
         assert known is not None
         method._precomputed = Precomputed(
-            known.features[rows], known.logits[rows], known.labels[rows], known.widths
+            known.features[rows],
+            known.logits[rows],
+            known.labels[rows],
+            known.widths,
+            None if known.weights is None else known.weights[rows],
         )
         return method
 
@@ -122,10 +126,10 @@ class DistributedSTRIDE(STRIDE):
             whole = inputs is None and options.get("inputs_dataset") is None
             return self.ranks.all_gather(own, "self-influence") if whole else own
 
-    def mislabel_scores(self) -> Tensor:
+    def mislabel_scores(self, per_label: bool = False) -> Tensor:
         """As `STRIDE.mislabel_scores`, gathered on every rank."""
         with self.ranks.call("mislabel_scores"):
-            return self.ranks.all_gather(super().mislabel_scores(), "mislabel scores")
+            return self.ranks.all_gather(super().mislabel_scores(per_label), "mislabel scores")
 
     def save(self, path: str | Path) -> None:
         """Write what this rank has learnt to a file of its own, `path.rank0-of-4` and so on."""
@@ -174,14 +178,20 @@ class DistributedSTRIDE(STRIDE):
     def prepare_query(self, state: STRIDEState, model: nn.Module, batch: Any, query: Query) -> Any:
         operators, n = state.operators, len(batch)
         self.ranks.agree(f"{n} {query.response}", "inputs", "be the same test points on every rank")
-        sizes = [sum(tap.width for tap in state.taps), operators.n_classes, operators.n_classes, 1]
+        n_classes = operators.n_classes
+        sizes = [sum(tap.width for tap in state.taps), n_classes, n_classes, n_classes, 1]
         rows = torch.empty(n, sum(sizes), dtype=operators.dtype, device=operators.device)
         if self.ranks.rank == 0:
             points = self._points(state, model, batch, query)
-            parts = (points.features, points.logits, points.gradients, points.classes[:, None])
+            classes = points.asked.ndim == 1
+            asked = points.asked[:, None].expand(n, n_classes) if classes else points.asked
+            kind = torch.full((n, 1), float(classes))
+            parts = (points.features, points.logits, points.gradients, asked, kind)
             rows = torch.cat([part.to(rows) for part in parts], 1)
-        h, z, gradients, classes = self.ranks.broadcast(rows, "test points").split(sizes, 1)
-        return operators.prepare(TestPoints(h, z, classes[:, 0].long(), gradients, query.response))
+        h, z, gradients, asked, kind = self.ranks.broadcast(rows, "test points").split(sizes, 1)
+        if bool(kind.all()):
+            asked = asked[:, 0].long()
+        return operators.prepare(TestPoints(h, z, asked, gradients, query.response))
 
     def _column_blocks(self, size: int) -> Iterator[tuple[slice, Any]]:
         for columns in blocks(self.columns.stop - self.columns.start, max(size, 1)):

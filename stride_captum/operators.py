@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .errors import bad_type, bad_value
 from .features.projection import Projection
 from .layers.pooling import Tap
+from .losses import CrossEntropy, Loss
 from .options import Options
 from .system.processes import SINGLE_PROCESS, SingleProcess
 from .system.saved_values import saved_as
@@ -33,7 +34,7 @@ class TrainingSet:
     Attributes:
         features: h, raw, `(n_train, n_features)`; memory-mapped where the operators `stream`.
         logits: z, `(n_train, n_classes)`.
-        labels: y, `(n_train,)` int64, on the working device.
+        labels: y as the loss has them, `(n_train,)` int64 or `(n_train, n_classes)`, on the working device.
         widths: Widths of the layers, in the order of the columns.
         model: The network, in eval mode.
         layers: Names of the layers.
@@ -44,6 +45,8 @@ class TrainingSet:
         show_progress: Whether to show a bar.
         known: `Changed.known` of these examples, if they come from fitted operators.
         n_checkpoints: Checkpoints over which scores are averaged.
+        weights: omega of each example, `(n_train,)` float64 on the working device; None for 1.
+        loss: What the model was trained with.
     """
 
     features: Tensor
@@ -58,11 +61,13 @@ class TrainingSet:
     show_progress: bool = False
     known: Any = None
     n_checkpoints: int = 1
+    weights: Tensor | None = None
+    loss: Loss = field(default_factory=CrossEntropy)
 
     @property
     def usual_residuals(self) -> Literal["both", "temperature"]:
         """Out-of-sample residuals: with a ridge head for one model, which hurts averages over several."""
-        return "both" if self.n_checkpoints == 1 else "temperature"
+        return "temperature" if self.n_checkpoints > 1 and self.loss.tempered else "both"
 
 
 @dataclass(frozen=True)
@@ -72,16 +77,16 @@ class TestPoints:
     Attributes:
         features: h, raw, `(n_test, n_features)`.
         logits: z, `(n_test, n_classes)`.
-        classes: Class c of the response, `(n_test,)` int64.
+        asked: What the response is about (`Loss.asked`); with cross-entropy its class, `(n_test,)` int64.
         gradients: Of the response with respect to the logits, `(n_test, n_classes)`.
-        response: One of `responses.RESPONSES`.
+        response: One of `Loss.responses`.
     """
 
     __test__ = False  # the name is not that of a test
 
     features: Tensor
     logits: Tensor
-    classes: Tensor
+    asked: Tensor
     gradients: Tensor
     response: str
 
@@ -93,9 +98,10 @@ class Changed:
     Attributes:
         features: `(n_train, n_features)`.
         logits: `(n_train, n_classes)`.
-        labels: `(n_train,)`.
+        labels: `(n_train,)`, or `(n_train, n_classes)`.
         widths: Widths of the layers.
         known: For `TrainingSet.known`.
+        weights: omega of each example, `(n_train,)`; None for 1.
     """
 
     features: Tensor
@@ -103,6 +109,7 @@ class Changed:
     labels: Tensor
     widths: list[int]
     known: Any = None
+    weights: Tensor | None = None
 
 
 class Operators(Options, ABC):
@@ -202,6 +209,10 @@ class FittedOperators(ABC):
         """As `mislabel_scores`, for examples that the model has not seen; None: the operators do not know."""
         return None
 
+    def mislabel_scores_of_outputs(self) -> Tensor | None:
+        """How suspect the label of each output is, `(n_train, n_classes)`; None: it is not known."""
+        return None
+
     # For `Operators.streams`.
 
     def without_features(self) -> FittedOperators:
@@ -214,15 +225,24 @@ class FittedOperators(ABC):
 
     # For `Operators.changeable`.
 
-    def with_examples(self, features: Tensor, logits: Tensor, labels: Tensor) -> Changed:
-        """The training set with k examples behind it: `(k, n_features)`, `(k, n_classes)`, `(k,)`."""
+    def with_examples(
+        self, features: Tensor, logits: Tensor, labels: Tensor, weights: Tensor | None = None
+    ) -> Changed:
+        """The training set with k examples behind it: `(k, n_features)`, `(k, n_classes)`, `(k,)`, `(k,)`."""
         raise NotImplementedError
 
     def without_examples(self, keep: Tensor) -> Changed:
         """Some examples of the training set, in order: rows `(n_kept,)` on the CPU."""
         raise NotImplementedError
 
-    def with_others(self, rows: Tensor, features: Tensor, logits: Tensor, labels: Tensor) -> Changed:
+    def with_others(
+        self,
+        rows: Tensor,
+        features: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        weights: Tensor | None = None,
+    ) -> Changed:
         """The training set with other examples in the places `rows`, `(k,)`."""
         raise NotImplementedError
 

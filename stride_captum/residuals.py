@@ -13,6 +13,7 @@ they matter. The options take them back out of the sample.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -84,21 +85,25 @@ def choose_residuals(
     predictions: Tensor,
     temperature: float,
     ratio: Tensor | float | None = None,
+    residuals_of: Callable[[Tensor, Tensor, float], Tensor] = tempered_residuals,
+    encoded: Callable[[Tensor, Tensor], Tensor] = one_hot,
 ) -> tuple[Tensor, Tensor | float]:
     """The residuals that the option `residuals` names.
 
     Args:
         kind: "training", "temperature", "leave-one-out" or "both".
         logits: `(n, n_classes)`.
-        labels: `(n,)` int64.
+        labels: `(n,)` int64, or what `residuals_of` takes.
         predictions: q of the ridge head, on the simplex, `(n, n_classes)`.
         temperature: T.
         ratio: Factor of the ridge part of "both"; None gives it the norm of the other part.
+        residuals_of: `f(logits, labels, T)`, the residuals of another loss.
+        encoded: `f(labels, logits)`, what its ridge head is fitted to, `(n, n_classes)`.
 
     Returns:
         Residuals `(n, n_classes)` and the factor that was used.
     """
-    tempered, ridge = tempered_residuals(logits, labels, temperature), one_hot(labels, logits) - predictions
+    tempered, ridge = residuals_of(logits, labels, temperature), encoded(labels, logits) - predictions
     if ratio is None:
         squares = [as_float64(part).square().sum() for part in (tempered, ridge)]
         ratio = torch.as_tensor(ratio_of_norms(*map(float, squares))).to(logits)
@@ -106,7 +111,7 @@ def choose_residuals(
         return (1 - RIDGE_SHARE) * tempered + RIDGE_SHARE * ratio * ridge, ratio
     if kind == "leave-one-out":
         return ridge, ratio
-    return (tempered if kind == "temperature" else tempered_residuals(logits, labels)), ratio
+    return (tempered if kind == "temperature" else residuals_of(logits, labels, 1.0)), ratio
 
 
 def ratio_of_norms(above: float, below: float) -> float:
@@ -136,16 +141,37 @@ def simplex_shift(points: Tensor) -> Tensor:
     return excess.gather(-1, support - 1) / support
 
 
+def _doubts(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """`1 - p_y` of each row, `(n,)`."""
+    return tempered_residuals(logits, labels, temperature).gather(1, labels[:, None]).squeeze(1)
+
+
 def mean_residual(
-    logits: Tensor, labels: Tensor, temperature: float = 1.0, ranks: SingleProcess = SINGLE_PROCESS
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    ranks: SingleProcess = SINGLE_PROCESS,
+    each: Callable[[Tensor, Tensor, float], Tensor] = _doubts,
+    weights: Tensor | None = None,
 ) -> float:
-    """Mean of half the L1 norm of `e_y - p`, which is the mean of `1 - p_y`; in float64, block by block."""
+    """Mean of half the L1 norm of `e_y - p`, which is the mean of `1 - p_y`; in float64, block by block.
+
+    Args:
+        logits: `(n, n_classes)`.
+        labels: `(n,)` int64, or what `each` takes.
+        temperature: T.
+        ranks: Who else has a share of the training set.
+        each: `f(logits, labels, T)`, the same of each row for another loss, `(n,)`.
+        weights: omega of each row, `(n,)`; None for 1.
+    """
     device = float64_device(labels.device)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for rows in blocks(len(labels), max(_LOGITS // logits.shape[1], 1)):
         z, y = to_device(logits[rows], device, torch.float64), labels[rows].to(device)
-        total += tempered_residuals(z, y, temperature).gather(1, y[:, None]).sum()
-    whole, n = ranks.sums("mean residual", float(total), len(labels))
+        doubts = each(z, y, temperature)
+        total += (doubts if weights is None else doubts * weights[rows].to(doubts)).sum()
+    size = len(labels) if weights is None else float(as_float64(weights).sum())
+    whole, n = ranks.sums("mean residual", float(total), size)
     return whole / n
 
 
@@ -156,6 +182,8 @@ def match_temperature(
     low: float = 1.0,
     high: float = 100.0,
     ranks: SingleProcess = SINGLE_PROCESS,
+    each: Callable[[Tensor, Tensor, float], Tensor] = _doubts,
+    weights: Tensor | None = None,
 ) -> float:
     """The temperature at which the mean residual of the training set is that of held-out data.
 
@@ -170,14 +198,20 @@ def match_temperature(
         low: Smallest temperature.
         high: Largest temperature.
         ranks: Who else has a share of the training set.
+        each: As for `mean_residual`.
+        weights: As for `mean_residual`.
     """
-    if mean_residual(logits, labels, low, ranks) >= target:
+
+    def at(temperature: float) -> float:
+        return mean_residual(logits, labels, temperature, ranks, each, weights)
+
+    if at(low) >= target:
         return low
-    if mean_residual(logits, labels, high, ranks) <= target:
+    if at(high) <= target:
         return high
     while high / low > 1 + 1e-4:
         middle = math.sqrt(low * high)
-        if mean_residual(logits, labels, middle, ranks) < target:
+        if at(middle) < target:
             low = middle
         else:
             high = middle

@@ -128,7 +128,7 @@ def class_labels(labels: Tensor, n_classes: int, argument: str) -> Tensor:
     if real and not bool((flat == flat.round()).all()):
         wrong = flat[flat != flat.round()][0].item()
         raise bad_value(
-            argument, "hold class indices", f"the value {wrong}", "Targets of a regression are not supported."
+            argument, "hold class indices", f"the value {wrong}", "Targets of a regression need loss='mse'."
         )
     classes = flat.long()
     outside = (classes < 0) | (classes >= n_classes)
@@ -136,7 +136,7 @@ def class_labels(labels: Tensor, n_classes: int, argument: str) -> Tensor:
         wrong = flat[outside][0].item()
         remedy = None
         if real:
-            remedy = "Whole numbers that are no classes look like a regression, which is not supported."
+            remedy = "Whole numbers that are no classes look like a regression, which needs loss='mse'."
         elif wrong < 0:
             remedy = "Leave out examples without a label (-1, -100, ...)."
         raise bad_value(argument, f"hold class indices in [0, {n_classes})", wrong, remedy)
@@ -152,5 +152,5 @@ def _labels_of_another_kind(labels: Tensor) -> str:
     if not labels.is_floating_point() or bool(((labels == 0) | (labels == 1)).all()):
         if bool((labels.sum(1) == 1).all()):
             return "One-hot labels: write labels.argmax(1)."
-        return "Several labels, or a sequence of labels, for an example are not supported."
-    return "Soft labels and several regression targets are not supported."
+        return "Several labels for an example need loss='binary_cross_entropy'."
+    return "Soft labels need one column for each class; targets of a regression need loss='mse'."

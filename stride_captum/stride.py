@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,10 +29,9 @@ from .influence.method import Query
 from .influence.temperature import choose_temperature
 from .layers.activations import Tap, default_taps, named_taps, recording
 from .layers.probes import check_deterministic
-from .losses import CrossEntropy, loss_of
+from .losses import Loss, loss_of
 from .operators import FittedOperators, Operators, STRIDEState, TestPoints, TrainingSet, operators_of
 from .options import html_table
-from .responses import response_gradient
 from .system.fingerprints import weights_fingerprint
 
 Self = TypeVar("Self", bound="STRIDE")
@@ -65,7 +64,7 @@ class STRIDE(ChangingTrainingSet):
             first `fit` fills it; later ones, also of other processes and with other options, start
             from it without the pass. The closed form reads it chunk by chunk and never holds all of
             it; trained operators hold the features in memory.
-        response: Default response; None means "margin", or what the operators want.
+        response: Default response; None means the first of the loss ("margin"), or what the operators want.
         target: Default class of the response; None means "label", or what the operators want.
         normalize: Default normalization, None or "cosine".
         memory_budget: Memory of one block of work: bytes, "512MiB", or "auto".
@@ -113,12 +112,12 @@ class STRIDE(ChangingTrainingSet):
         target: str | None = None,
         normalize: str | None = None,
         memory_budget: int | str = "256MiB",
-        loss: str | CrossEntropy = "cross_entropy",
+        loss: str | Loss = "cross_entropy",
         batch: Batch | None = None,
         ids: Sequence[Any] | None = None,
     ) -> None:
         self.operators = ClosedForm() if operators is None else operators_of(operators)
-        usual: dict[str, Any] = {"response": "margin", "target": "label", "features": Features()}
+        usual: dict[str, Any] = {"response": None, "target": "label", "features": Features()}
         wanted = usual | self.operators.defaults()
         super().__init__(
             model,
@@ -154,7 +153,7 @@ class STRIDE(ChangingTrainingSet):
         labels: Any,
         *,
         widths: Sequence[int] | None = None,
-        loss: str | CrossEntropy = "cross_entropy",
+        loss: str | Loss = "cross_entropy",
         projection: Features | None = None,
         **options: Any,
     ) -> Self:
@@ -203,9 +202,12 @@ class STRIDE(ChangingTrainingSet):
             model=model,
             layers=[str(tap) for tap in taps],
             memory_budget=self.memory_budget,
-            temperature=partial(choose_temperature, self, model, read.logits, read.labels),
+            temperature=lambda given: choose_temperature(
+                self, model, read.logits, read.labels, given, read.weights
+            ),
             ranks=self.ranks,
             n_checkpoints=len(self._checkpoints()),
+            loss=self.loss,
             **more,
         )
 
@@ -226,9 +228,9 @@ class STRIDE(ChangingTrainingSet):
     def _points(self, state: STRIDEState, model: nn.Module, batch: Any, query: Query) -> TestPoints:
         """What operators need to know of test points."""
         features, logits, outputs = self._read_batch(model, state.taps, batch, state.projection)
-        response, classes = self.loss.response_of(outputs, query.response), query.classes(logits, batch)
-        gradients = response_gradient(logits, classes, response)
-        return TestPoints(features, logits, classes, gradients, response)
+        response, asked = self.loss.response_of(outputs, query.response), query.asked(logits, batch)
+        gradients = self.loss.response_gradient(logits, asked, response)
+        return TestPoints(features, logits, asked, gradients, response)
 
     @override
     def score_columns(self, state: STRIDEState, prepared: Any, columns: slice) -> Tensor:
@@ -270,7 +272,7 @@ class STRIDE(ChangingTrainingSet):
     def train_vectors(self, state: STRIDEState, rows: Tensor) -> Tensor | None:
         return state.operators.train_vectors(rows)
 
-    def mislabel_scores(self) -> Tensor:
+    def mislabel_scores(self, per_label: bool = False) -> Tensor:
         """How suspect each training label is, `(n_train,)`: high means suspect.
 
         With closed-form operators this is the norm of the leave-one-out residual of a ridge head on
@@ -279,9 +281,23 @@ class STRIDE(ChangingTrainingSet):
 
         If each example is one that some of the checkpoints have not seen (`Checkpoint(seen=...)`, as of
         `retrain`), these judge it: the mean over them of `|e_y - p|`.
+
+        Args:
+            per_label: Whether to return the residual of each output without its sign, `(n_train, n_outputs)`:
+                which of several labels is suspect.
+
+        Raises:
+            ValueError: `per_label` with operators that do not know it.
         """
         if self._states is None:
             self.fit()
+        if per_label:
+            outputs = [state.operators.mislabel_scores_of_outputs() for state in self._states or []]
+            whole = [part * w for part, w in zip(outputs, self._weights, strict=True) if part is not None]
+            if len(whole) != len(outputs):
+                must = f"be False for operators={self.operators.name!r}"
+                raise bad_value("per_label", must, True, "Take the closed form.")
+            return torch.stack(whole).sum(0)
         judged = self._judged_out_of_sample()
         if judged is not None:
             return judged
@@ -370,20 +386,43 @@ class STRIDE(ChangingTrainingSet):
             return taps, self._read(model, taps, show_progress)
         store, key = self._store(self._checkpoint_index, weights_fingerprint(model))
         taps = store.taps(key) or self._choose_taps(model)
+        weights: list[Tensor] = []
         with recording(model, taps) as run:
-            stored = store.fill(key, taps, self._passing(show_progress), partial(self._compute, run))
+            batches = self._weighed(self._passing(show_progress), weights)
+            stored = store.fill(key, taps, batches, partial(self._compute, run))
+        labels = stored.labels.to(self._work_device())
         return stored.taps, Precomputed(
             self._placed(stored.features),
             self._placed(stored.logits),
-            stored.labels.to(self._work_device()),
+            labels,
             [tap.width for tap in stored.taps],
+            self._all_weights(weights, labels),
         )
 
     def _read(self, model: nn.Module, taps: Sequence[Tap], show_progress: bool) -> Precomputed:
         """One forward pass over the training set."""
         expected = data.count_examples(self.train_dataset)
-        read = read_training_set(model, taps, self._passing(show_progress), self._compute, expected)
-        return Precomputed(*read, [tap.width for tap in taps])
+        weights: list[Tensor] = []
+        batches = self._weighed(self._passing(show_progress), weights)
+        features, logits, labels = read_training_set(model, taps, batches, self._compute, expected)
+        widths = [tap.width for tap in taps]
+        return Precomputed(features, logits, labels, widths, self._all_weights(weights, labels))
+
+    @staticmethod
+    def _weighed(batches: Iterable[ExampleBatch], weights: list[Tensor]) -> Iterator[ExampleBatch]:
+        """The batches, whose sample weights join a list."""
+        for batch in batches:
+            if batch.weights is not None:
+                weights.append(batch.weights)
+            yield batch
+
+    def _all_weights(self, weights: list[Tensor], labels: Tensor) -> Tensor | None:
+        """Omega of the training set, `(n_train,)`: sample weights times those of the loss; None for 1."""
+        of_loss = self.loss.weights(labels)
+        if not weights:
+            return of_loss
+        own = torch.cat(weights).to(labels.device)
+        return own if of_loss is None else own * of_loss
 
     def _passing(self, show_progress: bool) -> Any:
         what = f"fitting {type(self).__name__}"
@@ -428,6 +467,9 @@ class STRIDE(ChangingTrainingSet):
         asked = f"{self.features.select}, at most {self.features.max_width}"
         layers = asked if self.layers is None else ", ".join(map(str, self.layers))
         key = self.feature_store.key(weights, self.model, self.train_dataset, layers)
+        outputs = getattr(self.loss, "outputs", None) or "logits"
+        if (self.loss.name, outputs) != ("cross_entropy", "logits"):  # which older stores do not name
+            key["loss"] = f"{self.loss.name}, {outputs}"
         store = self.feature_store if self.checkpoints is None else self.feature_store.for_checkpoint(index)
         return store, key
 

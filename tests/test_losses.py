@@ -138,9 +138,9 @@ def test_rounded_probabilities_are_seen(dtype):
 def test_losses_by_name_and_by_object():
     assert loss_of("cross_entropy") == CrossEntropy()
     assert loss_of(CrossEntropy(outputs="logits")).outputs == "logits"
-    with pytest.raises(ValueError, match=r"`loss` must be one of 'cross_entropy'; got 'crossentropy'"):
+    with pytest.raises(ValueError, match=r"`loss` must be one of 'cross_entropy', .*; got 'crossentropy'"):
         loss_of("crossentropy")
-    with pytest.raises(TypeError, match=r"`loss` must be 'cross_entropy' or a loss"):
+    with pytest.raises(TypeError, match=r"`loss` must be a name or a loss"):
         loss_of(nn.CrossEntropyLoss())
     with pytest.raises(ValueError, match=r"`outputs` must be one of 'logits', 'probabilities'; got 'probs'"):
         CrossEntropy(outputs="probs")

@@ -520,7 +520,7 @@ class TestFromFeatures:
         [
             ({"features": torch.zeros(60)}, r"`features` must have 2 dimensions .*shape \(60,\)"),
             ({"logits": torch.zeros(59, 3)}, r"`logits` must have .* n_train = 60 rows; got shape \(59, 3\)"),
-            ({"labels": torch.zeros(60, 1)}, r"`labels` must have 1 dimensions .*shape \(60, 1\)"),
+            ({"labels": torch.zeros(60, 1, 1)}, r"`labels` must have 1 or 2 dimensions .*shape \(60, 1, 1\)"),
             ({"labels": torch.full((60,), 3)}, r"`labels` must hold class indices in \[0, 3\); got 3"),
             ({"widths": [5, 9]}, "`widths` must add up to n_features = 13; got 14"),
         ],

@@ -3,9 +3,10 @@
 With the Jacobian J_x of the logits with respect to the parameters, the gradient g of the response and
 the residual r_i of a training example (`e_y - p`, minus the loss gradient with respect to the logits),
 
-    score(x, i) = (J_x^T g)^T M (J_i^T r_i),
+    score(x, i) = (J_x^T g)^T M (J_i^T r_i)
 
-where M is what distinguishes the methods. A positive score is a proponent for every positive definite M.
+times the weight omega_i of the training example where examples have weights. M is what distinguishes the
+methods. A positive score is a proponent for every positive definite M.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from ...data.batch import ExampleBatch
 from ...errors import bad_choice, bad_value
 from ...influence.method import Query
 from ...influence.temperature import choose_temperature
-from ...residuals import choose_residuals, tempered_residuals
-from ...responses import response_gradient
 from ...stride import STRIDE
 from ...system.memory import rows_that_fit
 from ...system.saved_values import saved_as
@@ -39,8 +38,8 @@ class GradientState:
     """What a gradient method keeps.
 
     Attributes:
-        residuals: r_i, `(n_train, n_classes)`.
-        loss_residuals: `e_y - p`, the same where no other residuals are asked for.
+        residuals: r_i times the weight of the example, `(n_train, n_classes)`.
+        loss_residuals: Minus the gradient of the loss (`e_y - p`), without the weight.
         temperature: T of tempered residuals.
         kernel: What the method needs to apply M.
         norms: `|J_i^T r_i|_M`, `(n_train,)`; None until they are asked for.
@@ -85,6 +84,7 @@ class GradientMethod(OnWorkingCopy):
 
     Attributes:
         parameters_: Names of the parameters that gradients are taken of.
+        weight_: W, the sum of the weights of the training examples; n_train without weights.
     """
 
     needs_gradients: ClassVar[bool] = True
@@ -105,8 +105,12 @@ class GradientMethod(OnWorkingCopy):
             raise bad_choice("residuals", residuals, get_args(Residuals))
         if temperature is not None and not temperature > 0:
             raise bad_value("temperature", "be positive, or None", temperature)
+        if residuals == "temperature" and not self.loss.tempered:
+            must = f"be one of the others for loss={self.loss.name!r}, which has no temperature"
+            raise bad_value("residuals", must, repr(residuals))
         self.residuals = residuals
         self.temperature = temperature
+        self._omega: Tensor | None = None  # weights of the training examples, as `fit` has read them
 
     # What a subclass says.
 
@@ -133,6 +137,7 @@ class GradientMethod(OnWorkingCopy):
         with torch.no_grad():
             residuals, loss_residuals, temperature = self._read_residuals(model, show_progress)
         self.n_train_ = len(residuals)
+        self.weight_ = float(self.n_train_ if self._omega is None else self._omega.sum())
         kernel = self._fit_kernel(model, residuals, show_progress)
         return GradientState(residuals, loss_residuals, temperature, kernel)
 
@@ -152,20 +157,26 @@ class GradientMethod(OnWorkingCopy):
             check_gradients(flat(self._gradients(model, batch, residuals[rows])), rows.start)
 
     def _read_residuals(self, model: nn.Module, show_progress: bool) -> tuple[Tensor, Tensor, float]:
-        logits, labels = [], []
+        logits, labels, weights = [], [], []
         for batch in self.train_batches(show_progress):
             logits.append(self.batch_logits(model, batch))
             labels.append(self.train_labels(batch, logits[-1].shape[1]))
+            omega = self.train_weights(batch, labels[-1])
+            if omega is not None:
+                weights.append(omega)
         z, y = torch.cat(logits), torch.cat(labels)
+        self._omega = torch.cat(weights) if weights else None
         if not bool(torch.isfinite(z).all()):
             wrong = int((~torch.isfinite(z).all(1)).nonzero()[0])
             raise bad_value("model", "return finite logits", f"NaN or infinity for training example {wrong}")
-        temperature = choose_temperature(self, model, z, y, self.temperature)
-        loss_residuals = tempered_residuals(z, y)
-        if self.residuals == "training":
-            return loss_residuals, loss_residuals, temperature
-        if self.residuals == "temperature":
-            return tempered_residuals(z, y, temperature), loss_residuals, temperature
+        temperature = choose_temperature(self, model, z, y, self.temperature, self._omega)
+        loss_residuals = self.loss.residuals(z, y)
+        if self.residuals in ("training", "temperature"):
+            given = 1.0 if self.residuals == "training" else temperature
+            residuals = loss_residuals if given == 1.0 else self.loss.residuals(z, y, given)
+            if self._omega is not None:
+                residuals = residuals * self._omega.to(residuals)[:, None]
+            return residuals, loss_residuals, temperature
         return self._out_of_sample(model, temperature), loss_residuals, temperature
 
     def _out_of_sample(self, model: nn.Module, temperature: float) -> Tensor:
@@ -177,7 +188,10 @@ class GradientMethod(OnWorkingCopy):
             device=self.device,
             loss=self.loss,
             batch=self.batch,
-            operators=ClosedForm(residuals=self.residuals, temperature=temperature),  # type: ignore[arg-type]
+            operators=ClosedForm(
+                residuals=self.residuals,  # type: ignore[arg-type]
+                temperature=temperature if self.loss.tempered else None,
+            ),
         )
         stride._passes = self._training_passes()  # so that it reads the same examples, or says so
         try:
@@ -206,7 +220,7 @@ class GradientMethod(OnWorkingCopy):
             outputs = batch.outputs(model)
         logits = widened(batch.logits_of(outputs))
         response = self.loss.response_of(outputs, query.response)
-        return response_gradient(logits, query.classes(logits, batch), response)
+        return self.loss.response_gradient(logits, query.asked(logits, batch), response)
 
     @override
     def prepare_query(self, state: GradientState, model: nn.Module, batch: Any, query: Query) -> Any:
@@ -258,7 +272,7 @@ class GradientMethod(OnWorkingCopy):
         if rows is not None:
             check_gradients(sides, rows.start)
         other = sides
-        if self.residuals != "training":
+        if left is not right:
             other = self._side(state.kernel, self._gradients(model, batch, left))
         return (other * self._precondition(state.kernel, sides)).sum(1)
 
@@ -267,6 +281,9 @@ class GradientMethod(OnWorkingCopy):
     ) -> tuple[Tensor, Tensor]:
         """`e_y - p` and r of training examples, or (`rows` is None) of examples outside the training set."""
         if rows is not None:
+            if state.residuals is state.loss_residuals:
+                both = state.residuals[rows]
+                return both, both
             return state.loss_residuals[rows], state.residuals[rows]
         if self.residuals not in ("training", "temperature"):
             raise bad_value(
@@ -274,10 +291,11 @@ class GradientMethod(OnWorkingCopy):
             )
         with torch.no_grad():
             logits = self.batch_logits(model, batch)
-        labels = Query("loss", "label").classes(logits, batch)
-        none = torch.zeros_like(logits)
-        right, _ = choose_residuals(self.residuals, logits, labels, none, state.temperature)
-        return tempered_residuals(logits, labels), right
+        labels = Query("loss", "label").asked(logits, batch)
+        left = self.loss.residuals(logits, labels)
+        if self.residuals == "training":
+            return left, left
+        return left, self.loss.residuals(logits, labels, state.temperature)
 
     def _inverse_norms(self, state: GradientState, prepared: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
         if state.norms is None:

@@ -1,20 +1,16 @@
-"""Moments of the class probabilities of a training set, free of cancellation in `1 - p` and `diag p - p p^T`.
-
-`E[diag p - p p^T]` is the Laplacian of a graph: beside its diagonal stands `-E[p_a p_b]`, and rows sum to 0.
-So each entry of the diagonal is a sum of positive numbers. A model that is sure of its training set, with
-probabilities 1e-100 away from 0 and 1, has a covariance as accurate as any other.
-"""
+"""Moments of the expected Hessians of a training set: the output side of the curvature."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..errors import bad_value
-from ..linalg import add_gram_matrix
+from ..losses import CrossEntropy, Loss
+from ..losses.hessians import softmax_hessians as probabilities
+from ..system.devices import as_float64
 from ..system.processes import SINGLE_PROCESS, SingleProcess
 from ..system.to_device import TrainingBlocks
 
@@ -27,65 +23,28 @@ _ENOUGH = 30.0
 
 
 @dataclass
-class Probabilities:
-    """Softmax of some rows of logits, with each row's largest probability kept apart.
-
-    Attributes:
-        others: p with 0 in the place of the largest, `(n, n_classes)` float64.
-        first: Where the largest is, `(n, 1)` int64.
-        rest: 1 minus the largest, as the sum of the others, `(n, 1)`.
-    """
-
-    others: Tensor
-    first: Tensor
-    rest: Tensor
-
-    @property
-    def largest(self) -> Tensor:
-        """The largest probability of each row, `(n, 1)`."""
-        return 1 - self.rest
-
-    def whole(self) -> Tensor:
-        """p, `(n, n_classes)`."""
-        return self.others.scatter(1, self.first, self.largest)
-
-    def residuals(self, labels: Tensor) -> Tensor:
-        """`e_y - p`, `(n, n_classes)`; 1 - p_y is the sum of the other classes.
-
-        Args:
-            labels: y, `(n,)` int64.
-        """
-        others = self.whole().scatter_(1, labels[:, None], 0.0)
-        return others.neg().scatter_(1, labels[:, None], others.sum(1, keepdim=True))
-
-    def variances(self) -> Tensor:
-        """`p (1 - p)`, `(n, n_classes)`."""
-        small = self.others * (1 - self.others)
-        return small.scatter_(1, self.first, self.largest * self.rest)
-
-
-def probabilities(logits: Tensor, temperature: float) -> Probabilities:
-    """`softmax(z / T)` of logits in float64, `(n, n_classes)`; NaN where the largest logit is not finite."""
-    largest, first = logits.max(1, keepdim=True)
-    others = ((logits - largest) / temperature).exp_().scatter_(1, first, 0.0)
-    rest = others.sum(1, keepdim=True)
-    others /= 1 + rest
-    return Probabilities(others, first, torch.where(largest.isfinite(), rest / (1 + rest), torch.nan))
-
-
-@dataclass
 class ClassMoments:
-    """What the closed form needs to know of the probabilities of a whole training set.
+    """What the closed form needs to know of the outputs for a whole training set.
 
     Attributes:
-        covariance: `Sigma = E[diag p - p p^T]`, or its diagonal, divided by `unit`; float64.
-        unit: The mean of the C - 1 eigenvalues that Sigma can have.
-        residual_square: `sum_i |e_{y_i} - p_i|^2`.
+        covariance: `Sigma = E[H]`, or its diagonal, divided by `unit`; float64. With cross-entropy
+            `H = diag p - p p^T`.
+        unit: The mean of the eigenvalues that Sigma can have.
+        residual_square: `sum_i omega_i |r_i|^2`; of each output where these are judged apart.
+        level: What a relative damping is relative to, in `unit`: a number, or one an output `(n_outputs,)`.
+        damped: Whether Sigma itself is damped.
     """
 
     covariance: Tensor
     unit: float
-    residual_square: float
+    residual_square: Tensor | float
+    level: Tensor | float = 1.0
+    damped: bool = True
+
+    @property
+    def on_diagonal(self) -> Tensor | float:
+        """What the damping of Sigma is relative to, 0 where it is not damped."""
+        return self.level if self.damped else 0.0
 
 
 def class_moments(
@@ -93,52 +52,53 @@ def class_moments(
     temperature: float,
     diagonal_only: bool = False,
     ranks: SingleProcess = SINGLE_PROCESS,
+    loss: Loss | None = None,
 ) -> ClassMoments:
     """One pass over the logits.
 
     Args:
         data: The training set.
-        temperature: T of `p = softmax(z / T)`.
+        temperature: T of `z / T`.
         diagonal_only: Keep the diagonal of Sigma alone.
         ranks: Who else has a share of the training set.
+        loss: What the model was trained with; None for cross-entropy.
 
     Raises:
         ValueError: Logits with NaN or infinity, or no uncertainty left that float64 could hold.
     """
+    loss = CrossEntropy() if loss is None else loss
     n_classes = data.logits.shape[1]
     like = data.logits_of(slice(0, 0))
+    diagonal_only = diagonal_only or loss.apart
     total = like.new_zeros(n_classes if diagonal_only else (n_classes, n_classes))
-    square = like.new_zeros(())
+    square = like.new_zeros(n_classes if loss.apart else 1)
     for rows in data:
         z = data.logits_of(rows)
-        p = probabilities(z, temperature)
-        if diagonal_only:
-            total += p.variances().sum(0)
-        else:
-            add_gram_matrix(total, p.whole())
-        square += p.residuals(data.labels_of(rows)).square().sum()
+        hessians, omega = loss.hessians(z, temperature), data.weights_of(rows, z)
+        hessians.add_to(total, omega)
+        each = hessians.residuals(loss.residual_labels(data.labels_of(rows), z)).square()
+        each = each if omega is None else each * omega[:, None]
+        square += each.sum(0) if loss.apart else each.sum()
     if not bool(total.isfinite().all()):
-        raise _not_finite(data)
-    whole = ranks.all_reduce(total if diagonal_only else _laplacian(total), "class covariance")
-    residual_square, n_train = ranks.sums("norms of the residuals", float(square), len(data.labels))
-    covariance = whole / n_train
-    unit = float(covariance.sum() if diagonal_only else covariance.trace()) / (n_classes - 1)
-    if not unit > _LEAST:
-        raise _certain(data, temperature)
-    return ClassMoments(covariance / unit, unit, residual_square)
+        raise _not_finite(data, loss)
+    whole = ranks.all_reduce(loss.covariance(total), "class covariance")
+    residual_square = ranks.all_reduce(square, "norms of the residuals")
+    size = len(data.labels) if data.weights is None else float(data.weights.sum())
+    (weight,) = ranks.sums("number of examples", size)
+    covariance = whole / weight
+    unit = loss.unit(covariance)
+    if not unit > _LEAST or (loss.apart and not bool((covariance > _LEAST).all())):
+        raise _certain(data, temperature, loss)
+    covariance = covariance / unit
+    squares = residual_square if loss.apart else float(residual_square)
+    return ClassMoments(covariance, unit, squares, loss.level(covariance), loss.damps_outputs)
 
 
-def _laplacian(products: Tensor) -> Tensor:
-    """`diag p - p p^T` from `p p^T`, both summed over examples: every row of the result sums to 0."""
-    beside = products.fill_diagonal_(0.0)
-    return beside.sum(1).diag() - beside
-
-
-def _not_finite(data: TrainingBlocks) -> ValueError:
-    """What to say of the first example whose probabilities are not numbers."""
+def _not_finite(data: TrainingBlocks, loss: Loss) -> ValueError:
+    """What to say of the first example whose outputs are not numbers."""
     for rows in data:
         z = data.logits_of(rows)
-        wrong = probabilities(z, 1.0).rest.isnan().squeeze(1)
+        wrong = loss.hessians(z, 1.0).undefined()
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0])
             what = "NaN" if bool(z[row].isnan().any()) else "infinity"
@@ -147,12 +107,11 @@ def _not_finite(data: TrainingBlocks) -> ValueError:
     raise AssertionError("every row of logits is finite")
 
 
-def _certain(data: TrainingBlocks, temperature: float) -> ValueError:
+def _certain(data: TrainingBlocks, temperature: float, loss: Loss) -> ValueError:
     """What to say where every probability is 0 or 1."""
     least = math.inf
     for rows in data:
-        best = data.logits_of(rows).topk(2, dim=1).values
-        least = min(least, float((best[:, 0] - best[:, 1]).min()))
+        least = min(least, float(as_float64(loss.certainty(data.logits_of(rows))).min()))
     remedy = "Raise it"
     if math.isfinite(least):
         remedy += f" to {least / _ENOUGH:.2g} or more"
@@ -162,3 +121,6 @@ def _certain(data: TrainingBlocks, temperature: float) -> ValueError:
         f"probabilities that are all 0 or 1 at a temperature of {temperature:g}",
         f"{remedy}, with `residuals` other than 'training'.",
     )
+
+
+__all__ = ["MOST_CLASSES", "ClassMoments", "class_moments", "probabilities"]

@@ -194,21 +194,24 @@ class GaussNewtonCurvature(Curvature):
 
     Attributes:
         scale: s.
-        phi: Scaled features of the training set, `(n_train, n_features + 1)`.
-        others: p / s with 0 in the place of the likeliest class, `(n_train, n_classes)`.
-        first: The likeliest class, `(n_train, 1)` int64.
-        damping: lambda / s, absolute.
+        phi: Scaled features of the training set times `sqrt(omega_i)`, `(n_train, n_features + 1)`.
+        others: p / s with 0 in the place of the likeliest class, `(n_train, n_classes)`; where outputs are
+            judged apart, the diagonals of the Hessians in units of s.
+        first: The likeliest class, `(n_train, 1)` int64; None where outputs are judged apart.
+        damping: lambda / s, absolute; one for each output where these are judged apart.
         inverse: `(A + damping mean(diag A) I)^-1`.
         tolerance: Relative residual at which the solver stops.
+        weight: W, the sum of omega; None for n_train.
     """
 
     scale: float
     phi: Tensor
     others: Tensor
-    first: Tensor
-    damping: float
+    first: Tensor | None
+    damping: float | Tensor
     inverse: Tensor
     tolerance: float = 1e-6
+    weight: float | None = None
 
     def solve(self, phi: Tensor, vectors: Tensor) -> list[Term]:
         """One term per class: the columns of the solution."""
@@ -220,14 +223,18 @@ class GaussNewtonCurvature(Curvature):
     def multiply(self, a: Tensor) -> Tensor:
         """(F + lambda I) a / s for a `(n, n_features + 1, n_classes)`."""
         result = self.damping * a
+        weight = len(self.phi) if self.weight is None else self.weight
         for rows in blocks(len(self.phi), 1024):
             phi, p = self.phi[rows], self.others[rows]
-            first = self.first[rows].expand(len(a), -1, 1)
             moved = torch.einsum("id,ndc->nic", phi, a)
-            moved = moved - moved.gather(-1, first)
-            moved = p * (moved - self.scale * (p * moved).sum(-1, keepdim=True))
-            moved.scatter_(-1, first, -moved.sum(-1, keepdim=True))
-            result += torch.einsum("id,nic->ndc", phi, moved) / len(self.phi)
+            if self.first is None:
+                moved = p * moved
+            else:
+                first = self.first[rows].expand(len(a), -1, 1)
+                moved = moved - moved.gather(-1, first)
+                moved = p * (moved - self.scale * (p * moved).sum(-1, keepdim=True))
+                moved.scatter_(-1, first, -moved.sum(-1, keepdim=True))
+            result += torch.einsum("id,nic->ndc", phi, moved) / weight
         return result
 
     def _solve(self, right: Tensor) -> Tensor:
@@ -293,9 +300,9 @@ def _feature_product(u: Tensor, features: Tensor) -> Tensor:
     return (features @ columns)[:, :n].T.contiguous().add_(u[:, -1:])
 
 
-def on_raw_features(terms: Sequence[Term], scale: Tensor, n_train: int) -> list[Term]:
-    """Fold the scaling of the features and the weight 1/N of one example into the test side."""
-    return [(u * scale.to(u), v / n_train) for u, v in terms]
+def on_raw_features(terms: Sequence[Term], scale: Tensor, weight: float) -> list[Term]:
+    """Fold the scaling of the features and the factor 1/W into the test side."""
+    return [(u * scale.to(u), v / weight) for u, v in terms]
 
 
 def quadratic_forms(curvature: Curvature, phi: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..losses import CrossEntropy, Loss
+from ..losses.hessians import DiagonalHessians, SoftmaxHessians
 from ..system.devices import matching
 from ..system.processes import SINGLE_PROCESS, SingleProcess
 from ..system.to_device import TrainingBlocks
-from .class_moments import ClassMoments, Probabilities, probabilities
+from .class_moments import ClassMoments
 from .curvature import (
     CenteredMap,
     Curvature,
@@ -29,6 +31,7 @@ def fit_curvature(
     classes: ClassMoments,
     damping: float,
     ranks: SingleProcess = SINGLE_PROCESS,
+    loss: Loss | None = None,
 ) -> Curvature:
     """Fit one of the approximations of F.
 
@@ -44,39 +47,59 @@ def fit_curvature(
         classes: Of the probabilities at the same T.
         damping: Relative.
         ranks: Who else has a share of the training set.
+        loss: What the model was trained with; None for cross-entropy.
     """
+    loss = CrossEntropy() if loss is None else loss
     a, sigma = moments.second_moment, classes.covariance
     if name in ("identity", "kronecker"):
         inverse = centered(damped_inverse(a, damping), moments, data)
         if name == "identity":
             return IdentityCurvature(classes.unit, inverse)
         one = sigma.new_ones(())  # in units of s
-        side = 1 / (sigma + damping) if sigma.ndim == 1 else damped_inverse(sigma, damping, one)
+        if sigma.ndim == 1:
+            side = 1 / (sigma + damping * classes.on_diagonal)
+        else:
+            side = damped_inverse(sigma, damping, one)
         return KroneckerCurvature(classes.unit, inverse, side.to(data.device, data.dtype))
     if name == "gauss-newton":
-        return _gauss_newton(data, temperature, moments, classes, damping)
-    return _eigenvalue_corrected(data, temperature, moments, classes, damping, ranks)
+        return _gauss_newton(data, temperature, moments, classes, damping, loss)
+    return _eigenvalue_corrected(data, temperature, moments, classes, damping, ranks, loss)
 
 
 def _gauss_newton(
-    data: TrainingBlocks, temperature: float, moments: Moments, classes: ClassMoments, damping: float
+    data: TrainingBlocks,
+    temperature: float,
+    moments: Moments,
+    classes: ClassMoments,
+    damping: float,
+    loss: Loss,
 ) -> GaussNewtonCurvature:
     n, a = len(data.labels), moments.second_moment
     phi = torch.empty(n, len(a), dtype=data.dtype, device=data.device)
     others = phi.new_empty(n, data.logits.shape[1])
-    first = torch.empty(n, 1, dtype=torch.int64, device=data.device)
+    first = None if loss.apart else torch.empty(n, 1, dtype=torch.int64, device=data.device)
     for rows in data:
-        p = probabilities(data.logits_of(rows), temperature)
+        hessians = loss.hessians(data.logits_of(rows), temperature)
         phi[rows] = scaled_features(data.features_of(rows), moments.scale)
-        others[rows], first[rows] = (p.others / classes.unit).to(others), p.first.to(first)
+        omega = data.weights_of(rows, phi)
+        if omega is not None:
+            phi[rows] *= omega.sqrt()[:, None]
+        if isinstance(hessians, DiagonalHessians):
+            others[rows] = (hessians.diagonals / classes.unit).to(others)
+        else:
+            assert isinstance(hessians, SoftmaxHessians)
+            assert first is not None
+            others[rows], first[rows] = (hessians.others / classes.unit).to(others), hessians.first.to(first)
+    level, mean = classes.level, float(a.diagonal().mean())
     return GaussNewtonCurvature(
         classes.unit,
         phi,
         others,
         first,
-        damping=damping * float(a.diagonal().mean()),
+        damping=damping * mean * (level.to(phi) if isinstance(level, torch.Tensor) else level),
         inverse=damped_inverse(a, damping).to(phi),
         tolerance=1e-10 if phi.dtype == torch.float64 else 1e-6,
+        weight=moments.weight,
     )
 
 
@@ -87,30 +110,24 @@ def _eigenvalue_corrected(
     classes: ClassMoments,
     damping: float,
     ranks: SingleProcess,
+    loss: Loss,
 ) -> EigenvalueCorrectedCurvature:
-    a = moments.second_moment
+    a, sigma = moments.second_moment, classes.covariance
     # Other hardware may turn eigenvectors, and what is summed below must be in one basis.
-    basis, v = (ranks.broadcast(torch.linalg.eigh(m)[1], "eigenvectors") for m in (a, classes.covariance))
+    whole = sigma.diag() if sigma.ndim == 1 else sigma
+    basis, v = (ranks.broadcast(torch.linalg.eigh(m)[1], "eigenvectors") for m in (a, whole))
+    if loss.apart:
+        v = torch.eye(len(v)).to(v)
     diagonal = a.new_zeros(len(a), len(v))
     for rows in data:
         phi = scaled_features(data.features_of(rows), moments.scale)
-        weights = _variances_in(v, probabilities(data.logits_of(rows), temperature)) / classes.unit
-        diagonal += matching((phi @ basis.to(phi)).square().T @ weights.to(phi), a) / moments.n_train
+        forms = loss.hessians(data.logits_of(rows), temperature).forms_in(v) / classes.unit
+        omega = data.weights_of(rows, forms)
+        forms = forms if omega is None else forms * omega[:, None]
+        diagonal += matching((phi @ basis.to(phi)).square().T @ forms.to(phi), a) / moments.weight
     diagonal = ranks.all_reduce(diagonal, "corrected eigenvalues")
-    parts = (basis, v, 1 / (diagonal + damping * a.diagonal().mean()))
+    parts = (basis, v, 1 / (diagonal + damping * a.diagonal().mean() * classes.level))
     return EigenvalueCorrectedCurvature(classes.unit, *(part.to(data.device, data.dtype) for part in parts))
-
-
-def _variances_in(basis: Tensor, p: Probabilities) -> Tensor:
-    """`v^T (diag p - p p^T) v` of each row p and each column v of a basis, `(n, n_classes)`.
-
-    It is the variance of an entry of v drawn with probabilities p. Differences to the entry of the likeliest
-    class keep it free of cancellation.
-    """
-    from_first = basis[p.first.squeeze(1)]
-    mean = p.others @ basis - from_first * p.rest
-    square = p.others @ basis.square() - 2 * from_first * (p.others @ basis) + from_first.square() * p.rest
-    return square - mean.square()
 
 
 def centered(matrix: Tensor, moments: Moments, data: TrainingBlocks) -> CenteredMap:

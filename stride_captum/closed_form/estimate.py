@@ -34,7 +34,9 @@ from ..influence.estimate import (
     training_examples,
 )
 from ..layers.activations import Tap, recording
+from ..losses import Loss
 from ..operators import STRIDEState
+from ..residuals import one_hot
 from ..system.fingerprints import weights_fingerprint
 from ..system.peak_memory import PeakMemory, release_free_memory
 from .curvature import CenteredMap, KroneckerCurvature
@@ -187,9 +189,15 @@ def _closed_form_seconds(
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(n, sum(widths), generator=generator, device="cpu").to(device)
     logits = torch.randn(n, n_classes, generator=generator, device="cpu").to(device)
-    labels = torch.arange(n, device=device) % n_classes
+    labels = _some_labels(method.loss, n, n_classes, device)
     fit = partial(fit_closed_form, features, logits, labels, widths, _options(method), 2.0)
-    return median_seconds(lambda: fit(memory_budget=method.memory_budget), device)
+    return median_seconds(lambda: fit(memory_budget=method.memory_budget, loss=method.loss), device)
+
+
+def _some_labels(loss: Loss, n: int, n_classes: int, device: torch.device) -> Tensor:
+    """Labels that a loss takes: classes, or 0 and 1 for each output."""
+    classes = torch.arange(n, device=device) % n_classes
+    return classes if loss.has_classes else one_hot(classes, torch.empty(0, n_classes, device=device))
 
 
 def _query_seconds(method: STRIDE, reading: _Reading, test: Any, k: int | None, n: int) -> float:
@@ -213,33 +221,34 @@ def _random_state(method: STRIDE, reading: _Reading, n: int, of: int, like: Clos
     dtype = products_dtype(_options(method), of, d)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(n, n_classes, generator=generator, device="cpu").to(device)
-    none = logits[:0]
+    none, loss = logits[:0], method.loss
     eye, classes = (torch.eye(size, dtype=dtype, device=device) for size in (d + 1, n_classes))
     form = ClosedFormOperators(
         features=torch.randn(n, d, generator=generator, device="cpu").to(device),
         logits=logits,
-        labels=torch.arange(n, device=device) % n_classes,
+        labels=_some_labels(loss, n, n_classes, device),
         widths=reading.widths,
-        moments=Moments(none, none, none, n),
+        moments=Moments(torch.full((1, 1), float(n), device="cpu"), none, none, n),
         scale=torch.ones(d + 1, dtype=dtype, device=device),
-        head=_random_head(reading, n, device),
+        head=_random_head(reading, n, device, loss),
         ridge_ratio=1.0,
         curvature=KroneckerCurvature(1.0, CenteredMap(eye, 0 * eye[0], 0 * eye[0]), classes),
         kind=_options(method).residuals or "both",
         temperature=2.0,
         block_rows=block_rows(method.memory_budget, d, n_classes, dtype),
         residual_bytes=sys.maxsize if like.residuals else 0,
+        loss=loss,
     )
     form.keep_residuals()
     return STRIDEState(reading.taps, form)
 
 
-def _random_head(reading: _Reading, n: int, device: torch.device) -> RidgeHead:
+def _random_head(reading: _Reading, n: int, device: torch.device, loss: Loss) -> RidgeHead:
     widths = reading.widths
     d = sum(widths[:-1]) if len(widths) > 1 else sum(widths)
     ones = torch.ones(n, dtype=torch.float64, device=device)
     weights = torch.zeros(d + 1, reading.n_classes, dtype=torch.float64, device=device)
-    return RidgeHead(weights, ones, ones, ones < 0, ones, 1.0)
+    return RidgeHead(weights, ones, ones, ones < 0, ones, 1.0, loss)
 
 
 def _bytes(method: STRIDE, reading: _Reading, n: int) -> ClosedFormBytes:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from ..operators import Changed
-from ..residuals import one_hot
 from ..system.devices import matching
 from ..system.memory import blocks
 from .moments import Moments, feature_moments, layer_scale
@@ -30,25 +29,48 @@ if TYPE_CHECKING:
     from .operators import ClosedFormOperators
 
 
-def with_examples(form: ClosedFormOperators, features: Tensor, logits: Tensor, labels: Tensor) -> Changed:
+def with_examples(
+    form: ClosedFormOperators,
+    features: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None = None,
+) -> Changed:
     """Put examples behind those of a closed form.
 
     Args:
         form: As it was fitted.
         features: Raw features of the new examples, `(k, n_features)`.
         logits: `(k, n_classes)`.
-        labels: `(k,)`.
+        labels: `(k,)`, or `(k, n_classes)`.
+        weights: omega, `(k,)`; None for 1.
     """
-    n_classes = logits.shape[1]
-    old, part = form.moments, feature_moments(features, labels, n_classes, form.widths, dtype=torch.float64)
+    old, part = form.moments, _moments_of(form, features, labels, weights)
     n, gram, targets = old.n_train + len(labels), old.gram + part.gram, old.targets + part.targets
     return Changed(
         torch.cat([form.features, features.to(form.features)]),  # a memory map becomes a tensor
         torch.cat([form.logits, logits.to(form.logits)]),
         torch.cat([form.labels, labels.to(form.labels)]),
         form.widths,
-        Moments(gram, targets, layer_scale(gram.diagonal(), form.widths, n), n),
+        _moments(form, gram, targets, n),
+        None
+        if weights is None or form.weights is None
+        else torch.cat([form.weights, weights.to(form.weights)]),
     )
+
+
+def _moments_of(
+    form: ClosedFormOperators, features: Tensor, labels: Tensor, weights: Tensor | None
+) -> Moments:
+    """Moments of some examples, in float64."""
+    n_classes, loss = form.n_classes, form.loss
+    return feature_moments(
+        features, labels, n_classes, form.widths, dtype=torch.float64, loss=loss, weights=weights
+    )
+
+
+def _moments(form: ClosedFormOperators, gram: Tensor, targets: Tensor, n: int) -> Moments:
+    return Moments(gram, targets, layer_scale(gram.diagonal(), form.widths, float(gram[-1, -1])), n)
 
 
 def without_examples(form: ClosedFormOperators, keep: Tensor) -> Changed:
@@ -61,12 +83,18 @@ def without_examples(form: ClosedFormOperators, keep: Tensor) -> Changed:
     gone = torch.ones(len(form.labels), dtype=torch.bool, device="cpu")
     gone[keep] = False
     features, labels = _rows(form.features, keep), form.labels[keep]
-    moments = _moments_without(form, gone, None, features, labels)
-    return Changed(features, _rows(form.logits, keep), labels, form.widths, moments)
+    weights = None if form.weights is None else _rows(form.weights, keep)
+    moments = _moments_without(form, gone, None, features, labels, weights)
+    return Changed(features, _rows(form.logits, keep), labels, form.widths, moments, weights)
 
 
 def with_others(
-    form: ClosedFormOperators, rows: Tensor, features: Tensor, logits: Tensor, labels: Tensor
+    form: ClosedFormOperators,
+    rows: Tensor,
+    features: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None = None,
 ) -> Changed:
     """Put other examples in the places of some of a closed form.
 
@@ -75,21 +103,28 @@ def with_others(
         rows: Their places, `(k,)`.
         features: Raw features of the new examples, `(k, n_features)`.
         logits: `(k, n_classes)`.
-        labels: `(k,)`.
+        labels: `(k,)`, or `(k, n_classes)`.
+        weights: omega, `(k,)`; None for 1.
     """
     rows = rows.to(form.labels.device)
-    new = feature_moments(features, labels, logits.shape[1], form.widths, dtype=torch.float64)
+    new = _moments_of(form, features, labels, weights)
 
     def replaced(old: Tensor, part: Tensor) -> Tensor:
         return old.clone().index_copy_(0, rows.to(old.device), part.to(old))
 
     every, all_labels = replaced(form.features, features), replaced(form.labels, labels)
-    moments = _moments_without(form, rows, new, every, all_labels)
-    return Changed(every, replaced(form.logits, logits), all_labels, form.widths, moments)
+    both = None if form.weights is None or weights is None else replaced(form.weights, weights)
+    moments = _moments_without(form, rows, new, every, all_labels, both)
+    return Changed(every, replaced(form.logits, logits), all_labels, form.widths, moments, both)
 
 
 def _moments_without(
-    form: ClosedFormOperators, gone: Tensor, new: Moments | None, features: Tensor, labels: Tensor
+    form: ClosedFormOperators,
+    gone: Tensor,
+    new: Moments | None,
+    features: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
 ) -> Moments:
     """Moments after the rows `gone` have left a closed form and `new` ones have come.
 
@@ -102,10 +137,11 @@ def _moments_without(
         new: Moments of what has come, None for nothing.
         features: Of all examples that there are now.
         labels: Theirs.
+        weights: Theirs.
     """
-    old, n_classes = form.moments, form.logits.shape[1]
+    old, omega = form.moments, None if form.weights is None else _rows(form.weights, gone)
     lost = _rows(form.features, gone), form.labels[gone]
-    part = feature_moments(*lost, n_classes, form.widths, dtype=torch.float64)
+    part = _moments_of(form, *lost, omega)
     gram, targets = old.gram - part.gram, old.targets - part.targets
     again = (gram.diagonal()[:-1] < 0.5 * old.gram.diagonal()[:-1]).nonzero().squeeze(1)
     if new is not None:
@@ -114,11 +150,11 @@ def _moments_without(
         gram[again], targets[again] = 0.0, 0.0
         for rows in blocks(len(features), 8192):
             h = torch.nn.functional.pad(matching(features[rows], gram), (0, 1), value=1.0)
-            gram[again] += h[:, again].T @ h
-            targets[again] += h[:, again].T @ one_hot(labels[rows].to(gram.device), targets)
+            few = h[:, again] if weights is None else h[:, again] * weights[rows].to(h)[:, None]
+            gram[again] += few.T @ h
+            targets[again] += few.T @ form.loss.encoded(labels[rows].to(gram.device), targets)
         gram[:, again] = gram[again].T
-    n = len(labels)
-    return Moments(gram, targets, layer_scale(gram.diagonal(), form.widths, n), n)
+    return _moments(form, gram, targets, len(labels))
 
 
 def _rows(stored: Tensor, rows: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..errors import bad_value
 from ..linalg import add_gram_matrix, in_float32
-from ..residuals import one_hot
+from ..losses import CrossEntropy, Loss
 from ..system.devices import float64_device, matching
 from ..system.memory import MOST_ROWS, blocks
 from ..system.processes import SINGLE_PROCESS, SingleProcess
@@ -34,8 +35,9 @@ class Moments:
     """Second moments of the features of the training set.
 
     Attributes:
-        gram: `sum_i h_i h_i^T` with h extended by 1, `(n_features + 1, n_features + 1)` float64.
-        targets: `sum_i h_i e_{y_i}^T`, `(n_features + 1, n_classes)` float64.
+        gram: `sum_i omega_i h_i h_i^T` with h extended by 1, `(n_features + 1, n_features + 1)` float64.
+        targets: `sum_i omega_i h_i e_i^T`, `(n_features + 1, n_classes)` float64, where e_i is what the ridge
+            head is fitted to: e_{y_i} with cross-entropy.
         scale: Factor of each feature that gives every layer unit mean square norm; 1 for the
             constant. `(n_features + 1,)` float64.
         n_train: N.
@@ -45,6 +47,11 @@ class Moments:
     targets: Tensor
     scale: Tensor
     n_train: int
+
+    @cached_property
+    def weight(self) -> float:
+        """W, the sum of omega; N without weights."""
+        return float(self.gram[-1, -1])
 
     def first(self, n_features: int) -> Moments:
         """The moments of the first features and the constant."""
@@ -56,12 +63,12 @@ class Moments:
     @property
     def second_moment(self) -> Tensor:
         """A = E[phi phi^T], `(n_features + 1, n_features + 1)` float64."""
-        return self.gram * self.scale[:, None] * self.scale / self.n_train
+        return self.gram * self.scale[:, None] * self.scale / self.weight
 
     @property
     def mean(self) -> Tensor:
         """E[phi], the last row of A, `(n_features + 1,)` float64."""
-        return self.gram[-1] * self.scale / self.n_train
+        return self.gram[-1] * self.scale / self.weight
 
     @property
     def in_float32(self) -> bool:
@@ -77,17 +84,21 @@ def feature_moments(
     block_rows: int = MOST_ROWS,
     ranks: SingleProcess = SINGLE_PROCESS,
     dtype: torch.dtype | None = None,
+    loss: Loss | None = None,
+    weights: Tensor | None = None,
 ) -> Moments:
     """Accumulate the moments.
 
     Args:
         features: `(n_train, n_features)`, may be memory-mapped, and elsewhere than the labels.
-        labels: `(n_train,)` int64; products are taken on their device.
+        labels: `(n_train,)` int64, or as `loss` has them; products are taken on their device.
         n_classes: C.
         widths: Widths of the layers, in the order of the columns.
         block_rows: Rows of a block.
         ranks: Who else has a share of the training set.
         dtype: Of the products; None takes float64 where that is cheap.
+        loss: What the model was trained with; None for cross-entropy.
+        weights: omega, `(n_train,)`; None for 1.
 
     Raises:
         ValueError: NaN or infinite features, or features whose squares leave the range of float64.
@@ -95,12 +106,16 @@ def feature_moments(
     chosen = dtype or working_dtype(features)
     if dtype is None and len(features) * features.shape[1] ** 2 <= _CHEAP:
         chosen = torch.float64
-    gram, targets = _sums(features, labels, n_classes, block_rows, ranks, chosen)
+    loss = CrossEntropy() if loss is None else loss
+    gram, targets = _sums(features, labels, n_classes, block_rows, ranks, chosen, loss, weights)
     if dtype != torch.float64 and not _within_float32(gram, targets, widths):
-        return feature_moments(features, labels, n_classes, widths, block_rows, ranks, torch.float64)
+        exact = torch.float64
+        return feature_moments(features, labels, n_classes, widths, block_rows, ranks, exact, loss, weights)
+    (n,) = ranks.sums("number of examples", len(features))
+    if not float(gram[-1, -1]) > 0:
+        raise bad_value("sample_weight", "be above 0 for one training example", "weights that are all 0")
     _check_range(gram, targets, widths)
-    n = int(gram[-1, -1])
-    return Moments(gram, targets, layer_scale(gram.diagonal(), widths, n), n)
+    return Moments(gram, targets, layer_scale(gram.diagonal(), widths, float(gram[-1, -1])), int(n))
 
 
 def _sums(
@@ -110,22 +125,32 @@ def _sums(
     block_rows: int,
     ranks: SingleProcess,
     dtype: torch.dtype,
+    loss: Loss,
+    weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`sum h h^T` and `sum h e^T` over all processes, with products in `dtype`."""
+    """`sum omega h h^T` and `sum omega h e^T` over all processes, with products in `dtype`."""
     n, d = features.shape
     place = float64_device(labels.device)
     gram = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=place)
-    targets = torch.zeros(d + 1, n_classes, dtype=torch.float64, device=place)
+    one_class = loss.has_classes  # every row of e has the sum 1
+    targets = torch.zeros(d + 1, n_classes + (not one_class), dtype=torch.float64, device=place)
     device = place if dtype == torch.float64 else labels.device
     for rows in blocks(n, block_rows):
         h = to_device(features[rows], device, dtype)
-        e = one_hot(labels[rows].to(device), h.new_empty(0, n_classes))
-        add_gram_matrix(gram[:d, :d], h)
+        e = loss.encoded(labels[rows].to(device), h.new_empty(0, n_classes))
+        if not one_class:
+            e = torch.cat([e, e.new_ones(len(e), 1)], 1)
+        if weights is not None:
+            e = e * weights[rows].to(e)[:, None]
+        roots = None if weights is None else weights[rows].to(h).sqrt()[:, None]
+        add_gram_matrix(gram[:d, :d], h if roots is None else h * roots)
         for few in blocks(len(h), block_rows if dtype == torch.float64 else _CLASS_ROWS):
             targets[:d] += matching(h[few].T @ e[few], gram)
         targets[d] += matching(e.sum(0), gram)
-    gram[:d, d] = gram[d, :d] = targets[:d].sum(1)  # every example is of one class
-    gram[d, d] = n
+    gram[:, d] = gram[d, :] = targets.sum(1) if one_class else targets[:, -1]
+    if weights is None:
+        gram[d, d] = n
+    targets = targets if one_class else targets[:, :-1].contiguous()
     return ranks.all_reduce(gram, "Gram matrix"), ranks.all_reduce(targets, "class moments")
 
 
@@ -137,7 +162,8 @@ def _layer_norms(gram: Tensor, widths: Sequence[int]) -> Tensor:
 
 def _vanished(gram: Tensor, targets: Tensor, widths: Sequence[int]) -> Tensor:
     """Layers whose squares are 0 although their features are not, `(n_layers,)` bool."""
-    sums = torch.stack([part.abs().sum() for part in targets[:-1].split(list(widths))])
+    firsts = torch.cat([targets, gram[:, -1:]], 1)[:-1]
+    sums = torch.stack([part.abs().sum() for part in firsts.split(list(widths))])
     return (_layer_norms(gram, widths) == 0) & (sums > 0)
 
 
@@ -148,7 +174,7 @@ def _within_float32(gram: Tensor, targets: Tensor, widths: Sequence[int]) -> boo
 
 
 def _check_range(gram: Tensor, targets: Tensor, widths: Sequence[int]) -> None:
-    finite = torch.isfinite(targets).all(1)
+    finite = torch.isfinite(targets).all(1) & torch.isfinite(gram[:, -1])
     if not bool(finite.all()):
         column = int((~finite).nonzero()[0])
         raise bad_value(
@@ -168,17 +194,17 @@ def _check_range(gram: Tensor, targets: Tensor, widths: Sequence[int]) -> None:
         )
 
 
-def layer_scale(energy: Tensor, widths: Sequence[int], n_train: int) -> Tensor:
+def layer_scale(energy: Tensor, widths: Sequence[int], weight: float) -> Tensor:
     """Factor of each feature that gives every layer unit mean square norm; 1 for the constant.
 
     Args:
         energy: Diagonal of the Gram matrix, `(n_features + 1,)`.
         widths: Widths of the layers, in the order of the columns.
-        n_train: N.
+        weight: W.
     """
     scale, start = torch.ones_like(energy), 0
     for width in widths:
-        norm = (energy[start : start + width].sum() / n_train).sqrt()
+        norm = (energy[start : start + width].sum() / weight).sqrt()
         scale[start : start + width] = 1 / norm if norm > 0 else 1.0
         start += width
     return scale

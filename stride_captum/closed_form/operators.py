@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ..errors import bad_value
+from ..losses import CrossEntropy, Loss
 from ..operators import Changed, FittedOperators, TestPoints
 from ..recovery import soft_threshold
-from ..residuals import choose_residuals, project_on_simplex, ratio_of_norms, tempered_residuals
+from ..residuals import choose_residuals
 from ..system.devices import matching
 from ..system.memory import DEFAULT_BUDGET, MOST_ROWS, blocks, rows_that_fit
 from ..system.processes import SINGLE_PROCESS, SingleProcess
@@ -61,18 +62,21 @@ class ClosedFormOperators(FittedOperators):
     Attributes:
         features: Raw features h of the training set, `(n_train, n_features)`, as they were stored.
         logits: z, `(n_train, n_classes)`, likewise.
-        labels: y, `(n_train,)` int64, where products are taken.
+        labels: y as the loss has them, `(n_train,)` int64 or `(n_train, n_classes)`; products are taken
+            where they are.
         widths: Widths of the layers, in the order of the columns.
         moments: Sums that change when examples come or go.
         scale: Factor of each feature, 1 for the constant, `(n_features + 1,)` in the dtype of products.
         head: Ridge head on all layers but the last.
-        ridge_ratio: Factor of the ridge part of the residuals "both".
+        ridge_ratio: Factor of the ridge part of the residuals "both": a number, or one an output.
         curvature: Approximation of F + lambda I.
         kind: The option `residuals`.
         temperature: T.
         threshold: The option of that name.
         block_rows: Training examples that are read at a time, where that needs memory.
         residual_bytes: Residuals are kept where they take no more.
+        loss: What the model was trained with.
+        weights: omega of each example, `(n_train,)` float64; None for 1.
     """
 
     features: Tensor
@@ -82,13 +86,15 @@ class ClosedFormOperators(FittedOperators):
     moments: Moments
     scale: Tensor
     head: RidgeHead
-    ridge_ratio: float
+    ridge_ratio: float | Tensor
     curvature: Curvature
     kind: str
     temperature: float
     threshold: float = 0.0
     block_rows: int = MOST_ROWS
     residual_bytes: int = 0
+    loss: Loss = field(default_factory=CrossEntropy)
+    weights: Tensor | None = None
 
     @property
     def n_train(self) -> int:
@@ -131,7 +137,7 @@ class ClosedFormOperators(FittedOperators):
         phi = scaled_features(points.features.to(self.scale.device), self.scale, self.scale.dtype)
         gradients = points.gradients.to(phi)
         terms = self.curvature.solve(phi, gradients)
-        return ClosedFormQuery(on_raw_features(terms, self.scale, self.n_train), phi, gradients)
+        return ClosedFormQuery(on_raw_features(terms, self.scale, self.moments.weight), phi, gradients)
 
     def scores(self, prepared: ClosedFormQuery, columns: slice) -> Tensor:
         """Scores `(n_test, n_columns)` against a slice of the training set."""
@@ -165,7 +171,7 @@ class ClosedFormOperators(FittedOperators):
         """The same norm of the test points, times sqrt(s) instead, `(n_test,)`."""
         sizes, units = _sizes_and_units(prepared.gradients)
         forms = forms_of(self.curvature.solve(prepared.phi, units), prepared.phi, units)
-        norms = _norms(forms / self.n_train, sizes)
+        norms = _norms(forms / self.moments.weight, sizes)
         return norms.to(working_dtype(self.features))
 
     def query_vectors(self, prepared: ClosedFormQuery) -> Tensor | None:
@@ -198,13 +204,15 @@ class ClosedFormOperators(FittedOperators):
         The ridge part of their residuals is out of sample as it is: nothing is left out.
         """
         phi = scaled_features(points.features.to(self.scale.device), self.scale, self.scale.dtype)
-        predictions = project_on_simplex(self.head.predict(points.features))
-        z, y = matching(points.logits, predictions), points.classes.to(predictions.device)
-        residuals, _ = choose_residuals(self.kind, z, y, predictions, self.temperature, self.ridge_ratio)
-        sizes, units = _sizes_and_units(tempered_residuals(z, y))
+        loss, predictions = self.loss, self.loss.possible(self.head.predict(points.features))
+        z, y = matching(points.logits, predictions), points.asked.to(predictions.device)
+        residuals, _ = choose_residuals(
+            self.kind, z, y, predictions, self.temperature, self.ridge_ratio, loss.residuals, loss.encoded
+        )
+        sizes, units = _sizes_and_units(loss.residuals(z, y))
         right = (residuals / self.curvature.scale).to(phi)
         forms = forms_of(self.curvature.solve(phi, right), phi, units.to(phi))
-        return self._in_range(sizes * matching(forms, sizes) / self.n_train)
+        return self._in_range(sizes * matching(forms, sizes) / self.moments.weight)
 
     def mislabel_scores(self) -> Tensor:
         """Norm of the leave-one-out residual of the ridge head: how far a label is from what others say."""
@@ -215,6 +223,14 @@ class ClosedFormOperators(FittedOperators):
         norms: Tensor = torch.linalg.vector_norm(self.loss_residuals, dim=1)
         return norms
 
+    def mislabel_scores_of_outputs(self) -> Tensor:
+        """Its entry for each output without sign, `(n_train, n_classes)`."""
+        width = len(self.head.weights) - 1
+        parts = [
+            self.head.left_out(self.features[rows, :width], self.labels[rows], rows) for rows in self._data
+        ]
+        return torch.cat(parts).abs().to(self.scale.device, working_dtype(self.features))
+
     def without_features(self) -> ClosedFormOperators:
         """A copy without features and logits."""
         return replace(self, features=self.features[:0].clone(), logits=self.logits[:0].clone())
@@ -223,17 +239,26 @@ class ClosedFormOperators(FittedOperators):
         """A copy with features and logits."""
         return replace(self, features=features, logits=logits)
 
-    def with_examples(self, features: Tensor, logits: Tensor, labels: Tensor) -> Changed:
+    def with_examples(
+        self, features: Tensor, logits: Tensor, labels: Tensor, weights: Tensor | None = None
+    ) -> Changed:
         """The training set with examples behind it (`incremental.with_examples`)."""
-        return with_examples(self, features, logits, labels)
+        return with_examples(self, features, logits, labels, weights)
 
     def without_examples(self, keep: Tensor) -> Changed:
         """Some examples of the training set (`incremental.without_examples`)."""
         return without_examples(self, keep)
 
-    def with_others(self, rows: Tensor, features: Tensor, logits: Tensor, labels: Tensor) -> Changed:
+    def with_others(
+        self,
+        rows: Tensor,
+        features: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        weights: Tensor | None = None,
+    ) -> Changed:
         """The training set with others in some places (`incremental.with_others`)."""
-        return with_others(self, rows, features, logits, labels)
+        return with_others(self, rows, features, logits, labels, weights)
 
     def keep_residuals(self) -> None:
         """Compute residuals that fit the budget now, so that the first query is as fast as the second."""
@@ -241,7 +266,9 @@ class ClosedFormOperators(FittedOperators):
 
     @property
     def _data(self) -> TrainingBlocks:
-        return TrainingBlocks(self.features, self.logits, self.labels, self.scale.dtype, self.block_rows)
+        return TrainingBlocks(
+            self.features, self.logits, self.labels, self.scale.dtype, self.block_rows, self.weights
+        )
 
     @cached_property
     def _residuals(self) -> TrainingResiduals:
@@ -254,6 +281,7 @@ class ClosedFormOperators(FittedOperators):
             self.ridge_ratio,
             self.curvature.scale,
             self.residual_bytes,
+            self.loss,
         )
 
     @property
@@ -274,9 +302,11 @@ class ClosedFormOperators(FittedOperators):
     def _forms(self, rows: slice, left: Tensor, right: Tensor) -> Tensor:
         """`<phi_i (x) left_i, (F + lambda)^-1 (phi_i (x) right_i)> / N` in units of 1/s, `(n_rows,)`."""
         if isinstance(self.curvature, IdentityCurvature | KroneckerCurvature):
-            return self._leverage_forms[rows] * self.curvature.class_product(left, right) / self.n_train
+            return (
+                self._leverage_forms[rows] * self.curvature.class_product(left, right) / self.moments.weight
+            )
         phi = scaled_features(self._data.features_of(rows), self.scale)
-        return forms_of(self.curvature.solve(phi, right), phi, left) / self.n_train
+        return forms_of(self.curvature.solve(phi, right), phi, left) / self.moments.weight
 
     def _in_range(self, values: Tensor) -> Tensor:
         """Results from float64 in the working dtype, unless all of them would become 0."""
@@ -335,13 +365,16 @@ def fit_closed_form(
     memory_budget: int = DEFAULT_BUDGET,
     ranks: SingleProcess = SINGLE_PROCESS,
     moments: Moments | None = None,
+    loss: Loss | None = None,
+    weights: Tensor | None = None,
 ) -> ClosedFormOperators:
     """Fit the closed form: two products of n_train x n_features x n_features, or less.
 
     Args:
         features: Raw features `(n_train, n_features)`, may be memory-mapped.
         logits: `(n_train, n_classes)`, likewise.
-        labels: `(n_train,)` int64, on the device where products are taken; blocks of features go there.
+        labels: `(n_train,)` int64, or as `loss` has them, on the device where products are taken; blocks of
+            features go there.
         widths: Widths of the layers, in the order of the columns.
         options: As the user has given them; its temperature is not read.
         temperature: T of the tempered residuals; also of p in the curvature, unless the residuals are
@@ -349,10 +382,17 @@ def fit_closed_form(
         memory_budget: Bytes of one block; residuals are kept if they fit it.
         ranks: Who else has a share of the training set.
         moments: Of the features, where they are known: one of the two products is saved.
+        loss: What the model was trained with; None for cross-entropy.
+        weights: omega, `(n_train,)` float64, beside the labels; None for 1.
 
     Raises:
-        ValueError: A damping too small for the precision of the features, or logits without uncertainty.
+        ValueError: A damping too small for the precision of the features, logits without uncertainty, or
+            tempered residuals of a loss without a temperature.
     """
+    loss = CrossEntropy() if loss is None else loss
+    if options.residuals == "temperature" and not loss.tempered:
+        must = f"be 'training', 'leave-one-out' or 'both' for loss={loss.name!r}, which has no temperature"
+        raise bad_value("residuals", must, repr(options.residuals))
     for name in ("damping", "head_damping"):
         check_damping(getattr(options, name), features, name)
     n = int(ranks.sums("number of examples", len(labels))[0])
@@ -360,13 +400,15 @@ def fit_closed_form(
     d = sum(widths[:-1]) if len(widths) > 1 else features.shape[1]
     exact = needs_float64(options.damping, n, features.shape[1])
     exact_head = exact or needs_float64(options.head_damping, n, d, LEAST_OF_HEAD)
-    data = _blocks(features, logits, labels, memory_budget, exact)
+    data = _blocks(features, logits, labels, memory_budget, exact, weights)
     if moments is None:
         dtype = torch.float64 if exact_head else None
-        moments = feature_moments(features, labels, logits.shape[1], widths, data.block_rows, ranks, dtype)
+        moments = feature_moments(
+            features, labels, logits.shape[1], widths, data.block_rows, ranks, dtype, loss, weights
+        )
     if not moments.in_float32:
         exact = exact_head = True
-        data = _blocks(features, logits, labels, memory_budget, exact)
+        data = _blocks(features, logits, labels, memory_budget, exact, weights)
     head = fit_ridge_head(
         features[:, :d],
         labels,
@@ -374,16 +416,22 @@ def fit_closed_form(
         options.head_damping,
         data.block_rows,
         torch.float64 if exact_head else data.dtype,
+        loss,
+        weights,
     )
     kind = options.residuals or "both"
     softening = 1.0 if kind == "training" else temperature
     diagonal_only = options.curvature == "identity" or (
         options.curvature == "kronecker" and logits.shape[1] > MOST_CLASSES
     )
-    classes = class_moments(data, softening, diagonal_only, ranks)
-    (ridge,) = ranks.sums("norms of the ridge residuals", head.square)
-    largest = ridge if kind == "leave-one-out" else classes.residual_square
-    _check_unit(largest, classes.unit, features)
+    classes = class_moments(data, softening, diagonal_only, ranks, loss)
+    ridge = ranks.all_reduce(
+        torch.as_tensor(head.square, dtype=torch.float64), "norms of the ridge residuals"
+    )
+    largest = (
+        ridge if kind == "leave-one-out" else torch.as_tensor(classes.residual_square, dtype=torch.float64)
+    )
+    _check_unit(float(largest.sum()), classes.unit, features)
     form = ClosedFormOperators(
         features=features,
         logits=logits,
@@ -392,24 +440,33 @@ def fit_closed_form(
         moments=moments,
         scale=moments.scale.to(labels.device, data.dtype),
         head=head,
-        ridge_ratio=ratio_of_norms(classes.residual_square, ridge),
-        curvature=fit_curvature(options.curvature, data, softening, moments, classes, options.damping, ranks),
+        ridge_ratio=loss.ridge_ratio(classes.residual_square, ridge),
+        curvature=fit_curvature(
+            options.curvature, data, softening, moments, classes, options.damping, ranks, loss
+        ),
         kind=kind,
         temperature=temperature,
         threshold=options.threshold,
         block_rows=data.block_rows,
         residual_bytes=memory_budget,
+        loss=loss,
+        weights=weights,
     )
     form.keep_residuals()
     return form
 
 
 def _blocks(
-    features: Tensor, logits: Tensor, labels: Tensor, memory_budget: int, exact: bool
+    features: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    memory_budget: int,
+    exact: bool,
+    weights: Tensor | None,
 ) -> TrainingBlocks:
     dtype = torch.float64 if exact else working_dtype(features)
     rows = block_rows(memory_budget, features.shape[1], logits.shape[1], dtype)
-    return TrainingBlocks(features, logits, labels, dtype, rows)
+    return TrainingBlocks(features, logits, labels, dtype, rows, weights)
 
 
 def _check_unit(square: float, unit: float, features: Tensor) -> None:

@@ -1,19 +1,22 @@
 """Ridge regression of the labels on the features, and its residual for each example when that is left out.
 
-The leave-one-out residual has a closed form: `(e_y - f) / (1 - H)` with fitted value f and leverage H. It is
-not kept. The weights and two numbers an example give it again, block by block.
+    1 / (2 W) sum_i omega_i |e_i - h_i^T B|^2 + lambda / 2 |B|^2
+
+e is what the loss makes of the label (`Loss.encoded`): e_y with cross-entropy. The leave-one-out residual has
+a closed form: `(e - f) / (1 - H)` with fitted value f and leverage H. It is not kept. The weights and two
+numbers an example give it again, block by block.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..linalg import inverse_forms
-from ..residuals import leave_one_out_residuals, simplex_shift
+from ..losses import CrossEntropy, Loss
 from ..system.devices import as_float64, matching
 from ..system.memory import MOST_ROWS, blocks
 from ..system.saved_values import saved_as
@@ -28,15 +31,18 @@ _FEW_DIGITS = 0.01
 @saved_as("ridge-head")
 @dataclass
 class RidgeHead:
-    """Ridge regression of the one-hot labels on phi.
+    """Ridge regression of the encoded labels on phi.
 
     Attributes:
         weights: On raw features and the constant, `(n_features + 1, n_classes)` float64.
         slack: 1 - H of each training example, `(n_train,)` float64.
-        shifts: What the projection on the simplex takes off its prediction, `(n_train,)` float64.
+        shifts: Of `Loss.projection_shift`, `(n_train,)` float64; with cross-entropy, what the projection on
+            the simplex takes off its prediction.
         delicate: Whether its residual is computed in float64 in any case, `(n_train,)` bool.
         norms: Norm of its leave-one-out residual, `(n_train,)`.
-        square: Sum of the squares of `residuals` over the training set.
+        square: Sum of the squares of `residuals` over the training set, times omega; of each output where
+            these are judged apart.
+        loss: What the model was trained with.
     """
 
     weights: Tensor
@@ -44,7 +50,8 @@ class RidgeHead:
     shifts: Tensor
     delicate: Tensor
     norms: Tensor
-    square: float
+    square: float | Tensor
+    loss: Loss = field(default_factory=CrossEntropy)
 
     def predict(self, features: Tensor) -> Tensor:
         """Predictions for other examples, `(n, n_classes)` float64.
@@ -55,11 +62,11 @@ class RidgeHead:
         return _fitted(matching(features[:, : len(self.weights) - 1], self.weights), self.weights)
 
     def residuals(self, features: Tensor, labels: Tensor, rows: slice) -> Tensor:
-        """`e_y - q` of training examples, where q is the leave-one-out prediction on the simplex.
+        """`e - q` of training examples, where q is the leave-one-out prediction, moved to a possible one.
 
         Args:
             features: Raw features of the rows, `(n_rows, n_features)`; the result is in their dtype.
-            labels: Of the rows, `(n_rows,)`.
+            labels: Of the rows, `(n_rows,)` or `(n_rows, n_classes)`.
             rows: Their places in the training set.
 
         Returns:
@@ -83,8 +90,14 @@ class RidgeHead:
 
     def _residuals(self, features: Tensor, labels: Tensor, slack: Tensor, shifts: Tensor) -> Tensor:
         labels = labels.to(features.device)
-        left_out = leave_one_out_residuals(_fitted(features, self.weights), slack.to(features), labels)
-        return _off_the_simplex(left_out, labels, shifts.to(features)[:, None])
+        left_out = self.loss.left_out(_fitted(features, self.weights), slack.to(features), labels)
+        return self.loss.projected(left_out, labels, shifts.to(features)[:, None])
+
+    def left_out(self, features: Tensor, labels: Tensor, rows: slice) -> Tensor:
+        """`e` minus the leave-one-out prediction as it is, `(n_rows, n_classes)` float64; as `residuals`."""
+        exact = matching(features[:, : len(self.weights) - 1], self.weights)
+        y = labels.to(exact.device)
+        return self.loss.left_out(_fitted(exact, self.weights), self.slack[rows].to(exact), y)
 
 
 def fit_ridge_head(
@@ -94,18 +107,23 @@ def fit_ridge_head(
     damping: float,
     block_rows: int = MOST_ROWS,
     dtype: torch.dtype | None = None,
+    loss: Loss | None = None,
+    weights: Tensor | None = None,
 ) -> RidgeHead:
     """Fit the head, and read from one pass what the leave-one-out residuals of all examples need.
 
     Args:
         features: Raw features `(n_train, n_features)`.
-        labels: `(n_train,)` int64.
-        moments: Of the same features.
+        labels: `(n_train,)` int64, or as `loss` has them.
+        moments: Of the same features, labels and weights.
         damping: lambda relative to the mean diagonal of A.
         block_rows: Rows of a block.
         dtype: Of the products; None takes the working dtype of the features.
+        loss: What the model was trained with; None for cross-entropy.
+        weights: omega, `(n_train,)`; None for 1.
     """
-    dtype, n = dtype or working_dtype(features), moments.n_train
+    loss = CrossEntropy() if loss is None else loss
+    dtype, n = dtype or working_dtype(features), moments.weight
     factor = damped_factor(moments.second_moment, damping, name="head_damping")
     factor = factor / moments.scale[:, None]  # of phi, acting on raw features
     rounded = factor.to(labels.device, dtype)
@@ -116,8 +134,9 @@ def fit_ridge_head(
         delicate=torch.empty(len(features), dtype=torch.bool, device=factor.device),
         norms=torch.empty(len(features), dtype=working_dtype(features), device=labels.device),
         square=0.0,
+        loss=loss,
     )
-    squares = torch.empty_like(head.slack)
+    squares = factor.new_empty(len(features), moments.targets.shape[1] if loss.apart else 1)
 
     def keep(rows: slice | Tensor, block: _Block) -> None:
         head.slack[rows], head.shifts[rows], squares[rows] = block.slack, block.shifts, block.squares
@@ -125,7 +144,8 @@ def fit_ridge_head(
 
     for rows in blocks(len(features), block_rows):
         h = to_device(features[rows], labels.device, dtype)
-        block = _read(h, labels[rows], head.weights, 1 - inverse_forms(h, rounded) / n)
+        leverage = _weighed(inverse_forms(h, rounded) / n, weights, rows)
+        block = _read(h, labels[rows], head.weights, 1 - leverage, loss)
         keep(rows, block)
         head.delicate[rows] = block.delicate
     if dtype != torch.float64:
@@ -134,14 +154,25 @@ def fit_ridge_head(
         for part in blocks(len(few), block_rows):
             exact = as_float64(features[theirs[part]].to(labels.device))
             y = labels[few[part].to(labels.device)]
-            keep(few[part], _read(exact, y, head.weights, 1 - inverse_forms(exact, factor) / n))
-    head.square = float(squares.sum())
+            leverage = _weighed(inverse_forms(exact, factor) / n, weights, few[part])
+            keep(few[part], _read(exact, y, head.weights, 1 - leverage, loss))
+    if weights is not None:
+        squares *= weights.to(squares)[:, None]
+    head.square = squares.sum(0) if loss.apart else float(squares.sum())
     return head
+
+
+def _weighed(values: Tensor, weights: Tensor | None, rows: slice | Tensor) -> Tensor:
+    """Values of some rows times their omega."""
+    if weights is None:
+        return values
+    few = weights[rows.to(weights.device) if isinstance(rows, Tensor) else rows]
+    return values * few.to(values)
 
 
 @dataclass
 class _Block:
-    """What the pass over the training set reads of one block; every tensor `(n_rows,)`."""
+    """What the pass over the training set reads of one block; every tensor `(n_rows,)`, or more squares."""
 
     slack: Tensor
     shifts: Tensor
@@ -150,19 +181,18 @@ class _Block:
     delicate: Tensor
 
 
-def _read(features: Tensor, labels: Tensor, weights: Tensor, slack: Tensor) -> _Block:
+def _read(features: Tensor, labels: Tensor, weights: Tensor, slack: Tensor, loss: Loss) -> _Block:
     labels = labels.to(features.device)
-    label, left_out = labels[:, None], leave_one_out_residuals(_fitted(features, weights), slack, labels)
+    left_out = loss.left_out(_fitted(features, weights), slack, labels)
     norms = torch.linalg.vector_norm(left_out, dim=1)
-    predictions = left_out.neg().scatter_(1, label, 1 - left_out.gather(1, label))
-    shifts = simplex_shift(predictions)
-    residuals = _off_the_simplex(left_out, labels, shifts)
+    shifts = loss.projection_shift(left_out, labels)
+    residuals = loss.projected(left_out, labels, shifts)
     largest = residuals.abs().amax(1)
     return _Block(
         slack=as_float64(slack),
         shifts=as_float64(shifts.squeeze(1)),
         norms=as_float64(norms),
-        squares=as_float64(residuals.square().sum(1)),
+        squares=as_float64(residuals.square() if loss.apart else residuals.square().sum(1, keepdim=True)),
         delicate=(slack < _FEW_DIGITS) | ((largest > 0) & (largest < _FEW_DIGITS)),
     )
 
@@ -171,13 +201,3 @@ def _fitted(features: Tensor, weights: Tensor) -> Tensor:
     """Predictions of the head, `(n, n_classes)` in the dtype of the features."""
     near = weights.to(features)
     return torch.addmm(near[-1], features, near[:-1])
-
-
-def _off_the_simplex(left_out: Tensor, labels: Tensor, shifts: Tensor) -> Tensor:
-    """`e_y - q` for the projection q of `e_y - left_out`, given how far that shifts each row, `(n, 1)`.
-
-    Written into `left_out`: beside the label `-max(-left_out - shift, 0) = min(left_out + shift, 0)`.
-    """
-    label = labels[:, None]
-    own = 1 - (1 - left_out.gather(1, label) - shifts).clamp_min(0)
-    return left_out.add_(shifts).clamp_max_(0).scatter_(1, label, own)

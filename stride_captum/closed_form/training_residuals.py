@@ -1,4 +1,7 @@
-"""Residuals of a training set: computed block by block, and kept only if they fit a budget."""
+"""Residuals of a training set: computed block by block, and kept only if they fit a budget.
+
+They are those of the loss (`Loss.residuals`), or of a ridge head that has not seen the example, times omega.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from functools import cached_property
 
 from torch import Tensor
 
-from ..residuals import RIDGE_SHARE, tempered_residuals
+from ..losses import Loss
+from ..residuals import RIDGE_SHARE
 from ..system.to_device import TrainingBlocks
 from .ridge_head import RidgeHead
 
@@ -21,26 +25,28 @@ class TrainingResiduals:
         head: Ridge head on its features.
         kind: The option `residuals`.
         temperature: T.
-        ridge_ratio: Factor of the ridge part of "both".
+        ridge_ratio: Factor of the ridge part of "both": a number, or one an output.
         unit: What they are divided by.
         most_bytes: They are kept if they take no more.
+        loss: What the model was trained with.
     """
 
     data: TrainingBlocks
     head: RidgeHead
     kind: str
     temperature: float
-    ridge_ratio: float
+    ridge_ratio: float | Tensor
     unit: float
     most_bytes: int
+    loss: Loss
 
     def of(self, rows: slice) -> Tensor:
         """Residuals of some rows, `(n_rows, n_classes)`."""
         return self._computed(rows) if self.kept is None else self.kept[rows]
 
     def of_loss(self, rows: slice) -> Tensor:
-        """`e_y - p` of some rows at temperature 1, float64 and in no unit, `(n_rows, n_classes)`."""
-        return tempered_residuals(self.data.logits_of(rows), self.data.labels_of(rows))
+        """`e_y - p` of some rows at T = 1, `(n_rows, n_classes)` float64, in no unit and without omega."""
+        return self.loss.residuals(self.data.logits_of(rows), self.data.labels_of(rows))
 
     @cached_property
     def kept(self) -> Tensor | None:
@@ -54,14 +60,23 @@ class TrainingResiduals:
         return kept
 
     def _computed(self, rows: slice) -> Tensor:
+        residuals = self._unweighted(rows)
+        omega = self.data.weights_of(rows, residuals)
+        return residuals if omega is None else residuals.mul_(omega[:, None])
+
+    def _unweighted(self, rows: slice) -> Tensor:
         if self.kind == "leave-one-out":
             return self._ridge(rows).div_(self.unit)
         temperature = 1.0 if self.kind == "training" else self.temperature
-        tempered = tempered_residuals(self.data.logits_of(rows), self.data.labels_of(rows), temperature)
+        tempered = self.loss.residuals(self.data.logits_of(rows), self.data.labels_of(rows), temperature)
         share = 1 - RIDGE_SHARE if self.kind == "both" else 1.0
         residuals = tempered.mul_(share / self.unit).to(self.data.device, self.data.dtype)
         if self.kind == "both":
-            residuals.add_(self._ridge(rows), alpha=RIDGE_SHARE * self.ridge_ratio / self.unit)
+            if isinstance(self.ridge_ratio, Tensor):
+                factors = (RIDGE_SHARE * self.ridge_ratio / self.unit).to(residuals)
+                residuals += self._ridge(rows) * factors
+            else:
+                residuals.add_(self._ridge(rows), alpha=RIDGE_SHARE * self.ridge_ratio / self.unit)
         return residuals
 
     def _ridge(self, rows: slice) -> Tensor:

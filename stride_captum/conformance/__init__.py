@@ -11,7 +11,7 @@ the matrix of the methods that ship.
 
 from .registry import CHECKS, Check
 from .runner import ConformanceReport, Subject, check, matrix, run_check
-from .shipped import main, missing_extra, shipped
+from .shipped import main, missing_extra, shipped, shipped_for
 
 __all__ = [
     "CHECKS",
@@ -24,4 +24,5 @@ __all__ = [
     "matrix",
     "missing_extra",
     "shipped",
+    "shipped_for",
 ]

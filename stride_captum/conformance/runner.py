@@ -9,6 +9,7 @@ from functools import partial
 from ..errors import bad_choice, bad_value
 from . import invariance_checks, score_checks, usage_checks  # noqa: F401  (they fill CHECKS)
 from .registry import CHECKS, Build, Check, Violation
+from .toy_problems import posed_with
 
 _PASS, _FAIL, _EXCEPTION, _NEEDLESS = "pass", "fail: ", "exception: ", "needless exception: "
 _MARKS = {_PASS: "+", _FAIL: "F", _EXCEPTION: "e", _NEEDLESS: "?"}
@@ -61,6 +62,7 @@ class Subject:
         name: What the matrix calls it.
         build: `build(model, train_dataset, **options)`.
         exceptions: Laws that it does not keep, and why.
+        loss: Name of the loss that the laws pose their problems with; `build` must have it too.
 
     >>> from stride_captum.adapters import Random
     >>> Subject("Random", Random, {"self_influence_is_not_negative": "scores are random"}).name
@@ -70,22 +72,25 @@ class Subject:
     name: str
     build: Build
     exceptions: Mapping[str, str] = field(default_factory=dict)
+    loss: str = "cross_entropy"
 
 
-def run_check(law: Check, build: Build, reason: str | None = None) -> str:
+def run_check(law: Check, build: Build, reason: str | None = None, loss: str = "cross_entropy") -> str:
     """The outcome of one law (see `ConformanceReport.outcomes`).
 
     Args:
         law: One of `CHECKS`.
         build: `build(model, train_dataset, **options)`.
         reason: Why the law need not hold; None where it must.
+        loss: Name of the loss that it poses its problems with.
 
     >>> from stride_captum.adapters import Similarity
     >>> run_check(CHECKS["the_top_k_are_the_best_of_all"], Similarity)
     'pass'
     """
     try:
-        law(build)
+        with posed_with(loss):
+            law(build)
     except Exception as error:
         if reason is not None:
             return _EXCEPTION + reason
@@ -95,7 +100,11 @@ def run_check(law: Check, build: Build, reason: str | None = None) -> str:
 
 
 def check(
-    build: Build, *, exceptions: Mapping[str, str] | None = None, name: str | None = None
+    build: Build,
+    *,
+    exceptions: Mapping[str, str] | None = None,
+    name: str | None = None,
+    loss: str = "cross_entropy",
 ) -> ConformanceReport:
     """Run every law on a method.
 
@@ -105,6 +114,8 @@ def check(
         exceptions: Laws that the method does not keep, with the reason. They are run all the same: one
             that holds is reported.
         name: What the report calls the method; None takes the name of `build`.
+        loss: "cross_entropy", "binary_cross_entropy" or "mse": what the problems are posed with. `build` must
+            have it too, as in `partial(MyMethod, loss="mse")`.
 
     Raises:
         ValueError: An exception to a law that does not exist, or without a reason.
@@ -121,7 +132,7 @@ def check(
             raise bad_value("exceptions", "give a reason for each law", f"{reason!r} for {law!r}")
     if name is None:
         name = getattr(build.func if isinstance(build, partial) else build, "__name__", repr(build))
-    outcomes = {law: run_check(CHECKS[law], build, exceptions.get(law)) for law in CHECKS}
+    outcomes = {law: run_check(CHECKS[law], build, exceptions.get(law), loss) for law in CHECKS}
     return ConformanceReport(name, outcomes)
 
 

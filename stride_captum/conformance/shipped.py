@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from .registry import Build
 from .runner import ConformanceReport, Subject, check, matrix
@@ -64,6 +65,35 @@ def shipped() -> list[Subject]:
     ]
 
 
+def shipped_for(loss: str) -> list[Subject]:
+    """The methods of this package that are defined for a loss without classes, with their exceptions.
+
+    Args:
+        loss: "binary_cross_entropy" or "mse".
+
+    >>> [subject.name for subject in shipped_for("mse")][:2]
+    ['STRIDE, mse', 'TracIn, mse']
+    """
+    left_out = ("ClassSimilarity", "KNNShapley", "ClassRandom")
+    own: dict[str, dict[str, str]] = {}
+    if loss == "mse":
+        margin = {"examples_of_the_class_raise_its_margin": "a regression has no margin"}
+        past = {"examples_of_the_class_lower_its_loss": "neighbors may pull an output past its label"}
+        sign = {"self_influence_is_not_negative": "a head that has not seen it may err to the other side"}
+        own = {subject.name: margin for subject in shipped()}
+        own |= dict.fromkeys(("TracIn", "TRAK"), margin | past) | {"STRIDE": margin | sign}
+    return [
+        Subject(
+            f"{subject.name}, {loss}",
+            partial(subject.build, loss=loss),
+            {**subject.exceptions, **own.get(subject.name, {})},
+            loss,
+        )
+        for subject in shipped()
+        if subject.name not in left_out
+    ]
+
+
 def missing_extra(build: Build) -> str | None:
     """What the method says of a package that is not installed; None where it can be fitted.
 
@@ -94,7 +124,9 @@ def main(subjects: Iterable[Subject] | None = None) -> int:
     for subject in shipped() if subjects is None else subjects:
         missing = missing_extra(subject.build)
         if missing is None:
-            reports.append(check(subject.build, exceptions=subject.exceptions, name=subject.name))
+            reports.append(
+                check(subject.build, exceptions=subject.exceptions, name=subject.name, loss=subject.loss)
+            )
         else:
             absent.append(f"{subject.name} was left out: {missing}")
     print("\n".join([matrix(reports), *absent]))

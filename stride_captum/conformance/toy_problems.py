@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -18,18 +20,82 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
+from ..errors import bad_choice
+
 N_TRAIN, N_TEST, N_CLASSES = 48, 7, 3
+
+
+#: The loss that the problems are posed with.
+_POSED: ContextVar[str] = ContextVar("loss of the toy problems", default="cross_entropy")
+
+
+@contextmanager
+def posed_with(loss: str) -> Iterator[None]:
+    """Within it, labels and trained networks of all problems here are those of a loss.
+
+    Args:
+        loss: "cross_entropy": the class. "binary_cross_entropy": three labels, of which that of the class is
+            on, and the next one where the first input is positive. "mse": three numbers, 2 for the class and
+            -1 for the others, plus a third of the first input.
+
+    >>> with posed_with("mse"):
+    ...     print(planted_classes(4).tensors[1].shape)
+    torch.Size([4, 3])
+    """
+    if loss not in _LABELS:
+        raise bad_choice("loss", loss, list(_LABELS))
+    token = _POSED.set(loss)
+    try:
+        yield
+    finally:
+        _POSED.reset(token)
+
+
+def _several_labels(inputs: Tensor, classes: Tensor) -> Tensor:
+    own = F.one_hot(classes, N_CLASSES)
+    further = own.roll(1, 1) * (inputs.flatten(1)[:, :1] > 0)
+    return (own + further).float()
+
+
+def _numbers(inputs: Tensor, classes: Tensor) -> Tensor:
+    return 3.0 * F.one_hot(classes, N_CLASSES) - 1 + inputs.flatten(1)[:, :1] / 3
+
+
+_LABELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross_entropy": lambda inputs, classes: classes,
+    "binary_cross_entropy": _several_labels,
+    "mse": _numbers,
+}
 
 
 def planted_classes(
     n: int, shape: tuple[int, ...] = (6,), seed: int = 0, noise: float = 0.7
 ) -> TensorDataset:
-    """Inputs `(n, *shape)` around one random centre per class, and their labels `(n,)`."""
+    """Inputs `(n, *shape)` around one random centre per class, and their labels: `(n,)` classes, or those of
+    the loss that the problem is posed with.
+    """
+    inputs, classes = _planted(n, shape, seed, noise)
+    return TensorDataset(inputs, _LABELS[_POSED.get()](inputs, classes))
+
+
+def classes_of(n: int, shape: tuple[int, ...] = (6,), seed: int = 0, noise: float = 0.7) -> Tensor:
+    """The class around whose centre each example of `planted_classes` lies, `(n,)`."""
+    return _planted(n, shape, seed, noise)[1]
+
+
+def _planted(n: int, shape: tuple[int, ...], seed: int, noise: float) -> tuple[Tensor, Tensor]:
     centres = torch.randn(N_CLASSES, *shape, generator=torch.Generator().manual_seed(1234))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(N_CLASSES, (n,), generator=generator)
     inputs = centres[labels] + noise * torch.randn(n, *shape, generator=generator)
-    return TensorDataset(inputs, labels)
+    return inputs, labels
+
+
+_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross_entropy": F.cross_entropy,
+    "binary_cross_entropy": F.binary_cross_entropy_with_logits,
+    "mse": F.mse_loss,
+}
 
 
 class MLP(nn.Module):
@@ -153,7 +219,7 @@ def trained(
     build: Callable[[], nn.Module], n_train: int = N_TRAIN, seed: int = 0, steps: int = 30
 ) -> tuple[Any, TensorDataset, TensorDataset]:
     """A network in eval mode that fits planted classes, its training set and test set."""
-    model: Any = copy.deepcopy(_fitted(build, n_train, seed, steps))
+    model: Any = copy.deepcopy(_fitted(build, n_train, seed, steps, _POSED.get()))
     return model, _planted_train(model, n_train), planted_classes(N_TEST, model.shape, seed=2)
 
 
@@ -162,7 +228,7 @@ def _planted_train(model: Any, n_train: int) -> TensorDataset:
 
 
 @cache
-def _fitted(build: Callable[[], nn.Module], n_train: int, seed: int, steps: int) -> nn.Module:
+def _fitted(build: Callable[[], nn.Module], n_train: int, seed: int, steps: int, posed: str) -> nn.Module:
     model = built(build, seed)
     x, y = _planted_train(model, n_train).tensors
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
@@ -170,7 +236,7 @@ def _fitted(build: Callable[[], nn.Module], n_train: int, seed: int, steps: int)
         torch.manual_seed(seed)
         for _ in range(steps):
             optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
+            _LOSSES[posed](model(x), y).backward()
             optimizer.step()
     optimizer.zero_grad()
     fitted: nn.Module = model.eval()

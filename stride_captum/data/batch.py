@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import bad_type, bad_value
-from ..losses import CrossEntropy
+from ..losses import CrossEntropy, Loss
 from ..system.random_states import user_code
 
 LABEL_KEY = "labels"
@@ -39,6 +39,9 @@ class Batch:
             places for a part inside a part). All others are given to the model whole. None recognizes them:
             what the default `collate_fn` stacks has one row for each example, and of batches that a
             `collate_fn` of yours makes, the parts whose length follows the number of labels.
+        sample_weight: What the loss of each training example was multiplied with: `(n_train,)`, in the order
+            of the training set; or the key or place of a part of the batch, `(n,)`, which the model is not
+            given. A weight of 0 is as good as no example, 2 is an example that is there twice.
 
     >>> Batch(label_key="label").label_key
     'label'
@@ -47,6 +50,7 @@ class Batch:
     forward: Callable[[nn.Module, Any], Any] | None = None
     label_key: str | int | None = None
     per_example: Sequence[Any] | None = None
+    sample_weight: Any = None
 
     def __post_init__(self) -> None:
         if self.forward is not None and not callable(self.forward):
@@ -55,6 +59,13 @@ class Batch:
             raise bad_type("label_key", "be a key, a place in a tuple, or None", self.label_key)
         if isinstance(self.per_example, str) or not isinstance(self.per_example, Sequence | None):
             raise bad_type("per_example", "be a list of keys or places", self.per_example, "Write ['x'].")
+        if self.sample_weight is not None and not isinstance(self.sample_weight, str | int):
+            object.__setattr__(self, "sample_weight", _sample_weights(self.sample_weight, "sample_weight"))
+
+    def with_weights_of(self, rows: Tensor) -> Batch:
+        """How a data set of some of the training examples is read."""
+        weights = self.sample_weight
+        return replace(self, sample_weight=weights[rows]) if isinstance(weights, Tensor) else self
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,7 @@ class Reading:
     """
 
     options: Batch = field(default_factory=Batch)
-    loss: CrossEntropy = field(default_factory=CrossEntropy)
+    loss: Loss = field(default_factory=CrossEntropy)
     shared: frozenset[Path] = frozenset()
 
     def with_shared(self, first: ExampleBatch, second: ExampleBatch | None) -> Reading:
@@ -131,11 +142,48 @@ class ExampleBatch:
         except (TypeError, ValueError, RuntimeError) as error:
             raise bad_value(
                 self.argument,
-                "give labels that are class indices",
+                "give labels that are numbers",
                 _described(labels),
                 "Map the names of the classes to 0, 1, 2, ...; labels stand last in a tuple or under "
                 "'labels' in a dict, see Batch(label_key=...).",
             ) from error
+
+    @cached_property
+    def _weight_path(self) -> Path | None:
+        """Where weights stand in the batch; None where they do not."""
+        key: Any = self.reading.options.sample_weight
+        content = self.content
+        if isinstance(key, bool) or not isinstance(key, str | int):
+            return None
+        if isinstance(content, Mapping):
+            return (key,) if key in content else None
+        if not isinstance(key, int):
+            raise bad_value("sample_weight", "be a place in a tuple, such as 1", repr(key))
+        return (key % len(content),) if -len(content) <= key < len(content) else None
+
+    @cached_property
+    def weights(self) -> Tensor | None:
+        """The weight of each training example, `(n,)` float64; None where all are 1.
+
+        Raises:
+            ValueError: Weights are declared, and there are none, or one is negative or not a number.
+        """
+        said = self.reading.options.sample_weight
+        if said is None:
+            return None
+        if isinstance(said, Tensor):
+            if self.columns is None:
+                return None
+            found = said[self.columns]
+            got = str(len(said))
+        elif self._weight_path is None:
+            raise bad_value("sample_weight", "be a key or place in a batch", repr(said))
+        else:
+            found = _sample_weights(self.content[self._weight_path[0]], self.argument)
+            got = str(len(found))
+        if len(found) != len(self):
+            raise bad_value("sample_weight", "hold one for each training example", got)
+        return found
 
     @cached_property
     def _length(self) -> int:
@@ -163,7 +211,7 @@ class ExampleBatch:
     def parts(self) -> Iterator[tuple[Path, Any]]:
         """All tensors, arrays, texts and other things that are given to the model, with where they stand."""
         for path, part in walk(self.content):
-            if self._label_path is None or path[:1] != self._label_path:
+            if path[:1] not in (self._label_path, self._weight_path):
                 yield path, part
 
     @property
@@ -176,7 +224,7 @@ class ExampleBatch:
 
     def declared(self, path: Path) -> bool | None:
         """Whether a part has one row for each example, as far as it was said or recognized."""
-        if self._label_path is not None and path[:1] == self._label_path:
+        if path[:1] in (self._label_path, self._weight_path):
             return True
         said = self.reading.options.per_example
         if said is not None:
@@ -271,10 +319,10 @@ class ExampleBatch:
 
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the model is called with: arguments by position and by name."""
-        label = None if self._label_path is None else self._label_path[0]
+        others = [path[0] for path in (self._label_path, self._weight_path) if path is not None]
         if isinstance(self.content, Mapping):
-            return (), {key: value for key, value in self.content.items() if key != label}
-        return tuple(value for i, value in enumerate(self.content) if i != label), {}
+            return (), {key: value for key, value in self.content.items() if key not in others}
+        return tuple(value for i, value in enumerate(self.content) if i not in others), {}
 
     def outputs(self, model: Callable[..., Any]) -> Tensor:
         """Outputs of the model, `(n, ...)`; it is given copies, so that it may destroy them.
@@ -334,6 +382,27 @@ class ExampleBatch:
             must = f"carry one label for each of {len(logits)} examples"
             raise bad_value(self.argument, must, len(self), remedy)
         raise bad_value("model", f"return one row for each of {len(self)} examples", len(logits), remedy)
+
+
+def _sample_weights(weights: Any, argument: str) -> Tensor:
+    """Weights as `(n,)` float64.
+
+    Raises:
+        TypeError: No numbers.
+        ValueError: Another shape, or a weight that is negative or not a number.
+    """
+    try:
+        flat = torch.as_tensor(weights).detach().double()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise bad_type(argument, "hold a weight for each training example", weights) from error
+    if flat.ndim != 1:
+        raise bad_value(argument, "hold weights of shape (n,)", f"shape {tuple(flat.shape)}")
+    wrong = ~(torch.isfinite(flat) & (flat >= 0))
+    if bool(wrong.any()):
+        place = int(wrong.nonzero()[0])
+        must = "hold weights that are numbers of at least 0"
+        raise bad_value(argument, must, f"{float(flat[place])} at place {place}")
+    return flat
 
 
 def is_batch(inputs: Any) -> bool:

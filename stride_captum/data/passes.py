@@ -269,6 +269,8 @@ class Passes:
 def digests_of(batch: ExampleBatch) -> Digests:
     """Digests of the examples of a batch, over the parts that have one row for each."""
     parts = [part for path, part in batch.parts() if _has_rows(batch, path, part)]
+    if batch.weights is not None:
+        parts.append(batch.weights)
     return Digests.of(len(batch), batch.labels, parts)
 
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ..errors import bad_value
-from ..losses import CrossEntropy, OutputCheck
-from ..responses import class_labels
+from ..losses import Loss
 from ..system.memory import MOST_ROWS, blocks
 from .store_files import as_tensor
 
@@ -36,18 +35,20 @@ class Precomputed:
     Attributes:
         features: `(n_train, n_features)`, may be memory-mapped.
         logits: `(n_train, n_classes)`.
-        labels: `(n_train,)` int64.
+        labels: As the loss has them: `(n_train,)` int64, or `(n_train, n_classes)`.
         widths: Widths of the layers that the columns come from.
+        weights: omega of each example, `(n_train,)` float64; None for 1.
     """
 
     features: Tensor
     logits: Tensor
     labels: Tensor
     widths: list[int]
+    weights: Tensor | None = None
 
     @classmethod
     def checked(
-        cls, features: Any, logits: Any, labels: Any, widths: Sequence[int] | None, loss: CrossEntropy
+        cls, features: Any, logits: Any, labels: Any, widths: Sequence[int] | None, loss: Loss
     ) -> tuple[Precomputed, TensorDataset]:
         """Look at what the user has given; returns it with a data set of it as it came.
 
@@ -55,20 +56,25 @@ class Precomputed:
             ValueError: Shapes that do not fit one another, or probabilities that are not declared.
         """
         features, logits, labels = (as_tensor(a) for a in (features, logits, labels))
-        for name, value, ndim in (("features", features, 2), ("logits", logits, 2), ("labels", labels, 1)):
-            if value.ndim != ndim or len(value) != len(features):
+        for name, value, dims in (
+            ("features", features, (2,)),
+            ("logits", logits, (2,)),
+            ("labels", labels, (1, 2)),
+        ):
+            if value.ndim not in dims or len(value) != len(features):
                 raise bad_value(
                     name,
-                    f"have {ndim} dimensions and n_train = {len(features)} rows",
+                    f"have {' or '.join(map(str, dims))} dimensions and n_train = {len(features)} rows",
                     f"shape {tuple(value.shape)}",
                 )
         widths = [features.shape[1]] if widths is None else list(widths)
         if sum(widths) != features.shape[1]:
             raise bad_value("widths", f"add up to n_features = {features.shape[1]}", sum(widths))
-        check = OutputCheck(loss, None)
+        check = loss.output_check(None)
         for rows in blocks(len(logits), MOST_ROWS):
             check.look(logits[rows], rows.start)
         check.finish()
-        multiclass = loss.logits(logits)
-        classes = class_labels(labels, multiclass.shape[1], "labels")
-        return cls(features, multiclass, classes, widths), TensorDataset(features, logits, labels)
+        rows_of_outputs = loss.logits(logits)
+        known = loss.labels(labels, rows_of_outputs.shape[1], "labels")
+        every = cls(features, rows_of_outputs, known, widths, loss.weights(known))
+        return every, TensorDataset(features, logits, labels)

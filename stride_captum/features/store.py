@@ -33,7 +33,7 @@ class StoredFeatures:
     Attributes:
         features: Raw features `(n_train, n_features)` in the dtype of the store.
         logits: `(n_train, n_classes)` float32.
-        labels: `(n_train,)` int64.
+        labels: As the loss has them: `(n_train,)` int64, or `(n_train, n_classes)` float64.
         taps: Where the features were read.
     """
 
@@ -178,11 +178,13 @@ class FeatureStore:
     def _files(self) -> StoreFiles:
         return StoreFiles(Path(self.path))
 
-    def _new_manifest(self, key: dict[str, Any], taps: Sequence[Tap], n_classes: int) -> Manifest:
+    def _new_manifest(
+        self, key: dict[str, Any], taps: Sequence[Tap], logits: Tensor, labels: Tensor
+    ) -> Manifest:
         parts = {
             "features": Part(self.dtype, sum(tap.width for tap in taps)),
-            "logits": Part("float32", n_classes),
-            "labels": Part("int64", 1),
+            "logits": Part("float32", logits.shape[1]),
+            "labels": Part("int64", 1) if labels.ndim == 1 else Part("float64", labels.shape[1]),
         }
         row_bytes = sum(part.row_bytes for part in parts.values())
         rows = rows_that_fit(parse_bytes(self.chunk), row_bytes, None)
@@ -190,7 +192,9 @@ class FeatureStore:
 
     def _stored(self, manifest: Manifest) -> StoredFeatures:
         features, logits, labels = (self._files.mapped(manifest, n) for n in ("features", "logits", "labels"))
-        return StoredFeatures(features, logits, labels[:, 0], [Tap(**tap) for tap in manifest.taps])
+        if manifest.parts["labels"].dtype == "int64":
+            labels = labels[:, 0]
+        return StoredFeatures(features, logits, labels, [Tap(**tap) for tap in manifest.taps])
 
 
 def _check_key(there: dict[str, Any], here: dict[str, Any], path: str | Path) -> None:

@@ -12,7 +12,7 @@ from ..data.digests import ExampleDigest
 from ..errors import bad_value
 from .store_files import Manifest, StoreFiles
 
-#: Of one batch: the rows of each tap, the logits `(n, n_classes)` and the labels `(n,)`.
+#: Of one batch: the rows of each tap, the logits `(n, n_classes)` and the labels.
 Computed = tuple[Sequence[Tensor], Tensor, Tensor]
 Run = Callable[[ExampleBatch], Computed]
 
@@ -23,10 +23,12 @@ class StoreWriter:
     Args:
         files: Of the store.
         manifest: What is stored; None for nothing.
-        new: Makes an empty manifest, given the number of classes.
+        new: Makes an empty manifest, given the logits and labels of a batch.
     """
 
-    def __init__(self, files: StoreFiles, manifest: Manifest | None, new: Callable[[int], Manifest]) -> None:
+    def __init__(
+        self, files: StoreFiles, manifest: Manifest | None, new: Callable[[Tensor, Tensor], Manifest]
+    ) -> None:
         self.files, self.manifest, self.new = files, manifest, new
         self.digest = ExampleDigest()
         self.stored = 0 if manifest is None else manifest.rows
@@ -61,7 +63,7 @@ class StoreWriter:
     def _prepare(self, computed: Computed) -> None:
         """Make what depends on the number of classes, which the first batch tells."""
         if self.manifest is None:
-            self.manifest = self.new(computed[1].shape[1])
+            self.manifest = self.new(computed[1], computed[2])
         if not self.buffers:
             for name, part in self.manifest.parts.items():
                 self.buffers[name] = torch.empty(
@@ -94,7 +96,7 @@ class StoreWriter:
             self.buffers["features"][to, start : start + part.shape[1]] = part[rows]
             start += part.shape[1]
         self.buffers["logits"][to] = logits[rows]
-        self.buffers["labels"][to, 0] = labels[rows]
+        self.buffers["labels"][to] = labels[rows].reshape(len(labels[rows]), -1)
 
     def _close_chunk(self) -> None:
         assert self.manifest is not None

@@ -30,7 +30,7 @@ from ..data.batch import Batch
 from ..data.digests import Digests
 from ..data.places import groups_of_places
 from ..errors import bad_choice, bad_type, whole_number
-from ..losses import CrossEntropy, OutputCheck
+from ..losses import Loss
 from ..subsets import membership_from_indices
 from ..system.fingerprints import weights_fingerprint
 from ..system.locks import exclusive
@@ -67,12 +67,13 @@ class InfluenceMethod(ScoringLoop):
             the weights in `model`. They may be checkpoints of one training or independent models.
         checkpoints_load_func: `f(model, checkpoint)` loads one and returns a learning rate.
         held_out: Labeled data that the model has not seen, for methods that can use it.
-        response: Default response.
+        response: Default response; None takes the first of the loss ("margin", or "output" of a regression).
         target: Default class of the response.
         normalize: Default normalization, None or "cosine".
         memory_budget: Memory of one block of work: bytes, "512MiB", or "auto".
-        loss: What the model was trained with: "cross_entropy", or `stride_captum.losses.CrossEntropy` with
-            what its outputs are.
+        loss: What the model was trained with: "cross_entropy" (one output is binary),
+            "binary_cross_entropy" (several labels an example), "mse" (regression), one of
+            `stride_captum.losses` with its options, or one of yours (`losses.Loss`).
         batch: How a batch is read, if it is not `(inputs..., labels)` or a dict with "labels".
         ids: A name for each training example (a path, a row id, a text), for `result_rows` and reports; None
             takes the attribute `ids` of the data set, if it has one.
@@ -139,11 +140,11 @@ class InfluenceMethod(ScoringLoop):
         checkpoints: Iterable[Any] | str | Path | None = None,
         checkpoints_load_func: LoadCheckpoint = load_checkpoint,
         held_out: Any = None,
-        response: str = "margin",
+        response: str | None = None,
         target: str | int | Sequence[int] | Tensor = "label",
         normalize: str | None = None,
         memory_budget: int | str = "256MiB",
-        loss: str | CrossEntropy = "cross_entropy",
+        loss: str | Loss = "cross_entropy",
         batch: Batch | None = None,
         ids: Sequence[Any] | None = None,
     ) -> None:
@@ -158,10 +159,10 @@ class InfluenceMethod(ScoringLoop):
             checkpoints_load_func,
             memory_budget,
         )
-        check_query(response, normalize)
+        self.response = self.loss.responses[0] if response is None else response
+        check_query(self.loss, self.response, normalize)
         self.layers = layers
         self.held_out = held_out
-        self.response = response
         self.target = checked_target(target)
         self.normalize = normalize
         self.ids = checked_ids(ids, train_dataset)
@@ -205,7 +206,7 @@ class InfluenceMethod(ScoringLoop):
     def _fit_one(self, model: nn.Module, show_progress: bool) -> Any:
         """`fit_checkpoint`, with a look at the model before and at its outputs for the training set."""
         self._check_model(model)
-        self._output_check = OutputCheck(self.loss, model)
+        self._output_check = self.loss.output_check(model)
         try:
             state = self.fit_checkpoint(model, show_progress)
             self._output_check.finish()
@@ -262,8 +263,9 @@ class InfluenceMethod(ScoringLoop):
             show_progress: Whether to show a bar over the test batches.
             aggregate: Whether to return one row, the sum over all test points (in float64, then rounded), or
                 with k the best of that row.
-            response: The scalar that is attributed (see `stride_captum.responses`).
-            target: Its class: "label", "predicted", or an index (one, or one per test point).
+            response: The scalar that is attributed (see the loss).
+            target: Its class: "label", "predicted", or an index (one, or one per test point). Of several
+                labels or outputs, an index names one, and "label" is the sum over all.
             normalize: None or "cosine": divide by the norms of both sides; a zero norm gives 0. What is not
                 given is that of the constructor.
 

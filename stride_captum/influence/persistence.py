@@ -129,9 +129,16 @@ def _said(batch: Batch) -> dict[str, Any]:
     """How batches are read, in plain values; of functions only that there is one."""
     options = {field.name: getattr(batch, field.name) for field in fields(batch)}
     return {
-        name: "a function" if callable(value) else None if value is None else repr(value)
+        name: "a function" if callable(value) else None if value is None else _in_words(value)
         for name, value in options.items()
     }
+
+
+def _in_words(value: Any) -> str:
+    """An option in words; of weights number and sum, since they are compared with the examples."""
+    if isinstance(value, Tensor):
+        return f"{len(value)} weights of sum {float(value.sum())!r}"
+    return repr(value)
 
 
 def _shown(said: Mapping[str, Any]) -> str:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..data.batch import ExampleBatch
-from ..errors import bad_choice, bad_type, bad_value
-from ..responses import RESPONSES, class_labels
+from ..errors import bad_type, bad_value
+from ..losses.base import Loss
 
 
 class Default(Enum):
@@ -34,44 +34,49 @@ class Query:
 
     Attributes:
         response: The scalar that is attributed.
-        target: "label", "predicted", or the class of each test point of the batch, `(n,)` int64.
+        target: "label", "predicted", or the class (or output) of each test point of the batch, `(n,)` int64.
     """
 
     response: str
     target: str | Tensor
 
-    def classes(self, logits: Tensor, batch: ExampleBatch) -> Tensor:
-        """The class c of each test point, `(n,)` int64.
+    def asked(self, logits: Tensor, batch: ExampleBatch) -> Tensor:
+        """What the response is about at each test point, as the loss says it (`Loss.asked`).
 
         Args:
             logits: `(n, n_classes)`.
             batch: The batch that gave them.
+
+        Returns:
+            With cross-entropy the class c, `(n,)` int64.
         """
-        if isinstance(self.target, Tensor):
-            return class_labels(self.target.to(logits.device), logits.shape[1], "target")
-        if self.target == "predicted":
-            return logits.argmax(1)
-        labels = batch.labels
-        if labels is None:
-            raise bad_value(
-                "inputs",
-                "carry labels, as in (x, y), when target='label'",
-                "a batch without labels",
-                "Add them, or ask for target='predicted' or a class index.",
-            )
-        if len(labels) != len(logits):
-            raise bad_value("inputs", f"carry one label for each of {len(logits)} examples", len(labels))
-        return class_labels(labels.to(logits.device), logits.shape[1], "inputs")
+        return batch.reading.loss.asked(logits, _labels_of(batch, logits), self.target, self.response)
+
+    def classes(self, logits: Tensor, batch: ExampleBatch) -> Tensor:
+        """The class c of each test point, `(n,)` int64, whatever the response is.
+
+        Raises:
+            ValueError: A loss without classes.
+        """
+        batch.reading.loss.refuse("this method", "which asks for the class of a test point")
+        found = batch.reading.loss.asked(logits, _labels_of(batch, logits), self.target, self.response)
+        return found if found.ndim == 1 else found.argmax(1)
 
 
-def check_query(response: str, normalize: str | None) -> None:
+def _labels_of(batch: ExampleBatch, logits: Tensor) -> Tensor | None:
+    labels = batch.labels
+    if labels is not None and len(labels) != len(logits):
+        raise bad_value("inputs", f"carry one label for each of {len(logits)} examples", len(labels))
+    return labels
+
+
+def check_query(loss: Loss, response: str, normalize: str | None) -> None:
     """Refuse what cannot be asked of any method.
 
     Raises:
         ValueError: A response or a normalization that does not exist.
     """
-    if response not in RESPONSES:
-        raise bad_choice("response", response, RESPONSES)
+    loss.check_response(response)
     if normalize not in (None, "cosine"):
         raise bad_value("normalize", "be None or 'cosine'", repr(normalize))
 

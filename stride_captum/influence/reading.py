@@ -15,8 +15,8 @@ from ..data.batch import Batch, ExampleBatch, Reading, is_batch
 from ..data.passes import Passes
 from ..errors import bad_type, bad_value, whole_number
 from ..layers.probes import check_deterministic
-from ..losses import CrossEntropy, OutputCheck, loss_of
-from ..responses import class_labels
+from ..losses import Loss, loss_of
+from ..losses.base import OutputCheck
 from .checkpoints import LoadCheckpoint
 from .session import ModelSession
 
@@ -46,7 +46,7 @@ class BatchReader(ModelSession):
         model: nn.Module,
         train_dataset: Any,
         batch_size: int,
-        loss: str | CrossEntropy,
+        loss: str | Loss,
         batch: Batch | None,
         device: torch.device | str | None,
         checkpoints: Iterable[Any] | str | Path | None,
@@ -88,7 +88,9 @@ class BatchReader(ModelSession):
                 yield piece.columns, piece
 
     def train_labels(self, batch: ExampleBatch, n_classes: int) -> Tensor:
-        """Labels of a batch of training examples, `(n,)` int64 in `[0, n_classes)`, on the working device.
+        """Labels of a batch of training examples as the loss has them (`Loss.labels`), on the working device.
+
+        With cross-entropy they are `(n,)` int64 in `[0, n_classes)`, or `(n, n_classes)`.
 
         They are checked where they are: those of a batch that is not on a GPU wait for none.
         """
@@ -98,7 +100,18 @@ class BatchReader(ModelSession):
                 "give one label per example, last in (inputs..., label) or under 'labels'",
                 "none",
             )
-        return class_labels(batch.labels, n_classes, "train_dataset").to(self._work_device())
+        return self.loss.labels(batch.labels, n_classes, "train_dataset").to(self._work_device())
+
+    def train_weights(self, batch: ExampleBatch, labels: Tensor) -> Tensor | None:
+        """Omega of a batch of training examples, `(n,)` float64 on the working device; None for 1.
+
+        Args:
+            batch: Of the training set.
+            labels: Its labels (`train_labels`).
+        """
+        weights = [w for w in (batch.weights, self.loss.weights(labels)) if w is not None]
+        found = [w.to(self._work_device()) for w in weights]
+        return None if not found else found[0] if len(found) == 1 else found[0] * found[1]
 
     def batch_logits(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
         """Logits of a batch, `(n, n_classes)`."""

@@ -133,7 +133,7 @@ class ScoringLoop(BatchReader):
         """Score all test batches; `collector` makes what takes in the blocks of one batch, or of all."""
         response = self.response if response is None else response
         chosen = self.normalize if isinstance(normalize, Default) else normalize
-        check_query(response, chosen)
+        check_query(self.loss, response, chosen)
         wanted = checked_target(self.target if target is None else target)
         data.check_source(inputs, "inputs")
         with exclusive(self):

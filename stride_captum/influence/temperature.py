@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 
 def choose_temperature(
-    method: InfluenceMethod, model: nn.Module, logits: Tensor, labels: Tensor, temperature: float | None
+    method: InfluenceMethod,
+    model: nn.Module,
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float | None,
+    weights: Tensor | None = None,
 ) -> float:
     """T of a method at the checkpoint that it is fitted to.
 
@@ -38,24 +43,44 @@ def choose_temperature(
         method: Its `held_out` is read if it is needed.
         model: Its model.
         logits: Of the training set, `(n_train, n_classes)`.
-        labels: `(n_train,)`.
+        labels: `(n_train,)`, or `(n_train, n_classes)`.
         temperature: As given, or None.
+        weights: omega of each training example, `(n_train,)`; None for 1.
+
+    Raises:
+        ValueError: A temperature for a loss that has none.
     """
+    if not method.loss.tempered:
+        if temperature is not None:
+            must = f"be None for loss={method.loss.name!r}, which has no temperature"
+            raise bad_value("temperature", must, temperature)
+        return 1.0
     if temperature is not None:
         return float(temperature)
     checkpoint = method._checkpoints()[method._checkpoint_index]
     if isinstance(checkpoint, Checkpoint) and checkpoint.seen is not None:
-        return _matched_to_unseen(method, logits, labels, checkpoint)
+        return _matched_to_unseen(method, logits, labels, checkpoint, weights)
     if method.held_out is not None:
-        return _matched_to_held_out(method, model, logits, labels)
+        return _matched_to_held_out(method, model, logits, labels, weights)
     if len(method._checkpoints()) == 1:
         return DEFAULT_TEMPERATURE
-    most = CHECKPOINT_TEMPERATURE
-    return match_temperature(logits, labels, CHECKPOINT_RESIDUAL, high=most, ranks=method.ranks)
+    return match_temperature(
+        logits,
+        labels,
+        CHECKPOINT_RESIDUAL,
+        high=CHECKPOINT_TEMPERATURE,
+        ranks=method.ranks,
+        each=method.loss.mean_residuals,
+        weights=weights,
+    )
 
 
 def _matched_to_unseen(
-    method: InfluenceMethod, logits: Tensor, labels: Tensor, checkpoint: Checkpoint
+    method: InfluenceMethod,
+    logits: Tensor,
+    labels: Tensor,
+    checkpoint: Checkpoint,
+    weights: Tensor | None,
 ) -> float:
     """T at which examples that the model has seen have the mean residual of those that it has not."""
     own: slice = getattr(method, "columns", slice(None))  # of a process
@@ -67,19 +92,23 @@ def _matched_to_unseen(
     mine = seen[own]
     outside, inside = ((~mine).nonzero()[:, 0], mine.nonzero()[:, 0])
 
-    def some(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return logits[rows.to(logits.device)], labels[rows.to(labels.device)]
+    def some(rows: Tensor) -> dict[str, Any]:
+        omega = None if weights is None else weights[rows.to(weights.device)]
+        chosen = {"logits": logits[rows.to(logits.device)], "labels": labels[rows.to(labels.device)]}
+        return {**chosen, "weights": omega, "ranks": method.ranks, "each": method.loss.mean_residuals}
 
-    target = mean_residual(*some(outside), ranks=method.ranks)
-    return match_temperature(*some(inside), target, ranks=method.ranks)
+    return match_temperature(target=mean_residual(**some(outside)), **some(inside))
 
 
-def _matched_to_held_out(method: InfluenceMethod, model: nn.Module, logits: Tensor, labels: Tensor) -> float:
+def _matched_to_held_out(
+    method: InfluenceMethod, model: nn.Module, logits: Tensor, labels: Tensor, weights: Tensor | None
+) -> float:
     residual, seen = 0.0, 0
     for batch in method._batches(method.held_out, "held_out", False, ""):
         outputs = method.batch_logits(model, batch)
-        classes = Query("loss", "label").classes(outputs, batch)
-        residual += mean_residual(outputs, classes) * len(outputs)
+        asked = Query("loss", "label").asked(outputs, batch)
+        residual += mean_residual(outputs, asked, each=method.loss.mean_residuals) * len(outputs)
         seen += len(outputs)
     whole, n = method.ranks.sums("held-out residual", residual, seen)
-    return match_temperature(logits, labels, whole / n, ranks=method.ranks)
+    each = method.loss.mean_residuals
+    return match_temperature(logits, labels, whole / n, ranks=method.ranks, each=each, weights=weights)

@@ -28,7 +28,7 @@ def test_vectors(method: InfluenceMethod, inputs: Any, aggregate: bool, response
         response: The scalar that is attributed.
         target: Its class.
     """
-    check_query(response, None)
+    check_query(method.loss, response, None)
     wanted, seen = checked_target(target), 0
     data.check_source(inputs, "inputs")
     rows: list[Tensor] = []

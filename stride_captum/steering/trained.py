@@ -86,8 +86,8 @@ class TrainedOperators(FittedOperators):
     def subset_responses(self, points: TestPoints) -> Tensor:
         """Y, `(n_test, n_subsets)`."""
         shift = self.steering.shift(points.features * self.scale)
-        before = response_value(points.logits, points.classes, points.response)
-        return (response_value(points.logits + shift, points.classes, points.response) - before).T
+        before = response_value(points.logits, points.asked, points.response)
+        return (response_value(points.logits + shift, points.asked, points.response) - before).T
 
 
 def fit_trained(options: Trained, training: TrainingSet) -> TrainedOperators:
@@ -97,6 +97,9 @@ def fit_trained(options: Trained, training: TrainingSet) -> TrainedOperators:
         options: Of stage 1 and the recovery.
         training: Features in memory.
     """
+    if training.weights is not None or training.labels.ndim != 1 or not training.loss.plain:
+        must = "be ClosedForm(...) for a loss other than cross-entropy of class indices, and for weights"
+        raise bad_value("operators", must, repr(options.name), "Leave `operators` out.")
     check_finite(training.features)
     check_finite(training.logits, "logits")
     features = training.features.to(working_dtype(training.features))

@@ -42,9 +42,10 @@ class TrainingBlocks:
     Attributes:
         features: Raw features `(n_train, n_features)` in any precision, may be memory-mapped.
         logits: `(n_train, n_classes)`, likewise.
-        labels: `(n_train,)` int64; products are taken on their device.
+        labels: `(n_train,)` int64 or `(n_train, n_classes)`; products are taken on their device.
         dtype: In which products are taken.
         block_rows: Rows of a block.
+        weights: omega of each example, `(n_train,)` float64; None for 1.
     """
 
     features: Tensor
@@ -52,6 +53,7 @@ class TrainingBlocks:
     labels: Tensor
     dtype: torch.dtype
     block_rows: int = MOST_ROWS
+    weights: Tensor | None = None
 
     def __iter__(self) -> Iterator[slice]:
         return blocks(len(self.labels), self.block_rows)
@@ -70,5 +72,9 @@ class TrainingBlocks:
         return to_device(self.logits[rows], float64_device(self.device), torch.float64)
 
     def labels_of(self, rows: slice) -> Tensor:
-        """Labels of some rows, beside their logits, `(n_rows,)`."""
+        """Labels of some rows, beside their logits, `(n_rows,)` or `(n_rows, n_classes)`."""
         return self.labels[rows].to(float64_device(self.device))
+
+    def weights_of(self, rows: slice, like: Tensor) -> Tensor | None:
+        """Omega of some rows in the dtype and on the device of `like`, `(n_rows,)`; None for 1."""
+        return None if self.weights is None else self.weights[rows].to(like)

@@ -105,7 +105,7 @@ class TestCurvature:
         curvature = problem.fit(name, damping)
         phi = scaled_features(problem.test_features, problem.moments.scale)
         terms = on_raw_features(
-            curvature.precondition(phi, problem.gradients), problem.moments.scale, n_train=N
+            curvature.precondition(phi, problem.gradients), problem.moments.scale, weight=N
         )
         scores = score_block(terms, problem.features, problem.residuals)
 

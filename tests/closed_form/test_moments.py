@@ -65,8 +65,8 @@ def test_the_moments_of_the_first_features_are_those_of_the_features_alone():
 
 
 def test_moments_are_a_plain_value():
-    moments = Moments(torch.eye(2), torch.zeros(2, 1), torch.tensor([3.0, 1.0]), 2)
-    assert moments.second_moment.tolist() == [[4.5, 0.0], [0.0, 0.5]]
+    moments = Moments(torch.tensor([1.0, 2.0]).diag(), torch.zeros(2, 1), torch.tensor([3.0, 1.0]), 2)
+    assert moments.second_moment.tolist() == [[4.5, 0.0], [0.0, 1.0]]
 
 
 class TestRange:

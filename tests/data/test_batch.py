@@ -241,7 +241,7 @@ class TestOptions:
 
     @pytest.mark.parametrize("labels", [["a", "b"], ("cat", "dog"), [None, None]])
     def test_labels_that_are_no_numbers_name_the_remedy(self, labels):
-        with pytest.raises(ValueError, match=r"`inputs` must give labels that are class indices.*Map"):
+        with pytest.raises(ValueError, match=r"`inputs` must give labels that are numbers.*Map"):
             _ = examples((X[:2], labels)).labels
 
 

@@ -1,0 +1,304 @@
+"""Softmax cross-entropy: one class for an example, or a distribution over classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import bad_choice, bad_type, bad_value
+from ..residuals import (
+    leave_one_out_residuals,
+    one_hot,
+    project_on_simplex,
+    simplex_shift,
+    tempered_residuals,
+)
+from ..responses import RESPONSES, class_labels, multiclass_logits, response_gradient, response_value
+from ..system.devices import as_float64
+from ..system.saved_values import saved_as
+from .base import Loss, OutputCheck, Target, needs_labels
+from .hessians import SoftmaxHessians, laplacian, softmax_hessians
+from .output_check import Outputs, ProbabilityCheck
+
+#: How far from 1 the sum of a soft label may be.
+_ROUNDING = 1e-4
+
+
+@saved_as("loss.cross-entropy")
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropy(Loss):
+    """Softmax cross-entropy over the classes; with one output, the binary cross-entropy of a sigmoid.
+
+        -sum_c w_c y_c log p_c          p = softmax(z)
+        r = omega (y' - softmax(z / T))         H = omega (diag p - p p^T)
+
+    with omega = sum_c w_c y_c and y'_c = w_c y_c / omega: for class indices, y' = y and omega is the weight
+    of the class, which counts like a weight of the example. Labels y are class indices `(n,)`, or
+    distributions `(n, n_classes)`; label smoothing s replaces y by `(1 - s) y + s / n_classes`.
+
+    Responses are those of `stride_captum.responses`. "loss" is of y' with its smoothing, without omega; the
+    others are about one class, of a soft label the likeliest.
+
+    Args:
+        weight: w, one number for each class; None for 1.
+        label_smoothing: s, from 0 to 1, as in `torch.nn.CrossEntropyLoss`.
+        outputs: What the model returns. "logits": numbers before the softmax (or the sigmoid);
+            log-probabilities are logits. "probabilities": what comes after it, of which the logarithm is
+            taken. None: logits, and a model whose outputs are probabilities for the whole training set is
+            refused. What is said is believed.
+
+    >>> CrossEntropy(outputs="probabilities").logits(torch.tensor([[0.25, 0.75]])).exp()
+    tensor([[0.2500, 0.7500]])
+    """
+
+    name: ClassVar[str] = "cross_entropy"
+    responses: ClassVar[tuple[str, ...]] = RESPONSES
+    has_classes: ClassVar[bool] = True
+
+    weight: Sequence[float] | Tensor | None = None
+    label_smoothing: float = 0.0
+    outputs: Outputs | None = None
+
+    def __post_init__(self) -> None:
+        if self.outputs is not None and self.outputs not in get_args(Outputs):
+            raise bad_choice("outputs", self.outputs, get_args(Outputs))
+        smoothing = self.label_smoothing
+        if isinstance(smoothing, bool) or not isinstance(smoothing, int | float) or not 0 <= smoothing <= 1:
+            raise bad_value("label_smoothing", "be a number from 0 to 1", repr(smoothing))
+        if self.weight is not None:
+            object.__setattr__(self, "weight", _class_weights(self.weight))
+
+    @property
+    def plain(self) -> bool:
+        """Without class weights and smoothing."""
+        return self.weight is None and not self.label_smoothing
+
+    # Outputs and labels.
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """Outputs of the model as logits, `(n, n_classes)`; one output z becomes `(-z/2, z/2)`.
+
+        Raises:
+            ValueError: Outputs of another shape, or probabilities of exactly 0 or 1.
+        """
+        if self.outputs != "probabilities":
+            return multiclass_logits(outputs)
+        if outputs.ndim == 1 or outputs.shape[-1] == 1:
+            return multiclass_logits(torch.log(outputs) - torch.log1p(-outputs))
+        return multiclass_logits(torch.log(outputs))
+
+    def output_check(self, model: nn.Module | None) -> OutputCheck:
+        """Refuses probabilities where logits are expected."""
+        return ProbabilityCheck(type(self).__name__, self.outputs, model)
+
+    def labels(self, labels: Tensor, n_outputs: int, argument: str) -> Tensor:
+        """Class indices `(n,)` int64, or distributions `(n, n_classes)`."""
+        if self.weight is not None and len(self.weight) != n_outputs:
+            raise bad_value("weight", f"hold one for each of {n_outputs} classes", len(self.weight))
+        if labels.ndim != 2 or labels.shape[1] == 1 or labels.shape[1] != n_outputs or labels.is_complex():
+            return class_labels(labels, n_outputs, argument)
+        rows = labels if labels.dtype == torch.float64 else labels.float()
+        wrong = ~((rows >= 0).all(1) & ((rows.sum(1) - 1).abs() <= _ROUNDING))
+        if bool(wrong.any()):
+            row = rows[wrong][0]
+            must = f"hold class indices (n,), or distributions (n, {n_outputs}), each with the sum 1"
+            remedy = (
+                "Several labels for an example need loss='binary_cross_entropy', a regression loss='mse'."
+            )
+            raise bad_value(argument, must, f"a row with the sum {float(row.sum()):g}", remedy)
+        return rows / rows.sum(1, keepdim=True)
+
+    def weights(self, labels: Tensor) -> Tensor | None:
+        """omega, `(n,)` float64; None without class weights."""
+        if self.weight is None:
+            return None
+        w = torch.as_tensor(self.weight, dtype=torch.float64, device=labels.device)
+        if self._is_hard(labels):
+            return w[labels]
+        return self._smoothed(labels, w) @ w
+
+    def _is_hard(self, labels: Tensor) -> bool:
+        return labels.ndim == 1 and not self.label_smoothing
+
+    def _smoothed(self, labels: Tensor, like: Tensor) -> Tensor:
+        """`(1 - s) y + s / n_classes`, in the dtype and the width of `like`."""
+        y = one_hot(labels, like.reshape(-1, like.shape[-1])) if labels.ndim == 1 else labels.to(like)
+        s = self.label_smoothing
+        return (1 - s) * y + s / like.shape[-1] if s else y
+
+    def _distributions(self, labels: Tensor, like: Tensor) -> Tensor:
+        """Y' of each row, in the dtype and the width of `like`."""
+        y = self._smoothed(labels, like)
+        if self.weight is None:
+            return y
+        weighted = y * torch.as_tensor(self.weight).to(y)
+        total = weighted.sum(1, keepdim=True)
+        return torch.where(total > 0, weighted / torch.where(total > 0, total, 1.0), y)
+
+    # Responses.
+
+    def response_of(self, outputs: Tensor, response: str) -> str:
+        """The response that is meant: the logit of a model with one output is, up to its sign, the margin."""
+        single = outputs.ndim == 1 or outputs.shape[-1] == 1
+        return "margin" if single and response == "logit" else response
+
+    def asked(self, logits: Tensor, labels: Tensor | None, target: Target, response: str) -> Tensor:
+        """The class c of each test point, `(n,)` int64; of "loss", the labels as they are."""
+        if isinstance(target, Tensor):
+            return class_labels(target.to(logits.device), logits.shape[1], "target")
+        if target == "predicted":
+            return logits.argmax(1)
+        if labels is None:
+            raise needs_labels(target)
+        found = self.labels(labels.to(logits.device), logits.shape[1], "inputs")
+        return found if found.ndim == 1 or response == "loss" else found.argmax(1)
+
+    def response_value(self, logits: Tensor, asked: Tensor, response: str) -> Tensor:
+        """See `stride_captum.responses`, `(..., n)`."""
+        if response != "loss" or self._is_hard(asked):
+            return response_value(logits, asked, response)
+        return -(self._distributions(asked, logits) * logits.log_softmax(-1)).sum(-1)
+
+    def response_gradient(self, logits: Tensor, asked: Tensor, response: str) -> Tensor:
+        """See `stride_captum.responses`, `(n, n_classes)`."""
+        if response != "loss" or self._is_hard(asked):
+            return response_gradient(logits, asked, response)
+        return -self.residuals(logits, asked)
+
+    def values(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each row, without omega."""
+        if self._is_hard(labels):
+            # In this form the losses of a confident model stay apart, where log p_y rounds to 0.
+            return F.softplus(-response_value(logits, labels, "margin"))
+        return self.response_value(logits, labels, "loss")
+
+    # Residuals and curvature.
+
+    def residuals(self, logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+        """`y' - softmax(z / T)`, without cancellation."""
+        if self._is_hard(labels):
+            return tempered_residuals(logits, labels, temperature)
+        z = as_float64(logits)
+        found = softmax_hessians(z, temperature).residuals(self._distributions(labels, z))
+        return found.to(logits)
+
+    def hessians(self, logits: Tensor, temperature: float) -> SoftmaxHessians:
+        """`diag p - p p^T`."""
+        return softmax_hessians(logits, temperature)
+
+    def residual_labels(self, labels: Tensor, like: Tensor) -> Tensor:
+        """Class indices, or y'."""
+        return labels if self._is_hard(labels) else self._distributions(labels, like)
+
+    def covariance(self, total: Tensor) -> Tensor:
+        """From sums of `p p^T`, or of variances."""
+        return total if total.ndim == 1 else laplacian(total)
+
+    def unit(self, covariance: Tensor) -> float:
+        """The mean of the C - 1 eigenvalues that `E[diag p - p p^T]` can have."""
+        trace = covariance.sum() if covariance.ndim == 1 else covariance.trace()
+        return float(trace) / (len(covariance) - 1)
+
+    def certainty(self, logits: Tensor) -> Tensor:
+        """By how much the first class leads, `(n,)`."""
+        best = logits.topk(2, dim=1).values
+        return best[:, 0] - best[:, 1]
+
+    def potential(self, logits: Tensor) -> Tensor:
+        """`log sum exp z`."""
+        return logits.logsumexp(1)
+
+    # Labels drawn from the model.
+
+    def n_draws(self, n_outputs: int) -> int:
+        """One number draws a class."""
+        return 1
+
+    def drawn_residuals(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """`e_c - p` for classes c drawn by inversion of the distribution function."""
+        return tempered_residuals(logits, drawn_labels(logits, uniforms[:, 0]))
+
+    def hessian_factors(self, logits: Tensor) -> list[Tensor]:
+        """`sqrt(p_c) (e_c - p)` for each class c."""
+        p = logits.softmax(1)
+        every = torch.arange(p.shape[1], device=p.device)
+        return [tempered_residuals(logits, c.expand(len(p))) * p[:, c, None].sqrt() for c in every]
+
+    # Out of the sample.
+
+    def encoded(self, labels: Tensor, like: Tensor) -> Tensor:
+        """e_y, or y'."""
+        return one_hot(labels, like) if self._is_hard(labels) else self._distributions(labels, like)
+
+    def left_out(self, fitted: Tensor, slack: Tensor, labels: Tensor) -> Tensor:
+        """`(y' - f) / (1 - H)`."""
+        if self._is_hard(labels):
+            return leave_one_out_residuals(fitted, slack, labels)
+        return super().left_out(fitted, slack, labels)
+
+    def projection_shift(self, left_out: Tensor, labels: Tensor) -> Tensor:
+        """What the projection on the simplex takes off each prediction."""
+        if not self._is_hard(labels):
+            return simplex_shift(self._distributions(labels, left_out) - left_out)
+        label = labels[:, None]
+        return simplex_shift(left_out.neg().scatter_(1, label, 1 - left_out.gather(1, label)))
+
+    def projected(self, left_out: Tensor, labels: Tensor, shifts: Tensor) -> Tensor:
+        """`y' - q` for the projection q of `y' - left_out` on the simplex.
+
+        Beside a hard label `-max(-left_out - shift, 0) = min(left_out + shift, 0)`.
+        """
+        if not self._is_hard(labels):
+            y = self._distributions(labels, left_out)
+            return y - (y - left_out - shifts).clamp_min(0)
+        label = labels[:, None]
+        own = 1 - (1 - left_out.gather(1, label) - shifts).clamp_min(0)
+        return left_out.add_(shifts).clamp_max_(0).scatter_(1, label, own)
+
+    def possible(self, predictions: Tensor) -> Tensor:
+        """On the simplex."""
+        return project_on_simplex(predictions)
+
+    def mean_residuals(self, logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        """Half the L1 norm of the residual, for a hard label `1 - p_y`."""
+        residuals = self.residuals(logits, labels, temperature)
+        if self._is_hard(labels):
+            return residuals.gather(1, labels[:, None]).squeeze(1)
+        return residuals.abs().sum(1) / 2
+
+    def doubts(self, logits: Tensor, labels: Tensor) -> Tensor | None:
+        """`1 - p_y`: the residual is this times the gradient of the margin; None for soft labels."""
+        if not self._is_hard(labels):
+            return None
+        return tempered_residuals(logits, labels).gather(1, labels[:, None])
+
+
+def _class_weights(weight: Any) -> tuple[float, ...]:
+    """Class weights as plain numbers, which can be saved and compared."""
+    try:
+        flat = torch.as_tensor(weight, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise bad_type("weight", "hold a number for each class", weight) from error
+    if flat.ndim != 1 or not bool((torch.isfinite(flat) & (flat >= 0)).all()) or not bool(flat.any()):
+        raise bad_value("weight", "hold numbers of at least 0, not all 0, one for each class", flat.tolist())
+    return tuple(flat.tolist())
+
+
+def drawn_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Labels from softmax(logits) by inversion of its distribution function, `(n,)` int64.
+
+    Args:
+        logits: `(n, n_classes)`.
+        uniforms: In [0, 1), `(n,)`.
+
+    >>> drawn_labels(torch.zeros(3, 2), torch.tensor([0.2, 0.5, 0.9])).tolist()
+    [0, 1, 1]
+    """
+    below = logits.double().softmax(1).cumsum(1) <= uniforms.double()[:, None]
+    labels: Tensor = below[:, :-1].sum(1)  # without the last: a sum may round to less than 1
+    return labels

@@ -1,0 +1,194 @@
+"""Losses that are a sum over outputs: several labels, regression, and yours.
+
+    loss(z, y) = sum_c l(z_c, y_c)        H = diag E[l'']
+
+What a response is about is written as one number an output: the label y_c, and NaN for an output that is not
+asked for. A response is a sum over the outputs that are.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import bad_value
+from .base import Loss, Target, as_rows, needs_labels
+from .hessians import DiagonalHessians
+
+
+class SeparateOutputs(Loss):
+    """A loss that is a sum over outputs; labels are `(n, n_outputs)`, or `(n,)` where there is one output.
+
+    A subclass says `elementwise` and `curvatures`, and `terms` where it has more responses than "output"
+    and "loss".
+
+    Attributes:
+        label_free: Responses that need no labels.
+
+    >>> from dataclasses import dataclass
+    >>> from stride_captum.system.saved_values import saved_as
+    >>> @saved_as("doctest.poisson")
+    ... @dataclass(frozen=True)
+    ... class Poisson(SeparateOutputs):
+    ...     name = "poisson"
+    ...     def elementwise(self, logits, labels):
+    ...         return logits.exp() - labels * logits
+    ...     def curvatures(self, logits):
+    ...         return logits.exp()
+    >>> Poisson().residuals(torch.zeros(1, 2), torch.tensor([[2.0, 3.0]]))
+    tensor([[1., 2.]])
+    """
+
+    responses: ClassVar[tuple[str, ...]] = ("output", "loss")
+    label_free: ClassVar[tuple[str, ...]] = ("output",)
+    apart: ClassVar[bool] = True
+    tempered: ClassVar[bool] = False
+
+    # What a subclass says.
+
+    @abstractmethod
+    def elementwise(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """`l(z_c, y_c)`, of the shape of both."""
+
+    @abstractmethod
+    def curvatures(self, logits: Tensor) -> Tensor:
+        """`E[l''(z_c)]`, of the shape of z."""
+
+    def terms(self, logits: Tensor, labels: Tensor, response: str) -> Tensor:
+        """The response of each output, of the shape of z."""
+        return logits if response == "output" else self.elementwise(logits, labels)
+
+    # Outputs and labels.
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """Outputs as `(n, n_outputs)`."""
+        return as_rows(outputs)
+
+    def labels(self, labels: Tensor, n_outputs: int, argument: str) -> Tensor:
+        """Labels as `(n, n_outputs)` floats."""
+        rows = labels[:, None] if labels.ndim == 1 and n_outputs == 1 else labels
+        if rows.ndim != 2 or rows.shape[1] != n_outputs or rows.is_complex():
+            shapes = f"(n, {n_outputs})" + (" or (n,)" if n_outputs == 1 else "")
+            must = f"hold labels of shape {shapes} for loss={self.name!r}"
+            remedy = "One label must stand for each output; class indices need loss='cross_entropy'."
+            raise bad_value(argument, must, f"shape {tuple(labels.shape)}", remedy)
+        dtype = rows.dtype if rows.dtype in (torch.float32, torch.float64) else torch.float64
+        wide = rows.to(torch.float32 if rows.dtype in (torch.float16, torch.bfloat16) else dtype)
+        finite = torch.isfinite(wide).all(1)
+        if not bool(finite.all()):
+            row = int((~finite).nonzero()[0])
+            raise bad_value(argument, "hold finite labels", f"NaN or infinity in row {row} of a batch")
+        return wide
+
+    # Responses.
+
+    def asked(self, logits: Tensor, labels: Tensor | None, target: Target, response: str) -> Tensor:
+        """The label of each output that is asked for, NaN for the others, `(n, n_outputs)`."""
+        if isinstance(target, str) and target == "predicted":
+            return self.predicted(logits)
+        given = None if labels is None else self.labels(labels.to(logits.device), logits.shape[1], "inputs")
+        if given is None:
+            if response not in self.label_free:
+                raise needs_labels(target)
+            given = torch.ones_like(logits)
+        given = given.to(logits)
+        if isinstance(target, str):
+            return given
+        chosen = self.output_indices(target.to(logits.device), logits.shape[1])
+        outside = torch.ones_like(logits, dtype=torch.bool).scatter_(1, chosen[:, None], False)
+        return given.masked_fill(outside, float("nan"))
+
+    def predicted(self, logits: Tensor) -> Tensor:
+        """The labels that the model predicts.
+
+        Raises:
+            ValueError: They would be its outputs, at which the loss has no gradient.
+        """
+        must = f"be 'label' or output indices for loss={self.name!r}"
+        raise bad_value("target", must, "'predicted'")
+
+    @staticmethod
+    def output_indices(target: Tensor, n_outputs: int) -> Tensor:
+        """Indices of outputs, `(n,)` int64.
+
+        Raises:
+            ValueError: Others than 0 to n_outputs - 1.
+        """
+        flat = target.reshape(-1)
+        whole = not flat.is_floating_point() and not flat.is_complex()
+        if not whole or bool(((flat < 0) | (flat >= n_outputs)).any()):
+            raise bad_value("target", f"hold output indices in [0, {n_outputs})", target.tolist())
+        return flat.long()
+
+    def response_value(self, logits: Tensor, asked: Tensor, response: str) -> Tensor:
+        """Summed over the outputs that are asked for, `(..., n)`."""
+        self.check_response(response)
+        outside = asked.isnan()
+        terms = self.terms(logits, asked.masked_fill(outside, 0.0), response)
+        return terms.masked_fill(outside.expand_as(terms), 0.0).sum(-1)
+
+    def response_gradient(self, logits: Tensor, asked: Tensor, response: str) -> Tensor:
+        """Of "loss", minus the residuals of the outputs that are asked for; of others by autograd."""
+        if response != "loss":
+            return super().response_gradient(logits, asked, response)
+        outside = asked.isnan()
+        return -self.residuals(logits, asked.masked_fill(outside, 0.0)).masked_fill(outside, 0.0)
+
+    def values(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each row, `(n,)`."""
+        return self.elementwise(logits, labels.to(logits)).sum(-1)
+
+    # Residuals and curvature.
+
+    def residuals(self, logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+        """`-l'`, by autograd unless a loss knows it."""
+        with torch.enable_grad():
+            leaf = (logits.detach() / temperature).requires_grad_()
+            (gradient,) = torch.autograd.grad(self.values(leaf, labels).sum(), leaf)
+        return -gradient
+
+    def hessians(self, logits: Tensor, temperature: float) -> DiagonalHessians:
+        """Diagonals; NaN where an output is not finite."""
+        z = logits / temperature
+        diagonals = torch.where(z.isfinite(), self.curvatures(z), torch.nan)
+        return DiagonalHessians(diagonals, lambda labels: self.residuals(logits, labels, temperature))
+
+    def covariance(self, total: Tensor) -> Tensor:
+        """The sum itself, `(n_outputs,)`."""
+        return total
+
+    def potential(self, logits: Tensor) -> Tensor:
+        """The loss for labels of 0, whose curvature is that of any."""
+        return self.elementwise(logits, torch.zeros_like(logits)).sum(1)
+
+    def hessian_factors(self, logits: Tensor) -> list[Tensor]:
+        """`sqrt(H_cc) e_c` for each output c."""
+        roots = self.curvatures(logits).clamp_min(0).sqrt()
+        return list(torch.diag_embed(roots).unbind(1))
+
+    def drawn_residuals(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """Normal residuals with the variance of the loss's gradient, which is H."""
+        tiny = torch.finfo(torch.float64).eps
+        normal: Tensor = torch.special.ndtri(uniforms.double().clamp(tiny, 1 - tiny)).to(logits)
+        return self.curvatures(logits).clamp_min(0).sqrt() * normal
+
+    # Out of the sample.
+
+    def encoded(self, labels: Tensor, like: Tensor) -> Tensor:
+        """The labels."""
+        return labels.to(like)
+
+    def projected(self, left_out: Tensor, labels: Tensor, shifts: Tensor) -> Tensor:
+        """`left_out`: every prediction can be."""
+        return left_out
+
+    def possible(self, predictions: Tensor) -> Tensor:
+        """The predictions."""
+        return predictions
+
+    def ridge_ratio(self, residual_square: Any, ridge_square: Any) -> Tensor | float:
+        """1 without a temperature: both parts are in units of the labels."""
+        return super().ridge_ratio(residual_square, ridge_square) if self.tempered else 1.0

@@ -1,0 +1,142 @@
+"""A loss of the user's: two functions, and every method answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from stride_captum import STRIDE, ClosedForm
+from stride_captum.adapters import EKFAC, TRAK, CaptumInfluence, DiagonalEKFAC, LossDetector, Random, TracIn
+from stride_captum.adapters.captum_influence import ResidualLoss
+from stride_captum.losses import BinaryCrossEntropy, CrossEntropy, SeparateOutputs
+from stride_captum.system.saved_values import saved_as
+
+N, N_TEST, D, H = 30, 4, 5, 6
+
+
+@saved_as("tests.poisson")
+@dataclass(frozen=True)
+class Poisson(SeparateOutputs):
+    """Counts y with the logarithm of their mean as output, `exp(z) - y z`."""
+
+    name: ClassVar[str] = "poisson"
+
+    def elementwise(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return logits.exp() - labels * logits
+
+    def curvatures(self, logits: Tensor) -> Tensor:
+        return logits.exp()
+
+
+@pytest.fixture(scope="module")
+def counts():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, 2)).double().eval()
+    x, x_test = torch.randn(N, D).double(), torch.randn(N_TEST, D).double()
+    with torch.no_grad():
+        y, y_test = (torch.poisson(model(a).exp()) for a in (x, x_test))
+    return model, TensorDataset(x, y), (x_test, y_test)
+
+
+def test_scores_are_those_of_a_dense_solve(counts):
+    model, train, (xt, yt) = counts
+    x, y = train.tensors
+    method = STRIDE(
+        model, train, layers=["1"], loss=Poisson(), operators=ClosedForm(residuals="training", damping=0.2)
+    )
+    with torch.no_grad():
+        h, ht, rate = model[:2](x), model[:2](xt), model(x).exp()
+    scale = 1 / h.square().sum(1).mean().sqrt()
+    phi, phi_test = (torch.cat([a * scale, torch.ones(len(a), 1)], 1) for a in (h, ht))
+    a = phi.T @ phi / N
+    kernel = phi_test @ (a + 0.2 * a.diagonal().mean() * torch.eye(H + 1).double()).inverse() @ phi.T / N
+    for c in range(2):
+        wanted = kernel * (y - rate)[:, c] / (1.2 * rate[:, c].mean())
+        torch.testing.assert_close(method.influence((xt, yt), target=c), wanted)
+    assert (method.self_influence() >= 0).all()
+
+
+@pytest.mark.parametrize("method", [STRIDE, TracIn, DiagonalEKFAC, TRAK, EKFAC, Random])
+def test_every_method_answers_and_is_saved(counts, method, tmp_path):
+    model, train, test = counts
+    fitted = method(model, train, loss=Poisson()).fit()
+    scores = fitted.influence(test, response="loss")
+    assert scores.shape == (N_TEST, N)
+    assert scores.isfinite().all()
+    fitted.save(tmp_path / "method")
+    assert method.load(tmp_path / "method", model, train).influence(test, response="loss").equal(scores)
+
+
+def test_the_loss_itself_is_a_detector(counts):
+    model, train, _ = counts
+    x, y = train.tensors
+    with torch.no_grad():
+        wanted = (model(x).exp() - y * model(x)).sum(1)
+    torch.testing.assert_close(LossDetector(model, train, loss=Poisson()).mislabel_scores(), wanted)
+
+
+def test_gradients_of_tracin_are_those_of_autograd(counts):
+    model, train, (xt, yt) = counts
+
+    def gradient(x: Tensor, y: Tensor) -> Tensor:
+        loss = Poisson().elementwise(model(x[None]), y[None]).sum()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    left, right = ([gradient(*row) for row in zip(*d, strict=True)] for d in ((xt, yt), train.tensors))
+    found = TracIn(model, train, loss=Poisson()).influence((xt, yt), response="loss")
+    torch.testing.assert_close(found, -torch.stack(left) @ torch.stack(right).T)
+
+
+def test_losses_of_captum_have_the_curvature_of_the_loss():
+    for loss in (Poisson(), BinaryCrossEntropy(), CrossEntropy()):
+        z, v = torch.randn(3, 2).double(), torch.randn(3, 2).double()
+        potential = ResidualLoss("sum", loss)
+        gradient = torch.func.grad(lambda z, p=potential, v=v: p(z, v))(z)
+        torch.testing.assert_close(gradient, -v)
+        hessian = torch.autograd.functional.hessian(lambda z, p=potential, v=v: p(z[None], v[:1]), z[0])
+        wanted = sum(f[0, :, None] * f[0] for f in loss.hessian_factors(z))
+        torch.testing.assert_close(hessian, wanted)
+
+
+def test_captum_must_have_the_loss_of_the_method(counts):
+    from captum.influence import TracInCP
+
+    from stride_captum.adapters._captum import keep_weights
+
+    model, train, test = counts
+
+    def build(loss):
+        return lambda network, data: TracInCP(
+            network, data, [""], keep_weights, loss_fn=ResidualLoss("none", loss), batch_size=N
+        )
+
+    found = CaptumInfluence(model, train, build=build(Poisson()), loss=Poisson())
+    wanted = TracIn(model, train, loss=Poisson()).influence(test)
+    torch.testing.assert_close(found.influence(test), wanted)
+    with pytest.raises(ValueError, match="`build` must use the loss of the method, 'poisson'"):
+        CaptumInfluence(model, train, build=build("cross_entropy"), loss=Poisson()).fit()
+
+
+def test_left_out_predictions_of_several_labels_are_cut_to_the_box():
+    torch.manual_seed(1)
+    loss, y = BinaryCrossEntropy(), torch.tensor([[0.0, 1.0, 0.4]]).double().expand(50, 3)
+    predictions = 3 * torch.randn(50, 3).double()
+    found = loss.projected(y - predictions, y, torch.zeros(50, 1))
+    torch.testing.assert_close(found, y - predictions.clamp(0, 1))
+    torch.testing.assert_close(loss.possible(predictions), predictions.clamp(0, 1))
+
+
+def test_left_out_predictions_of_soft_labels_are_projected_on_the_simplex():
+    torch.manual_seed(1)
+    loss, y = CrossEntropy(), torch.rand(50, 3).double().softmax(1)
+    predictions = 2 * torch.randn(50, 3).double()
+    shifts = loss.projection_shift(y - predictions, y)
+    found = y - loss.projected(y - predictions, y, shifts)
+    torch.testing.assert_close(found, loss.possible(predictions))
+    assert (found >= 0).all()
+    torch.testing.assert_close(found.sum(1), torch.ones(50).double())
