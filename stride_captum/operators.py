@@ -44,7 +44,7 @@ class TrainingSet:
         ranks: Who else has a share of the training set.
         show_progress: Whether to show a bar.
         known: `Changed.known` of these examples, if they come from fitted operators.
-        weights: omega of each example, `(n_train,)` float64 on the working device; None for 1.
+        weights: omega of each example, `(n_train,)` float64; None for 1.
         loss: What the model was trained with.
     """
 

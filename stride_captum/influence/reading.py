@@ -104,7 +104,7 @@ class BatchReader(ModelSession):
         return on_device(self.loss.labels(batch.labels, n_classes, "train_dataset"), self._work_device())
 
     def train_weights(self, batch: ExampleBatch, labels: Tensor) -> Tensor | None:
-        """Omega of a batch of training examples, `(n,)` float64 on the working device; None for 1.
+        """Weights omega of a batch of training examples, `(n,)` float64 where the device has it; None for 1.
 
         Args:
             batch: Of the training set.
