@@ -45,7 +45,7 @@ class ResidualLoss(nn.Module):
 
     def forward(self, logits: Tensor, vectors: Tensor) -> Tensor:
         """The losses `(n,)`, or their sum; both arguments are `(n, n_classes)`."""
-        slope = torch.func.grad(lambda z: self.loss.potential(z).sum())(logits.detach())
+        slope: Tensor = torch.func.grad(lambda z: self.loss.potential(z).sum())(logits.detach())
         losses: Tensor = self.loss.potential(logits) - (logits * (vectors + slope)).sum(1)
         return losses.sum() if self.reduction == "sum" else losses
 

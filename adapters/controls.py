@@ -15,6 +15,7 @@ from ..data.batch import ExampleBatch
 from ..data.digests import digest_item
 from ..errors import bad_value
 from ..influence.method import InfluenceMethod, Query
+from ..losses import CrossEntropy
 from ..responses import class_labels
 from ..system.fingerprints import bits
 from ..system.saved_values import saved_as
@@ -91,10 +92,16 @@ class Random(InfluenceMethod):
         return RandomState(every, self.seed)
 
     def _labels(self, batch: ExampleBatch) -> Tensor:
-        """Labels of training examples, which need not be classes."""
-        if batch.labels is None:
-            raise bad_value("train_dataset", "give one label per example", "none")
-        return batch.labels.to(self._work_device())
+        """Labels of training examples: classes or distributions over them, if the loss has classes."""
+        labels = batch.labels
+        if labels is None:
+            must = "give one label per example, last in (inputs..., label) or under 'labels'"
+            raise bad_value("train_dataset", must, "none")
+        if self.loss.has_classes and labels.ndim == 2 and labels.shape[1] > 1:
+            labels = CrossEntropy().labels(labels, labels.shape[1], "train_dataset")
+        elif self.loss.has_classes:
+            labels = class_labels(labels, 2**62, "train_dataset")
+        return labels.to(self._work_device())
 
     @override
     def prepare_query(self, state: RandomState, model: nn.Module, batch: Any, query: Query) -> RandomTest:

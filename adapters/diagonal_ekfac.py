@@ -153,7 +153,7 @@ class DiagonalEKFAC(GradientMethod):
             inside = (chosen >= rows.start) & (chosen < rows.stop)
             if inside.any():
                 places = chosen[inside] - rows.start
-                omega = None if self._omega is None else self._omega[rows][places.to(device)]
+                omega = None if self._omega is None else self._omega[rows][places.to(self._omega.device)]
                 yield batch[places], uniforms[inside].to(device), omega
 
     def _invert(self, fisher: Mapping[str, list[Tensor]]) -> DiagonalKernel:

@@ -45,7 +45,7 @@ class TrainingSet:
         show_progress: Whether to show a bar.
         known: `Changed.known` of these examples, if they come from fitted operators.
         n_checkpoints: Checkpoints over which scores are averaged.
-        weights: omega of each example, `(n_train,)` float64 on the working device; None for 1.
+        weights: omega of each example, `(n_train,)` float64; None for 1.
         loss: What the model was trained with.
     """
 

@@ -32,6 +32,7 @@ from .layers.probes import check_deterministic
 from .losses import Loss, loss_of
 from .operators import FittedOperators, Operators, STRIDEState, TestPoints, TrainingSet, operators_of
 from .options import html_table
+from .system.devices import float64_device
 from .system.fingerprints import weights_fingerprint
 
 Self = TypeVar("Self", bound="STRIDE")
@@ -421,7 +422,7 @@ class STRIDE(ChangingTrainingSet):
         of_loss = self.loss.weights(labels)
         if not weights:
             return of_loss
-        own = torch.cat(weights).to(labels.device)
+        own = torch.cat(weights).to(float64_device(labels.device))
         return own if of_loss is None else own * of_loss
 
     def _passing(self, show_progress: bool) -> Any:

@@ -58,8 +58,8 @@ class CrossFitted:
         trainings: Cost in trainings on the whole training set, at as many epochs.
 
     >>> halves = retrain(lambda indices, seed: nn.Linear(3, 2), 10)
-    >>> halves.membership.toarray().sum(axis=0).max(), halves.last
-    (1.0, [0, 1])
+    >>> halves.membership.shape, halves.last
+    ((2, 10), [0, 1])
     """
 
     checkpoints: list[Checkpoint]
@@ -129,8 +129,8 @@ def retrain(
     ...     torch.manual_seed(seed)
     ...     return nn.Linear(3, 2)
     >>> found = retrain(train, 10, parts=2, repeats=3)
-    >>> len(found.checkpoints), found.trainings, list(found.checkpoints[0].seen)[:2]
-    (6, 3.0, [0, 4])
+    >>> len(found.checkpoints), found.trainings, len(found.checkpoints[0].seen)
+    (6, 3.0, 5)
     """
     parts = whole_number("parts", parts, 2)
     repeats = whole_number("repeats", repeats)

@@ -16,7 +16,8 @@ from ..data.passes import Passes
 from ..errors import bad_type, bad_value, whole_number
 from ..layers.probes import check_deterministic
 from ..losses import Loss, loss_of
-from ..losses.base import OutputCheck
+from ..losses.base import OutputCheck, on_device
+from ..system.devices import float64_device
 from .checkpoints import LoadCheckpoint
 from .session import ModelSession
 
@@ -100,17 +101,18 @@ class BatchReader(ModelSession):
                 "give one label per example, last in (inputs..., label) or under 'labels'",
                 "none",
             )
-        return self.loss.labels(batch.labels, n_classes, "train_dataset").to(self._work_device())
+        return on_device(self.loss.labels(batch.labels, n_classes, "train_dataset"), self._work_device())
 
     def train_weights(self, batch: ExampleBatch, labels: Tensor) -> Tensor | None:
-        """Omega of a batch of training examples, `(n,)` float64 on the working device; None for 1.
+        """Weights omega of a batch of training examples, `(n,)` float64 where the device has it; None for 1.
 
         Args:
             batch: Of the training set.
             labels: Its labels (`train_labels`).
         """
         weights = [w for w in (batch.weights, self.loss.weights(labels)) if w is not None]
-        found = [w.to(self._work_device()) for w in weights]
+        place = float64_device(self._work_device())
+        found = [w.to(place) for w in weights]
         return None if not found else found[0] if len(found) == 1 else found[0] * found[1]
 
     def batch_logits(self, model: nn.Module, batch: ExampleBatch) -> Tensor:

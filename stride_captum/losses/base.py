@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import bad_choice, bad_value
 from ..residuals import ratio_of_norms
+from ..system.devices import float64_device
 from .hessians import Hessians
 
 #: "label", "predicted", or an index for each test point, `(n,)`.
@@ -278,6 +279,12 @@ def needs_labels(target: Any) -> ValueError:
         "a batch without labels",
         "Add them, or ask for target='predicted' or a class index.",
     )
+
+
+def on_device(labels: Tensor, device: torch.device) -> Tensor:
+    """Labels on a device, in float32 where it has no float64."""
+    wide = labels.dtype == torch.float64 and float64_device(device) != device
+    return (labels.float() if wide else labels).to(device)
 
 
 def as_rows(outputs: Tensor) -> Tensor:

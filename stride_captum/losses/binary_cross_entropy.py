@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import bad_choice, bad_value
+from ..system.devices import as_float64
 from ..system.saved_values import saved_as
 from .base import OutputCheck
 from .output_check import Outputs, ProbabilityCheck
@@ -102,7 +103,7 @@ class BinaryCrossEntropy(SeparateOutputs):
 
     def drawn_residuals(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """Of labels that are on with probability p."""
-        drawn = uniforms.double() < torch.sigmoid(logits.double())
+        drawn = as_float64(uniforms) < torch.sigmoid(as_float64(logits))
         return self.residuals(logits, drawn.to(logits))
 
     def projected(self, left_out: Tensor, labels: Tensor, shifts: Tensor) -> Tensor:

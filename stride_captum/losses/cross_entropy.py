@@ -19,9 +19,9 @@ from ..residuals import (
     tempered_residuals,
 )
 from ..responses import RESPONSES, class_labels, multiclass_logits, response_gradient, response_value
-from ..system.devices import as_float64
+from ..system.devices import as_float64, float64_device
 from ..system.saved_values import saved_as
-from .base import Loss, OutputCheck, Target, needs_labels
+from .base import Loss, OutputCheck, Target, needs_labels, on_device
 from .hessians import SoftmaxHessians, laplacian, softmax_hessians
 from .output_check import Outputs, ProbabilityCheck
 
@@ -117,9 +117,9 @@ class CrossEntropy(Loss):
         """omega, `(n,)` float64; None without class weights."""
         if self.weight is None:
             return None
-        w = torch.as_tensor(self.weight, dtype=torch.float64, device=labels.device)
+        w = torch.as_tensor(self.weight, dtype=torch.float64, device=float64_device(labels.device))
         if self._is_hard(labels):
-            return w[labels]
+            return w[labels.to(w.device)]
         return self._smoothed(labels, w) @ w
 
     def _is_hard(self, labels: Tensor) -> bool:
@@ -127,7 +127,8 @@ class CrossEntropy(Loss):
 
     def _smoothed(self, labels: Tensor, like: Tensor) -> Tensor:
         """`(1 - s) y + s / n_classes`, in the dtype and the width of `like`."""
-        y = one_hot(labels, like.reshape(-1, like.shape[-1])) if labels.ndim == 1 else labels.to(like)
+        rows = like.reshape(-1, like.shape[-1])
+        y = one_hot(labels.to(like.device), rows) if labels.ndim == 1 else labels.to(like)
         s = self.label_smoothing
         return (1 - s) * y + s / like.shape[-1] if s else y
 
@@ -155,7 +156,7 @@ class CrossEntropy(Loss):
             return logits.argmax(1)
         if labels is None:
             raise needs_labels(target)
-        found = self.labels(labels.to(logits.device), logits.shape[1], "inputs")
+        found = self.labels(on_device(labels, logits.device), logits.shape[1], "inputs")
         return found if found.ndim == 1 or response == "loss" else found.argmax(1)
 
     def response_value(self, logits: Tensor, asked: Tensor, response: str) -> Tensor:
@@ -299,6 +300,6 @@ def drawn_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
     >>> drawn_labels(torch.zeros(3, 2), torch.tensor([0.2, 0.5, 0.9])).tolist()
     [0, 1, 1]
     """
-    below = logits.double().softmax(1).cumsum(1) <= uniforms.double()[:, None]
+    below = as_float64(logits).softmax(1).cumsum(1) <= as_float64(uniforms)[:, None]
     labels: Tensor = below[:, :-1].sum(1)  # without the last: a sum may round to less than 1
-    return labels
+    return labels.to(logits.device)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import bad_value
-from .base import Loss, Target, as_rows, needs_labels
+from ..system.devices import as_float64, float64_device
+from .base import Loss, Target, as_rows, needs_labels, on_device
 from .hessians import DiagonalHessians
 
 
@@ -75,7 +76,8 @@ class SeparateOutputs(Loss):
             must = f"hold labels of shape {shapes} for loss={self.name!r}"
             remedy = "One label must stand for each output; class indices need loss='cross_entropy'."
             raise bad_value(argument, must, f"shape {tuple(labels.shape)}", remedy)
-        dtype = rows.dtype if rows.dtype in (torch.float32, torch.float64) else torch.float64
+        exact = torch.float64 if float64_device(rows.device) == rows.device else torch.float32
+        dtype = rows.dtype if rows.dtype in (torch.float32, torch.float64) else exact
         wide = rows.to(torch.float32 if rows.dtype in (torch.float16, torch.bfloat16) else dtype)
         finite = torch.isfinite(wide).all(1)
         if not bool(finite.all()):
@@ -89,7 +91,11 @@ class SeparateOutputs(Loss):
         """The label of each output that is asked for, NaN for the others, `(n, n_outputs)`."""
         if isinstance(target, str) and target == "predicted":
             return self.predicted(logits)
-        given = None if labels is None else self.labels(labels.to(logits.device), logits.shape[1], "inputs")
+        given = (
+            None
+            if labels is None
+            else self.labels(on_device(labels, logits.device), logits.shape[1], "inputs")
+        )
         if given is None:
             if response not in self.label_free:
                 raise needs_labels(target)
@@ -172,7 +178,7 @@ class SeparateOutputs(Loss):
     def drawn_residuals(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """Normal residuals with the variance of the loss's gradient, which is H."""
         tiny = torch.finfo(torch.float64).eps
-        normal: Tensor = torch.special.ndtri(uniforms.double().clamp(tiny, 1 - tiny)).to(logits)
+        normal: Tensor = torch.special.ndtri(as_float64(uniforms).clamp(tiny, 1 - tiny)).to(logits)
         return self.curvatures(logits).clamp_min(0).sqrt() * normal
 
     # Out of the sample.

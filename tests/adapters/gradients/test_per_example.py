@@ -452,12 +452,12 @@ class TestScores:
     def test_residuals_belong_to_the_weights_of_each_checkpoint(self, exact):
         model, train, test = exact
         states = [built(MLP, seed).double().state_dict() for seed in (1, 2)]
-        parts = []
+        options, parts = {"residuals": "both", "temperature": 2.0}, []
         for state in states:
             other = copy.deepcopy(model)
             other.load_state_dict(state)
-            parts.append(PlainProducts(other, train, residuals="both").influence(test.tensors))
-        found = PlainProducts(model, train, residuals="both", checkpoints=states).influence(test.tensors)
+            parts.append(PlainProducts(other, train, **options).influence(test.tensors))
+        found = PlainProducts(model, train, checkpoints=states, **options).influence(test.tensors)
         torch.testing.assert_close(found, sum(parts) / 2, rtol=1e-9, atol=1e-12)
 
     def test_a_frozen_layer_takes_no_part(self, exact):
