@@ -160,7 +160,7 @@ class ChangingTrainingSet(InfluenceMethod):
         states: list[Any] = []
         with self._session() as model:
             self._check_unchanged()
-            for checkpoint, state in zip(self._checkpoints(), self._states or [], strict=True):
+            for checkpoint, state, _ in self._fitted():
                 self._load(model, checkpoint)
                 new = change(state, model)
                 known = Precomputed(new.features, new.logits, new.labels, new.widths, new.weights)

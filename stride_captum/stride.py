@@ -322,10 +322,6 @@ class STRIDE(ChangingTrainingSet):
             return None
         return total / counts
 
-    def _own_columns(self) -> slice:
-        """Places of the training examples that this process reads."""
-        return slice(None)
-
     def _estimate(self, n_test: int, k: int | None) -> Estimate:
         return self.operators.estimate(self, n_test, k) or super()._estimate(n_test, k)
 

@@ -184,8 +184,13 @@ class ClosedFormOperators(FittedOperators):
         """`[h_i, 1] (x) r_i` of training examples, likewise."""
         if self.threshold:
             return None
-        whole = slice(0, len(self.labels))
-        residuals = self._residuals.of(whole)[rows.to(self.labels.device)]
+        blocks_of_rows = ((block, rows[(rows >= block.start) & (rows < block.stop)]) for block in self._data)
+        parts = [
+            self._residuals.of(block)[(few - block.start).to(self.labels.device)]
+            for block, few in blocks_of_rows
+            if len(few)
+        ]
+        residuals = torch.cat(parts)
         h = matching(self.features[rows.to(self.features.device)], residuals).to(self.dtype)
         return outer(torch.nn.functional.pad(h, (0, 1), value=1.0), residuals.to(h))
 

@@ -71,6 +71,10 @@ class BatchReader(ModelSession):
         self._passes: Passes | None = None
         self._output_check: OutputCheck | None = None
 
+    def _own_columns(self) -> slice:
+        """Places of the training examples that this process reads."""
+        return slice(None)
+
     def max_rows(self) -> int | None:
         """Examples that the method takes at a time, None for as many as a batch has."""
         return None

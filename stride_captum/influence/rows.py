@@ -49,7 +49,7 @@ def result_rows(method: InfluenceMethod, result: Any, *, as_frame: bool | None =
     installed = find_spec("pandas") is not None
     if as_frame and not installed:
         raise bad_value("as_frame", "be False or None without pandas", True, "pip install pandas.")
-    ids, labels = ids_of(method), own_labels(method.train_dataset)
+    ids, labels = checked_ids(method.ids, method.train_dataset), own_labels(method.train_dataset)
     rows = []
     for test, (places, values) in enumerate(zip(indices.tolist(), scores.tolist(), strict=True)):
         for rank, (train, score) in enumerate(zip(places, values, strict=True), 1):
@@ -62,11 +62,6 @@ def result_rows(method: InfluenceMethod, result: Any, *, as_frame: bool | None =
     import pandas
 
     return pandas.DataFrame(rows)
-
-
-def ids_of(method: InfluenceMethod) -> Sequence[Any] | None:
-    """The ids of the training examples of a method; None if there are none."""
-    return checked_ids(method.ids, method.train_dataset)
 
 
 def checked_ids(ids: Sequence[Any] | None, dataset: Any) -> Sequence[Any] | None:

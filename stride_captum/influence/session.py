@@ -12,7 +12,7 @@ import torch
 from captum.influence import DataInfluence
 from torch import nn
 
-from ..errors import bad_type, bad_value
+from ..errors import bad_value
 from ..system.devices import check_placed, device_of, existing_device, full_precision
 from ..system.fingerprints import weights_fingerprint, weights_version
 from ..system.locks import exclusive
@@ -44,8 +44,6 @@ class ModelSession(DataInfluence):  # type: ignore[misc]
         memory_budget: int | str,
     ) -> None:
         # Captum's own constructor is misspelt and cannot be called.
-        if not isinstance(model, nn.Module):
-            raise bad_type("model", "be a torch.nn.Module", model)
         self.model = model
         check_placed(model, device is None)
         self.device = None if device is None else existing_device(device)

@@ -83,13 +83,12 @@ def _matched_to_unseen(
     weights: Tensor | None,
 ) -> float:
     """T at which examples that the model has seen have the mean residual of those that it has not."""
-    own: slice = getattr(method, "columns", slice(None))  # of a process
-    n_train = getattr(method, "_n_whole", len(labels))
+    n_train = int(method.ranks.sums("number of examples", len(labels))[0])
     seen = ~unseen_by(checkpoint, n_train)
     if bool(seen.all()) or not bool(seen.any()):
         must = "leave out some training examples, and hold some"
         raise bad_value("seen", must, f"{int(seen.sum())} of {n_train}", "Give None for all of them.")
-    mine = seen[own]
+    mine = seen[method._own_columns()]
     outside, inside = ((~mine).nonzero()[:, 0], mine.nonzero()[:, 0])
 
     def some(rows: Tensor) -> dict[str, Any]:
