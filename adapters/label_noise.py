@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..data import inputs as data
-from ..data.batch import Batch, Reading, is_batch
+from ..data.batch import Batch, Reading
 from ..data.passes import Passes
 from ..errors import bad_choice, bad_type, bad_value, whole_number
 from ..features.options import Features
@@ -67,11 +67,7 @@ class LabelNoiseDetector(ABC):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise bad_type("model", "be a torch.nn.Module", model)
-        if is_batch(train_dataset):
-            remedy = "Write TensorDataset(inputs, labels)."
-            raise bad_type("train_dataset", "be a Dataset or a DataLoader", train_dataset, remedy)
-        data.check_source(train_dataset, "train_dataset")
-        data.check_places(train_dataset, "train_dataset")
+        data.check_training_set(train_dataset)
         self.model = model
         self.train_dataset = train_dataset
         self.layers = layers

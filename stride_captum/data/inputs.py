@@ -101,6 +101,20 @@ def is_stream(source: Any) -> bool:
     return isinstance(source.dataset if isinstance(source, DataLoader) else source, IterableDataset)
 
 
+def check_training_set(dataset: Any) -> None:
+    """Refuse what cannot be read as a training set, column by column.
+
+    Raises:
+        TypeError: A batch of tensors, or something else that is no data set.
+        ValueError: A loader whose order is not that of its data set.
+    """
+    if is_batch(dataset):
+        remedy = "Write TensorDataset(inputs, labels)."
+        raise bad_type("train_dataset", "be a Dataset or a DataLoader", dataset, remedy)
+    check_source(dataset, "train_dataset")
+    check_places(dataset, "train_dataset")
+
+
 def check_source(source: Any, argument: str) -> None:
     """Refuse what cannot be read in a fixed order.
 

@@ -56,11 +56,7 @@ class BatchReader(ModelSession):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise bad_type("model", "be a torch.nn.Module", model)
-        if is_batch(train_dataset):
-            remedy = "Write TensorDataset(inputs, labels)."
-            raise bad_type("train_dataset", "be a Dataset or a DataLoader", train_dataset, remedy)
-        data.check_source(train_dataset, "train_dataset")
-        data.check_places(train_dataset, "train_dataset")
+        data.check_training_set(train_dataset)
         self.train_dataset = train_dataset
         self.batch_size = whole_number("batch_size", batch_size)
         super().__init__(model, device, checkpoints, checkpoints_load_func, memory_budget)
