@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from .closed_form.position_scores import PositionOperators
 from .data import inputs as data
 from .data.batch import Batch, is_batch
 from .data.digests import Digests
@@ -162,6 +163,9 @@ class ChangingTrainingSet(InfluenceMethod):
             self._check_unchanged()
             for checkpoint, state, _ in self._fitted():
                 self._load(model, checkpoint)
+                if isinstance(state.operators, PositionOperators):
+                    must = "have one row of outputs per example for adding or removing examples"
+                    raise bad_value("model", must, "several positions", "Fit again.")
                 new = change(state, model)
                 known = Precomputed(new.features, new.logits, new.labels, new.widths, new.weights)
                 training = self._training_set(model, state.taps, known, known=new.known)

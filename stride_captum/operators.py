@@ -19,6 +19,7 @@ from .features.projection import Projection
 from .layers.pooling import Tap
 from .losses import CrossEntropy, Loss
 from .options import Options
+from .positions import Positions
 from .system.processes import SINGLE_PROCESS, SingleProcess
 from .system.saved_values import saved_as
 
@@ -47,6 +48,8 @@ class TrainingSet:
         n_checkpoints: Checkpoints over which scores are averaged.
         weights: omega of each example, `(n_train,)` float64; None for 1.
         loss: What the model was trained with.
+        positions: Where examples have several positions, all arrays above have one row for each, and this
+            says which belong to an example; else None.
     """
 
     features: Tensor
@@ -63,6 +66,7 @@ class TrainingSet:
     n_checkpoints: int = 1
     weights: Tensor | None = None
     loss: Loss = field(default_factory=CrossEntropy)
+    positions: Positions | None = None
 
     @property
     def usual_residuals(self) -> Literal["both", "temperature"]:
@@ -80,6 +84,8 @@ class TestPoints:
         asked: What the response is about (`Loss.asked`); with cross-entropy its class, `(n_test,)` int64.
         gradients: Of the response with respect to the logits, `(n_test, n_classes)`.
         response: One of `Loss.responses`.
+        positions: As for `TrainingSet`.
+        n_positions: P of this batch, positions without a row included.
     """
 
     __test__ = False  # the name is not that of a test
@@ -89,6 +95,8 @@ class TestPoints:
     asked: Tensor
     gradients: Tensor
     response: str
+    positions: Positions | None = None
+    n_positions: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,11 +124,13 @@ class Operators(Options, ABC):
     """Options of one kind of operators: a frozen dataclass with a `name`, registered with `saved_as`.
 
     Attributes:
+        takes_positions: Whether an example may have several positions.
         streams: Whether fit and scores read features block by block, so that they may be memory-mapped.
         changeable: Whether examples can be added and removed without a new fit.
         all_columns: Whether `FittedOperators.prepare` computes the scores of all columns at once.
     """
 
+    takes_positions: ClassVar[bool] = False
     streams: ClassVar[bool] = False
     changeable: ClassVar[bool] = False
     all_columns: ClassVar[bool] = False
@@ -173,9 +183,23 @@ class FittedOperators(ABC):
     def scores(self, prepared: Any, columns: slice) -> Tensor:
         """Scores `(n_test, n_columns)` against a slice of the training set."""
 
+    def test_points_at_once(self) -> int | None:
+        """Test points that fit the memory budget; None: as many as a batch has."""
+        return None
+
     def coverage(self) -> Tensor:
         """Which training examples can have a score, `(n_train,)` bool on the CPU."""
         return torch.ones(self.n_train, dtype=torch.bool, device="cpu")
+
+    def position_scores(self, prepared: Any, example: int | None) -> Tensor | None:
+        """The terms of scores that are sums over positions; None: they are not.
+
+        Args:
+            prepared: A batch of test points.
+            example: None for the positions of the test points, `(n_test, P, n_train)`; a training example for
+                its own, `(n_test, P)`.
+        """
+        return None
 
     def train_norms(self) -> Tensor | None:
         """Norm of each training example in the kernel of the scores, `(n_train,)`; None: there are none."""

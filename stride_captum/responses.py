@@ -93,16 +93,19 @@ def multiclass_logits(outputs: Tensor) -> Tensor:
     if outputs.ndim == 1:
         outputs = outputs[:, None]
     if outputs.ndim != 2:
-        kinds = {3: "one row for each position, as of a sequence", 4: "a map, as of a segmentation"}
-        raise bad_value(
-            "model",
-            "return logits of shape (n, n_classes) or, for a binary model, (n, 1)",
-            f"shape {tuple(outputs.shape)}" + (f" ({kinds[outputs.ndim]})" if outputs.ndim in kinds else ""),
-            "Wrap the model so that it returns one row for each example.",
-        )
+        raise not_one_row(outputs, "logits of shape (n, n_classes) or, for a binary model, (n, 1)")
     if outputs.shape[1] == 1:
         return torch.cat([-outputs / 2, outputs / 2], dim=1)
     return outputs
+
+
+def not_one_row(outputs: Tensor, wanted: str) -> ValueError:
+    """The error for outputs with several positions an example, or none, given to a method that wants rows."""
+    kinds = {3: "one row for each position, as of a sequence", 4: "a map, as of a segmentation"}
+    kind = f" ({kinds[outputs.ndim]})" if outputs.ndim in kinds else ""
+    remedy = "Wrap the model so that it returns one row for each example"
+    remedy += ", or use STRIDE with closed-form operators, which take positions." if kind else "."
+    return bad_value("model", f"return {wanted}", f"shape {tuple(outputs.shape)}{kind}", remedy)
 
 
 def class_labels(labels: Tensor, n_classes: int, argument: str) -> Tensor:

@@ -18,9 +18,9 @@ from .data import inputs as data
 from .data.batch import Batch, ExampleBatch
 from .errors import bad_type, bad_value, not_fitted
 from .features.options import Features
-from .features.precomputed import Precomputed, PrecomputedNetwork
+from .features.precomputed import Precomputed, PrecomputedNetwork, check_positions_finite
 from .features.projection import Projection, fit_projection
-from .features.reader import read_batch, read_training_set
+from .features.reader import Rows, Run, TrainingRows, all_weights, read_batch, read_training_set
 from .features.store import FeatureStore
 from .features.store_writer import Computed
 from .influence.checkpoints import LoadCheckpoint, load_checkpoint, unseen_by
@@ -94,6 +94,7 @@ class STRIDE(ChangingTrainingSet):
     """
 
     fits_in_one_pass = True
+    takes_positions = True
 
     def __init__(
         self,
@@ -204,7 +205,7 @@ class STRIDE(ChangingTrainingSet):
             layers=[str(tap) for tap in taps],
             memory_budget=self.memory_budget,
             temperature=lambda given: choose_temperature(
-                self, model, read.logits, read.labels, given, read.weights
+                self, model, read.logits, read.labels, given, read.weights, read.positions
             ),
             ranks=self.ranks,
             n_checkpoints=len(self._checkpoints()),
@@ -228,14 +229,37 @@ class STRIDE(ChangingTrainingSet):
 
     def _points(self, state: STRIDEState, model: nn.Module, batch: Any, query: Query) -> TestPoints:
         """What operators need to know of test points."""
-        features, logits, outputs = self._read_batch(model, state.taps, batch, state.projection)
-        response, asked = self.loss.response_of(outputs, query.response), query.asked(logits, batch)
+        with recording(model, state.taps) as run:
+            rows = read_batch(self, run, state.taps, batch)
+        features, logits, positions = rows.side_by_side, rows.logits, rows.positions
+        if positions is not None and not self.operators.takes_positions:
+            raise self._one_row_only(rows)
+        features = features if state.projection is None else state.projection(features)
+        response = self.loss.response_of(rows.outputs, query.response)
+        asked = query.asked_of_rows(self.loss, logits, rows.labels, positions)
         gradients = self.loss.response_gradient(logits, asked, response)
-        return TestPoints(features, logits, asked, gradients, response)
+        n_positions = 0 if rows.kept is None else rows.kept.shape[1]
+        return TestPoints(features, logits, asked, gradients, response, positions, n_positions)
+
+    def _one_row_only(self, rows: Rows) -> ValueError:
+        must = f"give one row of outputs per example for operators={self.operators.name!r}"
+        got = f"{rows.positions.counts[:3].tolist()}, ... positions" if rows.positions is not None else "none"
+        return bad_value("model", must, got, "Take ClosedForm().")
+
+    def _test_rows(self) -> int:
+        """As many test points as fit the budget with their positions."""
+        rows = super()._test_rows()
+        most = [state.operators.test_points_at_once() for state in self._states or []]
+        return min([rows, *(m for m in most if m is not None)])
 
     @override
     def score_columns(self, state: STRIDEState, prepared: Any, columns: slice) -> Tensor:
         return state.operators.scores(prepared, columns)
+
+    @override
+    def position_scores(self, state: STRIDEState, prepared: Any, example: int | None) -> Tensor:
+        found = state.operators.position_scores(prepared, example)
+        return super().position_scores(state, prepared, example) if found is None else found
 
     @override
     def train_norms(self, state: STRIDEState) -> Tensor:
@@ -383,10 +407,18 @@ class STRIDE(ChangingTrainingSet):
             return taps, self._read(model, taps, show_progress)
         store, key = self._store(self._checkpoint_index, weights_fingerprint(model))
         taps = store.taps(key) or self._choose_taps(model)
-        weights: list[Tensor] = []
+        weights: list[Tensor | None] = []
+
+        def compute(batch: ExampleBatch) -> Computed:
+            rows = self._compute(taps, run, batch)
+            if rows.kept is not None:
+                must = "be None for a model with several positions an example"
+                raise bad_value("feature_store", must, str(store.path))
+            return rows.features, rows.logits, rows.labels
+
         with recording(model, taps) as run:
             batches = self._weighed(self._passing(show_progress), weights)
-            stored = store.fill(key, taps, batches, partial(self._compute, run))
+            stored = store.fill(key, taps, batches, compute)
         labels = stored.labels.to(self._work_device())
         return stored.taps, Precomputed(
             self._placed(stored.features),
@@ -399,43 +431,41 @@ class STRIDE(ChangingTrainingSet):
     def _read(self, model: nn.Module, taps: Sequence[Tap], show_progress: bool) -> Precomputed:
         """One forward pass over the training set."""
         expected = data.count_examples(self.train_dataset)
-        weights: list[Tensor] = []
-        batches = self._weighed(self._passing(show_progress), weights)
-        features, logits, labels = read_training_set(model, taps, batches, self._compute, expected)
-        widths = [tap.width for tap in taps]
-        return Precomputed(features, logits, labels, widths, self._all_weights(weights, labels))
+        compute = partial(self._compute, taps)
+        read = read_training_set(model, taps, self._passing(show_progress), compute, expected)
+        if read.positions is not None:
+            check_positions_finite(read)
+        return read
 
     @staticmethod
-    def _weighed(batches: Iterable[ExampleBatch], weights: list[Tensor]) -> Iterator[ExampleBatch]:
+    def _weighed(batches: Iterable[ExampleBatch], weights: list[Tensor | None]) -> Iterator[ExampleBatch]:
         """The batches, whose sample weights join a list."""
         for batch in batches:
-            if batch.weights is not None:
-                weights.append(batch.weights)
+            weights.append(batch.weights)
             yield batch
 
-    def _all_weights(self, weights: list[Tensor], labels: Tensor) -> Tensor | None:
+    def _all_weights(self, weights: list[Tensor | None], labels: Tensor) -> Tensor | None:
         """Omega of the training set, `(n_train,)`: sample weights times those of the loss; None for 1."""
-        of_loss = self.loss.weights(labels)
-        if not weights:
+        of_loss, own = self.loss.weights(labels), all_weights(weights)
+        if own is None:
             return of_loss
-        own = torch.cat(weights).to(float64_device(labels.device))
+        own = own.to(float64_device(labels.device))
         return own if of_loss is None else own * of_loss
 
     def _passing(self, show_progress: bool) -> Any:
         what = f"fitting {type(self).__name__}"
         return self._batches_as_they_are(self.train_dataset, "train_dataset", show_progress, what)
 
-    def _compute(self, run: Any, batch: ExampleBatch) -> Computed:
-        """Rows of each tap, logits and labels of one batch of training examples."""
-        outputs, rows = run(batch.to(self._work_device()))
-        logits = self._as_logits(outputs, batch)
-        return rows, logits, self.train_labels(batch, logits.shape[1])
-
-    def _read_batch(
-        self, model: nn.Module, taps: Sequence[Tap], batch: Any, projection: Projection | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Features, logits and outputs of one batch."""
-        return read_batch(model, taps, batch, self._as_logits, projection)
+    def _compute(self, taps: Sequence[Tap], run: Run, batch: ExampleBatch) -> TrainingRows:
+        """Rows of each tap, logits, labels and weights of one batch of training examples."""
+        rows = read_batch(self, run, taps, batch.to(self._work_device()))
+        if rows.positions is not None and not self.operators.takes_positions:
+            raise self._one_row_only(rows)
+        n_outputs = rows.logits.shape[1]
+        # Labels are checked where the data set has them, without waiting for a device.
+        labels = self.train_labels(batch, n_outputs, None if rows.kept is None else rows.labels)
+        weights = self.train_weights(batch, labels, rows.kept)
+        return TrainingRows(rows.features, rows.logits, labels, rows.outputs, rows.kept, weights)
 
     def _check_model(self, model: nn.Module) -> None:
         """Nothing: the model is checked where layers are chosen, which a filled store has done."""

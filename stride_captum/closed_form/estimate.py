@@ -127,8 +127,8 @@ def _read_a_little(method: STRIDE, model: nn.Module, n: int) -> _Reading:
         with recording(model, taps) as run:
 
             def read(batch: ExampleBatch) -> Tensor:
-                rows, logits, _ = method._compute(run, batch)
-                return torch.cat([*rows, logits], 1)
+                rows = method._compute(taps, run, batch)
+                return torch.cat([*rows.features, rows.logits], 1)
 
             warm = read(batches[0].first(64))
             seconds = statistics.median(timed(lambda b=batch: read(b), device) for batch in batches)  # type: ignore[misc]

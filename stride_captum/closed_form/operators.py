@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import bad_value
 from ..losses import CrossEntropy, Loss
 from ..operators import Changed, FittedOperators, TestPoints
+from ..positions import Positions
 from ..recovery import soft_threshold
 from ..residuals import choose_residuals
 from ..system.devices import matching
@@ -40,6 +41,7 @@ from .curvature_fit import fit_curvature
 from .damping import LEAST_OF_HEAD, check_damping, needs_float64
 from .incremental import with_examples, with_others, without_examples
 from .moments import Moments, feature_moments, scaled_features
+from .position_head import fit_position_head
 from .ridge_head import RidgeHead, fit_ridge_head
 from .training_residuals import TrainingResiduals
 
@@ -164,14 +166,14 @@ class ClosedFormOperators(FittedOperators):
         norms = []
         for rows in self._form_blocks:
             sizes, units = _sizes_and_units(self._residuals.of(rows))
-            norms.append(_norms(self._forms(rows, units, units), sizes))
+            norms.append(norms_of(self._forms(rows, units, units), sizes))
         return torch.cat(norms).to(working_dtype(self.features))
 
     def test_norms(self, prepared: ClosedFormQuery) -> Tensor:
         """The same norm of the test points, times sqrt(s) instead, `(n_test,)`."""
         sizes, units = _sizes_and_units(prepared.gradients)
         forms = forms_of(self.curvature.solve(prepared.phi, units), prepared.phi, units)
-        norms = _norms(forms / self.moments.weight, sizes)
+        norms = norms_of(forms / self.moments.weight, sizes)
         return norms.to(working_dtype(self.features))
 
     def query_vectors(self, prepared: ClosedFormQuery) -> Tensor | None:
@@ -201,23 +203,27 @@ class ClosedFormOperators(FittedOperators):
             sizes, units = _sizes_and_units(self._residuals.of_loss(rows))
             left = units.to(self.scale)
             parts.append(sizes * matching(self._forms(rows, left, self._residuals.of(rows)), sizes))
-        return self._in_range(torch.cat(parts))
+        return self.in_range(torch.cat(parts))
 
     def self_influence_of(self, points: TestPoints) -> Tensor:
         """The self-influence that other examples would have, `(n,)`.
 
         The ridge part of their residuals is out of sample as it is: nothing is left out.
         """
+        phi, own, right = self.sides_of_others(points)
+        sizes, units = _sizes_and_units(own)
+        forms = forms_of(self.curvature.solve(phi, right), phi, units.to(phi))
+        return self.in_range(sizes * matching(forms, sizes) / self.moments.weight)
+
+    def sides_of_others(self, points: TestPoints) -> tuple[Tensor, Tensor, Tensor]:
+        """Of other examples: phi, `e_y - p`, and the residuals that they would have in units of s."""
         phi = scaled_features(points.features.to(self.scale.device), self.scale, self.scale.dtype)
         loss, predictions = self.loss, self.loss.possible(self.head.predict(points.features))
         z, y = matching(points.logits, predictions), points.asked.to(predictions.device)
         residuals, _ = choose_residuals(
             self.kind, z, y, predictions, self.temperature, self.ridge_ratio, loss.residuals, loss.encoded
         )
-        sizes, units = _sizes_and_units(loss.residuals(z, y))
-        right = (residuals / self.curvature.scale).to(phi)
-        forms = forms_of(self.curvature.solve(phi, right), phi, units.to(phi))
-        return self._in_range(sizes * matching(forms, sizes) / self.moments.weight)
+        return phi, loss.residuals(z, y), (residuals / self.curvature.scale).to(phi)
 
     def mislabel_scores(self) -> Tensor:
         """Norm of the leave-one-out residual of the ridge head: how far a label is from what others say."""
@@ -313,7 +319,7 @@ class ClosedFormOperators(FittedOperators):
         phi = scaled_features(self._data.features_of(rows), self.scale)
         return forms_of(self.curvature.solve(phi, right), phi, left) / self.moments.weight
 
-    def _in_range(self, values: Tensor) -> Tensor:
+    def in_range(self, values: Tensor) -> Tensor:
         """Results from float64 in the working dtype, unless all of them would become 0."""
         rounded = values.to(self.scale.device, working_dtype(self.features))
         largest, least = float(values.abs().max()), torch.finfo(rounded.dtype).tiny
@@ -353,7 +359,7 @@ def _sizes_and_units(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return sizes, vectors / torch.where(sizes > 0, sizes, 1.0)[:, None]
 
 
-def _norms(forms: Tensor, sizes: Tensor) -> Tensor:
+def norms_of(forms: Tensor, sizes: Tensor) -> Tensor:
     """Norms of rows from the forms of their units; 0 where the inverse would overflow."""
     norms = forms.clamp_min(0).sqrt() * sizes
     return torch.where(norms >= torch.finfo(norms.dtype).tiny, norms, 0.0)
@@ -372,6 +378,7 @@ def fit_closed_form(
     moments: Moments | None = None,
     loss: Loss | None = None,
     weights: Tensor | None = None,
+    positions: Positions | None = None,
 ) -> ClosedFormOperators:
     """Fit the closed form: two products of n_train x n_features x n_features, or less.
 
@@ -389,6 +396,8 @@ def fit_closed_form(
         moments: Of the features, where they are known: one of the two products is saved.
         loss: What the model was trained with; None for cross-entropy.
         weights: omega, `(n_train,)` float64, beside the labels; None for 1.
+        positions: Where all arrays have one row for each position: which rows are those of an example, which
+            the ridge head leaves out together.
 
     Raises:
         ValueError: A damping too small for the precision of the features, logits without uncertainty, or
@@ -414,16 +423,12 @@ def fit_closed_form(
     if not moments.in_float32:
         exact = exact_head = True
         data = _blocks(features, logits, labels, memory_budget, exact, weights)
-    head = fit_ridge_head(
-        features[:, :d],
-        labels,
-        moments.first(d),
-        options.head_damping,
-        data.block_rows,
-        torch.float64 if exact_head else data.dtype,
-        loss,
-        weights,
-    )
+    of_head = features[:, :d], labels, moments.first(d), options.head_damping
+    if positions is None:
+        precision = torch.float64 if exact_head else data.dtype
+        head = fit_ridge_head(*of_head, data.block_rows, precision, loss, weights)
+    else:
+        head = fit_position_head(*of_head, positions, loss, weights)
     kind = options.residuals or "both"
     softening = 1.0 if kind == "training" else temperature
     diagonal_only = options.curvature == "identity" or (

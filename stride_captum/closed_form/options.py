@@ -7,17 +7,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from ..errors import bad_value
-from ..operators import Operators, TrainingSet
+from ..operators import FittedOperators, Operators, TrainingSet
 from ..options import check_choice, check_number
 from ..system.saved_values import saved_as
 from .estimate import estimate_closed_form
-from .operators import ClosedFormOperators, fit_closed_form
+from .operators import fit_closed_form
+from .position_scores import PositionOperators, chosen_form
 
 if TYPE_CHECKING:
     from ..influence.estimate import Estimate
     from ..stride import STRIDE
 
 Residuals = Literal["training", "temperature", "leave-one-out", "both"]
+Form = Literal["auto", "rows", "matrix"]
 Curvature = Literal["identity", "kronecker", "eigenvalue-corrected", "gauss-newton"]
 
 
@@ -53,6 +55,7 @@ class ClosedForm(Operators):
 
     name: ClassVar[str] = "closed-form"
     aliases: ClassVar[Sequence[str]] = ("newton",)
+    takes_positions: ClassVar[bool] = True
     streams: ClassVar[bool] = True
     changeable: ClassVar[bool] = True
 
@@ -62,21 +65,23 @@ class ClosedForm(Operators):
     head_damping: float = 0.1
     curvature: Curvature = "kronecker"
     threshold: float = 0.0
+    form: Form = "auto"
 
     def check(self) -> None:
         """Refuse values out of their range."""
         if self.residuals is not None:
             check_choice("residuals", self.residuals, get_args(Residuals))
         check_choice("curvature", self.curvature, get_args(Curvature))
+        check_choice("form", self.form, get_args(Form))
         check_number("damping", self.damping, positive=True)
         check_number("head_damping", self.head_damping, positive=True)
         check_number("threshold", self.threshold, positive=False)
         if self.temperature is not None:
             check_number("temperature", self.temperature, positive=True)
 
-    def fit(self, training: TrainingSet) -> ClosedFormOperators:
+    def fit(self, training: TrainingSet) -> FittedOperators:
         """Fit the closed form (see `fit_closed_form`)."""
-        return fit_closed_form(
+        form = fit_closed_form(
             training.features,
             training.logits,
             training.labels,
@@ -88,7 +93,13 @@ class ClosedForm(Operators):
             moments=training.known,
             loss=training.loss,
             weights=training.weights,
+            positions=training.positions,
         )
+        if training.positions is None:
+            return form
+        kept = chosen_form(self.form, training.positions, sum(training.widths), form.n_classes)
+        by_rows = PositionOperators(form, training.positions, "rows", training.memory_budget)
+        return by_rows.in_form(kept)
 
     def check_shared(self) -> None:
         """Refuse conjugate gradients, which need the whole training set in one place."""

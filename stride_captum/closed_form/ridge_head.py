@@ -59,7 +59,7 @@ class RidgeHead:
         Args:
             features: Raw features `(n, at least the head's)`; further columns are ignored.
         """
-        return _fitted(matching(features[:, : len(self.weights) - 1], self.weights), self.weights)
+        return fitted_values(matching(features[:, : len(self.weights) - 1], self.weights), self.weights)
 
     def residuals(self, features: Tensor, labels: Tensor, rows: slice) -> Tensor:
         """`e - q` of training examples, where q is the leave-one-out prediction, moved to a possible one.
@@ -90,14 +90,14 @@ class RidgeHead:
 
     def _residuals(self, features: Tensor, labels: Tensor, slack: Tensor, shifts: Tensor) -> Tensor:
         labels = labels.to(features.device)
-        left_out = self.loss.left_out(_fitted(features, self.weights), slack.to(features), labels)
+        left_out = self.loss.left_out(fitted_values(features, self.weights), slack.to(features), labels)
         return self.loss.projected(left_out, labels, shifts.to(features)[:, None])
 
     def left_out(self, features: Tensor, labels: Tensor, rows: slice) -> Tensor:
         """`e` minus the leave-one-out prediction as it is, `(n_rows, n_classes)` float64; as `residuals`."""
         exact = matching(features[:, : len(self.weights) - 1], self.weights)
         y = labels.to(exact.device)
-        return self.loss.left_out(_fitted(exact, self.weights), self.slack[rows].to(exact), y)
+        return self.loss.left_out(fitted_values(exact, self.weights), self.slack[rows].to(exact), y)
 
 
 def fit_ridge_head(
@@ -183,7 +183,7 @@ class _Block:
 
 def _read(features: Tensor, labels: Tensor, weights: Tensor, slack: Tensor, loss: Loss) -> _Block:
     labels = labels.to(features.device)
-    left_out = loss.left_out(_fitted(features, weights), slack, labels)
+    left_out = loss.left_out(fitted_values(features, weights), slack, labels)
     norms = torch.linalg.vector_norm(left_out, dim=1)
     shifts = loss.projection_shift(left_out, labels)
     residuals = loss.projected(left_out, labels, shifts)
@@ -197,7 +197,7 @@ def _read(features: Tensor, labels: Tensor, weights: Tensor, slack: Tensor, loss
     )
 
 
-def _fitted(features: Tensor, weights: Tensor) -> Tensor:
+def fitted_values(features: Tensor, weights: Tensor) -> Tensor:
     """Predictions of the head, `(n, n_classes)` in the dtype of the features."""
     near = weights.to(features)
     return torch.addmm(near[-1], features, near[:-1])

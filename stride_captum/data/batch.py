@@ -41,7 +41,8 @@ class Batch:
             `collate_fn` of yours makes, the parts whose length follows the number of labels.
         sample_weight: What the loss of each training example was multiplied with: `(n_train,)`, in the order
             of the training set; or the key or place of a part of the batch, `(n,)`, which the model is not
-            given. A weight of 0 is as good as no example, 2 is an example that is there twice.
+            given. With P positions an example also `(n_train, P)`, or `(n, P)`, one for each position. A
+            weight of 0 is as good as no example, 2 is an example that is there twice.
 
     >>> Batch(label_key="label").label_key
     'label'
@@ -395,13 +396,14 @@ def _sample_weights(weights: Any, argument: str) -> Tensor:
         flat = torch.as_tensor(weights).detach().double()
     except (TypeError, ValueError, RuntimeError) as error:
         raise bad_type(argument, "hold a weight for each training example", weights) from error
-    if flat.ndim != 1:
-        raise bad_value(argument, "hold weights of shape (n,)", f"shape {tuple(flat.shape)}")
+    if flat.ndim not in (1, 2):
+        must = "hold weights of shape (n,), or (n, P) for examples with P positions"
+        raise bad_value(argument, must, f"shape {tuple(flat.shape)}")
     wrong = ~(torch.isfinite(flat) & (flat >= 0))
     if bool(wrong.any()):
-        place = int(wrong.nonzero()[0])
+        place = int(wrong.nonzero()[0, 0])
         must = "hold weights that are numbers of at least 0"
-        raise bad_value(argument, must, f"{float(flat[place])} at place {place}")
+        raise bad_value(argument, must, f"{float(flat[wrong][0])} at place {place}")
     return flat
 
 

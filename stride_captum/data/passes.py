@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from ..errors import bad_value
+from ..losses import Loss
 from ..system.random_states import user_code
 from . import inputs as data
 from .batch import LABEL_KEY, ExampleBatch, Reading, is_batch
@@ -109,6 +111,11 @@ class Passes:
             start += len(batch)
             yield batch
         self._finish(Digests.joined(parts))
+
+    def read_with(self, loss: Loss) -> None:
+        """Read all batches from now on with another loss."""
+        self.said = replace(self.said, loss=loss)
+        self.reading = None if self.reading is None else replace(self.reading, loss=loss)
 
     def release(self) -> None:
         """Let go of a pass that has begun, with the workers that read for it."""

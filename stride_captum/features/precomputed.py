@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ..errors import bad_value
 from ..losses import Loss
+from ..positions import Positions
 from ..system.memory import MOST_ROWS, blocks
 from .store_files import as_tensor
 
@@ -38,6 +40,7 @@ class Precomputed:
         labels: As the loss has them: `(n_train,)` int64, or `(n_train, n_classes)`.
         widths: Widths of the layers that the columns come from.
         weights: omega of each example, `(n_train,)` float64; None for 1.
+        positions: Where all of these have one row for each position: which rows are those of an example.
     """
 
     features: Tensor
@@ -45,6 +48,7 @@ class Precomputed:
     labels: Tensor
     widths: list[int]
     weights: Tensor | None = None
+    positions: Positions | None = None
 
     @classmethod
     def checked(
@@ -78,3 +82,17 @@ class Precomputed:
         known = loss.labels(labels, rows_of_outputs.shape[1], "labels")
         every = cls(features, rows_of_outputs, known, widths, loss.weights(known))
         return every, TensorDataset(features, logits, labels)
+
+
+def check_positions_finite(read: Precomputed) -> None:
+    """Refuse rows of positions with NaN or infinities, by the example that has them.
+
+    Raises:
+        ValueError: There are some.
+    """
+    assert read.positions is not None
+    for name, values in (("activations", read.features), ("outputs", read.logits)):
+        finite = torch.isfinite(values).all(1)
+        if not bool(finite.all()):
+            example = int(read.positions.examples[int((~finite).nonzero()[0])])
+            raise bad_value("train_dataset", f"give finite {name}", f"NaN or infinity for example {example}")

@@ -3,83 +3,145 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..data.batch import ExampleBatch
 from ..errors import bad_value
-from ..layers.activations import Tap, recording
-from .projection import Projection
-from .store_writer import Computed
+from ..layers.activations import Tap, at_positions, recording
+from ..positions import Positions, joined
+from .precomputed import Precomputed
+
+if TYPE_CHECKING:
+    from ..influence.reading import BatchReader
+
+#: A function of one batch: outputs of the model, and what each tap gives (see `recording`).
+Run = Callable[[ExampleBatch], tuple[Tensor, list[Tensor]]]
 
 
-def read_batch(
-    model: nn.Module,
-    taps: Sequence[Tap],
-    batch: Any,
-    as_logits: Callable[[Tensor, Any], Tensor],
-    projection: Projection | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Features, logits and outputs of one batch.
+@dataclass(frozen=True)
+class Rows:
+    """What one batch gives: a row for each example, or for each position of each.
+
+    Attributes:
+        features: Of each tap, `(n_rows, width)`.
+        logits: z, `(n_rows, n_outputs)`, at least float32.
+        labels: As the data set has them, one for each row; None where there are none.
+        outputs: Of the model, as they came.
+        kept: Which positions of the examples have a row, `(n, P)` bool; None where an example has one row.
+    """
+
+    features: list[Tensor]
+    logits: Tensor
+    labels: Tensor | None
+    outputs: Tensor
+    kept: Tensor | None
+
+    @property
+    def positions(self) -> Positions | None:
+        """Rows of each example; None where each has one."""
+        return None if self.kept is None else Positions.of_mask(self.kept)
+
+    @property
+    def side_by_side(self) -> Tensor:
+        """Features of all taps, `(n_rows, n_features)`."""
+        return self.features[0] if len(self.features) == 1 else torch.cat(self.features, dim=1)
+
+
+def read_batch(reader: BatchReader, run: Run, taps: Sequence[Tap], batch: ExampleBatch) -> Rows:
+    """Features, logits and labels of one batch.
 
     Args:
-        model: The network.
+        reader: The method, which knows its loss.
+        run: What `recording` yields for the taps.
         taps: Where features are read.
         batch: On its device.
-        as_logits: Logits from the outputs for a batch.
-        projection: Of the features.
-
-    Returns:
-        `(n, n_features)`; `(n, n_classes)`, at least float32; the outputs as they came.
     """
-    with recording(model, taps) as run:
-        outputs, rows = run(batch)
-    logits = as_logits(outputs.detach(), batch)
-    if logits.dtype not in (torch.float32, torch.float64):
-        logits = logits.float()
-    features = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
-    return features if projection is None else projection(features), logits, outputs
+    outputs, features = run(batch)
+    outputs = outputs.detach()
+    found = reader.position_rows(outputs, batch)
+    if found is None:
+        return Rows(features, _single(reader._as_logits(outputs, batch)), batch.labels, outputs, None)
+    there = (at_positions(f, found.grid, tap) for f, tap in zip(features, taps, strict=True))
+    features = [f[found.kept.to(f.device)] for f in there]
+    return Rows(features, _single(reader.loss.logits(found.outputs)), found.labels, found.outputs, found.kept)
+
+
+def _single(logits: Tensor) -> Tensor:
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+
+@dataclass(frozen=True)
+class TrainingRows(Rows):
+    """Rows of training examples, with labels as the loss has them, and their weights.
+
+    Attributes:
+        labels: `(n_rows,)` int64, or `(n_rows, n_outputs)`.
+        weights: omega, `(n_rows,)` float64; None for 1.
+    """
+
+    labels: Tensor
+    weights: Tensor | None = None
 
 
 def read_training_set(
     model: nn.Module,
     taps: Sequence[Tap],
     batches: Iterable[ExampleBatch],
-    compute: Callable[[Any, ExampleBatch], Computed],
+    compute: Callable[[Run, ExampleBatch], TrainingRows],
     expected: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Precomputed:
     """Features, logits and labels of a whole training set, written where they stay.
 
     Args:
         model: The network.
         taps: Where features are read.
         batches: The training set in order.
-        compute: Rows of each tap, logits and labels of one batch, given what `recording` yields.
+        compute: Rows of one batch, given what `recording` yields.
         expected: Number of examples; None if it is not known.
     """
     width = sum(tap.width for tap in taps)
     features: Tensor | None = None
-    parts, logits, labels, seen = [], [], [], 0
+    parts, read, seen = [], [], 0
     with recording(model, taps) as run:
         for batch in batches:
-            rows, z, y = compute(run, batch)
-            n = len(z)
-            if expected is not None and seen + n <= expected:
+            rows = compute(run, batch)
+            n = len(rows.logits)
+            if expected is not None and rows.kept is None and seen + n <= expected:
                 if features is None:
-                    features = rows[0].new_empty(expected, width)
+                    features = rows.features[0].new_empty(expected, width)
                 start = 0
-                for tap, row in zip(taps, rows, strict=True):
+                for tap, row in zip(taps, rows.features, strict=True):
                     features[seen : seen + n, start : start + tap.width] = row
                     start += tap.width
             else:
-                parts.append(torch.cat(list(rows), dim=1))
-            logits.append(z)
-            labels.append(y)
+                parts.append(rows.side_by_side)
+            read.append((rows.logits, rows.labels, rows.weights, rows.positions))
             seen += n
-    if seen == 0:
+    if not read:
         raise bad_value("train_dataset", "hold at least one example", "an empty one")
-    if features is None:
-        features = torch.cat(parts)
-    return features[:seen], torch.cat(logits).to(features), torch.cat(labels)
+    logits, labels, weights, positions = zip(*read, strict=True)
+    features = torch.cat(parts) if features is None else features[:seen]
+    known = [part for part in positions if part is not None]
+    if known and len(known) < len(positions):
+        must = "return outputs with positions for every batch, or for none"
+        raise bad_value("model", must, "both")
+    if known and not seen:
+        raise bad_value("train_dataset", "have at least one label that is not ignored", "none")
+    return Precomputed(
+        features,
+        torch.cat(logits).to(features),
+        torch.cat(labels),
+        [tap.width for tap in taps],
+        all_weights(weights),
+        joined(known) if known else None,
+    )
+
+
+def all_weights(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Weights of all batches behind one another; None where there are none."""
+    known = [part for part in parts if part is not None]
+    return torch.cat(known) if known else None

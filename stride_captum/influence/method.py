@@ -38,6 +38,7 @@ from ..system.peak_memory import PeakMemory
 from ..system.processes import SINGLE_PROCESS, SingleProcess
 from .checkpoints import LoadCheckpoint, load_checkpoint, warn_of_equal
 from .estimate import Estimate, from_small_runs
+from .per_position import check_whole, position_scores
 from .persistence import load_method, save_method
 from .query import DEFAULT, Default, Query, check_query, checked_target
 from .rows import checked_ids
@@ -206,6 +207,7 @@ class InfluenceMethod(ScoringLoop):
     def _fit_one(self, model: nn.Module, show_progress: bool) -> Any:
         """`fit_checkpoint`, with a look at the model before and at its outputs for the training set."""
         self._check_model(model)
+        self._take_positions_together(model)
         self._output_check = self.loss.output_check(model)
         try:
             state = self.fit_checkpoint(model, show_progress)
@@ -226,6 +228,7 @@ class InfluenceMethod(ScoringLoop):
         response: str | None = None,
         target: Target = None,
         normalize: str | Default | None = DEFAULT,
+        per_position: bool = False,
     ) -> Tensor: ...
 
     @overload
@@ -240,6 +243,7 @@ class InfluenceMethod(ScoringLoop):
         response: str | None = None,
         target: Target = None,
         normalize: str | Default | None = DEFAULT,
+        per_position: bool = False,
     ) -> KMostInfluentialResults: ...
 
     def influence(
@@ -253,6 +257,7 @@ class InfluenceMethod(ScoringLoop):
         response: str | None = None,
         target: Target = None,
         normalize: str | Default | None = DEFAULT,
+        per_position: bool = False,
     ) -> Tensor | KMostInfluentialResults:
         """Influence of every training example on each test point; fits on first use.
 
@@ -268,6 +273,9 @@ class InfluenceMethod(ScoringLoop):
                 labels or outputs, an index names one, and "label" is the sum over all.
             normalize: None or "cosine": divide by the norms of both sides; a zero norm gives 0. What is not
                 given is that of the constructor.
+            per_position: Of a model with several positions an example (tokens, pixels): whether to return the
+                scores of the test points' positions instead of their sums, `(n_test, P, n_train)`, 0 where
+                there is no label.
 
         Returns:
             Scores `(n_test, n_train)`, or with k a `KMostInfluentialResults` of indices (int64) and
@@ -277,6 +285,10 @@ class InfluenceMethod(ScoringLoop):
             ValueError: An argument out of its range, or a model that has changed since `fit`.
             TypeError: Inputs of another kind.
         """
+        if per_position:
+            chosen = self.normalize if isinstance(normalize, Default) else normalize
+            check_whole(k, aggregate, chosen)
+            return position_scores(self, inputs, None, response, target)
         best = None if k is None else whole_number("k", k, or_else=", or None for all scores")
 
         def collector() -> Collector:
@@ -286,6 +298,22 @@ class InfluenceMethod(ScoringLoop):
 
         results = self._collect(inputs, collector, show_progress, response, target, normalize)
         return results[0] if best is None else KMostInfluentialResults(*results)
+
+    def positions_of(
+        self, inputs: Any, train_index: int, *, response: str | None = None, target: Target = None
+    ) -> Tensor:
+        """Scores of one training example, split over its positions.
+
+        Args:
+            inputs: As for `influence`.
+            train_index: Place in the training set.
+            response: As for `influence`.
+            target: As for `influence`.
+
+        Returns:
+            `(n_test, P)`, whose rows add up to column `train_index` of `influence(inputs)`.
+        """
+        return position_scores(self, inputs, train_index, response, target)
 
     def self_influence(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..data.batch import ExampleBatch
 from ..errors import bad_type, bad_value
 from ..losses.base import Loss
+from ..positions import Positions
 
 
 class Default(Enum):
@@ -51,6 +52,25 @@ class Query:
             With cross-entropy the class c, `(n,)` int64.
         """
         return batch.reading.loss.asked(logits, _labels_of(batch, logits), self.target, self.response)
+
+    def asked_of_rows(
+        self, loss: Loss, logits: Tensor, labels: Tensor | None, positions: Positions | None
+    ) -> Tensor:
+        """What the response is about at each row: that of its example, if examples have several positions.
+
+        Args:
+            loss: What the model was trained with.
+            logits: `(n_rows, n_outputs)`.
+            labels: Of the rows, as the data set has them.
+            positions: Rows of each test point; None for one.
+        """
+        target = self.target
+        if positions is None:
+            if labels is not None and len(labels) != len(logits):
+                raise bad_value("inputs", f"carry one label for each of {len(logits)} examples", len(labels))
+        elif isinstance(target, Tensor):
+            target = positions.spread(target)
+        return loss.asked(logits, labels, target, self.response)
 
     def classes(self, logits: Tensor, batch: ExampleBatch) -> Tensor:
         """The class c of each test point, `(n,)` int64, whatever the response is.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,16 @@ from ..data import inputs as data
 from ..data.batch import Batch, ExampleBatch, Reading, is_batch
 from ..data.passes import Passes
 from ..errors import bad_type, bad_value, whole_number
+from ..layers.activations import token_mask
 from ..layers.probes import check_deterministic
 from ..losses import Loss, loss_of
 from ..losses.base import OutputCheck, on_device
+from ..losses.positions import PositionRows, channels_last, has_positions
+from ..losses.positions import position_rows as as_position_rows
+from ..losses.summed_positions import SummedPositions
 from ..system.devices import float64_device
 from .checkpoints import LoadCheckpoint
+from .query import Query
 from .session import ModelSession
 
 #: Test points that are scored together, at most.
@@ -39,6 +44,9 @@ class BatchReader(ModelSession):
         checkpoints_load_func: As for `ModelSession`.
         memory_budget: As for `ModelSession`.
     """
+
+    #: Whether the method reads the positions of an example as rows of their own.
+    takes_positions: ClassVar[bool] = False
 
     n_train_: int
 
@@ -88,29 +96,43 @@ class BatchReader(ModelSession):
                 assert piece.columns is not None, "a batch of the training set"
                 yield piece.columns, piece
 
-    def train_labels(self, batch: ExampleBatch, n_classes: int) -> Tensor:
+    def train_labels(self, batch: ExampleBatch, n_classes: int, rows: Tensor | None = None) -> Tensor:
         """Labels of a batch of training examples as the loss has them (`Loss.labels`), on the working device.
 
         With cross-entropy they are `(n,)` int64 in `[0, n_classes)`, or `(n, n_classes)`.
 
         They are checked where they are: those of a batch that is not on a GPU wait for none.
+
+        Args:
+            batch: Of the training set.
+            n_classes: Number of outputs.
+            rows: Labels of the positions of its examples, which count in the place of its labels.
         """
-        if batch.labels is None:
+        labels = batch.labels if rows is None else rows
+        if labels is None:
             raise bad_value(
                 "train_dataset",
                 "give one label per example, last in (inputs..., label) or under 'labels'",
                 "none",
             )
-        return on_device(self.loss.labels(batch.labels, n_classes, "train_dataset"), self._work_device())
+        return on_device(self.loss.labels(labels, n_classes, "train_dataset"), self._work_device())
 
-    def train_weights(self, batch: ExampleBatch, labels: Tensor) -> Tensor | None:
+    def train_weights(self, batch: ExampleBatch, labels: Tensor, kept: Tensor | None = None) -> Tensor | None:
         """Weights omega of a batch of training examples, `(n,)` float64 where the device has it; None for 1.
 
         Args:
             batch: Of the training set.
             labels: Its labels (`train_labels`).
+            kept: Which positions of its examples have a row, `(n, P)` bool; the weight of an example is that
+                of each of them.
         """
-        weights = [w for w in (batch.weights, self.loss.weights(labels)) if w is not None]
+        own = batch.weights
+        if own is not None and own.ndim == 2 and (kept is None or own.shape != kept.shape):
+            must = "hold one for each example" + ("" if kept is None else f", or {tuple(kept.shape)}")
+            raise bad_value("sample_weight", must, f"the shape {tuple(own.shape)}")
+        if own is not None and kept is not None:
+            own = (own if own.ndim == 2 else own[:, None].expand(kept.shape))[kept.to(own.device)]
+        weights = [w for w in (own, self.loss.weights(labels)) if w is not None]
         place = float64_device(self._work_device())
         found = [w.to(place) for w in weights]
         return None if not found else found[0] if len(found) == 1 else found[0] * found[1]
@@ -121,9 +143,51 @@ class BatchReader(ModelSession):
 
     def _as_logits(self, outputs: Tensor, batch: ExampleBatch) -> Tensor:
         """Outputs for a batch as logits; those for training examples are looked at in `fit`."""
-        if self._output_check is not None and batch.columns is not None:
-            self._output_check.look(outputs, batch.columns.start)
+        self._look_at(outputs, batch)
         return batch.logits_of(outputs)
+
+    def _look_at(self, outputs: Tensor, batch: ExampleBatch, examples: Tensor | None = None) -> None:
+        if self._output_check is not None and batch.columns is not None:
+            self._output_check.look(outputs, batch.columns.start, examples)
+
+    def position_rows(self, outputs: Tensor, batch: ExampleBatch) -> PositionRows | None:
+        """The positions of a batch as rows; None where an example has one row of outputs.
+
+        Raises:
+            ValueError: Labels that do not fit them.
+        """
+        if not has_positions(outputs) or not self.takes_positions:
+            return None
+        if len(outputs) != len(batch):
+            raise bad_value("model", f"return one row for each of {len(batch)} examples", len(outputs))
+        mask = token_mask(batch)
+        found = as_position_rows(self.loss, outputs.detach(), batch.labels, mask, batch.argument)
+        self._look_at(found.outputs, batch, found.positions.examples)
+        return found
+
+    def _take_positions_together(self, model: nn.Module) -> None:
+        """Make the loss that of whole examples, if they have several positions: `SummedPositions`."""
+        if self.takes_positions or isinstance(self.loss, SummedPositions):
+            return
+        few = self._first_train_batch()
+        with torch.no_grad():
+            outputs = few.outputs(model)
+        if has_positions(outputs):
+            last = channels_last(outputs, self.loss.class_dim)
+            n_outputs = self.loss.logits(last.reshape(-1, last.shape[-1])).shape[1]
+            n_positions = last[0, ..., 0].numel()
+            self.loss = SummedPositions(position=self.loss, n_positions=n_positions, n_outputs=n_outputs)
+            self._training_passes().read_with(self.loss)
+
+    def labeled_rows(self, model: nn.Module, batch: ExampleBatch) -> tuple[Tensor, Tensor]:
+        """Logits and labels of a batch, one row for each example or position."""
+        outputs = batch.outputs(model)
+        found = self.position_rows(outputs, batch)
+        if found is None:
+            logits = self._as_logits(outputs, batch)
+            return logits, Query("loss", "label").asked(logits, batch)
+        logits = self.loss.logits(found.outputs)
+        return logits, self.loss.asked(logits, found.labels, "label", "loss")
 
     def _test_rows(self) -> int:
         """Test points of one batch, at most."""

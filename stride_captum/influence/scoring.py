@@ -99,6 +99,18 @@ class ScoringLoop(BatchReader):
             return rows
         return min(rows, rows_that_fit(self.memory_budget, 2 * 4 * self.n_train_, rows))
 
+    def position_scores(self, state: Any, prepared: Any, example: int | None) -> Tensor:
+        """The terms of scores that are sums over positions.
+
+        Args:
+            state: What was learned at a checkpoint.
+            prepared: A batch of test points.
+            example: None for the positions of the test points, `(n_test, P, n_train)`; a training example for
+                its own, `(n_test, P)`.
+        """
+        must = "be a method that knows scores of positions: STRIDE with closed-form operators"
+        raise bad_value("per_position", must, type(self).__name__)
+
     def query_vectors(self, state: Any, prepared: Any) -> Tensor | None:
         """Vectors of test points whose products with `train_vectors` are scores; None if there are none."""
         return None
@@ -150,14 +162,12 @@ class ScoringLoop(BatchReader):
         wanted: str | Tensor,
         normalize: str | None,
     ) -> tuple[Tensor, ...]:
-        started, seen, taken = time.perf_counter(), 0, None
+        started, taken = time.perf_counter(), None
         results: list[tuple[Tensor, ...]] = []
         with self._session() as model, PeakMemory(self._work_device()) as memory:
             self._check_unchanged()
-            for batch in self._test_batches(inputs, show_progress):
+            for batch, query in self._queries(inputs, response, wanted, show_progress):
                 n = len(batch)
-                query = Query(response, slice_target(wanted, seen, n))
-                seen += n
                 if taken is None or not taken.over_all_batches:
                     taken = collector()
                 for block, start in self._score_blocks(model, batch, query, n, normalize, taken.keeps_all):
@@ -166,14 +176,23 @@ class ScoringLoop(BatchReader):
                     results.append(taken.result())
             if taken is not None and taken.over_all_batches:
                 results.append(taken.result())
-        if isinstance(wanted, Tensor) and wanted.ndim and len(wanted) != seen:
-            raise bad_value("target", f"hold one class for each of the {seen} test points", len(wanted))
         self.query_seconds_ = time.perf_counter() - started
         if memory.bytes is not None:
             self.peak_bytes_ = max(memory.bytes, self._fit_bytes or 0)
         if len(results) == 1:
             return results[0]
         return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+
+    def _queries(
+        self, inputs: Any, response: str, wanted: str | Tensor, show_progress: bool = False
+    ) -> Iterator[tuple[Any, Query]]:
+        """Test batches with what is asked about each of them."""
+        seen = 0
+        for batch in self._test_batches(inputs, show_progress):
+            yield batch, Query(response, slice_target(wanted, seen, len(batch)))
+            seen += len(batch)
+        if isinstance(wanted, Tensor) and wanted.ndim and len(wanted) != seen:
+            raise bad_value("target", f"hold one class for each of the {seen} test points", len(wanted))
 
     def _score_blocks(
         self, model: nn.Module, batch: Any, query: Query, n: int, normalize: str | None, keeps_all: bool

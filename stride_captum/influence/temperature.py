@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..errors import bad_value
+from ..positions import Positions
 from ..residuals import (
     CHECKPOINT_RESIDUAL,
     CHECKPOINT_TEMPERATURE,
@@ -15,7 +16,6 @@ from ..residuals import (
     mean_residual,
 )
 from .checkpoints import Checkpoint, unseen_by
-from .query import Query
 
 if TYPE_CHECKING:
     from .method import InfluenceMethod
@@ -28,6 +28,7 @@ def choose_temperature(
     labels: Tensor,
     temperature: float | None,
     weights: Tensor | None = None,
+    positions: Positions | None = None,
 ) -> float:
     """T of a method at the checkpoint that it is fitted to.
 
@@ -46,6 +47,7 @@ def choose_temperature(
         labels: `(n_train,)`, or `(n_train, n_classes)`.
         temperature: As given, or None.
         weights: omega of each training example, `(n_train,)`; None for 1.
+        positions: Where all these have one row for each position: which belong to an example.
 
     Raises:
         ValueError: A temperature for a loss that has none.
@@ -59,7 +61,7 @@ def choose_temperature(
         return float(temperature)
     checkpoint = method._checkpoints()[method._checkpoint_index]
     if isinstance(checkpoint, Checkpoint) and checkpoint.seen is not None:
-        return _matched_to_unseen(method, logits, labels, checkpoint, weights)
+        return _matched_to_unseen(method, logits, labels, checkpoint, weights, positions)
     if method.held_out is not None:
         return _matched_to_held_out(method, model, logits, labels, weights)
     if len(method._checkpoints()) == 1:
@@ -81,14 +83,17 @@ def _matched_to_unseen(
     labels: Tensor,
     checkpoint: Checkpoint,
     weights: Tensor | None,
+    positions: Positions | None,
 ) -> float:
     """T at which examples that the model has seen have the mean residual of those that it has not."""
-    n_train = int(method.ranks.sums("number of examples", len(labels))[0])
+    n_own = len(labels) if positions is None else len(positions)
+    n_train = int(method.ranks.sums("number of examples", n_own)[0])
     seen = ~unseen_by(checkpoint, n_train)
     if bool(seen.all()) or not bool(seen.any()):
         must = "leave out some training examples, and hold some"
         raise bad_value("seen", must, f"{int(seen.sum())} of {n_train}", "Give None for all of them.")
     mine = seen[method._own_columns()]
+    mine = mine if positions is None else positions.spread(mine)
     outside, inside = ((~mine).nonzero()[:, 0], mine.nonzero()[:, 0])
 
     def some(rows: Tensor) -> dict[str, Any]:
@@ -104,8 +109,7 @@ def _matched_to_held_out(
 ) -> float:
     residual, seen = 0.0, 0
     for batch in method._batches(method.held_out, "held_out", False, ""):
-        outputs = method.batch_logits(model, batch)
-        asked = Query("loss", "label").asked(outputs, batch)
+        outputs, asked = method.labeled_rows(model, batch)
         residual += mean_residual(outputs, asked, each=method.loss.mean_residuals) * len(outputs)
         seen += len(outputs)
     whole, n = method.ranks.sums("held-out residual", residual, seen)

@@ -12,7 +12,7 @@ from ..data.places import places
 from ..errors import bad_value
 from ..system.devices import as_float64
 from ..system.locks import exclusive
-from .query import Query, check_query, checked_target, slice_target
+from .query import check_query, checked_target
 
 if TYPE_CHECKING:
     from .method import InfluenceMethod
@@ -29,7 +29,7 @@ def test_vectors(method: InfluenceMethod, inputs: Any, aggregate: bool, response
         target: Its class.
     """
     check_query(method.loss, response, None)
-    wanted, seen = checked_target(target), 0
+    wanted = checked_target(target)
     data.check_source(inputs, "inputs")
     rows: list[Tensor] = []
     with exclusive(method):
@@ -37,9 +37,8 @@ def test_vectors(method: InfluenceMethod, inputs: Any, aggregate: bool, response
             method.fit()
         with method._session() as model:
             method._check_unchanged()
-            for batch in method._test_batches(inputs, False):
-                query, parts = Query(response, slice_target(wanted, seen, len(batch))), []
-                seen += len(batch)
+            for batch, query in method._queries(inputs, response, wanted):
+                parts = []
                 for checkpoint, state, weight in method._fitted():
                     method._load(model, checkpoint)
                     prepared = method.prepare_query(state, model, batch, query)

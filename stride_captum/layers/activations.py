@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..data.batch import ExampleBatch
 from ..errors import bad_value
 from .hooks import watching
-from .pooling import Place, Tap, activation_in, mean_of_tokens, to_rows
+from .pooling import Place, Tap, activation_in, features_of, mean_of_tokens, to_rows
+from .positions import at_positions
 from .tap_probe import not_run
 from .taps import default_taps, layer_places, named_taps
 
@@ -33,7 +34,7 @@ def recording(
 
     Yields:
         A function of one batch that returns the outputs of the model and the rows of each tap, a list
-        of `(n, width)`.
+        of `(n, width)`. Of a tap with rows of positions, `(n, positions..., width)`: see `at_positions`.
     """
     recorder = _Recorder(taps)
     with watching(model, recorder.taps, recorder.see) as forward:
@@ -76,7 +77,7 @@ class _Recorder:
             if tap.spatial and activation.ndim not in (2, tap.spatial + 2):
                 must = f"give maps with {tap.spatial} dimensions in every batch"
                 raise bad_value("layers", must, f"the shape {tuple(activation.shape)} from {str(tap)!r}")
-            rows = to_rows(activation, tap.spatial, tap.pool, tap.batch_dim, self._mask)
+            rows = features_of(activation, tap, self._mask)
             if rows.untyped_storage().data_ptr() == activation.untyped_storage().data_ptr():
                 rows = rows.clone()
             parts = self._parts.setdefault(place, [])
@@ -99,7 +100,7 @@ class _Recorder:
                 f"{runs} runs of {str(tap)!r} instead of {tap.parts}",
                 "Name a layer that runs once a batch.",
             )
-        width = sum(part.shape[1] for part in parts)
+        width = sum(part.shape[-1] for part in parts)
         if width != tap.width:
             raise bad_value(
                 "layers",
@@ -108,13 +109,15 @@ class _Recorder:
                 "Bring all inputs to one size, or name a layer behind global pooling.",
             )
         parts = [self._one_per_example(part, tap, n) for part in parts]
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return rows if tap.parts else rows / runs
 
     def _one_per_example(self, rows: Tensor, tap: Tap, n: int) -> Tensor:
         if tap.rows != "one" and len(rows) % n == 0:
             first = tap.rows == "examples first"
             each: Tensor = rows.unflatten(0, (n, -1)) if first else rows.unflatten(0, (-1, n)).transpose(0, 1)
+            if tap.per_position:
+                return each
             if self._mask is not None and self._mask.shape == each.shape[:2]:
                 return mean_of_tokens(each, self._mask)
             return each.mean(1)
@@ -147,6 +150,7 @@ def check_finite(values: Tensor, what: str = "activations") -> None:
 
 __all__ = [
     "Tap",
+    "at_positions",
     "check_finite",
     "default_taps",
     "layer_places",

@@ -37,6 +37,7 @@ class Tap:
         parts: Tensors that one forward pass gives here, whose features stand side by side: one for each
             time that the submodule runs, and for each of its inputs where it has several. 0: however
             many, averaged.
+        per_position: Whether each position of an example has a row: tokens are not averaged, nor maps pooled.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Tap:
     batch_dim: int = 0
     rows: str = "one"
     parts: int = 1
+    per_position: bool = False
 
     def __str__(self) -> str:
         return place_name((self.name, self.reads_input))
@@ -116,6 +118,18 @@ def _mean_of_nested(nested: Tensor) -> Tensor:
 def in_single(activation: Tensor) -> Tensor:
     """In float32, or float64 where it is."""
     return activation if activation.dtype in (torch.float32, torch.float64) else activation.float()
+
+
+def features_of(activation: Tensor, tap: Tap, mask: Tensor | None = None) -> Tensor:
+    """What a tap makes of an activation: one row per example, or with `per_position` its channels last.
+
+    Returns:
+        `(n, width)`, or `(n, positions..., width)`; in float32, or float64 where the activation is.
+    """
+    if not tap.per_position:
+        return to_rows(activation, tap.spatial, tap.pool, tap.batch_dim, mask)
+    first = in_single(activation.movedim(tap.batch_dim, 0))
+    return first.movedim(1, -1) if tap.spatial and first.ndim > 2 else first
 
 
 def to_rows(

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from ..data.batch import ExampleBatch
 from ..errors import bad_value
+from ..losses.positions import position_rows
 from .agreement import MANY, is_plain, rounding, thinned
 from .channels import Channels, first_by_kind
 from .hooks import watching
 from .layouts import Layout, batch_layout
-from .pooling import Place, Tap, activation_in, place_name, to_rows
+from .pooling import Place, Tap, activation_in, features_of, place_name, to_rows
+from .positions import at_positions, grid_of
 from .probes import both_sides, spread
 
 _POOL = 4
@@ -57,6 +59,8 @@ class TapProbe:
     Attributes:
         seen: What each place gave, in the order of the forward pass.
         ran: Names of the submodules that were called.
+        grid: Sizes of the positions of an example, each of which has features of its own; None where an
+            example has one row of outputs.
     """
 
     def __init__(self, model: nn.Module, batch: Any, places: Sequence[Place]) -> None:
@@ -80,6 +84,9 @@ class TapProbe:
             except Exception:  # It may want them sorted.
                 self._order = [0, 1]
                 self._fewer = self._watch_fewer(model, some(self._order))
+        self.grid = grid_of(self._outputs, every.reading.loss)
+        if self.grid is not None and inputs.labels is not None:  # before layers are blamed for labels
+            position_rows(every.reading.loss, self._outputs, inputs.labels, None, every.argument)
         self._given = [part for _, part in inputs.parts() if isinstance(part, Tensor)]
         self._unit = rounding(model, *(p.some for parts in self.seen.values() for p in _parts(parts)))
 
@@ -132,6 +139,10 @@ class TapProbe:
         spatials = {self._spatial(name, place, part, layout) for part in found if len(part.shape) > 2}
         tap = Tap(place[0], place[1], max(spatials, default=0), 1, 0, layout.batch_dim, layout.rows)
         tap = replace(tap, parts=len(found) if len(found) <= _SIDE_BY_SIDE else 0)
+        if self.grid is not None:
+            tap = replace(tap, per_position=True)
+            width = sum(self._width_at_positions(tap, part) for part in found)
+            return replace(tap, width=width if tap.parts else width // len(found))
         if len({len(shape) for shape in shapes}) <= 1:
             pool = min([_POOL, *(side for shape in shapes for side in shape[2:])]) if tap.spatial else 1
             tap = self.pooled(tap, 1 << (pool.bit_length() - 1))
@@ -157,6 +168,18 @@ class TapProbe:
             widths.append(to_rows(like, tap.spatial, pool, tap.batch_dim).shape[1])
         width = sum(widths) if tap.parts else widths[0] * (len(set(widths)) == 1)
         return replace(tap, pool=pool, width=width)
+
+    def _width_at_positions(self, tap: Tap, part: Part) -> int:
+        """Features of one position in what a place gave.
+
+        Raises:
+            ValueError: It gives no row for each position.
+        """
+        assert self.grid is not None
+        found = features_of(torch.empty(part.shape, device="meta"), tap)
+        if tap.rows != "one" and found.ndim > 1:
+            found = found.unflatten(0, (MANY, -1))
+        return at_positions(found, self.grid, tap).shape[-1]
 
     def _layout(self, name: str, parts: list[Part], fewer: list[Tensor]) -> Layout:
         if len(parts) != len(fewer):

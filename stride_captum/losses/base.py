@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import bad_choice, bad_value
 from ..residuals import ratio_of_norms
+from ..responses import not_one_row
 from ..system.devices import float64_device
 from .hessians import Hessians
 
@@ -39,6 +40,8 @@ class Loss(ABC):
         tempered: Whether outputs divided by a temperature mean something.
         apart: Whether outputs are judged apart, so that none changes the scores of another.
         damps_outputs: Whether the output side of the curvature is damped.
+        class_dim: Which dimension of outputs with several positions counts the outputs of one; None: the last
+            of three, the second of four.
 
     >>> from stride_captum.losses import MSE
     >>> MSE().residuals(torch.tensor([[1.0]]), torch.tensor([[3.0]]))
@@ -51,6 +54,7 @@ class Loss(ABC):
     tempered: ClassVar[bool] = True
     apart: ClassVar[bool] = False
     damps_outputs: ClassVar[bool] = True
+    class_dim: int | None = None
 
     @property
     def plain(self) -> bool:
@@ -83,6 +87,14 @@ class Loss(ABC):
     def weights(self, labels: Tensor) -> Tensor | None:
         """What the loss multiplies the term of each label with, `(n,)`; None for 1."""
         return None
+
+    def counted(self, labels: Tensor) -> Tensor:
+        """Which positions have a label that is not ignored, `(n, P)` bool.
+
+        Args:
+            labels: `(n, P)`, or `(n, P, n_outputs)`.
+        """
+        return torch.ones(labels.shape[:2], dtype=torch.bool, device=labels.device)
 
     def output_check(self, model: nn.Module | None) -> OutputCheck:
         """A look at the outputs for a training set: are they what the loss says they are?"""
@@ -259,12 +271,13 @@ class Loss(ABC):
 class OutputCheck:
     """Looks at the outputs for a training set; this one takes all."""
 
-    def look(self, outputs: Tensor, start: int = 0) -> None:
+    def look(self, outputs: Tensor, start: int = 0, examples: Tensor | None = None) -> None:
         """Take in the outputs of some training examples.
 
         Args:
             outputs: `(n, n_outputs)` or `(n,)`.
             start: Place of the first example in the training set.
+            examples: Which of these each row belongs to, `(n,)`; None for one row an example.
         """
 
     def finish(self) -> None:
@@ -296,10 +309,4 @@ def as_rows(outputs: Tensor) -> Tensor:
     rows = outputs[:, None] if outputs.ndim == 1 else outputs
     if rows.ndim == 2:
         return rows
-    kinds = {3: "one row for each position, as of a sequence", 4: "a map, as of a segmentation"}
-    raise bad_value(
-        "model",
-        "return outputs of shape (n, n_outputs)",
-        f"shape {tuple(outputs.shape)}" + (f" ({kinds[outputs.ndim]})" if outputs.ndim in kinds else ""),
-        "Wrap the model so that it returns one row for each example.",
-    )
+    raise not_one_row(outputs, "outputs of shape (n, n_outputs)")

@@ -14,6 +14,7 @@ from ..system.devices import as_float64
 from ..system.saved_values import saved_as
 from .base import OutputCheck
 from .output_check import Outputs, ProbabilityCheck
+from .positions import check_class_dim
 from .separate_outputs import SeparateOutputs
 
 
@@ -37,6 +38,7 @@ class BinaryCrossEntropy(SeparateOutputs):
 
     Args:
         outputs: As for `CrossEntropy`; "probabilities": p instead of z.
+        class_dim: As for `CrossEntropy`; labels have the shape of the outputs.
 
     >>> y = torch.tensor([[1.0, 0.0]])
     >>> BinaryCrossEntropy().response_value(torch.tensor([[2.0, 3.0]]), y, "margin")
@@ -49,10 +51,12 @@ class BinaryCrossEntropy(SeparateOutputs):
     tempered: ClassVar[bool] = True
 
     outputs: Outputs | None = None
+    class_dim: int | None = None
 
     def __post_init__(self) -> None:
         if self.outputs is not None and self.outputs not in get_args(Outputs):
             raise bad_choice("outputs", self.outputs, get_args(Outputs))
+        check_class_dim(self.class_dim)
 
     def logits(self, outputs: Tensor) -> Tensor:
         """Outputs as logits, `(n, n_outputs)`."""

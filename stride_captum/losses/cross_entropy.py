@@ -24,6 +24,7 @@ from ..system.saved_values import saved_as
 from .base import Loss, OutputCheck, Target, needs_labels, on_device
 from .hessians import SoftmaxHessians, laplacian, softmax_hessians
 from .output_check import Outputs, ProbabilityCheck
+from .positions import check_class_dim
 
 #: How far from 1 the sum of a soft label may be.
 _ROUNDING = 1e-4
@@ -51,6 +52,10 @@ class CrossEntropy(Loss):
             log-probabilities are logits. "probabilities": what comes after it, of which the logarithm is
             taken. None: logits, and a model whose outputs are probabilities for the whole training set is
             refused. What is said is believed.
+        ignore_index: Positions with this label count for nothing, as in `torch.nn.CrossEntropyLoss`. It is
+            for models with several positions an example, of which each has a label `(n, P)` or `(n, H, W)`.
+        class_dim: Where the classes stand in outputs with several positions; None: `(n, P, C)` or
+            `(n, C, H, W)`.
 
     >>> CrossEntropy(outputs="probabilities").logits(torch.tensor([[0.25, 0.75]])).exp()
     tensor([[0.2500, 0.7500]])
@@ -63,10 +68,15 @@ class CrossEntropy(Loss):
     weight: Sequence[float] | Tensor | None = None
     label_smoothing: float = 0.0
     outputs: Outputs | None = None
+    ignore_index: int = -100
+    class_dim: int | None = None
 
     def __post_init__(self) -> None:
         if self.outputs is not None and self.outputs not in get_args(Outputs):
             raise bad_choice("outputs", self.outputs, get_args(Outputs))
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
+            raise bad_value("ignore_index", "be an integer", repr(self.ignore_index))
+        check_class_dim(self.class_dim)
         smoothing = self.label_smoothing
         if isinstance(smoothing, bool) or not isinstance(smoothing, int | float) or not 0 <= smoothing <= 1:
             raise bad_value("label_smoothing", "be a number from 0 to 1", repr(smoothing))
@@ -91,6 +101,10 @@ class CrossEntropy(Loss):
         if outputs.ndim == 1 or outputs.shape[-1] == 1:
             return multiclass_logits(torch.log(outputs) - torch.log1p(-outputs))
         return multiclass_logits(torch.log(outputs))
+
+    def counted(self, labels: Tensor) -> Tensor:
+        """Not `ignore_index`; of soft labels, all."""
+        return labels != self.ignore_index if labels.ndim == 2 else super().counted(labels)
 
     def output_check(self, model: nn.Module | None) -> OutputCheck:
         """Refuses probabilities where logits are expected."""

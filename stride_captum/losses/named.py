@@ -20,8 +20,8 @@ def loss_of(loss: Any) -> Loss:
         ValueError: Another name.
         TypeError: Another object.
 
-    >>> loss_of("mse")
-    MSE()
+    >>> loss_of("mse").responses
+    ('output', 'loss')
     """
     if isinstance(loss, Loss):
         return loss

@@ -27,12 +27,13 @@ class ProbabilityCheck(OutputCheck):
         self.loss, self.outputs, self.model, self.single = loss, outputs, model, single
         self.probable: Tensor | None = None  # whether all rows so far are probabilities
 
-    def look(self, outputs: Tensor, start: int = 0) -> None:
+    def look(self, outputs: Tensor, start: int = 0, examples: Tensor | None = None) -> None:
         """Take in the outputs of some training examples.
 
         Args:
             outputs: `(n, n_outputs)` or `(n,)`.
             start: Place of the first example in the training set.
+            examples: Which of these each row belongs to, `(n,)`; None for one row an example.
 
         Raises:
             ValueError: With `outputs="probabilities"`: others than numbers above 0 and below 1.
@@ -42,7 +43,7 @@ class ProbabilityCheck(OutputCheck):
         if values.ndim != 2 or not len(values):
             return
         if self.outputs == "probabilities":
-            self._check_probabilities(values, start)
+            self._check_probabilities(values, start, examples)
         elif self.outputs is None and not self._known():
             found = _are_probabilities(values, self.single).all()
             self.probable = found if self.probable is None else self.probable & found.to(self.probable.device)
@@ -71,12 +72,13 @@ class ProbabilityCheck(OutputCheck):
             f"loss={self.loss}(outputs='logits').",
         )
 
-    def _check_probabilities(self, values: Tensor, start: int) -> None:
+    def _check_probabilities(self, values: Tensor, start: int, examples: Tensor | None) -> None:
         inside = _are_probabilities(values, self.single)
         exact = ((values == 0) | (values == 1)).any(1)
         for wrong, what in ((~inside, "other numbers"), (exact, "an exact 0 or 1 (no logarithm)")):
             if bool(wrong.any()):
-                place = start + int(wrong.nonzero()[0])
+                row = int(wrong.nonzero()[0])
+                place = start + (row if examples is None else int(examples[row]))
                 raise bad_value(
                     "model",
                     "return probabilities above 0 and below 1 with outputs='probabilities'",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..system.saved_values import saved_as
+from .positions import check_class_dim
 from .separate_outputs import SeparateOutputs
 
 
@@ -25,12 +26,20 @@ class MSE(SeparateOutputs):
 
     Responses: "output", z_c summed over outputs, or of the one that `target=` names; and "loss", likewise.
 
+    Args:
+        class_dim: As for `CrossEntropy`; labels have the shape of the outputs.
+
     >>> MSE().response_value(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, float("nan")]]), "output")
     tensor([1.])
     """
 
     name: ClassVar[str] = "mse"
     damps_outputs: ClassVar[bool] = False
+
+    class_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        check_class_dim(self.class_dim)
 
     def elementwise(self, logits: Tensor, labels: Tensor) -> Tensor:
         """`1/2 (y - z)^2`."""

@@ -211,9 +211,9 @@ class TestTargets:
         for labels in (y.double(), y[:, None], y.to(torch.uint8), y.tolist(), y.numpy()):
             assert torch.equal(found.influence((x, labels)), wanted)
 
-    def test_sequence_outputs_are_refused(self, method):
+    def test_one_label_for_a_sequence_of_outputs_is_refused(self, method):
         train = TensorDataset(torch.zeros(4, 5, 6), torch.zeros(4))
-        with pytest.raises(ValueError, match="one row for each position, as of a sequence"):
+        with pytest.raises(ValueError, match=r"hold labels (of shape \(4, 5\)|for 5 positions)"):
             method(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), train).influence(
                 (torch.zeros(2, 5, 6), torch.zeros(2))
             )

@@ -1,0 +1,314 @@
+"""Closed form for examples with several positions: scores are sums over the positions of both sides.
+
+    score = <sum_s phi_s (x) g_s, a_i> = 1/W sum_s sum_t omega_t <phi_s, A^-1 phi_t> <g_s, Sigma^-1 r_t>
+
+s runs over the positions of the test point, t over those of training example i. Two forms give the same:
+
+    rows      phi_t and r_t of every position are kept: P (d + C) numbers an example
+    matrix    M_i = sum_t phi_t (x) omega_t r_t is kept: d C numbers an example
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from ..errors import bad_value
+from ..operators import FittedOperators, TestPoints
+from ..positions import Positions
+from ..recovery import soft_threshold
+from ..system.memory import rows_that_fit
+from ..system.saved_values import saved_as
+from ..system.to_device import working_dtype
+from .curvature import Term, score_block
+from .moments import scaled_features
+from .operators import ClosedFormOperators, ClosedFormQuery, norms_of
+
+#: Products of pairs of positions that are held at a time.
+_PAIRS = 2**22
+
+
+@dataclass(frozen=True)
+class PositionQuery:
+    """Test points as the closed form scores them.
+
+    Attributes:
+        rows: Their positions, as test points of their own.
+        positions: Rows of each test point.
+        matrices: `sum_s U_s (x) V_s` of each, flat, `(n_test, (n_features + 1) n_outputs)`.
+        n_positions: P, those without a row too.
+    """
+
+    rows: ClosedFormQuery
+    positions: Positions
+    matrices: Tensor
+    n_positions: int = 0
+
+
+@saved_as("closed-form.positions")
+@dataclass
+class PositionOperators(FittedOperators):
+    """Closed-form operators of examples with several positions.
+
+    Attributes:
+        rows: Those of all positions, each as an example of its own; without features in the form "matrix".
+        positions: Rows of each example.
+        form: "rows" or "matrix".
+        most_bytes: Of what is held at a time.
+        matrices: M_i, `(n_train, (n_features + 1) n_outputs)`; None in the form "rows".
+        known: In the form "matrix", what needs rows: "norms", "self_influence", "suspects" and "doubts",
+            `(n_train,)` each.
+    """
+
+    rows: ClosedFormOperators
+    positions: Positions
+    form: str
+    most_bytes: int
+    matrices: Tensor | None = None
+    known: dict[str, Tensor] | None = None
+
+    @property
+    def n_train(self) -> int:
+        """Number of training examples."""
+        return len(self.positions)
+
+    @property
+    def n_classes(self) -> int:  # type: ignore[override]
+        """C."""
+        return self.rows.n_classes
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where products are taken."""
+        return self.rows.device
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Of products."""
+        return self.rows.dtype
+
+    @property
+    def temperature(self) -> float:
+        """T of the tempered residuals."""
+        return self.rows.temperature
+
+    @override
+    def coverage(self) -> Tensor:
+        return self.positions.counts > 0
+
+    @override
+    def test_points_at_once(self) -> int:
+        """As many as their rows, and their matrices, fit the budget."""
+        most = max(int(self.positions.counts.max()), 1)
+        width = self.rows.scale.shape[0]
+        each = 4 * most * (width + self.n_classes) + 2 * width * self.n_classes
+        return rows_that_fit(self.most_bytes, each * self.dtype.itemsize, None)
+
+    @override
+    def prepare(self, points: TestPoints) -> PositionQuery:
+        assert points.positions is not None, "test points have positions as the training examples have"
+        rows = self.rows.prepare(points)
+        return PositionQuery(
+            rows, points.positions, _matrices(rows.terms, points.positions), points.n_positions
+        )
+
+    @override
+    def scores(self, prepared: PositionQuery, columns: slice) -> Tensor:
+        scores = self._scores(prepared, columns)
+        return soft_threshold(scores, self.rows.threshold) if self.rows.threshold else scores
+
+    def _scores(self, prepared: PositionQuery, columns: slice) -> Tensor:
+        left = prepared.matrices
+        if self.matrices is not None:
+            return left @ self.matrices[columns].T
+        start, stop, _ = columns.indices(self.n_train)
+        parts = []
+        pairs = self._by_pairs(prepared.positions, slice(start, stop))
+        most = max(_PAIRS // max(prepared.positions.n_rows, 1), 1) if pairs else self._rows_at_once
+        for examples in self.positions.of(slice(start, stop)).blocks(most):
+            block = slice(start + examples.start, start + examples.stop)
+            parts.append(self._of_pairs(prepared, block) if pairs else left @ self.matrices_of(block).T)
+        empty = left.new_zeros(len(left), 0)
+        return torch.cat([empty, *parts], 1).to(working_dtype(self.rows.features))
+
+    def _by_pairs(self, test: Positions, columns: slice) -> bool:
+        """Whether products of all pairs of positions cost less than matrices made for this query."""
+        width, n_outputs = self.rows.scale.shape[0], self.n_classes
+        rows = self.positions.rows_of(columns)
+        n_rows, n = rows.stop - rows.start, columns.stop - columns.start
+        pairs = test.n_rows * n_rows * (width + n_outputs)
+        return pairs < (n_rows + len(test) * n) * width * n_outputs
+
+    def _of_pairs(self, prepared: PositionQuery, block: slice) -> Tensor:
+        positions, products = (
+            self.positions.of(block),
+            self._products(prepared, self.positions.rows_of(block)),
+        )
+        return positions.sum(prepared.positions.sum(products).T.contiguous()).T
+
+    @override
+    def position_scores(self, prepared: PositionQuery, example: int | None) -> Tensor:
+        if example is None:
+            each = Positions(torch.ones(prepared.positions.n_rows, dtype=torch.int64))
+            apart = PositionQuery(prepared.rows, each, _matrices(prepared.rows.terms, each))
+            return prepared.positions.in_place(self._scores(apart, slice(None)), prepared.n_positions)
+        if self.matrices is not None:
+            must = "be 'rows' for scores of the positions of a training example"
+            raise bad_value("form", must, repr(self.form), "Write operators=ClosedForm(form='rows').")
+        one = slice(example, example + 1)
+        products = self._products(prepared, self.positions.rows_of(one))
+        return self.positions.of(one).in_place(prepared.positions.sum(products).T)[0].T
+
+    def _products(self, prepared: PositionQuery, rows: slice) -> Tensor:
+        """Of pairs of a position of a test point and one of a training example."""
+        features = self.rows._data.features_of(rows)
+        return score_block(prepared.rows.terms, features, self.rows._residuals.of(rows))
+
+    @property
+    def _rows_at_once(self) -> int:
+        """Rows whose examples' matrices fit the budget, if each had one row."""
+        width = self.rows.scale.shape[0]
+        each = 2 * width * self.n_classes + 2 * (width + self.n_classes)
+        return rows_that_fit(self.most_bytes, each * self.dtype.itemsize, None)
+
+    def matrices_of(self, examples: slice) -> Tensor:
+        """`[h_t, 1] (x) omega_t r_t` summed over the positions of some examples, flat."""
+        rows = self.positions.rows_of(examples)
+        h = self.rows._data.features_of(rows)
+        phi = torch.nn.functional.pad(h, (0, 1), value=1.0)
+        return _summed_products(phi, self.rows._residuals.of(rows), self.positions.of(examples))
+
+    def in_form(self, form: str) -> PositionOperators:
+        """These operators in the form "matrix" (the rows are let go), or as they are."""
+        if form == "rows":
+            return self
+        known = {
+            "norms": self.train_norms(),
+            "self_influence": self.self_influence(),
+            "suspects": self.mislabel_scores(),
+            "doubts": self.out_of_sample_mislabel_scores(),
+        }
+        parts = [self.matrices_of(block) for block in self.positions.blocks(self._rows_at_once)]
+        few = self.rows.without_features()
+        few = replace(few, labels=few.labels[:0].clone(), weights=None)
+        return replace(self, rows=few, form=form, matrices=torch.cat(parts), known=known)
+
+    @override
+    def train_norms(self) -> Tensor:
+        """`sqrt(<G, (F + lambda)^-1 G> / W)` of `G = sum_t phi_t (x) omega_t r_t`, times 1/sqrt(s)."""
+        if self.known is not None:
+            return self.known["norms"]
+        norms = [self._norms(phi, residuals, few) for _, phi, residuals, few in self._training_blocks()]
+        return torch.cat(norms).to(working_dtype(self.rows.features))
+
+    @override
+    def test_norms(self, prepared: PositionQuery) -> Tensor:
+        return self._norms(prepared.rows.phi, prepared.rows.gradients, prepared.positions)
+
+    def _norms(self, phi: Tensor, vectors: Tensor, positions: Positions) -> Tensor:
+        sizes, units = _sizes_and_units(vectors, positions)
+        form = self._form(phi, units, units, positions) / self.rows.moments.weight
+        return norms_of(form, sizes)
+
+    def _form(self, phi: Tensor, left: Tensor, right: Tensor, positions: Positions) -> Tensor:
+        """`<sum_t phi_t (x) left_t, (F + lambda)^-1 sum_t phi_t (x) right_t>` in units of 1/s, `(n,)`."""
+        solved = _matrices(self.rows.curvature.solve(phi, right.to(phi)), positions)
+        return (_summed_products(phi, left, positions) * solved).sum(1)
+
+    def _training_blocks(self) -> Iterator[tuple[slice, Tensor, Tensor, Positions]]:
+        """Rows, phi, residuals in units of s and positions of blocks of the training set."""
+        for block in self.positions.blocks(self._rows_at_once):
+            rows = self.positions.rows_of(block)
+            phi = scaled_features(self.rows._data.features_of(rows), self.rows.scale)
+            yield rows, phi, self.rows._residuals.of(rows), self.positions.of(block)
+
+    @override
+    def query_vectors(self, prepared: PositionQuery) -> Tensor | None:
+        return None if self.rows.threshold else prepared.matrices
+
+    @override
+    def train_vectors(self, rows: Tensor) -> Tensor | None:
+        if self.rows.threshold:
+            return None
+        if self.matrices is not None:
+            return self.matrices[rows.to(self.matrices.device)]
+        return torch.cat([self.matrices_of(slice(int(i), int(i) + 1)) for i in rows])
+
+    @override
+    def self_influence(self) -> Tensor:
+        """`<sum_t phi_t (x) (y_t - p_t), a_i>`, `(n_train,)`."""
+        if self.known is not None:
+            return self.known["self_influence"]
+        parts = []
+        for rows, phi, residuals, few in self._training_blocks():
+            sizes, own = _sizes_and_units(self.rows._residuals.of_loss(rows), few)
+            forms = self._form(phi, own.to(phi), residuals, few) / self.rows.moments.weight
+            parts.append(sizes * forms.to(sizes))
+        return self.rows.in_range(torch.cat(parts))
+
+    @override
+    def self_influence_of(self, points: TestPoints) -> Tensor:
+        assert points.positions is not None
+        phi, own, right = self.rows.sides_of_others(points)
+        sizes, units = _sizes_and_units(own, points.positions)
+        forms = self._form(phi, units.to(phi), right, points.positions) / self.rows.moments.weight
+        return self.rows.in_range(sizes * forms.to(sizes))
+
+    @override
+    def mislabel_scores(self) -> Tensor:
+        """Mean over its positions of the norm of what a head without the example leaves unexplained."""
+        if self.known is not None:
+            return self.known["suspects"]
+        return self.positions.mean(self.rows.mislabel_scores())
+
+    @override
+    def out_of_sample_mislabel_scores(self) -> Tensor:
+        if self.known is not None:
+            return self.known["doubts"]
+        return self.positions.mean(self.rows.out_of_sample_mislabel_scores())
+
+
+def _matrices(terms: list[Term], positions: Positions) -> Tensor:
+    """`sum_t U_t (x) V_t` over the positions of each example and the terms, flat."""
+    total: Tensor | Any = 0
+    for u, v in terms:
+        total = total + _summed_products(u, v.to(u), positions)
+    return total
+
+
+def _summed_products(left: Tensor, right: Tensor, positions: Positions) -> Tensor:
+    """`sum_t left_t (x) right_t` over the positions of each example, flat, `(n, n_left n_right)`."""
+    right, n = right.to(left), len(positions)
+    if positions.n_rows and positions.n_rows == n * int(positions.counts.max()):  # as many for each example
+        a, b = (side.reshape(n, -1, side.shape[1]) for side in (left, right))
+        return (a.transpose(1, 2) @ b).flatten(1)
+    found = left.new_zeros(n, left.shape[1], right.shape[1])
+    for i in range(n):
+        rows = positions.rows_of(slice(i, i + 1))
+        torch.mm(left[rows].T, right[rows], out=found[i])
+    return found.flatten(1)
+
+
+def _sizes_and_units(vectors: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+    """The largest entry of each example, `(n,)`, and rows divided by it, whose squares do not underflow."""
+    largest = vectors.abs().amax(1)
+    examples = positions.examples.to(vectors.device)
+    sizes = largest.new_zeros(len(positions)).scatter_reduce_(0, examples, largest, "amax")
+    return sizes, vectors / torch.where(sizes > 0, sizes, 1.0)[examples][:, None]
+
+
+def chosen_form(form: str, positions: Positions, n_features: int, n_outputs: int) -> str:
+    """The form that "auto" means: the one that takes less memory.
+
+    >>> chosen_form("auto", Positions(torch.tensor([128] * 10)), 64, 50)
+    'matrix'
+    """
+    if form != "auto":
+        return form
+    rows = positions.n_rows * (n_features + n_outputs)
+    return "rows" if rows <= len(positions) * (n_features + 1) * n_outputs else "matrix"

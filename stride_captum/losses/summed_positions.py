@@ -1,0 +1,240 @@
+"""The loss of an example with several positions: the sum of the losses of its positions.
+
+For methods that read one row of outputs an example: the row is that of all positions, `(n, P C)`, and what
+belongs to a position without a label is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from ..errors import bad_value
+from ..system.saved_values import saved_as
+from .base import Loss, OutputCheck, Target, needs_labels, on_device
+from .positions import channels_last, position_rows
+
+
+@saved_as("loss.summed-positions")
+@dataclass(frozen=True, kw_only=True)
+class SummedPositions(Loss):
+    """`sum_t loss(z_t, y_t)` over the positions t of an example that have a label.
+
+    Labels are `(n, P)` or `(n, P, C)`, and outputs z `(n, P C)`. A response is the sum over positions.
+
+    Attributes:
+        position: The loss of one position.
+        n_positions: P, the same for all examples.
+        n_outputs: C.
+    """
+
+    position: Loss
+    n_positions: int
+    n_outputs: int
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """That of the loss of a position."""
+        return self.position.name
+
+    @property
+    def responses(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of a position."""
+        return self.position.responses
+
+    @property
+    def tempered(self) -> bool:  # type: ignore[override]
+        """As for a position."""
+        return self.position.tempered
+
+    # Outputs and labels.
+
+    @override
+    def logits(self, outputs: Tensor) -> Tensor:
+        last = channels_last(outputs, self.position.class_dim).flatten(1, -2)
+        if last.shape[1] != self.n_positions:
+            must = f"give {self.n_positions} positions for every example, for this method"
+            remedy = "Pad the inputs to one length, with `ignore_index` as the label of what is added."
+            raise bad_value("model", must, last.shape[1], remedy)
+        return self.position.logits(last.flatten(0, 1)).reshape(len(last), -1)
+
+    @override
+    def labels(self, labels: Tensor, n_outputs: int, argument: str) -> Tensor:
+        y = labels.flatten(1) if labels.ndim > 1 and labels[0].numel() == self.n_positions else labels
+        if y.ndim != 2 or y.shape[1] != self.n_positions:
+            if labels.ndim < 3:
+                must = f"hold labels for {self.n_positions} positions of each example"
+                raise bad_value(argument, must, f"shape {tuple(labels.shape)}")
+            y = channels_last(labels, self.position.class_dim).flatten(1, -2)
+        counted = self.position.counted(y)
+        checked = self.position.labels(y[counted], self.n_outputs, argument)
+        if checked.shape[1:] != y.shape[2:]:
+            return y
+        found = y.to(checked.dtype).clone()
+        found[counted] = checked
+        return found
+
+    @override
+    def output_check(self, model: nn.Module | None) -> OutputCheck:
+        return _EachPosition(self, self.position.output_check(model))
+
+    def _rows(self, logits: Tensor) -> Tensor:
+        return logits.reshape(len(logits) * self.n_positions, -1)
+
+    def _of_rows(
+        self, function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor
+    ) -> Tensor:
+        """A function of z and y, with 0 for positions without a label: `(n, P)`, or `(n, P C)`."""
+        counted = self.position.counted(labels).flatten()
+        rows, y = self._rows(logits)[counted], labels.flatten(0, 1)[counted.to(labels.device)]
+        part = function(rows, y)
+        whole = part.new_zeros(len(counted), *part.shape[1:])
+        whole[counted.to(part.device)] = part
+        return whole.reshape(len(logits), -1)
+
+    def _omega(self, values: Tensor, labels: Tensor) -> Tensor:
+        omega = self.position.weights(labels)
+        return values if omega is None else values * omega.to(values).reshape(-1, *[1] * (values.ndim - 1))
+
+    # Responses.
+
+    @override
+    def response_of(self, outputs: Tensor, response: str) -> str:
+        width = channels_last(outputs, self.position.class_dim).shape[-1]
+        return self.position.response_of(outputs.new_empty(1, width), response)
+
+    @override
+    def asked(self, logits: Tensor, labels: Tensor | None, target: Target, response: str) -> Tensor:
+        rows = self._rows(logits)
+        if labels is None:
+            if not isinstance(target, Tensor) and target != "predicted":
+                raise needs_labels(target)
+            counted = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+            given = None
+        else:
+            y = self.labels(on_device(labels, logits.device), self.n_outputs, "inputs")
+            counted, given = self.position.counted(y).flatten(), y.flatten(0, 1)
+            given = given[counted]
+        if isinstance(target, Tensor):
+            target = target.to(rows.device)[:, None].expand(-1, self.n_positions).flatten()[counted]
+        found = self.position.asked(rows[counted], given, target, response)
+        fill = getattr(self.position, "ignore_index", 0) if found.ndim == 1 else float("nan")
+        whole = found.new_full((len(rows), *found.shape[1:]), fill)
+        whole[counted] = found
+        return whole.reshape(len(logits), self.n_positions, *found.shape[1:])
+
+    def _of_asked(
+        self, function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, asked: Tensor
+    ) -> Tensor:
+        if asked.ndim == 2:
+            return self._of_rows(function, logits, asked)
+        return function(self._rows(logits), asked.flatten(0, 1)).reshape(len(logits), -1)
+
+    @override
+    def response_value(self, logits: Tensor, asked: Tensor, response: str) -> Tensor:
+        return self._of_asked(lambda z, c: self.position.response_value(z, c, response), logits, asked).sum(1)
+
+    @override
+    def response_gradient(self, logits: Tensor, asked: Tensor, response: str) -> Tensor:
+        return self._of_asked(lambda z, c: self.position.response_gradient(z, c, response), logits, asked)
+
+    @override
+    def values(self, logits: Tensor, labels: Tensor) -> Tensor:
+        def each(z: Tensor, y: Tensor) -> Tensor:
+            return self._omega(self.position.values(z, y), y)
+
+        return self._of_rows(each, logits, labels).sum(1)
+
+    # Residuals.
+
+    @override
+    def residuals(self, logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+        def each(z: Tensor, y: Tensor) -> Tensor:
+            return self._omega(self.position.residuals(z, y, temperature), y)
+
+        return self._of_rows(each, logits, labels)
+
+    @override
+    def mean_residuals(self, logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        def each(z: Tensor, y: Tensor) -> Tensor:
+            return self.position.mean_residuals(z, y, temperature)
+
+        counts = self.position.counted(labels).sum(1).clamp_min(1)
+        return self._of_rows(each, logits, labels).sum(1) / counts.to(logits)
+
+    @override
+    def n_draws(self, n_outputs: int) -> int:
+        return self.n_positions * self.position.n_draws(self.n_outputs)
+
+    @override
+    def drawn_residuals(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """Of all positions: which of them have a label is not known here."""
+        rows = self._rows(logits)
+        drawn = self.position.drawn_residuals(rows, uniforms.reshape(len(rows), -1))
+        return drawn.reshape(logits.shape)
+
+    @override
+    def hessian_factors(self, logits: Tensor) -> list[Tensor]:
+        """Those of each position, with 0 at all others."""
+        rows = [part.reshape(len(logits), self.n_positions, -1) for part in self._factors(logits)]
+        found = []
+        for part in rows:
+            for t in range(self.n_positions):
+                alone = torch.zeros_like(part)
+                alone[:, t] = part[:, t]
+                found.append(alone.flatten(1))
+        return found
+
+    def _factors(self, logits: Tensor) -> list[Tensor]:
+        return self.position.hessian_factors(self._rows(logits))
+
+    @override
+    def potential(self, logits: Tensor) -> Tensor:
+        return self.position.potential(self._rows(logits)).reshape(len(logits), -1).sum(1)
+
+    # What only the closed form asks, which reads positions itself.
+
+    def _not_here(self) -> NoReturn:
+        must = "be 'training' or 'temperature' for a model with several positions an example"
+        raise bad_value("residuals", must, "others", "STRIDE with closed-form operators has them.")
+
+    @override
+    def hessians(self, logits: Tensor, temperature: float) -> NoReturn:
+        self._not_here()
+
+    @override
+    def covariance(self, total: Tensor) -> NoReturn:
+        self._not_here()
+
+    @override
+    def encoded(self, labels: Tensor, like: Tensor) -> NoReturn:
+        self._not_here()
+
+    @override
+    def projected(self, left_out: Tensor, labels: Tensor, shifts: Tensor) -> NoReturn:
+        self._not_here()
+
+    @override
+    def possible(self, predictions: Tensor) -> NoReturn:
+        self._not_here()
+
+
+class _EachPosition(OutputCheck):
+    """Looks at the outputs of all positions that have a label."""
+
+    def __init__(self, loss: SummedPositions, check: OutputCheck) -> None:
+        self.loss, self.check = loss, check
+
+    @override
+    def look(self, outputs: Tensor, start: int = 0, examples: Tensor | None = None) -> None:
+        found = position_rows(self.loss.position, outputs, None, None, "inputs")
+        self.check.look(found.outputs, start, found.positions.examples)
+
+    @override
+    def finish(self) -> None:
+        self.check.finish()
