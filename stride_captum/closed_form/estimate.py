@@ -40,9 +40,10 @@ from ..residuals import one_hot
 from ..system.fingerprints import weights_fingerprint
 from ..system.peak_memory import PeakMemory, release_free_memory
 from .curvature import CenteredMap, KroneckerCurvature
-from .memory import ClosedFormBytes, closed_form_bytes, products_dtype
+from .fit import fit_closed_form
+from .memory import ClosedFormBytes, block_rows, closed_form_bytes, products_dtype
 from .moments import Moments
-from .operators import ClosedFormOperators, block_rows, fit_closed_form
+from .operators import ClosedFormOperators
 from .ridge_head import RidgeHead
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from ..operators import Operators, TrainingSet
 from ..options import check_choice, check_number
 from ..system.saved_values import saved_as
 from .estimate import estimate_closed_form
-from .operators import ClosedFormOperators, fit_closed_form
+from .fit import fit_closed_form
+from .operators import ClosedFormOperators
 
 if TYPE_CHECKING:
     from ..influence.estimate import Estimate
