@@ -15,7 +15,7 @@ from ..system.memory import DEFAULT_BUDGET
 from ..system.processes import SINGLE_PROCESS, SingleProcess
 from ..system.to_device import working_dtype
 from .class_moments import MOST_CLASSES, class_moments
-from .curvature_fit import fit_curvature
+from .curvature_fit import Spectrum, eigenbases, fit_curvature, squares_in
 from .damping import LEAST_OF_HEAD, check_damping, needs_float64
 from .memory import blocks_within
 from .moments import Moments, feature_moments
@@ -72,22 +72,24 @@ def fit_closed_form(
     for name in ("damping", "head_damping"):
         check_damping(getattr(options, name), features, name)
     n = int(ranks.sums("number of examples", len(labels))[0])
-    d = sum(readable_widths(widths))
+    read = readable_widths(widths)
+    d = sum(read)
     exact = needs_float64(options.damping, n, features.shape[1])
     exact_head = exact or needs_float64(options.head_damping, n, d, LEAST_OF_HEAD)
     data = blocks_within(memory_budget, features, logits, labels, exact, weights)
     if moments is None:
         dtype = torch.float64 if exact_head else None
-        moments = feature_moments(
-            features, labels, logits.shape[1], widths, data.block_rows, ranks, dtype, loss, weights
+        moments = ranks.total(
+            feature_moments(features, labels, logits.shape[1], widths, data.block_rows, dtype, loss, weights),
+            "moments of features",
         )
-    if not moments.in_float32:
+    if not moments.checked().in_float32:
         exact = exact_head = True
         data = blocks_within(memory_budget, features, logits, labels, exact, weights)
     head = fit_ridge_head(
         features[:, :d],
         labels,
-        moments.first(d),
+        moments.of_layers(read),
         options.head_damping,
         data.block_rows,
         torch.float64 if exact_head else data.dtype,
@@ -99,14 +101,18 @@ def fit_closed_form(
     diagonal_only = options.curvature == "identity" or (
         options.curvature == "kronecker" and logits.shape[1] > MOST_CLASSES
     )
-    classes = class_moments(data, softening, diagonal_only, ranks, loss)
+    classes = ranks.total(class_moments(data, softening, diagonal_only, loss), "moments of classes")
+    classes.checked(data, softening)
     ridge = ranks.all_reduce(
         torch.as_tensor(head.square, dtype=torch.float64), "norms of the ridge residuals"
     )
-    largest = (
-        ridge if kind == "leave-one-out" else torch.as_tensor(classes.residual_square, dtype=torch.float64)
-    )
+    largest = ridge if kind == "leave-one-out" else classes.residual_squares
     _check_unit(float(largest.sum()), classes.unit, features)
+    spectrum = None
+    if options.curvature == "eigenvalue-corrected":  # other hardware may turn eigenvectors
+        first, second = (ranks.broadcast(q, "eigenvectors") for q in eigenbases(moments, classes))
+        squares = squares_in((first, second), data, softening, moments, classes)
+        spectrum = Spectrum(first, second, ranks.all_reduce(squares, "corrected eigenvalues"))
     form = ClosedFormOperators(
         features=features,
         logits=logits,
@@ -117,7 +123,7 @@ def fit_closed_form(
         head=head,
         ridge_ratio=loss.ridge_ratio(classes.residual_square, ridge),
         curvature=fit_curvature(
-            options.curvature, data, softening, moments, classes, options.damping, ranks, loss
+            options.curvature, data, softening, moments, classes, options.damping, spectrum
         ),
         kind=kind,
         temperature=temperature,

@@ -64,10 +64,8 @@ def out_of_sample_residuals(
     exact = needs_float64(head_damping, len(labels), sum(read), LEAST_OF_HEAD)
     data = blocks_within(memory_budget, features, logits, labels, exact, weights)
     dtype = torch.float64 if exact else None
-    moments = feature_moments(
-        features, labels, logits.shape[1], read, data.block_rows, dtype=dtype, loss=loss, weights=weights
-    )
-    if not moments.in_float32:
+    moments = feature_moments(features, labels, logits.shape[1], read, data.block_rows, dtype, loss, weights)
+    if not moments.checked().in_float32:
         data = blocks_within(memory_budget, features, logits, labels, True, weights)
     head = fit_ridge_head(features, labels, moments, head_damping, data.block_rows, data.dtype, loss, weights)
     square = class_moments(data, temperature, diagonal_only=True, loss=loss).residual_square
