@@ -80,8 +80,8 @@ def fit_curvature(
         bases = eigenbases(moments, classes)
         spectrum = Spectrum(*bases, squares_in(bases, data, temperature, moments, classes))
     diagonal = spectrum.squares / moments.weight
-    inverse = 1 / (diagonal + damping * a.diagonal().mean() * classes.level)
-    parts = (spectrum.feature_basis, spectrum.class_basis, inverse)
+    eigenvalues = diagonal + damping * a.diagonal().mean() * classes.level
+    parts = (spectrum.feature_basis, spectrum.class_basis, 1 / eigenvalues)
     return EigenvalueCorrectedCurvature(classes.unit, *(part.to(data.device, data.dtype) for part in parts))
 
 
