@@ -5,7 +5,7 @@ from .controls import ClassRandom, Random
 from .diagonal_ekfac import DiagonalEKFAC
 from .ekfac import EKFAC
 from .knn_shapley import KNNShapley
-from .label_noise import ConfidentLearning, LabelNoiseDetector, LossDetector, RidgeLeaveOneOut
+from .label_noise import ConfidentLearning, LabelNoiseDetector, LossDetector
 from .similarity import ClassSimilarity, Similarity
 from .tracin import TracIn
 from .trak import TRAK
@@ -22,7 +22,6 @@ __all__ = [
     "LabelNoiseDetector",
     "LossDetector",
     "Random",
-    "RidgeLeaveOneOut",
     "Similarity",
     "TracIn",
 ]

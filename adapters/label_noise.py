@@ -22,7 +22,6 @@ from ..errors import bad_choice, bad_type, bad_value, whole_number
 from ..features.options import Features
 from ..layers.activations import Tap, check_finite, default_taps, named_taps, recording
 from ..losses import Loss, loss_of
-from ..stride import STRIDE
 from ..system.devices import device_of, full_precision
 from ..system.packages import install_command
 from ..system.preserve_state import preserve_state
@@ -115,31 +114,6 @@ class LossDetector(LabelNoiseDetector):
         """The loss of each example, `(n_train,)`: `-log p_y = log(1 + exp(-margin))` with cross-entropy."""
         _, logits, labels = self._read()
         return self.loss.values(logits, labels)
-
-
-class RidgeLeaveOneOut(LabelNoiseDetector):
-    """Norm of the leave-one-out residual of a ridge head on the features: `STRIDE.mislabel_scores`.
-
-    The head reads all layers but the last, which has memorised the labels.
-
-    >>> from stride_captum.conformance.toy_problems import MLP, trained
-    >>> model, train, test = trained(MLP)
-    >>> suspicion = RidgeLeaveOneOut(model, train).mislabel_scores()
-    >>> suspicion.topk(5).indices.shape  # the five most suspect labels
-    torch.Size([5])
-    """
-
-    def mislabel_scores(self) -> Tensor:
-        """`|e_y - q|`, where q is what the head fitted without the example predicts, `(n_train,)`."""
-        head = STRIDE(
-            self.model,
-            self.train_dataset,
-            layers=self.layers,
-            batch_size=self.batch_size,
-            loss=self.loss,
-            batch=self.batch,
-        )
-        return head.mislabel_scores()
 
 
 class ConfidentLearning(LabelNoiseDetector):

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .system.devices import as_float64, float64_device
 from .system.memory import blocks
-from .system.processes import SINGLE_PROCESS, SingleProcess
 from .system.to_device import to_device
 
 #: The best of 2, 3 and 4 on digits and MNIST, and within .005 of the best on CIFAR-10 (LDS).
@@ -35,7 +34,7 @@ CHECKPOINT_TEMPERATURE = 2.0
 #: points, three models each): digits .624 .612 .591, MNIST .543 .552 .545; one model that was
 #: stopped on a spike of its training loss (MNIST) .458 .488 .499.
 RIDGE_SHARE = 0.4
-#: Logits that `mean_residual` takes at a time.
+#: Logits that `residual_sums` takes at a time.
 _LOGITS = 2**18
 
 
@@ -146,21 +145,21 @@ def _doubts(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
     return tempered_residuals(logits, labels, temperature).gather(1, labels[:, None]).squeeze(1)
 
 
-def mean_residual(
+def residual_sums(
     logits: Tensor,
     labels: Tensor,
     temperature: float = 1.0,
-    ranks: SingleProcess = SINGLE_PROCESS,
     each: Callable[[Tensor, Tensor, float], Tensor] = _doubts,
     weights: Tensor | None = None,
-) -> float:
-    """Mean of half the L1 norm of `e_y - p`, which is the mean of `1 - p_y`; in float64, block by block.
+) -> tuple[float, float]:
+    """Sum of half the L1 norm of `e_y - p`, which is that of `1 - p_y`, and of the weights.
+
+    In float64, block by block; the sums of two parts of a training set add up.
 
     Args:
         logits: `(n, n_classes)`.
         labels: `(n,)` int64, or what `each` takes.
         temperature: T.
-        ranks: Who else has a share of the training set.
         each: `f(logits, labels, T)`, the same of each row for another loss, `(n,)`.
         weights: omega of each row, `(n,)`; None for 1.
     """
@@ -171,19 +170,23 @@ def mean_residual(
         doubts = each(z, y, temperature)
         total += (doubts if weights is None else doubts * weights[rows].to(doubts)).sum()
     size = len(labels) if weights is None else float(as_float64(weights).sum())
-    whole, n = ranks.sums("mean residual", float(total), size)
-    return whole / n
+    return float(total), size
+
+
+def mean_residual(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> float:
+    """Mean of half the L1 norm of `e_y - p`, which is the mean of `1 - p_y`.
+
+    Args:
+        logits: `(n, n_classes)`.
+        labels: `(n,)` int64.
+        temperature: T.
+    """
+    total, size = residual_sums(logits, labels, temperature)
+    return total / size
 
 
 def match_temperature(
-    logits: Tensor,
-    labels: Tensor,
-    target: float,
-    low: float = 1.0,
-    high: float = 100.0,
-    ranks: SingleProcess = SINGLE_PROCESS,
-    each: Callable[[Tensor, Tensor, float], Tensor] = _doubts,
-    weights: Tensor | None = None,
+    mean_at: Callable[[float], float], target: float, low: float = 1.0, high: float = 100.0
 ) -> float:
     """The temperature at which the mean residual of the training set is that of held-out data.
 
@@ -192,26 +195,18 @@ def match_temperature(
     made larger, and held-out data with cleaner labels than the training set would ask for T near 0.
 
     Args:
-        logits: Training logits `(n, n_classes)`.
-        labels: `(n,)` int64.
+        mean_at: Mean residual of the training set at a temperature (`mean_residual`).
         target: Mean residual on the held-out data at T = 1.
         low: Smallest temperature.
         high: Largest temperature.
-        ranks: Who else has a share of the training set.
-        each: As for `mean_residual`.
-        weights: As for `mean_residual`.
     """
-
-    def at(temperature: float) -> float:
-        return mean_residual(logits, labels, temperature, ranks, each, weights)
-
-    if at(low) >= target:
+    if mean_at(low) >= target:
         return low
-    if at(high) <= target:
+    if mean_at(high) <= target:
         return high
     while high / low > 1 + 1e-4:
         middle = math.sqrt(low * high)
-        if at(middle) < target:
+        if mean_at(middle) < target:
             low = middle
         else:
             high = middle

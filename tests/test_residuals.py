@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -151,7 +153,9 @@ class TestTemperature:
     def test_a_planted_temperature_is_found(self, planted):
         _, logits, labels, _ = problem()
         target = mean_residual(logits, labels, planted)
-        assert match_temperature(logits, labels, target) == pytest.approx(planted, rel=2e-4)
+        assert match_temperature(partial(mean_residual, logits, labels), target) == pytest.approx(
+            planted, rel=2e-4
+        )
 
     def test_a_mean_residual_keeps_its_digits_where_the_model_is_sure(self):
         _, logits, labels, _ = problem()
@@ -174,6 +178,6 @@ class TestTemperature:
 
     def test_it_is_clipped_to_its_bounds(self):
         _, logits, labels, _ = problem()
-        assert match_temperature(logits, labels, 0.0) == 1.0
-        assert match_temperature(logits, labels, 0.0, low=0.2) == 0.2
-        assert match_temperature(logits, labels, 1.0) == 100.0
+        assert match_temperature(partial(mean_residual, logits, labels), 0.0) == 1.0
+        assert match_temperature(partial(mean_residual, logits, labels), 0.0, low=0.2) == 0.2
+        assert match_temperature(partial(mean_residual, logits, labels), 1.0) == 100.0

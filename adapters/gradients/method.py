@@ -11,6 +11,7 @@ methods. A positive score is a proponent for every positive definite M.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ...closed_form.options import ClosedForm, Residuals
+from ...closed_form.options import Residuals
+from ...closed_form.training_residuals import out_of_sample_residuals
 from ...data.batch import ExampleBatch
 from ...errors import bad_choice, bad_value
+from ...features.options import Features
 from ...influence.method import Query
 from ...influence.temperature import choose_temperature
-from ...stride import STRIDE
+from ...layers.activations import Tap, default_taps, recording
 from ...system.memory import rows_that_fit
 from ...system.saved_values import saved_as
 from .checks import check_gradients, check_layers, check_model, probe_of
@@ -157,55 +160,63 @@ class GradientMethod(OnWorkingCopy):
             check_gradients(flat(self._gradients(model, batch, residuals[rows])), rows.start)
 
     def _read_residuals(self, model: nn.Module, show_progress: bool) -> tuple[Tensor, Tensor, float]:
-        logits, labels, weights = [], [], []
-        for batch in self.train_batches(show_progress):
-            logits.append(self.batch_logits(model, batch))
-            labels.append(self.train_labels(batch, logits[-1].shape[1]))
-            omega = self.train_weights(batch, labels[-1])
-            if omega is not None:
-                weights.append(omega)
-        z, y = torch.cat(logits), torch.cat(labels)
-        self._omega = torch.cat(weights) if weights else None
+        """r_i times omega, `e_y - p` (both `(n_train, n_classes)`) and the temperature, from one pass."""
+        of_the_model = self.residuals in ("training", "temperature")
+        taps = [] if of_the_model else self._feature_taps(model)
+        features, z, y = self._read_training_set(model, taps, show_progress)
         if not bool(torch.isfinite(z).all()):
             wrong = int((~torch.isfinite(z).all(1)).nonzero()[0])
             raise bad_value("model", "return finite logits", f"NaN or infinity for training example {wrong}")
         temperature = choose_temperature(self, model, z, y, self.temperature, self._omega)
         loss_residuals = self.loss.residuals(z, y)
-        if self.residuals in ("training", "temperature"):
-            given = 1.0 if self.residuals == "training" else temperature
-            residuals = loss_residuals if given == 1.0 else self.loss.residuals(z, y, given)
-            if self._omega is not None:
-                residuals = residuals * self._omega.to(residuals)[:, None]
+        if not of_the_model:
+            residuals = out_of_sample_residuals(
+                features,
+                z,
+                y,
+                [tap.width for tap in taps],
+                self.residuals,
+                temperature,
+                memory_budget=self.memory_budget,
+                loss=self.loss,
+                weights=self._omega,
+            )
             return residuals, loss_residuals, temperature
-        return self._out_of_sample(model, temperature), loss_residuals, temperature
+        given = 1.0 if self.residuals == "training" else temperature
+        residuals = loss_residuals if given == 1.0 else self.loss.residuals(z, y, given)
+        if self._omega is not None:
+            residuals = residuals * self._omega.to(residuals)[:, None]
+        return residuals, loss_residuals, temperature
 
-    def _out_of_sample(self, model: nn.Module, temperature: float) -> Tensor:
-        """The residuals of STRIDE's ridge head, `(n_train, n_classes)`."""
-        stride = STRIDE(
-            self.model,
-            self.train_dataset,
-            batch_size=self.batch_size,
-            device=self.device,
-            loss=self.loss,
-            batch=self.batch,
-            operators=ClosedForm(
-                residuals=self.residuals,  # type: ignore[arg-type]
-                temperature=temperature if self.loss.tempered else None,
-            ),
-        )
-        stride._passes = self._training_passes()  # so that it reads the same examples, or says so
+    def _read_training_set(
+        self, model: nn.Module, taps: Sequence[Tap], show_progress: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Features at the taps, `(n_train, n_features)`, logits and labels; sets `_omega`."""
+        features, logits, labels, weights = [], [], [], []
+        with recording(model, taps) as run:
+            for batch in self.train_batches(show_progress):
+                outputs, rows = run(batch)
+                z = self._as_logits(outputs, batch)
+                features.append(torch.cat(rows, 1) if rows else z.new_empty(len(z), 0))
+                logits.append(z)
+                labels.append(self.train_labels(batch, z.shape[1]))
+                omega = self.train_weights(batch, labels[-1])
+                if omega is not None:
+                    weights.append(omega)
+        self._omega = torch.cat(weights) if weights else None
+        return torch.cat(features), torch.cat(logits), torch.cat(labels)
+
+    def _feature_taps(self, model: nn.Module) -> list[Tap]:
+        """Where the ridge head of out-of-sample residuals reads features: what weight layers read.
+
+        Raises:
+            ValueError: A model in which nothing can be read.
+        """
         try:
-            form = stride.fit_checkpoint(model, False).operators
+            return default_taps(model, self._first_train_batch(), Features().max_width)
         except ValueError as error:
-            if not str(error).startswith("`layers` must be given"):
-                raise
-            raise bad_value(
-                "residuals",
-                "be 'training' or 'temperature' for a model in which no Linear or convolution module runs",
-                repr(self.residuals),
-            ) from error
-        residuals: Tensor = form.residuals  # type: ignore[attr-defined]
-        return residuals
+            must = "be 'training' or 'temperature' for a model in which no Linear or convolution module runs"
+            raise bad_value("residuals", must, repr(self.residuals)) from error
 
     # Gradients and products of them.
 

@@ -46,7 +46,6 @@ Detector = Callable[[nn.Module, Any], Any]
 #: Detectors of label noise that need no influence.
 DETECTORS = {
     "loss": adapters.LossDetector,
-    "ridge leave-one-out": adapters.RidgeLeaveOneOut,
     "confident learning": adapters.ConfidentLearning,
 }
 _HELD_OUT_BATCH = 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -11,7 +12,6 @@ from ..errors import bad_value
 from ..losses import CrossEntropy, Loss
 from ..losses.hessians import softmax_hessians as probabilities
 from ..system.devices import as_float64
-from ..system.processes import SINGLE_PROCESS, SingleProcess
 from ..system.to_device import TrainingBlocks
 
 #: Classes up to which Sigma is kept whole.
@@ -24,34 +24,66 @@ _ENOUGH = 30.0
 
 @dataclass
 class ClassMoments:
-    """What the closed form needs to know of the outputs for a whole training set.
+    """What the closed form needs to know of the outputs for some training examples: sums over these.
 
     Attributes:
-        covariance: `Sigma = E[H]`, or its diagonal, divided by `unit`; float64. With cross-entropy
-            `H = diag p - p p^T`.
-        unit: The mean of the eigenvalues that Sigma can have.
-        residual_square: `sum_i omega_i |r_i|^2`; of each output where these are judged apart.
-        level: What a relative damping is relative to, in `unit`: a number, or one an output `(n_outputs,)`.
-        damped: Whether Sigma itself is damped.
+        hessian: `sum_i omega_i H_i`, or its diagonal, float64. With cross-entropy `H = diag p - p p^T`.
+        residual_squares: `sum_i omega_i |r_i|^2`, `(1,)`; of each output where these are judged apart,
+            `(n_outputs,)`.
+        weight: W, the sum of omega.
+        loss: What the model was trained with.
     """
 
-    covariance: Tensor
-    unit: float
-    residual_square: Tensor | float
-    level: Tensor | float = 1.0
-    damped: bool = True
+    hessian: Tensor
+    residual_squares: Tensor
+    weight: float
+    loss: Loss
+
+    @cached_property
+    def unit(self) -> float:
+        """s, the mean of the eigenvalues that `Sigma = E[H]` can have."""
+        return self.loss.unit(self.hessian / self.weight)
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """Sigma, or its diagonal, divided by `unit`; float64."""
+        return self.hessian / self.weight / self.unit
+
+    @property
+    def residual_square(self) -> Tensor | float:
+        """`residual_squares`, as a number where there is one."""
+        return self.residual_squares if self.loss.apart else float(self.residual_squares)
+
+    @property
+    def level(self) -> Tensor | float:
+        """What a relative damping is relative to, in `unit`: a number, or one an output `(n_outputs,)`."""
+        return self.loss.level(self.covariance)
 
     @property
     def on_diagonal(self) -> Tensor | float:
         """What the damping of Sigma is relative to, 0 where it is not damped."""
-        return self.level if self.damped else 0.0
+        return self.level if self.loss.damps_outputs else 0.0
+
+    def checked(self, data: TrainingBlocks, temperature: float) -> ClassMoments:
+        """These moments, if they leave some uncertainty.
+
+        Args:
+            data: The training set, of which an error says how far the temperature must be raised.
+            temperature: T of these moments.
+
+        Raises:
+            ValueError: No uncertainty left that float64 could hold.
+        """
+        apart = self.loss.apart
+        if not self.unit > _LEAST or (apart and not bool((self.hessian / self.weight > _LEAST).all())):
+            raise _certain(data, temperature, self.loss)
+        return self
 
 
 def class_moments(
     data: TrainingBlocks,
     temperature: float,
     diagonal_only: bool = False,
-    ranks: SingleProcess = SINGLE_PROCESS,
     loss: Loss | None = None,
 ) -> ClassMoments:
     """One pass over the logits.
@@ -60,38 +92,28 @@ def class_moments(
         data: The training set.
         temperature: T of `z / T`.
         diagonal_only: Keep the diagonal of Sigma alone.
-        ranks: Who else has a share of the training set.
         loss: What the model was trained with; None for cross-entropy.
 
     Raises:
-        ValueError: Logits with NaN or infinity, or no uncertainty left that float64 could hold.
+        ValueError: Logits with NaN or infinity.
     """
     loss = CrossEntropy() if loss is None else loss
     n_classes = data.logits.shape[1]
     like = data.logits_of(slice(0, 0))
     diagonal_only = diagonal_only or loss.apart
     total = like.new_zeros(n_classes if diagonal_only else (n_classes, n_classes))
-    square = like.new_zeros(n_classes if loss.apart else 1)
+    squares = like.new_zeros(n_classes if loss.apart else 1)
     for rows in data:
         z = data.logits_of(rows)
         hessians, omega = loss.hessians(z, temperature), data.weights_of(rows, z)
         hessians.add_to(total, omega)
         each = hessians.residuals(loss.residual_labels(data.labels_of(rows), z)).square()
         each = each if omega is None else each * omega[:, None]
-        square += each.sum(0) if loss.apart else each.sum()
+        squares += each.sum(0) if loss.apart else each.sum()
     if not bool(total.isfinite().all()):
         raise _not_finite(data, loss)
-    whole = ranks.all_reduce(loss.covariance(total), "class covariance")
-    residual_square = ranks.all_reduce(square, "norms of the residuals")
-    size = len(data.labels) if data.weights is None else float(data.weights.sum())
-    (weight,) = ranks.sums("number of examples", size)
-    covariance = whole / weight
-    unit = loss.unit(covariance)
-    if not unit > _LEAST or (loss.apart and not bool((covariance > _LEAST).all())):
-        raise _certain(data, temperature, loss)
-    covariance = covariance / unit
-    squares = residual_square if loss.apart else float(residual_square)
-    return ClassMoments(covariance, unit, squares, loss.level(covariance), loss.damps_outputs)
+    weight = float(len(data.labels) if data.weights is None else data.weights.sum())
+    return ClassMoments(loss.covariance(total), squares, weight, loss)
 
 
 def _not_finite(data: TrainingBlocks, loss: Loss) -> ValueError:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ..losses import CrossEntropy, Loss
 from ..losses.hessians import DiagonalHessians, SoftmaxHessians
 from ..system.devices import matching
-from ..system.processes import SINGLE_PROCESS, SingleProcess
 from ..system.to_device import TrainingBlocks
 from .class_moments import ClassMoments
 from .curvature import (
@@ -23,6 +23,22 @@ from .damping import damped_inverse
 from .moments import Moments, scaled_features
 
 
+@dataclass
+class Spectrum:
+    """The Fisher F in the eigenbasis of A (x) Sigma.
+
+    Attributes:
+        feature_basis: Eigenvectors of A, `(n_features + 1, n_features + 1)` float64.
+        class_basis: Eigenvectors of Sigma, `(n_classes, n_classes)` float64.
+        squares: Sums over training examples, whose mean is the diagonal of F there in the unit of the
+            curvature, `(n_features + 1, n_classes)` float64.
+    """
+
+    feature_basis: Tensor
+    class_basis: Tensor
+    squares: Tensor
+
+
 def fit_curvature(
     name: str,
     data: TrainingBlocks,
@@ -30,8 +46,7 @@ def fit_curvature(
     moments: Moments,
     classes: ClassMoments,
     damping: float,
-    ranks: SingleProcess = SINGLE_PROCESS,
-    loss: Loss | None = None,
+    spectrum: Spectrum | None = None,
 ) -> Curvature:
     """Fit one of the approximations of F.
 
@@ -46,10 +61,8 @@ def fit_curvature(
         moments: Of the features.
         classes: Of the probabilities at the same T.
         damping: Relative.
-        ranks: Who else has a share of the training set.
-        loss: What the model was trained with; None for cross-entropy.
+        spectrum: For "eigenvalue-corrected", where it is known; None reads the training set.
     """
-    loss = CrossEntropy() if loss is None else loss
     a, sigma = moments.second_moment, classes.covariance
     if name in ("identity", "kronecker"):
         inverse = centered(damped_inverse(a, damping), moments, data)
@@ -62,8 +75,42 @@ def fit_curvature(
             side = damped_inverse(sigma, damping, one)
         return KroneckerCurvature(classes.unit, inverse, side.to(data.device, data.dtype))
     if name == "gauss-newton":
-        return _gauss_newton(data, temperature, moments, classes, damping, loss)
-    return _eigenvalue_corrected(data, temperature, moments, classes, damping, ranks, loss)
+        return _gauss_newton(data, temperature, moments, classes, damping)
+    if spectrum is None:
+        bases = eigenbases(moments, classes)
+        spectrum = Spectrum(*bases, squares_in(bases, data, temperature, moments, classes))
+    diagonal = spectrum.squares / moments.weight
+    eigenvalues = diagonal + damping * a.diagonal().mean() * classes.level
+    parts = (spectrum.feature_basis, spectrum.class_basis, 1 / eigenvalues)
+    return EigenvalueCorrectedCurvature(classes.unit, *(part.to(data.device, data.dtype) for part in parts))
+
+
+def eigenbases(moments: Moments, classes: ClassMoments) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of A and of Sigma; of outputs that are judged apart, Sigma is diagonal."""
+    feature_basis = torch.linalg.eigh(moments.second_moment)[1]
+    sigma = classes.covariance
+    if classes.loss.apart:
+        return feature_basis, torch.eye(len(sigma)).to(sigma)
+    return feature_basis, torch.linalg.eigh(sigma.diag() if sigma.ndim == 1 else sigma)[1]
+
+
+def squares_in(
+    bases: tuple[Tensor, Tensor],
+    data: TrainingBlocks,
+    temperature: float,
+    moments: Moments,
+    classes: ClassMoments,
+) -> Tensor:
+    """`Spectrum.squares` of some training examples."""
+    basis, v = bases
+    squares = basis.new_zeros(len(basis), len(v))
+    for rows in data:
+        phi = scaled_features(data.features_of(rows), moments.scale)
+        forms = classes.loss.hessians(data.logits_of(rows), temperature).forms_in(v) / classes.unit
+        omega = data.weights_of(rows, forms)
+        forms = forms if omega is None else forms * omega[:, None]
+        squares += matching((phi @ basis.to(phi)).square().T @ forms.to(phi), basis)
+    return squares
 
 
 def _gauss_newton(
@@ -72,9 +119,8 @@ def _gauss_newton(
     moments: Moments,
     classes: ClassMoments,
     damping: float,
-    loss: Loss,
 ) -> GaussNewtonCurvature:
-    n, a = len(data.labels), moments.second_moment
+    n, a, loss = len(data.labels), moments.second_moment, classes.loss
     phi = torch.empty(n, len(a), dtype=data.dtype, device=data.device)
     others = phi.new_empty(n, data.logits.shape[1])
     first = None if loss.apart else torch.empty(n, 1, dtype=torch.int64, device=data.device)
@@ -101,33 +147,6 @@ def _gauss_newton(
         tolerance=1e-10 if phi.dtype == torch.float64 else 1e-6,
         weight=moments.weight,
     )
-
-
-def _eigenvalue_corrected(
-    data: TrainingBlocks,
-    temperature: float,
-    moments: Moments,
-    classes: ClassMoments,
-    damping: float,
-    ranks: SingleProcess,
-    loss: Loss,
-) -> EigenvalueCorrectedCurvature:
-    a, sigma = moments.second_moment, classes.covariance
-    # Other hardware may turn eigenvectors, and what is summed below must be in one basis.
-    whole = sigma.diag() if sigma.ndim == 1 else sigma
-    basis, v = (ranks.broadcast(torch.linalg.eigh(m)[1], "eigenvectors") for m in (a, whole))
-    if loss.apart:
-        v = torch.eye(len(v)).to(v)
-    diagonal = a.new_zeros(len(a), len(v))
-    for rows in data:
-        phi = scaled_features(data.features_of(rows), moments.scale)
-        forms = loss.hessians(data.logits_of(rows), temperature).forms_in(v) / classes.unit
-        omega = data.weights_of(rows, forms)
-        forms = forms if omega is None else forms * omega[:, None]
-        diagonal += matching((phi @ basis.to(phi)).square().T @ forms.to(phi), a) / moments.weight
-    diagonal = ranks.all_reduce(diagonal, "corrected eigenvalues")
-    parts = (basis, v, 1 / (diagonal + damping * a.diagonal().mean() * classes.level))
-    return EigenvalueCorrectedCurvature(classes.unit, *(part.to(data.device, data.dtype) for part in parts))
 
 
 def centered(matrix: Tensor, moments: Moments, data: TrainingBlocks) -> CenteredMap:

@@ -40,10 +40,12 @@ from ..residuals import one_hot
 from ..system.fingerprints import weights_fingerprint
 from ..system.peak_memory import PeakMemory, release_free_memory
 from .curvature import CenteredMap, KroneckerCurvature
-from .memory import ClosedFormBytes, closed_form_bytes, products_dtype
+from .fit import fit_closed_form
+from .memory import ClosedFormBytes, block_rows, closed_form_bytes, products_dtype
 from .moments import Moments
-from .operators import ClosedFormOperators, block_rows, fit_closed_form
+from .operators import ClosedFormOperators
 from .ridge_head import RidgeHead
+from .training_residuals import readable_widths
 
 if TYPE_CHECKING:
     from ..stride import STRIDE
@@ -228,7 +230,7 @@ def _random_state(method: STRIDE, reading: _Reading, n: int, of: int, like: Clos
         logits=logits,
         labels=_some_labels(loss, n, n_classes, device),
         widths=reading.widths,
-        moments=Moments(torch.full((1, 1), float(n), device="cpu"), none, none, n),
+        moments=Moments(torch.full((1, 1), float(n), device="cpu"), none, reading.widths, n),
         scale=torch.ones(d + 1, dtype=dtype, device=device),
         head=_random_head(reading, n, device, loss),
         ridge_ratio=1.0,
@@ -244,8 +246,7 @@ def _random_state(method: STRIDE, reading: _Reading, n: int, of: int, like: Clos
 
 
 def _random_head(reading: _Reading, n: int, device: torch.device, loss: Loss) -> RidgeHead:
-    widths = reading.widths
-    d = sum(widths[:-1]) if len(widths) > 1 else sum(widths)
+    d = sum(readable_widths(reading.widths))
     ones = torch.ones(n, dtype=torch.float64, device=device)
     weights = torch.zeros(d + 1, reading.n_classes, dtype=torch.float64, device=device)
     return RidgeHead(weights, ones, ones, ones < 0, ones, 1.0, loss)

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..operators import Changed
 from ..system.devices import matching
 from ..system.memory import blocks
-from .moments import Moments, feature_moments, layer_scale
+from .moments import Moments, feature_moments
 
 if TYPE_CHECKING:
     from .operators import ClosedFormOperators
@@ -45,14 +45,13 @@ def with_examples(
         labels: `(k,)`, or `(k, n_classes)`.
         weights: omega, `(k,)`; None for 1.
     """
-    old, part = form.moments, _moments_of(form, features, labels, weights)
-    n, gram, targets = old.n_train + len(labels), old.gram + part.gram, old.targets + part.targets
+    moments = form.moments + _moments_of(form, features, labels, weights)
     return Changed(
         torch.cat([form.features, features.to(form.features)]),  # a memory map becomes a tensor
         torch.cat([form.logits, logits.to(form.logits)]),
         torch.cat([form.labels, labels.to(form.labels)]),
         form.widths,
-        _moments(form, gram, targets, n),
+        moments,
         None
         if weights is None or form.weights is None
         else torch.cat([form.weights, weights.to(form.weights)]),
@@ -67,10 +66,6 @@ def _moments_of(
     return feature_moments(
         features, labels, n_classes, form.widths, dtype=torch.float64, loss=loss, weights=weights
     )
-
-
-def _moments(form: ClosedFormOperators, gram: Tensor, targets: Tensor, n: int) -> Moments:
-    return Moments(gram, targets, layer_scale(gram.diagonal(), form.widths, float(gram[-1, -1])), n)
 
 
 def without_examples(form: ClosedFormOperators, keep: Tensor) -> Changed:
@@ -139,14 +134,14 @@ def _moments_without(
         labels: Theirs.
         weights: Theirs.
     """
-    old, omega = form.moments, None if form.weights is None else _rows(form.weights, gone)
-    lost = _rows(form.features, gone), form.labels[gone]
-    part = _moments_of(form, *lost, omega)
-    gram, targets = old.gram - part.gram, old.targets - part.targets
-    again = (gram.diagonal()[:-1] < 0.5 * old.gram.diagonal()[:-1]).nonzero().squeeze(1)
+    omega = None if form.weights is None else _rows(form.weights, gone)
+    moments = form.moments - _moments_of(form, _rows(form.features, gone), form.labels[gone], omega)
+    left, before = moments.gram.diagonal()[:-1], form.moments.gram.diagonal()[:-1]
+    again = (left < 0.5 * before).nonzero().squeeze(1)
     if new is not None:
-        gram, targets = gram + new.gram, targets + new.targets
+        moments = moments + new
     if len(again):
+        gram, targets = moments.gram, moments.targets
         gram[again], targets[again] = 0.0, 0.0
         for rows in blocks(len(features), 8192):
             h = torch.nn.functional.pad(matching(features[rows], gram), (0, 1), value=1.0)
@@ -154,7 +149,7 @@ def _moments_without(
             gram[again] += few.T @ h
             targets[again] += few.T @ form.loss.encoded(labels[rows].to(gram.device), targets)
         gram[:, again] = gram[again].T
-    return _moments(form, gram, targets, len(labels))
+    return moments
 
 
 def _rows(stored: Tensor, rows: Tensor) -> Tensor:

@@ -17,14 +17,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from ..system.memory import DEFAULT_BUDGET
+from ..system.memory import DEFAULT_BUDGET, MOST_ROWS, rows_that_fit
+from ..system.to_device import TrainingBlocks, working_dtype
 from .class_moments import MOST_CLASSES
 from .damping import needs_float64
-from .operators import block_rows
 
 if TYPE_CHECKING:
     from .options import ClosedForm
+
+#: Rows that are taken at a time by curvatures with many Kronecker terms.
+FEW_ROWS = 256
+#: Logits of a block: larger arrays are slower, because the system clears them at every use.
+_LOGITS = 2**21
 
 
 @dataclass(frozen=True)
@@ -99,3 +105,33 @@ def closed_form_bytes(
 def products_dtype(options: ClosedForm, n_train: int, n_features: int) -> torch.dtype:
     """The dtype of products with float32 features of usual size."""
     return torch.float64 if needs_float64(options.damping, n_train, n_features) else torch.float32
+
+
+def block_rows(memory_budget: int, n_features: int, n_classes: int, dtype: torch.dtype) -> int:
+    """Training examples whose temporary arrays fit the budget: 3 of features, 6 of classes in float64."""
+    bytes_per_row = 3 * dtype.itemsize * (n_features + 1) + 6 * 8 * n_classes
+    most = min(MOST_ROWS, max(_LOGITS // n_classes, FEW_ROWS))
+    return rows_that_fit(memory_budget, bytes_per_row, most)
+
+
+def blocks_within(
+    memory_budget: int,
+    features: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    exact: bool,
+    weights: Tensor | None,
+) -> TrainingBlocks:
+    """A training set in blocks that fit the budget; products are in float64 if `exact`.
+
+    Args:
+        memory_budget: Bytes of one block.
+        features: `(n_train, n_features)`.
+        logits: `(n_train, n_classes)`.
+        labels: `(n_train,)`, or `(n_train, n_classes)`.
+        exact: Whether float32 has too few digits.
+        weights: omega, `(n_train,)`; None for 1.
+    """
+    dtype = torch.float64 if exact else working_dtype(features)
+    rows = block_rows(memory_budget, features.shape[1], logits.shape[1], dtype)
+    return TrainingBlocks(features, logits, labels, dtype, rows, weights)

@@ -1,7 +1,8 @@
 """Second moments of the features of a training set, from one pass over it.
 
-Products are taken in float32 and added in float64. Everything is float64 where that is asked for, where it
-is cheap, or where the squares of the features leave the range of float32.
+Products are taken in float32 and added in float64. Everything is float64 if that is asked for, if it is
+cheap, or if the squares of the features leave the range of float32. Moments are sums over examples: those of
+a training set are those of its parts, added.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from ..linalg import add_gram_matrix, in_float32
 from ..losses import CrossEntropy, Loss
 from ..system.devices import float64_device, matching
 from ..system.memory import MOST_ROWS, blocks
-from ..system.processes import SINGLE_PROCESS, SingleProcess
 from ..system.saved_values import saved_as
 from ..system.to_device import to_device, working_dtype
 
@@ -32,33 +32,54 @@ _CLASS_ROWS = 512
 @saved_as("moments")
 @dataclass
 class Moments:
-    """Second moments of the features of the training set.
+    """Second moments of the features of some training examples; those of two sets add up.
 
     Attributes:
         gram: `sum_i omega_i h_i h_i^T` with h extended by 1, `(n_features + 1, n_features + 1)` float64.
         targets: `sum_i omega_i h_i e_i^T`, `(n_features + 1, n_classes)` float64, where e_i is what the ridge
             head is fitted to: e_{y_i} with cross-entropy.
-        scale: Factor of each feature that gives every layer unit mean square norm; 1 for the
-            constant. `(n_features + 1,)` float64.
-        n_train: N.
+        widths: Widths of the layers, in the order of the columns.
+        n_train: Number of examples.
     """
 
     gram: Tensor
     targets: Tensor
-    scale: Tensor
+    widths: list[int]
     n_train: int
+
+    def __add__(self, other: Moments) -> Moments:
+        n = self.n_train + other.n_train
+        return Moments(self.gram + other.gram, self.targets + other.targets, self.widths, n)
+
+    def __sub__(self, other: Moments) -> Moments:
+        n = self.n_train - other.n_train
+        return Moments(self.gram - other.gram, self.targets - other.targets, self.widths, n)
 
     @cached_property
     def weight(self) -> float:
         """W, the sum of omega; N without weights."""
         return float(self.gram[-1, -1])
 
-    def first(self, n_features: int) -> Moments:
-        """The moments of the first features and the constant."""
-        if n_features == len(self.scale) - 1:
+    @cached_property
+    def scale(self) -> Tensor:
+        """Factor of each feature that gives every layer unit mean square norm; 1 for the constant.
+
+        `(n_features + 1,)` float64.
+        """
+        energy = self.gram.diagonal()
+        scale, start = torch.ones_like(energy), 0
+        for width in self.widths:
+            norm = (energy[start : start + width].sum() / self.weight).sqrt()
+            scale[start : start + width] = 1 / norm if norm > 0 else 1.0
+            start += width
+        return scale
+
+    def of_layers(self, widths: Sequence[int]) -> Moments:
+        """The moments of the first layers, which have these widths, and the constant."""
+        if len(widths) == len(self.widths):
             return self
-        kept = [*range(n_features), len(self.scale) - 1]
-        return Moments(self.gram[kept][:, kept], self.targets[kept], self.scale[kept], self.n_train)
+        kept = [*range(sum(widths)), len(self.gram) - 1]
+        return Moments(self.gram[kept][:, kept], self.targets[kept], list(widths), self.n_train)
 
     @property
     def second_moment(self) -> Tensor:
@@ -75,6 +96,19 @@ class Moments:
         """Whether the squares of features, and of their scales, are within the range of float32."""
         return bool(in_float32(1 / self.scale).all())
 
+    def checked(self) -> Moments:
+        """These moments, if they are those of a training set that can be used.
+
+        Raises:
+            ValueError: No weight above 0, NaN or infinite features, or features whose squares leave the range
+                of float64.
+        """
+        if not self.weight > 0:
+            must = "be above 0 for one training example"
+            raise bad_value("sample_weight", must, "weights that are all 0")
+        _check_range(self.gram, self.targets, self.widths)
+        return self
+
 
 def feature_moments(
     features: Tensor,
@@ -82,7 +116,6 @@ def feature_moments(
     n_classes: int,
     widths: Sequence[int],
     block_rows: int = MOST_ROWS,
-    ranks: SingleProcess = SINGLE_PROCESS,
     dtype: torch.dtype | None = None,
     loss: Loss | None = None,
     weights: Tensor | None = None,
@@ -95,27 +128,19 @@ def feature_moments(
         n_classes: C.
         widths: Widths of the layers, in the order of the columns.
         block_rows: Rows of a block.
-        ranks: Who else has a share of the training set.
-        dtype: Of the products; None takes float64 where that is cheap.
+        dtype: Of the products; None takes float64 where that is cheap, and where the squares of the features
+            leave the range of float32.
         loss: What the model was trained with; None for cross-entropy.
         weights: omega, `(n_train,)`; None for 1.
-
-    Raises:
-        ValueError: NaN or infinite features, or features whose squares leave the range of float64.
     """
     chosen = dtype or working_dtype(features)
     if dtype is None and len(features) * features.shape[1] ** 2 <= _CHEAP:
         chosen = torch.float64
     loss = CrossEntropy() if loss is None else loss
-    gram, targets = _sums(features, labels, n_classes, block_rows, ranks, chosen, loss, weights)
+    gram, targets = _sums(features, labels, n_classes, block_rows, chosen, loss, weights)
     if dtype != torch.float64 and not _within_float32(gram, targets, widths):
-        exact = torch.float64
-        return feature_moments(features, labels, n_classes, widths, block_rows, ranks, exact, loss, weights)
-    (n,) = ranks.sums("number of examples", len(features))
-    if not float(gram[-1, -1]) > 0:
-        raise bad_value("sample_weight", "be above 0 for one training example", "weights that are all 0")
-    _check_range(gram, targets, widths)
-    return Moments(gram, targets, layer_scale(gram.diagonal(), widths, float(gram[-1, -1])), int(n))
+        gram, targets = _sums(features, labels, n_classes, block_rows, torch.float64, loss, weights)
+    return Moments(gram, targets, list(widths), len(features))
 
 
 def _sums(
@@ -123,12 +148,11 @@ def _sums(
     labels: Tensor,
     n_classes: int,
     block_rows: int,
-    ranks: SingleProcess,
     dtype: torch.dtype,
     loss: Loss,
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`sum omega h h^T` and `sum omega h e^T` over all processes, with products in `dtype`."""
+    """`sum omega h h^T` and `sum omega h e^T`, with products in `dtype`."""
     n, d = features.shape
     place = float64_device(labels.device)
     gram = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=place)
@@ -150,8 +174,7 @@ def _sums(
     gram[:, d] = gram[d, :] = targets.sum(1) if one_class else targets[:, -1]
     if weights is None:
         gram[d, d] = n
-    targets = targets if one_class else targets[:, :-1].contiguous()
-    return ranks.all_reduce(gram, "Gram matrix"), ranks.all_reduce(targets, "class moments")
+    return gram, targets if one_class else targets[:, :-1].contiguous()
 
 
 def _layer_norms(gram: Tensor, widths: Sequence[int]) -> Tensor:
@@ -168,6 +191,8 @@ def _vanished(gram: Tensor, targets: Tensor, widths: Sequence[int]) -> Tensor:
 
 
 def _within_float32(gram: Tensor, targets: Tensor, widths: Sequence[int]) -> bool:
+    if gram[-1, -1] == 0:  # nothing to say: all weights are 0
+        return True
     norms = _layer_norms(gram, widths)
     fits = ((norms == 0) & ~_vanished(gram, targets, widths)) | in_float32(norms)
     return bool(fits.all()) and bool(torch.isfinite(gram).all())
@@ -192,22 +217,6 @@ def _check_range(gram: Tensor, targets: Tensor, widths: Sequence[int]) -> None:
             f"smaller or larger ones in layer {layer} of those that are read",
             "Scale the inputs.",
         )
-
-
-def layer_scale(energy: Tensor, widths: Sequence[int], weight: float) -> Tensor:
-    """Factor of each feature that gives every layer unit mean square norm; 1 for the constant.
-
-    Args:
-        energy: Diagonal of the Gram matrix, `(n_features + 1,)`.
-        widths: Widths of the layers, in the order of the columns.
-        weight: W.
-    """
-    scale, start = torch.ones_like(energy), 0
-    for width in widths:
-        norm = (energy[start : start + width].sum() / weight).sqrt()
-        scale[start : start + width] = 1 / norm if norm > 0 else 1.0
-        start += width
-    return scale
 
 
 def scaled_features(features: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:

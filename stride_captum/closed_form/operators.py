@@ -7,11 +7,9 @@ fit the memory budget. Scores are the same bits either way.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,15 +17,12 @@ from torch import Tensor
 from ..errors import bad_value
 from ..losses import CrossEntropy, Loss
 from ..operators import Changed, FittedOperators, TestPoints
-from ..positions import Positions
 from ..recovery import soft_threshold
 from ..residuals import choose_residuals
 from ..system.devices import matching
-from ..system.memory import DEFAULT_BUDGET, MOST_ROWS, blocks, rows_that_fit
-from ..system.processes import SINGLE_PROCESS, SingleProcess
+from ..system.memory import MOST_ROWS, blocks
 from ..system.saved_values import saved_as
 from ..system.to_device import TrainingBlocks, working_dtype
-from .class_moments import MOST_CLASSES, class_moments
 from .curvature import (
     Curvature,
     IdentityCurvature,
@@ -37,23 +32,11 @@ from .curvature import (
     on_raw_features,
     score_block,
 )
-from .curvature_fit import fit_curvature
-from .damping import LEAST_OF_HEAD, check_damping, needs_float64
 from .incremental import with_examples, with_others, without_examples
-from .moments import Moments, feature_moments, scaled_features
-from .position_head import fit_position_head
-from .ridge_head import RidgeHead, fit_ridge_head
+from .memory import FEW_ROWS
+from .moments import Moments, scaled_features
+from .ridge_head import RidgeHead
 from .training_residuals import TrainingResiduals
-
-if TYPE_CHECKING:
-    from .options import ClosedForm
-
-#: Rows that are taken at a time by curvatures with many Kronecker terms.
-_FEW_ROWS = 256
-#: Logits of a block: arrays twice as large are slower, because the system clears them at every use.
-_LOGITS = 2**21
-#: Norm of residuals, in the unit of the curvature, up to which scores stay within float32.
-_LARGEST_RESIDUAL = 1e30
 
 
 @saved_as("closed-form")
@@ -302,7 +285,7 @@ class ClosedFormOperators(FittedOperators):
 
     @property
     def _form_blocks(self) -> TrainingBlocks:
-        few = self.block_rows if self._simple else min(self.block_rows, _FEW_ROWS)
+        few = self.block_rows if self._simple else min(self.block_rows, FEW_ROWS)
         return replace(self._data, block_rows=few)
 
     @cached_property
@@ -363,135 +346,3 @@ def norms_of(forms: Tensor, sizes: Tensor) -> Tensor:
     """Norms of rows from the forms of their units; 0 where the inverse would overflow."""
     norms = forms.clamp_min(0).sqrt() * sizes
     return torch.where(norms >= torch.finfo(norms.dtype).tiny, norms, 0.0)
-
-
-def fit_closed_form(
-    features: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    widths: Sequence[int],
-    options: ClosedForm,
-    temperature: float,
-    *,
-    memory_budget: int = DEFAULT_BUDGET,
-    ranks: SingleProcess = SINGLE_PROCESS,
-    moments: Moments | None = None,
-    loss: Loss | None = None,
-    weights: Tensor | None = None,
-    positions: Positions | None = None,
-) -> ClosedFormOperators:
-    """Fit the closed form: two products of n_train x n_features x n_features, or less.
-
-    Args:
-        features: Raw features `(n_train, n_features)`, may be memory-mapped.
-        logits: `(n_train, n_classes)`, likewise.
-        labels: `(n_train,)` int64, or as `loss` has them, on the device where products are taken; blocks of
-            features go there.
-        widths: Widths of the layers, in the order of the columns.
-        options: As the user has given them; its temperature is not read.
-        temperature: T of the tempered residuals; also of p in the curvature, unless the residuals are
-            those of training.
-        memory_budget: Bytes of one block; residuals are kept if they fit it.
-        ranks: Who else has a share of the training set.
-        moments: Of the features, where they are known: one of the two products is saved.
-        loss: What the model was trained with; None for cross-entropy.
-        weights: omega, `(n_train,)` float64, beside the labels; None for 1.
-        positions: Where all arrays have one row for each position: which rows are those of an example, which
-            the ridge head leaves out together.
-
-    Raises:
-        ValueError: A damping too small for the precision of the features, logits without uncertainty, or
-            tempered residuals of a loss without a temperature.
-    """
-    loss = CrossEntropy() if loss is None else loss
-    if options.residuals == "temperature" and not loss.tempered:
-        must = f"be 'training', 'leave-one-out' or 'both' for loss={loss.name!r}, which has no temperature"
-        raise bad_value("residuals", must, repr(options.residuals))
-    for name in ("damping", "head_damping"):
-        check_damping(getattr(options, name), features, name)
-    n = int(ranks.sums("number of examples", len(labels))[0])
-    # The last layer has memorised the training labels: what it says of them is not out of sample.
-    d = sum(widths[:-1]) if len(widths) > 1 else features.shape[1]
-    exact = needs_float64(options.damping, n, features.shape[1])
-    exact_head = exact or needs_float64(options.head_damping, n, d, LEAST_OF_HEAD)
-    data = _blocks(features, logits, labels, memory_budget, exact, weights)
-    if moments is None:
-        dtype = torch.float64 if exact_head else None
-        moments = feature_moments(
-            features, labels, logits.shape[1], widths, data.block_rows, ranks, dtype, loss, weights
-        )
-    if not moments.in_float32:
-        exact = exact_head = True
-        data = _blocks(features, logits, labels, memory_budget, exact, weights)
-    of_head = features[:, :d], labels, moments.first(d), options.head_damping
-    if positions is None:
-        precision = torch.float64 if exact_head else data.dtype
-        head = fit_ridge_head(*of_head, data.block_rows, precision, loss, weights)
-    else:
-        head = fit_position_head(*of_head, positions, loss, weights)
-    kind = options.residuals or "both"
-    softening = 1.0 if kind == "training" else temperature
-    diagonal_only = options.curvature == "identity" or (
-        options.curvature == "kronecker" and logits.shape[1] > MOST_CLASSES
-    )
-    classes = class_moments(data, softening, diagonal_only, ranks, loss)
-    ridge = ranks.all_reduce(
-        torch.as_tensor(head.square, dtype=torch.float64), "norms of the ridge residuals"
-    )
-    largest = (
-        ridge if kind == "leave-one-out" else torch.as_tensor(classes.residual_square, dtype=torch.float64)
-    )
-    _check_unit(float(largest.sum()), classes.unit, features)
-    form = ClosedFormOperators(
-        features=features,
-        logits=logits,
-        labels=labels,
-        widths=list(widths),
-        moments=moments,
-        scale=moments.scale.to(labels.device, data.dtype),
-        head=head,
-        ridge_ratio=loss.ridge_ratio(classes.residual_square, ridge),
-        curvature=fit_curvature(
-            options.curvature, data, softening, moments, classes, options.damping, ranks, loss
-        ),
-        kind=kind,
-        temperature=temperature,
-        threshold=options.threshold,
-        block_rows=data.block_rows,
-        residual_bytes=memory_budget,
-        loss=loss,
-        weights=weights,
-    )
-    form.keep_residuals()
-    return form
-
-
-def _blocks(
-    features: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    memory_budget: int,
-    exact: bool,
-    weights: Tensor | None,
-) -> TrainingBlocks:
-    dtype = torch.float64 if exact else working_dtype(features)
-    rows = block_rows(memory_budget, features.shape[1], logits.shape[1], dtype)
-    return TrainingBlocks(features, logits, labels, dtype, rows, weights)
-
-
-def _check_unit(square: float, unit: float, features: Tensor) -> None:
-    """Refuse residuals so large beside the model's uncertainty that float32 cannot hold their scores."""
-    if working_dtype(features) == torch.float32 and math.sqrt(square) > _LARGEST_RESIDUAL * unit:
-        raise bad_value(
-            "temperature",
-            "leave the model some uncertainty beside its errors, for scores that float32 can hold",
-            f"a mean variance of {unit:.0e} of a class",
-            "Raise it, or give the model and its data in float64.",
-        )
-
-
-def block_rows(memory_budget: int, n_features: int, n_classes: int, dtype: torch.dtype) -> int:
-    """Training examples whose temporary arrays fit the budget: 3 of features, 6 of classes in float64."""
-    bytes_per_row = 3 * dtype.itemsize * (n_features + 1) + 6 * 8 * n_classes
-    most = min(MOST_ROWS, max(_LOGITS // n_classes, _FEW_ROWS))
-    return rows_that_fit(memory_budget, bytes_per_row, most)

@@ -11,7 +11,7 @@ from ..operators import FittedOperators, Operators, TrainingSet
 from ..options import check_choice, check_number
 from ..system.saved_values import saved_as
 from .estimate import estimate_closed_form
-from .operators import fit_closed_form
+from .fit import fit_closed_form
 from .position_scores import PositionOperators, chosen_form
 
 if TYPE_CHECKING:

@@ -1,19 +1,82 @@
-"""Residuals of a training set: computed block by block, and kept only if they fit a budget.
-
-They are those of the loss (`Loss.residuals`), or of a ridge head that has not seen the example, times omega.
-"""
+"""Residuals of a training set, block by block: of the model, of a ridge head without the example, or both."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
-from ..losses import Loss
+from ..losses import CrossEntropy, Loss
 from ..residuals import RIDGE_SHARE
-from ..system.to_device import TrainingBlocks
-from .ridge_head import RidgeHead
+from ..system.memory import DEFAULT_BUDGET
+from ..system.to_device import TrainingBlocks, working_dtype
+from .class_moments import class_moments
+from .damping import LEAST_OF_HEAD, check_damping, needs_float64
+from .memory import blocks_within
+from .moments import feature_moments
+from .ridge_head import RidgeHead, fit_ridge_head
+
+
+def out_of_sample_residuals(
+    features: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    widths: Sequence[int],
+    kind: str = "both",
+    temperature: float = 1.0,
+    *,
+    head_damping: float = 0.1,
+    memory_budget: int = DEFAULT_BUDGET,
+    loss: Loss | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Residuals r_i that take each training example out of its own sample, as `STRIDE` uses them.
+
+    Args:
+        features: Raw features `(n_train, n_features)`, may be memory-mapped.
+        logits: `(n_train, n_classes)`, likewise.
+        labels: `(n_train,)` int64, or as `loss` has them, on the device that computes.
+        widths: Widths of the layers, in the order of the columns; the ridge head reads all but the last.
+        kind: "leave-one-out", or "both" for the weighted mean with tempered residuals.
+        temperature: T of the tempered part.
+        head_damping: lambda of the ridge head, relative to the mean diagonal of A.
+        memory_budget: Bytes of one block of work.
+        loss: What the model was trained with; None for cross-entropy.
+        weights: omega of each example, `(n_train,)`; None for 1.
+
+    Returns:
+        omega_i r_i, `(n_train, n_classes)`, positive where the label asks for more than was predicted.
+
+    Raises:
+        ValueError: Features or logits that are not finite, or a damping too small for their precision.
+
+    >>> h, z = torch.eye(3), torch.zeros(3, 2)
+    >>> out_of_sample_residuals(h, z, torch.tensor([0, 1, 0]), [3]).shape
+    torch.Size([3, 2])
+    """
+    loss = CrossEntropy() if loss is None else loss
+    check_damping(head_damping, features, "head_damping")
+    read = readable_widths(widths)
+    features = features[:, : sum(read)]
+    exact = needs_float64(head_damping, len(labels), sum(read), LEAST_OF_HEAD)
+    data = blocks_within(memory_budget, features, logits, labels, exact, weights)
+    dtype = torch.float64 if exact else None
+    moments = feature_moments(features, labels, logits.shape[1], read, data.block_rows, dtype, loss, weights)
+    if not moments.checked().in_float32:
+        data = blocks_within(memory_budget, features, logits, labels, True, weights)
+    head = fit_ridge_head(features, labels, moments, head_damping, data.block_rows, data.dtype, loss, weights)
+    square = class_moments(data, temperature, diagonal_only=True, loss=loss).residual_square
+    ratio = loss.ridge_ratio(square, torch.as_tensor(head.square, dtype=torch.float64))
+    residuals = TrainingResiduals(data, head, kind, temperature, ratio, 1.0, 0, loss)
+    return torch.cat([residuals.of(rows) for rows in data]).to(working_dtype(features))
+
+
+def readable_widths(widths: Sequence[int]) -> list[int]:
+    """Widths of the layers that the ridge head reads: the last one has memorized the training labels."""
+    return list(widths[:-1] or widths)
 
 
 @dataclass

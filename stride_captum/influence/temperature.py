@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from ..residuals import (
     CHECKPOINT_TEMPERATURE,
     DEFAULT_TEMPERATURE,
     match_temperature,
-    mean_residual,
+    residual_sums,
 )
 from .checkpoints import Checkpoint, unseen_by
 
@@ -66,15 +67,21 @@ def choose_temperature(
         return _matched_to_held_out(method, model, logits, labels, weights)
     if len(method._checkpoints()) == 1:
         return DEFAULT_TEMPERATURE
-    return match_temperature(
-        logits,
-        labels,
-        CHECKPOINT_RESIDUAL,
-        high=CHECKPOINT_TEMPERATURE,
-        ranks=method.ranks,
-        each=method.loss.mean_residuals,
-        weights=weights,
-    )
+    at = _mean_residual_at(method, logits, labels, weights)
+    return match_temperature(at, CHECKPOINT_RESIDUAL, high=CHECKPOINT_TEMPERATURE)
+
+
+def _mean_residual_at(
+    method: InfluenceMethod, logits: Tensor, labels: Tensor, weights: Tensor | None
+) -> Callable[[float], float]:
+    """Mean residual of examples at a temperature, over all processes."""
+
+    def mean_at(temperature: float) -> float:
+        sums = residual_sums(logits, labels, temperature, method.loss.mean_residuals, weights)
+        total, size = method.ranks.sums("mean residual", *sums)
+        return total / size
+
+    return mean_at
 
 
 def _matched_to_unseen(
@@ -94,24 +101,22 @@ def _matched_to_unseen(
         raise bad_value("seen", must, f"{int(seen.sum())} of {n_train}", "Give None for all of them.")
     mine = seen[method._own_columns()]
     mine = mine if positions is None else positions.spread(mine)
-    outside, inside = ((~mine).nonzero()[:, 0], mine.nonzero()[:, 0])
 
-    def some(rows: Tensor) -> dict[str, Any]:
-        omega = None if weights is None else weights[rows.to(weights.device)]
-        chosen = {"logits": logits[rows.to(logits.device)], "labels": labels[rows.to(labels.device)]}
-        return {**chosen, "weights": omega, "ranks": method.ranks, "each": method.loss.mean_residuals}
+    def mean_of(rows: Tensor) -> Callable[[float], float]:
+        few = [None if part is None else part[rows.to(part.device)] for part in (logits, labels, weights)]
+        return _mean_residual_at(method, *few)  # type: ignore[arg-type]
 
-    return match_temperature(target=mean_residual(**some(outside)), **some(inside))
+    outside, inside = mean_of((~mine).nonzero()[:, 0]), mean_of(mine.nonzero()[:, 0])
+    return match_temperature(inside, outside(1.0))
 
 
 def _matched_to_held_out(
     method: InfluenceMethod, model: nn.Module, logits: Tensor, labels: Tensor, weights: Tensor | None
 ) -> float:
-    residual, seen = 0.0, 0
+    residual, seen = 0.0, 0.0
     for batch in method._batches(method.held_out, "held_out", False, ""):
         outputs, asked = method.labeled_rows(model, batch)
-        residual += mean_residual(outputs, asked, each=method.loss.mean_residuals) * len(outputs)
-        seen += len(outputs)
+        total, size = residual_sums(outputs, asked, each=method.loss.mean_residuals)
+        residual, seen = residual + total, seen + size
     whole, n = method.ranks.sums("held-out residual", residual, seen)
-    each = method.loss.mean_residuals
-    return match_temperature(logits, labels, whole / n, ranks=method.ranks, each=each, weights=weights)
+    return match_temperature(_mean_residual_at(method, logits, labels, weights), whole / n)

@@ -13,7 +13,8 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,10 +25,11 @@ from ..errors import bad_value
 #: Seconds between two looks at what other processes have posted, and how long a roll call takes at most.
 _LOOK, _ROLL_CALL = 0.2, 5.0
 _counter = itertools.count()
+Sums = TypeVar("Sums")
 
 
 class SingleProcess:
-    """One process that has the whole training set: what it would exchange, it keeps."""
+    """Single-process stand-in: every collective is the identity."""
 
     rank = 0
     size = 1
@@ -40,6 +42,17 @@ class SingleProcess:
         """The sum of each number over all processes."""
         mine = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         return list(self.all_reduce(mine, what).tolist())
+
+    def total(self, part: Sums, what: str) -> Sums:
+        """A dataclass of sums over all processes: tensors and numbers are added, other fields stay."""
+        found: dict[str, Any] = {}
+        for field in fields(part):  # type: ignore[arg-type]
+            value = getattr(part, field.name)
+            if isinstance(value, Tensor):
+                found[field.name] = self.all_reduce(value, f"{what}: {field.name}")
+            elif isinstance(value, int | float):
+                found[field.name] = type(value)(self.sums(f"{what}: {field.name}", value)[0])
+        return replace(part, **found)  # type: ignore[type-var]
 
     def broadcast(self, value: Tensor, what: str) -> Tensor:
         """The `value` of rank 0."""

@@ -11,8 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from stride_captum import STRIDE
-from stride_captum.adapters import ConfidentLearning, LossDetector, RidgeLeaveOneOut
+from stride_captum.adapters import ConfidentLearning, LossDetector
 from stride_captum.adapters.label_noise import (
     QUALITIES,
     LabelNoiseDetector,
@@ -32,7 +31,6 @@ needs_cleanlab = pytest.mark.skipif(not WITH_CLEANLAB, reason="the extra `cleanl
 
 DETECTORS = [
     LossDetector,
-    RidgeLeaveOneOut,
     pytest.param(ConfidentLearning, marks=needs_cleanlab),
 ]
 
@@ -141,13 +139,6 @@ def test_a_probability_that_is_none_is_named_by_its_place_in_the_training_set(no
         LossDetector(
             nn.Identity(), TensorDataset(p, y), batch_size=4, loss=CrossEntropy(outputs="probabilities")
         ).mislabel_scores()
-
-
-def test_ridge_leave_one_out_is_that_of_stride(noisy):
-    wanted = STRIDE(*noisy).mislabel_scores()
-    assert torch.equal(RidgeLeaveOneOut(*noisy).mislabel_scores(), wanted)
-    wanted = STRIDE(*noisy, layers=["relu1", "relu2"]).mislabel_scores()
-    assert torch.equal(RidgeLeaveOneOut(*noisy, layers=["relu1", "relu2"]).mislabel_scores(), wanted)
 
 
 class TestOutOfSampleProbabilities:

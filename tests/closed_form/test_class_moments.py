@@ -98,6 +98,7 @@ def test_where_nothing_is_uncertain_the_error_says_how_far_to_raise_the_temperat
         r"`temperature` must leave the model some uncertainty; got probabilities that are all 0 or 1 at a "
         r"temperature of 2\. Raise it to 40 or more, with `residuals` other than 'training'\."
     )
+    data = blocks(logits, labels)
     with pytest.raises(ValueError, match=message):
-        class_moments(blocks(logits, labels), 2.0, diagonal_only)
+        class_moments(data, 2.0, diagonal_only).checked(data, 2.0)
     assert class_moments(blocks(logits, labels), 40.0).unit > 1e-14

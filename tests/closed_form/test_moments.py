@@ -58,15 +58,39 @@ def test_a_layer_of_zeros_is_left_alone():
 
 def test_the_moments_of_the_first_features_are_those_of_the_features_alone():
     features, labels = problem()
-    kept = feature_moments(features, labels, 4, [2, 6]).first(2)
+    kept = feature_moments(features, labels, 4, [2, 6]).of_layers([2])
     alone = feature_moments(features[:, :2], labels, 4, [2])
     for name in ("gram", "targets", "scale"):
         torch.testing.assert_close(getattr(kept, name), getattr(alone, name))
 
 
 def test_moments_are_a_plain_value():
-    moments = Moments(torch.tensor([1.0, 2.0]).diag(), torch.zeros(2, 1), torch.tensor([3.0, 1.0]), 2)
-    assert moments.second_moment.tolist() == [[4.5, 0.0], [0.0, 1.0]]
+    moments = Moments(torch.tensor([8.0, 2.0]).diag(), torch.zeros(2, 1), [1], 2)
+    assert moments.scale.tolist() == [0.5, 1.0]
+    assert moments.second_moment.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+def test_moments_of_two_parts_add_up_to_those_of_the_whole():
+    features, labels = problem()
+    weights = torch.arange(len(features)).remainder(3).double()
+    whole, first, second = (
+        feature_moments(features[rows], labels[rows], 4, [5, 3], weights=weights[rows])
+        for rows in (slice(None), slice(7), slice(7, None))
+    )
+    for found, wanted in ((first + second, whole), (whole - second, first)):
+        assert found.n_train == wanted.n_train
+        assert found.weight == wanted.weight
+        for name in ("gram", "targets", "scale"):
+            torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-12, atol=1e-12)
+
+
+def test_a_part_without_weight_adds_nothing():
+    features, labels = problem()
+    nothing = feature_moments(features, labels, 4, [5, 3], weights=torch.zeros(len(features)))
+    whole = feature_moments(features, labels, 4, [5, 3])
+    assert torch.equal((whole + nothing).gram, whole.gram)
+    with pytest.raises(ValueError, match="`sample_weight` must be above 0 for one training example"):
+        nothing.checked()
 
 
 class TestRange:
@@ -105,7 +129,7 @@ class TestRange:
         with pytest.raises(
             ValueError, match="`train_dataset` must give finite activations; got NaN or infinity in feature 1"
         ):
-            feature_moments(features, torch.zeros(5, dtype=torch.long), 2, [3])
+            feature_moments(features, torch.zeros(5, dtype=torch.long), 2, [3]).checked()
 
     @pytest.mark.parametrize("size", [1e-170, 1e170])
     def test_features_whose_squares_leave_float64_are_refused(self, size):
@@ -114,4 +138,4 @@ class TestRange:
         with pytest.raises(
             ValueError, match=r"whose squares float64 can hold, .*; got smaller or larger ones in layer 1 of"
         ):
-            feature_moments(features, labels, 4, [5, 3])
+            feature_moments(features, labels, 4, [5, 3]).checked()

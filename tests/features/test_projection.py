@@ -171,7 +171,7 @@ def test_beyond_the_bound_only_the_diagonal_of_sigma_is_kept_and_scores_hardly_m
     model, train = classifier(16, 300, 200)
     test = train.tensors[0][:5], train.tensors[1][:5]
     whole = STRIDE(model, train).influence(test)
-    monkeypatch.setattr("stride_captum.closed_form.operators.MOST_CLASSES", 299)
+    monkeypatch.setattr("stride_captum.closed_form.fit.MOST_CLASSES", 299)
     method = STRIDE(model, train)
     diagonal = method.influence(test)
     assert method._states[0].operators.curvature.class_inverse.shape == (300,)

@@ -24,7 +24,6 @@ from stride_captum.adapters import (
     DiagonalEKFAC,
     KNNShapley,
     LossDetector,
-    RidgeLeaveOneOut,
     Similarity,
     TracIn,
 )
@@ -54,7 +53,7 @@ OTHERS: dict[str, Callable[..., Any]] = {
     "ClassSimilarity": ClassSimilarity,
     "KNNShapley": KNNShapley,
 }
-DETECTORS = [LossDetector, RidgeLeaveOneOut, ConfidentLearning]
+DETECTORS = [LossDetector, ConfidentLearning]
 
 
 class Then(nn.Module):

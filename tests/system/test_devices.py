@@ -28,7 +28,6 @@ from stride_captum.adapters import (
     KNNShapley,
     LossDetector,
     Random,
-    RidgeLeaveOneOut,
     Similarity,
     TracIn,
 )
@@ -219,7 +218,7 @@ class TestEveryMethod:
         ):
             EKFAC(moved(model), train)
 
-    @pytest.mark.parametrize("kind", [LossDetector, RidgeLeaveOneOut, ConfidentLearning])
+    @pytest.mark.parametrize("kind", [LossDetector, ConfidentLearning])
     @pytest.mark.parametrize("float64", [True, False])
     def test_detectors_of_label_noise(self, kind: Any, float64: bool) -> None:
         model, train, _ = trained(MLP)
@@ -771,7 +770,7 @@ class TestComparison:
             "lds": {},
             "calibration": {},
             "counterfactual": {"counts": (20,), "n_points": 2, "n_seeds": 1},
-            "mislabel": {"n_held_out": 20, "detectors": ("loss", "ridge leave-one-out")},
+            "mislabel": {"n_held_out": 20, "detectors": ("loss",)},
             "leakage": {"counts": (4,)},
         }
         sizes = {"n_subsets": 6, "n_seeds": 1, "n_models": 1, "n_test": 20, "n_jobs": 1, "n_resamples": 20}

@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE, ClosedForm
 from stride_captum.adapters import TracIn
-from stride_captum.closed_form.operators import block_rows
+from stride_captum.closed_form.memory import block_rows
 from stride_captum.system import memory as memory_budget
 from stride_captum.system.memory import (
     AUTO_SHARE,

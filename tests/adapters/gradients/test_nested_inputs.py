@@ -25,7 +25,6 @@ from stride_captum.adapters import (
     KNNShapley,
     LossDetector,
     Random,
-    RidgeLeaveOneOut,
     Similarity,
     TracIn,
 )
@@ -61,7 +60,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "Similarity": Similarity,
     "ClassSimilarity": ClassSimilarity,
 }
-DETECTORS = [LossDetector, RidgeLeaveOneOut, ConfidentLearning]
+DETECTORS = [LossDetector, ConfidentLearning]
 
 
 class Scale(nn.Module):

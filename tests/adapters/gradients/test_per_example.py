@@ -585,7 +585,7 @@ class TestOptions:
         with torch.no_grad():
             target = mean_residual(model(held_out.tensors[0]), held_out.tensors[1])
             logits = model(train.tensors[0])
-        temperature = match_temperature(logits, train.tensors[1], target)
+        temperature = match_temperature(partial(mean_residual, logits, train.tensors[1]), target)
         assert temperature > 1.1
         assert method._states[0].temperature == pytest.approx(temperature)
         wanted = tempered_residuals(logits, train.tensors[1], temperature)

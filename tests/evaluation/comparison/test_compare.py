@@ -782,7 +782,7 @@ class TestSilence:
 
 
 def test_detectors_are_known_by_name():
-    assert set(DETECTORS) == {"loss", "ridge leave-one-out", "confident learning"}
+    assert set(DETECTORS) == {"loss", "confident learning"}
 
 
 @pytest.mark.slow
