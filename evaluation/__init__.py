@@ -17,8 +17,9 @@ from .measures.linear_datamodeling import LDSResult, lds
 from .measures.linearized_influence import LinearizedInfluenceResult, linearized_influence_correlation
 from .measures.mislabel_precision import MislabelResult, mislabel
 from .retraining.attributed_models import train_attributed
-from .retraining.cross_fitting import CrossFitted, TaskTraining, retrain
+from .retraining.cross_fitting import CrossFitted, retrain
 from .retraining.plan import RetrainingPlan
+from .retraining.task_parts import TaskTraining
 from .retraining.training import train_model
 from .tasks.tasks import Task, load_task
 
