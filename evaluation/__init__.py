@@ -1,14 +1,14 @@
 """One harness that measures every method the same way: fidelity, cost, controls and ceilings."""
 
 from .comparison.compare import compare
-from .comparison.counterfactual_runs import measure_counterfactual
 from .comparison.explain import Explanation, explain
-from .comparison.leakage_runs import measure_leakage
-from .comparison.measure import Measure
-from .comparison.methods import METHODS, MethodSpec
-from .comparison.mislabel_runs import measure_mislabel
 from .comparison.plan import MEASURES
 from .comparison.results import Comparison
+from .comparison.runs.counterfactual import measure_counterfactual
+from .comparison.runs.leakage import measure_leakage
+from .comparison.runs.mislabel import measure_mislabel
+from .comparison.shared.measure import Measure
+from .comparison.shared.methods import METHODS, MethodSpec
 from .measures.calibration import CalibrationResult, calibration
 from .measures.cost import Cost, measure_cost
 from .measures.counterfactual_drop import CounterfactualResult, counterfactual
@@ -17,8 +17,9 @@ from .measures.linear_datamodeling import LDSResult, lds
 from .measures.linearized_influence import LinearizedInfluenceResult, linearized_influence_correlation
 from .measures.mislabel_precision import MislabelResult, mislabel
 from .retraining.attributed_models import train_attributed
-from .retraining.cross_fitting import CrossFitted, TaskTraining, retrain
+from .retraining.cross_fitting import CrossFitted, retrain
 from .retraining.plan import RetrainingPlan
+from .retraining.task_parts import TaskTraining
 from .retraining.training import train_model
 from .tasks.tasks import Task, load_task
 

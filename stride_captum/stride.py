@@ -67,7 +67,7 @@ class STRIDE(ChangingTrainingSet):
             it; trained operators hold the features in memory.
         response: Default response; None means the first of the loss ("margin"), or what the operators want.
         target: Default class of the response; None means "label", or what the operators want.
-        normalize: Default normalization, None or "cosine".
+        normalize: Default normalization, None, "cosine" or "deviation".
         memory_budget: Memory of one block of work: bytes, "512MiB", or "auto".
         loss: What the model was trained with (see `InfluenceMethod`).
         batch: How a batch is read (see `InfluenceMethod`).

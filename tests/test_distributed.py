@@ -55,6 +55,7 @@ def answers(method, batch) -> dict[str, Tensor]:
         "dense": method.influence(batch),
         "predicted logit": method.influence(batch, response="logit", target="predicted"),
         "cosine": method.influence(batch, normalize="cosine"),
+        "deviation": method.influence(batch, normalize="deviation"),
         "cosine, best": method.influence(batch, 3, normalize="cosine").indices,
         "best": best.indices,
         "best scores": best.influence_scores,

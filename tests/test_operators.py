@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stride_captum import STRIDE
 from stride_captum.conformance import CHECKS, run_check
-from stride_captum.evaluation.comparison.methods import MethodSpec, stride
+from stride_captum.evaluation.comparison.shared.methods import MethodSpec, stride
 from stride_captum.operators import FittedOperators, Operators, TestPoints, TrainingSet
 from stride_captum.system.saved_values import saved_as
 

@@ -293,7 +293,7 @@ def test_constructors_check_what_a_query_takes(cls):
         pytest.skip("not a method that is built of a model and data alone")
     for argument, wrong, must in (
         ("response", "margn", "one of 'margin'.*Nearest: 'margin'"),
-        ("normalize", "l2", "None or 'cosine'; got 'l2'"),
+        ("normalize", "l2", "None, 'cosine' or 'deviation'; got 'l2'"),
         ("target", "labels", "'label', 'predicted' or class indices; got 'labels'"),
         ("memory_budget", "0GiB", "a positive number of bytes"),
     ):

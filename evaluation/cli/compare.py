@@ -10,9 +10,9 @@ import typer
 
 from ...errors import bad_value
 from ..comparison.compare import answer, comparison_sizes, planned_trainings
-from ..comparison.methods import DEFAULT_METHODS
 from ..comparison.plan import MEASURES, settle
-from ..comparison.question import Question
+from ..comparison.shared.methods import DEFAULT_METHODS
+from ..comparison.shared.question import Question
 from ..report.html import read_results, write_comparison
 from ..report.terminal import console, show_comparison, show_printed
 from ..tasks.paper_tables import TABLES, find_table

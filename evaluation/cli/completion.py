@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from ..benchmarks.feature_store import PARTS
 from ..benchmarks.retraining import CASES
 from ..benchmarks.scalability.case import SCALED_METHODS
-from ..comparison.methods import METHODS
 from ..comparison.plan import MEASURES
+from ..comparison.shared.methods import METHODS
 from ..tasks.paper_tables import TABLES
 from ..tasks.tasks import PRESETS, TASKS
 

@@ -17,12 +17,12 @@ from ..retraining.store import Fingerprints
 from ..retraining.training import logits_of, mean_residual
 from ..system import environment
 from ..tasks.tasks import Task
-from .lds_runs import chosen_options, retrained
-from .methods import MethodSpec
 from .plan import MEASURES, settle
-from .question import Question
 from .results import Comparison
-from .shared import Shared
+from .runs.lds import chosen_options, retrained
+from .shared.methods import MethodSpec
+from .shared.question import Question
+from .shared.shared import Shared
 
 #: Measures whose rows are a field of `Comparison`.
 _FIELDS = ("rows", "counterfactual", "mislabel", "leakage")

@@ -17,13 +17,13 @@ from ..retraining.plan import ENGINES
 from ..tasks.checks import check_task
 from ..tasks.new_network import built
 from ..tasks.tasks import Task
-from .counterfactual_runs import Counterfactual
-from .lds_runs import READINGS
-from .leakage_runs import Leakage
-from .measure import Measure
-from .methods import DEFAULT_METHODS, METHODS, MethodSpec, find_method
-from .mislabel_runs import Mislabel
-from .question import Question, halves
+from .runs.counterfactual import Counterfactual
+from .runs.lds import READINGS
+from .runs.leakage import Leakage
+from .runs.mislabel import Mislabel
+from .shared.measure import Measure
+from .shared.methods import DEFAULT_METHODS, METHODS, MethodSpec, find_method
+from .shared.question import Question, halves
 
 #: What can be measured, by name; one of your own is known to `compare` once it is here.
 MEASURES: dict[str, Measure] = {

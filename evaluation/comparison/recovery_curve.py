@@ -31,8 +31,8 @@ from ..retraining.plan import without_diverged
 from ..system import environment
 from ..tasks.checks import check_task
 from ..tasks.tasks import Task
-from .methods import fitting
-from .question import halves
+from .shared.methods import fitting
+from .shared.question import halves
 
 #: Penalties that the tuning half chooses from.
 ALPHAS: dict[str, tuple[float, ...]] = {

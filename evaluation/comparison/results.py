@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from ...errors import bad_choice
 from ..measures.linear_datamodeling import plain
 from ..report.html import FORMAT, comparison_table
-from .counterfactual_runs import CounterfactualRow
-from .lds_runs import Row
-from .leakage_runs import LeakageRow
-from .mislabel_runs import MislabelRow
+from .runs.counterfactual import CounterfactualRow
+from .runs.lds import Row
+from .runs.leakage import LeakageRow
+from .runs.mislabel import MislabelRow
 
 if TYPE_CHECKING:
     import pandas

@@ -215,7 +215,7 @@ def measure_cost(
     >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
     >>> from stride_captum.adapters import Similarity
-    >>> from stride_captum.evaluation.comparison.methods import adapter
+    >>> from stride_captum.evaluation.comparison.shared.methods import adapter
     >>> costs = measure_cost({"Similarity": adapter(Similarity)}, model, train, test.tensors, repeats=1)
     >>> costs["Similarity"].n_queries
     7

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ..comparison.counterfactual_runs import CounterfactualRow
+from ..comparison.runs.counterfactual import CounterfactualRow
 from ..measures.statistics import Interval
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from ..tasks.new_network import checked_network
 from ..tasks.tasks import Task
 from . import store as run_store
 from .attributed_models import FIRST_SPIKED, SPIKE, TRIES, attributed_path, checkpoint_paths
-from .cross_fitting import cross_fit_paths, is_stored
 from .estimate import RetrainingEstimate
+from .task_parts import HALVES, Split, cross_fit_paths
 from .training import mean_residual
-from .workers import seconds_per_example
+from .workers import count, seconds_per_example
 
 
 def estimate_attributed(
@@ -52,11 +52,24 @@ def estimate_checkpoints(
 
 
 def estimate_cross_fitted(
-    task: Task, n_models: int, repeats: int, store: str | Path, *, device: torch.device | str = "cpu"
+    task: Task,
+    n_models: int,
+    repeats: int,
+    store: str | Path,
+    split: Split = HALVES,
+    *,
+    n_jobs: int = 1,
+    device: torch.device | str = "cpu",
 ) -> RetrainingEstimate:
-    """What `cross_fit` would train for the attributed models 0, 1, ...: each on half of the training set."""
-    paths = [path for number in range(n_models) for path in cross_fit_paths(task, number, repeats, store)]
-    missing = [path for path in paths if not is_stored(path)]
+    """What `cross_fit` would train for the attributed models 0, 1, ..."""
+    paths = [
+        path
+        for number in range(n_models)
+        for path in cross_fit_paths(task, number, repeats, store, split, device=device)
+    ]
+    missing = [path for path in paths if run_store.read_states(path)[0] is None]
+    workers = min(count(n_jobs, device), len(missing))
+    epochs = split.epochs or task.training.epochs
     network = checked_network(task.build_model)
     per_example = _seconds_per_example(task, device) if missing else 0.0
     return RetrainingEstimate(
@@ -66,10 +79,10 @@ def estimate_cross_fitted(
         engine="processes",
         n_stored=len(paths) - len(missing),
         n_damaged=sum(path.exists() for path in missing),
-        n_workers=min(1, len(missing)),
-        seconds=per_example * len(missing) * task.training.epochs * task.n_train / 2,
+        n_workers=workers,
+        seconds=per_example * len(missing) * epochs * task.n_train / split.parts / max(workers, 1),
         n_bytes=len(missing) * sum(t.numel() * t.element_size() for t in network.state_dict().values()),
-        purpose="cross-fitted halves",
+        purpose="cross-fitted halves" if split.parts == 2 else f"cross-fitted parts, {split.parts} of each",
     )
 
 

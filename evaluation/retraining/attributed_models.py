@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import bad_value
 from ...influence.checkpoints import log_positions
-from ...system.atomic import atomic_write
 from ..tasks.new_network import checked_network
 from ..tasks.tasks import Task
 from . import store as run_store
@@ -77,7 +76,7 @@ def train_attributed(
     def keep_worst(epoch: int, model: nn.Module) -> None:
         residual = mean_residual(model, x, y)
         if epoch > task.training.epochs - 6 and residual > worst["residual"]:
-            worst.update(residual=residual, state=_saved(model))
+            worst.update(residual=residual, state=run_store.whole_state(model.state_dict()))
 
     with single_thread():
         model = train_model(
@@ -97,7 +96,7 @@ def train_attributed(
     if spike:
         model.load_state_dict(worst["state"])
     if path is not None:
-        _write(path, model)
+        run_store.write_state(path, model.state_dict())
     return model
 
 
@@ -165,7 +164,7 @@ def train_checkpoints(
 
     def keep(epoch: int, model: nn.Module) -> None:
         if epoch in kept:
-            _write(paths[kept.index(epoch)], model)
+            run_store.write_state(paths[kept.index(epoch)], model.state_dict())
 
     network = checked_network(task.build_model)
     if any(run_store.read_state(path, network)[0] is None for path in paths):
@@ -216,17 +215,3 @@ def _on(device: torch.device | str) -> str:
     """What a device adds to the name of a training."""
     kind = torch.device(device).type
     return "" if kind == "cpu" else f" device={kind}"
-
-
-def _saved(model: nn.Module) -> dict[str, Tensor]:
-    """The weights as a file takes them: copies, so that weights that are tied or not contiguous are whole."""
-    return {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in model.state_dict().items()
-    }
-
-
-def _write(path: Path, model: nn.Module) -> None:
-    from safetensors.torch import save_file
-
-    atomic_write(path, lambda name: save_file(_saved(model), name))

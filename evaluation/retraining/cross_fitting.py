@@ -7,12 +7,10 @@ partition cost together what one training on everything costs.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import secrets
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +18,24 @@ import joblib
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 from torch import Tensor, nn
 
 from ... import __version__
 from ...errors import bad_type, bad_value, whole_number
 from ...influence.checkpoints import Checkpoint, load_checkpoint
 from ...responses import response_value
-from ...subsets import Membership, members, partition
-from ...system.atomic import atomic_write
+from ...subsets import Membership, members, membership_from_indices, partition
 from ...system.preserve_state import preserve_state
 from ...system.random_states import same_random_state
 from ..system.stable_digest import NoStableDigest, stable_digest
-from ..tasks.networks import TrainingSettings
-from ..tasks.tasks import Task
 from . import store as run_store
-from .attributed_models import log_epochs
-from .training import single_thread, train_model
+from .store import State
+from .training import single_thread
 from .workers import count
 
-#: `train_function(indices, seed)`: a model, or the checkpoints along its training, the last one last.
 _PACKAGE = "stride_captum"
-#: Seed of the first partition for the attributed model number 0; number i begins `_APART * i` behind it.
-_FIRST, _APART = 50_000, 1_000
+#: `train_function(indices, seed)`: a model, or the checkpoints along its training, the last one last.
 TrainFunction = Callable[[NDArray[np.int64], int], Any]
-State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -123,7 +114,8 @@ def retrain(
     Raises:
         ValueError: Counts out of range, or weights that are not finite.
         TypeError: `train_function` returns neither models nor state dicts.
-        RuntimeError: A training failed; those that are done stay in the store.
+        RuntimeError: `train_function` raised an error in one training, which is named; those that are done
+            stay in the store.
 
     >>> def train(indices, seed):
     ...     torch.manual_seed(seed)
@@ -132,41 +124,82 @@ def retrain(
     >>> len(found.checkpoints), found.trainings, len(found.checkpoints[0].seen)
     (6, 3.0, 5)
     """
-    parts = whole_number("parts", parts, 2)
-    repeats = whole_number("repeats", repeats)
+    jobs = part_trainings(n_train, parts, repeats, seed)
+    paths = training_paths(train_function, jobs, store, version)
+    states: dict[int, list[State]] = {}
+    for job, path in zip(jobs, paths, strict=True):
+        found, damage = (None, None) if path is None else run_store.read_states(path)
+        if found is not None:
+            states[job.number] = found
+        elif path is not None:
+            run_store.say_damaged(path, damage)
+    todo = [job for job in jobs if job.number not in states]
+    parallel = joblib.Parallel(n_jobs=count(n_jobs, "cpu"))
+    done = parallel(joblib.delayed(_train)(train_function, job, paths[job.number]) for job in todo)
+    states |= {job.number: found for job, found in zip(todo, done, strict=True)}
+    checkpoints, last = [], []
+    for job in jobs:
+        checkpoints += [Checkpoint(state, seen=job.rows.tolist()) for state in states[job.number]]
+        last.append(len(checkpoints) - 1)
+    membership = membership_from_indices([job.rows for job in jobs], n_train)
+    return CrossFitted(checkpoints, membership, last, float(repeats))
+
+
+@dataclass(frozen=True)
+class PartTraining:
+    """One training of `retrain`.
+
+    Attributes:
+        number: Its place among all.
+        parts: Of each partition.
+        rows: Training indices.
+        seed: Of the training.
+
+    >>> print(part_trainings(10, 2, 1, seed=7)[1])
+    Training 1, part 2 of 2 with 5 examples and seed 8,
+    """
+
+    number: int
+    parts: int
+    rows: NDArray[np.int64]
+    seed: int
+
+    def __str__(self) -> str:
+        part = f"part {self.number % self.parts + 1} of {self.parts}"
+        return f"Training {self.number}, {part} with {len(self.rows)} examples and seed {self.seed},"
+
+
+def part_trainings(n_train: int, parts: int, repeats: int, seed: int) -> list[PartTraining]:
+    """The trainings of `retrain` with these arguments; more `repeats` only add some.
+
+    Raises:
+        ValueError: Counts out of range.
+    """
+    parts, repeats = whole_number("parts", parts, 2), whole_number("repeats", repeats)
     if whole_number("n_train", n_train) < parts:
         raise bad_value("parts", f"be at most n_train = {n_train}", parts)
-    every = [partition(n_train, parts, seed=seed + repeat) for repeat in range(repeats)]
-    rows = [members(split, k) for split in every for k in range(parts)]
-    names = _names(train_function, rows, seed, store, version)
-    folder = None if store is None else Path(store) / "cross-fitted"
-    jobs = [(i, None if folder is None else folder / f"{name}.safetensors") for i, name in enumerate(names)]
-    states: dict[int, list[State]] = {}
-    for i, path in jobs:
-        found = None if path is None else _read(path)
-        if found is not None:
-            states[i] = found
-    todo = [(i, path) for i, path in jobs if i not in states]
-    parallel = joblib.Parallel(n_jobs=count(n_jobs, "cpu"))
-    done = parallel(joblib.delayed(_train)(train_function, rows[i], seed + i, i, path) for i, path in todo)
-    states |= {i: found for (i, _), found in zip(todo, done, strict=True)}
-    checkpoints, last = [], []
-    for i, row in enumerate(rows):
-        checkpoints += [Checkpoint(state, seen=row.tolist()) for state in states[i]]
-        last.append(len(checkpoints) - 1)
-    return CrossFitted(checkpoints, sparse.vstack(every).tocsr(), last, float(repeats))
+    found = []
+    for repeat in range(repeats):
+        split = partition(n_train, parts, seed=seed + repeat)
+        for k in range(parts):
+            number = repeat * parts + k
+            found.append(PartTraining(number, parts, members(split, k), seed + number))
+    return found
 
 
-def _names(
-    function: TrainFunction,
-    rows: Sequence[NDArray[np.int64]],
-    seed: int,
-    store: str | Path | None,
-    version: str | None,
-) -> list[str]:
-    """A name for each training, of everything that determines it."""
+def training_paths(
+    function: TrainFunction, jobs: Sequence[PartTraining], store: str | Path | None, version: str | None
+) -> list[Path | None]:
+    """The file of each training, named by everything that determines it; None where nothing is kept.
+
+    Args:
+        function: As for `retrain`, as are `store` and `version`.
+        jobs: The trainings.
+        store: See there.
+        version: See there.
+    """
     if store is None:
-        return [""] * len(rows)
+        return [None] * len(jobs)
     try:
         digest = stable_digest(function, "train_function", packages=(_PACKAGE,)) if version is None else ""
         what = digest or f"version {version}"
@@ -177,37 +210,28 @@ def _names(
         )
         what = secrets.token_hex()
     shared = {"function": what, "torch": torch.__version__, _PACKAGE: __version__}
-    found = []
-    for i, row in enumerate(rows):
-        state = {**shared, "seed": seed + i, "rows": hashlib.sha256(row.tobytes()).hexdigest()}
-        found.append(hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:24])
-    return found
+    names = [run_store.name_of({**shared, "seed": job.seed}, job.rows) for job in jobs]
+    return [Path(store) / "cross-fitted" / f"{name}.safetensors" for name in names]
 
 
-def _train(
-    function: TrainFunction, rows: NDArray[np.int64], seed: int, number: int, path: Path | None
-) -> list[State]:
+def _train(function: TrainFunction, job: PartTraining, path: Path | None) -> list[State]:
     """Train one model, and write it."""
     with same_random_state(), single_thread():
-        torch.manual_seed(seed)
+        torch.manual_seed(job.seed)
         try:
-            states = _states(function(rows, seed))
-        except (TypeError, ValueError):
-            raise
+            returned = function(job.rows, job.seed)
         except Exception as error:
-            raise RuntimeError(
-                f"Training {number} of the cross-fitting, on {len(rows)} examples with seed {seed}, failed "
-                f"with {type(error).__name__}: {error}"
-            ) from error
+            raise RuntimeError(f"{job} failed with {type(error).__name__}: {error}") from error
+        states = _states(returned)
     for state in states:
         if not all(bool(t.isfinite().all()) for t in state.values() if t.is_floating_point()):
-            must = "return models with finite weights"
-            raise bad_value("train_function", must, f"NaN or infinity in training {number} (seed {seed})")
+            raise bad_value(
+                "train_function",
+                "return models with finite weights",
+                f"NaN or infinity in training {job.number} (seed {job.seed})",
+            )
     if path is not None:
-        from safetensors.torch import save_file
-
-        flat = {f"{i}/{name}": t for i, state in enumerate(states) for name, t in state.items()}
-        atomic_write(path, lambda name: save_file(flat, name))
+        run_store.write_states(path, states)
     return states
 
 
@@ -220,91 +244,10 @@ def _states(returned: Any) -> list[State]:
         if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
             must = "return a model, or the models or state dicts along its training"
             raise bad_type("train_function", must, model)
-        found.append({name: t.detach().cpu().clone().contiguous() for name, t in state.items()})
+        found.append(run_store.whole_state(state))
     if not found:
         raise bad_value("train_function", "return at least one model", "none")
     return found
-
-
-def _read(path: Path) -> list[State] | None:
-    """The state dicts of a file; None if there is none, or a damaged one."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        flat = load_file(path)
-    except FileNotFoundError:
-        return None
-    except (SafetensorError, OSError):
-        warnings.warn(f"{path} is cut off or not a file of weights: it is trained again.", stacklevel=3)
-        return None
-    states: dict[int, State] = {}
-    for name, tensor in flat.items():
-        number, _, key = name.partition("/")
-        states.setdefault(int(number), {})[key] = tensor
-    return [states[number] for number in sorted(states)]
-
-
-@dataclass(frozen=True)
-class TaskTraining:
-    """The training of a task, as `retrain` takes it.
-
-    Attributes:
-        task: Data, network and settings.
-        epochs: Passes over the part; None for those of the task.
-        along: Whether to return checkpoints along the training, after epochs 1, 2, 3, 5, 8, 12, ...
-
-    >>> from stride_captum.evaluation import load_task
-    >>> from stride_captum.evaluation.tasks.networks import TrainingSettings
-    >>> training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
-    >>> task = load_task("synthetic", preset="smoke", training=training)
-    >>> len(TaskTraining(task, along=True)(np.arange(20), 0))
-    2
-    """
-
-    task: Task
-    epochs: int | None = None
-    along: bool = False
-
-    def __call__(self, indices: NDArray[np.int64], seed: int) -> list[State]:
-        """Train on some examples of the task."""
-        settings: TrainingSettings = self.task.training
-        if self.epochs is not None:
-            settings = replace(settings, epochs=self.epochs)
-        x, y = (t[torch.from_numpy(indices)] for t in self.task.train.tensors)
-        kept = log_epochs(settings.epochs) if self.along else []
-        states: list[State] = []
-
-        def keep(epoch: int, model: nn.Module) -> None:
-            if epoch in kept:
-                states.append({name: t.clone() for name, t in model.state_dict().items()})
-
-        model = train_model(self.task.build_model, x, y, settings, seed, after_epoch=keep)
-        return [*states, dict(model.state_dict())]
-
-
-def cross_fit(task: Task, number: int, repeats: int, store: str | Path) -> CrossFitted:
-    """Models of a task on the halves of `repeats` partitions; each `number` has partitions of its own."""
-    seed, version = _FIRST + _APART * number, _version(task)
-    n, function = task.n_train, TaskTraining(task)
-    return retrain(function, n, repeats=repeats, seed=seed, store=store, version=version)
-
-
-def cross_fit_paths(task: Task, number: int, repeats: int, store: str | Path) -> list[Path]:
-    """The files that `cross_fit` leaves, one for each model."""
-    seed = _FIRST + _APART * number
-    rows = [members(partition(task.n_train, 2, seed=seed + r), k) for r in range(repeats) for k in range(2)]
-    names = _names(TaskTraining(task), rows, seed, store, _version(task))
-    return [Path(store) / "cross-fitted" / f"{name}.safetensors" for name in names]
-
-
-def _version(task: Task) -> str:
-    return run_store.Fingerprints(task).of(0, None, "cross-fitted")
-
-
-def is_stored(path: Path) -> bool:
-    """Whether a model of `retrain` can be read from a file."""
-    return path.exists() and _read(path) is not None
 
 
 def check_apart(judges: Membership, used: Membership) -> None:

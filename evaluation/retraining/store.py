@@ -11,7 +11,7 @@ import hashlib
 import json
 import secrets
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from ..tasks.tasks import Task
 
 #: Increased whenever `train_model` changes what it computes.
 _RECIPE = 2
+#: Weights by name, as `state_dict` gives them.
+State = dict[str, Tensor]
 
 
 class Fingerprints:
@@ -59,13 +61,7 @@ class Fingerprints:
             extra: What else determines the result.
 
         """
-        state = {
-            **self._state,
-            "seed": seed,
-            "rows": None if rows is None else hashlib.sha256(rows.tobytes()).hexdigest(),
-            "extra": extra,
-        }
-        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:24]
+        return name_of({**self._state, "seed": seed, "extra": extra}, rows)
 
 
 def _network(task: Task) -> list[str]:
@@ -87,6 +83,13 @@ def _network(task: Task) -> list[str]:
 
 def _never_found(task: Task, reason: str) -> None:
     warnings.warn(f"Trainings of {task.name} are done again every time: {reason}", stacklevel=5)
+
+
+def name_of(facts: Mapping[str, Any], rows: NDArray[np.int64] | None) -> str:
+    """24 hex digits for a training: what determines it as plain values, and its training indices or None."""
+    trained_on = None if rows is None else hashlib.sha256(rows.tobytes()).hexdigest()
+    text = json.dumps({**facts, "rows": trained_on}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def of_all(fingerprints: Sequence[str]) -> str:
@@ -136,19 +139,61 @@ def read_array(path: Path, shape: tuple[int, ...]) -> tuple[NDArray[np.float32] 
     return array, None
 
 
-def read_state(path: Path, model: nn.Module) -> tuple[dict[str, Tensor] | None, str | None]:
+def whole_state(state: Mapping[str, Tensor]) -> State:
+    """Weights as a file takes them: copies on the CPU, so that tied or strided weights are whole."""
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
+
+
+def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write the weights of a model as .safetensors, atomically."""
+    from safetensors.torch import save_file
+
+    whole = whole_state(state)
+    atomic_write(path, lambda name: save_file(whole, name))
+
+
+def write_states(path: Path, states: Sequence[Mapping[str, Tensor]]) -> None:
+    """Write the weights along one training to one file, in their order."""
+    write_state(path, {f"{i}/{name}": t for i, state in enumerate(states) for name, t in state.items()})
+
+
+def read_state(path: Path, model: nn.Module) -> tuple[State | None, str | None]:
     """Read the weights of a model; the result is that of `read_array`."""
+    state, damage = _read_weights(path)
+    if state is None:
+        return None, damage
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in model.state_dict().items()}:
+        return None, "of another network"
+    return state, None
+
+
+def read_states(path: Path) -> tuple[list[State] | None, str | None]:
+    """Read what `write_states` wrote; the result is that of `read_array`."""
+    flat, damage = _read_weights(path)
+    if flat is None:
+        return None, damage
+    states: dict[int, State] = {}
+    for name, tensor in flat.items():
+        number, _, key = name.partition("/")
+        if not number.isdigit() or not key:
+            return None, "not one of weights along a training"
+        states.setdefault(int(number), {})[key] = tensor
+    return [states[number] for number in sorted(states)], None
+
+
+def _read_weights(path: Path) -> tuple[State | None, str | None]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        state: dict[str, Tensor] = load_file(path)
+        state: State = load_file(path)
     except FileNotFoundError:
         return None, None
-    except SafetensorError:
+    except (SafetensorError, OSError):
         return None, "cut off or not a file of weights"
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in model.state_dict().items()}:
-        return None, "of another network"
     if not all(torch.isfinite(v).all() for v in state.values()):
         return None, "not finite"
     return state, None

@@ -70,7 +70,7 @@ class InfluenceMethod(ScoringLoop):
         held_out: Labeled data that the model has not seen, for methods that can use it.
         response: Default response; None takes the first of the loss ("margin", or "output" of a regression).
         target: Default class of the response.
-        normalize: Default normalization, None or "cosine".
+        normalize: Default normalization, None, "cosine" or "deviation".
         memory_budget: Memory of one block of work: bytes, "512MiB", or "auto".
         loss: What the model was trained with: "cross_entropy" (one output is binary),
             "binary_cross_entropy" (several labels an example), "mse" (regression), one of
@@ -271,8 +271,11 @@ class InfluenceMethod(ScoringLoop):
             response: The scalar that is attributed (see the loss).
             target: Its class: "label", "predicted", or an index (one, or one per test point). Of several
                 labels or outputs, an index names one, and "label" is the sum over all.
-            normalize: None or "cosine": divide by the norms of both sides; a zero norm gives 0. What is not
-                given is that of the constructor.
+            normalize: None; "cosine": divide by the norms of both sides, a zero norm gives 0; or
+                "deviation": bring the scores of each checkpoint, for each test point, to unit standard
+                deviation over the training set before they are averaged, so that a checkpoint whose scores
+                are large does not count more (in two passes over the training set). What is not given is
+                that of the constructor.
             per_position: Of a model with several positions an example (tokens, pixels): whether to return the
                 scores of the test points' positions instead of their sums, `(n_test, P, n_train)`, 0 where
                 there is no label.

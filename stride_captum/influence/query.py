@@ -97,8 +97,8 @@ def check_query(loss: Loss, response: str, normalize: str | None) -> None:
         ValueError: A response or a normalization that does not exist.
     """
     loss.check_response(response)
-    if normalize not in (None, "cosine"):
-        raise bad_value("normalize", "be None or 'cosine'", repr(normalize))
+    if normalize not in (None, "cosine", "deviation"):
+        raise bad_value("normalize", "be None, 'cosine' or 'deviation'", repr(normalize))
 
 
 def checked_target(target: Any) -> str | Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,15 +13,42 @@ from torch import Tensor, nn
 
 from ..data import inputs as data
 from ..errors import bad_value
+from ..system.devices import as_float64, matching
 from ..system.locks import exclusive
 from ..system.memory import rows_that_fit
 from ..system.peak_memory import PeakMemory
+from ..system.processes import SingleProcess
 from .query import Default, Query, check_query, checked_target, slice_target
 from .reading import BatchReader
 from .top_k import Collector
 
 #: Scores of one block, at most: small enough for the last level of cache.
 _BLOCK_SCORES = 2**22
+
+
+#: Share of the mean square below which a variance is rounding.
+_ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class _AtCheckpoint:
+    """A batch of test points at one checkpoint.
+
+    Attributes:
+        checkpoint: As the user gave it.
+        state: What `fit` learned at it.
+        prepared: What the scores need of the test points.
+        weight: Of its scores in the sum.
+        norms: Inverse norms of test points and of training examples; None where scores are not divided.
+        scale: What the scores of each test point are multiplied by, `(n_test,)` float64; None for 1.
+    """
+
+    checkpoint: Any
+    state: Any
+    prepared: Any
+    weight: float
+    norms: tuple[Tensor, Tensor] | None
+    scale: Tensor | None = None
 
 
 class ScoringLoop(BatchReader):
@@ -36,6 +64,7 @@ class ScoringLoop(BatchReader):
     _weights: list[float]
     _fit_bytes: int | None
     peak_bytes_: int | None
+    ranks: SingleProcess
 
     # What a method implements.
 
@@ -198,30 +227,59 @@ class ScoringLoop(BatchReader):
         self, model: nn.Module, batch: Any, query: Query, n: int, normalize: str | None, keeps_all: bool
     ) -> Iterator[tuple[Tensor, int]]:
         """Blocks of scores of one test batch with the column where each starts."""
-        parts = []
+        parts: list[_AtCheckpoint] = []
         for checkpoint, state, weight in self._fitted():
             self._load(model, checkpoint)
             prepared = self.prepare_query(state, model, batch, query)
-            norms = self._inverse_norms(state, prepared, model) if normalize else None
-            parts.append((checkpoint, state, prepared, weight, norms))
+            norms = self._inverse_norms(state, prepared, model) if normalize == "cosine" else None
+            parts.append(_AtCheckpoint(checkpoint, state, prepared, weight, norms))
         bytes_per_score = max((p.element_size() for p in model.parameters()), default=8)
         if len(parts) > 1 or normalize or not keeps_all:
             size = rows_that_fit(self.memory_budget, 4 * bytes_per_score, _BLOCK_SCORES)
         else:  # the block is the result itself
             size = rows_that_fit(self.memory_budget, bytes_per_score, None)
-        for columns, train_batch in self._column_blocks(size // max(n, 1)):
+        size //= max(n, 1)
+        if normalize == "deviation":
+            parts = self._of_unit_deviation(model, parts, size)
+        for columns, train_batch in self._column_blocks(size):
             block: Tensor | None = None
-            for checkpoint, state, prepared, weight, norms in parts:
-                if self.reads_training_data and len(parts) > 1:
-                    self._load(model, checkpoint)
-                scores = self.score_batch(state, prepared, columns, model, train_batch).detach()
-                if norms is not None:
-                    scores = scores * norms[0][:, None] * norms[1][columns]
-                if weight != 1:
-                    scores = scores * weight
+            for part in parts:
+                scores = self._part_scores(model, part, columns, train_batch, len(parts) > 1)
+                if part.norms is not None:
+                    scores = scores * part.norms[0][:, None] * part.norms[1][columns]
+                if part.scale is not None:
+                    scores = scores * matching(part.scale, scores)[:, None]
+                if part.weight != 1:
+                    scores = scores * part.weight
                 block = scores if block is None else block + scores
             assert block is not None, "there is at least one checkpoint"
             yield block, columns.start
+
+    def _part_scores(
+        self, model: nn.Module, part: _AtCheckpoint, columns: slice, train_batch: Any, reload: bool
+    ) -> Tensor:
+        if self.reads_training_data and reload:
+            self._load(model, part.checkpoint)
+        return self.score_batch(part.state, part.prepared, columns, model, train_batch).detach()
+
+    def _of_unit_deviation(
+        self, model: nn.Module, parts: list[_AtCheckpoint], size: int
+    ) -> list[_AtCheckpoint]:
+        """With the scales at which the scores of each test point have unit standard deviation."""
+        sums: dict[int, Tensor] = {}
+        for columns, train_batch in self._column_blocks(size):
+            for i, part in enumerate(parts):
+                scores = as_float64(self._part_scores(model, part, columns, train_batch, len(parts) > 1))
+                found = torch.stack([torch.ones_like(scores), scores, scores.square()]).sum(2)
+                sums[i] = sums[i] + found if i in sums else found
+        scaled = []
+        for i, part in enumerate(parts):
+            count, total, squares = self.ranks.all_reduce(sums[i], "deviations of scores")
+            mean, square = total / count, squares / count
+            variance = square - mean.square()
+            inverse = torch.where(variance <= _ROUNDING * square, 0, variance.rsqrt())
+            scaled.append(replace(part, scale=inverse))
+        return scaled
 
     def _inverse_norms(self, state: Any, prepared: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
         test, train = self.test_norms(state, prepared), self.train_norms(state)

@@ -106,7 +106,7 @@ class TestRefusedArguments:
             ValueError, match=r"`response` must be one of 'margin', .*; got 'margn'. Nearest: 'margin'"
         ):
             method.influence(planted[2].tensors, response="margn")
-        with pytest.raises(ValueError, match="`normalize` must be None or 'cosine'; got 'l2'"):
+        with pytest.raises(ValueError, match="`normalize` must be None, 'cosine' or 'deviation'; got 'l2'"):
             method.influence(planted[2].tensors, normalize="l2")
 
     def test_cosine_of_a_method_without_norms(self, planted):

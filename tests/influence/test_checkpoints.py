@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from planted import MLP, BatchNormCNN, built, expect_untouched, trained
+from planted import MLP, BatchNormCNN, built, expect_untouched, planted_classes, trained
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from stride_captum import STRIDE, ClosedForm
+from stride_captum.adapters import TRAK, Similarity, TracIn
 from stride_captum.influence.checkpoints import (
     checkpoint_list,
     learning_rate_of,
@@ -484,3 +485,40 @@ def _of(weights, train, operators):
     model = built(MLP)
     model.load_state_dict(weights)
     return STRIDE(model, train, operators=operators)
+
+
+class TestUnitDeviation:
+    """Scores of each checkpoint have unit standard deviation, test point by test point, before the mean."""
+
+    @pytest.fixture
+    def planted(self):
+        states = [built(MLP, seed).state_dict() for seed in (1, 2, 3)]
+        for name in states[1]:
+            states[1][name] *= 3  # scores of another size
+        return built(MLP), planted_classes(40), planted_classes(6, seed=9), states
+
+    @pytest.mark.parametrize("cls", [STRIDE, TracIn, TRAK])
+    @pytest.mark.parametrize("budget", ["256MiB", 4 * 6 * 4 * 16])
+    def test_it_is_the_mean_of_scaled_scores(self, planted, cls, budget):
+        model, train, test, states = planted
+        options = (
+            {} if cls is not STRIDE else {"operators": ClosedForm(residuals="temperature", temperature=2)}
+        )
+        method = cls(model, train, checkpoints=states, memory_budget=budget, **options)
+        found = method.influence(test.tensors, normalize="deviation")
+        wanted = torch.zeros(6, 40)
+        for state in states:
+            scores = cls(model, train, checkpoints=[state], **options).influence(test.tensors)
+            wanted += scores / scores.std(1, correction=0, keepdim=True)
+        torch.testing.assert_close(found, wanted * method._weights[0], rtol=1e-4, atol=1e-5)
+        best = method.influence(test.tensors, 5, normalize="deviation")
+        torch.testing.assert_close(best.influence_scores, found.topk(5).values)
+
+    def test_scores_without_spread_are_zero(self, planted):
+        model, train, test, _ = planted
+
+        class Constant(Similarity):
+            def score_columns(self, state, prepared, columns):
+                return torch.full((6, columns.stop - columns.start), 0.1)
+
+        assert not Constant(model, train).influence(test.tensors, normalize="deviation").any()

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from stride_captum.evaluation import load_task, train_attributed
 from stride_captum.evaluation.cli import compare as cli
 from stride_captum.evaluation.cli.app import app
-from stride_captum.evaluation.comparison.measure import Measure
 from stride_captum.evaluation.comparison.plan import MEASURES
+from stride_captum.evaluation.comparison.shared.measure import Measure
 from stride_captum.evaluation.report import terminal
 from stride_captum.evaluation.retraining import estimate as retraining_estimate
 from stride_captum.system import atomic as whole_files

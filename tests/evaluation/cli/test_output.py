@@ -16,7 +16,7 @@ from stride_captum.doctor import Diagnosis
 from stride_captum.evaluation.cli import app as cli
 from stride_captum.evaluation.cli.app import app
 from stride_captum.evaluation.cli.output import Console, one_sentence_errors
-from stride_captum.evaluation.comparison.methods import METHODS
+from stride_captum.evaluation.comparison.shared.methods import METHODS
 from stride_captum.evaluation.retraining import workers as retraining_workers
 from stride_captum.evaluation.tasks.paper_tables import TABLES
 from stride_captum.system.packages import Finding

@@ -14,13 +14,13 @@ from torch.utils.data import TensorDataset
 from stride_captum import STRIDE
 from stride_captum.adapters import Random, TracIn
 from stride_captum.evaluation import MethodSpec, compare
-from stride_captum.evaluation.comparison import counterfactual_runs
 from stride_captum.evaluation.comparison.compare import answer, comparison_sizes, planned_trainings
-from stride_captum.evaluation.comparison.measure import Measure
-from stride_captum.evaluation.comparison.methods import DEFAULT_METHODS, METHODS, adapter
-from stride_captum.evaluation.comparison.mislabel_runs import DETECTORS
 from stride_captum.evaluation.comparison.plan import MEASURES, settle, wanted_measures
-from stride_captum.evaluation.comparison.question import halves
+from stride_captum.evaluation.comparison.runs import counterfactual as counterfactual_runs
+from stride_captum.evaluation.comparison.runs.mislabel import DETECTORS
+from stride_captum.evaluation.comparison.shared.measure import Measure
+from stride_captum.evaluation.comparison.shared.methods import DEFAULT_METHODS, METHODS, adapter
+from stride_captum.evaluation.comparison.shared.question import halves
 from stride_captum.evaluation.report.html import write_comparison
 from stride_captum.evaluation.report.terminal import console, show_comparison
 from stride_captum.evaluation.retraining import attributed_models, workers

@@ -9,7 +9,7 @@ from planted import MLP, trained
 
 from stride_captum import STRIDE, ClosedForm, Partition, Trained, adapters
 from stride_captum.evaluation import MethodSpec
-from stride_captum.evaluation.comparison.methods import (
+from stride_captum.evaluation.comparison.shared.methods import (
     DEFAULT_METHODS,
     GRID_SIZE,
     METHODS,

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from stride_captum import STRIDE, Batch, ClosedForm, Features, Partition, Ridge, Trained, adapters
 from stride_captum.adapters import EKFAC, CaptumInfluence, DiagonalEKFAC, Random, TracIn
-from stride_captum.evaluation.comparison import score_cache as kept_answers
-from stride_captum.evaluation.comparison.methods import MethodSpec
-from stride_captum.evaluation.comparison.score_cache import CachedMethod
+from stride_captum.evaluation.comparison.shared import score_cache as kept_answers
+from stride_captum.evaluation.comparison.shared.methods import MethodSpec
+from stride_captum.evaluation.comparison.shared.score_cache import CachedMethod
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.evaluation.tasks.tasks import Task
 from stride_captum.influence.checkpoints import load_checkpoint

@@ -10,8 +10,8 @@ from planted import MLP, planted_classes
 
 from stride_captum import STRIDE
 from stride_captum.adapters import ClassRandom, Random
-from stride_captum.evaluation.comparison.counterfactual_runs import measure_counterfactual
-from stride_captum.evaluation.comparison.removal_plan import cost, counterfactual_plan
+from stride_captum.evaluation.comparison.runs.counterfactual import measure_counterfactual
+from stride_captum.evaluation.comparison.runs.removal_plan import cost, counterfactual_plan
 from stride_captum.evaluation.measures.counterfactual_difference import (
     difference,
     difference_at_equal_depletion,
@@ -350,7 +350,7 @@ class TestRuns:
     @pytest.mark.slow
     def test_calibration_compares_changes_of_the_margin(self, task, models, tmp_path, monkeypatch):
         seen = {}
-        name = "stride_captum.evaluation.comparison.counterfactual_runs.calibration_of_removals"
+        name = "stride_captum.evaluation.comparison.runs.counterfactual.calibration_of_removals"
 
         def spy(predicted, measured, **options):
             seen.update(predicted=predicted, measured=measured)

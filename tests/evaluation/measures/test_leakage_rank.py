@@ -12,8 +12,8 @@ from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE
 from stride_captum.adapters import Random, Similarity
-from stride_captum.evaluation.comparison.leakage_runs import answer_if_defined, measure_leakage, plant
-from stride_captum.evaluation.comparison.score_cache import CachedMethod
+from stride_captum.evaluation.comparison.runs.leakage import answer_if_defined, measure_leakage, plant
+from stride_captum.evaluation.comparison.shared.score_cache import CachedMethod
 from stride_captum.evaluation.measures.leakage_rank import KINDS, leakage, near_duplicate
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.evaluation.tasks.tasks import Task

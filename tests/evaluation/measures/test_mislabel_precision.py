@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from stride_captum import STRIDE
 from stride_captum.adapters import Random, Similarity
-from stride_captum.evaluation.comparison.mislabel_runs import (
+from stride_captum.evaluation.comparison.runs.mislabel import (
     flipped_task,
     held_out_influence,
     measure_mislabel,
@@ -237,7 +237,7 @@ class TestRuns:
         model = train_attributed(task, 0)
         method = STRIDE(model, task.train).fit()
         whole = np.asarray(method.influence(task.test.tensors, response="margin", target="label"))
-        monkeypatch.setattr("stride_captum.evaluation.comparison.mislabel_runs._HELD_OUT_BATCH", 7)
+        monkeypatch.setattr("stride_captum.evaluation.comparison.runs.mislabel._HELD_OUT_BATCH", 7)
         found, rounding = held_out_influence(method, task.test.tensors), 1e-6 * float(np.abs(whole).max())
         np.testing.assert_allclose(found, whole.astype(np.float64).mean(0), rtol=0, atol=rounding)
 

@@ -11,7 +11,7 @@ import torch
 from captum.influence._core.tracincp import KMostInfluentialResults
 from torch.utils.data import TensorDataset
 
-from stride_captum.evaluation.comparison.counterfactual_runs import CounterfactualRow
+from stride_captum.evaluation.comparison.runs.counterfactual import CounterfactualRow
 from stride_captum.evaluation.measures.counterfactual_drop import counterfactual
 from stride_captum.evaluation.measures.statistics import Interval
 from stride_captum.evaluation.notebook.display import (

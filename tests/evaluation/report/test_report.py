@@ -36,12 +36,12 @@ from stride_captum.evaluation import (
     mislabel,
 )
 from stride_captum.evaluation.cli.app import app
-from stride_captum.evaluation.comparison.counterfactual_runs import CounterfactualRow
-from stride_captum.evaluation.comparison.gallery import Gallery, choose_points
-from stride_captum.evaluation.comparison.lds_runs import Row
-from stride_captum.evaluation.comparison.leakage_runs import LeakageRow
-from stride_captum.evaluation.comparison.mislabel_runs import MislabelRow
-from stride_captum.evaluation.comparison.suspects import most_suspect
+from stride_captum.evaluation.comparison.runs.counterfactual import CounterfactualRow
+from stride_captum.evaluation.comparison.runs.lds import Row
+from stride_captum.evaluation.comparison.runs.leakage import LeakageRow
+from stride_captum.evaluation.comparison.runs.mislabel import MislabelRow
+from stride_captum.evaluation.comparison.shared.gallery import Gallery, choose_points
+from stride_captum.evaluation.comparison.shared.suspects import most_suspect
 from stride_captum.evaluation.measures.calibration import calibration, calibration_of_removals
 from stride_captum.evaluation.measures.counterfactual_difference import difference as drop_difference
 from stride_captum.evaluation.measures.counterfactual_difference import difference_at_equal_depletion

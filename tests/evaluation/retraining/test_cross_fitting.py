@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from planted import MLP, built, planted_classes
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -15,7 +16,8 @@ from stride_captum import STRIDE, refine
 from stride_captum.evaluation import TaskTraining, load_task, retrain
 from stride_captum.evaluation.comparison.compare import answer, planned_trainings
 from stride_captum.evaluation.comparison.plan import settle
-from stride_captum.evaluation.retraining.cross_fitting import check_apart, cross_fit
+from stride_captum.evaluation.retraining.cross_fitting import check_apart
+from stride_captum.evaluation.retraining.task_parts import cross_fit
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.responses import response_value
 from stride_captum.subsets import membership_from_indices, partition, random_subsets
@@ -113,12 +115,38 @@ class TestStore:
                 raise OSError("no space")
             return train(indices, seed)
 
-        with pytest.raises(RuntimeError, match=r"Training 1 of .* seed 1, failed with OSError"):
+        named = r"Training 1, part 2 of 2 with 24 examples and seed 1, failed with OSError: no space"
+        with pytest.raises(RuntimeError, match=named):
             retrain(fails_at_the_second, N, store=tmp_path, version="a")
         (tmp_path / "mended").touch()
         CALLS.clear()
         retrain(fails_at_the_second, N, store=tmp_path, version="a")
         assert [seed for _, seed in CALLS] == [1]
+
+    @pytest.mark.parametrize("error", [ValueError("of its own"), TypeError("of its own"), KeyError("key")])
+    def test_every_error_of_the_function_names_the_training(self, error):
+        def fails(indices, seed):
+            if seed == 6:
+                raise error
+            return nn.Linear(6, 3)
+
+        named = r"Training 2, part 3 of 3 with 16 examples and seed 6, failed with (Value|Type|Key)Error: .*"
+        with pytest.raises(RuntimeError, match=named) as raised:
+            retrain(fails, N, parts=3, seed=4)
+        assert raised.value.__cause__ is error
+
+    def test_a_file_of_something_else_or_of_weights_that_are_not_finite_is_trained_again(self, tmp_path):
+        retrain(train, N, store=tmp_path)
+        files = sorted((tmp_path / "cross-fitted").iterdir())
+        save_file({"weight": torch.zeros(2)}, files[0])
+        save_file({"0/weight": torch.full((2,), torch.nan)}, files[1])
+        CALLS.clear()
+        with pytest.warns(UserWarning, match="it is computed again") as warned:
+            retrain(train, N, store=tmp_path)
+        said = " ".join(str(w.message) for w in warned)
+        assert "is not one of weights along a training" in said
+        assert "is not finite" in said
+        assert len(CALLS) == 2
 
     @pytest.mark.parametrize("change", ["seed", "parts", "code", "closure"])
     def test_other_trainings_have_other_names(self, tmp_path, change):

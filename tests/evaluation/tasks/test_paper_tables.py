@@ -6,8 +6,8 @@ import pytest
 from planted import MLP, trained
 
 from stride_captum import ClosedForm, Partition, RandomSubsets, Trained
-from stride_captum.evaluation.comparison.methods import METHODS, find_method, fitting
 from stride_captum.evaluation.comparison.plan import MEASURES
+from stride_captum.evaluation.comparison.shared.methods import METHODS, find_method, fitting
 from stride_captum.evaluation.tasks.networks import CIFAR10_TRAINING, MNIST_TRAINING, cifar10_cnn, mnist_mlp
 from stride_captum.evaluation.tasks.paper_tables import PAPER_SIZE, TABLES, find_table
 

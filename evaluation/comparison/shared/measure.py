@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..retraining.estimate import RetrainingEstimate
+from ...retraining.estimate import RetrainingEstimate
 from .question import Question
 from .shared import Shared
 

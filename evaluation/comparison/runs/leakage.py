@@ -16,21 +16,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from ...errors import bad_value, whole_number
-from ..measures.cost import Build, Cost, forward_seconds, median_cost
-from ..measures.leakage_rank import LeakageResult, leakage, near_duplicate
-from ..measures.linear_datamodeling import finite_array
-from ..measures.statistics import Array
-from ..retraining.attributed_estimates import estimate_attributed
-from ..retraining.attributed_models import train_attributed
-from ..retraining.estimate import RetrainingEstimate
-from ..tasks.checks import check_task
-from ..tasks.tasks import Task
-from .lds_runs import given
-from .measure import Measure, defaults_of
-from .question import Question
-from .score_cache import Answer, CachedMethod
-from .shared import Shared
+from ....errors import bad_value, whole_number
+from ...measures.cost import Build, Cost, forward_seconds, median_cost
+from ...measures.leakage_rank import LeakageResult, leakage, near_duplicate
+from ...measures.linear_datamodeling import finite_array
+from ...measures.statistics import Array
+from ...retraining.attributed_estimates import estimate_attributed
+from ...retraining.attributed_models import train_attributed
+from ...retraining.estimate import RetrainingEstimate
+from ...tasks.checks import check_task
+from ...tasks.tasks import Task
+from ..shared.measure import Measure, defaults_of
+from ..shared.question import Question
+from ..shared.score_cache import Answer, CachedMethod
+from ..shared.shared import Shared
+from .lds import given
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +170,7 @@ def measure_leakage(
     >>> training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
     >>> task = load_task("synthetic", preset="smoke", training=training)
     >>> from stride_captum.adapters import Similarity
-    >>> from stride_captum.evaluation.comparison.methods import adapter
+    >>> from stride_captum.evaluation.comparison.shared.methods import adapter
     >>> rows = measure_leakage(task, {"Similarity": adapter(Similarity)}, counts=(5,), n_resamples=0)
     >>> [(row.normalize, row.n_planted) for row in rows]
     [(None, 5), ('cosine', 5)]

@@ -23,17 +23,17 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ... import adapters, errors
-from ...data.batch import is_batch
-from ...influence.method import InfluenceMethod
-from ...system.atomic import atomic_write
-from ...system.fingerprints import weights_fingerprint
-from ...system.peak_memory import release_free_memory
-from ..measures.cost import Build, Cost
-from ..retraining import store as run_store
-from ..system import environment
-from ..system.stable_digest import Examples, NoStableDigest, stable_digest
-from ..tasks.tasks import Task
+from .... import adapters, errors
+from ....data.batch import is_batch
+from ....influence.method import InfluenceMethod
+from ....system.atomic import atomic_write
+from ....system.fingerprints import weights_fingerprint
+from ....system.peak_memory import release_free_memory
+from ...measures.cost import Build, Cost
+from ...retraining import store as run_store
+from ...system import environment
+from ...system.stable_digest import Examples, NoStableDigest, stable_digest
+from ...tasks.tasks import Task
 
 #: What a method says of itself once it was fitted, and what changes with every process.
 _NOT_BUILT = frozenset({"fit_seconds_", "query_seconds_", "peak_bytes_", "_fit_bytes", "_fitted_on"})
@@ -233,7 +233,7 @@ def _sources(folder: Path) -> str:
     """Of all sources in a folder and below it; how methods are measured is not their code."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
-        if not path.is_relative_to(Path(__file__).parents[1]):
+        if not path.is_relative_to(Path(__file__).parents[2]):
             digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 

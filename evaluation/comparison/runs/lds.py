@@ -12,18 +12,18 @@ from typing import Any
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from ...subsets import Membership
-from ..measures.calibration import CalibrationResult, calibration
-from ..measures.cost import Cost, forward_seconds, median_cost
-from ..measures.linear_datamodeling import LDSResult, difference, lds, margins
-from ..measures.linearized_influence import LinearizedInfluenceResult, linearized_influence_correlation
-from ..measures.statistics import Interval
-from ..retraining.estimate import RetrainingEstimate
-from ..retraining.plan import without_diverged
-from .measure import Measure
-from .methods import MethodSpec
-from .score_cache import Answer, CachedMethod
-from .shared import Shared
+from ....subsets import Membership
+from ...measures.calibration import CalibrationResult, calibration
+from ...measures.cost import Cost, forward_seconds, median_cost
+from ...measures.linear_datamodeling import LDSResult, difference, lds, margins
+from ...measures.linearized_influence import LinearizedInfluenceResult, linearized_influence_correlation
+from ...measures.statistics import Interval
+from ...retraining.estimate import RetrainingEstimate
+from ...retraining.plan import without_diverged
+from ..shared.measure import Measure
+from ..shared.methods import MethodSpec
+from ..shared.score_cache import Answer, CachedMethod
+from ..shared.shared import Shared
 
 
 @dataclass(frozen=True)

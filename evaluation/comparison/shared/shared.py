@@ -7,15 +7,16 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..retraining.attributed_estimates import (
+from ...retraining.attributed_estimates import (
     estimate_attributed,
     estimate_checkpoints,
     estimate_cross_fitted,
     estimate_spiked,
 )
-from ..retraining.attributed_models import FIRST_SPIKED, train_attributed, train_checkpoints, train_spiked
-from ..retraining.cross_fitting import CrossFitted, check_apart, cross_fit
-from ..retraining.estimate import RetrainingEstimate
+from ...retraining.attributed_models import FIRST_SPIKED, train_attributed, train_checkpoints, train_spiked
+from ...retraining.cross_fitting import CrossFitted, check_apart
+from ...retraining.estimate import RetrainingEstimate
+from ...retraining.task_parts import cross_fit
 from .gallery import Gallery
 from .question import Question
 

@@ -20,25 +20,25 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from ... import adapters
-from ...errors import bad_choice, bad_value
-from ...influence.method import InfluenceMethod
-from ..measures.cost import Build, forward_seconds
-from ..measures.linear_datamodeling import finite_array
-from ..measures.mislabel_precision import MislabelResult, flip_labels, mislabel
-from ..measures.statistics import Array
-from ..retraining.attributed_estimates import estimate_attributed
-from ..retraining.attributed_models import train_attributed
-from ..retraining.estimate import RetrainingEstimate
-from ..system.stable_digest import stable_digest
-from ..tasks.checks import check_task
-from ..tasks.tasks import Task
-from .lds_runs import given
-from .measure import Measure, defaults_of
-from .question import Question
-from .score_cache import Answer, CachedMethod
-from .shared import Shared
-from .suspects import Suspect, most_suspect
+from .... import adapters
+from ....errors import bad_choice, bad_value
+from ....influence.method import InfluenceMethod
+from ...measures.cost import Build, forward_seconds
+from ...measures.linear_datamodeling import finite_array
+from ...measures.mislabel_precision import MislabelResult, flip_labels, mislabel
+from ...measures.statistics import Array
+from ...retraining.attributed_estimates import estimate_attributed
+from ...retraining.attributed_models import train_attributed
+from ...retraining.estimate import RetrainingEstimate
+from ...system.stable_digest import stable_digest
+from ...tasks.checks import check_task
+from ...tasks.tasks import Task
+from ..shared.measure import Measure, defaults_of
+from ..shared.question import Question
+from ..shared.score_cache import Answer, CachedMethod
+from ..shared.shared import Shared
+from ..shared.suspects import Suspect, most_suspect
+from .lds import given
 
 #: Called with the model and its training set, gives `(n_train,)`: high = the label is suspect.
 Detector = Callable[[nn.Module, Any], Any]
@@ -158,7 +158,7 @@ def measure_mislabel(
     >>> training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
     >>> task = load_task("synthetic", preset="smoke", training=training)
     >>> from stride_captum.adapters import KNNShapley
-    >>> from stride_captum.evaluation.comparison.methods import adapter
+    >>> from stride_captum.evaluation.comparison.shared.methods import adapter
     >>> rows = measure_mislabel(task, {"KNNShapley": adapter(KNNShapley)}, n_held_out=50, n_resamples=0)
     >>> [row.ranking for row in rows]
     ['self-influence', 'held-out influence']

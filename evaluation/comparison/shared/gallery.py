@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...responses import multiclass_logits
-from ..report.pictures import picture
-from ..retraining.training import logits_of
-from ..tasks.tasks import Task
+from ....responses import multiclass_logits
+from ...report.pictures import picture
+from ...retraining.training import logits_of
+from ...tasks.tasks import Task
 from .score_cache import CachedMethod
 from .suspects import Suspect, most_suspect
 

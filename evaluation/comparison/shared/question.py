@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ...errors import bad_value, whole_number
-from ...subsets import random_subsets
-from ..retraining.plan import RetrainingPlan
-from ..tasks.tasks import Task
+from ....errors import bad_value, whole_number
+from ....subsets import random_subsets
+from ...retraining.plan import RetrainingPlan
+from ...tasks.tasks import Task
 from .methods import MethodSpec
 
 

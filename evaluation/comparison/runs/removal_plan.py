@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...subsets import membership_from_indices
-from ..measures.counterfactual_drop import resolve_counts
-from ..retraining import workers as retraining_workers
-from ..retraining.estimate import RetrainingEstimate
-from ..retraining.plan import RetrainingPlan
-from ..tasks.tasks import Task
+from ....subsets import membership_from_indices
+from ...measures.counterfactual_drop import resolve_counts
+from ...retraining import workers as retraining_workers
+from ...retraining.estimate import RetrainingEstimate
+from ...retraining.plan import RetrainingPlan
+from ...tasks.tasks import Task
 
 Removed = Sequence[NDArray[np.int64]]
 

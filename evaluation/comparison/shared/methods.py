@@ -15,16 +15,16 @@ from importlib.util import find_spec
 from itertools import product
 from typing import Any, Literal
 
-from ... import adapters
-from ...closed_form.options import ClosedForm
-from ...designs import Partition
-from ...errors import bad_choice
-from ...influence.method import InfluenceMethod
-from ...operators import Operators
-from ...steering.options import Trained
-from ...stride import STRIDE
-from ..measures.cost import Build
-from ..retraining.attributed_models import even_epochs, log_epochs
+from .... import adapters
+from ....closed_form.options import ClosedForm
+from ....designs import Partition
+from ....errors import bad_choice
+from ....influence.method import InfluenceMethod
+from ....operators import Operators
+from ....steering.options import Trained
+from ....stride import STRIDE
+from ...measures.cost import Build
+from ...retraining.attributed_models import even_epochs, log_epochs
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ...errors import bad_choice, bad_value, whole_number
-from ..measures.calibration import CalibrationResult, calibration_of_removals, predicted_changes
-from ..measures.cost import Build, Cost, forward_seconds, median_cost
-from ..measures.counterfactual_difference import DropDifference, difference, difference_at_equal_depletion
-from ..measures.counterfactual_drop import (
+from ....errors import bad_choice, bad_value, whole_number
+from ...measures.calibration import CalibrationResult, calibration_of_removals, predicted_changes
+from ...measures.cost import Build, Cost, forward_seconds, median_cost
+from ...measures.counterfactual_difference import DropDifference, difference, difference_at_equal_depletion
+from ...measures.counterfactual_drop import (
     CounterfactualResult,
     class_depletion,
     counterfactual,
@@ -29,18 +29,18 @@ from ..measures.counterfactual_drop import (
     removals,
     resolve_counts,
 )
-from ..measures.linear_datamodeling import finite_array, margins
-from ..retraining.estimate import RetrainingEstimate
-from ..retraining.plan import ENGINES, without_diverged
-from ..tasks.checks import check_task
-from ..tasks.tasks import Task
-from .lds_runs import given
-from .measure import Measure, defaults_of
-from .methods import METHODS, MethodSpec
-from .question import Question
+from ...measures.linear_datamodeling import finite_array, margins
+from ...retraining.estimate import RetrainingEstimate
+from ...retraining.plan import ENGINES, without_diverged
+from ...tasks.checks import check_task
+from ...tasks.tasks import Task
+from ..shared.measure import Measure, defaults_of
+from ..shared.methods import METHODS, MethodSpec
+from ..shared.question import Question
+from ..shared.score_cache import CachedMethod
+from ..shared.shared import Shared
+from .lds import given
 from .removal_plan import Removed, cost, counterfactual_plan
-from .score_cache import CachedMethod
-from .shared import Shared
 
 #: Which scores are removed.
 ARMS = ("proponents", "opponents")
@@ -122,7 +122,7 @@ def measure_counterfactual(
     >>> import tempfile
     >>> from stride_captum.adapters import Similarity
     >>> from stride_captum.evaluation import train_attributed
-    >>> from stride_captum.evaluation.comparison.methods import adapter
+    >>> from stride_captum.evaluation.comparison.shared.methods import adapter
     >>> with tempfile.TemporaryDirectory() as store:
     ...     (row,) = measure_counterfactual(
     ...         task,

@@ -1,0 +1,1 @@
+"""The runs behind each measure: one file a measure, and the plan of removals."""
