@@ -16,6 +16,7 @@ from ..retraining.estimate import RetrainingEstimate
 from ..retraining.store import Fingerprints
 from ..retraining.training import logits_of, mean_residual
 from ..system import environment
+from ..tasks.task_loss import response_in_words
 from ..tasks.tasks import Task
 from .plan import MEASURES, settle
 from .results import Comparison
@@ -191,8 +192,10 @@ def _protocol(shared: Shared) -> dict[str, Any]:
         "left_out": left_out,
         "subset_size": task.n_train // 2,
         "options": chosen_options(shared),
-        "response": "margin of the true class",
-        "models": {name: mean_residual(model, *task.train.tensors) for name, model in models.items()},
+        "response": response_in_words(task.loss),
+        "models": {
+            name: mean_residual(model, *task.train.tensors, task.loss) for name, model in models.items()
+        },
         "n_resamples": question.n_resamples,
         "measures": question.measures,
         "training": asdict(task.training),
@@ -205,6 +208,8 @@ def _protocol(shared: Shared) -> dict[str, Any]:
 
 def _learned_nothing(shared: Shared) -> list[str]:
     """A sentence on each attributed model that is no better than one answer for all."""
+    if not shared.question.task.has_classes:
+        return []
     x, y = shared.question.task.train.tensors
     found = []
     for name, model in shared.models_so_far.items():

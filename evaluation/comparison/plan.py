@@ -11,11 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...adapters import ClassRandom, ClassSimilarity, KNNShapley
+from ...closed_form.options import ClosedForm
 from ...errors import bad_choice, bad_type, bad_value, whole_number
+from ...losses.summed_positions import SummedPositions
 from ...system.devices import existing_device
 from ..retraining.plan import ENGINES
 from ..tasks.checks import check_task
 from ..tasks.new_network import built
+from ..tasks.task_loss import loss_of_methods
 from ..tasks.tasks import Task
 from .runs.counterfactual import Counterfactual
 from .runs.lds import READINGS
@@ -69,6 +73,8 @@ def settle(
     every = specs_of(methods)
     skipped = _not_possible(every, task, on_halves) if methods is None else {}
     grids = _grids(every, options or {}, on_halves)
+    if not loss_of_methods(task.loss).tempered:
+        grids = {name: _without_temperature(grid) for name, grid in grids.items()}
     specs = [replace(c, grid=grids[c.name]) for c in every if c.name not in skipped]
     elsewhere = ", ".join(name for name in wanted if not MEASURES[name].on_halves)
     if elsewhere:
@@ -142,12 +148,37 @@ def specs_of(methods: Sequence[str | MethodSpec] | None) -> list[MethodSpec]:
 def _not_possible(every: Sequence[MethodSpec], task: Task, on_halves: bool) -> dict[str, str]:
     """The methods that cannot be run, and why."""
     skipped = {}
+    network = built(task).eval()
     for spec in every:
+        if not task.has_classes:
+            why = _refusal(spec, task, network)
+            if why is not None:
+                skipped[spec.name] = why
+                continue
         if not spec.available:
             skipped[spec.name] = f"needs {spec.needs}"
         elif on_halves and task.training.epochs < spec.fewest_epochs:
             skipped[spec.name] = f"needs at least {spec.fewest_epochs} epochs"
     return skipped
+
+
+def _refusal(spec: MethodSpec, task: Task, network: nn.Module) -> str | None:
+    """Why a method does not take the loss of a task; None where it does."""
+    loss = loss_of_methods(task.loss)
+    try:
+        method = spec(network, task.train, {**spec.grid[0], "loss": loss})
+    except ValueError as error:
+        return str(error)
+    if spec.name.startswith("STRIDE trained") and not isinstance(
+        getattr(method, "operators", None), ClosedForm
+    ):
+        return "is trained with cross-entropy of one class an example"
+    together = isinstance(task.loss, SummedPositions) and not method.takes_positions
+    if together and getattr(method, "residuals", "training") not in ("training", "temperature"):
+        return "has no out-of-sample residuals for examples with several positions"
+    if together and isinstance(method, ClassRandom | ClassSimilarity | KNNShapley):
+        return "compares classes of examples"
+    return None
 
 
 def _grids(
@@ -166,6 +197,16 @@ def _grids(
         elif not on_halves and len(grid) > 1:
             grid = [spec.default]
         found[spec.name] = [_numbers(point) for point in grid]
+    return found
+
+
+def _without_temperature(grid: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The points of a grid for a loss that has no temperature, each once."""
+    found: list[dict[str, Any]] = []
+    for point in grid:
+        kept = {name: value for name, value in point.items() if name != "temperature"}
+        if kept.get("residuals") != "temperature" and kept not in found:
+            found.append(kept)
     return found
 
 
@@ -188,6 +229,9 @@ def _check(question: Question) -> None:
             if count in question.measures[measure.name]:
                 given = question.measures[measure.name][count]
                 whole_number(f"measures[{measure.name!r}][{count!r}]", given, 1)
+        if not (question.task.has_classes or measure.on_halves or measure.name == "leakage"):
+            must = "be read off retrained halves, or leakage, for a task without classes"
+            raise bad_value("measures", must, repr(measure.name))
         measure.check(question)
     network = built(question.task).eval()
     for spec in question.specs:
@@ -206,7 +250,8 @@ def _check_builds(spec: MethodSpec, question: Question, network: nn.Module) -> N
         extra = {"checkpoints": [network.state_dict()] * 2}
     for point in spec.grid:
         try:
-            spec(network, task.train, {**point, **extra})
+            loss = {} if task.has_classes else {"loss": loss_of_methods(task.loss)}
+            spec(network, task.train, {**point, **extra, **loss})
         except (TypeError, KeyError) as error:
             raise bad_value(
                 "options",

@@ -74,7 +74,7 @@ def train_attributed(
     worst: dict[str, Any] = {"residual": -1.0, "state": {}}
 
     def keep_worst(epoch: int, model: nn.Module) -> None:
-        residual = mean_residual(model, x, y)
+        residual = mean_residual(model, x, y, task.loss)
         if epoch > task.training.epochs - 6 and residual > worst["residual"]:
             worst.update(residual=residual, state=run_store.whole_state(model.state_dict()))
 
@@ -85,6 +85,7 @@ def train_attributed(
             y,
             task.training,
             seed,
+            loss=task.loss,
             after_epoch=keep_worst if spike else None,
             device=device,
         )
@@ -126,7 +127,7 @@ def train_spiked(
             model = train_attributed(task, seed, store, spike=True, device=device)
         except DivergedError:
             continue
-        if mean_residual(model, x, y) > threshold:
+        if mean_residual(model, x, y, task.loss) > threshold:
             return model, seed
     raise RuntimeError(f"None of {tries} trainings of {task.name} had a mean residual above {threshold}.")
 
@@ -170,7 +171,8 @@ def train_checkpoints(
     if any(run_store.read_state(path, network)[0] is None for path in paths):
         with single_thread():
             x, y = task.train.tensors
-            train_model(task.build_model, x, y, task.training, seed, after_epoch=keep, device=device)
+            how = {"loss": task.loss, "after_epoch": keep, "device": device}
+            train_model(task.build_model, x, y, task.training, seed, **how)  # type: ignore[arg-type]
     return [load_file(path) for path in paths]
 
 

@@ -248,7 +248,7 @@ class RetrainingPlan:
             if not stored[engine] and self._stacks_are_faster(device):
                 engine = "stacked"
         elif engine == "stacked":
-            reason = why_not_stacked(self.task.build_model, self.task.train.tensors[0][:2])
+            reason = self._why_not_stacked()
             if reason is not None:
                 raise bad_value("engine", "be 'processes' for this network", "'stacked'", reason)
         return self._files_of(engine == "stacked", device)
@@ -282,7 +282,8 @@ class RetrainingPlan:
         return files
 
     def _n_classes(self) -> int:
-        return logits_of(built(self.task).eval(), self.task.test.tensors[0][:1]).shape[1]
+        few = self.task.test.tensors[0][:1]
+        return logits_of(built(self.task).eval(), few, loss=self.task.loss).shape[1]
 
     def _stacks_are_faster(self, device: torch.device) -> bool:
         _, counts = np.unique(np.diff(self.membership.indptr), return_counts=True)
@@ -292,7 +293,12 @@ class RetrainingPlan:
             weights = list(built(self.task).parameters())
             if sum(w.numel() for w in weights) > _CPU_PARAMETERS or any(w.dim() > 2 for w in weights):
                 return False
-        return why_not_stacked(self.task.build_model, self.task.train.tensors[0][:2]) is None
+        return self._why_not_stacked() is None
+
+    def _why_not_stacked(self) -> str | None:
+        if not self.task.has_classes:
+            return f"Stacks are trained with cross-entropy, and this task with {self.task.loss.name!r}."
+        return why_not_stacked(self.task.build_model, self.task.train.tensors[0][:2])
 
     def _arguments(self, file: RunFile, device: torch.device | str) -> dict[str, Any]:
         """What `train_and_evaluate` takes for the runs of a file."""
@@ -306,6 +312,7 @@ class RetrainingPlan:
             "x_test": self.task.test.tensors[0][: file.n_test].numpy(),
             "device": str(device),
             "stacked": file.stacked,
+            "loss": self.task.loss,
         }
 
     def _seconds_per_example(self, file: RunFile, device: torch.device | str) -> float:

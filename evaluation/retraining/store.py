@@ -51,6 +51,8 @@ class Fingerprints:
             "training": stable_digest(asdict(task.training)),
             "network": _network(task),
         }
+        if not task.has_classes:
+            self._state["loss"] = stable_digest(task.loss, "loss")
 
     def of(self, seed: int, rows: NDArray[np.int64] | None, extra: str) -> str:
         """SHA-256 (24 hex digits) of all that determines a run.

@@ -91,7 +91,8 @@ class TaskTraining:
             if epoch in kept:
                 states.append({name: t.clone() for name, t in model.state_dict().items()})
 
-        model = train_model(self.task.build_model, x, y, settings, seed, after_epoch=keep, device=self.device)
+        how = {"loss": self.task.loss, "after_epoch": keep, "device": self.device}
+        model = train_model(self.task.build_model, x, y, settings, seed, **how)  # type: ignore[arg-type]
         return [*states, dict(model.state_dict())]
 
 

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ... import residuals
-from ..tasks.class_logits import class_logits, first_logits, has_batch_norm
+from ...losses import Loss
+from ..tasks.class_logits import first_logits, has_batch_norm
 from ..tasks.networks import TrainingSettings
 from ..tasks.new_network import new_network, seeded
+from ..tasks.task_loss import is_plain, objective, output_rows
 
 
 def train_model(
@@ -22,10 +23,11 @@ def train_model(
     training: TrainingSettings,
     seed: int,
     *,
+    loss: Loss | None = None,
     after_epoch: Callable[[int, nn.Module], None] | None = None,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """Train a network from scratch with cross-entropy, of the one logit where a binary network has one.
+    """Train a network from scratch, by default with cross-entropy (of one logit in a binary network).
 
     The seed decides the initial weights, the order of the batches and Dropout: torch, NumPy and Python's
     `random` are seeded. The caller's random states are left as they were.
@@ -33,9 +35,10 @@ def train_model(
     Args:
         build_model: Gives an untrained network.
         x: Inputs `(n, ...)`.
-        y: Labels `(n,)`, int64.
+        y: Labels `(n,)`, int64, or as the loss has them.
         training: Settings of Table 3.
         seed: Seed.
+        loss: What it is trained with; None for cross-entropy.
         after_epoch: Called with the epoch (from 1) and the model in eval mode.
         device: Where it is trained.
 
@@ -57,18 +60,20 @@ def train_model(
     with seeded(seed, device):
         model = new_network(build_model, seed).to(device)
         x, y = x.to(device), y.to(device)
-        n_classes = int(y.max()) + 1
+        n_classes = int(y.max()) + 1 if is_plain(loss) else 0
         optimizer = make_optimizer(model.parameters(), training)
-        checked = False
+        checked = not is_plain(loss)
         for epoch in range(1, training.epochs + 1):
             model.train()
             for rows in torch.randperm(len(x)).to(device).split(training.batch_size):
                 if is_left_out(model, len(rows), len(x), training):
                     continue
                 optimizer.zero_grad(set_to_none=True)
-                logits = class_logits(model(x[rows])) if checked else first_logits(model, x[rows], n_classes)
+                logits = (
+                    output_rows(loss, model(x[rows])) if checked else first_logits(model, x[rows], n_classes)
+                )
                 checked = True
-                F.cross_entropy(logits, y[rows]).backward()
+                objective(loss, logits, y[rows]).backward()
                 optimizer.step()
             model.eval()
             if after_epoch is not None:
@@ -102,15 +107,18 @@ def make_optimizer(
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, x: Tensor, batch_size: int = 1024) -> Tensor:
-    """Logits `(n, n_classes)` of a model in eval mode, on the device of `x`."""
+def logits_of(model: nn.Module, x: Tensor, batch_size: int = 1024, loss: Loss | None = None) -> Tensor:
+    """Logits `(n, n_classes)` of a model in eval mode, on the device of `x`; rows of outputs of a loss."""
     own = next((p.device for p in model.parameters()), x.device)
-    return torch.cat([class_logits(model(batch.to(own))).to(x.device) for batch in x.split(batch_size)])
+    return torch.cat([output_rows(loss, model(batch.to(own))).to(x.device) for batch in x.split(batch_size)])
 
 
-def mean_residual(model: nn.Module, x: Tensor, y: Tensor) -> float:
+def mean_residual(model: nn.Module, x: Tensor, y: Tensor, loss: Loss | None = None) -> float:
     """The mean residual of a model on a data set (see `stride_captum.residuals`)."""
-    return residuals.mean_residual(logits_of(model, x), y)
+    rows = logits_of(model, x, loss=loss)
+    if loss is None or loss.plain:
+        return residuals.mean_residual(rows, y)
+    return float(loss.mean_residuals(rows, loss.labels(y, rows.shape[1], "labels"), 1.0).mean())
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ...losses import Loss
 from ..tasks.networks import TrainingSettings
 from . import store as run_store
 from .files import RunFile, named_few
@@ -77,6 +78,7 @@ def train_and_evaluate(
     x_test: NDArray[np.float32],
     device: str,
     stacked: bool,
+    loss: Loss | None = None,
 ) -> NDArray[np.float32]:
     """Logits of a stack `(S, n_test, n_classes)`, or of a single run `(n_test, n_classes)`.
 
@@ -93,6 +95,7 @@ def train_and_evaluate(
         x_test: Inputs `(n_test, ...)` to evaluate.
         device: Where it is done.
         stacked: Whether `train_stacked` does it.
+        loss: What is trained with; None for cross-entropy.
 
     """
     with _ALONE, single_thread():
@@ -103,8 +106,8 @@ def train_and_evaluate(
             logits = models.logits(points)
         else:
             data = torch.tensor(x[subsets[0]]), torch.tensor(y[subsets[0]])
-            model = train_model(build_model, *data, training, seeds[0], device=device)
-            logits = logits_of(model, points)
+            model = train_model(build_model, *data, training, seeds[0], loss=loss, device=device)
+            logits = logits_of(model, points, loss=loss)
         found: NDArray[np.float32] = logits.cpu().numpy()
     return found
 

@@ -7,6 +7,7 @@ import torch
 from ...errors import bad_value
 from .class_logits import first_logits
 from .new_network import built
+from .task_loss import check_outputs
 from .tasks import Task
 
 
@@ -20,7 +21,13 @@ def check_task(task: Task) -> None:
     task.check_inputs()
     network = built(task).eval()
     with torch.no_grad():
-        n_classes = first_logits(network, task.train.tensors[0][:2], task.n_classes).shape[1]
+        few = task.train.tensors[0][:2]
+        if not task.has_classes:
+            outputs = network(few)
+            for which, dataset in (("train", task.train), ("test", task.test)):
+                check_outputs(task.loss, outputs, dataset.tensors[1], which)
+            return
+        n_classes = first_logits(network, few, task.n_classes).shape[1]
     for which, dataset in (("training", task.train), ("test", task.test)):
         labels = dataset.tensors[1]
         wrong = torch.nonzero((labels < 0) | (labels >= n_classes)).flatten()

@@ -7,7 +7,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...errors import bad_choice, bad_value, whole_number
 
@@ -67,6 +68,10 @@ CIFAR10_TRAINING = TrainingSettings(
 )
 #: Not in the paper: the embedded digits data, and planted clusters.
 DIGITS_TRAINING = TrainingSettings(optimizer="adam", learning_rate=1e-3, epochs=30)
+#: Beyond one label an example.
+DIABETES_TRAINING = TrainingSettings(optimizer="adam", learning_rate=3e-3, epochs=30, weight_decay=1e-3)
+PAIRS_TRAINING = TrainingSettings(optimizer="adam", learning_rate=3e-3, epochs=30)
+POSITIONS_TRAINING = TrainingSettings(optimizer="adam", learning_rate=3e-3, epochs=12, batch_size=32)
 
 
 def _mlp(*widths: int) -> nn.Sequential:
@@ -82,6 +87,51 @@ def _mlp(*widths: int) -> nn.Sequential:
 def digits_mlp() -> nn.Sequential:
     """64-128-64-10 with ReLU, for scikit-learn's 8x8 digits."""
     return _mlp(64, 128, 64, 10)
+
+
+def diabetes_mlp() -> nn.Sequential:
+    """10-64-32-1 with ReLU, for the diabetes data."""
+    return _mlp(10, 64, 32, 1)
+
+
+def digit_pairs_mlp() -> nn.Sequential:
+    """128-128-64-10 with ReLU, for pairs of digits."""
+    return _mlp(128, 128, 64, 10)
+
+
+class SourceTagger(nn.Module):
+    """Characters to one row of logits for each, by two convolutions over five characters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(96, 16)
+        self.conv1 = nn.Conv1d(16, 48, 5, padding=2)
+        self.conv2 = nn.Conv1d(48, 48, 5, padding=2)
+        self.head = nn.Linear(48, 6)
+
+    def forward(self, characters: Tensor) -> Tensor:
+        """Logits `(n, length, 6)` of characters `(n, length)`."""
+        x = self.embedding(characters).transpose(1, 2)
+        x = torch.relu(self.conv2(torch.relu(self.conv1(x))))
+        return self.head(x.transpose(1, 2))  # type: ignore[no-any-return]
+
+
+class CanvasSegmenter(nn.Module):
+    """Images to logits of three classes for each pixel; the middle layer has half the resolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Conv2d(1, 12, 3, padding=1)
+        self.coarse = nn.Conv2d(12, 24, 3, padding=1, stride=2)
+        self.context = nn.Conv2d(24, 24, 3, padding=1)
+        self.head = nn.Conv2d(36, 3, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `(n, 3, height, width)` of images `(n, 1, height, width)`."""
+        fine = torch.relu(self.fine(images))
+        coarse = torch.relu(self.context(torch.relu(self.coarse(fine))))
+        coarse = nn.functional.interpolate(coarse, scale_factor=2.0)
+        return self.head(torch.cat([fine, coarse], 1))  # type: ignore[no-any-return]
 
 
 def synthetic_mlp() -> nn.Sequential:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ...errors import bad_choice, bad_value
+from ...errors import bad_choice, bad_type, bad_value
+from ...losses import MSE, BinaryCrossEntropy, CrossEntropy, Loss
+from ...losses.summed_positions import SummedPositions
 from . import networks as models
+from .beyond_data import CANVAS, LINE, TAGS, diabetes, digit_canvases, digit_pairs, source_lines
 from .class_labels import class_indices, is_one_hot
 from .class_logits import check_logits, class_logits, unreadable
 from .class_order import first_examples, shuffled_where_sorted
@@ -32,6 +35,7 @@ from .networks import TrainingSettings
 from .new_network import new_network, seeded
 from .own_data import import_factory, own_data
 from .synthetic import planted_clusters
+from .task_loss import is_plain
 
 __all__ = [
     "CIFAR10_MEAN",
@@ -48,10 +52,13 @@ __all__ = [
     "to_tensors",
 ]
 
-TASKS = ("digits", "mnist", "cifar10", "synthetic")
+#: Tasks beyond one label an example, from packages that are installed.
+BEYOND = ("diabetes", "digit-pairs", "tagging", "segmentation")
+TASKS = ("digits", "mnist", "cifar10", "synthetic", *BEYOND)
 PRESETS = ("smoke", "small", "paper")
 _SMALL_SIZE = {"mnist": 5_000, "cifar10": 2_000}
-_SMOKE_SIZE = {"digits": 300, "mnist": 1_000, "cifar10": 500, "synthetic": 300}
+_SMOKE_SIZE = {"digits": 300, "mnist": 1_000, "cifar10": 500, "synthetic": 300, "digit-pairs": 400}
+_SMOKE_SIZE |= {"diabetes": 200, "tagging": 300, "segmentation": 200}
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,8 @@ class Task:
             `(n, n_classes)`. A module-level function, so that other processes can import it.
         training: How it is trained.
         note: What a reader must know beside every figure, or "".
+        loss: What it is trained with. With another one than cross-entropy, or with options, labels are what
+            that loss takes; of an example with several positions, `SummedPositions`.
 
     Raises:
         ValueError: Examples that are not one input with one class label.
@@ -83,15 +92,21 @@ class Task:
     build_model: Callable[[], nn.Module]
     training: TrainingSettings
     note: str = ""
+    loss: Loss = field(default_factory=CrossEntropy)
 
     def __post_init__(self) -> None:
         for name in ("train", "test"):
-            object.__setattr__(self, name, _examples(getattr(self, name), name))
+            object.__setattr__(self, name, _examples(getattr(self, name), name, self.loss))
 
     @property
     def n_train(self) -> int:
         """Number of training examples."""
         return len(self.train)
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether each example has one class, and the loss is plain cross-entropy."""
+        return is_plain(self.loss)
 
     @property
     def n_classes(self) -> int:
@@ -123,6 +138,8 @@ def load_task(
 
     Args:
         name: "digits" (ships with scikit-learn), "mnist", "cifar10" or "synthetic" (planted influence).
+            Beyond one class an example: "diabetes" (regression), "digit-pairs" (several labels), "tagging"
+            (a tag for each character of source text) and "segmentation" (a class for each pixel).
         preset: "smoke", "small" (5,000 MNIST, 2,000 CIFAR-10 or all 1,397 digits training examples)
             or "paper" (everything).
         data_root: Folder in torchvision's layout, for MNIST and CIFAR-10. Nothing is downloaded.
@@ -154,6 +171,8 @@ def load_task(
         raise bad_choice("preset", preset, PRESETS)
     if label_key is not None and data is None:
         raise bad_value("label_key", "be left out without data of your own", repr(label_key))
+    if name in BEYOND and (data is not None or model is not None):
+        raise bad_value("data", f"be left out for the task {name!r}, as `model`", repr(data or model))
     settings = _trained_with(_SETTINGS[name], training)
     build_model = _BUILDERS[name] if model is None else import_factory("model", model)
     size = {"smoke": _SMOKE_SIZE.get(name), "small": _SMALL_SIZE.get(name)}.get(preset)
@@ -173,6 +192,7 @@ def load_task(
         build_model=build_model,
         training=settings,
         note=" ".join(notes),
+        loss=_LOSSES.get(name, CrossEntropy()),
     )
 
 
@@ -181,17 +201,43 @@ _BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "mnist": models.mnist_mlp,
     "cifar10": models.cifar10_cnn,
     "synthetic": models.synthetic_mlp,
+    "diabetes": models.diabetes_mlp,
+    "digit-pairs": models.digit_pairs_mlp,
+    "tagging": models.SourceTagger,
+    "segmentation": models.CanvasSegmenter,
 }
 _SETTINGS = {
     "digits": models.DIGITS_TRAINING,
     "mnist": models.MNIST_TRAINING,
     "cifar10": models.CIFAR10_TRAINING,
     "synthetic": models.DIGITS_TRAINING,
+    "diabetes": models.DIABETES_TRAINING,
+    "digit-pairs": models.PAIRS_TRAINING,
+    "tagging": models.POSITIONS_TRAINING,
+    "segmentation": models.POSITIONS_TRAINING,
+}
+_LOSSES: dict[str, Loss] = {
+    "diabetes": MSE(),
+    "digit-pairs": BinaryCrossEntropy(),
+    "tagging": SummedPositions(position=CrossEntropy(), n_positions=LINE, n_outputs=len(TAGS)),
+    "segmentation": SummedPositions(position=CrossEntropy(), n_positions=CANVAS**2, n_outputs=3),
 }
 
 
-def _examples(dataset: Any, name: str) -> TensorDataset:
+_BEYOND_DATA: dict[str, Callable[[], tuple[TensorDataset, TensorDataset]]] = {
+    "diabetes": diabetes,
+    "digit-pairs": digit_pairs,
+    "tagging": source_lines,
+    "segmentation": digit_canvases,
+}
+
+
+def _examples(dataset: Any, name: str, loss: Loss) -> TensorDataset:
     """A data set as a task holds it; the same object where nothing is to be changed."""
+    if not is_plain(loss):
+        if not isinstance(dataset, TensorDataset) or len(dataset.tensors) != 2:
+            raise bad_type(name, f"be a TensorDataset of inputs and labels for loss={loss.name!r}", dataset)
+        return dataset
     inputs, labels = Reader(name).tensors(dataset)
     classes = class_indices(labels, name)
     if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
@@ -277,6 +323,8 @@ def _check_fits(
 def _built_in(name: str, data_root: str | Path | None) -> tuple[TensorDataset, TensorDataset]:
     if name == "digits":
         return _digits()
+    if name in BEYOND:
+        return _BEYOND_DATA[name]()
     if name == "synthetic":
         planted = planted_clusters()
         return planted.train, planted.test

@@ -20,6 +20,7 @@ from ...measures.linearized_influence import LinearizedInfluenceResult, lineariz
 from ...measures.statistics import Interval
 from ...retraining.estimate import RetrainingEstimate
 from ...retraining.plan import without_diverged
+from ...tasks.task_loss import is_plain, responses
 from ..shared.measure import Measure
 from ..shared.methods import MethodSpec
 from ..shared.score_cache import Answer, CachedMethod
@@ -81,7 +82,7 @@ class Retrained:
 
     Attributes:
         membership: Of the halves that converged, CSR `(n_subsets, n_train)`.
-        margins: Of the true class, `(n_seeds, n_subsets, n_test)`.
+        margins: Of the true class, `(n_seeds, n_subsets, n_test)`; of another loss its first response.
         left_out: Halves of which a retraining diverged.
         n_tuning: Test points that options are chosen on, the first ones.
     """
@@ -156,8 +157,10 @@ def _retrained(shared: Shared) -> Retrained:
         question.n_jobs, question.show_progress, engine=question.engine, device=question.device
     )
     membership, logits, left_out = without_diverged(plan, logits)
-    labels = question.task.test.tensors[1][: plan.n_test].numpy()
-    return Retrained(membership, margins(logits, labels), left_out, question.reported.start)
+    labels = question.task.test.tensors[1][: plan.n_test]
+    loss = question.task.loss
+    measured = margins(logits, labels.numpy()) if is_plain(loss) else responses(loss, logits, labels)
+    return Retrained(membership, measured, left_out, question.reported.start)
 
 
 def _rows(shared: Shared) -> list[Row]:

@@ -53,7 +53,7 @@ class Gallery:
         self.points: list[Example] = []
         self.methods: list[dict[str, Any]] = []
         self.rankings: list[dict[str, Any]] = []
-        self.model_name = next(iter(models), None)
+        self.model_name = next(iter(models), None) if task.has_classes else None
         if self.model_name is None:
             return
         x_test, y_test = (t[candidates.start : candidates.stop] for t in task.test.tensors)
@@ -79,6 +79,8 @@ class Gallery:
             method: Asked for the most suspect training examples.
             scores: What it said of all candidates, `(n_candidates, n_train)`.
         """
+        if not self.task.has_classes:  # whose examples are not shown by their one label
+            return
         points = []
         for row in scores[self._rows]:
             best, worst = (np.argsort(sign * row, kind="stable")[: self.k] for sign in (-1, 1))

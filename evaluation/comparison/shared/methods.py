@@ -112,8 +112,8 @@ def stride(
 
 
 def _apart(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of operators, and the checkpoints that STRIDE takes."""
-    own = {name: value for name, value in options.items() if name != "checkpoints"}
+    """Options of operators, and those of STRIDE itself."""
+    own = {name: value for name, value in options.items() if name not in ("checkpoints", "loss")}
     return own, {name: value for name, value in options.items() if name not in own}
 
 

@@ -33,6 +33,7 @@ from ...measures.cost import Build, Cost
 from ...retraining import store as run_store
 from ...system import environment
 from ...system.stable_digest import Examples, NoStableDigest, stable_digest
+from ...tasks.task_loss import loss_of_methods
 from ...tasks.tasks import Task
 
 #: What a method says of itself once it was fitted, and what changes with every process.
@@ -95,6 +96,8 @@ class CachedMethod:
         store: str | Path | None,
         forward_seconds: float,
     ) -> None:
+        if not task.has_classes:
+            options = {**options, "loss": loss_of_methods(task.loss)}
         self.method = build(model, task.train, options)
         self._task, self._forward_seconds = task, forward_seconds
         self._folder = None if store is None else Path(store) / "answers"
@@ -126,11 +129,12 @@ class CachedMethod:
         return type(self.method).mislabel_scores is not InfluenceMethod.mislabel_scores
 
     def margins(self, batch: tuple[Tensor, Tensor], normalize: str | None = None) -> Answer:
-        """Scores `(n_test, n_train)` of the margins of labelled test points."""
+        """Scores `(n_test, n_train)` of the margins of labelled test points; the first response of a loss."""
+        response = self._task.loss.responses[0]
         return self.ask(
-            f"margin of the label, normalize={normalize}",
+            f"{response} of the label, normalize={normalize}",
             batch,
-            lambda m: m.influence(batch, response="margin", target="label", normalize=normalize),
+            lambda m: m.influence(batch, response=response, target="label", normalize=normalize),
         )
 
     def ask(self, what: str, about: tuple[Tensor, ...], compute: Callable[[InfluenceMethod], Any]) -> Answer:
