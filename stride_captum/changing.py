@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from .data import inputs as data
-from .data.batch import Batch, is_batch
+from .data.batch import is_batch
 from .data.digests import Digests
 from .data.places import places
+from .data.reading import Batch
 from .errors import bad_type, bad_value
 from .features.precomputed import Precomputed
 from .operator_scores import OperatorScores

@@ -11,7 +11,7 @@ from torch import nn
 
 from .changing import ChangingTrainingSet
 from .closed_form.options import ClosedForm
-from .data.batch import Batch
+from .data.reading import Batch
 from .errors import bad_type
 from .features.options import Features
 from .features.precomputed import Precomputed, PrecomputedNetwork

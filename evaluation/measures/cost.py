@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...data.batch import ExampleBatch, Reading
+from ...data.batch import ExampleBatch
 from ...data.passes import Passes
+from ...data.reading import Reading
 from ...errors import bad_value
 from ...influence.method import InfluenceMethod
 from ...system.devices import CPU, device_of, synchronize

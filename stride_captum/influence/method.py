@@ -26,9 +26,9 @@ from captum.influence._core.tracincp import KMostInfluentialResults
 from torch import Tensor, nn
 
 from ..data import inputs as data
-from ..data.batch import Batch
 from ..data.digests import Digests
 from ..data.places import groups_of_places
+from ..data.reading import Batch
 from ..errors import bad_choice, bad_type, whole_number
 from ..losses import Loss
 from ..subsets import membership_from_indices

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import Batch
 from ..data.digests import Digests
+from ..data.reading import Batch
 from ..errors import bad_choice, bad_value
 from ..features.store import FeatureStore
 from ..losses import loss_of
