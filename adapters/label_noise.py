@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..data import inputs as data
-from ..data.batch import Batch, Reading
 from ..data.passes import Passes
+from ..data.reading import Batch, Reading
 from ..errors import bad_choice, bad_type, bad_value, whole_number
 from ..features.options import Features
 from ..layers.activations import Tap, check_finite, default_taps, named_taps, recording

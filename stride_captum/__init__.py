@@ -1,7 +1,7 @@
 """STRIDE: training data attribution in activation space, as a Captum plugin."""
 
 from .closed_form.options import ClosedForm
-from .data.batch import Batch
+from .data.reading import Batch
 from .designs import LeftRegular, Partition, RandomSubsets
 from .features.options import Features
 from .influence.checkpoints import Checkpoint, along_training

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -15,40 +14,20 @@ from torch.utils.data import TensorDataset
 
 from .closed_form.position_scores import PositionOperators
 from .data import inputs as data
-from .data.batch import Batch, is_batch
+from .data.batch import is_batch
 from .data.digests import Digests
 from .data.places import places
+from .data.reading import Batch
 from .errors import bad_type, bad_value
-from .features.options import Features
 from .features.precomputed import Precomputed
-from .influence.method import InfluenceMethod
-from .layers.activations import Tap
-from .operators import Changed, Operators, STRIDEState, TrainingSet
+from .operator_scores import OperatorScores
+from .operators import Changed, STRIDEState
 
 Self = TypeVar("Self", bound="ChangingTrainingSet")
 
 
-class ChangingTrainingSet(InfluenceMethod):
+class ChangingTrainingSet(OperatorScores):
     """The part of `STRIDE` that takes in a change of the training set; its operators must be `changeable`."""
-
-    operators: Operators
-    features: Features
-    _precomputed: Precomputed | None
-    _changed: bool
-
-    @abstractmethod
-    def _read(self, model: nn.Module, taps: Sequence[Tap], show_progress: bool) -> Precomputed:
-        """One forward pass over the training set."""
-
-    @abstractmethod
-    def _training_set(
-        self, model: nn.Module, taps: Sequence[Tap], read: Precomputed, **more: Any
-    ) -> TrainingSet:
-        """What operators are fitted to."""
-
-    @abstractmethod
-    def _learned(self, state: STRIDEState) -> STRIDEState:
-        """Set what is known of the training set once operators are fitted."""
 
     def add_examples(self: Self, examples: Any) -> Self:
         """Add training examples behind those that were fitted, without reading those again.

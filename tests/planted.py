@@ -29,7 +29,8 @@ from stride_captum.conformance.toy_problems import (
     trained,
     unusual,
 )
-from stride_captum.data.batch import ExampleBatch, Reading
+from stride_captum.data.batch import ExampleBatch
+from stride_captum.data.reading import Reading
 
 METHODS = [STRIDE, Random, ClassRandom, Similarity, ClassSimilarity]
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...data.batch import ExampleBatch, rebuilt, walk
+from ...data.batch import ExampleBatch
+from ...data.containers import rebuilt, walk
 from ...errors import bad_value
 from .traces import hooked
 

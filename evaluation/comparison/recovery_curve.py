@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...designs import RandomSubsets
-from ...features.reader import read_batch
-from ...layers.activations import recording
 from ...recovery.estimators import Lasso, Recovery, Ridge
 from ...steering.options import Trained
 from ...steering.trained import TrainedOperators
@@ -222,8 +220,7 @@ def _closed_form_on_phi(
 
         def encode(inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             batch = method._example_batch((inputs, labels), "inputs")
-            with recording(model, taps) as run:
-                rows = read_batch(method, run, taps, batch)
+            rows = method._read_batch(model, taps, batch)
             return trained.steering.encode(rows.side_by_side * trained.scale), rows.logits
 
         codes, logits = encode(*task.train.tensors)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...errors import bad_choice
-from ..measures.linear_datamodeling import plain
+from ..measures.plain_values import plain
 from ..report.html import FORMAT, comparison_table
 from .runs.counterfactual import CounterfactualRow
 from .runs.lds import Row

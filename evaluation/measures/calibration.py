@@ -20,7 +20,8 @@ import numpy as np
 from ...errors import bad_value
 from ...subsets import Membership
 from . import statistics
-from .linear_datamodeling import check_inputs, finite_array, plain
+from .linear_datamodeling import check_inputs, finite_array
+from .plain_values import plain
 from .statistics import Array, Interval, mean_defined
 
 

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...data.batch import ExampleBatch, Reading
+from ...data.batch import ExampleBatch
 from ...data.passes import Passes
+from ...data.reading import Reading
 from ...errors import bad_value
 from ...influence.method import InfluenceMethod
 from ...system.devices import CPU, device_of, synchronize
 from ...system.preserve_state import preserve_state
-from .linear_datamodeling import plain
+from .plain_values import plain
 
 #: Makes a method: `build(model, train_dataset, options)`.
 Build = Callable[[nn.Module, Any, Mapping[str, Any]], InfluenceMethod]

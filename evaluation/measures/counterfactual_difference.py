@@ -13,7 +13,7 @@ import numpy as np
 
 from ...errors import bad_value
 from .counterfactual_drop import CounterfactualResult, drop_intervals
-from .linear_datamodeling import plain
+from .plain_values import plain
 from .statistics import Array, Interval, mean_defined
 
 

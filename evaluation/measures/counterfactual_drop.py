@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from ...errors import bad_value, whole_number
 from ...responses import class_labels, response_value
 from . import statistics
-from .linear_datamodeling import finite_array, plain
+from .linear_datamodeling import finite_array
+from .plain_values import plain
 from .statistics import Array, Interval, mean_defined
 
 

@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from ...errors import bad_choice, bad_value
 from . import statistics
-from .linear_datamodeling import finite_array, plain
+from .linear_datamodeling import finite_array
 from .mislabel_precision import expected_hits
+from .plain_values import plain
 from .statistics import Array, Interval
 
 #: How a planted example differs from its test example.

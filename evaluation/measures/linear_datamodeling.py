@@ -9,7 +9,7 @@ time: averaging the scores of several models first is another method, an ensembl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from ...errors import bad_value
 from ...responses import class_labels, response_value
 from ...subsets import Membership, checked_membership
 from . import statistics
+from .plain_values import plain
+from .split_halves import split_half_ceiling
 from .statistics import Array, Interval, mean_defined
 
 
@@ -166,34 +168,13 @@ def lds(
         interval=None
         if draws is None
         else statistics.interval(np.clip(mean_defined(draws, axis=1), -1, 1), level),
-        ceiling=statistics.split_half_ceiling(responses),
+        ceiling=split_half_ceiling(responses),
         n_subsets=responses.shape[1],
         n_seeds=responses.shape[0],
         seed=seed,
         draws=draws,
         draws_as_zero=as_zero,
     )
-
-
-def paired_difference(
-    scores_a: Any,
-    scores_b: Any,
-    membership: Membership,
-    responses: Any,
-    *,
-    n_resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> LDSDifference:
-    """LDS of `scores_a` less LDS of `scores_b`, the same models in the same order; see `lds`.
-
-    Where both results are at hand, `difference(result_a, result_b)` costs nothing.
-    """
-    a, b = (
-        lds(s, membership, responses, n_resamples=n_resamples, level=level, seed=seed)
-        for s in (scores_a, scores_b)
-    )
-    return difference(a, b, level=level)
 
 
 def difference(a: LDSResult, b: LDSResult, *, level: float = 0.95) -> LDSDifference:
@@ -287,28 +268,6 @@ def check_inputs(
         if matrix.shape != expected:
             raise bad_value("scores", f"have shape (n_test, n_train) = {expected}", matrix.shape)
     return matrices, membership, responses
-
-
-def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values for JSON: arrays, tuples and numbers of NumPy as Python's; what JSON lacks (NaN, inf) as None.
-
-    Anything else is told by its text.
-    """
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, Interval):
-            return plain(vars(value))
-        if isinstance(value, np.ndarray | np.generic):
-            return convert(value.tolist())
-        if isinstance(value, list | tuple | set | frozenset | range):
-            return [convert(v) for v in value]
-        if isinstance(value, Mapping):
-            return plain(value)
-        if isinstance(value, float) and not np.isfinite(value):
-            return None
-        return value if isinstance(value, str | int | float | None) else str(value)
-
-    return {str(name): convert(value) for name, value in values.items()}
 
 
 def finite_array(name: str, values: Any) -> Array:

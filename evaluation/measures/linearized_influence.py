@@ -22,7 +22,9 @@ import numpy as np
 from ...errors import bad_value
 from ...subsets import Membership, checked_membership
 from . import statistics
-from .linear_datamodeling import check_inputs, plain
+from .linear_datamodeling import check_inputs
+from .plain_values import plain
+from .split_halves import ceiling_of
 from .statistics import Array, Interval, mean_defined
 
 #: Penalties that cross-validation tries, relative to the mean non-zero eigenvalue of the design.
@@ -153,7 +155,7 @@ def linearized_influence_correlation(
         per_test=per_test,
         undefined=int(np.isnan(per_test).sum()),
         interval=statistics.interval(draws, level),
-        ceiling=statistics.ceiling_of(float(mean_defined(agreement))),
+        ceiling=ceiling_of(float(mean_defined(agreement))),
         penalty=penalty,
         n_items=len(truth),
     )

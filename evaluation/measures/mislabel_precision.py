@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from ...errors import bad_choice, bad_value
 from . import statistics
-from .linear_datamodeling import finite_array, plain
+from .linear_datamodeling import finite_array
+from .plain_values import plain
 from .statistics import Array, Interval
 
 KINDS = ("symmetric", "class-dependent")

@@ -6,10 +6,7 @@ NaN where either column is constant or holds a NaN, since a correlation is not d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from math import comb
 from typing import Any
 
 import numpy as np
@@ -19,7 +16,6 @@ from scipy.stats import t as student
 from ...errors import bad_value
 
 Array = NDArray[np.float64]
-_MAX_SPLITS = 100
 
 
 def ranks(values: Any) -> Array:
@@ -111,16 +107,6 @@ def interval(draws: Any, level: float = 0.95) -> Interval:
         return Interval(np.nan, np.nan, level)
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high), level)
-
-
-def crossed_bootstrap(predictions: Any, responses: Any, *, n_resamples: int = 1000, seed: int = 0) -> Array:
-    """Mean Spearman correlations of resampled subsets and resampled test points; see `crossed_draws`.
-
-    Returns:
-        `(n_resamples, n_groups)`: the mean over the resampled test points whose correlation is defined.
-
-    """
-    return crossed_draws(predictions, responses, n_resamples=n_resamples, seed=seed)[0]
 
 
 def crossed_draws(
@@ -263,55 +249,6 @@ def _resampled_ranks(values: Array, counts: NDArray[np.float32]) -> NDArray[np.f
     return result
 
 
-def split_half_ceiling(responses: Any) -> float | None:
-    """The best correlation that any prediction can expect with noisy responses.
-
-    `sqrt(2 r / (1 + r))`, with r the mean Spearman correlation between the averages of two halves of the
-    retrainings (Spearman-Brown, then the square root since only one side is noisy). With an odd number of
-    retrainings the halves are unequal and the value slightly low.
-
-    Args:
-        responses: `(n_seeds, n_subsets, n_test)`, or any `(n_seeds, n, ...)`.
-
-    Returns:
-        The ceiling; 0 where the halves disagree (r <= 0); None with a single retraining or where no
-        correlation is defined.
-
-    """
-    responses = np.asarray(responses, dtype=np.float64)
-    if responses.ndim < 2:
-        raise bad_value("responses", "have shape (n_seeds, n_subsets, n_test)", responses.shape)
-    if len(responses) < 2:
-        return None
-    halves = [
-        float(mean_defined(spearman(responses[half].mean(0), responses[rest].mean(0))))
-        for half, rest in _halvings(len(responses))
-    ]
-    return ceiling_of(float(mean_defined(halves)))
-
-
-def ceiling_of(reliability: float) -> float | None:
-    """`sqrt(2 r / (1 + r))`; 0 for r <= 0, None for NaN.
-
-    >>> ceiling_of(0.5) ** 2 * 3
-    2.0
-    """
-    if np.isnan(reliability):
-        return None
-    return float(np.sqrt(2 * reliability / (1 + reliability))) if reliability > 0 else 0.0
-
-
-def _halvings(n: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Every way to split `range(n)` into halves, or 100 random ones where there are more than that."""
-    if comb(n, n // 2) <= 2 * _MAX_SPLITS:
-        choices: Iterable[Sequence[int]] = combinations(range(n), n // 2)
-    else:
-        generator = np.random.default_rng(0)
-        choices = (generator.permutation(n)[: n // 2].tolist() for _ in range(_MAX_SPLITS))
-    for half in choices:
-        yield list(half), [i for i in range(n) if i not in half]
-
-
 def _pair(a: Any, b: Any) -> tuple[Array, Array]:
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
@@ -322,7 +259,7 @@ def _pair(a: Any, b: Any) -> tuple[Array, Array]:
 
 
 def _centred(a: Array) -> Array:
-    """Design less their means, in units of their ranges: tiny values do not underflow when squared."""
+    """Columns less their means, in units of their ranges: tiny values do not underflow when squared."""
     spread = a.max(0) - a.min(0)
     return np.asarray((a - a.mean(0)) / np.where(spread > 0, spread, 1.0))
 

@@ -32,6 +32,10 @@ from ..system.to_device import TrainingBlocks
 
 #: `(U, V)` with U `(n, n_features + 1)` and V `(n, n_classes)`: one Kronecker term of (F + lambda)^-1.
 Term = tuple[Tensor, Tensor]
+#: Scores that the class side multiplies at a time: small enough for the last level of cache.
+_CACHED_SCORES = 2**21
+#: Test points up to which the product is taken the other way round.
+_FEW_POINTS = 8
 
 
 @saved_as("centered-map")
@@ -184,90 +188,6 @@ class EigenvalueCorrectedCurvature(Curvature):
         ]
 
 
-@saved_as("curvature.gauss-newton")
-@dataclass
-class GaussNewtonCurvature(Curvature):
-    """F itself, solved by conjugate gradients over the training set for each block of test points.
-
-    Preconditioned by A (x) s I, which leaves tens of steps where there were hundreds. Products with
-    `diag p - p p^T` start from the likeliest class, so that nothing cancels if its p is close to 1.
-
-    Attributes:
-        scale: s.
-        phi: Scaled features of the training set times `sqrt(omega_i)`, `(n_train, n_features + 1)`.
-        others: p / s with 0 in the place of the likeliest class, `(n_train, n_classes)`; where outputs are
-            judged apart, the diagonals of the Hessians in units of s.
-        first: The likeliest class, `(n_train, 1)` int64; None where outputs are judged apart.
-        damping: lambda / s, absolute; one for each output where these are judged apart.
-        inverse: `(A + damping mean(diag A) I)^-1`.
-        tolerance: Relative residual at which the solver stops.
-        weight: W, the sum of omega; None for n_train.
-    """
-
-    scale: float
-    phi: Tensor
-    others: Tensor
-    first: Tensor | None
-    damping: float | Tensor
-    inverse: Tensor
-    tolerance: float = 1e-6
-    weight: float | None = None
-
-    def solve(self, phi: Tensor, vectors: Tensor) -> list[Term]:
-        """One term per class: the columns of the solution."""
-        right = phi[:, :, None] * vectors[:, None, :]
-        solution = self._solve(right)
-        classes = torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
-        return [(solution[:, :, c], classes[c].expand_as(vectors)) for c in range(vectors.shape[1])]
-
-    def multiply(self, a: Tensor) -> Tensor:
-        """(F + lambda I) a / s for a `(n, n_features + 1, n_classes)`."""
-        result = self.damping * a
-        weight = len(self.phi) if self.weight is None else self.weight
-        for rows in blocks(len(self.phi), 1024):
-            phi, p = self.phi[rows], self.others[rows]
-            moved = torch.einsum("id,ndc->nic", phi, a)
-            if self.first is None:
-                moved = p * moved
-            else:
-                first = self.first[rows].expand(len(a), -1, 1)
-                moved = moved - moved.gather(-1, first)
-                moved = p * (moved - self.scale * (p * moved).sum(-1, keepdim=True))
-                moved.scatter_(-1, first, -moved.sum(-1, keepdim=True))
-            result += torch.einsum("id,nic->ndc", phi, moved) / weight
-        return result
-
-    def _solve(self, right: Tensor) -> Tensor:
-        """Conjugate gradients, all right-hand sides at once; stops when each residual is small."""
-        x = 0 * right  # not zeros: a right-hand side with NaN has no solution
-        r = right.clone()
-        direction = z = self.inverse @ r
-        rho = (r * z).sum((1, 2))
-        goal = self.tolerance * r.norm(dim=(1, 2))
-        for _ in range(10 * right.shape[1] * right.shape[2]):
-            if not bool((r.norm(dim=(1, 2)) > goal).any()):  # one with NaN must not keep the others going
-                break
-            product = self.multiply(direction)
-            step = _ratio(rho, (direction * product).sum((1, 2)))
-            x += step * direction
-            r -= step * product
-            z = self.inverse @ r
-            rho, previous = (r * z).sum((1, 2)), rho
-            direction = z + _ratio(rho, previous) * direction
-        return x
-
-
-def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """The quotient for each right-hand side, 0 where one has converged to nothing; `(n, 1, 1)`."""
-    return torch.where(below > 0, above / torch.where(below > 0, below, 1.0), 0.0)[:, None, None]
-
-
-#: Scores that the class side multiplies at a time: small enough for the last level of cache.
-_CACHED_SCORES = 2**21
-#: Test points up to which the product is taken the other way round.
-_FEW_POINTS = 8
-
-
 def score_block(terms: Sequence[Term], features: Tensor, residuals: Tensor) -> Tensor:
     """`sum_t (U_t h^T) * (V_t r^T)` for one block of training examples.
 
@@ -303,11 +223,6 @@ def _feature_product(u: Tensor, features: Tensor) -> Tensor:
 def on_raw_features(terms: Sequence[Term], scale: Tensor, weight: float) -> list[Term]:
     """Fold the scaling of the features and the factor 1/W into the test side."""
     return [(u * scale.to(u), v / weight) for u, v in terms]
-
-
-def quadratic_forms(curvature: Curvature, phi: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`<phi (x) left, (F + lambda I)^-1 (phi (x) right)>` of each row, `(n,)`."""
-    return forms_of(curvature.precondition(phi, right), phi, left)
 
 
 def forms_of(terms: Sequence[Term], phi: Tensor, left: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ from .curvature import (
     CenteredMap,
     Curvature,
     EigenvalueCorrectedCurvature,
-    GaussNewtonCurvature,
     IdentityCurvature,
     KroneckerCurvature,
 )
 from .damping import damped_inverse
+from .gauss_newton import GaussNewtonCurvature
 from .moments import Moments, scaled_features
 
 

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import ExampleBatch, walk
+from ..data.batch import ExampleBatch
+from ..data.containers import walk
 from ..data.passes import Passes
 from ..influence.estimate import (
     Estimate,

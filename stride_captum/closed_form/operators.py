@@ -14,7 +14,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..errors import bad_value
 from ..losses import CrossEntropy, Loss
 from ..operators import Changed, FittedOperators, TestPoints
 from ..recovery import soft_threshold
@@ -25,15 +24,13 @@ from ..system.saved_values import saved_as
 from ..system.to_device import TrainingBlocks, working_dtype
 from .curvature import (
     Curvature,
-    IdentityCurvature,
-    KroneckerCurvature,
     Term,
     forms_of,
     on_raw_features,
     score_block,
 )
+from .forms import TrainingForms, in_range, norms_of, outer, sizes_and_units
 from .incremental import with_examples, with_others, without_examples
-from .memory import FEW_ROWS
 from .moments import Moments, scaled_features
 from .ridge_head import RidgeHead
 from .training_residuals import TrainingResiduals
@@ -147,14 +144,14 @@ class ClosedFormOperators(FittedOperators):
     @cached_property
     def _train_norms(self) -> Tensor:
         norms = []
-        for rows in self._form_blocks:
-            sizes, units = _sizes_and_units(self._residuals.of(rows))
-            norms.append(norms_of(self._forms(rows, units, units), sizes))
+        for rows in self._forms.blocks:
+            sizes, units = sizes_and_units(self._residuals.of(rows))
+            norms.append(norms_of(self._forms.of(rows, units, units), sizes))
         return torch.cat(norms).to(working_dtype(self.features))
 
     def test_norms(self, prepared: ClosedFormQuery) -> Tensor:
         """The same norm of the test points, times sqrt(s) instead, `(n_test,)`."""
-        sizes, units = _sizes_and_units(prepared.gradients)
+        sizes, units = sizes_and_units(prepared.gradients)
         forms = forms_of(self.curvature.solve(prepared.phi, units), prepared.phi, units)
         norms = norms_of(forms / self.moments.weight, sizes)
         return norms.to(working_dtype(self.features))
@@ -182,11 +179,11 @@ class ClosedFormOperators(FittedOperators):
     def self_influence(self) -> Tensor:
         """`<phi_i (x) (e_y - p), (F + lambda)^-1 (phi_i (x) r_i)> / N`, `(n_train,)`."""
         parts = []
-        for rows in self._form_blocks:
-            sizes, units = _sizes_and_units(self._residuals.of_loss(rows))
+        for rows in self._forms.blocks:
+            sizes, units = sizes_and_units(self._residuals.of_loss(rows))
             left = units.to(self.scale)
-            parts.append(sizes * matching(self._forms(rows, left, self._residuals.of(rows)), sizes))
-        return self.in_range(torch.cat(parts))
+            parts.append(sizes * matching(self._forms.of(rows, left, self._residuals.of(rows)), sizes))
+        return in_range(torch.cat(parts), self.scale.device, working_dtype(self.features))
 
     def self_influence_of(self, points: TestPoints) -> Tensor:
         """The self-influence that other examples would have, `(n,)`.
@@ -194,9 +191,10 @@ class ClosedFormOperators(FittedOperators):
         The ridge part of their residuals is out of sample as it is: nothing is left out.
         """
         phi, own, right = self.sides_of_others(points)
-        sizes, units = _sizes_and_units(own)
+        sizes, units = sizes_and_units(own)
         forms = forms_of(self.curvature.solve(phi, right), phi, units.to(phi))
-        return self.in_range(sizes * matching(forms, sizes) / self.moments.weight)
+        values = sizes * matching(forms, sizes) / self.moments.weight
+        return in_range(values, self.scale.device, working_dtype(self.features))
 
     def sides_of_others(self, points: TestPoints) -> tuple[Tensor, Tensor, Tensor]:
         """Of other examples: phi, `e_y - p`, and the residuals that they would have in units of s."""
@@ -278,42 +276,9 @@ class ClosedFormOperators(FittedOperators):
             self.loss,
         )
 
-    @property
-    def _simple(self) -> bool:
-        """Whether a quadratic form is a product of one form of features and one of classes."""
-        return isinstance(self.curvature, IdentityCurvature | KroneckerCurvature)
-
-    @property
-    def _form_blocks(self) -> TrainingBlocks:
-        few = self.block_rows if self._simple else min(self.block_rows, FEW_ROWS)
-        return replace(self._data, block_rows=few)
-
     @cached_property
-    def _leverage_forms(self) -> Tensor:
-        assert isinstance(self.curvature, IdentityCurvature | KroneckerCurvature)
-        return self.curvature.inverse.forms(self._data, self.scale)
-
-    def _forms(self, rows: slice, left: Tensor, right: Tensor) -> Tensor:
-        """`<phi_i (x) left_i, (F + lambda)^-1 (phi_i (x) right_i)> / N` in units of 1/s, `(n_rows,)`."""
-        if isinstance(self.curvature, IdentityCurvature | KroneckerCurvature):
-            return (
-                self._leverage_forms[rows] * self.curvature.class_product(left, right) / self.moments.weight
-            )
-        phi = scaled_features(self._data.features_of(rows), self.scale)
-        return forms_of(self.curvature.solve(phi, right), phi, left) / self.moments.weight
-
-    def in_range(self, values: Tensor) -> Tensor:
-        """Results from float64 in the working dtype, unless all of them would become 0."""
-        rounded = values.to(self.scale.device, working_dtype(self.features))
-        largest, least = float(values.abs().max()), torch.finfo(rounded.dtype).tiny
-        if 0 < largest < least:
-            raise bad_value(
-                "model",
-                f"have losses of which float32 can hold the products (above {least:.0e})",
-                f"{largest:.0e} at most",
-                "Give the model and its data in float64.",
-            )
-        return rounded
+    def _forms(self) -> TrainingForms:
+        return TrainingForms(self._data, self.curvature, self.scale, self.moments.weight)
 
 
 @dataclass(frozen=True)
@@ -329,20 +294,3 @@ class ClosedFormQuery:
     terms: list[Term]
     phi: Tensor
     gradients: Tensor
-
-
-def outer(left: Tensor, right: Tensor) -> Tensor:
-    """The outer product of each pair of rows, flat, `(n, n_left n_right)`."""
-    return (left[:, :, None] * right[:, None, :]).flatten(1)
-
-
-def _sizes_and_units(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest entry of each row, and the rows divided by it: tiny residuals have no tiny squares."""
-    sizes = vectors.abs().amax(1)
-    return sizes, vectors / torch.where(sizes > 0, sizes, 1.0)[:, None]
-
-
-def norms_of(forms: Tensor, sizes: Tensor) -> Tensor:
-    """Norms of rows from the forms of their units; 0 where the inverse would overflow."""
-    norms = forms.clamp_min(0).sqrt() * sizes
-    return torch.where(norms >= torch.finfo(norms.dtype).tiny, norms, 0.0)

@@ -26,8 +26,9 @@ from ..system.memory import rows_that_fit
 from ..system.saved_values import saved_as
 from ..system.to_device import working_dtype
 from .curvature import Term, score_block
+from .forms import in_range, norms_of
 from .moments import scaled_features
-from .operators import ClosedFormOperators, ClosedFormQuery, norms_of
+from .operators import ClosedFormOperators, ClosedFormQuery
 
 #: Products of pairs of positions that are held at a time.
 _PAIRS = 2**22
@@ -249,7 +250,7 @@ class PositionOperators(FittedOperators):
             sizes, own = _sizes_and_units(self.rows._residuals.of_loss(rows), few)
             forms = self._form(phi, own.to(phi), residuals, few) / self.rows.moments.weight
             parts.append(sizes * forms.to(sizes))
-        return self.rows.in_range(torch.cat(parts))
+        return self._in_range(torch.cat(parts))
 
     @override
     def self_influence_of(self, points: TestPoints) -> Tensor:
@@ -257,7 +258,10 @@ class PositionOperators(FittedOperators):
         phi, own, right = self.rows.sides_of_others(points)
         sizes, units = _sizes_and_units(own, points.positions)
         forms = self._form(phi, units.to(phi), right, points.positions) / self.rows.moments.weight
-        return self.rows.in_range(sizes * forms.to(sizes))
+        return self._in_range(sizes * forms.to(sizes))
+
+    def _in_range(self, values: Tensor) -> Tensor:
+        return in_range(values, self.device, working_dtype(self.rows.features))
 
     @override
     def mislabel_scores(self) -> Tensor:

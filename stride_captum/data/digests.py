@@ -24,7 +24,8 @@ from ..errors import bad_value
 from ..system.fingerprints import bits
 from ..system.random_states import draws_put_back, user_code
 from ..system.saved_values import saved_as
-from .batch import ExampleBatch, walk
+from .batch import ExampleBatch
+from .containers import walk
 
 #: What `data_fingerprint` says of data that can only be read from the first example to the last.
 STREAM = "unknown: an iterable data set"

@@ -24,7 +24,8 @@ from torch.utils.data import (
 
 from ..errors import bad_type, bad_value
 from ..system.random_states import draws_put_back, user_code
-from .batch import ExampleBatch, Reading, is_batch
+from .batch import ExampleBatch, is_batch
+from .reading import Reading
 
 _END = object()
 

@@ -21,8 +21,9 @@ from ..errors import bad_value
 from ..losses import Loss
 from ..system.random_states import user_code
 from . import inputs as data
-from .batch import LABEL_KEY, ExampleBatch, Reading, is_batch
+from .batch import ExampleBatch, is_batch
 from .digests import Digests
+from .reading import LABEL_KEY, Reading
 
 #: Examples that are read a second time after the first pass.
 _READ_AGAIN = 8

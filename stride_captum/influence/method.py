@@ -16,42 +16,35 @@ Sign: a positive score means that the training example raises the response of th
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, overload
+from typing import Any, overload
 
 import torch
 from captum.influence._core.tracincp import KMostInfluentialResults
 from torch import Tensor, nn
 
 from ..data import inputs as data
-from ..data.batch import Batch
-from ..data.digests import Digests
 from ..data.places import groups_of_places
-from ..errors import bad_choice, bad_type, whole_number
+from ..data.reading import Batch
+from ..errors import bad_choice, whole_number
 from ..losses import Loss
 from ..subsets import membership_from_indices
-from ..system.fingerprints import weights_fingerprint
 from ..system.locks import exclusive
-from ..system.peak_memory import PeakMemory
-from ..system.processes import SINGLE_PROCESS, SingleProcess
-from .checkpoints import LoadCheckpoint, load_checkpoint, warn_of_equal
+from .checkpoints import LoadCheckpoint, load_checkpoint
 from .estimate import Estimate, from_small_runs
 from .per_position import check_whole, position_scores
-from .persistence import load_method, save_method
 from .query import DEFAULT, Default, Query, check_query, checked_target
 from .rows import checked_ids
-from .scoring import ScoringLoop
+from .saving import SavedMethod
 from .top_k import Collector, ColumnSums, DenseScores, GroupSums, StreamedTopK
 from .vectors import test_vectors, train_vectors
 
-Self = TypeVar("Self", bound="InfluenceMethod")
 #: The class of the response: None for that of the constructor.
 Target = str | int | Sequence[int] | Tensor | None
 
 
-class InfluenceMethod(ScoringLoop):
+class InfluenceMethod(SavedMethod):
     """Base class of all attribution methods; a subclass of Captum's `DataInfluence`.
 
     Args:
@@ -110,26 +103,6 @@ class InfluenceMethod(ScoringLoop):
     tensor(1.)
     """
 
-    #: Whether `fit` reads the training set once (for each checkpoint), and queries never do.
-    fits_in_one_pass: ClassVar[bool] = False
-    #: The processes that share the training set.
-    ranks: SingleProcess = SINGLE_PROCESS
-    digests_: Digests | None
-    compared_: str
-
-    def __new__(cls, *arguments: Any, **options: Any) -> Any:
-        """Refuse Captum's positional call, whose second argument is a layer, with ours."""
-        if len(arguments) > 2:
-            raise bad_type(
-                "arguments",
-                f"be {cls.__name__}(model, train_dataset, ...) with all others by name",
-                arguments[2],
-                f"Write {cls.__name__}(model, train_dataset, checkpoints=[...], "
-                "checkpoints_load_func=..., layers=[...]) where Captum has "
-                "TracInCPFast(model, layer, train_dataset, checkpoints).",
-            )
-        return super().__new__(cls)
-
     def __init__(
         self,
         model: nn.Module,
@@ -167,54 +140,10 @@ class InfluenceMethod(ScoringLoop):
         self.target = checked_target(target)
         self.normalize = normalize
         self.ids = checked_ids(ids, train_dataset)
-        self._states: list[Any] | None = None
-        self._weights: list[float] = []
-        self._fit_bytes: int | None = None
-        self._checkpoint_index = 0  # the one that `fit` is at
-
-    def fit(self: Self, show_progress: bool = False) -> Self:
-        """Learn from the training set.
-
-        Args:
-            show_progress: Whether to show a bar over its batches.
-
-        Returns:
-            The method itself.
-        """
-        with exclusive(self):
-            started = time.perf_counter()
-            self._states = None
-            passes = self._training_passes()
-            with self._session() as model, PeakMemory(self._work_device()) as memory:
-                passes.restart(not self.fits_in_one_pass or len(self._checkpoints()) > 1)
-                states, rates, fingerprints = [], [], []
-                try:
-                    for index, checkpoint in enumerate(self._checkpoints()):
-                        self._checkpoint_index = index
-                        rates.append(self._load(model, checkpoint))
-                        fingerprints.append(weights_fingerprint(model))
-                        states.append(self._fit_one(model, show_progress))
-                finally:
-                    passes.release()
-            warn_of_equal(self._checkpoints(), fingerprints)
-            self._states, self._weights = states, self.combine_weights(rates)
-            self._mark_fitted(" ".join(fingerprints))
-            self.digests_ = passes.digests
-            self.fit_seconds_, self._fit_bytes = time.perf_counter() - started, memory.bytes
-            self.peak_bytes_ = memory.bytes
-        return self
-
-    def _fit_one(self, model: nn.Module, show_progress: bool) -> Any:
-        """`fit_checkpoint`, with a look at the model before and at its outputs for the training set."""
-        self._check_model(model)
-        self._take_positions_together(model)
-        self._output_check = self.loss.output_check(model)
-        try:
-            state = self.fit_checkpoint(model, show_progress)
-            self._output_check.finish()
-        finally:
-            self._output_check = None
-        return state
+        self._states = None
+        self._weights = []
+        self._fit_bytes = None
+        self._checkpoint_index = 0
 
     @overload
     def influence(
@@ -433,71 +362,6 @@ class InfluenceMethod(ScoringLoop):
 
     def _estimate(self, n_test: int, k: int | None) -> Estimate:
         return from_small_runs(self, n_test, k)
-
-    def __repr__(self) -> str:
-        fitted = f"n_train={self.n_train_}" if self._states is not None else "not fitted"
-        return f"{type(self).__name__}({', '.join([*self._said(), fitted])})"
-
-    def _said(self) -> list[str]:
-        """What `repr` says of the options."""
-        common = {"layers", "batch_size", "loss"}
-        return [f"{name}={value!r}" for name, value in self.settings().items() if name not in common]
-
-    def save(self, path: str | Path) -> None:
-        """Write what `fit` has learnt to one safetensors file.
-
-        Args:
-            path: File name.
-
-        Raises:
-            ValueError: Nothing has been fitted, or `path` is a folder.
-            OSError: The file cannot be written.
-        """
-        save_method(self, path)
-
-    @classmethod
-    def load(
-        cls: type[Self],
-        path: str | Path,
-        model: nn.Module,
-        train_dataset: Any,
-        *,
-        changed: str = "refuse",
-        **options: Any,
-    ) -> Self:
-        """Read a method that `save` has written, without a pass of the training set through the model.
-
-        The labels of all training examples are compared with those that the method was fitted on, and their
-        inputs up to `stale_data.INPUT_BYTES`; `compared_` says what was. That reads the data set, unless its
-        labels can be had alone and its inputs are more than that.
-
-        Args:
-            path: File name.
-            model: The model that it was fitted on.
-            train_dataset: The training set that it was fitted on.
-            changed: What to do about examples that have changed: "refuse" them; "update" the method by these
-                alone (closed-form STRIDE: what a refit would give); or "ignore", which compares nothing but
-                the length, for data that are slow to read and sure to be the same.
-            **options: Constructor arguments that are not saved (device, checkpoints, ...), or another
-                batch_size.
-
-        Raises:
-            ValueError: The file is damaged, or belongs to other weights, other data or another class.
-        """
-        return load_method(cls, path, model, train_dataset, options, changed)
-
-    def _states_to_save(self) -> list[Any]:
-        """What `save` keeps of each checkpoint."""
-        return list(self._states or [])
-
-    def _loaded_states(self, states: list[Any], fingerprints: list[str]) -> list[Any]:
-        """The states that `save` had kept, whole again; `fingerprints` are those of the checkpoints."""
-        return states
-
-    def settings(self) -> dict[str, Any]:
-        """Constructor arguments that `save` keeps, as plain values."""
-        layers = None if self.layers is None else list(self.layers)
-        return {"layers": layers, "batch_size": self.batch_size, "loss": self.loss}
 
 
 __all__ = ["InfluenceMethod", "Query"]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import Batch
 from ..data.digests import Digests
+from ..data.reading import Batch
 from ..errors import bad_choice, bad_value
 from ..features.store import FeatureStore
 from ..losses import loss_of
@@ -21,9 +21,9 @@ from ..system.saved_values import decode, encode, saved_as
 from .stale_data import batch_layout, changed_data, check_length, compare, read_digests
 
 if TYPE_CHECKING:
-    from ..influence.method import InfluenceMethod
+    from .saving import SavedMethod
 
-Method = TypeVar("Method", bound="InfluenceMethod")
+Method = TypeVar("Method", bound="SavedMethod")
 _DEFAULTS = ("response", "target", "normalize", "memory_budget")
 _PARTS = (
     "class",
@@ -40,7 +40,7 @@ _PARTS = (
 _NOT_LEARNED = ("query_seconds_", "peak_bytes_", "compared_")
 
 
-def save_method(method: InfluenceMethod, path: str | Path) -> None:
+def save_method(method: SavedMethod, path: str | Path) -> None:
     """Write a fitted method atomically to one file (see `InfluenceMethod.save`)."""
     if method._states is None or method._fitted_on is None:
         raise bad_value("method", "be fitted before it is saved", "one that is not", "Call fit() first.")
@@ -68,7 +68,7 @@ def save_method(method: InfluenceMethod, path: str | Path) -> None:
     write_file(path, description, tensors)
 
 
-def _digests_now(method: InfluenceMethod) -> Digests:
+def _digests_now(method: SavedMethod) -> Digests:
     """Digests of a training set of which `fit` has kept none."""
     with draws_put_back():
         digests = read_digests(method)
@@ -146,7 +146,7 @@ def _shown(said: Mapping[str, Any]) -> str:
 
 
 def _restore(
-    method: InfluenceMethod,
+    method: SavedMethod,
     path: str | Path,
     description: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
@@ -191,7 +191,7 @@ def _decoded(
         raise not_ours(path, "has a description that does not fit its tensors") from error
 
 
-def _can_update(method: InfluenceMethod) -> bool:
+def _can_update(method: SavedMethod) -> bool:
     """Whether the method can take in examples that have changed."""
     check = getattr(method, "_check_changeable", None)
     try:
@@ -200,7 +200,7 @@ def _can_update(method: InfluenceMethod) -> bool:
         return False
 
 
-def _remedy(method: InfluenceMethod) -> str:
+def _remedy(method: SavedMethod) -> str:
     if getattr(method, "feature_store", None) is not None:
         return "Fit again, with another `feature_store`: this one holds the examples as they were."
     if _can_update(method):

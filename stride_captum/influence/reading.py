@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data import inputs as data
-from ..data.batch import Batch, ExampleBatch, Reading, is_batch
+from ..data.batch import ExampleBatch, is_batch
 from ..data.passes import Passes
+from ..data.reading import Batch, Reading
 from ..errors import bad_type, bad_value, whole_number
 from ..layers.activations import token_mask
 from ..layers.probes import check_deterministic

@@ -12,13 +12,14 @@ import torch
 from captum.influence import DataInfluence
 from torch import nn
 
-from ..errors import bad_value
+from ..errors import bad_type, bad_value
 from ..system.devices import check_placed, device_of, existing_device, full_precision
 from ..system.fingerprints import weights_fingerprint, weights_version
 from ..system.locks import exclusive
 from ..system.memory import parse_bytes
 from ..system.preserve_state import preserve_state
-from .checkpoints import LoadCheckpoint, apart_from, checkpoint_list, load_with, weights_of
+from .checkpoints import LoadCheckpoint, apart_from, checkpoint_list, weights_of
+from .load_functions import load_with
 
 
 class ModelSession(DataInfluence):  # type: ignore[misc]
@@ -34,6 +35,19 @@ class ModelSession(DataInfluence):  # type: ignore[misc]
 
     #: Whether the method takes gradients of the network.
     needs_gradients: ClassVar[bool] = False
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Any:
+        """Refuse Captum's positional call, whose second argument is a layer, with ours."""
+        if len(arguments) > 2:
+            raise bad_type(
+                "arguments",
+                f"be {cls.__name__}(model, train_dataset, ...) with all others by name",
+                arguments[2],
+                f"Write {cls.__name__}(model, train_dataset, checkpoints=[...], "
+                "checkpoints_load_func=..., layers=[...]) where Captum has "
+                "TracInCPFast(model, layer, train_dataset, checkpoints).",
+            )
+        return super().__new__(cls)
 
     def __init__(
         self,

@@ -6,7 +6,8 @@ of any method by the responses of models that were retrained on subsets.
 
 from .alpha import choose_alpha
 from .refinement import RefinedScores, refine
-from .solver import LassoFit, alpha_max, lasso, lasso_path, ridge, ridge_scale, soft_threshold
+from .ridge_regression import ridge, ridge_scale
+from .solver import LassoFit, alpha_max, lasso, lasso_path, soft_threshold
 
 __all__ = [
     "LassoFit",

@@ -14,7 +14,8 @@ from ..options import Options, check_flag, is_number
 from ..subsets import Membership
 from ..system.saved_values import saved_as
 from .alpha import choose_alpha
-from .solver import alpha_max, lasso, ridge, ridge_scale
+from .ridge_regression import ridge, ridge_scale
+from .solver import alpha_max, lasso
 
 AlphaRule = Literal["bic", "aic", "cross-validation"]
 

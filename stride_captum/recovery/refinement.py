@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
 from ..errors import bad_type, bad_value
-from ..system.devices import as_float64, matching
-from .design import Design, read_membership
-from .marginal_likelihood import Hyperparameters, MarginalLikelihood
+from .effect_posterior import EffectPosterior
+from .marginal_likelihood import Hyperparameters
 
 _LEVEL = 0.9  # of `slope_interval`
 _EVIDENCE = 6.63  # 99% of chi-square with one degree of freedom
-_BLOCK_CELLS = 2**22  # float64 numbers in one array
-_GPU_BLOCK_FACTOR = 16
-_KEPT_CELLS = 2**27  # float64 numbers of eigenvectors that are kept instead of computed twice
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +36,7 @@ class RefinedScores:
             what the slope leaves unexplained that is put down to the examples.
         slope_interval: 90% interval of `slope`; both ends NaN where the slope was given.
 
+    >>> import torch
     >>> scores = torch.tensor([[1.0, -2.0, 4.0]])
     >>> halves = torch.tensor([[1.0, 1, 0], [0, 0, 1], [1, 0, 1], [0, 1, 0]])
     >>> measured = scores @ halves.T + torch.tensor([[0.5, -0.5, 0.5, -0.5]])  # an effect of 2, not of 1
@@ -126,6 +121,7 @@ def refine(
         TypeError: An argument is of another type.
         ValueError: Shapes disagree, there are fewer than 3 subsets, or a fixed value is out of range.
 
+    >>> import torch
     >>> from stride_captum.subsets import random_subsets
     >>> generator = torch.Generator().manual_seed(0)
     >>> scores = torch.randn(20, 100, generator=generator)
@@ -143,13 +139,13 @@ def refine(
         raise bad_value(
             "noise", "be positive where slope or prior scale are estimated", noise, "Fix all three."
         )
-    problem = _Problem(scores, membership, measured)
+    problem = EffectPosterior(scores, membership, measured)
     usable = problem.spectra()
     fixed = given[0] is not None
     if not bool(usable.rows.any()):
         found = Hyperparameters(*(math.nan if v is None else v for v in given))
         interval = (math.nan, math.nan) if fixed else (-math.inf, math.inf)
-        return problem.unchanged(found, interval)
+        return RefinedScores(*problem.unchanged(), *found, interval)
     likelihood = usable.likelihood
     found = likelihood.maximum(*given)
     if given[1] is None:
@@ -162,170 +158,8 @@ def refine(
         return RefinedScores(*result, *found, (math.nan, math.nan))
     interval = _interval(found.slope, contributions, likelihood.information(found))
     if interval[0] <= 0:
-        return problem.unchanged(found, interval)
+        return RefinedScores(*problem.unchanged(), *found, interval)
     return RefinedScores(*result, *found, interval)
-
-
-class _Spectra(NamedTuple):
-    """What is known of the test points once `X diag(s^2) X^T` is diagonal, in units of u.
-
-    Attributes:
-        rows: `(n_test,)` bool, which test points take part in the estimates.
-        likelihood: In the coordinates of the eigenvectors, of these test points.
-        predicted: X s of these test points, `(n, n_subsets)`.
-        measured: y of these test points, `(n, n_subsets)`.
-    """
-
-    rows: Tensor
-    likelihood: MarginalLikelihood
-    predicted: Tensor
-    measured: Tensor
-
-
-class _Block(NamedTuple):
-    """Some test points: scores s, their largest size, u for scores of largest size 1, and eigenvectors."""
-
-    scores: Tensor
-    size: Tensor
-    unit: Tensor
-    eigenvalues: Tensor
-    vectors: Tensor
-    predicted: Tensor
-    measured: Tensor
-
-
-class _Problem:
-    """Validated scores, centered columns and centered responses."""
-
-    def __init__(self, scores: Any, membership: Any, measured: Any) -> None:
-        matrix = read_membership(membership)
-        self.n_subsets, n_train = matrix.shape
-        if self.n_subsets < 3:
-            raise bad_value("membership", "hold at least 3 subsets", self.n_subsets)
-        given = _matrix("scores", scores, n_train, "n_train", "columns")
-        y = _matrix("measured", measured, self.n_subsets, "n_subsets", "rows")
-        if len(y) != len(given):
-            raise bad_value("measured", f"have a row for each of the {len(given)} rows of `scores`", len(y))
-        self.scores = given if given.is_floating_point() else given.double()
-        y = as_float64(y).to(as_float64(self.scores[:0]).device)
-        finite = torch.isfinite(self.scores).all(1).to(y.device) & torch.isfinite(y).all(1)
-        self.finite = finite
-        y = torch.where(finite[:, None], y, 0.0)
-        self.y = y - y.mean(1, keepdim=True)
-        self.columns = Design(matrix, True, y.device)
-        cells = _BLOCK_CELLS * (1 if y.device.type == "cpu" else _GPU_BLOCK_FACTOR)
-        self.n_rows = max(1, cells // max(n_train, self.n_subsets**2))
-        self.n_columns = max(1, cells // (self.n_rows * self.n_subsets))
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def blocks(self) -> Iterator[tuple[slice, _Block]]:
-        """All test points, some at a time."""
-        for begin in range(0, len(self.y), self.n_rows):
-            rows = slice(begin, begin + self.n_rows)
-            s = torch.where(self.finite[rows, None], as_float64(self.scores[rows]), 0.0)
-            size = s.abs().amax(1, keepdim=True)
-            size = torch.where(size > 0, size, 1.0)
-            values, vectors = self._kept.get(begin) or self._eigen((s / size).square())
-            if vectors.numel() * len(self.y) <= _KEPT_CELLS * len(s):
-                self._kept[begin] = (values, vectors)
-            unit = values.mean(1, keepdim=True).sqrt()
-            unit = torch.where(unit > 0, unit, 1.0)
-            predicted = self.columns.forward(self.columns.collect(s / size)) / unit
-            measured = self.y[rows] / (size * unit)
-            yield rows, _Block(s, size, unit, values / unit.square(), vectors, predicted, measured)
-
-    def _eigen(self, squares: Tensor) -> tuple[Tensor, Tensor]:
-        """Eigenvalues and eigenvectors of `X diag(squares) X^T` on the vectors of mean 0."""
-        n, n_subsets = len(squares), self.n_subsets
-        weights = self.columns.collect(squares)
-        gram = squares.new_zeros(n, n_subsets, n_subsets)
-        for columns, block in self.columns.blocks(self.n_columns):
-            scaled = (weights[:, None, columns] * block).reshape(n * n_subsets, -1)
-            gram += (scaled @ block.T).view(n, n_subsets, n_subsets)
-        gram = (gram + gram.mT) / 2
-        # The constant vector becomes that of the largest eigenvalue, which is left out.
-        trace = gram.diagonal(dim1=1, dim2=2).sum(1)
-        above = torch.where(trace > 0, 2 * trace, 1.0)
-        values, vectors = torch.linalg.eigh(gram + above[:, None, None] / n_subsets)
-        values, vectors = values[:, :-1], vectors[:, :, :-1]
-        rounding = n_subsets * torch.finfo(values.dtype).eps * above[:, None]
-        return torch.where(values > rounding, values, 0.0), vectors
-
-    def spectra(self) -> _Spectra:
-        """The test points whose predictions and measurements can say something, in their own coordinates."""
-        used, eigenvalues, predicted, measured, rotated = [], [], [], [], []
-        for _, block in self.blocks():
-            informed = (block.eigenvalues > 0).any(1)  # not so where the row is not finite
-            used.append(informed)
-            eigenvalues.append(block.eigenvalues[informed])
-            predicted.append(block.predicted[informed])
-            measured.append(block.measured[informed])
-            pair = torch.stack([block.predicted[informed], block.measured[informed]], 1)
-            rotated.append(pair @ block.vectors[informed])
-        if not used:
-            used, empty = [self.finite], self.y.new_zeros(0, self.n_subsets)
-            eigenvalues, predicted, measured = [empty], [empty], [empty]
-            rotated = [self.y.new_zeros(0, 2, self.n_subsets)]
-        both = torch.cat(rotated)
-        likelihood = MarginalLikelihood(torch.cat(eigenvalues), both[:, 0], both[:, 1])
-        return _Spectra(torch.cat(used), likelihood, torch.cat(predicted), torch.cat(measured))
-
-    def posterior(
-        self, at: Hyperparameters, usable: _Spectra, known: bool
-    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Means and standard deviations, and what each subset contributes to the slope, `(n_subsets,)`.
-
-        Args:
-            at: The hyperparameters.
-            usable: Which test points the slope is estimated from.
-            known: Whether the prior scale was given, so that 0 is meant.
-        """
-        mean, deviation = torch.empty_like(self.scores), torch.empty_like(self.scores)
-        total = self.y.new_zeros(self.n_subsets)
-        if at.prior_scale == 0:
-            residual = usable.measured - at.slope * usable.predicted
-            if at.noise > 0:
-                total = (usable.predicted * residual).sum(0) / at.noise**2
-            for part, target in zip(self.scores.split(self.n_rows), mean.split(self.n_rows), strict=True):
-                target.copy_(matching(at.slope * as_float64(part), target))
-            zero = (self.scores == 0).all(1, keepdim=True)
-            deviation.copy_(torch.where(zero | known, 0.0, math.nan).expand_as(deviation))
-        else:
-            for rows, block in self.blocks():
-                effects, errors, contributions = self._solve(at, block)
-                total += contributions.sum(0)
-                mean[rows] = matching(effects, mean)
-                deviation[rows] = matching(errors, deviation)
-        lost = ~self.finite.to(mean.device)
-        mean[lost], deviation[lost] = math.nan, math.nan
-        return (mean, deviation), total
-
-    def _solve(self, at: Hyperparameters, block: _Block) -> tuple[Tensor, Tensor, Tensor]:
-        tau2, vectors = at.prior_scale**2, block.vectors
-        variance = tau2 * block.eigenvalues + at.noise**2
-        inverse = torch.where(variance > 0, 1 / variance, 0.0)
-        residual = block.measured - at.slope * block.predicted
-        pair = torch.stack([block.predicted, residual], 1) @ vectors
-        white = (pair * inverse.sqrt()[:, None]) @ vectors.mT
-        dual = ((pair[:, 1] * inverse)[:, None] @ vectors.mT)[:, 0]
-        n, columns = len(dual), self.columns
-        quadratic = dual.new_zeros(n, columns.n_columns)
-        roots = (vectors * inverse.sqrt()[:, None]).mT.reshape(-1, self.n_subsets)
-        for index, part in columns.blocks(self.n_columns):
-            quadratic[:, index] = (roots @ part).view(n, -1, part.shape[1]).square().sum(1)
-        relative = block.scores / (block.size * block.unit)
-        own = at.slope + tau2 * relative * columns.expand(columns.adjoint(dual))
-        left = 1 - tau2 * relative.square() * columns.expand(quadratic)
-        errors = at.prior_scale * block.scores.abs() * left.clamp(min=0).sqrt()
-        return block.scores * own, errors, white[:, 0] * white[:, 1]
-
-    def unchanged(self, found: Hyperparameters, interval: tuple[float, float]) -> RefinedScores:
-        """The scores as they were."""
-        lost = ~self.finite.to(self.scores.device)[:, None]
-        zero = (self.scores == 0).all(1, keepdim=True)
-        scores = torch.where(lost, math.nan, self.scores)
-        deviation = torch.where(zero & ~lost, 0.0, math.nan).to(scores).expand_as(scores).clone()
-        return RefinedScores(scores, deviation, *found, interval)
 
 
 def _interval(slope: float, contributions: Tensor, information: float) -> tuple[float, float]:
@@ -353,18 +187,6 @@ def _design_effect(residual: Tensor) -> float:
         return 1.0
     off = float((rows.T @ rows).square().sum()) - n
     return 1 + max(0.0, (m * off - n * (n - 1)) / (m - 1)) / n
-
-
-def _matrix(name: str, values: Any, width: int, size: str, which: str) -> Tensor:
-    if isinstance(values, np.ndarray):
-        values = torch.from_numpy(values)
-    if not isinstance(values, Tensor):
-        raise bad_type(name, "be a torch tensor or a NumPy array", values)
-    if values.ndim != 2 or values.shape[1] != width:
-        must = f"be of shape (n_test, {size}) with {size} = {width}, as `membership` has {which}"
-        remedy = f"One test point is {name}[None]." if values.ndim == 1 else None
-        raise bad_value(name, must, tuple(values.shape), remedy)
-    return values.detach()
 
 
 def _fixed(name: str, value: float | None) -> float | None:

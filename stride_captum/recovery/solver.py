@@ -16,19 +16,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import bad_value
 from ..system.devices import float64_device, matching
-from .design import Design, read_membership, read_responses
+from .problem import Problem
 from .working_set import certify, largest_correlation, row_blocks, solve
 
 
 @dataclass(frozen=True)
 class LassoFit:
-    """Minimisers of `1/2 ||y - X w||^2 + alpha ||w||_1` with their certificates.
+    """Minimizers of `1/2 ||y - X w||^2 + alpha ||w||_1` with their certificates.
 
     Attributes:
         weights: `(n_test, n_train)`, in the dtype of Y (float64 if Y holds integers).
@@ -86,7 +85,7 @@ def lasso(
     tensor([[2., 0.]])
 
     """
-    problem = _Problem(Y, membership, center)
+    problem = _Lasso(Y, membership, center)
     penalty = problem.per_row("alpha", alpha, "Least squares has no unique solution: use `ridge`.")
     return problem.fit([penalty], tolerance, max_rounds)[0]
 
@@ -123,7 +122,7 @@ def lasso_path(
     values = [float(fraction) for fraction in fractions]
     if not all(0 < value < float("inf") for value in values):
         raise bad_value("fractions", "be positive numbers", fractions)
-    problem = _Problem(Y, membership, center)
+    problem = _Lasso(Y, membership, center)
     top = largest_correlation(problem.columns, problem.y)
     descending = sorted(range(len(values)), key=lambda k: -values[k])
     fits = problem.fit([values[k] * top for k in descending], tolerance, max_rounds)
@@ -137,75 +136,8 @@ def alpha_max(Y: Any, membership: Any, *, center: bool = False) -> Tensor:
     tensor([5.], dtype=torch.float64)
 
     """
-    problem = _Problem(Y, membership, center)
+    problem = _Lasso(Y, membership, center)
     return largest_correlation(problem.columns, problem.y)
-
-
-def ridge(Y: Any, membership: Any, penalty: float | Tensor, *, center: bool = False) -> Tensor:
-    """Minimise `1/2 ||y - X w||^2 + penalty / 2 ||w||^2` for every row y of Y.
-
-    The solution is `w = X^T (X X^T + penalty I)^-1 y`: one n_subsets x n_subsets system for all rows
-    (an eigendecomposition of it where rows have different penalties).
-
-    Args:
-        Y: `(n_test, n_subsets)`.
-        membership: X `(n_subsets, n_train)`.
-        penalty: Positive, for all rows or `(n_test,)`. Absolute; see `ridge_scale`.
-        center: As in `lasso`.
-
-    Returns:
-        Weights `(n_test, n_train)`, in the dtype of Y.
-
-    Raises:
-        TypeError: As in `lasso`.
-        ValueError: As in `lasso`; the penalty is not positive.
-
-    >>> ridge(torch.tensor([[4.0, 2.0]]), torch.eye(2), 1.0)
-    tensor([[2., 1.]])
-
-    """
-    problem = _Problem(Y, membership, center)
-    strength = problem.per_row("penalty", penalty, None)
-    gram, y = problem.columns.outer(), problem.y
-    used = y.abs().amax(1) > 0
-    if bool((strength[used] == strength[used][:1]).all()):
-        shift = strength[used][0] if bool(used.any()) else 1.0
-        factor = torch.linalg.cholesky(
-            gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        )
-        dual = torch.cholesky_solve(y.T, factor).T
-    else:
-        values, vectors = torch.linalg.eigh(gram)
-        strength = torch.where(used, strength, 1.0)
-        dual = ((y @ vectors) / (values.clamp(min=0) + strength[:, None])) @ vectors.T
-    if center:
-        dual = dual - dual.mean(1, keepdim=True)
-    return problem.columns.expand(problem.columns.adjoint(dual)).to(problem.home)
-
-
-def ridge_scale(membership: Any, *, center: bool = False) -> float:
-    """The mean of the largest `min(n_subsets, n_train)` eigenvalues of `X X^T`; the others are 0.
-
-    What `alpha_max` is for the Lasso: a ridge penalty of that size halves what the membership determines on
-    average. It does not depend on the responses, since ridge is linear in them.
-
-    Args:
-        membership: X `(n_subsets, n_train)`.
-        center: As in `lasso`; there is one eigenvalue less then.
-
-    Raises:
-        TypeError: As in `lasso`.
-        ValueError: As in `lasso`.
-
-    >>> ridge_scale(torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))  # eigenvalues 2 and 1
-    1.5
-    """
-    matrix = read_membership(membership).astype(np.float64)
-    n_subsets, n_train = matrix.shape
-    total = float(matrix.multiply(matrix).sum())
-    if center:
-        total -= n_subsets * float(np.square(np.asarray(matrix.mean(axis=0))).sum())
-    return total / float(max(min(n_subsets - center, n_train), 1))
 
 
 def soft_threshold(scores: Tensor, alpha: float | Tensor) -> Tensor:
@@ -228,30 +160,8 @@ def soft_threshold(scores: Tensor, alpha: float | Tensor) -> Tensor:
     return scores - torch.maximum(torch.minimum(scores, threshold), -threshold)
 
 
-class _Problem:
-    """Validated responses and columns, centred if asked."""
-
-    def __init__(self, Y: Any, membership: Any, center: bool) -> None:
-        matrix = read_membership(membership)
-        y = read_responses(Y, matrix.shape[0])
-        given = torch.from_numpy(Y) if not isinstance(Y, Tensor) else Y
-        self.home = given.new_empty(0, dtype=given.dtype if given.is_floating_point() else torch.float64)
-        self.mean = y.mean(1) if center else y.new_zeros(len(y))
-        self.y = y - self.mean[:, None]
-        self.columns = Design(matrix, center, y.device)
-
-    def per_row(self, name: str, value: float | Tensor, remedy: str | None) -> Tensor:
-        """A number or `(n_test,)` tensor as `(n_test,)` float64, positive wherever it matters."""
-        rows = torch.as_tensor(value, dtype=torch.float64, device=self.y.device)
-        if rows.ndim > 0 and rows.shape != self.y.shape[:1]:
-            must = f"be a number or of shape (n_test,) = ({len(self.y)},)"
-            raise bad_value(name, must, tuple(rows.shape))
-        rows = rows.expand(len(self.y))
-        matters = largest_correlation(self.columns, self.y) > 0
-        fine = torch.isfinite(rows) & ((rows > 0) | ((rows == 0) & ~matters))
-        if not bool(fine.all()):
-            raise bad_value(name, "be positive and finite", rows[~fine][0].item(), remedy)
-        return rows
+class _Lasso(Problem):
+    """Fits of the problem, certified."""
 
     def fit(self, alphas: list[Tensor], tolerance: float, max_rounds: int) -> list[LassoFit]:
         """Fits for each `(n_test,)` penalty of a list, warm-started in its order."""

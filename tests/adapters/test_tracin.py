@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from stride_captum import STRIDE
 from stride_captum.adapters.tracin import TracIn
-from stride_captum.data.batch import ExampleBatch, Reading
+from stride_captum.data.batch import ExampleBatch
+from stride_captum.data.reading import Reading
 from stride_captum.residuals import tempered_residuals
 from stride_captum.responses import RESPONSES, response_gradient
 

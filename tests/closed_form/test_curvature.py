@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 from stride_captum.closed_form.class_moments import class_moments
 from stride_captum.closed_form.curvature import (
-    GaussNewtonCurvature,
+    forms_of,
     on_raw_features,
-    quadratic_forms,
     score_block,
 )
 from stride_captum.closed_form.curvature_fit import centered, fit_curvature
+from stride_captum.closed_form.gauss_newton import GaussNewtonCurvature
 from stride_captum.closed_form.moments import feature_moments, scaled_features
 from stride_captum.closed_form.options import Curvature as CurvatureName
 from stride_captum.steering.objective import fidelity, stability
@@ -122,7 +122,8 @@ class TestCurvature:
         problem = Problem(1)
         left, right = problem.residuals.flip(0), problem.residuals
         curvature = problem.fit(name, damping)
-        forms = quadratic_forms(curvature, problem.phi(problem.features), left, right)
+        phi = problem.phi(problem.features)
+        forms = forms_of(curvature.precondition(phi, right), phi, left)
         matrix = problem.damped(name, damping)
         for phi, u, v, form in zip(problem.phi(problem.features), left, right, forms, strict=True):
             expected = torch.kron(phi, u) @ torch.linalg.solve(matrix, torch.kron(phi, v))
@@ -149,10 +150,9 @@ def test_where_every_example_has_the_same_probabilities_corrected_eigenvalues_ar
     torch.testing.assert_close(
         problem.damped("eigenvalue-corrected", 0.1), problem.damped("gauss-newton", 0.1)
     )
+    phi = problem.phi(problem.features)
     corrected, exact = (
-        quadratic_forms(
-            problem.fit(name, 0.1), problem.phi(problem.features), problem.residuals, problem.residuals
-        )
+        forms_of(problem.fit(name, 0.1).precondition(phi, problem.residuals), phi, problem.residuals)
         for name in ("eigenvalue-corrected", "gauss-newton")
     )
     torch.testing.assert_close(corrected, exact)

@@ -26,7 +26,8 @@ from stride_captum.conformance import (
     run_check,
     shipped,
 )
-from stride_captum.data.batch import ExampleBatch, Reading, is_batch
+from stride_captum.data.batch import ExampleBatch, is_batch
+from stride_captum.data.reading import Reading
 from stride_captum.influence.method import Query
 from stride_captum.layers.activations import check_finite
 from stride_captum.residuals import tempered_residuals

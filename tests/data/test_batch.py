@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from stride_captum import STRIDE, Batch
 from stride_captum.adapters import TRAK, KNNShapley, Random, Similarity
-from stride_captum.data.batch import ExampleBatch, Reading
+from stride_captum.data.batch import ExampleBatch
+from stride_captum.data.reading import Reading
 
 Pair = namedtuple("Pair", ["left", "right"])
 X, Y = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1])

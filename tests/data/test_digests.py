@@ -11,8 +11,9 @@ import torch
 from planted import Items, ListOfDicts
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from stride_captum.data.batch import Batch, ExampleBatch, Reading
+from stride_captum.data.batch import ExampleBatch
 from stride_captum.data.digests import STREAM, Digests, ExampleDigest, data_fingerprint, row_digests
+from stride_captum.data.reading import Batch, Reading
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.uint8, torch.bfloat16])

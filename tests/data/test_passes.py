@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from stride_captum import STRIDE
 from stride_captum.adapters import EKFAC, TRAK, DiagonalEKFAC, TracIn
-from stride_captum.data.batch import Reading
 from stride_captum.data.digests import Digests
 from stride_captum.data.passes import Passes
+from stride_captum.data.reading import Reading
 
 SEVERAL = [TRAK, DiagonalEKFAC, EKFAC, TracIn]
 

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from stride_captum import STRIDE
-from stride_captum.data.batch import ExampleBatch, Reading
+from stride_captum.data.batch import ExampleBatch
+from stride_captum.data.reading import Reading
 from stride_captum.features.store import FeatureStore
 from stride_captum.features.store_files import StoreFiles, _manifest_checksum
 
@@ -399,7 +400,8 @@ import torch
 sys.path.insert(0, sys.argv[2])
 from planted import MLP, trained
 from stride_captum import STRIDE
-from stride_captum.data.batch import ExampleBatch, Reading
+from stride_captum.data.batch import ExampleBatch
+from stride_captum.data.reading import Reading
 from stride_captum.features.store import FeatureStore
 
 torch.set_num_threads(1)

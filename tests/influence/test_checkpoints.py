@@ -22,11 +22,10 @@ from stride_captum import STRIDE, ClosedForm
 from stride_captum.adapters import TRAK, Similarity, TracIn
 from stride_captum.influence.checkpoints import (
     checkpoint_list,
-    learning_rate_of,
     load_checkpoint,
-    load_with,
     warn_of_equal,
 )
+from stride_captum.influence.load_functions import learning_rate_of, load_with
 
 State = dict[str, Tensor]
 

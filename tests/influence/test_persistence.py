@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from stride_captum import STRIDE, ClosedForm, InfluenceMethod
 from stride_captum.adapters import TRAK, Random, Similarity
-from stride_captum.data.batch import Batch
+from stride_captum.data.reading import Batch
 from stride_captum.influence import persistence
 from stride_captum.influence.persistence import saved_as
 from stride_captum.losses import CrossEntropy

@@ -13,7 +13,7 @@ from strict_device import DEVICE, strict_device
 from torch import Tensor
 
 import stride_captum
-from stride_captum.recovery import RefinedScores, refine, refinement
+from stride_captum.recovery import RefinedScores, effect_posterior, refine
 from stride_captum.recovery.marginal_likelihood import Hyperparameters, MarginalLikelihood
 from stride_captum.subsets import membership_from_indices, random_subsets
 
@@ -145,7 +145,7 @@ class TestPosterior:
     def test_neither_blocks_nor_kept_eigenvectors_change_it(self, name, value, monkeypatch):
         p = planted()
         expected = p.refined()
-        monkeypatch.setattr(refinement, name, value)
+        monkeypatch.setattr(effect_posterior, name, value)
         found = p.refined()
         torch.testing.assert_close(found.scores, expected.scores, rtol=1e-9, atol=0)
         torch.testing.assert_close(found.standard_deviation, expected.standard_deviation, rtol=1e-9, atol=0)
@@ -212,8 +212,8 @@ class TestMarginalLikelihood:
         assert found.noise == pytest.approx(0.1 * found.prior_scale)
 
 
-def spectra(p: Problem) -> refinement._Spectra:
-    return refinement._Problem(p.scores, p.membership, p.measured).spectra()
+def spectra(p: Problem) -> effect_posterior.Spectra:
+    return effect_posterior.EffectPosterior(p.scores, p.membership, p.measured).spectra()
 
 
 class TestCalibration:

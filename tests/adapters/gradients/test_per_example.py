@@ -34,7 +34,8 @@ from stride_captum.adapters.gradients.per_example import (
     flat,
     gradients_one_by_one,
 )
-from stride_captum.data.batch import Batch, ExampleBatch, Reading
+from stride_captum.data.batch import ExampleBatch
+from stride_captum.data.reading import Batch, Reading
 from stride_captum.residuals import match_temperature, mean_residual, tempered_residuals
 from stride_captum.responses import RESPONSES, response_gradient, response_value
 

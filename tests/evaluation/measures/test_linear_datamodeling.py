@@ -11,9 +11,8 @@ from stride_captum.evaluation.measures.linear_datamodeling import (
     difference,
     lds,
     margins,
-    paired_difference,
-    plain,
 )
+from stride_captum.evaluation.measures.plain_values import plain
 from stride_captum.evaluation.measures.statistics import Interval
 from stride_captum.subsets import random_subsets
 
@@ -152,19 +151,18 @@ def test_result_is_read_at_a_glance_and_written_as_json(models, membership, resp
     assert "draws" not in read
 
 
-class TestPairedDifference:
+class TestDifference:
     def test_is_the_difference_of_the_values_and_antisymmetric(self, models, effects, membership, responses):
         exact = [effects] * 3
-        one = paired_difference(exact, models, membership, responses, n_resamples=100)
-        two = paired_difference(models, exact, membership, responses, n_resamples=100)
-        a, b = (lds(s, membership, responses, n_resamples=0) for s in (exact, models))
+        a, b = (lds(s, membership, responses, n_resamples=100) for s in (exact, models))
+        one, two = difference(a, b), difference(b, a)
         assert one.value == pytest.approx(a.value - b.value)
         np.testing.assert_allclose(one.per_model, np.subtract(a.per_model, b.per_model))
         assert (one.interval.low, one.interval.high) == pytest.approx((-two.interval.high, -two.interval.low))
         json.dumps(one.to_dict(), allow_nan=False)
 
     def test_a_method_does_not_differ_from_itself(self, models, membership, responses):
-        result = paired_difference(models, models, membership, responses, n_resamples=20)
+        result = difference(*(lds(models, membership, responses, n_resamples=20) for _ in range(2)))
         assert (result.value, result.interval.low, result.interval.high) == (0, 0, 0)
 
     def test_pairing_is_narrower_than_independent_draws(self, models, membership, responses):
@@ -199,7 +197,8 @@ class TestPairedDifference:
         assert not none.interval.defined
 
     def test_without_resamples_there_is_no_interval(self, models, membership, responses):
-        assert paired_difference(models, models, membership, responses, n_resamples=0).interval is None
+        result = lds(models, membership, responses, n_resamples=0)
+        assert difference(result, result).interval is None
 
     def test_results_of_other_problems_are_refused(self, models, membership, responses):
         result = lds(models, membership, responses, n_resamples=5)

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from stride_captum.evaluation.measures import statistics
+from stride_captum.evaluation.measures.split_halves import _halvings, split_half_ceiling
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ class TestCrossedBootstrap:
     def test_each_draw_is_the_score_of_literally_repeated_rows_and_columns(self, generator, decimals):
         predictions = np.round(generator.standard_normal((2, 12, 5)), decimals)
         responses = np.round(predictions[0] + generator.standard_normal((12, 5)), decimals)
-        draws = statistics.crossed_bootstrap(predictions, responses, n_resamples=20, seed=3)
+        draws = statistics.crossed_draws(predictions, responses, n_resamples=20, seed=3)[0]
         replay = np.random.default_rng(3)
         subsets = replay.multinomial(12, np.full(12, 1 / 12), size=20)
         tests = replay.multinomial(5, np.full(5, 1 / 5), size=20)
@@ -89,23 +90,21 @@ class TestCrossedBootstrap:
 
     def test_same_seed_same_bits_another_seed_other_draws(self, generator):
         p, r = generator.standard_normal((2, 10, 4))
-        one, two, other = (
-            statistics.crossed_bootstrap(p[None], r, n_resamples=30, seed=s) for s in (0, 0, 1)
-        )
+        one, two, other = (statistics.crossed_draws(p[None], r, n_resamples=30, seed=s)[0] for s in (0, 0, 1))
         np.testing.assert_array_equal(one, two)
         assert not np.array_equal(one, other)
 
     def test_groups_do_not_change_one_another(self, generator):
         p, r = generator.standard_normal((3, 10, 4)), generator.standard_normal((10, 4))
-        together = statistics.crossed_bootstrap(p, r, n_resamples=25)
-        alone = statistics.crossed_bootstrap(p[1:2], r, n_resamples=25)
+        together = statistics.crossed_draws(p, r, n_resamples=25)[0]
+        alone = statistics.crossed_draws(p[1:2], r, n_resamples=25)[0]
         np.testing.assert_array_equal(together[:, 1], alone[:, 0])
 
     def test_undefined_columns_are_left_out(self, generator):
         p, r = generator.standard_normal((1, 10, 4)), generator.standard_normal((10, 4))
         p[:, :, 2] = 1.0
-        assert np.isfinite(statistics.crossed_bootstrap(p, r, n_resamples=50)).mean() > 0.9
-        assert np.isnan(statistics.crossed_bootstrap(np.ones_like(p), r, n_resamples=5)).all()
+        assert np.isfinite(statistics.crossed_draws(p, r, n_resamples=50)[0]).mean() > 0.9
+        assert np.isnan(statistics.crossed_draws(np.ones_like(p), r, n_resamples=5)[0]).all()
 
     def test_undefined_columns_count_as_zero_beside_it(self, generator):
         p, r = generator.standard_normal((1, 10, 4)), generator.standard_normal((10, 4))
@@ -126,7 +125,7 @@ class TestCrossedBootstrap:
             rho = generator.uniform(0.3, 0.9, n_test)
             signal, noise = generator.standard_normal((2, n_subsets, width)) @ mix
             responses = rho * signal + np.sqrt(1 - rho**2) * noise
-            draws = statistics.crossed_bootstrap(signal[None], responses, n_resamples=200, seed=trial)[:, 0]
+            draws = statistics.crossed_draws(signal[None], responses, n_resamples=200, seed=trial)[0][:, 0]
             span = statistics.interval(draws)
             crossed += span.low <= truth <= span.high
             values = statistics.spearman(signal, responses)
@@ -138,17 +137,17 @@ class TestCrossedBootstrap:
     def test_global_random_state_is_left_alone(self, generator):
         before = np.random.get_state()[1].copy()
         p, r = generator.standard_normal((2, 10, 4))
-        statistics.crossed_bootstrap(p[None], r, n_resamples=5)
-        statistics.split_half_ceiling(generator.standard_normal((12, 5, 2)))
+        statistics.crossed_draws(p[None], r, n_resamples=5)[0]
+        split_half_ceiling(generator.standard_normal((12, 5, 2)))
         np.testing.assert_array_equal(before, np.random.get_state()[1])
 
     def test_bad_arguments_are_refused(self):
         with pytest.raises(
             ValueError, match=r"`predictions` must have shape \(n_groups, n_subsets, n_test\)"
         ):
-            statistics.crossed_bootstrap(np.ones((5, 4)), np.ones((5, 4)))
+            statistics.crossed_draws(np.ones((5, 4)), np.ones((5, 4)))[0]
         with pytest.raises(ValueError, match="`n_resamples` must be at least 1; got 0"):
-            statistics.crossed_bootstrap(np.ones((1, 5, 4)), np.ones((5, 4)), n_resamples=0)
+            statistics.crossed_draws(np.ones((1, 5, 4)), np.ones((5, 4)), n_resamples=0)[0]
 
 
 class TestInterval:
@@ -190,7 +189,7 @@ class TestCoverage:
         for trial in range(trials):
             predictions, responses = many_subsets(generator, 60, 80)
             value = statistics.spearman(predictions, responses).mean(0, keepdims=True)
-            draws = statistics.crossed_bootstrap(predictions[None], responses, n_resamples=200, seed=trial)
+            draws = statistics.crossed_draws(predictions[None], responses, n_resamples=200, seed=trial)[0]
             for name, used in (("before", draws), ("after", statistics.without_bias(draws, value))):
                 span = statistics.interval(used[:, 0])
                 misses[name] += [truth < span.low, truth > span.high]
@@ -281,30 +280,30 @@ class TestSplitHalfCeiling:
         truth = generator.standard_normal((200, 300))
         responses = truth + 0.8 * generator.standard_normal((n_seeds, *truth.shape))
         achieved = statistics.spearman(truth, responses.mean(0)).mean()
-        assert statistics.split_half_ceiling(responses) == pytest.approx(achieved, abs=0.012)
+        assert split_half_ceiling(responses) == pytest.approx(achieved, abs=0.012)
 
     def test_is_the_formula_for_two_retrainings(self, generator):
         responses = generator.standard_normal((50, 6)) + generator.standard_normal((2, 50, 6))
         r = np.mean([stats.spearmanr(responses[0][:, j], responses[1][:, j])[0] for j in range(6)])
-        assert statistics.split_half_ceiling(responses) == pytest.approx(np.sqrt(2 * r / (1 + r)))
+        assert split_half_ceiling(responses) == pytest.approx(np.sqrt(2 * r / (1 + r)))
 
     def test_one_retraining_has_none(self, generator):
-        assert statistics.split_half_ceiling(generator.standard_normal((1, 20, 3))) is None
+        assert split_half_ceiling(generator.standard_normal((1, 20, 3))) is None
 
     def test_constant_responses_have_none(self):
-        assert statistics.split_half_ceiling(np.ones((2, 20, 3))) is None
+        assert split_half_ceiling(np.ones((2, 20, 3))) is None
 
     def test_halves_that_disagree_have_zero(self):
         up = np.arange(20.0)[:, None]
-        assert statistics.split_half_ceiling(np.stack([up, -up])) == 0.0
+        assert split_half_ceiling(np.stack([up, -up])) == 0.0
 
     def test_identical_retrainings_have_one(self, generator):
         one = generator.standard_normal((20, 3))
-        assert statistics.split_half_ceiling(np.stack([one] * 5)) == pytest.approx(1.0)
+        assert split_half_ceiling(np.stack([one] * 5)) == pytest.approx(1.0)
 
     @pytest.mark.parametrize(("n", "count"), [(2, 2), (3, 3), (4, 6), (40, 100)])
     def test_halvings_are_disjoint_cover_all_and_are_bounded(self, n, count):
-        halvings = list(statistics._halvings(n))
+        halvings = list(_halvings(n))
         assert len(halvings) == count
         for half, rest in halvings:
             assert len(half) == n // 2
@@ -312,4 +311,4 @@ class TestSplitHalfCeiling:
 
     def test_shape_is_checked(self):
         with pytest.raises(ValueError, match=r"`responses` must have shape \(n_seeds, n_subsets, n_test\)"):
-            statistics.split_half_ceiling(np.ones(3))
+            split_half_ceiling(np.ones(3))

@@ -1,0 +1,131 @@
+"""How batches are read: `Batch` as the user says it, `Reading` as it is known for one source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import bad_type, bad_value
+from ..losses import CrossEntropy, Loss
+from .containers import Path, described
+from .shared_parts import shared_parts
+
+if TYPE_CHECKING:
+    from .batch import ExampleBatch
+
+#: Key of the labels in a dict, by convention.
+LABEL_KEY = "labels"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """How a batch of yours is read, where the conventions do not fit.
+
+    By convention a batch is a tuple or list whose last element is the labels, and the model is called as
+    `model(*batch[:-1])`; or a dict with the key "labels", and the model is called as
+    `model(**batch without "labels")`. Inputs may be nested in any way that the model takes.
+
+    Args:
+        forward: `f(model, batch) -> outputs`, how the model is called; the batch that it gets is yours,
+            with the labels, on the device of the model.
+        label_key: Key of the labels in a dict, or their place in a tuple. `forward` is needed too where
+            the model takes other parts of the batch than all the rest.
+        per_example: The parts that have one row for each example, by key or place (a tuple of keys and
+            places for a part inside a part). All others are given to the model whole. None recognizes them:
+            what the default `collate_fn` stacks has one row for each example, and of batches that a
+            `collate_fn` of yours makes, the parts whose length follows the number of labels.
+        sample_weight: What the loss of each training example was multiplied with: `(n_train,)`, in the order
+            of the training set; or the key or place of a part of the batch, `(n,)`, which the model is not
+            given. With P positions an example also `(n_train, P)`, or `(n, P)`, one for each position. A
+            weight of 0 is as good as no example, 2 is an example that is there twice.
+
+    >>> Batch(label_key="label").label_key
+    'label'
+    """
+
+    forward: Callable[[nn.Module, Any], Any] | None = None
+    label_key: str | int | None = None
+    per_example: Sequence[Any] | None = None
+    sample_weight: Any = None
+
+    def __post_init__(self) -> None:
+        if self.forward is not None and not callable(self.forward):
+            raise bad_type("forward", "be a function of a model and a batch", self.forward)
+        if isinstance(self.label_key, bool) or not isinstance(self.label_key, str | int | None):
+            raise bad_type("label_key", "be a key, a place in a tuple, or None", self.label_key)
+        if isinstance(self.per_example, str) or not isinstance(self.per_example, Sequence | None):
+            raise bad_type("per_example", "be a list of keys or places", self.per_example, "Write ['x'].")
+        if self.sample_weight is not None and not isinstance(self.sample_weight, str | int):
+            object.__setattr__(self, "sample_weight", checked_weights(self.sample_weight, "sample_weight"))
+
+    def with_weights_of(self, rows: Tensor) -> Batch:
+        """How a data set of some of the training examples is read."""
+        weights = self.sample_weight
+        return replace(self, sample_weight=weights[rows]) if isinstance(weights, Tensor) else self
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the batches of one source are read.
+
+    Attributes:
+        options: What the user has said.
+        loss: What turns outputs into logits.
+        shared: Parts that are the same for all examples, as far as they were recognized.
+    """
+
+    options: Batch = field(default_factory=Batch)
+    loss: Loss = field(default_factory=CrossEntropy)
+    shared: frozenset[Path] = frozenset()
+
+    def with_shared(self, first: ExampleBatch, second: ExampleBatch | None) -> Reading:
+        """This reading with the parts that two batches of the source show to be the same for all examples."""
+        return replace(self, shared=frozenset(shared_parts(first, second)))
+
+
+def checked_weights(weights: Any, argument: str) -> Tensor:
+    """Weights as `(n,)` float64, or `(n, P)` for positions.
+
+    Raises:
+        TypeError: No numbers.
+        ValueError: Another shape, or a weight that is negative or not a number.
+    """
+    try:
+        flat = torch.as_tensor(weights).detach().double()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise bad_type(argument, "hold a weight for each training example", weights) from error
+    if flat.ndim not in (1, 2):
+        must = "hold weights of shape (n,), or (n, P) for examples with P positions"
+        raise bad_value(argument, must, f"shape {tuple(flat.shape)}")
+    wrong = ~(torch.isfinite(flat) & (flat >= 0))
+    if bool(wrong.any()):
+        place = int(wrong.nonzero()[0, 0])
+        must = "hold weights that are numbers of at least 0"
+        raise bad_value(argument, must, f"{float(flat[wrong][0])} at place {place}")
+    return flat
+
+
+def label_tensor(labels: Any, argument: str) -> Tensor | None:
+    """Labels as a tensor; None where there are none.
+
+    Raises:
+        ValueError: They are no numbers.
+    """
+    if labels is None:
+        return None
+    if isinstance(labels, Tensor):
+        return labels.detach()
+    try:
+        return torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise bad_value(
+            argument,
+            "give labels that are numbers",
+            described(labels),
+            "Map the names of the classes to 0, 1, 2, ...; labels stand last in a tuple or under "
+            "'labels' in a dict, see Batch(label_key=...).",
+        ) from error

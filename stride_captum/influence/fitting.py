@@ -1,0 +1,73 @@
+"""`fit`: one state for each checkpoint, with its duration, its memory and the digests of what it has read."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, ClassVar, TypeVar
+
+from torch import nn
+
+from ..data.digests import Digests
+from ..system.fingerprints import weights_fingerprint
+from ..system.locks import exclusive
+from ..system.peak_memory import PeakMemory
+from ..system.processes import SINGLE_PROCESS, SingleProcess
+from .checkpoints import warn_of_equal
+from .scoring import ScoringLoop
+
+Self = TypeVar("Self", bound="FittedMethod")
+
+
+class FittedMethod(ScoringLoop):
+    """The part of every method that learns from the training set."""
+
+    #: Whether `fit` reads the training set once (for each checkpoint), and queries never do.
+    fits_in_one_pass: ClassVar[bool] = False
+    #: The processes that share the training set.
+    ranks: SingleProcess = SINGLE_PROCESS
+    digests_: Digests | None
+    _checkpoint_index: int  # the one that `fit` is at
+
+    def fit(self: Self, show_progress: bool = False) -> Self:
+        """Learn from the training set.
+
+        Args:
+            show_progress: Whether to show a bar over its batches.
+
+        Returns:
+            The method itself.
+        """
+        with exclusive(self):
+            started = time.perf_counter()
+            self._states = None
+            passes = self._training_passes()
+            with self._session() as model, PeakMemory(self._work_device()) as memory:
+                passes.restart(not self.fits_in_one_pass or len(self._checkpoints()) > 1)
+                states, rates, fingerprints = [], [], []
+                try:
+                    for index, checkpoint in enumerate(self._checkpoints()):
+                        self._checkpoint_index = index
+                        rates.append(self._load(model, checkpoint))
+                        fingerprints.append(weights_fingerprint(model))
+                        states.append(self._fit_one(model, show_progress))
+                finally:
+                    passes.release()
+            warn_of_equal(self._checkpoints(), fingerprints)
+            self._states, self._weights = states, self.combine_weights(rates)
+            self._mark_fitted(" ".join(fingerprints))
+            self.digests_ = passes.digests
+            self.fit_seconds_, self._fit_bytes = time.perf_counter() - started, memory.bytes
+            self.peak_bytes_ = memory.bytes
+        return self
+
+    def _fit_one(self, model: nn.Module, show_progress: bool) -> Any:
+        """`fit_checkpoint`, with a look at the model before and at its outputs for the training set."""
+        self._check_model(model)
+        self._take_positions_together(model)
+        self._output_check = self.loss.output_check(model)
+        try:
+            state = self.fit_checkpoint(model, show_progress)
+            self._output_check.finish()
+        finally:
+            self._output_check = None
+        return state

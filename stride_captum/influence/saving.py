@@ -1,0 +1,86 @@
+"""`save` and `load` of every method, and the settings that both and `repr` speak of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .fitting import FittedMethod
+from .persistence import load_method, save_method
+
+Self = TypeVar("Self", bound="SavedMethod")
+
+
+class SavedMethod(FittedMethod):
+    """The part of every method that is written to a file and read again."""
+
+    layers: Sequence[str] | None
+    compared_: str
+
+    def __repr__(self) -> str:
+        fitted = f"n_train={self.n_train_}" if self._states is not None else "not fitted"
+        return f"{type(self).__name__}({', '.join([*self._said(), fitted])})"
+
+    def _said(self) -> list[str]:
+        """What `repr` says of the options."""
+        common = {"layers", "batch_size", "loss"}
+        return [f"{name}={value!r}" for name, value in self.settings().items() if name not in common]
+
+    def save(self, path: str | Path) -> None:
+        """Write what `fit` has learnt to one safetensors file.
+
+        Args:
+            path: File name.
+
+        Raises:
+            ValueError: Nothing has been fitted, or `path` is a folder.
+            OSError: The file cannot be written.
+        """
+        save_method(self, path)
+
+    @classmethod
+    def load(
+        cls: type[Self],
+        path: str | Path,
+        model: nn.Module,
+        train_dataset: Any,
+        *,
+        changed: str = "refuse",
+        **options: Any,
+    ) -> Self:
+        """Read a method that `save` has written, without a pass of the training set through the model.
+
+        The labels of all training examples are compared with those that the method was fitted on, and their
+        inputs up to `stale_data.INPUT_BYTES`; `compared_` says what was. That reads the data set, unless its
+        labels can be had alone and its inputs are more than that.
+
+        Args:
+            path: File name.
+            model: The model that it was fitted on.
+            train_dataset: The training set that it was fitted on.
+            changed: What to do about examples that have changed: "refuse" them; "update" the method by these
+                alone (closed-form STRIDE: what a refit would give); or "ignore", which compares nothing but
+                the length, for data that are slow to read and sure to be the same.
+            **options: Constructor arguments that are not saved (device, checkpoints, ...), or another
+                batch_size.
+
+        Raises:
+            ValueError: The file is damaged, or belongs to other weights, other data or another class.
+        """
+        return load_method(cls, path, model, train_dataset, options, changed)
+
+    def _states_to_save(self) -> list[Any]:
+        """What `save` keeps of each checkpoint."""
+        return list(self._states or [])
+
+    def _loaded_states(self, states: list[Any], fingerprints: list[str]) -> list[Any]:
+        """The states that `save` had kept, whole again; `fingerprints` are those of the checkpoints."""
+        return states
+
+    def settings(self) -> dict[str, Any]:
+        """Constructor arguments that `save` keeps, as plain values."""
+        layers = None if self.layers is None else list(self.layers)
+        return {"layers": layers, "batch_size": self.batch_size, "loss": self.loss}

@@ -1,0 +1,191 @@
+"""Features of a training set: read in one pass, taken from a store, or given; and their projection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from .data import inputs as data
+from .data.batch import ExampleBatch
+from .errors import bad_value
+from .features.options import Features
+from .features.precomputed import Precomputed, check_positions_finite
+from .features.projection import Projection, fit_projection
+from .features.reader import Rows, Run, TrainingRows, all_weights, read_batch, read_training_set
+from .features.store import FeatureStore
+from .features.store_writer import Computed
+from .influence.method import InfluenceMethod
+from .layers.activations import Tap, default_taps, named_taps, recording
+from .layers.probes import check_deterministic
+from .operators import Operators
+from .system.devices import float64_device
+from .system.fingerprints import weights_fingerprint
+
+
+class TrainingFeatures(InfluenceMethod):
+    """The part of `STRIDE` that reads features."""
+
+    operators: Operators
+    features: Features
+    feature_store: FeatureStore | None
+    _precomputed: Precomputed | None
+    _changed: bool
+
+    def _training_features(self, model: nn.Module, show_progress: bool) -> tuple[list[Tap], Precomputed]:
+        """Taps, and features, logits and labels: given, stored or read."""
+        if self._precomputed is not None:
+            return self._choose_taps(model), self._precomputed
+        if self.feature_store is None:
+            taps = self._choose_taps(model)
+            return taps, self._read(model, taps, show_progress)
+        store, key = self._store(self._checkpoint_index, weights_fingerprint(model))
+        taps = store.taps(key) or self._choose_taps(model)
+        weights: list[Tensor | None] = []
+
+        def compute(batch: ExampleBatch) -> Computed:
+            rows = self._compute(taps, run, batch)
+            if rows.kept is not None:
+                must = "be None for a model with several positions an example"
+                raise bad_value("feature_store", must, str(store.path))
+            return rows.features, rows.logits, rows.labels
+
+        with recording(model, taps) as run:
+            batches = self._weighed(self._passing(show_progress), weights)
+            stored = store.fill(key, taps, batches, compute)
+        labels = stored.labels.to(self._work_device())
+        return stored.taps, Precomputed(
+            self._placed(stored.features),
+            self._placed(stored.logits),
+            labels,
+            [tap.width for tap in stored.taps],
+            self._all_weights(weights, labels),
+        )
+
+    def _read(self, model: nn.Module, taps: Sequence[Tap], show_progress: bool) -> Precomputed:
+        """One forward pass over the training set."""
+        expected = data.count_examples(self.train_dataset)
+        compute = partial(self._compute, taps)
+        read = read_training_set(model, taps, self._passing(show_progress), compute, expected)
+        if read.positions is not None:
+            check_positions_finite(read)
+        return read
+
+    @staticmethod
+    def _weighed(batches: Iterable[ExampleBatch], weights: list[Tensor | None]) -> Iterator[ExampleBatch]:
+        """The batches, whose sample weights join a list."""
+        for batch in batches:
+            weights.append(batch.weights)
+            yield batch
+
+    def _all_weights(self, weights: list[Tensor | None], labels: Tensor) -> Tensor | None:
+        """Omega of the training set, `(n_train,)`: sample weights times those of the loss; None for 1."""
+        of_loss, own = self.loss.weights(labels), all_weights(weights)
+        if own is None:
+            return of_loss
+        own = own.to(float64_device(labels.device))
+        return own if of_loss is None else own * of_loss
+
+    def _passing(self, show_progress: bool) -> Any:
+        what = f"fitting {type(self).__name__}"
+        return self._batches_as_they_are(self.train_dataset, "train_dataset", show_progress, what)
+
+    def _compute(self, taps: Sequence[Tap], run: Run, batch: ExampleBatch) -> TrainingRows:
+        """Rows of each tap, logits, labels and weights of one batch of training examples."""
+        rows = self._checked_rows(read_batch(self, run, taps, batch.to(self._work_device())))
+        # Labels are checked where the data set has them, without waiting for a device.
+        own = None if rows.kept is None else rows.labels
+        labels = self.train_labels(batch, rows.logits.shape[1], own)
+        weights = self.train_weights(batch, labels, rows.kept)
+        return TrainingRows(rows.features, rows.logits, labels, rows.outputs, rows.kept, weights)
+
+    def _read_batch(self, model: nn.Module, taps: Sequence[Tap], batch: ExampleBatch) -> Rows:
+        """Features, logits and labels of one batch, which need not be of training examples."""
+        with recording(model, taps) as run:
+            return self._checked_rows(read_batch(self, run, taps, batch))
+
+    def _checked_rows(self, rows: Rows) -> Rows:
+        """The rows, if the operators take them.
+
+        Raises:
+            ValueError: They take no positions.
+        """
+        if rows.kept is not None and not self.operators.takes_positions:
+            must = f"give one row of outputs per example for operators={self.operators.name!r}"
+            raise bad_value("model", must, f"{rows.kept.shape[1]} positions", "Take ClosedForm().")
+        return rows
+
+    def _check_model(self, model: nn.Module) -> None:
+        """Nothing: the model is checked where layers are chosen, which a filled store has done."""
+
+    def _choose_taps(self, model: nn.Module) -> list[Tap]:
+        few = self._first_train_batch()
+        if self._precomputed is None:
+            check_deterministic(model, few)
+        if self.layers is not None:
+            return named_taps(model, self.layers, few)
+        return default_taps(model, few, self.features.max_width, self.features.select == "penultimate")
+
+    def _fit_projection(self, known: Precomputed) -> Projection | None:
+        wanted = self.features
+        if wanted.projection is None or max(known.widths) <= wanted.projection_width:
+            return None
+        size = wanted.projection_width
+        device = known.labels.device
+        return fit_projection(known.features, known.widths, wanted.projection, size, wanted.seed, device)
+
+    # Features in a store, and files.
+
+    def _store(self, index: int, weights: str) -> tuple[FeatureStore, dict[str, Any]]:
+        """The store of a checkpoint with these weights, and its key."""
+        assert self.feature_store is not None
+        asked = f"{self.features.select}, at most {self.features.max_width}"
+        layers = asked if self.layers is None else ", ".join(map(str, self.layers))
+        key = self.feature_store.key(weights, self.model, self.train_dataset, layers)
+        outputs = getattr(self.loss, "outputs", None) or "logits"
+        if (self.loss.name, outputs) != ("cross_entropy", "logits"):  # which older stores do not name
+            key["loss"] = f"{self.loss.name}, {outputs}"
+        store = self.feature_store if self.checkpoints is None else self.feature_store.for_checkpoint(index)
+        return store, key
+
+    def _placed(self, stored: Tensor) -> Tensor:
+        """Stored features or logits as the operators read them: mapped if they stream, else in memory."""
+        return stored if self.operators.streams else stored.to(self._work_device(), torch.float32)
+
+    def _features_are_stored(self) -> bool:
+        """Whether the features that the operators read are those of the store, as they are."""
+        stored = self.feature_store is not None and not self._changed
+        return stored and self.operators.streams and not self.features.projection
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        settings = {**super().settings(), "operators": self.operators, "features": self.features}
+        if self.feature_store is not None:
+            settings["feature_store"] = {**asdict(self.feature_store), "path": str(self.feature_store.path)}
+        return settings
+
+    def _states_to_save(self) -> list[Any]:
+        """Features that are in a store stay there."""
+        states = super()._states_to_save()
+        if not self._features_are_stored():
+            return states
+        return [replace(s, operators=s.operators.without_features()) for s in states]
+
+    def _loaded_states(self, states: list[Any], fingerprints: list[str]) -> list[Any]:
+        """Put the stored features back in their place."""
+        if not self._features_are_stored():
+            return states
+        for index, (state, weights) in enumerate(zip(states, fingerprints, strict=True)):
+            if len(state.operators.features) == 0:
+                store, key = self._store(index, weights)
+                stored = store.open(key)
+                placed = self._placed(stored.features), self._placed(stored.logits)
+                state.operators = state.operators.with_features(*placed)
+            else:  # saved after examples had come or gone
+                self._changed = True
+        return states
