@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 import yaml
 
 from stride_captum.evaluation import load_task, train_attributed
@@ -225,6 +226,17 @@ def test_the_python_of_the_readme_and_the_guide_runs_as_printed(tmp_path, monkey
         "train_function": lambda indices, seed: digits.build_model(),
     }
     yours["x"], yours["y"] = digits.test[:5]
+    tokens = torch.randint(9, (30, 6)), torch.randint(4, (30, 6))
+    yours |= {
+        "regressor": torch.nn.Linear(4, 1),
+        "measurements": TensorDataset(torch.randn(30, 4), torch.randn(30)),
+        "tagger": torch.nn.Linear(4, 5),
+        "songs": TensorDataset(torch.randn(30, 4), torch.rand(30, 5).round()),
+        "token_model": torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.Linear(8, 4)),
+        "sentences": TensorDataset(*tokens),
+        "tokens": tuple(part[:2] for part in tokens),
+    }
+    yours["measured"], yours["song"] = (yours[name][:3] for name in ("measurements", "songs"))
     monkeypatch.chdir(tmp_path)
     for name in yours["files"]:
         torch.save(digits.build_model().state_dict(), name)

@@ -75,6 +75,8 @@ def settle(
     grids = _grids(every, options or {}, on_halves)
     if not loss_of_methods(task.loss).tempered:
         grids = {name: _without_temperature(grid) for name, grid in grids.items()}
+    if isinstance(task.loss, SummedPositions):
+        grids = {name: _without_exact(grid) for name, grid in grids.items()}
     specs = [replace(c, grid=grids[c.name]) for c in every if c.name not in skipped]
     elsewhere = ", ".join(name for name in wanted if not MEASURES[name].on_halves)
     if elsewhere:
@@ -208,6 +210,14 @@ def _without_temperature(grid: Sequence[Mapping[str, Any]]) -> list[dict[str, An
         if kept.get("residuals") != "temperature" and kept not in found:
             found.append(kept)
     return found
+
+
+def _without_exact(grid: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The empirical Fisher in the place of the exact one, which takes a pass for each output of a position."""
+    return [
+        {name: "empirical" if (name, value) == ("fisher", "exact") else value for name, value in point.items()}
+        for point in grid
+    ]
 
 
 def _check(question: Question) -> None:

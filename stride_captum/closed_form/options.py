@@ -81,6 +81,9 @@ class ClosedForm(Operators):
 
     def fit(self, training: TrainingSet) -> FittedOperators:
         """Fit the closed form (see `fit_closed_form`)."""
+        if training.positions is not None and training.ranks.size > 1:
+            must = "give one row of outputs per example in a process group"
+            raise bad_value("model", must, "several positions", "Use STRIDE in one process.")
         form = fit_closed_form(
             training.features,
             training.logits,
