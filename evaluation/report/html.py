@@ -22,6 +22,7 @@ from ..system.environment import one_line
 from ..system.text_files import write_text
 from . import figures as plots
 from .pictures import picture
+from .svg import N_SERIES
 
 #: Of `Comparison.to_dict()`; increased whenever a reader of results.json must know.
 FORMAT = 1
@@ -97,7 +98,7 @@ def write_comparison(results: Mapping[str, Any], path: str | Path) -> Path:
         },
         names=", ".join(f"{row['name']} ({_text('{:.3f}', row['lds']['value'])})" for row in rows),
         told=", ".join(mislabel[i]["name"] for i in plots.highlighted(mislabel)),
-        n_series=plots.N_SERIES,
+        n_series=N_SERIES,
         arms=_arms(results["counterfactual"]),
         reference=_REFERENCE,
         leaks=_leaks(results["leakage"]),
