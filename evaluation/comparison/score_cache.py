@@ -126,7 +126,7 @@ class CachedMethod:
         return type(self.method).mislabel_scores is not InfluenceMethod.mislabel_scores
 
     def margins(self, batch: tuple[Tensor, Tensor], normalize: str | None = None) -> Answer:
-        """Scores `(n_test, n_train)` of the margins of labelled test points."""
+        """Scores `(n_test, n_train)` of the margins of labeled test points."""
         return self.ask(
             f"margin of the label, normalize={normalize}",
             batch,

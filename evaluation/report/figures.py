@@ -1,7 +1,7 @@
 """Figures of the comparison report, as inline SVG made from the content of results.json.
 
-Lines and texts take their colours from custom properties of the page (`--ink`, `--series-1`, ...), so that
-they follow it into the dark. Where several series share a plot they differ in colour, marker and dash.
+Lines and texts take their colors from custom properties of the page (`--ink`, `--series-1`, ...), so that
+they follow it into the dark. Where several series share a plot they differ in color, marker and dash.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def counterfactual_curves(rows: Sequence[Mapping[str, Any]], reference: str = "C
 
 
 def roc(rows: Sequence[Mapping[str, Any]]) -> str:
-    """ROC curves of flipped labels: the best ranking of each method, at most `N_SERIES` in colour.
+    """ROC curves of flipped labels: the best ranking of each method, at most `N_SERIES` in color.
 
     Detectors that need no influence are dashed. The others are thin grey lines.
 
@@ -207,7 +207,7 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
 
     Args:
         values: Where labels would like to be.
-        gap: Between neighbours; made smaller where they would not all fit.
+        gap: Between neighbors; made smaller where they would not all fit.
         low: No place is below.
         high: No place is above.
 
@@ -216,7 +216,7 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
     """
     gap = min(gap, (high - low) / max(1, len(values) - 1))
     order = sorted(range(len(values)), key=lambda i: values[i])
-    # With z_i = y_i - i * gap the gaps say that z does not fall: pool neighbours that violate it.
+    # With z_i = y_i - i * gap the gaps say that z does not fall: pool neighbors that violate it.
     blocks: list[list[float]] = []
     for rank, i in enumerate(order):
         blocks.append([values[i] - rank * gap, 1.0])
@@ -231,15 +231,15 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
     return places
 
 
-def _curves(by_count: Axes, by_share: Axes, result: Mapping[str, Any], colour: str, dash: Any) -> None:
+def _curves(by_count: Axes, by_share: Axes, result: Mapping[str, Any], color: str, dash: Any) -> None:
     """One method's drop with its band on both axes; removing nothing changes nothing."""
     drop = [0.0, *map(_number, result["drop"])]
     ends: NDArray[np.float64] = np.array([(0.0, 0.0), *map(_ends, result["intervals"] or ())])
     shares = [0.0, *(100 * _number(v) for v in result["depletion"])]
     for axes, x in ((by_count, [0, *result["counts"]]), (by_share, shares)):
-        axes.plot(x, drop, color=COLORS[colour], linestyle=dash, marker="o", markersize=4, linewidth=1.8)
+        axes.plot(x, drop, color=COLORS[color], linestyle=dash, marker="o", markersize=4, linewidth=1.8)
         if result["intervals"]:
-            axes.fill_between(x, *ends.T, color=COLORS[colour], alpha=0.18, linewidth=0)
+            axes.fill_between(x, *ends.T, color=COLORS[color], alpha=0.18, linewidth=0)
 
 
 def _ends(interval: Mapping[str, Any] | None) -> tuple[float, float]:

@@ -210,7 +210,7 @@ def _arms(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _leaks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One entry for each method and planted set: the places of its plain and its normalised row."""
+    """One entry for each method and planted set: the places of its plain and its normalized row."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for i, row in enumerate(rows):
         key = (row["kind"], row["n_planted"], row["name"])

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Series that one plot tells apart; the report's style sheet has a colour for each in both schemes.
+#: Series that one plot tells apart; the report's style sheet has a color for each in both schemes.
 N_SERIES = 7
-#: What is drawn in these colours is given the custom properties instead.
+#: What is drawn in these colors is given the custom properties instead.
 COLORS = {
     "ink": "#000001",
     "soft": "#000002",
@@ -56,7 +56,7 @@ def inline_svg(
 
 
 def _for_a_page(svg: str) -> str:
-    """SVG that can stand in a page beside others: its colours, no names but those it refers to."""
+    """SVG that can stand in a page beside others: its colors, no names but those it refers to."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r" xmlns(:xlink)?=\"[^\"]*\"", "", svg).replace("xlink:href", "href")
