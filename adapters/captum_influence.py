@@ -26,7 +26,7 @@ activations of one layer, of a model with one input.
 
 Captum is given a copy of the model, which takes dicts by position and in which every parameter requires a
 gradient: leave some out by Captum's own `layers`. It returns all columns of a batch of test points at
-once; top-k, groups, devices, checkpoints and normalisation come from the base class. What Captum computes
+once; top-k, groups, devices, checkpoints and normalization come from the base class. What Captum computes
 is not checked: `TracIn` is, against plain gradients.
 """
 

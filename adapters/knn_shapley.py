@@ -1,4 +1,4 @@
-"""KNN-Shapley: the exact Shapley value of every training example for a nearest-neighbour classifier."""
+"""KNN-Shapley: the exact Shapley value of every training example for a nearest-neighbor classifier."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class KNNShapleyTest(SimilarityQuery):
 
 
 class KNNShapley(Similarity):
-    """Shapley values of the training examples in the k-nearest-neighbour classifier on the features.
+    """Shapley values of the training examples in the k-nearest-neighbor classifier on the features.
 
     The utility of a set S of training examples for a test point with the class c of the response is
 

@@ -101,7 +101,7 @@ class LabelNoiseDetector(ABC):
 
 
 class LossDetector(LabelNoiseDetector):
-    """The training loss of each example: a wrong label is learnt late, or not at all.
+    """The training loss of each example: a wrong label is learned late, or not at all.
 
     >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
@@ -122,7 +122,7 @@ class ConfidentLearning(LabelNoiseDetector):
     The probabilities come from k folds (`out_of_sample_probabilities`): the model under study has seen
     every label and is not asked. What is fitted on each fold is `fit_predict`, for instance a retraining
     of the network; by default a multinomial logistic regression on what the weight layers of the network
-    read, without the last one: these features have memorised the labels least. A network with a single
+    read, without the last one: these features have memorized the labels least. A network with a single
     such place keeps it. Raw images are never read, a flat float input is.
 
     Args:
@@ -236,7 +236,7 @@ def out_of_sample_probabilities(
 
 
 def logistic_regression(features: NDArray[Any], labels: NDArray[Any], n_classes: int) -> FitPredict:
-    """Multinomial logistic regression on standardised features, as a `fit_predict`.
+    """Multinomial logistic regression on standardized features, as a `fit_predict`.
 
     Args:
         features: `(n, n_features)`.

@@ -32,7 +32,7 @@ except ImportError as error:
     hint = f"The quanda plugin needs quanda: {install_command('quanda')} ({error})."
     raise ImportError(hint) from error
 
-#: Distance of neighbouring ranks. quanda adds `1e-4 * index` to the scores it sorts, which would put scores
+#: Distance of neighboring ranks. quanda adds `1e-4 * index` to the scores it sorts, which would put scores
 #: that are closer than that in the order of the data set; ten million indices fit between two ranks.
 _RANK_STEP = 1e3
 
@@ -114,7 +114,7 @@ class InfluenceExplainer(Explainer):  # type: ignore[misc]
     def self_influence(self, batch_size: int = 32) -> Tensor:
         """How suspect each training label is, `(n_train,)` float64: ranks times 1,000, 0 the least suspect.
 
-        quanda has one use for it, the ranking of mislabelled examples. The order is that of the method's
+        quanda has one use for it, the ranking of mislabeled examples. The order is that of the method's
         `mislabel_scores`, its self-influence where it has nothing better; equal scores share a rank.
         `influence_method.self_influence()` gives the values. `batch_size` is quanda's and changes nothing.
 

@@ -65,7 +65,7 @@ class DistributedSTRIDE(STRIDE):
         columns: Its places in the whole training set.
 
     Raises:
-        ValueError: No group has been initialised; fewer examples than ranks; operators or a curvature that
+        ValueError: No group has been initialized; fewer examples than ranks; operators or a curvature that
             need the whole training set in one place.
     """
 
@@ -132,7 +132,7 @@ class DistributedSTRIDE(STRIDE):
             return self.ranks.all_gather(super().mislabel_scores(per_label), "mislabel scores")
 
     def save(self, path: str | Path) -> None:
-        """Write what this rank has learnt to a file of its own, `path.rank0-of-4` and so on."""
+        """Write what this rank has learned to a file of its own, `path.rank0-of-4` and so on."""
         super().save(_file_of_rank(path, self.ranks))
 
     @classmethod

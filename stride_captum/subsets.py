@@ -182,7 +182,7 @@ def sketch(
     of variance 1/width. Row R_i depends on `seed` and i alone.
 
     Args:
-        membership: CSR membership, or any iterable of index lists (nothing is materialised but
+        membership: CSR membership, or any iterable of index lists (nothing is materialized but
             R and the result).
         n_train: N.
         width: r of F.3, 64 in the paper.

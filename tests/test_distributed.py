@@ -347,7 +347,7 @@ class TestTwoRanks:
 def test_outside_of_a_group():
     model, train, _ = data_and_model()
     with pytest.raises(
-        ValueError, match=r"`process_group` must be initialised; got none\. Start with torchrun"
+        ValueError, match=r"`process_group` must be initialized; got none\. Start with torchrun"
     ):
         DistributedSTRIDE(model, train)
 
@@ -507,13 +507,13 @@ def test_explain_under_torchrun(tmp_path, free_port):
     assert {key: one[key] for key in same} == {key: two[key] for key in same}
     for point, other in zip(one["points"], two["points"], strict=True):
         for side in ("proponents", "opponents"):
-            equal_neighbours(point.pop(side), other.pop(side))
+            equal_neighbors(point.pop(side), other.pop(side))
         assert point == other
-    equal_neighbours(one["suspects"], two["suspects"])
+    equal_neighbors(one["suspects"], two["suspects"])
     assert (tmp_path / "two" / "report.html").exists()
 
 
-def equal_neighbours(found, wanted):
+def equal_neighbors(found, wanted):
     assert [n["index"] for n in found] == [n["index"] for n in wanted]
     assert [n["score"] for n in found] == pytest.approx([n["score"] for n in wanted], rel=1e-4)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
 import yaml
+from torch.utils.data import TensorDataset
 
 from stride_captum.evaluation import load_task, train_attributed
 

@@ -260,7 +260,7 @@ class TestWhereWeightsStand:
                 ValueError,
                 "must hold weights that are numbers .* 0; got -1.0",
             ),
-            (torch.ones(N, 2, 2), ValueError, r"must hold weights of shape \(n,\), .* got shape \(30, 2, 2\)"),
+            (torch.ones(N, 2, 2), ValueError, r"must hold weights of shape \(n,\), .* \(30, 2, 2\)"),
             (object(), TypeError, "must hold a weight for each training example"),
         ],
     )

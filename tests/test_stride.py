@@ -92,7 +92,7 @@ class LogisticRegression:
         return F.cross_entropy(z, self.y) + self.penalty / 2 * a.square().sum()
 
     def fit(self, weights):
-        """Minimisers of `1/N sum_i w_i H(y_i, softmax(a^T phi_i)) + lambda/2 |a|^2`, one for each row w."""
+        """Minimizers of `1/N sum_i w_i H(y_i, softmax(a^T phi_i)) + lambda/2 |a|^2`, one for each row w."""
         phi, e = self.phi(self.x), F.one_hot(self.y, self.n_classes).double()
         dim = phi.shape[1] * self.n_classes
         a = torch.zeros(len(weights), phi.shape[1], self.n_classes, dtype=torch.float64)

@@ -11,28 +11,21 @@ methods. A positive score is a proponent for every positive definite M.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ...closed_form.options import Residuals
-from ...closed_form.training_residuals import out_of_sample_residuals
 from ...data.batch import ExampleBatch
-from ...errors import bad_choice, bad_value
-from ...features.options import Features
 from ...influence.method import Query
-from ...influence.temperature import choose_temperature
-from ...layers.activations import Tap, default_taps, recording
 from ...system.memory import rows_that_fit
 from ...system.saved_values import saved_as
 from .checks import check_gradients, check_layers, check_model, probe_of
 from .per_example import Gradients, chosen_parameters, example_gradients, flat
+from .residuals import WithResiduals
 from .working_copies import widened
-from .working_model import OnWorkingCopy
 
 
 @saved_as("gradients")
@@ -68,7 +61,7 @@ class GradientQuery:
     preconditioned: Tensor
 
 
-class GradientMethod(OnWorkingCopy):
+class GradientMethod(WithResiduals):
     """Base class of gradient methods; a subclass says what M is.
 
     It implements `_fit_kernel` and `_precondition`, and may replace `_side`, which maps gradients to the
@@ -103,17 +96,14 @@ class GradientMethod(OnWorkingCopy):
         memory_budget: int | str = "1GiB",
         **options: Any,
     ) -> None:
-        super().__init__(model, train_dataset, memory_budget=memory_budget, **options)
-        if residuals not in get_args(Residuals):
-            raise bad_choice("residuals", residuals, get_args(Residuals))
-        if temperature is not None and not temperature > 0:
-            raise bad_value("temperature", "be positive, or None", temperature)
-        if residuals == "temperature" and not self.loss.tempered:
-            must = f"be one of the others for loss={self.loss.name!r}, which has no temperature"
-            raise bad_value("residuals", must, repr(residuals))
-        self.residuals = residuals
-        self.temperature = temperature
-        self._omega: Tensor | None = None  # weights of the training examples, as `fit` has read them
+        super().__init__(
+            model,
+            train_dataset,
+            residuals=residuals,
+            temperature=temperature,
+            memory_budget=memory_budget,
+            **options,
+        )
 
     # What a subclass says.
 
@@ -158,65 +148,6 @@ class GradientMethod(OnWorkingCopy):
         """Refuse the first training example whose gradient is not finite, if there is one."""
         for rows, batch in self.train_blocks(self.n_train_, False):
             check_gradients(flat(self._gradients(model, batch, residuals[rows])), rows.start)
-
-    def _read_residuals(self, model: nn.Module, show_progress: bool) -> tuple[Tensor, Tensor, float]:
-        """r_i times omega, `e_y - p` (both `(n_train, n_classes)`) and the temperature, from one pass."""
-        of_the_model = self.residuals in ("training", "temperature")
-        taps = [] if of_the_model else self._feature_taps(model)
-        features, z, y = self._read_training_set(model, taps, show_progress)
-        if not bool(torch.isfinite(z).all()):
-            wrong = int((~torch.isfinite(z).all(1)).nonzero()[0])
-            raise bad_value("model", "return finite logits", f"NaN or infinity for training example {wrong}")
-        temperature = choose_temperature(self, model, z, y, self.temperature, self._omega)
-        loss_residuals = self.loss.residuals(z, y)
-        if not of_the_model:
-            residuals = out_of_sample_residuals(
-                features,
-                z,
-                y,
-                [tap.width for tap in taps],
-                self.residuals,
-                temperature,
-                memory_budget=self.memory_budget,
-                loss=self.loss,
-                weights=self._omega,
-            )
-            return residuals, loss_residuals, temperature
-        given = 1.0 if self.residuals == "training" else temperature
-        residuals = loss_residuals if given == 1.0 else self.loss.residuals(z, y, given)
-        if self._omega is not None:
-            residuals = residuals * self._omega.to(residuals)[:, None]
-        return residuals, loss_residuals, temperature
-
-    def _read_training_set(
-        self, model: nn.Module, taps: Sequence[Tap], show_progress: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Features at the taps, `(n_train, n_features)`, logits and labels; sets `_omega`."""
-        features, logits, labels, weights = [], [], [], []
-        with recording(model, taps) as run:
-            for batch in self.train_batches(show_progress):
-                outputs, rows = run(batch)
-                z = self._as_logits(outputs, batch)
-                features.append(torch.cat(rows, 1) if rows else z.new_empty(len(z), 0))
-                logits.append(z)
-                labels.append(self.train_labels(batch, z.shape[1]))
-                omega = self.train_weights(batch, labels[-1])
-                if omega is not None:
-                    weights.append(omega)
-        self._omega = torch.cat(weights) if weights else None
-        return torch.cat(features), torch.cat(logits), torch.cat(labels)
-
-    def _feature_taps(self, model: nn.Module) -> list[Tap]:
-        """Where the ridge head of out-of-sample residuals reads features: what weight layers read.
-
-        Raises:
-            ValueError: A model in which nothing can be read.
-        """
-        try:
-            return default_taps(model, self._first_train_batch(), Features().max_width)
-        except ValueError as error:
-            must = "be 'training' or 'temperature' for a model in which no Linear or convolution module runs"
-            raise bad_value("residuals", must, repr(self.residuals)) from error
 
     # Gradients and products of them.
 
@@ -287,27 +218,6 @@ class GradientMethod(OnWorkingCopy):
             other = self._side(state.kernel, self._gradients(model, batch, left))
         return (other * self._precondition(state.kernel, sides)).sum(1)
 
-    def _both_residuals(
-        self, state: GradientState, model: nn.Module, batch: Any, rows: slice | None
-    ) -> tuple[Tensor, Tensor]:
-        """`e_y - p` and r of training examples, or (`rows` is None) of examples outside the training set."""
-        if rows is not None:
-            if state.residuals is state.loss_residuals:
-                both = state.residuals[rows]
-                return both, both
-            return state.loss_residuals[rows], state.residuals[rows]
-        if self.residuals not in ("training", "temperature"):
-            raise bad_value(
-                "residuals", "be 'training' or 'temperature' for other inputs", repr(self.residuals)
-            )
-        with torch.no_grad():
-            logits = self.batch_logits(model, batch)
-        labels = Query("loss", "label").asked(logits, batch)
-        left = self.loss.residuals(logits, labels)
-        if self.residuals == "training":
-            return left, left
-        return left, self.loss.residuals(logits, labels, state.temperature)
-
     def _inverse_norms(self, state: GradientState, prepared: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
         if state.norms is None:
             norms = []
@@ -335,7 +245,3 @@ class GradientMethod(OnWorkingCopy):
         parameters = chosen_parameters(self.model, self.layers)
         size = sum(p.numel() * max(p.element_size(), 4) for p in parameters.values())
         return rows_that_fit(self.memory_budget, 4 * size, None)
-
-    @override
-    def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "residuals": self.residuals, "temperature": self.temperature}

@@ -14,19 +14,13 @@ Five measurements. Files go to a temporary folder that is removed.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -35,11 +29,19 @@ from ...features.store import FeatureStore
 from ...stride import STRIDE
 from ..measures.cost import median_seconds
 from ..measures.statistics import spearman
+from .feature_files import (
+    drop_from_cache,
+    mapped,
+    plain_write,
+    random_points,
+    read_all,
+    stored_as,
+    write_features,
+)
+from .limited_process import in_own_process
 
 #: The measurements.
 PARTS = ("large", "build", "query", "precision", "example")
-_BLOCK = 8192
-_READ = 2**24
 
 
 def bench_store(
@@ -97,8 +99,8 @@ def large(n_train: int, n_features: int, n_classes: int, n_test: int, k: int, li
     """
     shape = {"n_train": n_train, "n_features": n_features, "n_classes": n_classes}
     with tempfile.TemporaryDirectory() as folder:
-        _write_features(Path(folder), **shape)
-        found = _in_own_process({**shape, "folder": folder, "n_test": n_test, "k": k, "limit": limit})
+        write_features(Path(folder), **shape)
+        found = in_own_process({**shape, "folder": folder, "n_test": n_test, "k": k, "limit": limit})
     return {**shape, "n_test": n_test, "k": k, "limit": limit, **found}
 
 
@@ -121,23 +123,13 @@ def example_bytes(n_train: int, n_features: int, n_classes: int, n_test: int, k:
         for n in (n_train, 2 * n_train):
             with tempfile.TemporaryDirectory() as folder:
                 shape = {"n_train": n, "n_features": n_features, "n_classes": n_classes}
-                _write_features(Path(folder), **shape)
+                write_features(Path(folder), **shape)
                 asked = {"n_test": n_test, "k": k, "limit": -1, "in_memory": in_memory, "budget": budget}
-                found = _in_own_process({**shape, **asked, "folder": folder})
+                found = in_own_process({**shape, **asked, "folder": folder})
             peaks.append([found[f"{phase}_peak_anonymous_bytes"] for phase in ("fit", "query")])
         fit, query = ((b - a) / n_train for a, b in zip(*peaks, strict=True))
         figures[name] = {"fit": fit, "query": query}
     return figures
-
-
-def _in_own_process(options: dict[str, Any]) -> dict[str, Any]:
-    """What `_limited` finds in a process of its own."""
-    command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, json.dumps(options)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ended.returncode:
-        raise RuntimeError(f"the process ended with {ended.returncode}: {ended.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(ended.stdout)
-    return found
 
 
 def build(n_train: int, width: int, dtype: str) -> dict[str, Any]:
@@ -156,7 +148,7 @@ def build(n_train: int, width: int, dtype: str) -> dict[str, Any]:
         reopened = median_seconds(lambda: method._training_features(model, False))
         forward = median_seconds(lambda: [model(x) for x in dataset.tensors[0].split(method.batch_size)])
         size = store.disk_bytes
-        written = median_seconds(lambda: _plain_write(Path(folder) / "plain", size))
+        written = median_seconds(lambda: plain_write(Path(folder) / "plain", size))
     return {
         "n_train": n_train,
         "width": width,
@@ -177,14 +169,14 @@ def query(n_train: int, n_features: int, n_test: int, k: int) -> dict[str, Any]:
     """Top-k of mapped features against a sequential read of their file; seconds and ratios."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _write_features(folder, n_train, n_features, 10)
-        features, logits, labels = _mapped(folder, n_train, n_features, 10)
+        write_features(folder, n_train, n_features, 10)
+        features, logits, labels = mapped(folder, n_train, n_features, 10)
         method = STRIDE.from_features(features, logits, labels).fit()
         path, figures = folder / "features", {}
         for points in (1, n_test):
-            test = _test_points(points, n_features, 10)
-            for state, before in (("cached", lambda: None), ("uncached", lambda: _drop(path))):
-                read = median_seconds(lambda: _read_all(path), before=before)
+            test = random_points(points, n_features, 10)
+            for state, before in (("cached", lambda: None), ("uncached", lambda: drop_from_cache(path))):
+                read = median_seconds(lambda: read_all(path), before=before)
                 asked = median_seconds(lambda: method.influence(test, k), before=before)  # noqa: B023
                 figures[f"{points} points, {state}"] = {
                     "read_seconds": read,
@@ -206,12 +198,12 @@ def precision(n_train: int, n_features: int, n_test: int, k: int) -> dict[str, A
     figures: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _write_features(folder, n_train, n_features, 10)
-        features, logits, labels = _mapped(folder, n_train, n_features, 10)
-        test = _test_points(n_test, n_features, 10)
+        write_features(folder, n_train, n_features, 10)
+        features, logits, labels = mapped(folder, n_train, n_features, 10)
+        test = random_points(n_test, n_features, 10)
         exact, first = None, None
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            stored = _stored_as(folder, features, dtype)
+            stored = stored_as(folder, features, dtype)
             found, scores = _timed_scores(STRIDE.from_features(stored, logits, labels), test)
             found["bytes"] = float(stored.nbytes)
             exact, first = scores if exact is None else exact, first or dict(found)
@@ -242,92 +234,6 @@ def _overlap(scores: torch.Tensor, exact: torch.Tensor, k: int) -> float:
     return float(np.mean([len({*a} & {*b}) / k for a, b in both]))
 
 
-class PeakAnonymous:
-    """The highest RssAnon of this process inside a `with` block, in `bytes`, read every five milliseconds."""
-
-    def __enter__(self) -> PeakAnonymous:
-        self.bytes = rss_anon()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self.bytes = max(self.bytes, rss_anon())
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self.bytes = max(self.bytes, rss_anon())
-
-
-def rss_anon() -> int:
-    """RssAnon of /proc/self/status in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no RssAnon")
-
-
-def _limited(options: dict[str, Any]) -> dict[str, Any]:
-    """What a process does that is looked at: the limit first (-1 is none), then fit and query."""
-    import resource  # which Windows does not have
-
-    if options["limit"] > 0:
-        resource.setrlimit(resource.RLIMIT_DATA, (options["limit"], options["limit"]))
-    shape = (options["n_train"], options["n_features"], options["n_classes"])
-    started_with = rss_anon()
-    with PeakAnonymous() as fitting:
-        arrays = _mapped(Path(options["folder"]), *shape)
-        if options.get("in_memory"):
-            arrays = [np.array(array) for array in arrays]
-        method = STRIDE.from_features(*arrays, memory_budget=options.get("budget", "256MiB")).fit()
-    with PeakAnonymous() as asking:
-        best: Any = method.influence(_test_points(options["n_test"], *shape[1:]), options["k"])
-    return {
-        "anonymous_bytes_at_start": started_with,
-        "fit_peak_anonymous_bytes": fitting.bytes,
-        "query_peak_anonymous_bytes": asking.bytes,
-        "fit_seconds": method.fit_seconds_,
-        "query_seconds": method.query_seconds_,
-        "result_shape": list(best.indices.shape),
-    }
-
-
-def _write_features(folder: Path, n_train: int, n_features: int, n_classes: int) -> None:
-    generator = np.random.default_rng(0)
-    with open(folder / "features", "wb") as features, open(folder / "logits", "wb") as logits:
-        for start in range(0, n_train, _BLOCK):
-            rows = min(_BLOCK, n_train - start)
-            features.write(generator.standard_normal((rows, n_features), dtype=np.float32).data)
-            logits.write((3 * generator.standard_normal((rows, n_classes), dtype=np.float32)).data)
-    generator.integers(n_classes, size=n_train).tofile(folder / "labels")
-
-
-def _mapped(folder: Path, n_train: int, n_features: int, n_classes: int) -> list[NDArray[Any]]:
-    return [
-        np.memmap(folder / "features", np.float32, "r", shape=(n_train, n_features)),
-        np.memmap(folder / "logits", np.float32, "r", shape=(n_train, n_classes)),
-        np.memmap(folder / "labels", np.int64, "r", shape=(n_train,)),
-    ]
-
-
-def _stored_as(folder: Path, features: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
-    """The features in another precision, mapped from a file of their own."""
-    path = folder / str(dtype)
-    stored = torch.from_file(str(path), shared=True, size=features.size, dtype=dtype).view(features.shape)
-    for start in range(0, len(features), _BLOCK):
-        stored[start : start + _BLOCK] = torch.from_numpy(features[start : start + _BLOCK].copy())
-    return stored
-
-
-def _test_points(n: int, n_features: int, n_classes: int) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(1)
-    x, z = (torch.randn(n, width, generator=generator) for width in (n_features, n_classes))
-    return x, z, z.argmax(1)
-
-
 def _network(n_train: int, width: int) -> tuple[nn.Module, TensorDataset]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n_train, 784, generator=generator)
@@ -336,30 +242,3 @@ def _network(n_train: int, width: int) -> tuple[nn.Module, TensorDataset]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, 10)).eval()
     return model, TensorDataset(x, y)
-
-
-def _plain_write(path: Path, size: int) -> None:
-    block = bytes(_READ)
-    with open(path, "wb") as file:
-        for start in range(0, size, _READ):
-            file.write(block[: size - start])
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read_all(path: Path) -> None:
-    block = bytearray(_READ)
-    with open(path, "rb", buffering=0) as file:
-        while file.readinto(block):
-            pass
-
-
-def _drop(path: Path) -> None:
-    """Take a file out of the page cache."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-if __name__ == "__main__":
-    print(json.dumps(_limited(json.loads(sys.argv[1]))))

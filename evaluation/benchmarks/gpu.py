@@ -30,7 +30,8 @@ from ...errors import bad_choice, bad_value
 from ...system.atomic import atomic_write
 from ...system.devices import existing_device
 from ..system.environment import describe
-from .gpu_parts import FULL, JOBS, TOY, Clock, Job
+from .gpu_jobs import Clock, Job
+from .gpu_parts import FULL, JOBS, TOY
 from .scalability.measure import is_out_of_memory
 
 #: Parts, and their shares of the time.

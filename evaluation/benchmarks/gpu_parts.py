@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,6 @@ from torch import Tensor
 
 from ...distributed import DistributedSTRIDE
 from ...features.store import FeatureStore
-from ...influence.estimate import timed
 from ...steering.options import Trained
 from ...steering.training import train_operators
 from ...stride import STRIDE
@@ -27,6 +24,7 @@ from ...system.devices import full_precision
 from ...system.memory import MOST_ROWS, blocks
 from ...system.to_device import to_device
 from . import core as benchmark_core
+from .gpu_jobs import Clock, Job, side_by_side
 from .networks import examples, network
 from .retraining import bench_retraining
 from .scalability.case import Case as ScalingCase
@@ -56,48 +54,6 @@ TOY: dict[str, dict[str, Any]] = {
     "nccl": {"n_train": 400, "n_test": 4},
     "scaling": {"sizes": ((2, 4),), "n_train": 60},
 }
-
-
-@dataclass(frozen=True)
-class Job:
-    """One row.
-
-    Attributes:
-        head: What is measured, and its sizes.
-        run: Measures it.
-        work: How much it is in units of the other jobs of the part.
-    """
-
-    head: dict[str, Any]
-    run: Callable[[], dict[str, Any]]
-    work: float = 1.0
-
-
-class Clock:
-    """The time that is left of some seconds."""
-
-    def __init__(self, seconds: float) -> None:
-        self.until = time.monotonic() + seconds
-
-    @property
-    def left(self) -> float:
-        """Seconds, at least 0."""
-        return max(self.until - time.monotonic(), 0.0)
-
-
-def side_by_side(
-    run: Callable[[], Any], other: Callable[[], Any], device: torch.device, turns: int = 3
-) -> dict[str, Any]:
-    """Median seconds of two calls that take turns, after one of each that warms up, and of their ratio."""
-    times = [(timed(run, device), timed(other, device)) for _ in range(turns + 1)][1:]
-    ratios = [own / beside for own, beside in times]
-    return {
-        "seconds": statistics.median(own for own, _ in times),
-        "other_seconds": statistics.median(beside for _, beside in times),
-        "ratio": statistics.median(ratios),
-        "smallest_ratio": min(ratios),
-        "largest_ratio": max(ratios),
-    }
 
 
 def training(

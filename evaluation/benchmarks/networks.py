@@ -1,6 +1,6 @@
 """Networks that speed is measured on, and the random examples that they are given.
 
-Weights and examples are random: what a method costs does not depend on what a network has learnt.
+Weights and examples are random: what a method costs does not depend on what a network has learned.
 """
 
 from __future__ import annotations

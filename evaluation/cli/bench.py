@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ...system.devices import existing_device
 from ...system.memory import parse_bytes
-from ..benchmarks.core import CoreRow, bench_core
+from ..benchmarks.core import bench_core
 from ..benchmarks.estimate import bench_estimate
 from ..benchmarks.feature_store import PARTS, bench_store
 from ..benchmarks.gpu import PARTS as GPU_PARTS
@@ -22,16 +21,11 @@ from ..benchmarks.retraining import CASES, bench_retraining
 from ..benchmarks.scalability.case import SCALED_METHODS
 from ..benchmarks.scalability.report import show_scalability, write_scalability
 from ..benchmarks.scalability.scalability import bench_scalability, parse_size
-from ..report.terminal import (
-    show_measured,
-)
+from ..report.terminal import show_measured
 from ..system.environment import describe
 from . import completion
-from .options import (
-    AsJSON,
-    Out,
-    Quiet,
-)
+from .bench_tables import show_core, show_peers, show_rows
+from .options import AsJSON, Out, Quiet
 from .output import Console, one_sentence_errors
 from .results import write_json
 
@@ -61,32 +55,7 @@ def bench_core_command(
         results = write_json(
             out / "core.json", {"environment": environment, "rows": [row.to_dict() for row in rows]}
         )
-    Console(quiet, as_json).results(results, lambda: _show_core(rows, environment))
-
-
-def _show_core(rows: Sequence[CoreRow], environment: dict[str, Any]) -> None:
-    title = "Seconds are medians; ratios are goals at most (<) or at least (>)"
-    columns = (
-        "model", "N", "d", "n_test", "fit / floor (<1.5)", "dense / floor (<1.5)", "top-100 / floor (<2)",
-        "one point: x TracInCPFast (>50)", "n_test points: x TracInCPFast (>3)", "fit MiB", "formula MiB",
-    )  # fmt: skip
-    cells = [
-        (
-            row.model,
-            f"{row.n_train:,}",
-            str(row.n_features),
-            f"{row.n_test:,}",
-            f"{row.fit_ratio:.2f} ({row.fit:.3f} s)",
-            f"{row.dense_ratio:.2f} ({row.dense:.3f} s)",
-            f"{row.top100_ratio:.2f} ({row.top100:.3f} s)",
-            f"{row.single_speedup:.0f} ({1e3 * row.single:.1f} ms, {1e3 * row.tracin_single:.0f} ms)",
-            f"{row.many_speedup:.1f} ({row.tracin_many:.2f} s)",
-            f"{row.fit_bytes / 2**20:.0f}",
-            f"{row.formula_bytes / 2**20:.0f}",
-        )
-        for row in rows
-    ]
-    show_measured(title, columns, cells, environment)
+    Console(quiet, as_json).results(results, lambda: show_core(rows, environment))
 
 
 @bench.command("peers")
@@ -103,28 +72,7 @@ def bench_peers_command(
     with one_sentence_errors():
         rows = bench_peers(repeats=repeats)
         results = write_json(out / "peers.json", {"environment": describe(), "rows": rows})
-    Console(quiet, as_json).results(results, lambda: _show_peers(rows, results["environment"]))
-
-
-def _show_peers(rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> None:
-    title = "Medians of one run; in brackets the ratio to feature similarity on the same layers"
-    columns = (
-        "network", "N", "d", "method", "fit s (forward passes)", "test points",
-        "query ms", "top-k ms", "one point ms",
-    )  # fmt: skip
-    cells = [
-        (
-            row["network"],
-            f"{row['n_train']:,}",
-            str(row["n_features"]),
-            row["method"],
-            f"{row['fit']:.3f} ({row['fit_ratio']:.1f})",
-            str(row["n_test"]),
-            *(f"{1e3 * row[key]:.1f} ({row[key + '_ratio']:.2f})" for key in ("query", "top_k", "one_point")),
-        )
-        for row in rows
-    ]
-    show_measured(title, columns, cells, environment)
+    Console(quiet, as_json).results(results, lambda: show_peers(rows, results["environment"]))
 
 
 @bench.command("recovery")
@@ -151,7 +99,7 @@ def bench_recovery_command(
             n_reference=reference,
         )
     title = "Lasso: seconds for all test points, in one run"
-    _show_rows(title, rows, out / "recovery.json", Console(quiet, as_json))
+    show_rows(title, rows, out / "recovery.json", Console(quiet, as_json))
 
 
 @bench.command("retraining")
@@ -180,7 +128,7 @@ def bench_retraining_command(
             case or ("digits", "mnist"), device=existing_device(device), stack_sizes=stack, epochs=epochs
         )
     title = "Retraining: seconds of a model, with all workers busy, in one run"
-    _show_rows(title, rows, out / "retraining.json", Console(quiet, as_json))
+    show_rows(title, rows, out / "retraining.json", Console(quiet, as_json))
 
 
 @bench.command("gpu")
@@ -253,7 +201,7 @@ def bench_store_command(
             k=k,
             limit=parse_bytes(limit, name="--limit"),
         )
-    _show_rows("Features on disk", rows, out / "store.json", Console(quiet, as_json))
+    show_rows("Features on disk", rows, out / "store.json", Console(quiet, as_json))
 
 
 @bench.command("estimate")
@@ -269,7 +217,7 @@ def bench_estimate_command(
     """
     with one_sentence_errors():
         rows = bench_estimate(n_test=test_points)
-    _show_rows("Estimated, measured and their ratio", rows, out / "estimate.json", Console(quiet, as_json))
+    show_rows("Estimated, measured and their ratio", rows, out / "estimate.json", Console(quiet, as_json))
 
 
 @bench.command("scalability")
@@ -332,15 +280,3 @@ def bench_scalability_command(
     voice.results(json.loads(files[0].read_text(encoding="utf-8")), lambda: show_scalability(found))
     for path in files:
         voice.note(f"Wrote {path}")
-
-
-def _show_rows(title: str, rows: Sequence[dict[str, Any]], path: Path, voice: Console) -> None:
-    """Rows of plain values, as JSON in a file and as a table in the terminal."""
-    environment = describe()
-
-    def show() -> None:
-        columns = [column.replace("_", " ") for column in rows[0]]
-        cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-        show_measured(title, columns, cells, environment)
-
-    voice.results(write_json(path, {"environment": environment, "rows": list(rows)}), show)

@@ -16,7 +16,7 @@ from ...closed_form.options import ClosedForm
 from ...errors import bad_choice, bad_type, bad_value, whole_number
 from ...losses.summed_positions import SummedPositions
 from ...system.devices import existing_device
-from ..retraining.plan import ENGINES
+from ..retraining.plan_files import ENGINES
 from ..tasks.checks import check_task
 from ..tasks.new_network import built
 from ..tasks.task_loss import loss_of_methods
@@ -213,10 +213,9 @@ def _without_temperature(grid: Sequence[Mapping[str, Any]]) -> list[dict[str, An
 
 
 def _without_exact(grid: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The empirical Fisher in the place of the exact one, which takes a pass for each output of a position."""
+    """The empirical Fisher instead of the exact one, which takes a pass for each output of a position."""
     return [
-        {name: "empirical" if (name, value) == ("fisher", "exact") else value for name, value in point.items()}
-        for point in grid
+        {**point, **({"fisher": "empirical"} if point.get("fisher") == "exact" else {})} for point in grid
     ]
 
 

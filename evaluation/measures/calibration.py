@@ -93,7 +93,7 @@ def calibration(
 ) -> CalibrationResult:
     """Calibration over subsets of kept examples: the arguments are those of `lds`.
 
-    Predicted and measured values are centred over the subsets of each test point, so that the slope
+    Predicted and measured values are centered over the subsets of each test point, so that the slope
     compares subsets with one another:
     `slope = sum_{k, t} p_kt m_kt / sum_{k, t} p_kt^2`, for one test point without the sum over t.
 
@@ -252,7 +252,7 @@ def _explained(p: Array, m: Array, slopes: Array, intercepts: Array) -> dict[str
 
 
 def _resample_subsets(predicted: Array, measured: Array, n_resamples: int, seed: int) -> Array:
-    """Slopes `(n_resamples, n_models)` of resampled subsets and test points, centred anew in each draw."""
+    """Slopes `(n_resamples, n_models)` of resampled subsets and test points, centered anew in each draw."""
     counts, tests = statistics.crossed_counts(len(measured), measured.shape[1], n_resamples, seed)
     subsets = counts / len(measured)
     m_mean = subsets @ measured

@@ -162,9 +162,9 @@ def linearized_influence_correlation(
 
 
 def linearized_influence(membership: Membership, responses: Any) -> tuple[Array, float]:
-    """Per-example effects by ridge regression of the responses on the centred membership.
+    """Per-example effects by ridge regression of the responses on the centered membership.
 
-    Solved in the space of subsets: with the centred design X and the eigenvectors of X X^T, every
+    Solved in the space of subsets: with the centered design X and the eigenvectors of X X^T, every
     penalty's exact leave-one-out error comes from one eigendecomposition.
 
     Args:

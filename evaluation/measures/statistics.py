@@ -52,7 +52,7 @@ def pearson(a: Any, b: Any) -> Array:
     """
     a, b = _pair(a, b)
     defined = _varies(a) & _varies(b)
-    a, b = _centred(a), _centred(b)
+    a, b = _centered(a), _centered(b)
     scale = np.sqrt((a * a).sum(0)) * np.sqrt((b * b).sum(0))
     return _divide((a * b).sum(0), scale, defined)
 
@@ -258,7 +258,7 @@ def _pair(a: Any, b: Any) -> tuple[Array, Array]:
     return a, b
 
 
-def _centred(a: Array) -> Array:
+def _centered(a: Array) -> Array:
     """Columns less their means, in units of their ranges: tiny values do not underflow when squared."""
     spread = a.max(0) - a.min(0)
     return np.asarray((a - a.mean(0)) / np.where(spread > 0, spread, 1.0))

@@ -57,7 +57,7 @@ def show_images(
     images: Sequence[Any],
     titles: Sequence[str] = (),
     *,
-    colours: Sequence[str] = (),
+    colors: Sequence[str] = (),
     columns: int = 8,
 ) -> Figure:
     """Images in a grid, each with a line above it.
@@ -65,23 +65,23 @@ def show_images(
     Args:
         images: As for `pictures.picture`: `(1, h, w)`, `(3, h, w)` or `(h, w)` each.
         titles: One for each image, or none.
-        colours: Of the titles; black where there are none.
+        colors: Of the titles; black where there are none.
         columns: Images in a row.
 
     Raises:
-        ValueError: No image, not as many titles or colours as images, or something that is not an image.
+        ValueError: No image, not as many titles or colors as images, or something that is not an image.
     """
     n = len(images)
     if not n:
         raise bad_value("images", "hold at least one image", "none")
-    for name, given in (("titles", titles), ("colours", colours)):
+    for name, given in (("titles", titles), ("colors", colors)):
         if len(given) not in (0, n):
             raise bad_value(name, f"have one entry for each of the {n} images", len(given))
     columns = min(columns, n)
     figure, axes = _grid(-(-n // columns), columns)
     for i in range(n):
         title = titles[i] if len(titles) else ""
-        _draw(axes[i // columns, i % columns], images[i], title, colours[i] if len(colours) else "black")
+        _draw(axes[i // columns, i % columns], images[i], title, colors[i] if len(colors) else "black")
     return figure
 
 
@@ -163,15 +163,15 @@ def show_suspects(
     if values.shape != (len(train),):
         raise bad_value("scores", f"have shape ({len(train)},)", values.shape)
     first = np.argsort(-values, kind="stable")[:n]
-    images, titles, colours = [], [], []
+    images, titles, colors = [], [], []
     for i in first:
         example = train[int(i)]
         given = int(example[-1])
         true = given if true_labels is None else int(true_labels[i])
         images.append(example[0])
         titles.append(_name(given, classes) + ("" if true == given else f", truly {_name(true, classes)}"))
-        colours.append("black" if true == given else OTHER)
-    return show_images(images, titles, colours=colours, columns=columns)
+        colors.append("black" if true == given else OTHER)
+    return show_images(images, titles, colors=colors, columns=columns)
 
 
 @dataclass(frozen=True)
@@ -229,10 +229,10 @@ def show_texts(
         for title, (indices, scores) in blocks.items():
             for i, score in zip(indices[t], scores[t], strict=True):
                 other = train_labels[int(i)] if len(train_labels) else ""
-                colour = f";color:{SAME if other == label else OTHER}" if other and label else ""
+                color = f";color:{SAME if other == label else OTHER}" if other and label else ""
                 cells = [
                     cell.format("right", "", f"{title} {short(score)}"),
-                    cell.format("left", colour, other),
+                    cell.format("left", color, other),
                     cell.format("left", "", train_texts[int(i)]),
                 ]
                 rows.append(Markup("<tr>{}</tr>").format(Markup("").join(cells)))
@@ -283,7 +283,7 @@ def _head(figure: Figure, axes: Any, blocks: Mapping[str, tuple[NDArray[Any], ND
         column += indices.shape[1] + 1
 
 
-def _draw(axes: Axes, image: Any, title: str, colour: str) -> None:
+def _draw(axes: Axes, image: Any, title: str, color: str) -> None:
     from matplotlib.image import imread
 
     uri = picture(torch.as_tensor(image), 0)
@@ -291,4 +291,4 @@ def _draw(axes: Axes, image: Any, title: str, colour: str) -> None:
         raise bad_value("images", "be (1, h, w), (3, h, w) or (h, w)", f"shape {tuple(np.shape(image))}")
     pixels = imread(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_title(title, color=colour, size=9)
+    axes.set_title(title, color=color, size=9)

@@ -108,7 +108,7 @@ def show_matrix(matrix: Any, *, x: str, y: str, label: str = "") -> Figure:
         matrix: `(n_rows, n_columns)`.
         x: What columns are.
         y: What rows are.
-        label: What entries are; a colour bar is drawn where it is given.
+        label: What entries are; a color bar is drawn where it is given.
     """
     values = np.asarray(matrix)
     figure = new_figure(7.0, 2.6)
@@ -173,14 +173,14 @@ def show_drops(rows: Sequence[CounterfactualRow]) -> Figure:
     figure = new_figure(9.0 if shares else 6.0, 3.4)
     panels = figure.subplots(1, 2 if shares else 1, sharey=True, squeeze=False)[0]
     for i, row in enumerate(rows):
-        result, colour = row.result, f"C{i}"
+        result, color = row.result, f"C{i}"
         for axes, x in zip(
             panels, ([0, *result.counts], [0.0, *(100 * v for v in result.depletion)]), strict=False
         ):
-            axes.plot(x, [0.0, *result.drop], color=colour, marker=_MARKERS[i % 7], ms=5, label=row.name)
+            axes.plot(x, [0.0, *result.drop], color=color, marker=_MARKERS[i % 7], ms=5, label=row.name)
             if result.intervals is not None:
                 low, high = ([0.0, *(getattr(v, end) for v in result.intervals)] for end in ("low", "high"))
-                axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+                axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
     for axes, label in zip(panels, ("examples removed", "share of the class removed, %"), strict=False):
         axes.axhline(0, color=_SOFT, linewidth=0.8)
         axes.set_xlabel(label)

@@ -1,35 +1,23 @@
 """Figures of the comparison report, as inline SVG made from the content of results.json.
 
-Lines and texts take their colours from custom properties of the page (`--ink`, `--series-1`, ...), so that
-they follow it into the dark. Where several series share a plot they differ in colour, marker and dash.
+Lines and texts take their colors from custom properties of the page (`--ink`, `--series-1`, ...), so that
+they follow it into the dark. Where several series share a plot they differ in color, marker and dash.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .svg import COLORS, N_SERIES, inline_svg
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-#: Series that one plot tells apart; the report's style sheet has a colour for each in both schemes.
-N_SERIES = 7
-#: What is drawn in these colours is given the custom properties instead.
-_COLOURS = {
-    "ink": "#000001",
-    "soft": "#000002",
-    "line": "#000003",
-    "accent": "#000004",
-    **{f"series-{i + 1}": f"#0000a{i + 1}" for i in range(N_SERIES)},
-}
 _MARKERS = "os^DvPX"
 _DASHES = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
 
@@ -40,23 +28,23 @@ def forest(rows: Sequence[Mapping[str, Any]]) -> str:
     Args:
         rows: `rows` of results.json.
     """
-    with _svg("forest", (7.5, 0.75 + 0.36 * len(rows))) as (figure, out):
+    with inline_svg("forest", (7.5, 0.75 + 0.36 * len(rows))) as (figure, out):
         axes = figure.subplots()
         for i, row in enumerate(reversed(rows)):
             result = row["lds"]
             low, high = _ends(result["interval"])
-            axes.plot([low, high], [i, i], color=_COLOURS["accent"], linewidth=2.5)
+            axes.plot([low, high], [i, i], color=COLORS["accent"], linewidth=2.5)
             models = [math.nan if v is None else v for v in result["per_model"]]
-            axes.plot(models, [i] * len(models), "|", color=_COLOURS["series-2"], markersize=12)
-            axes.plot([_number(result["value"])], [i], "o", color=_COLOURS["accent"], markersize=6)
+            axes.plot(models, [i] * len(models), "|", color=COLORS["series-2"], markersize=12)
+            axes.plot([_number(result["value"])], [i], "o", color=COLORS["accent"], markersize=6)
         ceiling = rows[0]["lds"]["ceiling"]
         if ceiling:
-            axes.axvline(ceiling, color=_COLOURS["soft"], linestyle="--", linewidth=1)
-        axes.axvline(0, color=_COLOURS["soft"], linewidth=1)
+            axes.axvline(ceiling, color=COLORS["soft"], linestyle="--", linewidth=1)
+        axes.axvline(0, color=COLORS["soft"], linewidth=1)
         axes.set_yticks(range(len(rows)), [row["name"] for row in reversed(rows)])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlabel("LDS")
-        axes.grid(axis="x", color=_COLOURS["line"], linewidth=0.6)
+        axes.grid(axis="x", color=COLORS["line"], linewidth=0.6)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
     return out[0]
@@ -82,7 +70,7 @@ def cost_against_fidelity(rows: Sequence[Mapping[str, Any]]) -> str:
     low, high = min([0.0, *values, *known]), max([0.1, *values, *known])
     room = 0.05 * (high - low)
     inches = max(3.2, 0.22 * len(named) + 0.8)
-    with _svg("cost", (7.5, inches)) as (figure, out):
+    with inline_svg("cost", (7.5, inches)) as (figure, out):
         axes = figure.subplots()
         axes.set_xscale("log")
         first, last = math.floor(math.log10(min(seconds))), math.ceil(math.log10(max(seconds)))
@@ -95,8 +83,8 @@ def cost_against_fidelity(rows: Sequence[Mapping[str, Any]]) -> str:
         places = spread(values, gap, low, high)
         for row, x, y, place in zip(named, seconds, values, places, strict=True):
             ends = _ends(row["lds"]["interval"])
-            axes.plot([x, x], ends, color=_COLOURS["accent"], linewidth=1.2, alpha=0.5)
-            axes.plot([x], [y], "o", color=_COLOURS["accent"], markersize=6)
+            axes.plot([x, x], ends, color=COLORS["accent"], linewidth=1.2, alpha=0.5)
+            axes.plot([x], [y], "o", color=COLORS["accent"], markersize=6)
             axes.annotate(
                 row["name"],
                 xy=(x, y),
@@ -106,7 +94,7 @@ def cost_against_fidelity(rows: Sequence[Mapping[str, Any]]) -> str:
                 arrowprops={
                     "arrowstyle": "-",
                     "relpos": (0, 0.5),
-                    "color": _COLOURS["soft"],
+                    "color": COLORS["soft"],
                     "linewidth": 0.5,
                     "shrinkA": 2,
                     "shrinkB": 5,
@@ -114,7 +102,7 @@ def cost_against_fidelity(rows: Sequence[Mapping[str, Any]]) -> str:
             )
         axes.set_xlabel("setup and queries, seconds (log scale)")
         axes.set_ylabel("LDS")
-        axes.grid(color=_COLOURS["line"], linewidth=0.6)
+        axes.grid(color=COLORS["line"], linewidth=0.6)
     return out[0]
 
 
@@ -140,16 +128,16 @@ def counterfactual_curves(rows: Sequence[Mapping[str, Any]], reference: str = "C
     plots = []
     for row, result in zip(rows, results, strict=True):
         arm = "opponents" if result["opponents"] else "proponents"
-        with _svg(f"drop-{arm}-{row['name']}", (5.6, 2.5), layout=None) as (figure, out):
+        with inline_svg(f"drop-{arm}-{row['name']}", (5.6, 2.5), layout=None) as (figure, out):
             figure.subplots_adjust(left=0.13, right=0.98, bottom=0.19, top=0.97, wspace=0.06)
             by_count, by_share = figure.subplots(1, 2, sharey=True)
             if other is not None and other is not result:
                 _curves(by_count, by_share, other, "soft", "--")
             _curves(by_count, by_share, result, "accent", "-")
             for axes in (by_count, by_share):
-                axes.axhline(0, color=_COLOURS["soft"], linewidth=0.8)
+                axes.axhline(0, color=COLORS["soft"], linewidth=0.8)
                 axes.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
-                axes.grid(color=_COLOURS["line"], linewidth=0.6)
+                axes.grid(color=COLORS["line"], linewidth=0.6)
             by_count.set_xlim(0, 1.03 * max(c for r in results for c in r["counts"]))
             by_share.set_xlim(0, 103 * deepest)
             by_count.xaxis.get_major_locator().set_params(integer=True)
@@ -161,7 +149,7 @@ def counterfactual_curves(rows: Sequence[Mapping[str, Any]], reference: str = "C
 
 
 def roc(rows: Sequence[Mapping[str, Any]]) -> str:
-    """ROC curves of flipped labels: the best ranking of each method, at most `N_SERIES` in colour.
+    """ROC curves of flipped labels: the best ranking of each method, at most `N_SERIES` in color.
 
     Detectors that need no influence are dashed. The others are thin grey lines.
 
@@ -169,13 +157,13 @@ def roc(rows: Sequence[Mapping[str, Any]]) -> str:
         rows: `mislabel` of results.json.
     """
     told = highlighted(rows)
-    with _svg("roc", (8.4, 4.2)) as (figure, out):
+    with inline_svg("roc", (8.4, 4.2)) as (figure, out):
         axes = figure.subplots()
-        axes.plot([0, 1], [0, 1], color=_COLOURS["soft"], linewidth=0.8, linestyle=":")
+        axes.plot([0, 1], [0, 1], color=COLORS["soft"], linewidth=0.8, linestyle=":")
         for i, row in enumerate(rows):
             if i not in told:
                 grid = np.linspace(0, 1, len(row["result"]["roc"]))
-                axes.plot(grid, row["result"]["roc"], color=_COLOURS["line"], linewidth=1)
+                axes.plot(grid, row["result"]["roc"], color=COLORS["line"], linewidth=1)
         for place, i in enumerate(told):
             row = rows[i]
             curve = row["result"]["roc"]
@@ -183,7 +171,7 @@ def roc(rows: Sequence[Mapping[str, Any]]) -> str:
             axes.plot(
                 np.linspace(0, 1, len(curve)),
                 curve,
-                color=_COLOURS[f"series-{place + 1}"],
+                color=COLORS[f"series-{place + 1}"],
                 linestyle=_DASHES[1] if dashed else "-",
                 marker=_MARKERS[place],
                 markevery=(3 + 2 * place, 18),
@@ -195,7 +183,7 @@ def roc(rows: Sequence[Mapping[str, Any]]) -> str:
         axes.set_ylabel("share of flipped labels that are found")
         axes.set_xlim(-0.01, 1.01)
         axes.set_ylim(-0.01, 1.03)
-        axes.grid(color=_COLOURS["line"], linewidth=0.6)
+        axes.grid(color=COLORS["line"], linewidth=0.6)
         axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, handlelength=3, fontsize=9)
     return out[0]
 
@@ -219,7 +207,7 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
 
     Args:
         values: Where labels would like to be.
-        gap: Between neighbours; made smaller where they would not all fit.
+        gap: Between neighbors; made smaller where they would not all fit.
         low: No place is below.
         high: No place is above.
 
@@ -228,7 +216,7 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
     """
     gap = min(gap, (high - low) / max(1, len(values) - 1))
     order = sorted(range(len(values)), key=lambda i: values[i])
-    # With z_i = y_i - i * gap the gaps say that z does not fall: pool neighbours that violate it.
+    # With z_i = y_i - i * gap the gaps say that z does not fall: pool neighbors that violate it.
     blocks: list[list[float]] = []
     for rank, i in enumerate(order):
         blocks.append([values[i] - rank * gap, 1.0])
@@ -243,61 +231,15 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
     return places
 
 
-def _curves(by_count: Axes, by_share: Axes, result: Mapping[str, Any], colour: str, dash: Any) -> None:
+def _curves(by_count: Axes, by_share: Axes, result: Mapping[str, Any], color: str, dash: Any) -> None:
     """One method's drop with its band on both axes; removing nothing changes nothing."""
     drop = [0.0, *map(_number, result["drop"])]
     ends: NDArray[np.float64] = np.array([(0.0, 0.0), *map(_ends, result["intervals"] or ())])
     shares = [0.0, *(100 * _number(v) for v in result["depletion"])]
     for axes, x in ((by_count, [0, *result["counts"]]), (by_share, shares)):
-        axes.plot(x, drop, color=_COLOURS[colour], linestyle=dash, marker="o", markersize=4, linewidth=1.8)
+        axes.plot(x, drop, color=COLORS[color], linestyle=dash, marker="o", markersize=4, linewidth=1.8)
         if result["intervals"]:
-            axes.fill_between(x, *ends.T, color=_COLOURS[colour], alpha=0.18, linewidth=0)
-
-
-@contextmanager
-def _svg(
-    name: str, inches: tuple[float, float], layout: Literal["constrained"] | None = "constrained"
-) -> Iterator[tuple[Figure, list[str]]]:
-    """A figure to draw on, and a list that afterwards holds it as SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    out: list[str] = []
-    lines = dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), _COLOURS["soft"])
-    names = ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
-    texts = dict.fromkeys(names, _COLOURS["ink"])
-    style = {
-        **lines,
-        **texts,
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "font.family": "DejaVu Sans",
-        "font.size": 10.0,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=inches, layout=layout)
-        yield figure, out
-        buffer = io.StringIO()
-        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    out.append(_for_a_page(buffer.getvalue()))
-
-
-def _for_a_page(svg: str) -> str:
-    """SVG that can stand in a page beside others: its colours, no names but those it refers to."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r" xmlns(:xlink)?=\"[^\"]*\"", "", svg).replace("xlink:href", "href")
-    svg = re.sub(r"<svg width=\"[\d.]+pt\" height=\"[\d.]+pt\"", '<svg focusable="false"', svg)
-    svg = re.sub(r" font-family: [^;\"]*;", "", svg)
-    used = set(re.findall(r"#([\w.-]+)", svg))
-    svg = re.sub(r" id=\"([^\"]*)\"", lambda m: m.group() if m.group(1) in used else "", svg)
-    for name, colour in _COLOURS.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return re.sub(r"\s*\n\s*", "\n", svg)
+            axes.fill_between(x, *ends.T, color=COLORS[color], alpha=0.18, linewidth=0)
 
 
 def _ends(interval: Mapping[str, Any] | None) -> tuple[float, float]:

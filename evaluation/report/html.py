@@ -22,6 +22,7 @@ from ..system.environment import one_line
 from ..system.text_files import write_text
 from . import figures as plots
 from .pictures import picture
+from .svg import N_SERIES
 
 #: Of `Comparison.to_dict()`; increased whenever a reader of results.json must know.
 FORMAT = 1
@@ -97,7 +98,7 @@ def write_comparison(results: Mapping[str, Any], path: str | Path) -> Path:
         },
         names=", ".join(f"{row['name']} ({_text('{:.3f}', row['lds']['value'])})" for row in rows),
         told=", ".join(mislabel[i]["name"] for i in plots.highlighted(mislabel)),
-        n_series=plots.N_SERIES,
+        n_series=N_SERIES,
         arms=_arms(results["counterfactual"]),
         reference=_REFERENCE,
         leaks=_leaks(results["leakage"]),
@@ -209,7 +210,7 @@ def _arms(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _leaks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One entry for each method and planted set: the places of its plain and its normalised row."""
+    """One entry for each method and planted set: the places of its plain and its normalized row."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for i, row in enumerate(rows):
         key = (row["kind"], row["n_planted"], row["name"])

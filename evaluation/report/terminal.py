@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _WRAPPED = 12
 #: Where nobody looks at it as it is written, a table is as wide as it needs to be.
 _FILE_WIDTH = 240
-#: Mean training residual above which a model has not learnt its training set.
+#: Mean training residual above which a model has not learned its training set.
 _UNDERFITTED = 0.25
 
 console = Console()
@@ -41,8 +41,8 @@ def show_explanation(explanation: Explanation) -> None:
             str(point.label),
             str(point.predicted),
             *(
-                ", ".join(f"{n.label} #{n.index} ({n.score:+.2g})" for n in neighbours[:3])
-                for neighbours in (point.proponents, point.opponents)
+                ", ".join(f"{n.label} #{n.index} ({n.score:+.2g})" for n in neighbors[:3])
+                for neighbors in (point.proponents, point.opponents)
             ),
         )
     console.print(table)
@@ -79,7 +79,7 @@ def show_comparison(result: Comparison) -> None:
     if result.leakage:
         _print(
             "Leaked test examples: rank of the duplicate (0 is first)",
-            ("method", "planted", "kind", "normalised", "mean rank", "median", "first"),
+            ("method", "planted", "kind", "normalized", "mean rank", "median", "first"),
             [
                 (
                     row.name,

@@ -13,7 +13,6 @@ a result is never a mixture.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,31 +22,19 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from ...errors import bad_choice, bad_value
+from ...errors import bad_value
 from ...subsets import Membership, checked_membership, members
 from ..tasks.checks import check_task
-from ..tasks.new_network import built
 from ..tasks.tasks import Task
 from . import files as retraining_files
 from . import store as run_store
 from . import workers as retraining_workers
 from .estimate import RetrainingEstimate
-from .files import Run, RunFile
-from .stacked import why_not_stacked
-from .store import Fingerprints
-from .training import logits_of
+from .files import RunFile
+from .plan_files import files_for, files_of
 
 #: What helps where retrainings diverge.
 SMALLER_STEPS = "Train with smaller steps (`learning_rate` of the training settings)."
-ENGINES = ("auto", "processes", "stacked")
-#: What `auto` and the stacks go by, as measured (see `benchmark_retraining`). On the CPU a stack beats
-#: joblib's processes where the overhead of a step is more than its arithmetic: fully connected networks
-#: up to about a quarter of a million parameters. Mapped convolutions are slower than single ones.
-_CPU_PARAMETERS = 250_000
-_CPU_STACK, _DEVICE_STACK = 16, 256
-_SMALLEST_STACK = 8
-#: Part of the name of a stack; increased whenever `train_stacked` changes what it computes.
-_STACK_RECIPE = 1
 
 
 @dataclass(frozen=True)
@@ -106,7 +93,9 @@ class RetrainingPlan:
         self, *, engine: str = "processes", device: torch.device | str = "cpu"
     ) -> list[tuple[int, int]]:
         """The runs `(subset, seed)` that are not in the store, or whose file is damaged."""
-        return [run for file in self._files(engine, device) if file.read()[0] is None for run in file.runs]
+        return [
+            run for file in files_for(self, engine, device) if file.read()[0] is None for run in file.runs
+        ]
 
     def execute(
         self,
@@ -149,7 +138,7 @@ class RetrainingPlan:
             RuntimeError: A run failed.
 
         """
-        files = self._files(engine, device)
+        files = files_for(self, engine, device)
         found: dict[tuple[int, int], NDArray[np.float32]] = {}
         todo = []
         for file in files:
@@ -194,7 +183,7 @@ class RetrainingPlan:
         The seconds are those of one epoch of at most 20 batches, the better of two, times the examples
         and epochs of the missing runs.
         """
-        files = self._files(engine, device)
+        files = files_for(self, engine, device)
         damages = {file: file.read() for file in files}
         todo = [file for file, (logits, _) in damages.items() if logits is None]
         n_stored = sum(len(file.runs) for file in files) - sum(len(file.runs) for file in todo)
@@ -225,80 +214,8 @@ class RetrainingPlan:
 
     def _path(self, k: int, seed: int) -> Path:
         """Where "processes" keeps a run of the CPU."""
-        files = self._files_of(False, torch.device("cpu"))
+        files = files_of(self, False, torch.device("cpu"))
         return next(file.path for file in files if file.runs == ((k, seed),))
-
-    def _fingerprint(self, names: Fingerprints, run: Run, device: torch.device, stacked: bool) -> str:
-        extra = f"stacked={_STACK_RECIPE}" if stacked else ""
-        if device.type != "cpu":
-            extra += f" device={device.type}"
-        return names.of(self._seed(*run), members(self.membership, run[0]), extra)
-
-    def _files(self, engine: str, device: torch.device | str) -> list[RunFile]:
-        """All files of the plan for an engine; "auto" is decided here."""
-        device = torch.device(device)
-        if engine not in ENGINES:
-            raise bad_choice("engine", engine, ENGINES)
-        if engine == "auto":
-            stored = {}
-            for name in ("processes", "stacked"):
-                files = self._files_of(name == "stacked", device)
-                stored[name] = sum(len(file.runs) for file in files if file.read()[0] is not None)
-            engine = max(stored, key=lambda name: stored[name])
-            if not stored[engine] and self._stacks_are_faster(device):
-                engine = "stacked"
-        elif engine == "stacked":
-            reason = self._why_not_stacked()
-            if reason is not None:
-                raise bad_value("engine", "be 'processes' for this network", "'stacked'", reason)
-        return self._files_of(engine == "stacked", device)
-
-    def _files_of(self, stacked: bool, device: torch.device) -> list[RunFile]:
-        names, n_classes = Fingerprints(self.task), self._n_classes()
-        folder = Path(self.store).absolute()
-        there = retraining_files.stored(folder)
-        n_evaluated = min(len(self.task.test), max(self.n_test, retraining_files.EVALUATED))
-        limit = _CPU_STACK if device.type == "cpu" else _DEVICE_STACK
-
-        def stem(runs: Sequence[Run]) -> str:
-            found = [self._fingerprint(names, run, device, stacked) for run in runs]
-            return f"stack-{run_store.of_all(found)}" if stacked else f"run-{found[0]}"
-
-        def enough(name: str) -> list[int]:
-            return [n for n in there.get(name, ()) if self.n_test <= n <= len(self.task.test)]
-
-        every = (
-            retraining_files.stacks(
-                self.membership, self.n_seeds, limit, lambda runs: bool(enough(stem(runs)))
-            )
-            if stacked
-            else retraining_files.single_runs(self.membership.shape[0], self.n_seeds)
-        )
-        files = []
-        for runs in every:
-            name = stem(runs)
-            n_test = min(enough(name), default=n_evaluated)
-            files.append(RunFile(folder / f"{name}-{n_test}.npy", runs, n_test, n_classes, stacked))
-        return files
-
-    def _n_classes(self) -> int:
-        few = self.task.test.tensors[0][:1]
-        return logits_of(built(self.task).eval(), few, loss=self.task.loss).shape[1]
-
-    def _stacks_are_faster(self, device: torch.device) -> bool:
-        _, counts = np.unique(np.diff(self.membership.indptr), return_counts=True)
-        if counts.max() * self.n_seeds < _SMALLEST_STACK:
-            return False
-        if device.type == "cpu":
-            weights = list(built(self.task).parameters())
-            if sum(w.numel() for w in weights) > _CPU_PARAMETERS or any(w.dim() > 2 for w in weights):
-                return False
-        return self._why_not_stacked() is None
-
-    def _why_not_stacked(self) -> str | None:
-        if not self.task.has_classes:
-            return f"Stacks are trained with cross-entropy, and this task with {self.task.loss.name!r}."
-        return why_not_stacked(self.task.build_model, self.task.train.tensors[0][:2])
 
     def _arguments(self, file: RunFile, device: torch.device | str) -> dict[str, Any]:
         """What `train_and_evaluate` takes for the runs of a file."""

@@ -15,7 +15,7 @@ from ...system.packages import install_command
 
 
 def normalise_images(images: Any, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 images `(n, height, width, channels)` to normalised floats `(n, channels, height, width)`."""
+    """uint8 images `(n, height, width, channels)` to normalized floats `(n, channels, height, width)`."""
     x = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(255)
     return x.sub_(mean[:, None, None]).div_(std[:, None, None]).contiguous()
 
@@ -70,7 +70,7 @@ def torchvision_data(name: str, data_root: str | Path | None, *, train: bool) ->
 def image_tensors(dataset: Any) -> TensorDataset:
     """A torchvision MNIST or CIFAR-10 data set (or a subclass) as tensors.
 
-    Pixels are normalised to mean 0 and variance 1 over the training set, per channel.
+    Pixels are normalized to mean 0 and variance 1 over the training set, per channel.
     """
     labels = torch.as_tensor(np.asarray(dataset.targets), dtype=torch.int64)
     if isinstance(dataset.data, Tensor):

@@ -1,1 +1,1 @@
-"""The default operators: first-order response of the losses of equations (1) and (2), in closed form."""
+"""Closed-form operators, the default: first-order solution of equations (1) and (2)."""

@@ -24,12 +24,12 @@ _ENOUGH = 30.0
 
 @dataclass
 class ClassMoments:
-    """What the closed form needs to know of the outputs for some training examples: sums over these.
+    """Output-side statistics of a set of training examples; sums, so those of two sets add up.
 
     Attributes:
         hessian: `sum_i omega_i H_i`, or its diagonal, float64. With cross-entropy `H = diag p - p p^T`.
-        residual_squares: `sum_i omega_i |r_i|^2`, `(1,)`; of each output where these are judged apart,
-            `(n_outputs,)`.
+        residual_squares: `sum_i omega_i |r_i|^2`, `(1,)`; one per output, `(n_outputs,)`, if the
+            loss treats outputs separately.
         weight: W, the sum of omega.
         loss: What the model was trained with.
     """
@@ -56,23 +56,23 @@ class ClassMoments:
 
     @property
     def level(self) -> Tensor | float:
-        """What a relative damping is relative to, in `unit`: a number, or one an output `(n_outputs,)`."""
+        """Scale of a relative damping, in units of `unit`: a number, or one per output, `(n_outputs,)`."""
         return self.loss.level(self.covariance)
 
     @property
     def on_diagonal(self) -> Tensor | float:
-        """What the damping of Sigma is relative to, 0 where it is not damped."""
+        """Scale of the damping of Sigma; 0 if Sigma is not damped."""
         return self.level if self.loss.damps_outputs else 0.0
 
     def checked(self, data: TrainingBlocks, temperature: float) -> ClassMoments:
-        """These moments, if they leave some uncertainty.
+        """Return these moments after checking that the probabilities are not all 0 or 1.
 
         Args:
-            data: The training set, of which an error says how far the temperature must be raised.
+            data: The training set; the error computes from it how far to raise the temperature.
             temperature: T of these moments.
 
         Raises:
-            ValueError: No uncertainty left that float64 could hold.
+            ValueError: Every probability is 0 or 1 in float64.
         """
         apart = self.loss.apart
         if not self.unit > _LEAST or (apart and not bool((self.hessian / self.weight > _LEAST).all())):
@@ -117,7 +117,7 @@ def class_moments(
 
 
 def _not_finite(data: TrainingBlocks, loss: Loss) -> ValueError:
-    """What to say of the first example whose outputs are not numbers."""
+    """Error that names the first example whose outputs are not finite."""
     for rows in data:
         z = data.logits_of(rows)
         wrong = loss.hessians(z, 1.0).undefined()
@@ -130,7 +130,7 @@ def _not_finite(data: TrainingBlocks, loss: Loss) -> ValueError:
 
 
 def _certain(data: TrainingBlocks, temperature: float, loss: Loss) -> ValueError:
-    """What to say where every probability is 0 or 1."""
+    """Error for probabilities that are all 0 or 1."""
     least = math.inf
     for rows in data:
         least = min(least, float(as_float64(loss.certainty(data.logits_of(rows))).min()))

@@ -13,8 +13,8 @@ the response with respect to the logits, the score of training example i for a t
 phi holds the features of every layer, each scaled to unit mean square norm, and a constant 1. The
 features are stored as they come; the scaling acts on the small side of every product.
 
-A curvature solves for F in units of s, the mean of the C - 1 eigenvalues that `E[diag p - p p^T]` can have.
-For a model that is sure of its training set s can be 1e-30. It cancels from scores if the r_i have that unit.
+A curvature solves for F / s, where s is the mean of the C - 1 eigenvalues of `E[diag p - p p^T]`. For a
+confident model s can be 1e-30. It cancels from the scores because residuals r_i are divided by s too.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _FEW_POINTS = 8
 class CenteredMap:
     """A product of features with a matrix, taken from their mean: `(phi - m) M + m M`.
 
-    Most of phi is its mean, which an inverse of A shrinks by more than float32 has digits. What is left when
-    the mean is taken off keeps its own, and `m M` is known in float64.
+    The mean dominates phi, and an inverse of A shrinks it by more digits than float32 has. Subtracting the
+    mean first keeps the digits of the rest; `m M` is computed in float64.
 
     Attributes:
         matrix: M, `(n_features + 1, n)`.
@@ -79,7 +79,7 @@ class CenteredMap:
 
 
 class Curvature:
-    """An approximation of F + lambda I that can be inverted: what every option has in common.
+    """Base class: an invertible approximation of F + lambda I.
 
     Attributes:
         scale: s.
@@ -132,7 +132,7 @@ class KroneckerCurvature(Curvature):
     """A (x) Sigma with Sigma = E[diag p - p p^T]; each factor is damped relative to its mean diagonal.
 
     Sigma's mean is over the C - 1 dimensions that it can have. Beyond 4,096 classes only its diagonal is
-    kept: what stands beside it, `E[p_a p_b]`, is a part of 1/C of it where probabilities are spread.
+    kept: the off-diagonal `E[p_a p_b]` is about 1/C of it if probabilities are spread out.
 
     Attributes:
         scale: s.
@@ -214,7 +214,7 @@ def _feature_product(u: Tensor, features: Tensor) -> Tensor:
     n = len(u)
     if n > _FEW_POINTS or n == 0:
         return torch.addmm(u[:, -1:], u[:, :-1], features.T)
-    # A product of one vector runs on one thread, and few rows are slow: few columns use all of them.
+    # A matrix-vector product uses one thread, and few rows are slow; the transposed product uses all threads.
     few = u if n > 1 else u.expand(2, -1)
     columns = few[:, :-1].contiguous().T
     return (features @ columns)[:, :n].T.contiguous().add_(u[:, -1:])

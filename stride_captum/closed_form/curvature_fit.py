@@ -1,4 +1,4 @@
-"""Fit of each approximation of the damped Fisher to a training set, which is read block by block."""
+"""Fit of each approximation of the damped Fisher, reading the training set block by block."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Spectrum:
     Attributes:
         feature_basis: Eigenvectors of A, `(n_features + 1, n_features + 1)` float64.
         class_basis: Eigenvectors of Sigma, `(n_classes, n_classes)` float64.
-        squares: Sums over training examples, whose mean is the diagonal of F there in the unit of the
-            curvature, `(n_features + 1, n_classes)` float64.
+        squares: Sum over training examples; divided by W it is the diagonal of F / s in this basis,
+            `(n_features + 1, n_classes)` float64.
     """
 
     feature_basis: Tensor
@@ -61,7 +61,7 @@ def fit_curvature(
         moments: Of the features.
         classes: Of the probabilities at the same T.
         damping: Relative.
-        spectrum: For "eigenvalue-corrected", where it is known; None reads the training set.
+        spectrum: For "eigenvalue-corrected", if it is known; None reads the training set.
     """
     a, sigma = moments.second_moment, classes.covariance
     if name in ("identity", "kronecker"):
@@ -86,7 +86,7 @@ def fit_curvature(
 
 
 def eigenbases(moments: Moments, classes: ClassMoments) -> tuple[Tensor, Tensor]:
-    """Eigenvectors of A and of Sigma; of outputs that are judged apart, Sigma is diagonal."""
+    """Eigenvectors of A and of Sigma; the identity if the loss treats outputs separately."""
     feature_basis = torch.linalg.eigh(moments.second_moment)[1]
     sigma = classes.covariance
     if classes.loss.apart:

@@ -1,4 +1,4 @@
-"""Damped inverses in float64, and the precision that a small damping needs around them.
+"""Damped inverses in float64, and the precision that a small damping requires.
 
 Lambda is `damping` times the mean diagonal of A, u the rounding unit of a dtype. Errors, relative to the
 largest score, are bounded by
@@ -28,7 +28,7 @@ _LEAST_IN_FLOAT64 = 2e-11
 
 
 def needs_float64(damping: float, n_train: int, n_features: int, least: float = LEAST_OF_SCORES) -> bool:
-    """Whether products in float32 would show in the results at this damping.
+    """Whether rounding of float32 products would change the results at this damping.
 
     >>> needs_float64(0.3, 1000, 500), needs_float64(1e-3, 1000, 500), needs_float64(0.3, 20, 500)
     (False, True, True)
@@ -37,7 +37,7 @@ def needs_float64(damping: float, n_train: int, n_features: int, least: float = 
 
 
 def check_damping(damping: float, features: Tensor, name: str = "damping") -> None:
-    """Refuse a damping at which the rounding of these features, or of float64, would show in the results.
+    """Refuse a damping so small that rounding of the features, or of float64, would change the results.
 
     Args:
         damping: Relative to the mean diagonal.

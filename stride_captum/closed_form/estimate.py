@@ -1,8 +1,8 @@
-"""Estimate of what the closed form will cost: a few batches, small products, and a count of bytes.
+"""Cost estimate of the closed form: a few timed batches and small products, and a count of bytes.
 
-Seconds of a fit are those of a few forward passes, times the number of batches, and those of the closed
-form itself on random features, `c_0(d) + c_1(d) n_train`. Wide features make c_0, which factorises d x d
-matrices, long: it is then measured at d/4 and d/2 and follows a power of d. A query is asked of random
+The time of a fit is that of a few forward passes, scaled to the number of batches, plus that of the closed
+form on random features, `c_0(d) + c_1(d) n_train`. c_0, the factorization of d x d matrices, is slow for wide
+features; it is then measured at d/4 and d/2 and extrapolated by a power law. Queries are timed on random
 features of the right width. Bytes are counted, not measured.
 """
 
@@ -60,10 +60,10 @@ _WRITTEN = 2**24
 
 @dataclass(frozen=True)
 class _Reading:
-    """What a pass over the training set was seen to cost.
+    """Measured cost of a pass over the training set.
 
     Attributes:
-        seconds: Of the whole pass, the examples' digests included where there is a store.
+        seconds: Of the whole pass; includes the digests of the examples if there is a store.
         bytes: Memory of one forward pass.
         widths: Of the layers.
         n_classes: C.
@@ -118,7 +118,7 @@ def _read_a_little(method: STRIDE, model: nn.Module, n: int) -> _Reading:
     if method._precomputed is not None:
         known = method._precomputed
         return _Reading(0.0, 0, known.widths, known.logits.shape[1], method._choose_taps(model))
-    method = copy.copy(method)  # which reads the training set on its own
+    method = copy.copy(method)  # reads the training set independently
     device = method._work_device()
     source = Passes(method.train_dataset, method.batch_size, method._reading()).walk()
     batches = [batch for _, batch in zip(range(_BATCHES), source, strict=False)]
@@ -145,7 +145,7 @@ def _read_a_little(method: STRIDE, model: nn.Module, n: int) -> _Reading:
 
 
 def _storing_seconds(path: str | Path, batch: ExampleBatch, width: int) -> float:
-    """Digest of one batch, and writing its features."""
+    """Seconds to digest one batch and to write its features."""
     values = [part for _, part in walk(batch.content) if isinstance(part, Tensor)]
     size = sum(v.numel() * v.element_size() for v in values)
     block, cpu = bytes(_WRITTEN), torch.device("cpu")
@@ -180,7 +180,7 @@ def _solving_seconds(method: STRIDE, reading: _Reading, n: int, device: torch.de
 
 
 def _next_power(first: float, second: float, most: float) -> float:
-    """What follows after two values at sizes that double, by a power law of at most `most`."""
+    """Next value of a power law through two values at sizes that double; the exponent is at most `most`."""
     if first <= 0 or second <= 0:
         return second * 2**most
     return second * 2 ** min(max(math.log2(second / first), 0.0), most)
@@ -198,7 +198,7 @@ def _closed_form_seconds(
 
 
 def _some_labels(loss: Loss, n: int, n_classes: int, device: torch.device) -> Tensor:
-    """Labels that a loss takes: classes, or 0 and 1 for each output."""
+    """Labels that the loss accepts: classes, or 0 and 1 for each output."""
     classes = torch.arange(n, device=device) % n_classes
     return classes if loss.has_classes else one_hot(classes, torch.empty(0, n_classes, device=device))
 
@@ -219,7 +219,7 @@ def _query_seconds(method: STRIDE, reading: _Reading, test: Any, k: int | None, 
 
 
 def _random_state(method: STRIDE, reading: _Reading, n: int, of: int, like: ClosedFormBytes) -> Any:
-    """A closed form of n random examples that computes and keeps as one of `of` examples does."""
+    """Closed form of n random examples with the dtypes and block sizes of one with `of` examples."""
     device, d, n_classes = method._work_device(), sum(reading.widths), reading.n_classes
     dtype = products_dtype(_options(method), of, d)
     generator = torch.Generator().manual_seed(0)
@@ -266,14 +266,14 @@ def _bytes(method: STRIDE, reading: _Reading, n: int) -> ClosedFormBytes:
 
 
 def _fit_bytes(method: STRIDE, reading: _Reading, n: int) -> tuple[int, int]:
-    """What a fit keeps, and what it needs beside that at its worst moment."""
+    """Bytes that a fit keeps, and the most that it needs on top while running."""
     size = _bytes(method, reading, n)
-    again = 4 * n * reading.n_classes if size.arrays else 0  # logits, batch by batch and whole
+    again = 4 * n * reading.n_classes if size.arrays else 0  # logits: per batch and concatenated
     return size.kept, max(reading.bytes + again, size.solving + size.block)
 
 
 def _query_bytes(method: STRIDE, reading: _Reading, points: int, n_test: int, n: int, k: int | None) -> int:
-    """The scores, what the test points need, and the blocks of a streamed top-k or of residuals."""
+    """Bytes of the scores, the test points, and the blocks of a streamed top-k or of residuals."""
     d, size = sum(reading.widths), _bytes(method, reading, n)
     prepared = 4 * points * (4 * d + 3 * reading.n_classes) + reading.bytes
     prepared += 0 if size.residuals else size.block

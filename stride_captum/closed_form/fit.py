@@ -52,15 +52,15 @@ def fit_closed_form(
     Args:
         features: Raw features `(n_train, n_features)`, may be memory-mapped.
         logits: `(n_train, n_classes)`, likewise.
-        labels: `(n_train,)` int64, or as `loss` has them, on the device where products are taken; blocks of
-            features go there.
+        labels: `(n_train,)` int64, or as `loss` has them, on the compute device; blocks of features are
+            copied there.
         widths: Widths of the layers, in the order of the columns.
-        options: As the user has given them; its temperature is not read.
+        options: As given by the user; its temperature is not read.
         temperature: T of the tempered residuals; also of p in the curvature, unless the residuals are
             those of training.
         memory_budget: Bytes of one block; residuals are kept if they fit it.
-        ranks: Who else has a share of the training set.
-        moments: Of the features, where they are known: one of the two products is saved.
+        ranks: Processes that share the training set.
+        moments: Of the features, if they are known; saves one of the two products.
         loss: What the model was trained with; None for cross-entropy.
         weights: omega, `(n_train,)` float64, beside the labels; None for 1.
         positions: Where all arrays have one row for each position: which rows are those of an example, which
@@ -110,7 +110,7 @@ def fit_closed_form(
     largest = ridge if kind == "leave-one-out" else classes.residual_squares
     _check_unit(float(largest.sum()), classes.unit, features)
     spectrum = None
-    if options.curvature == "eigenvalue-corrected":  # other hardware may turn eigenvectors
+    if options.curvature == "eigenvalue-corrected":  # other hardware may rotate eigenvectors
         first, second = (ranks.broadcast(q, "eigenvectors") for q in eigenbases(moments, classes))
         squares = squares_in((first, second), data, softening, moments, classes)
         spectrum = Spectrum(first, second, ranks.all_reduce(squares, "corrected eigenvalues"))

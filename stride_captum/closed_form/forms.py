@@ -33,7 +33,7 @@ class TrainingForms:
 
     @property
     def blocks(self) -> TrainingBlocks:
-        """The training set in blocks for `of`: small ones if a form is a sum over many Kronecker terms."""
+        """Blocks of the training set for `of`; small ones if a form sums over many Kronecker terms."""
         if isinstance(self.curvature, IdentityCurvature | KroneckerCurvature):
             return self.data
         return replace(self.data, block_rows=min(self.data.block_rows, FEW_ROWS))
@@ -47,19 +47,19 @@ class TrainingForms:
 
     @cached_property
     def _leverages(self) -> Tensor:
-        """The feature side of a form that is a product of one of features and one of classes."""
+        """Feature factor of the forms of a single Kronecker product, `(n_train,)`."""
         assert isinstance(self.curvature, IdentityCurvature | KroneckerCurvature)
         return self.curvature.inverse.forms(self.data, self.scale)
 
 
 def sizes_and_units(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest entry of each row, and the rows divided by it: tiny residuals have no tiny squares."""
+    """Largest absolute entry of each row, and the rows divided by it, so that squares do not underflow."""
     sizes = vectors.abs().amax(1)
     return sizes, vectors / torch.where(sizes > 0, sizes, 1.0)[:, None]
 
 
 def norms_of(forms: Tensor, sizes: Tensor) -> Tensor:
-    """Norms of rows from the forms of their units; 0 where the inverse would overflow."""
+    """Norms of rows from the forms of the scaled rows; 0 if the inverse would overflow."""
     norms = forms.clamp_min(0).sqrt() * sizes
     return torch.where(norms >= torch.finfo(norms.dtype).tiny, norms, 0.0)
 
@@ -70,10 +70,10 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
 
 
 def in_range(values: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Results from float64 in another dtype.
+    """Cast float64 results to another dtype.
 
     Raises:
-        ValueError: All of them would become 0.
+        ValueError: All of them would underflow to 0.
     """
     rounded = values.to(device, dtype)
     largest, least = float(values.abs().max()), torch.finfo(dtype).tiny

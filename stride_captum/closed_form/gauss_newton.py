@@ -17,16 +17,16 @@ from .curvature import Curvature, Term
 class GaussNewtonCurvature(Curvature):
     """F itself, solved by conjugate gradients over the training set for each block of test points.
 
-    Preconditioned by A (x) s I, which leaves tens of steps where there were hundreds. Products with
-    `diag p - p p^T` start from the likeliest class, so that nothing cancels if its p is close to 1.
+    Preconditioned by A (x) s I, which reduces hundreds of steps to tens. Products with `diag p - p p^T` are
+    taken relative to the most likely class, so that nothing cancels if its p is close to 1.
 
     Attributes:
         scale: s.
         phi: Scaled features of the training set times `sqrt(omega_i)`, `(n_train, n_features + 1)`.
-        others: p / s with 0 in the place of the likeliest class, `(n_train, n_classes)`; where outputs are
-            judged apart, the diagonals of the Hessians in units of s.
-        first: The likeliest class, `(n_train, 1)` int64; None where outputs are judged apart.
-        damping: lambda / s, absolute; one for each output where these are judged apart.
+        others: p / s with 0 at the most likely class, `(n_train, n_classes)`; if the loss treats outputs
+            separately, the diagonals of the Hessians divided by s.
+        first: The most likely class, `(n_train, 1)` int64; None if the loss treats outputs separately.
+        damping: lambda / s, absolute; a number, or one per output.
         inverse: `(A + damping mean(diag A) I)^-1`.
         tolerance: Relative residual at which the solver stops.
         weight: W, the sum of omega; None for n_train.
@@ -67,13 +67,13 @@ class GaussNewtonCurvature(Curvature):
 
     def _solve(self, right: Tensor) -> Tensor:
         """Conjugate gradients, all right-hand sides at once; stops when each residual is small."""
-        x = 0 * right  # not zeros: a right-hand side with NaN has no solution
+        x = 0 * right  # keeps NaN of the right-hand side
         r = right.clone()
         direction = z = self.inverse @ r
         rho = (r * z).sum((1, 2))
         goal = self.tolerance * r.norm(dim=(1, 2))
         for _ in range(10 * right.shape[1] * right.shape[2]):
-            if not bool((r.norm(dim=(1, 2)) > goal).any()):  # one with NaN must not keep the others going
+            if not bool((r.norm(dim=(1, 2)) > goal).any()):  # NaN compares as False
                 break
             product = self.multiply(direction)
             step = _ratio(rho, (direction * product).sum((1, 2)))
@@ -86,5 +86,5 @@ class GaussNewtonCurvature(Curvature):
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """The quotient for each right-hand side, 0 where one has converged to nothing; `(n, 1, 1)`."""
+    """Quotient for each right-hand side, `(n, 1, 1)`; 0 if the denominator is 0 (converged)."""
     return torch.where(below > 0, above / torch.where(below > 0, below, 1.0), 0.0)[:, None, None]

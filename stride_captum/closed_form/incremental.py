@@ -1,4 +1,4 @@
-"""Update of a fitted closed form when training examples come, go or change, without reading the others again.
+"""Incremental update of a fitted closed form when training examples are added, removed or changed.
 
 With k changed examples among n, d features and C classes:
 
@@ -7,10 +7,10 @@ With k changed examples among n, d features and C classes:
     factors           of the new moments, from scratch, in float64            d^3
     residuals         leave-one-out, of all examples, from stored features    n d^2
 
-A refit costs n forward passes and 2 n d^2 besides the factors. The factors are not updated by rank k (d^2 k):
-the scale of every layer and the damping follow the mean diagonal, so that a changed example adds a full-rank
-diagonal to the matrix, and an update that keeps them would not be equal to a refit. For the same reason the
-leverages of all examples change, and their pass over the stored features stays.
+A refit costs n forward passes and 2 n d^2 on top of the factors. A rank-k update of the factors (d^2 k) would
+not equal a refit: layer scales and damping depend on the mean diagonal, so one changed example changes the
+whole diagonal. The leverages of all examples change for the same reason, which takes a pass over the stored
+features.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def with_examples(
     labels: Tensor,
     weights: Tensor | None = None,
 ) -> Changed:
-    """Put examples behind those of a closed form.
+    """Append training examples to a closed form.
 
     Args:
         form: As it was fitted.
@@ -73,7 +73,7 @@ def without_examples(form: ClosedFormOperators, keep: Tensor) -> Changed:
 
     Args:
         form: As it was fitted.
-        keep: Rows that stay, in order, `(n_kept,)`, on the CPU: stored features are, whatever the labels are.
+        keep: Rows that stay, in order, `(n_kept,)`, on the CPU, because stored features are.
     """
     gone = torch.ones(len(form.labels), dtype=torch.bool, device="cpu")
     gone[keep] = False
@@ -91,7 +91,7 @@ def with_others(
     labels: Tensor,
     weights: Tensor | None = None,
 ) -> Changed:
-    """Put other examples in the places of some of a closed form.
+    """Replace some training examples of a closed form.
 
     Args:
         form: As it was fitted.
@@ -121,16 +121,16 @@ def _moments_without(
     labels: Tensor,
     weights: Tensor | None,
 ) -> Moments:
-    """Moments after the rows `gone` have left a closed form and `new` ones have come.
+    """Moments without the rows `gone` and with `new` ones.
 
-    A feature that loses more than half of its energy is summed again from all rows that there are now: the
-    difference of two sums would show their rounding.
+    A feature that loses more than half of its sum of squares is summed again over all remaining rows, because
+    the difference of the two sums would lose digits.
 
     Args:
         form: As it was fitted.
         gone: Rows, or a mask of them.
-        new: Moments of what has come, None for nothing.
-        features: Of all examples that there are now.
+        new: Moments of the new examples; None if there are none.
+        features: Of all examples after the change.
         labels: Theirs.
         weights: Theirs.
     """
@@ -153,5 +153,5 @@ def _moments_without(
 
 
 def _rows(stored: Tensor, rows: Tensor) -> Tensor:
-    """Some rows of an array that may be elsewhere than their indices."""
+    """Rows of an array that may be on another device than their indices."""
     return stored[rows.to(stored.device)]

@@ -1,4 +1,4 @@
-"""Bytes of the arrays that a closed form keeps or needs for a while, counted from their shapes.
+"""Bytes that a closed form keeps or needs temporarily, counted from array shapes.
 
 Of n examples with d features in n_heads = d minus the last layer's, C classes and products of b bytes:
 
@@ -35,7 +35,7 @@ _LOGITS = 2**21
 
 @dataclass(frozen=True)
 class ClosedFormBytes:
-    """The table above, as numbers.
+    """Bytes by kind, as in the table of this module.
 
     Attributes:
         arrays: Features and logits in memory.
@@ -44,7 +44,7 @@ class ClosedFormBytes:
         moments: Gram matrix and class moments.
         factors: Inverses of A and Sigma, and weights of the ridge head.
         block: Temporary arrays of one block of training examples.
-        solving: Temporary matrices of the factorisations.
+        solving: Temporary matrices of the factorizations.
     """
 
     arrays: int
@@ -129,7 +129,7 @@ def blocks_within(
         features: `(n_train, n_features)`.
         logits: `(n_train, n_classes)`.
         labels: `(n_train,)`, or `(n_train, n_classes)`.
-        exact: Whether float32 has too few digits.
+        exact: Whether products must be in float64.
         weights: omega, `(n_train,)`; None for 1.
     """
     dtype = torch.float64 if exact else working_dtype(features)

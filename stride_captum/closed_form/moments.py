@@ -1,8 +1,8 @@
 """Second moments of the features of a training set, from one pass over it.
 
-Products are taken in float32 and added in float64. Everything is float64 if that is asked for, if it is
-cheap, or if the squares of the features leave the range of float32. Moments are sums over examples: those of
-a training set are those of its parts, added.
+Products are computed in float32 and accumulated in float64. Everything is float64 if that is requested or
+cheap, or if squares of the features overflow or underflow float32. Moments are sums over examples, so the
+moments of a training set are the sum of those of its parts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CLASS_ROWS = 512
 @saved_as("moments")
 @dataclass
 class Moments:
-    """Second moments of the features of some training examples; those of two sets add up.
+    """Second moments of the features of a set of training examples; those of two sets add up.
 
     Attributes:
         gram: `sum_i omega_i h_i h_i^T` with h extended by 1, `(n_features + 1, n_features + 1)` float64.
@@ -97,7 +97,7 @@ class Moments:
         return bool(in_float32(1 / self.scale).all())
 
     def checked(self) -> Moments:
-        """These moments, if they are those of a training set that can be used.
+        """Return these moments after checking that they are usable.
 
         Raises:
             ValueError: No weight above 0, NaN or infinite features, or features whose squares leave the range
@@ -123,13 +123,13 @@ def feature_moments(
     """Accumulate the moments.
 
     Args:
-        features: `(n_train, n_features)`, may be memory-mapped, and elsewhere than the labels.
+        features: `(n_train, n_features)`, may be memory-mapped, on any device.
         labels: `(n_train,)` int64, or as `loss` has them; products are taken on their device.
         n_classes: C.
         widths: Widths of the layers, in the order of the columns.
         block_rows: Rows of a block.
-        dtype: Of the products; None takes float64 where that is cheap, and where the squares of the features
-            leave the range of float32.
+        dtype: Of the products; None takes float64 if that is cheap, or if squares of the features overflow or
+            underflow float32.
         loss: What the model was trained with; None for cross-entropy.
         weights: omega, `(n_train,)`; None for 1.
     """
@@ -156,7 +156,7 @@ def _sums(
     n, d = features.shape
     place = float64_device(labels.device)
     gram = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=place)
-    one_class = loss.has_classes  # every row of e has the sum 1
+    one_class = loss.has_classes  # each row of e sums to 1
     targets = torch.zeros(d + 1, n_classes + (not one_class), dtype=torch.float64, device=place)
     device = place if dtype == torch.float64 else labels.device
     for rows in blocks(n, block_rows):
@@ -184,14 +184,14 @@ def _layer_norms(gram: Tensor, widths: Sequence[int]) -> Tensor:
 
 
 def _vanished(gram: Tensor, targets: Tensor, widths: Sequence[int]) -> Tensor:
-    """Layers whose squares are 0 although their features are not, `(n_layers,)` bool."""
+    """Layers whose features are nonzero but whose squares underflow to 0, `(n_layers,)` bool."""
     firsts = torch.cat([targets, gram[:, -1:]], 1)[:-1]
     sums = torch.stack([part.abs().sum() for part in firsts.split(list(widths))])
     return (_layer_norms(gram, widths) == 0) & (sums > 0)
 
 
 def _within_float32(gram: Tensor, targets: Tensor, widths: Sequence[int]) -> bool:
-    if gram[-1, -1] == 0:  # nothing to say: all weights are 0
+    if gram[-1, -1] == 0:  # all weights are 0
         return True
     norms = _layer_norms(gram, widths)
     fits = ((norms == 0) & ~_vanished(gram, targets, widths)) | in_float32(norms)

@@ -1,8 +1,8 @@
-"""What the closed form keeps of a training set, and how scores come from it.
+"""Closed-form operators: what they keep of a training set, and the scores.
 
-Features and logits stay where they are; beside them, only vectors have an entry for every example. Residuals,
-`(n_train, n_classes)`, are computed from these block by block whenever they are needed, and kept only if they
-fit the memory budget. Scores are the same bits either way.
+Features and logits are not copied; besides them only vectors of length n_train are kept. Residuals,
+`(n_train, n_classes)`, are kept if they fit the memory budget, and otherwise recomputed block by block. The
+scores are bitwise the same either way.
 """
 
 from __future__ import annotations
@@ -44,19 +44,18 @@ class ClosedFormOperators(FittedOperators):
     Attributes:
         features: Raw features h of the training set, `(n_train, n_features)`, as they were stored.
         logits: z, `(n_train, n_classes)`, likewise.
-        labels: y as the loss has them, `(n_train,)` int64 or `(n_train, n_classes)`; products are taken
-            where they are.
+        labels: y as the loss has them, `(n_train,)` int64 or `(n_train, n_classes)`, on the compute device.
         widths: Widths of the layers, in the order of the columns.
-        moments: Sums that change when examples come or go.
+        moments: Sums over the training set, which incremental updates change.
         scale: Factor of each feature, 1 for the constant, `(n_features + 1,)` in the dtype of products.
         head: Ridge head on all layers but the last.
-        ridge_ratio: Factor of the ridge part of the residuals "both": a number, or one an output.
+        ridge_ratio: Factor of the ridge part of the residuals "both": a number, or one per output.
         curvature: Approximation of F + lambda I.
         kind: The option `residuals`.
         temperature: T.
         threshold: The option of that name.
-        block_rows: Training examples that are read at a time, where that needs memory.
-        residual_bytes: Residuals are kept where they take no more.
+        block_rows: Training examples per block.
+        residual_bytes: Residuals are kept if they take no more bytes.
         loss: What the model was trained with.
         weights: omega of each example, `(n_train,)` float64; None for 1.
     """
@@ -80,7 +79,7 @@ class ClosedFormOperators(FittedOperators):
 
     @property
     def n_train(self) -> int:
-        """N, all training examples: more than there are features where processes share them."""
+        """N, the training examples of all processes."""
         return self.moments.n_train
 
     @property
@@ -90,7 +89,7 @@ class ClosedFormOperators(FittedOperators):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        """Where products are taken."""
+        """Compute device."""
         return self.scale.device
 
     @property
@@ -100,12 +99,12 @@ class ClosedFormOperators(FittedOperators):
 
     @property
     def residuals(self) -> Tensor:
-        """r_i of the whole training set, `(n_train, n_classes)`; made anew at every call."""
+        """r_i of the whole training set, `(n_train, n_classes)`; recomputed at every call."""
         return self._whole(lambda rows: self.curvature.scale * self._residuals.of(rows))
 
     @property
     def loss_residuals(self) -> Tensor:
-        """e_y - p at temperature 1, `(n_train, n_classes)`; made anew at every call."""
+        """e_y - p at temperature 1, `(n_train, n_classes)`; recomputed at every call."""
         return self._whole(self._residuals.of_loss)
 
     def _whole(self, of_rows: Callable[[slice], Tensor]) -> Tensor:
@@ -150,7 +149,7 @@ class ClosedFormOperators(FittedOperators):
         return torch.cat(norms).to(working_dtype(self.features))
 
     def test_norms(self, prepared: ClosedFormQuery) -> Tensor:
-        """The same norm of the test points, times sqrt(s) instead, `(n_test,)`."""
+        """The same norm of the test points, times sqrt(s), `(n_test,)`."""
         sizes, units = sizes_and_units(prepared.gradients)
         forms = forms_of(self.curvature.solve(prepared.phi, units), prepared.phi, units)
         norms = norms_of(forms / self.moments.weight, sizes)
@@ -186,9 +185,9 @@ class ClosedFormOperators(FittedOperators):
         return in_range(torch.cat(parts), self.scale.device, working_dtype(self.features))
 
     def self_influence_of(self, points: TestPoints) -> Tensor:
-        """The self-influence that other examples would have, `(n,)`.
+        """Self-influence of examples outside the training set, `(n,)`.
 
-        The ridge part of their residuals is out of sample as it is: nothing is left out.
+        The ridge head has not seen them, so nothing is left out.
         """
         phi, own, right = self.sides_of_others(points)
         sizes, units = sizes_and_units(own)
@@ -207,16 +206,16 @@ class ClosedFormOperators(FittedOperators):
         return phi, loss.residuals(z, y), (residuals / self.curvature.scale).to(phi)
 
     def mislabel_scores(self) -> Tensor:
-        """Norm of the leave-one-out residual of the ridge head: how far a label is from what others say."""
+        """Norm of the leave-one-out residual of the ridge head: how far a label is from its prediction."""
         return self.head.norms
 
     def out_of_sample_mislabel_scores(self) -> Tensor:
-        """`|e_y - p|`: what a model that has not seen an example says of its label."""
+        """`|e_y - p|`, for examples that the model has not seen."""
         norms: Tensor = torch.linalg.vector_norm(self.loss_residuals, dim=1)
         return norms
 
     def mislabel_scores_of_outputs(self) -> Tensor:
-        """Its entry for each output without sign, `(n_train, n_classes)`."""
+        """Absolute leave-one-out residual of each output, `(n_train, n_classes)`."""
         width = len(self.head.weights) - 1
         parts = [
             self.head.left_out(self.features[rows, :width], self.labels[rows], rows) for rows in self._data
@@ -234,11 +233,11 @@ class ClosedFormOperators(FittedOperators):
     def with_examples(
         self, features: Tensor, logits: Tensor, labels: Tensor, weights: Tensor | None = None
     ) -> Changed:
-        """The training set with examples behind it (`incremental.with_examples`)."""
+        """Append examples (`incremental.with_examples`)."""
         return with_examples(self, features, logits, labels, weights)
 
     def without_examples(self, keep: Tensor) -> Changed:
-        """Some examples of the training set (`incremental.without_examples`)."""
+        """Keep some examples (`incremental.without_examples`)."""
         return without_examples(self, keep)
 
     def with_others(
@@ -249,11 +248,11 @@ class ClosedFormOperators(FittedOperators):
         labels: Tensor,
         weights: Tensor | None = None,
     ) -> Changed:
-        """The training set with others in some places (`incremental.with_others`)."""
+        """Replace some examples (`incremental.with_others`)."""
         return with_others(self, rows, features, logits, labels, weights)
 
     def keep_residuals(self) -> None:
-        """Compute residuals that fit the budget now, so that the first query is as fast as the second."""
+        """Compute residuals now if they fit the budget, so that the first query is not slower."""
         _ = self._residuals.kept
 
     @property
@@ -264,7 +263,7 @@ class ClosedFormOperators(FittedOperators):
 
     @cached_property
     def _residuals(self) -> TrainingResiduals:
-        """Of the training set, in units of s."""
+        """Residuals of the training set, divided by s."""
         return TrainingResiduals(
             self._data,
             self.head,
@@ -283,10 +282,10 @@ class ClosedFormOperators(FittedOperators):
 
 @dataclass(frozen=True)
 class ClosedFormQuery:
-    """Test points as the closed form scores them.
+    """Preconditioned test points.
 
     Attributes:
-        terms: Preconditioned; they act on raw training features.
+        terms: Kronecker terms that act on raw training features.
         phi: Scaled features with the constant, `(n_test, n_features + 1)`.
         gradients: Of the response, `(n_test, n_classes)`.
     """

@@ -34,12 +34,12 @@ class ClosedForm(Operators):
     loss (equations 1 and 2). No network is trained and no gradient of the network is taken.
 
     Attributes:
-        residuals: What stands for `r_i = e_y - p` of a training example: "training" (the model's own),
+        residuals: How `r_i = e_y - p` of a training example is estimated: "training" (the model's own),
             "temperature" (p = softmax(z / T)), "leave-one-out" (of a ridge head on all layers but the last)
             or "both" (weighted mean of the last two). None means "both" for one model, and "temperature" for
             several checkpoints: the ridge head helps one and hurts averages. Losses without a temperature
             have no "temperature".
-        temperature: T; None means 2 for one model, and for several checkpoints what fits each of them (see
+        temperature: T; None means 2 for one model, and one value per checkpoint for several (see
             `stride_captum.influence.temperature`); with `held_out` data it is matched to them.
         damping: lambda, relative to the mean diagonal of the curvature.
         head_damping: lambda of the ridge head, likewise relative.

@@ -1,10 +1,10 @@
-"""Ridge regression of the labels on the features, and its residual for each example when that is left out.
+"""Ridge regression of the labels on the features, and its leave-one-out residuals.
 
     1 / (2 W) sum_i omega_i |e_i - h_i^T B|^2 + lambda / 2 |B|^2
 
-e is what the loss makes of the label (`Loss.encoded`): e_y with cross-entropy. The leave-one-out residual has
-a closed form: `(e - f) / (1 - H)` with fitted value f and leverage H. It is not kept. The weights and two
-numbers an example give it again, block by block.
+e is the encoded label (`Loss.encoded`), one-hot with cross-entropy. The leave-one-out residual is
+`(e - f) / (1 - H)` with fitted value f and leverage H. It is recomputed block by block from the weights and
+two numbers per example.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class RidgeHead:
     Attributes:
         weights: On raw features and the constant, `(n_features + 1, n_classes)` float64.
         slack: 1 - H of each training example, `(n_train,)` float64.
-        shifts: Of `Loss.projection_shift`, `(n_train,)` float64; with cross-entropy, what the projection on
-            the simplex takes off its prediction.
-        delicate: Whether its residual is computed in float64 in any case, `(n_train,)` bool.
-        norms: Norm of its leave-one-out residual, `(n_train,)`.
-        square: Sum of the squares of `residuals` over the training set, times omega; of each output where
-            these are judged apart.
+        shifts: From `Loss.projection_shift`, `(n_train,)` float64; with cross-entropy, what the projection
+            onto the simplex subtracts from the prediction.
+        delicate: Which residuals are always computed in float64, `(n_train,)` bool.
+        norms: Norm of the leave-one-out residual of each example, `(n_train,)`.
+        square: Sum over the training set of omega times the squares of `residuals`; one per output if the
+            loss treats outputs separately.
         loss: What the model was trained with.
     """
 
@@ -62,7 +62,7 @@ class RidgeHead:
         return fitted_values(matching(features[:, : len(self.weights) - 1], self.weights), self.weights)
 
     def residuals(self, features: Tensor, labels: Tensor, rows: slice) -> Tensor:
-        """`e - q` of training examples, where q is the leave-one-out prediction, moved to a possible one.
+        """`e - q` of training examples, where q is the leave-one-out prediction, made a valid one.
 
         Args:
             features: Raw features of the rows, `(n_rows, n_features)`; the result is in their dtype.
@@ -85,7 +85,7 @@ class RidgeHead:
 
     @cached_property
     def _delicate_rows(self) -> Tensor:
-        """Where `delicate` is true, on the CPU: a device is waited for once, not for every block."""
+        """Rows for which `delicate` is true, on the CPU: one device synchronization for all blocks."""
         return self.delicate.nonzero().squeeze(1).cpu()
 
     def _residuals(self, features: Tensor, labels: Tensor, slack: Tensor, shifts: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class RidgeHead:
         return self.loss.projected(left_out, labels, shifts.to(features)[:, None])
 
     def left_out(self, features: Tensor, labels: Tensor, rows: slice) -> Tensor:
-        """`e` minus the leave-one-out prediction as it is, `(n_rows, n_classes)` float64; as `residuals`."""
+        """`e` minus the leave-one-out prediction without projection, `(n_rows, n_classes)` float64."""
         exact = matching(features[:, : len(self.weights) - 1], self.weights)
         y = labels.to(exact.device)
         return self.loss.left_out(fitted_values(exact, self.weights), self.slack[rows].to(exact), y)
@@ -110,7 +110,7 @@ def fit_ridge_head(
     loss: Loss | None = None,
     weights: Tensor | None = None,
 ) -> RidgeHead:
-    """Fit the head, and read from one pass what the leave-one-out residuals of all examples need.
+    """Fit the head, and compute in one pass what leave-one-out residuals need.
 
     Args:
         features: Raw features `(n_train, n_features)`.
@@ -125,7 +125,7 @@ def fit_ridge_head(
     loss = CrossEntropy() if loss is None else loss
     dtype, n = dtype or working_dtype(features), moments.weight
     factor = damped_factor(moments.second_moment, damping, name="head_damping")
-    factor = factor / moments.scale[:, None]  # of phi, acting on raw features
+    factor = factor / moments.scale[:, None]  # acts on raw features instead of phi
     rounded = factor.to(labels.device, dtype)
     head = RidgeHead(
         weights=torch.cholesky_solve(moments.targets, factor) / n,
@@ -150,7 +150,7 @@ def fit_ridge_head(
         head.delicate[rows] = block.delicate
     if dtype != torch.float64:
         few = head.delicate.nonzero().squeeze(1)
-        theirs = few.to(features.device)  # once: a device is waited for
+        theirs = few.to(features.device)  # one device synchronization
         for part in blocks(len(few), block_rows):
             exact = as_float64(features[theirs[part]].to(labels.device))
             y = labels[few[part].to(labels.device)]
@@ -172,7 +172,7 @@ def _weighed(values: Tensor, weights: Tensor | None, rows: slice | Tensor) -> Te
 
 @dataclass
 class _Block:
-    """What the pass over the training set reads of one block; every tensor `(n_rows,)`, or more squares."""
+    """Leave-one-out quantities of one block; each tensor is `(n_rows,)`, `squares` may be `(n_rows, C)`."""
 
     slack: Tensor
     shifts: Tensor

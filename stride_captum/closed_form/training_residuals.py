@@ -48,7 +48,7 @@ def out_of_sample_residuals(
         weights: omega of each example, `(n_train,)`; None for 1.
 
     Returns:
-        omega_i r_i, `(n_train, n_classes)`, positive where the label asks for more than was predicted.
+        omega_i r_i, `(n_train, n_classes)`, positive for outputs that the label wants higher.
 
     Raises:
         ValueError: Features or logits that are not finite, or a damping too small for their precision.
@@ -81,16 +81,16 @@ def readable_widths(widths: Sequence[int]) -> list[int]:
 
 @dataclass
 class TrainingResiduals:
-    """What stands for `e_y - p` of each training example (`residuals`), in a given unit.
+    """Residuals r_i of the training examples (see `stride_captum.residuals`), divided by a unit.
 
     Attributes:
         data: The training set; residuals are in the dtype of its products.
         head: Ridge head on its features.
         kind: The option `residuals`.
         temperature: T.
-        ridge_ratio: Factor of the ridge part of "both": a number, or one an output.
+        ridge_ratio: Factor of the ridge part of "both": a number, or one per output.
         unit: What they are divided by.
-        most_bytes: They are kept if they take no more.
+        most_bytes: Residuals are kept if they take no more bytes.
         loss: What the model was trained with.
     """
 
@@ -108,12 +108,12 @@ class TrainingResiduals:
         return self._computed(rows) if self.kept is None else self.kept[rows]
 
     def of_loss(self, rows: slice) -> Tensor:
-        """`e_y - p` of some rows at T = 1, `(n_rows, n_classes)` float64, in no unit and without omega."""
+        """`e_y - p` of some rows at T = 1, `(n_rows, n_classes)` float64; without unit and omega."""
         return self.loss.residuals(self.data.logits_of(rows), self.data.labels_of(rows))
 
     @cached_property
     def kept(self) -> Tensor | None:
-        """All of them, `(n_train, n_classes)`; None if they do not fit the budget."""
+        """All residuals, `(n_train, n_classes)`; None if they exceed `most_bytes`."""
         n, n_classes = len(self.data.labels), self.data.logits.shape[1]
         if n * n_classes * self.data.dtype.itemsize > self.most_bytes:
             return None

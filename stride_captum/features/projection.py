@@ -74,7 +74,7 @@ def fit_projection(
         features: `(n_train, n_features)`, may be memory-mapped.
         widths: Of the layers, in the order of the columns.
         kind: "random" (Gaussian, variance 1 / width: the expected kernel is the true one) or "pca" (the
-            directions that hold most of the sum of squares; nothing is centred, as the kernel is not).
+            directions that hold most of the sum of squares; nothing is centered, as the kernel is not).
         width: Of a layer afterwards.
         seed: Of the random directions.
         device: Where products are taken.

@@ -30,7 +30,7 @@ class SavedMethod(FittedMethod):
         return [f"{name}={value!r}" for name, value in self.settings().items() if name not in common]
 
     def save(self, path: str | Path) -> None:
-        """Write what `fit` has learnt to one safetensors file.
+        """Write what `fit` has learned to one safetensors file.
 
         Args:
             path: File name.

@@ -57,7 +57,7 @@ class ModelSession(DataInfluence):  # type: ignore[misc]
         checkpoints_load_func: LoadCheckpoint,
         memory_budget: int | str,
     ) -> None:
-        # Captum's own constructor is misspelt and cannot be called.
+        # Captum's own constructor is misspelled and cannot be called.
         self.model = model
         check_placed(model, device is None)
         self.device = None if device is None else existing_device(device)

@@ -32,13 +32,13 @@ def choose_alpha(
 ) -> Tensor:
     """Choose alpha for every row of Y among `fraction * alpha_max`.
 
-    "bic" and "aic" minimise `K log(RSS / K) + c df` with c = log K and c = 2, where df is the number of
+    "bic" and "aic" minimize `K log(RSS / K) + c df` with c = log K and c = 2, where df is the number of
     distinct columns with a nonzero weight (unbiased for the Lasso: Zou, Hastie and Tibshirani 2007).
     With more columns than subsets the residual sum of squares goes to 0 and so the criterion to minus
     infinity, whatever the truth: fits with df > K / 2 are not considered.
 
     "cross-validation" leaves out one of `folds` parts of the subsets (rows of X) after the other and
-    minimises the squared error on them. A fit on fewer subsets uses a proportionally smaller alpha.
+    minimizes the squared error on them. A fit on fewer subsets uses a proportionally smaller alpha.
 
     Args:
         Y: Responses `(n_test, n_subsets)`.
@@ -80,18 +80,18 @@ def choose_alpha(
     if rule == "cross-validation" and not 2 <= folds <= matrix.shape[0]:
         raise bad_value("folds", f"be between 2 and n_subsets = {matrix.shape[0]}", folds)
     columns = Design(matrix, center, y.device)
-    top = largest_correlation(columns, _centred(y, center))
+    top = largest_correlation(columns, _centered(y, center))
     alphas = [f * top for f in candidates]
     if rule == "cross-validation":
         scores = _held_out_error(y, matrix, alphas, center, folds, seed, tolerance, max_rounds)
     else:
         price = 2.0 if rule == "aic" else float(np.log(matrix.shape[0]))
-        scores = _criterion(columns, _centred(y, center), alphas, price, tolerance, max_rounds)
+        scores = _criterion(columns, _centered(y, center), alphas, price, tolerance, max_rounds)
     chosen: Tensor = torch.stack(alphas).gather(0, scores.argmin(0, keepdim=True))[0]
     return chosen
 
 
-def _centred(y: Tensor, center: bool) -> Tensor:
+def _centered(y: Tensor, center: bool) -> Tensor:
     return y - y.mean(1, keepdim=True) if center else y
 
 
@@ -141,7 +141,7 @@ def _held_out_error(
         if center:
             test = test - train.mean(1, keepdim=True)
         smaller = [alpha * len(kept) / n_subsets for alpha in alphas]
-        for k, rows, weights in _path(columns, _centred(train, center), smaller, tolerance, max_rounds):
+        for k, rows, weights in _path(columns, _centered(train, center), smaller, tolerance, max_rounds):
             predicted = held_out.times(weights.T.contiguous()).T
             if center:
                 predicted = predicted - (weights @ columns.means)[:, None]

@@ -45,8 +45,8 @@ class Design:
         n_columns: Number p of distinct nonzero columns.
         group: `(n_train,)` int64, the distinct column of each training example; p for a zero column.
         counts: `(n_columns,)` how many training examples share the column.
-        norms: `(n_columns,)` Euclidean norms (after centring).
-        means: `(n_columns,)` means over the subsets (before centring).
+        norms: `(n_columns,)` Euclidean norms (after centering).
+        means: `(n_columns,)` means over the subsets (before centering).
         dense: Whether products use a dense array, which is so only where most of X is not sparse.
 
     Args:
@@ -84,7 +84,7 @@ class Design:
         return y - y.mean(1, keepdim=True) if self.center else y
 
     def adjoint(self, residual: Tensor) -> Tensor:
-        """`X^T r`: (n, n_subsets) to (n, n_columns); `r` has mean 0 if the columns are centred."""
+        """`X^T r`: (n, n_subsets) to (n, n_columns); `r` has mean 0 if the columns are centered."""
         return residual @ self._array if self.dense else self._by_column.times(residual.T).T.contiguous()
 
     def gram(self, rows: Tensor, index: Tensor, valid: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class Design:
         return product - product.mean(1, keepdim=True)
 
     def blocks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
-        """The distinct columns, `size` at a time and dense: `(n_subsets, size)`, centred if asked."""
+        """The distinct columns, `size` at a time and dense: `(n_subsets, size)`, centered if asked."""
         for begin in range(0, self.n_columns, size):
             columns = slice(begin, begin + size)
             if self.dense:

@@ -58,13 +58,13 @@ def lasso(
     tolerance: float = 1e-7,
     max_rounds: int = 1000,
 ) -> LassoFit:
-    """Minimise `1/2 ||y - X w||^2 + alpha ||w||_1` for every row y of Y.
+    """Minimize `1/2 ||y - X w||^2 + alpha ||w||_1` for every row y of Y.
 
     Examples that belong to the same subsets have identical columns, and the objective only determines
     the sum of their weights: each gets an equal share, the choice of least norm. Examples in no subset
     get 0. Other affine dependences between columns (members of {1, 2} and of {3, 4} against members of
-    {1, 3} and of {2, 4}) can leave several minimisers too: X w, the norm and the objective are unique,
-    the weights are those of one minimiser. All rows are solved together in float64; X is never made dense
+    {1, 3} and of {2, 4}) can leave several minimizers too: X w, the norm and the objective are unique,
+    the weights are those of one minimizer. All rows are solved together in float64; X is never made dense
     where it is sparse.
 
     Args:
@@ -73,7 +73,7 @@ def lasso(
         alpha: Penalty, for all rows or `(n_test,)`. Absolute; see `alpha_max`. Half the lambda of
             equation 7.
         center: Remove from the responses and from the columns of X their means over the subsets, which
-            is an unpenalised intercept.
+            is an unpenalized intercept.
         tolerance: Duality gap to reach, relative to the objective.
         max_rounds: Safety limit on the rounds of the solver. Reaching it warns.
 

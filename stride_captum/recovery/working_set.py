@@ -21,7 +21,7 @@ _CHECK_EVERY = 10  # FISTA steps between two looks at the gap
 _ROUND_STEPS = 500  # FISTA steps after which a round tries Newton whatever the gap
 _NEWTON_BELOW = 1e-4  # relative gap below which the support is mostly right
 _NEWTON_STEPS = 5
-_NEWTON_RIDGE = 1e-10  # relative to the trace: keeps the factorisation defined on dependent columns
+_NEWTON_RIDGE = 1e-10  # relative to the trace: keeps the factorization defined on dependent columns
 _BLOCK_CELLS = 2**19  # float64 numbers in one (rows, columns) array: rows of few columns fit the cache
 _GPU_BLOCK_FACTOR = 64  # a GPU has no use for small blocks
 _NEWTON_CELLS = 2**24  # float64 numbers in one block of Gram matrices
@@ -77,11 +77,11 @@ def row_blocks(columns: Design, n_rows: int) -> list[slice]:
 def solve(
     columns: Design, y: Tensor, alpha: Tensor, start: Tensor, tolerance: float, max_rounds: int
 ) -> tuple[Tensor, Tensor]:
-    """Minimise `1/2 ||y - X w||^2 + alpha ||w||_1` over the distinct columns, for all rows at once.
+    """Minimize `1/2 ||y - X w||^2 + alpha ||w||_1` over the distinct columns, for all rows at once.
 
     Args:
         columns: X.
-        y: `(n, n_subsets)` float64, of mean 0 if the columns are centred.
+        y: `(n, n_subsets)` float64, of mean 0 if the columns are centered.
         alpha: `(n,)`, positive where `X^T y` is not 0.
         start: Initial weights `(n, n_columns)`.
         tolerance: Relative duality gap to reach.
@@ -185,7 +185,7 @@ def _newton(
 ) -> Tensor:
     """Proximal gradient steps, each followed by an exact solve on the support, for some `rows`.
 
-    On the support J with signs s the minimiser solves `X_J^T X_J w_J = X_J^T y - alpha s`. The way to it
+    On the support J with signs s the minimizer solves `X_J^T X_J w_J = X_J^T y - alpha s`. The way to it
     is searched exactly through all changes of sign, so no step raises the objective.
     """
     w = w.clone()
@@ -236,7 +236,7 @@ def _support_direction(problem: Operator, rows: Tensor, w: Tensor, slope: Tensor
 def _exact_search(
     w: Tensor, direction: Tensor, along: Tensor, curvature: Tensor, alpha: Tensor, most: int
 ) -> Tensor:
-    """The minimiser over t >= 0 of the objective at `w + t * direction`, `(n, 1)`.
+    """The minimizer over t >= 0 of the objective at `w + t * direction`, `(n, 1)`.
 
     No row has more than `most` weights.
 

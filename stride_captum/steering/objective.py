@@ -116,7 +116,7 @@ def combined(
         fidelity_losses: `(K,)`.
         stability_losses: `(K,)`.
         linearity_losses: `(K,)` in the reading "example", one number in "subset"; None leaves it out.
-        fidelity_weight: 1 in the paper. As it falls, the minimiser divided by it tends to the closed
+        fidelity_weight: 1 in the paper. As it falls, the minimizer divided by it tends to the closed
             form's first-order operator.
         stability_weight: lambda_stab.
         linearity_weight: lambda_lin.

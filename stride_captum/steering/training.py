@@ -53,7 +53,7 @@ def train_operators(
     show_progress: bool = False,
     fused: bool | None = None,
 ) -> StageOne:
-    """Minimise equation (5) over phi and all a_k with Adam on mini-batches.
+    """Minimize equation (5) over phi and all a_k with Adam on mini-batches.
 
     Every step draws B_S within and B_R outside each subset and treats all subsets as one batched
     computation. A shared phi sees each distinct example of the batch once.
@@ -99,10 +99,10 @@ def train_operators(
     ).to(features.device if device is None else device)
     gradient = BatchGradient(operators, features, logits, labels, membership, options, seed, memory_budget)
     with tf32_products() if options.precision == "tf32" else nullcontext():
-        return _minimise(gradient, options, show_progress, fused)
+        return _minimize(gradient, options, show_progress, fused)
 
 
-def _minimise(gradient: BatchGradient, options: Trained, show_progress: bool, fused: bool | None) -> StageOne:
+def _minimize(gradient: BatchGradient, options: Trained, show_progress: bool, fused: bool | None) -> StageOne:
     operators = gradient.operators
     optimizer = torch.optim.Adam(operators.parameters(), lr=options.learning_rate, fused=fused)
     for parameter in operators.parameters():

@@ -77,14 +77,14 @@ class Ranks(SingleProcess):
         group: A process group; None is the default one.
 
     Raises:
-        ValueError: No group has been initialised, or this process is not in it.
+        ValueError: No group has been initialized, or this process is not in it.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         if not in_group():
             raise bad_value(
                 "process_group",
-                "be initialised",
+                "be initialized",
                 "none",
                 "Start with torchrun and call torch.distributed.init_process_group().",
             )
@@ -234,7 +234,7 @@ class Ranks(SingleProcess):
 
 
 def in_group() -> bool:
-    """Whether a default process group has been initialised."""
+    """Whether a default process group has been initialized."""
     return dist.is_available() and dist.is_initialized()
 
 

@@ -238,12 +238,12 @@ class TestAnExplicitSolve:
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-8)
 
     def test_the_score_is_the_change_when_the_example_is_counted_twice(self, exact):
-        """Of the margin, for the minimiser of the penalised loss of a linear model, to first order."""
+        """Of the margin, for the minimizer of the penalised loss of a linear model, to first order."""
         _, train, test = exact
         x, y = train.tensors
         damping, weight = 1.0, 1e-4
 
-        def minimise(weights: Tensor) -> Tensor:
+        def minimize(weights: Tensor) -> Tensor:
             theta = torch.zeros(3, 6).double()
 
             def loss(theta: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ class TestAnExplicitSolve:
             return theta
 
         model = nn.Linear(6, 3, bias=False).double()
-        model.weight.data = minimise(torch.ones(24).double())
+        model.weight.data = minimize(torch.ones(24).double())
 
         def build(m: Any, t: Any) -> Any:
             options = {"loss_fn": ResidualLoss(), "hessian_reg": damping, "projection_dim": None}
@@ -267,7 +267,7 @@ class TestAnExplicitSolve:
         for i in (0, 5, 11):
             more = torch.ones(24).double()
             more[i] += weight
-            moved = response_value(test.tensors[0] @ minimise(more).T, test.tensors[1], "margin")
+            moved = response_value(test.tensors[0] @ minimize(more).T, test.tensors[1], "margin")
             with torch.no_grad():
                 change = moved - response_value(model(test.tensors[0]), test.tensors[1], "margin")
             torch.testing.assert_close(change / weight, scores[:, i], rtol=1e-3, atol=1e-6)

@@ -218,8 +218,8 @@ class TestObjectiveAtZero:
         torch.testing.assert_close(torch.autograd.functional.hessian(loss, zero), problem.fisher())
 
 
-def minimise(problem, members, weight, penalty):
-    """The minimiser of `weight L_fid(S) + L_stab(all) + penalty/2 |a|^2`, by Newton's method."""
+def minimize(problem, members, weight, penalty):
+    """The minimizer of `weight L_fid(S) + L_stab(all) + penalty/2 |a|^2`, by Newton's method."""
     phi = problem.phi(problem.features)
 
     def loss(a):
@@ -246,7 +246,7 @@ def test_trained_operators_tend_to_the_closed_form_as_the_weight_of_the_subset_f
     limit = solutions[members].mean(0).flatten()
     errors = []
     for weight in (0.1, 0.01, 0.001):
-        trained = minimise(problem, members, weight, 0.3 * mean_a * mean_sigma)
+        trained = minimize(problem, members, weight, 0.3 * mean_a * mean_sigma)
         errors.append(float((trained / weight - limit).norm() / limit.norm()))
     assert errors[0] < 0.5
     for larger, smaller in pairwise(errors):

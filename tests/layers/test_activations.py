@@ -153,7 +153,7 @@ class TestDefaultTaps:
         assert names(taps) == ["encoder:input", "classifier:input"]
 
     def test_normalised_pixels_are_pixels_and_states_of_the_same_shape_are_not(self):
-        class Normalising(nn.Module):
+        class Normalizing(nn.Module):
             def __init__(self):
                 super().__init__()
                 self.a, self.b, self.c = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 4, 3), nn.Linear(4, 3)
@@ -161,7 +161,7 @@ class TestDefaultTaps:
             def forward(self, x):
                 return self.c(self.b(self.a(x / 255).relu()).relu().mean((2, 3)))
 
-        assert names(choose(Normalising(), (noise(2, 2, 6, 6), None))) == ["b:input", "c:input"]
+        assert names(choose(Normalizing(), (noise(2, 2, 6, 6), None))) == ["b:input", "c:input"]
 
     def test_layers_that_read_the_same_tensor_count_once_unless_it_was_written_to(self):
         class Branches(nn.Module):

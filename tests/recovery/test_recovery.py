@@ -183,8 +183,8 @@ class TestLaws:
         matrix, Y = DESIGNS["half subsets"], responses(DESIGNS["half subsets"])
         expected = np.abs(Y.numpy() @ matrix.toarray()).max(1)
         np.testing.assert_allclose(alpha_max(Y, matrix), expected)
-        centred = matrix.toarray() - matrix.toarray().mean(0)
-        expected = np.abs(Y.numpy() @ centred).max(1)
+        centered = matrix.toarray() - matrix.toarray().mean(0)
+        expected = np.abs(Y.numpy() @ centered).max(1)
         np.testing.assert_allclose(alpha_max(Y, matrix, center=True), expected)
 
     def test_singletons_give_the_soft_threshold(self):
@@ -214,7 +214,7 @@ class TestLaws:
         torch.testing.assert_close(in_blocks.weights, together.weights, rtol=0, atol=1e-6)
 
     def test_explained_responses_are_unique_where_the_weights_are_not(self):
-        """{1, 2} + {3, 4} = {1, 3} + {2, 4}: several minimisers, with the same X w and the same norm."""
+        """{1, 2} + {3, 4} = {1, 3} + {2, 4}: several minimizers, with the same X w and the same norm."""
         matrix = sparse.csr_matrix(np.array([[1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1]]))
         Y = torch.tensor([[2.0, 2.1, 1.9, 2.0]], dtype=torch.float64)
         fits = [lasso(Y, matrix[:, order], 0.1, tolerance=1e-13) for order in ([0, 1, 2, 3], [2, 0, 3, 1])]

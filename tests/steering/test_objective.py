@@ -167,7 +167,7 @@ def test_the_minimiser_divided_by_the_fidelity_weight_tends_to_the_closed_form()
     penalty = damping * torch.eye(RANK * N_CLASSES, dtype=torch.float64)
     closed_form = torch.linalg.solve(fisher(phi, p) + penalty, right)
 
-    def minimiser(weight: float) -> Tensor:
+    def minimizer(weight: float) -> Tensor:
         def objective(flat: Tensor) -> Tensor:
             shift = phi @ flat.reshape(RANK, N_CLASSES)
             fid = fidelity(logits[chosen], shift[chosen], labels[chosen])
@@ -180,7 +180,7 @@ def test_the_minimiser_divided_by_the_fidelity_weight_tends_to_the_closed_form()
             flat = flat - torch.linalg.solve(torch.autograd.functional.hessian(objective, flat), gradient)
         return flat
 
-    gaps = [float((minimiser(w) / w - closed_form).norm() / closed_form.norm()) for w in (0.1, 0.01, 0.001)]
+    gaps = [float((minimizer(w) / w - closed_form).norm() / closed_form.norm()) for w in (0.1, 0.01, 0.001)]
     assert gaps[2] < 5e-3
     assert gaps[0] / gaps[1] == pytest.approx(10, rel=0.3)
     assert gaps[1] / gaps[2] == pytest.approx(10, rel=0.3)

@@ -54,10 +54,10 @@ def fit_exponent(sizes: Sequence[float], seconds: Sequence[float]) -> PowerLaw:
     if len(set(sizes)) < 2:
         raise bad_value("sizes", "hold at least two different numbers", list(sizes))
     x, y = np.log(np.asarray(sizes, dtype=float)), np.log(np.asarray(seconds, dtype=float))
-    centred = x - x.mean()
-    spread = float(centred @ centred)
-    slope = float(centred @ y) / spread
-    residuals = y - y.mean() - slope * centred
+    centered = x - x.mean()
+    spread = float(centered @ centered)
+    slope = float(centered @ y) / spread
+    residuals = y - y.mean() - slope * centered
     error = None
     if len(x) > 2:
         error = math.sqrt(float(residuals @ residuals) / (len(x) - 2) / spread)

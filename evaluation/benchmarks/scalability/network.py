@@ -38,7 +38,7 @@ class ScalableCNN(nn.Sequential):
 
     B.3 says "convolutional blocks followed by a linear head". With the channels of `channels`, a bias in
     every layer and a head on one number a channel, Table 5 has these models: its parameters, as far as it
-    prints digits, are in 9 of its 18 rows those without normalisation, and in all 18 those with
+    prints digits, are in 9 of its 18 rows those without normalization, and in all 18 those with
     `batch_norm`, which adds at most .3%. (B.3 says "from 15M"; the table starts at 262K.)
 
     The paper leaves open, and here is chosen:
@@ -47,7 +47,7 @@ class ScalableCNN(nn.Sequential):
       the map before the head. Any depth fits. (The 0.44 s that Table 5 adds a layer of 2,048 channels is
       then what one forward pass of 5,000 examples takes at 55 TFLOP/s.)
     - Weights: normal, of the variance 2 / (9 c_in kept), where `kept` is the share of a map's energy that
-      zero padding leaves; biases 0. Without normalisation this holds the scale of activations over depth.
+      zero padding leaves; biases 0. Without normalization this holds the scale of activations over depth.
 
     Args:
         depth: Convolutions, `conv1` to `conv<depth>`.
@@ -103,7 +103,7 @@ def synthetic_images(n: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def _convolution(n_inputs: int, n_outputs: int, side: int) -> nn.Conv2d:
     layer = nn.Conv2d(n_inputs, n_outputs, 3, padding=1)
-    # The largest eigenvalue of the mean over the neighbours that lie inside the map, in each direction.
+    # The largest eigenvalue of the mean over the neighbors that lie inside the map, in each direction.
     kept = ((1 + 2 * math.cos(math.pi / (side + 1))) / 3) ** 2
     nn.init.normal_(layer.weight, std=math.sqrt(2 / (9 * n_inputs * kept)))
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from .printed import TABLE5
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = dict(zip(SCALED_METHODS, ("#0b6e4f", "#3a86c8", "#d1495b", "#8d3b8a", "#b8860b"), strict=True))
+_COLORS = dict(zip(SCALED_METHODS, ("#0b6e4f", "#3a86c8", "#d1495b", "#8d3b8a", "#b8860b"), strict=True))
 _MARKERS = dict(zip(SCALED_METHODS, "os^Dv", strict=True))
 
 
@@ -64,16 +64,16 @@ def _draw(
     phases: Sequence[str],
 ) -> None:
     """The line of a method, and crosses where one of the phases failed."""
-    colour = _COLOURS[method]
+    color = _COLORS[method]
     known = [(r.n_params, v) for r in results if (v := value(r))]
     sizes, values = [size for size, _ in known], [v for _, v in known]
-    axes.plot(sizes, values, marker=_MARKERS[method], color=colour, label=method, markersize=4)
+    axes.plot(sizes, values, marker=_MARKERS[method], color=color, label=method, markersize=4)
     height = values[-1] if values else 1.0
     for result in results:
         statuses = {getattr(result, phase).status for phase in phases}
         for status, letter in (("out of memory", "M"), ("over time limit", "T")):
             if status in statuses:
-                axes.plot([result.n_params], [height], "x", color=colour, markersize=8)
+                axes.plot([result.n_params], [height], "x", color=color, markersize=8)
                 axes.annotate(letter, (result.n_params, height), (4, 4), textcoords="offset points")
 
 

@@ -31,7 +31,8 @@ from ...measures.counterfactual_drop import (
 )
 from ...measures.linear_datamodeling import finite_array, margins
 from ...retraining.estimate import RetrainingEstimate
-from ...retraining.plan import ENGINES, without_diverged
+from ...retraining.plan import without_diverged
+from ...retraining.plan_files import ENGINES
 from ...tasks.checks import check_task
 from ...tasks.tasks import Task
 from ..shared.measure import Measure, defaults_of

@@ -129,7 +129,7 @@ class CachedMethod:
         return type(self.method).mislabel_scores is not InfluenceMethod.mislabel_scores
 
     def margins(self, batch: tuple[Tensor, Tensor], normalize: str | None = None) -> Answer:
-        """Scores `(n_test, n_train)` of the margins of labelled test points; the first response of a loss."""
+        """Scores `(n_test, n_train)` of the margins of labeled test points; the first response of a loss."""
         response = self._task.loss.responses[0]
         return self.ask(
             f"{response} of the label, normalize={normalize}",

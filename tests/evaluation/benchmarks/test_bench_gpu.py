@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from stride_captum.evaluation.benchmarks import gpu as gpu
 from stride_captum.evaluation.benchmarks.gpu import PARTS, Results, bench_gpu, measure, tables, within
-from stride_captum.evaluation.benchmarks.gpu_parts import FULL, JOBS, TOY, Clock, Job, side_by_side
+from stride_captum.evaluation.benchmarks.gpu_jobs import Clock, Job, side_by_side
+from stride_captum.evaluation.benchmarks.gpu_parts import FULL, JOBS, TOY
 from stride_captum.evaluation.cli.app import app
 
 CPU = torch.device("cpu")

@@ -13,6 +13,7 @@ from stride_captum.evaluation.benchmarks import feature_store as benchmark_store
 from stride_captum.evaluation.benchmarks import peers as peers
 from stride_captum.evaluation.benchmarks.estimate import QUANTITIES, Case, bench_estimate
 from stride_captum.evaluation.benchmarks.feature_store import PARTS, bench_store
+from stride_captum.evaluation.benchmarks.limited_process import fit_and_query
 from stride_captum.evaluation.benchmarks.networks import examples, network
 from stride_captum.evaluation.benchmarks.peers import bench_peers
 from stride_captum.evaluation.cli.app import app
@@ -59,12 +60,12 @@ def test_bytes_of_an_example_are_what_another_example_adds(monkeypatch):
 
     def in_own_process(options):
         asked.append(options)
-        found = benchmark_store._limited(options)
+        found = fit_and_query(options)
         assert found["result_shape"] == [5, 3]
         each = 7 if options["in_memory"] else 2
         return {**found, "fit_peak_anonymous_bytes": 1000 + each * options["n_train"]}
 
-    monkeypatch.setattr(benchmark_store, "_in_own_process", in_own_process)
+    monkeypatch.setattr(benchmark_store, "in_own_process", in_own_process)
     found = benchmark_store.example_bytes(30, 16, 40, 5, 3)
     assert [way["fit"] for way in found.values() if isinstance(way, dict)] == [7, 7, 2]
     assert {options["n_train"] for options in asked} == {30, 60}

@@ -75,10 +75,10 @@ class TestExplain:
     def test_the_report_shows_every_figure_and_needs_no_network(self, run):
         _, results, html = run
         for point in results["points"]:
-            assert f"Test point {point['index']}, labelled {point['label']}" in html
-            for neighbour in point["proponents"] + point["opponents"]:
-                assert f"#{neighbour['index']}<" in html
-                assert f"{neighbour['score']:+.3g}" in html
+            assert f"Test point {point['index']}, labeled {point['label']}" in html
+            for neighbor in point["proponents"] + point["opponents"]:
+                assert f"#{neighbor['index']}<" in html
+                assert f"{neighbor['score']:+.3g}" in html
         assert not re.search(r"(src|href)=[\"']?(https?:)?//", html)
         assert len(re.findall(r"<img [^>]*alt=\"[^\"]+\"", html)) == html.count("<img ")
 

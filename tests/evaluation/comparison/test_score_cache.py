@@ -217,6 +217,7 @@ CHANGED_OPTIONS = {
     "center": False,
     "curvature": "identity",
     "encoder": "per-subset",
+    "form": "rows",
     "linearity": "example",
     "precision": "tf32",
     "preset": "mnist",

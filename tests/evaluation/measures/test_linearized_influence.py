@@ -36,8 +36,8 @@ def test_effects_are_the_ridge_whose_leave_one_out_error_is_least(n_subsets):
     reference = Ridge(alpha=penalty).fit(dense, y)
     np.testing.assert_allclose(effects, reference.coef_, atol=1e-9)
 
-    centred = dense - dense.mean(0)
-    scale = np.trace(centred @ centred.T) / (n_subsets - 1)
+    centered = dense - dense.mean(0)
+    scale = np.trace(centered @ centered.T) / (n_subsets - 1)
     errors = [
         ((cross_val_predict(Ridge(alpha=p * scale), dense, y, cv=LeaveOneOut()) - y) ** 2).sum()
         for p in PENALTIES
@@ -48,8 +48,8 @@ def test_effects_are_the_ridge_whose_leave_one_out_error_is_least(n_subsets):
 def test_many_retrainings_recover_the_planted_effects_up_to_their_sum():
     membership, effects, responses = problem(120, noise=0.01)
     found, _ = linearized_influence(membership, responses.mean(0))
-    centred = effects - effects.mean(1, keepdims=True)  # subsets of one size say nothing of the sum
-    np.testing.assert_allclose(found, centred, atol=0.02)
+    centered = effects - effects.mean(1, keepdims=True)  # subsets of one size say nothing of the sum
+    np.testing.assert_allclose(found, centered, atol=0.02)
     result = linearized_influence_correlation(effects, membership, responses)
     assert result.spearman > 0.99
     assert result.ceiling > 0.99

@@ -1,4 +1,4 @@
-"""What notebooks show: which examples, in which order, with which words and colours."""
+"""What notebooks show: which examples, in which order, with which words and colors."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ def shown(figure) -> list[np.ndarray]:
 
 
 class TestImages:
-    def test_each_has_its_title_and_colour_row_by_row(self):
-        figure = show_images(list(IMAGES[:3]), ["a", "b", "c"], colours=["black", "red", "black"], columns=2)
+    def test_each_has_its_title_and_color_row_by_row(self):
+        figure = show_images(list(IMAGES[:3]), ["a", "b", "c"], colors=["black", "red", "black"], columns=2)
         assert titles(figure) == ["a", "b", "c"]
         assert [axes.title.get_color() for axes in figure.axes[:3]] == ["black", "red", "black"]
         assert len(figure.axes) == 4
         assert not figure.axes[3].images
 
-    def test_small_grey_images_are_dark_on_white_and_colours_stay(self):
+    def test_small_grey_images_are_dark_on_white_and_colors_stay(self):
         grey = torch.zeros(1, 2, 2)
         grey[0, 0, 0] = 1.0
         assert shown(show_images([grey]))[0].tolist() == [[0, 1], [1, 1]]
-        colour = torch.zeros(3, 2, 2)
-        colour[1, 0, 1] = 1.0
-        assert shown(show_images([colour]))[0][0, 1, :3].tolist() == [0, 1, 0]
+        color = torch.zeros(3, 2, 2)
+        color[1, 0, 1] = 1.0
+        assert shown(show_images([color]))[0][0, 1, :3].tolist() == [0, 1, 0]
 
     def test_it_can_be_written_and_is_no_figure_of_pyplot(self):
         import matplotlib.pyplot as plt
@@ -96,8 +96,8 @@ class TestTop:
             "1  3",
             "0  \N{MINUS SIGN}0.0125",
         ]
-        colours = [axes.title.get_color() for axes in figure.axes if axes.get_title()]
-        assert colours == ["black", SAME, OTHER, "black", SAME, OTHER]
+        colors = [axes.title.get_color() for axes in figure.axes if axes.get_title()]
+        assert colors == ["black", SAME, OTHER, "black", SAME, OTHER]
         first_row = shown(figure)[:3]
         for picture, i in zip(first_row, (0, 2, 1), strict=True):
             np.testing.assert_array_equal(picture, shown(show_images([IMAGES[i]]))[0])

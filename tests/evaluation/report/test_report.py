@@ -46,9 +46,10 @@ from stride_captum.evaluation.measures.calibration import calibration, calibrati
 from stride_captum.evaluation.measures.counterfactual_difference import difference as drop_difference
 from stride_captum.evaluation.measures.counterfactual_difference import difference_at_equal_depletion
 from stride_captum.evaluation.measures.linear_datamodeling import difference
-from stride_captum.evaluation.report.figures import N_SERIES, counterfactual_curves, spread
+from stride_captum.evaluation.report.figures import counterfactual_curves, spread
 from stride_captum.evaluation.report.html import comparison_table, pointer, read_results, write_comparison
 from stride_captum.evaluation.report.pictures import picture
+from stride_captum.evaluation.report.svg import N_SERIES
 from stride_captum.evaluation.system.environment import describe
 from stride_captum.evaluation.tasks.networks import DIGITS_TRAINING
 from stride_captum.evaluation.tasks.tasks import Task
@@ -470,9 +471,9 @@ class TestRebuilding:
 # Everyone can read it.
 
 
-def luminance(colour):
+def luminance(color):
     """Relative luminance as WCAG 2 defines it."""
-    digits = colour.lstrip("#")
+    digits = color.lstrip("#")
     if len(digits) == 3:
         digits = "".join(2 * c for c in digits)
     channels = np.frombuffer(bytes.fromhex(digits), np.uint8) / 255
@@ -547,15 +548,15 @@ class TestAccess:
     def test_texts_and_lines_stand_out(self, page, scheme):
         html = page.read_text(encoding="utf-8")
         found = schemes(html)
-        colours = {**found["light"], **found[scheme]}
+        colors = {**found["light"], **found[scheme]}
         assert set(found["dark"]) == set(found["light"])
         for ground in ("paper", "card"):
             for text in ("ink", "soft", "up", "down", "accent"):
-                assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+                assert contrast(colors[text], colors[ground]) >= 4.5, (text, ground)
             for i in range(N_SERIES):
-                assert contrast(colours[f"series-{i + 1}"], colours[ground]) >= 3, (i, ground)
+                assert contrast(colors[f"series-{i + 1}"], colors[ground]) >= 3, (i, ground)
 
-    def test_no_text_has_a_colour_of_its_own(self, page):
+    def test_no_text_has_a_color_of_its_own(self, page):
         html = page.read_text(encoding="utf-8")
         style = html[html.index("<style>") : html.index("</style>")]
         outside = re.sub(r":root \{[^}]*\}", "", style)
@@ -564,7 +565,7 @@ class TestAccess:
             assert not re.search(r"(fill|stroke): #", svg)
             assert "<text" in svg
 
-    def test_series_that_share_a_plot_differ_in_more_than_colour(self, page):
+    def test_series_that_share_a_plot_differ_in_more_than_color(self, page):
         html = page.read_text(encoding="utf-8")
         start = html.index('aria-label="ROC curves')
         svg = html[start : html.index("</svg>", start)]

@@ -21,11 +21,12 @@ from torch.utils.data import TensorDataset
 
 from stride_captum.evaluation.retraining import attributed_models as attributed_training
 from stride_captum.evaluation.retraining import files as retraining_files
-from stride_captum.evaluation.retraining import plan as retraining
+from stride_captum.evaluation.retraining import plan_files
 from stride_captum.evaluation.retraining import workers as retraining_workers
 from stride_captum.evaluation.retraining.attributed_models import train_attributed, train_spiked
 from stride_captum.evaluation.retraining.estimate import RetrainingEstimate
 from stride_captum.evaluation.retraining.plan import RetrainingPlan, without_diverged
+from stride_captum.evaluation.retraining.plan_files import files_for
 from stride_captum.evaluation.retraining.training import logits_of, mean_residual, train_model
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.evaluation.tasks.tasks import Task, load_task
@@ -328,7 +329,7 @@ class TestPlan:
     def test_a_damaged_file_is_said_and_recomputed(self, plan, runs, damage, engine):
         execute = partial(plan.execute, n_jobs=1, show_progress=False, engine=engine)
         unbroken = execute()
-        path = plan._files(engine, "cpu")[0].path
+        path = files_for(plan, engine, "cpu")[0].path
         whole = path.read_bytes()
         done = len(runs)
         spoil(path, damage)
@@ -500,21 +501,21 @@ class TestEngines:
         assert plan.missing(engine="stacked") == []
 
     def test_an_interrupted_plan_of_stacks_gives_the_same_bits(self, plan, runs, monkeypatch):
-        monkeypatch.setattr(retraining, "_CPU_STACK", 2)
+        monkeypatch.setattr(plan_files, "_CPU_STACK", 2)
         plan = replace(plan, membership=random_subsets(40, 5, 21, seed=0))
         unbroken = plan.execute(n_jobs=1, show_progress=False, engine="stacked")
         assert len(runs) == 6
-        for file in plan._files("stacked", "cpu")[1::2]:
+        for file in files_for(plan, "stacked", "cpu")[1::2]:
             file.path.unlink()
         assert np.array_equal(plan.execute(1, False, engine="stacked"), unbroken)
         assert len(runs) == 9
 
     @pytest.mark.parametrize("limit", [1, 2, 3, 4, 7, 100])
     def test_a_stack_holds_equally_large_subsets_and_every_run_is_in_one(self, plan, monkeypatch, limit):
-        monkeypatch.setattr(retraining, "_CPU_STACK", limit)
+        monkeypatch.setattr(plan_files, "_CPU_STACK", limit)
         subsets = [range(9), range(5), range(1, 10), range(2, 11), range(4)]
         plan = replace(plan, membership=membership_from_indices(subsets, 40), n_seeds=4)
-        files = plan._files("stacked", "cpu")
+        files = files_for(plan, "stacked", "cpu")
         assert sorted(run for file in files for run in file.runs) == [
             (k, s) for k in range(5) for s in range(4)
         ]
@@ -525,15 +526,15 @@ class TestEngines:
         assert len({file.path for file in files}) == len(files)
 
     def test_seeds_that_are_added_leave_full_stacks_as_they_were(self, plan, monkeypatch):
-        monkeypatch.setattr(retraining, "_CPU_STACK", 6)
+        monkeypatch.setattr(plan_files, "_CPU_STACK", 6)
         more = replace(plan, n_seeds=5)
-        first, *_ = (file.path for file in plan._files("stacked", "cpu"))
-        assert first == more._files("stacked", "cpu")[0].path
-        assert len(more._files("stacked", "cpu")) == 3
+        first, *_ = (file.path for file in files_for(plan, "stacked", "cpu"))
+        assert first == files_for(more, "stacked", "cpu")[0].path
+        assert len(files_for(more, "stacked", "cpu")) == 3
 
     @pytest.mark.parametrize("n_seeds", [1, 2, 3])
     def test_seeds_that_are_added_leave_what_is_stored_as_it_is(self, plan, runs, monkeypatch, n_seeds):
-        monkeypatch.setattr(retraining, "_CPU_STACK", 6)  # two seeds of three subsets
+        monkeypatch.setattr(plan_files, "_CPU_STACK", 6)  # two seeds of three subsets
         few = replace(plan, n_seeds=n_seeds).execute(1, False, engine="stacked")
         assert len(runs) == -(-n_seeds // 2)
         for more in (n_seeds + 1, n_seeds + 2):
@@ -554,11 +555,10 @@ class TestEngines:
     def test_off_the_cpu_auto_stacks_what_can_be_mapped(self, plan):
         device = torch.device("meta")
         for network in (wide_network, convolutions):
-            assert plan_with(plan, n_seeds=3, build_model=network)._files("auto", device)[0].stacked
-        assert (
-            not plan_with(plan, n_seeds=3, build_model=unmappable_network)._files("auto", device)[0].stacked
-        )
-        assert not plan._files("auto", device)[0].stacked
+            assert files_for(plan_with(plan, n_seeds=3, build_model=network), "auto", device)[0].stacked
+        other = plan_with(plan, n_seeds=3, build_model=unmappable_network)
+        assert not files_for(other, "auto", device)[0].stacked
+        assert not files_for(plan, "auto", device)[0].stacked
 
     def test_auto_goes_on_with_what_the_store_has(self, plan, runs):
         plan = replace(plan, n_seeds=3)
@@ -570,9 +570,9 @@ class TestEngines:
 
     def test_devices_have_names_of_their_own(self, plan):
         for engine in ("processes", "stacked"):
-            paths = {plan._files(engine, device)[0].path for device in ("cpu", "cpu:0", "meta")}
+            paths = {files_for(plan, engine, device)[0].path for device in ("cpu", "cpu:0", "meta")}
             assert len(paths) == 2
-        assert plan._path(0, 0) == plan._files("processes", "cpu")[0].path
+        assert plan._path(0, 0) == files_for(plan, "processes", "cpu")[0].path
 
     def test_networks_that_cannot_be_mapped_are_refused(self, plan):
         plan = plan_with(plan, build_model=unmappable_network)

@@ -125,7 +125,7 @@ def test_the_same_stack_has_the_same_bits(data):
 
 
 def test_models_do_not_see_one_another(data):
-    """A neighbour that diverges changes nothing."""
+    """A neighbor that diverges changes nothing."""
     x, y = data
     spoiled = x.clone()
     spoiled[50:] = 1e300

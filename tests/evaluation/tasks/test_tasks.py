@@ -275,8 +275,8 @@ class TestTensors:
         torch.testing.assert_close(x, torch.full_like(x, (1 - tasks.MNIST_MEAN) / tasks.MNIST_STD))
         assert (white == 255).all()
         assert y.tolist() == [3, 4]
-        colour = SimpleNamespace(data=np.zeros((2, 32, 32, 3), dtype=np.uint8), targets=[1, 0])
-        x, y = image_tensors(colour).tensors
+        color = SimpleNamespace(data=np.zeros((2, 32, 32, 3), dtype=np.uint8), targets=[1, 0])
+        x, y = image_tensors(color).tensors
         torch.testing.assert_close(x[0, :, 0, 0], -tasks.CIFAR10_MEAN / tasks.CIFAR10_STD)
         assert y.dtype == torch.int64
 
