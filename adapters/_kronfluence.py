@@ -198,7 +198,8 @@ class LinearLosses:
         logits = self._logits(model, batch)
         if not sample:
             return _minus_product(logits, batch["residuals"])
-        return _minus_product(logits, self.loss.drawn_residuals(logits.detach(), batch["uniforms"]))
+        drawn = self.loss.drawn_residuals(logits.detach(), batch["uniforms"])
+        return _minus_product(logits, self.loss.of_counted(drawn, batch["labels"].to(drawn.device)))
 
     def compute_measurement(self, batch: Batch, model: nn.Module) -> Tensor:
         """Summed over the batch."""

@@ -199,7 +199,9 @@ class EKFAC(GradientMethod):
             keys = input_keys(batch["examples"])
             k = self.loss.n_draws(residuals.shape[1])
             uniforms = np.stack([np.random.default_rng([self.seed, draw, key]).random(k) for key in keys])
-            yield {**batch, "uniforms": residuals.new_tensor(uniforms, dtype=torch.float64)}
+            labels = self.train_labels(batch["examples"], residuals.shape[1])
+            drawn = residuals.new_tensor(uniforms, dtype=torch.float64)
+            yield {**batch, "uniforms": drawn, "labels": labels}
 
     def _train_sides(self, show_progress: bool = False, **vectors: Tensor) -> Iterator[Batch]:
         for rows, batch in self.train_blocks(self.n_train_, show_progress):

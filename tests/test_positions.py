@@ -628,6 +628,27 @@ class TestBaselines:
         plain = self.made(method, Single(), TensorDataset(x, y[:, 0]))
         same(one, plain.influence((tests[0][:, :1], tests[1][:, 0])), 1e-8)
 
+    @pytest.mark.parametrize("method", [DiagonalEKFAC, EKFAC])
+    def test_ignored_positions_draw_no_labels(self, tagged, method):
+        """Positions without a label leave the output side of the Fisher matrix alone."""
+        model, train, tests = tagged
+        x, y = train.tensors
+        ignored = y.clone()
+        ignored[:, 3:] = IGNORED
+        other = x.clone()
+        other[:, 3:] = (other[:, 3:] + 1) % N_TOKENS  # nothing that stands behind is read by what counts
+        few = [TensorDataset(part, ignored) for part in (x, other)]
+        asked = tests[0], tests[1].clone()
+        asked[1][:, 3:] = IGNORED
+        options = {"fisher": "exact"} if method is DiagonalEKFAC else {"strategy": "diagonal"}
+        options |= {"dense": "diagonal"} if method is DiagonalEKFAC else {"fisher": "empirical"}
+        if method is EKFAC:
+            pytest.importorskip("kronfluence")
+        one, two = (
+            method(model, data, layers=["hidden", "head"], **options).influence(asked) for data in few
+        )
+        same(one, two, 1e-8)
+
     def test_controls_take_positions(self, tagged):
         for method in (Random, Similarity):
             assert method(*tagged[:2]).influence(tagged[2]).shape == (N_TEST, N_TRAIN)

@@ -57,5 +57,7 @@ def fisher_vectors(
     if kind == "empirical":
         return [loss.residuals(logits, labels)]
     if kind == "exact":
-        return loss.hessian_factors(logits)
-    return [loss.drawn_residuals(logits, uniforms.reshape(len(uniforms), -1))]
+        found = loss.hessian_factors(logits)
+    else:
+        found = [loss.drawn_residuals(logits, uniforms.reshape(len(uniforms), -1))]
+    return [loss.of_counted(vectors, labels) for vectors in found]

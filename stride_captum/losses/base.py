@@ -195,6 +195,10 @@ class Loss(ABC):
             uniforms: Numbers in [0, 1), `(n, n_draws)`.
         """
 
+    def of_counted(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        """Vectors `(n, n_outputs)` with 0 at outputs whose label is ignored; labels as of `Loss.labels`."""
+        return vectors
+
     @abstractmethod
     def hessian_factors(self, logits: Tensor) -> list[Tensor]:
         """Vectors v, `(n, n_outputs)` each, such that H is the sum of `v v^T`."""

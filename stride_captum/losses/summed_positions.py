@@ -173,10 +173,15 @@ class SummedPositions(Loss):
 
     @override
     def drawn_residuals(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """Of all positions: which of them have a label is not known here."""
+        """Of all positions, those without a label too (`of_counted`)."""
         rows = self._rows(logits)
         drawn = self.position.drawn_residuals(rows, uniforms.reshape(len(rows), -1))
         return drawn.reshape(logits.shape)
+
+    @override
+    def of_counted(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        counted = self.position.counted(labels)[..., None].to(vectors.device)
+        return (vectors.reshape(*counted.shape[:2], -1) * counted).flatten(1)
 
     @override
     def hessian_factors(self, logits: Tensor) -> list[Tensor]:
