@@ -21,8 +21,9 @@ _TRAIN_MODULES = ("json.decoder", "heapq", "textwrap", "configparser", "string",
 _TEST_MODULES = ("bisect", "shlex")
 #: Characters of a line: the printable ones of ASCII, and 0 for all others and what is behind the line.
 LINE, N_CHARACTERS = 48, 96
-#: Side of a canvas with digits.
-CANVAS = 16
+#: Side of a canvas with a digit, and how dark the strokes of one are.
+CANVAS = 12
+_STROKE = 0.3
 
 
 def diabetes() -> tuple[TensorDataset, TensorDataset]:
@@ -60,20 +61,23 @@ def digit_pairs(n_train: int = 1000, n_test: int = 300) -> tuple[TensorDataset, 
     return found[0], found[1]
 
 
-def digit_canvases(n_train: int = 500, n_test: int = 150) -> tuple[TensorDataset, TensorDataset]:
-    """Two digits on a canvas, `(n, 1, 16, 16)`; a pixel is background (0), even digit (1), odd (2)."""
+def digit_canvases(n_train: int = 1000, n_test: int = 300) -> tuple[TensorDataset, TensorDataset]:
+    """A digit somewhere on a canvas, `(n, 1, 12, 12)`; the label of a pixel of its strokes is the digit.
+
+    Other pixels have no label (`IGNORED`). Test examples are made of images that no training example has.
+    """
     images, labels = _digits()
     order = np.random.default_rng(0).permutation(len(labels))
     found = []
     for seed, (n, pool) in enumerate(((n_train, order[:1397]), (n_test, order[1397:]))):
         random = np.random.default_rng(seed)
-        x, y = torch.zeros(n, 1, CANVAS, CANVAS), torch.zeros(n, CANVAS, CANVAS, dtype=torch.int64)
-        for i in range(n):
-            # One in the upper half and one in the lower half, so that none hides another.
-            for top in (0, CANVAS // 2):
-                digit, left = int(random.choice(pool)), int(random.integers(CANVAS - 8 + 1))
-                x[i, 0, top : top + 8, left : left + 8] = images[digit]
-                y[i, top : top + 8, left : left + 8][images[digit] > 0.3] = 1 + int(labels[digit]) % 2
+        x = torch.zeros(n, 1, CANVAS, CANVAS)
+        y = torch.full((n, CANVAS, CANVAS), IGNORED)
+        for i, digit in enumerate(random.permutation(pool)[:n]):
+            top, left = random.integers(CANVAS - 8 + 1, size=2)
+            place = slice(top, top + 8), slice(left, left + 8)
+            x[i, 0][place] = images[digit]
+            y[i][place][images[digit] > _STROKE] = labels[digit]
         found.append(TensorDataset(x, y))
     return found[0], found[1]
 

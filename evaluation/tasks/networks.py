@@ -71,7 +71,8 @@ DIGITS_TRAINING = TrainingSettings(optimizer="adam", learning_rate=1e-3, epochs=
 #: Beyond one label an example.
 DIABETES_TRAINING = TrainingSettings(optimizer="adam", learning_rate=3e-3, epochs=30, weight_decay=1e-3)
 PAIRS_TRAINING = TrainingSettings(optimizer="adam", learning_rate=3e-3, epochs=30)
-POSITIONS_TRAINING = TrainingSettings(optimizer="adam", learning_rate=3e-3, epochs=12, batch_size=32)
+TAGGING_TRAINING = TrainingSettings(optimizer="adam", learning_rate=3e-3, epochs=12, batch_size=32)
+SEGMENTATION_TRAINING = TrainingSettings(optimizer="adam", learning_rate=5e-3, epochs=25, batch_size=32)
 
 
 def _mlp(*widths: int) -> nn.Sequential:
@@ -117,20 +118,21 @@ class SourceTagger(nn.Module):
 
 
 class CanvasSegmenter(nn.Module):
-    """Images to logits of three classes for each pixel; the middle layer has half the resolution."""
+    """Images to logits of ten classes for each pixel, from maps of three resolutions."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.fine = nn.Conv2d(1, 12, 3, padding=1)
-        self.coarse = nn.Conv2d(12, 24, 3, padding=1, stride=2)
-        self.context = nn.Conv2d(24, 24, 3, padding=1)
-        self.head = nn.Conv2d(36, 3, 1)
+        self.fine = nn.Conv2d(1, 16, 3, padding=1)
+        self.middle = nn.Conv2d(16, 32, 3, padding=1, stride=2)
+        self.coarse = nn.Conv2d(32, 64, 3, padding=1, stride=2)
+        self.context = nn.Conv2d(64, 64, 3, padding=1)
+        self.head = nn.Conv2d(80, 10, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `(n, 3, height, width)` of images `(n, 1, height, width)`."""
+        """Logits `(n, 10, height, width)` of images `(n, 1, height, width)`."""
         fine = torch.relu(self.fine(images))
-        coarse = torch.relu(self.context(torch.relu(self.coarse(fine))))
-        coarse = nn.functional.interpolate(coarse, scale_factor=2.0)
+        coarse = torch.relu(self.coarse(torch.relu(self.middle(fine))))
+        coarse = nn.functional.interpolate(torch.relu(self.context(coarse)), scale_factor=4.0)
         return self.head(torch.cat([fine, coarse], 1))  # type: ignore[no-any-return]
 
 

@@ -58,7 +58,7 @@ TASKS = ("digits", "mnist", "cifar10", "synthetic", *BEYOND)
 PRESETS = ("smoke", "small", "paper")
 _SMALL_SIZE = {"mnist": 5_000, "cifar10": 2_000}
 _SMOKE_SIZE = {"digits": 300, "mnist": 1_000, "cifar10": 500, "synthetic": 300, "digit-pairs": 400}
-_SMOKE_SIZE |= {"diabetes": 200, "tagging": 300, "segmentation": 200}
+_SMOKE_SIZE |= {"diabetes": 200, "tagging": 300, "segmentation": 400}
 
 
 @dataclass(frozen=True)
@@ -213,14 +213,14 @@ _SETTINGS = {
     "synthetic": models.DIGITS_TRAINING,
     "diabetes": models.DIABETES_TRAINING,
     "digit-pairs": models.PAIRS_TRAINING,
-    "tagging": models.POSITIONS_TRAINING,
-    "segmentation": models.POSITIONS_TRAINING,
+    "tagging": models.TAGGING_TRAINING,
+    "segmentation": models.SEGMENTATION_TRAINING,
 }
 _LOSSES: dict[str, Loss] = {
     "diabetes": MSE(),
     "digit-pairs": BinaryCrossEntropy(),
     "tagging": SummedPositions(position=CrossEntropy(), n_positions=LINE, n_outputs=len(TAGS)),
-    "segmentation": SummedPositions(position=CrossEntropy(), n_positions=CANVAS**2, n_outputs=3),
+    "segmentation": SummedPositions(position=CrossEntropy(), n_positions=CANVAS**2, n_outputs=10),
 }
 
 

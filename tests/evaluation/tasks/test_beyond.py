@@ -1,0 +1,149 @@
+"""Tasks beyond one class an example: their data, their training, and a comparison of methods on each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from stride_captum.evaluation import compare, load_task
+from stride_captum.evaluation.comparison.plan import settle
+from stride_captum.evaluation.retraining.store import Fingerprints
+from stride_captum.evaluation.retraining.training import logits_of, mean_residual, train_model
+from stride_captum.evaluation.tasks.beyond_data import IGNORED, TAGS, digit_pairs, source_lines
+from stride_captum.evaluation.tasks.networks import TrainingSettings
+from stride_captum.evaluation.tasks.task_loss import objective, response_in_words, responses
+from stride_captum.evaluation.tasks.tasks import BEYOND, Task
+from stride_captum.losses import MSE, BinaryCrossEntropy, CrossEntropy
+from stride_captum.losses.summed_positions import SummedPositions
+
+SHORT = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return {name: load_task(name, preset="smoke", training=SHORT) for name in BEYOND}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+class TestEach:
+    def test_data_and_network_go_together(self, tasks, name):
+        task = tasks[name]
+        outputs = logits_of(task.build_model(), task.train.tensors[0][:3], loss=task.loss)
+        labels = task.loss.labels(task.train.tensors[1][:3], outputs.shape[1], "labels")
+        assert torch.isfinite(task.loss.values(outputs, labels)).all()
+        assert not task.has_classes
+        again = load_task(name, preset="smoke")
+        for one, other in zip(task.train.tensors, again.train.tensors, strict=True):
+            assert torch.equal(one, other)
+
+    def test_training_lowers_the_loss(self, tasks, name):
+        task = tasks[name]
+        x, y = task.train.tensors
+
+        def loss_of(model):
+            rows = logits_of(model, x, loss=task.loss)
+            return float(objective(task.loss, rows, y))
+
+        fresh = task.build_model()
+        trained = train_model(task.build_model, x, y, replace(SHORT, epochs=4), 0, loss=task.loss)
+        assert loss_of(trained) < loss_of(fresh)
+
+    def test_methods_are_compared(self, tasks, name, tmp_path):
+        methods = ["STRIDE", "STRIDE, checkpoints", "TracIn", "Random"]
+        sizes = {"n_subsets": 4, "n_seeds": 1, "n_models": 1, "n_test": 12, "n_jobs": 1, "n_resamples": 0}
+        task = load_task(name, preset="smoke", training=SHORT)
+        result = compare(methods, task, store=tmp_path, measures=["lds"], **sizes)
+        assert [row.name for row in result.rows] == methods
+        assert result.protocol["response"] == response_in_words(task.loss)
+        assert all(row.lds.per_model for row in result.rows)
+
+    def test_what_has_no_classes_is_left_out_or_refused(self, tasks, name, tmp_path):
+        question = settle(None, tasks[name], store=tmp_path, n_subsets=4, n_test=12)
+        assert {"ClassRandom", "ClassSimilarity", "KNNShapley", "STRIDE trained + Lasso"} <= set(
+            question.skipped
+        )
+        assert {"STRIDE", "EKFAC", "TRAK", "Random"} & {spec.name for spec in question.specs} >= {"STRIDE"}
+        with pytest.raises(ValueError, match="`measures` must be read off retrained halves, or leakage"):
+            settle(["STRIDE"], tasks[name], store=tmp_path, measures=["mislabel"], n_subsets=4, n_test=12)
+
+    def test_data_of_another_kind_are_refused(self, tasks, name):
+        with pytest.raises(ValueError, match="`data` must be left out for the task"):
+            load_task(name, data="module:factory")
+
+
+class TestData:
+    def test_labels_of_pairs_are_the_digits_there(self):
+        train, test = digit_pairs(50, 20)
+        counts = train.tensors[1].sum(1)
+        assert set(counts.tolist()) <= {1.0, 2.0}
+        assert train.tensors[0].shape == (50, 1, 8, 16)
+        halves = {image.numpy().tobytes() for x in train.tensors[0] for image in (x[0, :, :8], x[0, :, 8:])}
+        others = {image.numpy().tobytes() for x in test.tensors[0] for image in (x[0, :, :8], x[0, :, 8:])}
+        assert not halves & others
+
+    def test_tags_are_those_of_python(self):
+        train, test = source_lines(400, 50)
+        assert len(train) == 400
+        assert len(test) == 50
+        x, y = train.tensors
+        for line, tags in zip(x, y, strict=True):
+            text = "".join(chr(int(c) + 31) if c else " " for c in line)
+            if text.lstrip().startswith("#"):
+                assert set(tags[tags != IGNORED].tolist()) == {TAGS.index("comment")}
+            if text.lstrip().startswith("return "):
+                start = text.index("return")
+                word = set(tags[start : start + 6].tolist())
+                assert word in ({TAGS.index("keyword")}, {TAGS.index("string")})  # the last in a docstring
+            assert (tags[line == 1] != TAGS.index("name")).all()  # a space is no name
+
+    def test_strokes_of_a_canvas_have_its_digit(self, tasks):
+        x, y = tasks["segmentation"].train.tensors
+        counted = y != IGNORED
+        assert (counted.flatten(1).sum(1) > 0).all()
+        assert (x[:, 0][counted] > 0.3).all()
+        assert all(len(set(row[row != IGNORED].tolist())) == 1 for row in y)
+
+
+class TestTheLossOfATask:
+    def test_objectives_are_those_of_torch(self):
+        z, y = torch.randn(5, 3), torch.rand(5, 3).round()
+        torch.testing.assert_close(
+            objective(MSE(), z, y), F.mse_loss(z, y, reduction="none").sum(1).mean() / 2
+        )
+        wanted = F.binary_cross_entropy_with_logits(z, y, reduction="none").sum(1).mean()
+        torch.testing.assert_close(objective(BinaryCrossEntropy(), z, y), wanted)
+        classes = torch.tensor([0, 1, 2, 1, 0])
+        assert torch.equal(objective(None, z, classes), F.cross_entropy(z, classes))
+        together = SummedPositions(position=CrossEntropy(), n_positions=4, n_outputs=3)
+        z, y = torch.randn(5, 4, 3), torch.randint(3, (5, 4))
+        y[0, 1:] = IGNORED
+        wanted = F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="sum", ignore_index=IGNORED) / 20
+        torch.testing.assert_close(objective(together, together.logits(z), y), wanted)
+
+    def test_responses_are_the_first_of_the_loss(self):
+        z, y = torch.randn(2, 3, 5, 4).double(), torch.rand(5, 4).round().double()
+        found = responses(BinaryCrossEntropy(), z, y)
+        torch.testing.assert_close(torch.from_numpy(found), ((2 * y - 1) * z).sum(-1))
+        assert responses(MSE(), z, y).shape == (2, 3, 5)
+
+    def test_a_run_with_another_loss_has_another_name(self):
+        x, y = torch.randn(20, 10), torch.rand(20, 1).round()
+        data = TensorDataset(x, y)
+        build = load_task("diabetes", preset="smoke").build_model
+        names = {
+            Fingerprints(Task("t", data, data, build, SHORT, loss=loss)).of(0, None, "")
+            for loss in (MSE(), BinaryCrossEntropy())
+        }
+        assert len(names) == 2
+
+    def test_the_mean_residual_is_that_of_the_loss(self):
+        task = load_task("diabetes", preset="smoke")
+        model = task.build_model()
+        x, y = task.train.tensors
+        with torch.no_grad():
+            wanted = (y - model(x)).abs().mean()
+        assert mean_residual(model, x, y, task.loss) == pytest.approx(float(wanted), rel=1e-5)
