@@ -1,4 +1,4 @@
-"""Reading of features: rows of each layer for one batch, or for a whole training set in one pass."""
+"""Features of one batch, or of a whole training set in one pass."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def read_batch(
 
     Args:
         model: The network.
-        taps: Where features are read.
-        batch: On its device.
-        as_logits: Logits from the outputs for a batch.
-        projection: Of the features.
+        taps: Places that are read.
+        batch: On the working device.
+        as_logits: `f(outputs, batch) -> logits`.
+        projection: Of the features; None for none.
 
     Returns:
-        `(n, n_features)`; `(n, n_classes)`, at least float32; the outputs as they came.
+        Features `(n, n_features)`; logits `(n, n_classes)`, at least float32; raw outputs.
     """
     with recording(model, taps) as run:
         outputs, rows = run(batch)
@@ -50,14 +50,14 @@ def read_training_set(
     compute: Callable[[Any, ExampleBatch], Computed],
     expected: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Features, logits and labels of a whole training set, written where they stay.
+    """Features, logits and labels of a whole training set, written in place if its length is known.
 
     Args:
         model: The network.
         taps: Where features are read.
         batches: The training set in order.
-        compute: Rows of each tap, logits and labels of one batch, given what `recording` yields.
-        expected: Number of examples; None if it is not known.
+        compute: `f(run, batch) -> (rows of each tap, logits, labels)`, with `run` from `recording`.
+        expected: Number of examples; None if unknown.
     """
     width = sum(tap.width for tap in taps)
     features: Tensor | None = None
