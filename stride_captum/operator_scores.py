@@ -148,7 +148,7 @@ class OperatorScores(TrainingFeatures):
         return torch.stack(known).sum(0) if len(known) == len(parts) else self.self_influence()
 
     def _judged_out_of_sample(self) -> Tensor | None:
-        """`mislabel_scores` by models that have not seen the example; None if an example has no such model."""
+        """`mislabel_scores` by models that have not seen the example; None if some example has none."""
         total: Tensor | None = None
         counts: Tensor | None = None
         for checkpoint, state, _ in self._fitted():
