@@ -51,12 +51,12 @@ class ResidualLoss(nn.Module):
 
 
 def keep_weights(model: nn.Module, checkpoint: Any) -> float:
-    """For Captum's `checkpoints_load_func`: the model has its weights already; the learning rate is 1."""
+    """`checkpoints_load_func` for Captum that keeps the weights of the model; learning rate 1."""
     return 1.0
 
 
 class NoIndex(NearestNeighbors):  # type: ignore[misc]
-    """For `TracInCPFastRandProj(nearest_neighbors=)`: no search index, since top-k comes from here."""
+    """Null search index for `TracInCPFastRandProj(nearest_neighbors=)`; top-k is computed here."""
 
     def setup(self, data: Tensor) -> None:
         """Index nothing."""
@@ -67,19 +67,19 @@ class NoIndex(NearestNeighbors):  # type: ignore[misc]
 
 
 def parts_by_position(batch: ExampleBatch) -> list[Any]:
-    """The parts of the inputs that have one row for each example, in an order that all batches share."""
+    """Inputs with one row per example, in the same order for all batches."""
     return [part for _, part in _ordered(batch)]
 
 
 def outputs_by_position(template: ExampleBatch, model: Callable[..., Any], parts: Sequence[Any]) -> Tensor:
-    """Outputs of a model for parts by position; all else is as in a batch of the same source."""
+    """Outputs of a model for parts by position; other parts are those of a batch of the same source."""
     places = _ordered(template)
     given = {path: _like(kind, part) for (path, kind), part in zip(places, parts, strict=True)}
     return template.copied().with_parts(given).outputs_of_these(model)
 
 
 def _like(kind: Any, part: Any) -> Any:
-    """A copy of a part that a loader has put together, in the form that the data set gives it."""
+    """Copy of a collated part, in the form in which the data set gives it."""
     if isinstance(kind, list | tuple):
         return type(kind)(part.tolist() if isinstance(part, Tensor) else part)
     if not isinstance(part, Tensor):
@@ -94,7 +94,7 @@ def _ordered(batch: ExampleBatch) -> list[tuple[Any, Any]]:
 
 
 class Examples(IterableDataset[Any]):
-    """The training examples of a fitted method one by one, as Captum's loaders read them.
+    """Training examples of a fitted method, one by one, for Captum's loaders.
 
     They are on the method's device, the inputs by position.
 
@@ -118,7 +118,7 @@ class Examples(IterableDataset[Any]):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without Captum's advice on reductions, memory, progress bars and inputs without gradients."""
+    """Context manager that silences Captum's warnings about reductions, memory, bars and gradients."""
     with process_wide, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
@@ -132,7 +132,7 @@ def traceless() -> Iterator[None]:
 
 
 def check_losses(captum: Any, loss: Loss) -> None:
-    """Refuse an object that is to answer every response and cannot.
+    """Refuse an object that does not support every response.
 
     Raises:
         ValueError: Other losses than `ResidualLoss`, or of another loss, or weights that Captum loads itself.
@@ -156,7 +156,7 @@ def check_losses(captum: Any, loss: Loss) -> None:
 
 
 def check_parts(captum: Any, parts: Sequence[Any]) -> None:
-    """Refuse inputs that are no tensors for an object that copies them.
+    """Refuse inputs that are not tensors for an object that copies them.
 
     Raises:
         ValueError: It does.
@@ -182,7 +182,7 @@ def squared_norms(captum: Any, batch: tuple[Any, ...]) -> Tensor:
 
 
 def mend_similarity(captum: Any, n_train: int) -> None:
-    """Make a `SimilarityInfluence` give all columns.
+    """Patch a `SimilarityInfluence` to return all columns.
 
     With one layer it hands its metric a list, on a last batch of another size it fails, and in a folder
     that has been used it reads the activations of another model.
@@ -200,7 +200,7 @@ def mend_similarity(captum: Any, n_train: int) -> None:
 
 
 def similarities(captum: Any, inputs: tuple[Any, ...], n_train: int) -> Tensor:
-    """`(n_test, n_train)` of a `SimilarityInfluence` that has been mended.
+    """Similarities `(n_test, n_train)` of a patched `SimilarityInfluence`.
 
     Raises:
         ValueError: More than one input, of which it would read the first.

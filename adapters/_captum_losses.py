@@ -1,4 +1,4 @@
-"""The two linear losses whose gradients TracIn multiplies, and their data as Captum wants them."""
+"""The two linear losses whose gradients TracIn multiplies, and their data in Captum's format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ._captum import outputs_by_position, parts_by_position
 
 
 class Positional(nn.Module):
-    """A network that takes the parts of a batch by position, as Captum calls it, and gives `(n, n_outputs)`.
+    """Network that takes the parts of a batch by position, as Captum passes them; returns `(n, n_outputs)`.
 
     Args:
         network: The network itself.

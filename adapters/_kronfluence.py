@@ -75,7 +75,7 @@ class Kronfluence:
         vars(self.state).update(device=first.device, num_processes=1, process_index=0, local_process_index=0)
 
     def fit(self, batches: Callable[[int], Iterable[Batch]]) -> Factors:
-        """The factors of a strategy, by kind and layer.
+        """Factors of a strategy, by kind and layer.
 
         Args:
             batches: The training set for the first and the second pass, with "residuals" for the empirical
@@ -105,7 +105,7 @@ class Kronfluence:
         return self._pairwise(factors, query, train)["all_modules"].to(self.state.device)
 
     def scores_by_layer(self, query: Batch, train: Iterable[Batch]) -> list[Tensor]:
-        """The terms of `scores` for each layer, where no factors are needed."""
+        """Terms of `scores` per layer, for strategies without factors."""
         self.score_args.compute_per_module_scores = True
         return list(self._pairwise({}, query, train).values())
 
@@ -131,7 +131,7 @@ class Kronfluence:
         return found["all_modules"].to(self.state.device)
 
     def _pieces(self, batches: Iterable[Batch]) -> Iterable[Batch]:
-        """The batches, or their examples one at a time."""
+        """Batches, or single examples."""
         if not self.alone:
             return batches
         return (
@@ -154,7 +154,7 @@ class Kronfluence:
 
 @contextmanager
 def _cheap_collections() -> Iterator[None]:
-    """Spare the garbage collections of kronfluence, several a call, what was there before the call."""
+    """Context manager that freezes existing objects: kronfluence's garbage collections become fast."""
     ours = gc.get_freeze_count() == 0  # what the caller has frozen stays so
     if ours:
         gc.freeze()
@@ -166,7 +166,7 @@ def _cheap_collections() -> Iterator[None]:
 
 
 def spectra(factors: Factors) -> Iterator[tuple[Tensor, bool]]:
-    """Eigenvalues of F of each layer `(n_out, n_in)`, and whether they belong to a basis of its own."""
+    """Eigenvalues of F of each layer, `(n_out, n_in)`, and whether the layer has an eigenbasis."""
     for layer, total in factors.get("lambda_matrix", {}).items():
         seen = factors["num_lambda_processed"][layer]
         yield total.double() / seen, "activation_eigenvectors" in factors
@@ -177,7 +177,7 @@ def spectra(factors: Factors) -> Iterator[tuple[Tensor, bool]]:
 
 
 class LinearLosses:
-    """What kronfluence calls a task: `-<logits, r>` in training and `-<logits, g>` as measurement.
+    """kronfluence `Task`: loss `-<logits, r>` in training, `-<logits, g>` as measurement.
 
     With `sample=True` r is that of a label that the model draws (`Loss.drawn_residuals`), times the root of
     the weight of the example.
@@ -216,7 +216,7 @@ class LinearLosses:
         return self.layers
 
     def get_attention_mask(self, batch: Batch) -> None:
-        """None: padding is the model's own affair."""
+        """None: the model handles padding."""
 
 
 def _minus_product(logits: Tensor, vectors: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ def _minus_product(logits: Tensor, vectors: Tensor) -> Tensor:
 
 
 class Batches:
-    """What kronfluence reads instead of a DataLoader; of a stream, the length only feeds bars not shown."""
+    """Batches that kronfluence reads instead of a DataLoader; the length of a stream is arbitrary."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self.batches, self.dataset = batches, self

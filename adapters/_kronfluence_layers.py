@@ -1,4 +1,4 @@
-"""Layers that kronfluence can track, and how the rows that they see follow the examples.
+"""Layers that kronfluence can track, and how their rows are grouped by example.
 
 kronfluence takes the first dimension of what a layer sees for the examples. Where it is not, a wrapper shows
 its rows to a Linear layer as `(n, k, n_in)`:
@@ -26,7 +26,7 @@ _REMEDY = "Leave it out with `layers`."
 
 
 class Grouped(nn.Module):
-    """A Linear layer that sees the rows of each example together, `(n, k, n_in)`.
+    """Linear layer whose rows are grouped by example, `(n, k, n_in)`.
 
     Args:
         layer: What it stands for.
@@ -52,7 +52,7 @@ class Grouped(nn.Module):
 
 
 def group_rows(root: nn.Module, names: Sequence[str]) -> tuple[list[Grouped], list[str]]:
-    """Put `Grouped` around the Linear layers among some names; the wrappers, and the names after that."""
+    """Wrap the named Linear layers in `Grouped`; returns the wrappers and the new names."""
     groups, inside = {}, []
     for name in names:
         layer = root.get_submodule(name)
@@ -65,7 +65,7 @@ def group_rows(root: nn.Module, names: Sequence[str]) -> tuple[list[Grouped], li
 
 
 def replace_modules(root: nn.Module, others: Mapping[nn.Module, nn.Module]) -> None:
-    """Put other modules in the place of some, under every name that they have."""
+    """Replace modules, under every name that they have."""
     for parent in list(root.modules()):
         if parent not in others.values():
             for name, child in parent._modules.items():

@@ -1,4 +1,4 @@
-"""Any object of `captum.influence` behind the interface of all methods.
+"""Wrapper of any `captum.influence` object in the interface of all methods.
 
     CaptumInfluence(model, train_dataset, build=lambda model, train: TracInCPFastRandProj(
         model, model.fc3, train, [""], keep_weights, ResidualLoss("sum"), 256, nearest_neighbors=NoIndex()))
@@ -78,7 +78,7 @@ class CaptumTest:
 
 
 class CaptumInfluence(GradientMethod):
-    """An object of `captum.influence` with the interface, the sign and the shapes of all methods.
+    """A `captum.influence` object with the interface, sign and shapes of all methods.
 
     Args:
         model: As for every method.
@@ -153,7 +153,7 @@ class CaptumInfluence(GradientMethod):
         return captum
 
     def _network(self, model: nn.Module) -> nn.Module:
-        """A copy that takes tensors by position and gives a tensor; Captum may do with it what it likes."""
+        """Copy that takes and returns tensors, which Captum may modify freely."""
         network = independent_copy(model)
         check_copy(model, network, self._probe)
         for parameter in network.parameters():
@@ -168,7 +168,7 @@ class CaptumInfluence(GradientMethod):
         return network
 
     def holds_all_columns(self) -> bool:
-        """Yes: an object of Captum gives all columns."""
+        """True: Captum computes all columns."""
         return True
 
     @override

@@ -1,4 +1,4 @@
-"""Controls that belong in every table: scores that know nothing but, at most, the labels."""
+"""Controls for every table: random scores, with or without the labels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CHUNK = 1024
 @saved_as("random")
 @dataclass
 class RandomState:
-    """What a control keeps.
+    """State of a control.
 
     Attributes:
         labels: Training labels as they came; `(n_train,)` int64 of classes.
@@ -41,7 +41,7 @@ class RandomState:
 
 @dataclass
 class RandomTest:
-    """What a control keeps of a batch of test points.
+    """Test points of a control.
 
     Attributes:
         keys: One per test point, from the bits of its inputs.
@@ -74,7 +74,7 @@ class Random(InfluenceMethod):
     fits_in_one_pass = True
 
     def _check_model(self, model: nn.Module) -> None:
-        """Nothing: `fit` reads labels alone."""
+        """Skip the check: `fit` reads only labels."""
 
     def __init__(self, model: nn.Module, train_dataset: Any, *, seed: int = 0, **options: Any) -> None:
         super().__init__(model, train_dataset, **options)
@@ -149,7 +149,7 @@ class ClassRandom(Random):
 
 
 def input_keys(batch: ExampleBatch) -> list[int]:
-    """A number for each example that its inputs alone decide: batches and their order do not matter."""
+    """Number per example that depends only on its inputs, not on batches or order."""
     batch = batch.to(torch.device("cpu"))  # at once, not row by row
     digests = [hashlib.sha256() for _ in range(len(batch))]
     for _, part in sorted(batch.example_parts(), key=lambda found: str(found[0])):
@@ -162,7 +162,7 @@ def input_keys(batch: ExampleBatch) -> list[int]:
 
 
 def _noise(seed: int, key: int, columns: slice) -> Tensor:
-    """The standard normal scores of one test point for some columns, a chunk of columns at a time."""
+    """Standard normal scores of one test point for some columns, chunk by chunk."""
     first, last = columns.start // _CHUNK, (columns.stop - 1) // _CHUNK
     chunks = [
         np.random.default_rng([seed, key, chunk]).standard_normal(_CHUNK, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Label-noise detectors that need no influence: how suspect each training label is.
+"""Label-noise detectors that need no influence.
 
 All have `mislabel_scores() -> (n_train,)`, high for a suspect label, as every `InfluenceMethod` has, and
 take `(model, train_dataset, *, layers, batch_size)`.
@@ -35,7 +35,7 @@ QUALITIES = ("self_confidence", "normalized_margin", "confidence_weighted_entrop
 
 
 class LabelNoiseDetector(ABC):
-    """Gives every training label a score that is high where the label is suspect.
+    """Base class: a score for each training label, high if the label is suspect.
 
     Args:
         model: A trained classifier; it is evaluated in eval mode and left as it was.

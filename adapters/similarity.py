@@ -33,7 +33,7 @@ class SimilarityState:
 
 @dataclass
 class SimilarityQuery:
-    """What is kept of a batch of test points.
+    """A batch of test points.
 
     Attributes:
         features: `(n_test, n_features)`, each row of norm 1.
@@ -112,7 +112,7 @@ class Similarity(InfluenceMethod):
 
 
 def check_classes(method: InfluenceMethod, state: SimilarityState) -> SimilarityState:
-    """Refuse labels that are no class indices for a method that compares classes.
+    """Refuse labels that are not class indices for a method that compares classes.
 
     Raises:
         ValueError: Distributions over classes.

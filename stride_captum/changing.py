@@ -1,4 +1,4 @@
-"""Training examples that come, go or change, without a pass over the others."""
+"""Incremental updates of `STRIDE`: training examples added, removed or changed."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ Self = TypeVar("Self", bound="ChangingTrainingSet")
 
 
 class ChangingTrainingSet(OperatorScores):
-    """The part of `STRIDE` that takes in a change of the training set; its operators must be `changeable`."""
+    """The part of `STRIDE` that updates the training set; its operators must be `changeable`."""
 
     def add_examples(self: Self, examples: Any) -> Self:
-        """Add training examples behind those that were fitted, without reading those again.
+        """Append training examples, without reading the others again.
 
-        The result is that of a fit of the longer training set, up to rounding. The method holds its
-        features in memory from then on; the store stays as it is. The features must be those of
-        the same model: if training has gone on, fit again.
+        The result equals a fit of the longer training set, up to rounding. From then on the method holds its
+        features in memory; the store is not changed. The model must be the fitted one: if it has been trained
+        further, fit again.
 
         Args:
             examples: Dataset, DataLoader or tensors `(inputs..., labels)`.
 
         Returns:
-            The method itself; fitted first, if it was not.
+            The method itself, fitted if it was not.
 
         Raises:
             ValueError: Trained operators, or a model that has changed since `fit`.
-            TypeError: Examples of another kind, or without a length.
+            TypeError: Examples of another type, or without a length.
         """
         examples = new_examples(examples)
         if isinstance(self.batch.sample_weight, Tensor):
@@ -64,11 +64,11 @@ class ChangingTrainingSet(OperatorScores):
             indices: Places in the training set, each once; not all of them.
 
         Returns:
-            The method itself; fitted first, if it was not.
+            The method itself, fitted if it was not.
 
         Raises:
             ValueError: Trained operators, a model that has changed since `fit`, or wrong indices.
-            TypeError: Indices that are no integers.
+            TypeError: Indices are not integers.
         """
         if self._states is None:
             self.fit()
@@ -81,7 +81,7 @@ class ChangingTrainingSet(OperatorScores):
         )
 
     def _read_again(self: Self, rows: Tensor) -> Self:
-        """Take in training examples that have changed in `train_dataset`, at their places."""
+        """Update the training examples at these places, which have changed in `train_dataset`."""
         if data.count_examples(self.train_dataset) is None:
             must = "have a length, and examples that can be read one by one, for changed='update'"
             raise bad_value("train_dataset", must, type(self.train_dataset).__name__, "Fit again.")
@@ -102,19 +102,19 @@ class ChangingTrainingSet(OperatorScores):
     def _read_as_fitted(
         self, state: STRIDEState, model: nn.Module
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Features as the operators have them, logits, labels and weights."""
+        """Features (projected as fitted), logits, labels and weights."""
         read = self._read(model, state.taps, False)
         features = read.features if state.projection is None else state.projection(read.features)
         return features, read.logits, read.labels, read.weights
 
     def _digests_read(self) -> Digests:
-        """Of the examples that `_read_as_fitted` has read."""
+        """Digests of the examples that `_read_as_fitted` has read."""
         digests = self._training_passes().digests
         assert digests is not None, "a pass is done"
         return digests
 
     def _check_changeable(self) -> None:
-        """Refuse operators that cannot take in a change.
+        """Refuse operators that cannot be updated.
 
         Raises:
             ValueError: Trained operators, or principal directions, which depend on all examples.
@@ -133,7 +133,7 @@ class ChangingTrainingSet(OperatorScores):
         digests: Callable[[Digests], Digests],
         batch: Batch | None = None,
     ) -> Self:
-        """Fit the changed training set from what is known; nothing is changed if that fails."""
+        """Fit the changed training set incrementally; the method is unchanged if that fails."""
         self._check_changeable()
         if self._states is None:
             self.fit()
@@ -161,7 +161,7 @@ class ChangingTrainingSet(OperatorScores):
 
 
 def rows_to_keep(indices: Any, n_train: int) -> Tensor:
-    """The rows that stay when `indices` are removed, `(n_kept,)` int64.
+    """Rows that remain if `indices` are removed, `(n_kept,)` int64.
 
     Raises:
         TypeError: Not places in the training set (`places`).

@@ -1,4 +1,4 @@
-"""Scores that operators give: fit at a checkpoint, queries, norms, self-influence and suspect labels."""
+"""Scores of `STRIDE` from its operators: fit, queries, norms, self-influence, suspect labels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .training_features import TrainingFeatures
 
 
 class OperatorScores(TrainingFeatures):
-    """The part of `STRIDE` that fits operators to features, and asks them for scores."""
+    """The part of `STRIDE` that fits operators and delegates scores to them."""
 
     @override
     def fit_checkpoint(self, model: nn.Module, show_progress: bool) -> STRIDEState:
@@ -38,7 +38,7 @@ class OperatorScores(TrainingFeatures):
     def _training_set(
         self, model: nn.Module, taps: Sequence[Tap], read: Precomputed, **more: Any
     ) -> TrainingSet:
-        """What operators are fitted to."""
+        """Input of `Operators.fit`."""
         return TrainingSet(
             **vars(read),
             model=model,
@@ -54,13 +54,13 @@ class OperatorScores(TrainingFeatures):
         )
 
     def _learned(self, state: STRIDEState) -> STRIDEState:
-        """Set what is known of the training set once operators are fitted."""
+        """Set the fitted attributes of the training set."""
         self.n_train_ = state.operators.n_train
         self.coverage_ = state.operators.coverage()
         return state
 
     def holds_all_columns(self) -> bool:
-        """As the operators say: the Lasso gives all columns at once."""
+        """Whether the operators compute all columns at once, as the Lasso does."""
         return self.operators.all_columns
 
     @override
@@ -68,7 +68,7 @@ class OperatorScores(TrainingFeatures):
         return state.operators.prepare(self._points(state, model, batch, query))
 
     def _points(self, state: STRIDEState, model: nn.Module, batch: Any, query: Query) -> TestPoints:
-        """What operators need to know of test points."""
+        """Test points as operators take them."""
         rows = self._read_batch(model, state.taps, batch)
         features = rows.side_by_side if state.projection is None else state.projection(rows.side_by_side)
         response = self.loss.response_of(rows.outputs, query.response)
@@ -131,19 +131,19 @@ class OperatorScores(TrainingFeatures):
     def mislabel_scores(self, per_label: bool = False) -> Tensor:
         """How suspect each training label is, `(n_train,)`: high means suspect.
 
-        With closed-form operators this is the norm of the leave-one-out residual of a ridge head on
-        the features: how far the label is from what the other examples say. With trained operators it
-        is the self-influence.
+        With closed-form operators this is the norm of the leave-one-out residual of a ridge head on the
+        features: the distance of the label from its prediction by the other examples. With trained operators
+        it is the self-influence.
 
-        If each example is one that some of the checkpoints have not seen (`Checkpoint(seen=...)`, as of
-        `retrain`), these judge it: the mean over them of `|e_y - p|`.
+        If every example is unseen by some of the checkpoints (`Checkpoint(seen=...)`, as from `retrain`), it
+        is the mean of `|e_y - p|` over those checkpoints.
 
         Args:
-            per_label: Whether to return the residual of each output without its sign, `(n_train, n_outputs)`:
-                which of several labels is suspect.
+            per_label: Whether to return the absolute residual of each output, `(n_train, n_outputs)`, which
+                tells which of several labels is suspect.
 
         Raises:
-            ValueError: `per_label` with operators that do not know it.
+            ValueError: `per_label` with operators that do not support it.
         """
         if self._states is None:
             self.fit()
@@ -162,7 +162,7 @@ class OperatorScores(TrainingFeatures):
         return torch.stack(known).sum(0) if len(known) == len(parts) else self.self_influence()
 
     def _judged_out_of_sample(self) -> Tensor | None:
-        """`mislabel_scores` from models that have not seen the example; None if there are none for some."""
+        """`mislabel_scores` by models that have not seen the example; None if some example has none."""
         total: Tensor | None = None
         counts: Tensor | None = None
         for checkpoint, state, _ in self._fitted():

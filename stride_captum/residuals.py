@@ -1,7 +1,7 @@
-"""What stands for `e_y - p` of a training example, the loss gradient's side of every score.
+"""Residuals r_i of training examples: estimates of `e_y - p`, minus the gradient of the loss.
 
-A trained model has seen its training examples: its own residuals are too small, and smallest where
-they matter. The options take them back out of the sample.
+A trained model has seen its training examples, so its own residuals are too small, most of all for
+influential examples. The options estimate out-of-sample residuals.
 
     training       e_y - softmax(z)
     temperature    e_y - softmax(z / T)
@@ -47,18 +47,18 @@ def tempered_residuals(logits: Tensor, labels: Tensor, temperature: float = 1.0)
         temperature: T; 1 gives the training residuals.
     """
     label, z = labels[:, None], logits if logits.dtype == torch.float64 else logits.float()
-    # Divided by T before the largest is taken off, logits that are all large would be rounded too coarsely.
+    # The maximum is subtracted before the division by T, because large logits would lose digits otherwise.
     others = (z - z.amax(1, keepdim=True)).div_(temperature).exp_()
     own = others.gather(1, label)
     rest = others.scatter_(1, label, 0.0).sum(1, keepdim=True)
-    # 1 - p_y of a confident model would be a rounding error: it is the sum of the other classes.
+    # 1 - p_y cancels for a confident model, so it is computed as the sum over the other classes.
     return others.div_(-(rest + own)).scatter_(1, label, rest / (rest + own)).to(logits)
 
 
 def one_hot(labels: Tensor, like: Tensor) -> Tensor:
     """e_y of each label, in the width and dtype of `like` `(n, n_classes)`."""
     zeros = like.new_zeros(len(labels), like.shape[1])
-    return zeros.scatter_(1, labels[:, None], 1)  # F.one_hot would make integers first
+    return zeros.scatter_(1, labels[:, None], 1)  # F.one_hot would allocate integers first
 
 
 def leave_one_out_residuals(predictions: Tensor, slack: Tensor, labels: Tensor) -> Tensor:
@@ -92,10 +92,10 @@ def choose_residuals(
     Args:
         kind: "training", "temperature", "leave-one-out" or "both".
         logits: `(n, n_classes)`.
-        labels: `(n,)` int64, or what `residuals_of` takes.
+        labels: `(n,)` int64, or as `residuals_of` accepts.
         predictions: q of the ridge head, on the simplex, `(n, n_classes)`.
         temperature: T.
-        ratio: Factor of the ridge part of "both"; None gives it the norm of the other part.
+        ratio: Factor of the ridge part of "both"; None scales it to the norm of the other part.
         residuals_of: `f(logits, labels, T)`, the residuals of another loss.
         encoded: `f(labels, logits)`, what its ridge head is fitted to, `(n, n_classes)`.
 
@@ -114,7 +114,7 @@ def choose_residuals(
 
 
 def ratio_of_norms(above: float, below: float) -> float:
-    """The square root of a quotient of squared norms; 1 where there is nothing below.
+    """Square root of a quotient of squared norms; 1 if the denominator is 0.
 
     >>> ratio_of_norms(9.0, 4.0), ratio_of_norms(9.0, 0.0)
     (1.5, 1.0)
@@ -132,7 +132,7 @@ def project_on_simplex(points: Tensor) -> Tensor:
 
 
 def simplex_shift(points: Tensor) -> Tensor:
-    """What `project_on_simplex` takes off every entry of a row before it cuts at 0, `(..., 1)`."""
+    """Threshold that `project_on_simplex` subtracts from every entry of a row before clamping, `(..., 1)`."""
     ordered = points.sort(-1, descending=True).values
     ranks = torch.arange(1, points.shape[-1] + 1, dtype=points.dtype, device=points.device)
     excess = ordered.cumsum(-1) - 1
@@ -158,7 +158,7 @@ def residual_sums(
 
     Args:
         logits: `(n, n_classes)`.
-        labels: `(n,)` int64, or what `each` takes.
+        labels: `(n,)` int64, or as `each` accepts.
         temperature: T.
         each: `f(logits, labels, T)`, the same of each row for another loss, `(n,)`.
         weights: omega of each row, `(n,)`; None for 1.
@@ -191,8 +191,8 @@ def match_temperature(
     """The temperature at which the mean residual of the training set is that of held-out data.
 
     The mean residual of a model that fits its training set grows with T; T is found by bisection in
-    log T to 1e-4 and clipped to `[low, high]`. By default T is at least 1: residuals are there to be
-    made larger, and held-out data with cleaner labels than the training set would ask for T near 0.
+    log T to 1e-4 and clipped to `[low, high]`. By default T is at least 1: the aim is to enlarge
+    residuals, and held-out data with cleaner labels than the training set would give T near 0.
 
     Args:
         mean_at: Mean residual of the training set at a temperature (`mean_residual`).

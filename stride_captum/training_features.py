@@ -1,4 +1,4 @@
-"""Features of a training set: read in one pass, taken from a store, or given; and their projection."""
+"""Features of the training set for `STRIDE`: from one pass, a store, or the user; and their projection."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TrainingFeatures(InfluenceMethod):
     _changed: bool
 
     def _training_features(self, model: nn.Module, show_progress: bool) -> tuple[list[Tap], Precomputed]:
-        """Taps, and features, logits and labels: given, stored or read."""
+        """Taps, and features, logits and labels: precomputed, from the store, or read."""
         if self._precomputed is not None:
             return self._choose_taps(model), self._precomputed
         if self.feature_store is None:
@@ -78,7 +78,7 @@ class TrainingFeatures(InfluenceMethod):
 
     @staticmethod
     def _weighed(batches: Iterable[ExampleBatch], weights: list[Tensor | None]) -> Iterator[ExampleBatch]:
-        """The batches, whose sample weights join a list."""
+        """Yield the batches, and collect their sample weights in a list."""
         for batch in batches:
             weights.append(batch.weights)
             yield batch
@@ -121,7 +121,7 @@ class TrainingFeatures(InfluenceMethod):
         return rows
 
     def _check_model(self, model: nn.Module) -> None:
-        """Nothing: the model is checked where layers are chosen, which a filled store has done."""
+        """Skip the check here: it runs when layers are chosen, and not again with a filled store."""
 
     def _choose_taps(self, model: nn.Module) -> list[Tap]:
         few = self._first_train_batch()
@@ -142,23 +142,23 @@ class TrainingFeatures(InfluenceMethod):
     # Features in a store, and files.
 
     def _store(self, index: int, weights: str) -> tuple[FeatureStore, dict[str, Any]]:
-        """The store of a checkpoint with these weights, and its key."""
+        """Store of the checkpoint with these weights, and its key."""
         assert self.feature_store is not None
         asked = f"{self.features.select}, at most {self.features.max_width}"
         layers = asked if self.layers is None else ", ".join(map(str, self.layers))
         key = self.feature_store.key(weights, self.model, self.train_dataset, layers)
         outputs = getattr(self.loss, "outputs", None) or "logits"
-        if (self.loss.name, outputs) != ("cross_entropy", "logits"):  # which older stores do not name
+        if (self.loss.name, outputs) != ("cross_entropy", "logits"):  # older stores do not have the key
             key["loss"] = f"{self.loss.name}, {outputs}"
         store = self.feature_store if self.checkpoints is None else self.feature_store.for_checkpoint(index)
         return store, key
 
     def _placed(self, stored: Tensor) -> Tensor:
-        """Stored features or logits as the operators read them: mapped if they stream, else in memory."""
+        """Stored array as the operators read it: memory-mapped if they stream, else in memory."""
         return stored if self.operators.streams else stored.to(self._work_device(), torch.float32)
 
     def _features_are_stored(self) -> bool:
-        """Whether the features that the operators read are those of the store, as they are."""
+        """Whether the operators read the features of the store unchanged."""
         stored = self.feature_store is not None and not self._changed
         return stored and self.operators.streams and not self.features.projection
 
@@ -170,14 +170,14 @@ class TrainingFeatures(InfluenceMethod):
         return settings
 
     def _states_to_save(self) -> list[Any]:
-        """Features that are in a store stay there."""
+        """States without features that are in a store."""
         states = super()._states_to_save()
         if not self._features_are_stored():
             return states
         return [replace(s, operators=s.operators.without_features()) for s in states]
 
     def _loaded_states(self, states: list[Any], fingerprints: list[str]) -> list[Any]:
-        """Put the stored features back in their place."""
+        """States with the features of the store again."""
         if not self._features_are_stored():
             return states
         for index, (state, weights) in enumerate(zip(states, fingerprints, strict=True)):
@@ -186,6 +186,6 @@ class TrainingFeatures(InfluenceMethod):
                 stored = store.open(key)
                 placed = self._placed(stored.features), self._placed(stored.logits)
                 state.operators = state.operators.with_features(*placed)
-            else:  # saved after examples had come or gone
+            else:  # saved after an incremental update
                 self._changed = True
         return states

@@ -1,4 +1,4 @@
-"""What a model must keep so that per-example gradients mean what they say, looked at on a few examples."""
+"""Checks, on a few examples, that per-example gradients of a model are valid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROBE = 3
 
 
 def probe_of(batch: ExampleBatch) -> ExampleBatch:
-    """A few examples of a batch; the same again where it has fewer.
+    """A few examples of a batch, repeated if it has fewer.
 
     Raises:
         ValueError: It has none.
@@ -27,7 +27,7 @@ def probe_of(batch: ExampleBatch) -> ExampleBatch:
 
 
 def check_layers(model: nn.Module) -> None:
-    """Refuse quantized layers, which pass no gradient on.
+    """Refuse quantized layers, which do not propagate gradients.
 
     Raises:
         ValueError: The model has some.
@@ -98,7 +98,7 @@ def _logits_alone(model: nn.Module, probe: ExampleBatch) -> Tensor:
 
 
 def _check_dependence(model: nn.Module, names: Iterable[str], probe: ExampleBatch) -> None:
-    """Refuse logits without a gradient, of which every score would be 0."""
+    """Refuse logits without a gradient, whose scores would all be 0."""
     named = dict(model.named_parameters())
     chosen = {name: named[name] for name in names}
     with torch.enable_grad(), requiring_gradients(chosen.values()) as parameters:
@@ -131,7 +131,7 @@ def _gradients(logits: Tensor, parameters: list[Tensor]) -> tuple[Tensor | None,
 
 
 def _check_backward(model: nn.Module, found: dict[str, Tensor | None], probe: ExampleBatch) -> None:
-    """Refuse parameters that `backward` gives a gradient and `torch.autograd.grad` does not."""
+    """Refuse parameters that get a gradient from `backward` but not from `torch.autograd.grad`."""
     logits = probe.logits(model)
     try:
         if logits.requires_grad:
@@ -149,7 +149,7 @@ def _check_backward(model: nn.Module, found: dict[str, Tensor | None], probe: Ex
 
 
 def check_gradients(sides: Tensor, start: int) -> None:
-    """Refuse training examples whose gradients would spoil every score, or a column of them.
+    """Refuse training examples whose gradients are not finite.
 
     Args:
         sides: Gradients of some training examples, `(n, ...)`.

@@ -14,7 +14,7 @@ from .per_example import Gradients
 
 
 def random_places(n_parameters: int, n_coordinates: int, seed: int) -> Tensor:
-    """Where each parameter goes, `(n_parameters,)` int32: its coordinate, plus k where its sign is -1.
+    """Coordinate of each parameter, plus k if its sign is -1, `(n_parameters,)` int32.
 
     Where every parameter can have a coordinate of its own, it has, and nothing is lost.
 

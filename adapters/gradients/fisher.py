@@ -1,4 +1,4 @@
-"""What the Fisher information is a mean over: examples, and labels that the model thinks possible.
+"""Samples of which the Fisher information is a mean: examples, and labels drawn from the model.
 
 F = E_x E_c[J_x^T (e_c - p) (e_c - p)^T J_x]     c ~ p, the prediction at x
 """

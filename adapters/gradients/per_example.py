@@ -80,7 +80,7 @@ def example_gradients(
 
 
 class _Logits(nn.Module):
-    """The logits of a batch as a module, of which `functional_call` can replace the parameters."""
+    """Module that returns the logits of a batch, for `functional_call`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ def _stacked(rows: list[Tensor], parameter: Tensor) -> Tensor:
 
 @contextmanager
 def _backward_in_eval(model: nn.Module) -> Iterator[None]:
-    """Recurrent layers of cuDNN have no backward pass in eval mode; those of torch itself do."""
+    """Context manager without cuDNN, whose recurrent layers have no backward pass in eval mode."""
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     if not (recurrent and next(model.parameters()).is_cuda):
         yield
@@ -147,5 +147,5 @@ def _backward_in_eval(model: nn.Module) -> Iterator[None]:
 
 
 def flat(gradients: Gradients) -> Tensor:
-    """All parameters side by side, `(n, n_parameters)`."""
+    """Concatenate the gradients of all parameters, `(n, n_parameters)`."""
     return torch.cat([g.flatten(1) for g in gradients.values()], dim=1)

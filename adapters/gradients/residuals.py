@@ -99,7 +99,7 @@ class WithResiduals(OnWorkingCopy):
         return torch.cat(features), torch.cat(logits), torch.cat(labels)
 
     def _feature_taps(self, model: nn.Module) -> list[Tap]:
-        """Where the ridge head of out-of-sample residuals reads features: what weight layers read.
+        """Taps of the features for the ridge head of out-of-sample residuals.
 
         Raises:
             ValueError: A model in which nothing can be read.

@@ -1,4 +1,4 @@
-"""The least damping at which scores are not made of rounding errors.
+"""Smallest damping at which rounding errors do not dominate the scores.
 
 A kernel in its eigenbasis divides by `eigenvalue + lambda`. The gradients that it is applied to have rounding
 errors of eps times their size, in every direction: where eps times the largest eigenvalue is far above the
@@ -19,12 +19,12 @@ from ...system.devices import as_float64
 
 
 def rounding_of(dtype: torch.dtype) -> float:
-    """How far below the largest eigenvalue the smallest damped one may be, for gradients of a dtype."""
+    """Smallest safe ratio of damped eigenvalues, for gradients of a dtype."""
     return torch.finfo(dtype).eps / 2
 
 
 def least_lambda(spectrum: Tensor, rounding: float) -> float:
-    """The least lambda that is safe, 0 where none is needed.
+    """Smallest safe lambda; 0 if none is needed.
 
     Args:
         spectrum: Eigenvalues, of any shape.
@@ -40,7 +40,7 @@ def least_lambda(spectrum: Tensor, rounding: float) -> float:
 def check_damping(
     damping: float | None, parts: Iterable[tuple[float, float, float]], rounding: float, remedy: str
 ) -> None:
-    """Refuse a damping below what is safe.
+    """Refuse an unsafe damping.
 
     Args:
         damping: As given.

@@ -1,4 +1,4 @@
-"""Hooks, attributes and process-wide settings, undone whatever is raised."""
+"""Context managers that undo hooks, attributes and process-wide settings, also after exceptions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ process_wide = threading.RLock()
 
 @contextmanager
 def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Forward hooks `f(module, args, kwargs, output)` on some modules, as long as the context lasts."""
+    """Context manager with forward hooks `f(module, args, kwargs, output)` on some modules."""
     with ExitStack() as undo:
         for module, hook in hooks:
             undo.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
@@ -26,7 +26,7 @@ def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[No
 
 @contextmanager
 def requiring_gradients(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters that all require a gradient, as long as the context lasts."""
+    """Context manager in which all parameters require a gradient."""
     chosen = list(parameters)
     with ExitStack() as undo:
         for parameter in chosen:
@@ -37,7 +37,7 @@ def requiring_gradients(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def attributes_put_back(model: nn.Module) -> Iterator[None]:
-    """Put back hooks and plain attributes of all modules, and the attributes of their parameters.
+    """Context manager that restores hooks and attributes of modules, and attributes of parameters.
 
     A network that keeps an activation (`self.attention = ...`) would keep a tensor of `torch.func.vmap`,
     which is dead outside; Captum hangs gradients on parameters and, after an exception, leaves hooks.

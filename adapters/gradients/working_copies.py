@@ -1,4 +1,4 @@
-"""A working copy of a model whose own tensors are no good for gradients.
+"""Working copies of models whose own tensors are unsuitable for gradients.
 
 Gradients of half precision have three digits (bfloat16) or four, and products of them fewer: scores were off
 by 10 to 35%. Tensors made under `torch.inference_mode` have no gradients at all, those with hooks may have
@@ -20,10 +20,10 @@ from .traces import hooked
 
 
 def needs_copy(model: nn.Module) -> bool:
-    """Whether gradients of a model's own tensors are no good.
+    """Whether a model's own tensors are unsuitable for gradients.
 
-    They are of half precision, or made under `inference_mode`, or have hooks of the user, which change
-    gradients or, as an optimizer that steps in the backward pass, the weights.
+    They are in half precision, were made under `inference_mode`, or have user hooks, which may change
+    gradients or (an optimizer that steps in the backward pass) the weights.
     """
     tensors = [*model.parameters(), *model.buffers()]
     return any(_is_narrow(t) or t.is_inference() or _has_hooks(t) for t in tensors)
@@ -79,7 +79,7 @@ def independent_copy(model: nn.Module) -> nn.Module:
 
 
 def check_copy(model: nn.Module, copied: nn.Module, batch: ExampleBatch) -> None:
-    """Refuse a copy that goes on calling layers of the original, whose gradients would be missing.
+    """Refuse a copy that still calls layers of the original, whose gradients would be missing.
 
     A function that holds the model (`self.run = lambda x: self.fc(x)`) still holds it when it is copied.
 
@@ -114,7 +114,7 @@ def check_copy(model: nn.Module, copied: nn.Module, batch: ExampleBatch) -> None
 
 
 def widened(values: Tensor) -> Tensor:
-    """Values of half precision in float32, others as they are."""
+    """Cast half precision to float32; others are unchanged."""
     return values.float() if _is_narrow(values) else values
 
 

@@ -1,4 +1,4 @@
-"""Base class of methods that work on a copy of the model where its own tensors are no good for gradients."""
+"""Base class of methods that work on a copy of the model if its own tensors are unsuitable for gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .working_copies import check_copy, needs_copy, wide_copy, widened
 
 
 class OnWorkingCopy(InfluenceMethod):
-    """A method whose model has gradients worth having, in float32 or wider.
+    """A method that takes gradients in float32 or wider, of the model or of a copy.
 
     Args:
         model: As for every method.
@@ -30,7 +30,7 @@ class OnWorkingCopy(InfluenceMethod):
         self._wide_copy: tuple[Any, nn.Module] | None = None
 
     def _model_on_device(self) -> nn.Module:
-        """The model, or a copy in float32 whose tensors have gradients, where its own have none worth it."""
+        """The model, or a float32 copy if its own tensors are unsuitable for gradients."""
         model = super()._model_on_device()
         if not needs_copy(model):
             return model

@@ -1,1 +1,1 @@
-"""Measures: arrays go in, results with intervals come out. No model and no data set is needed."""
+"""Measures: functions from arrays to results with intervals, without models or data sets."""

@@ -105,7 +105,7 @@ class RetrainingPlan:
         engine: str = "processes",
         device: torch.device | str = "cpu",
     ) -> NDArray[np.float32]:
-        """Do the missing runs through joblib and read all of them.
+        """Run what is missing through joblib, and read all results.
 
         Another joblib backend is chosen by `joblib.parallel_config` around the call, for instance dask:
 
@@ -178,7 +178,7 @@ class RetrainingPlan:
     def estimate(
         self, n_jobs: int = -1, *, engine: str = "processes", device: torch.device | str = "cpu"
     ) -> RetrainingEstimate:
-        """What `execute` with the same arguments would do and take; the store is left as it is.
+        """Cost of `execute` with the same arguments; does not change the store.
 
         The seconds are those of one epoch of at most 20 batches, the better of two, times the examples
         and epochs of the missing runs.
@@ -213,7 +213,7 @@ class RetrainingPlan:
         return 1_000_003 * (seed + 1) + (0 if self.common_seeds else k)
 
     def _path(self, k: int, seed: int) -> Path:
-        """Where "processes" keeps a run of the CPU."""
+        """File of a CPU run of the engine "processes"."""
         files = files_of(self, False, torch.device("cpu"))
         return next(file.path for file in files if file.runs == ((k, seed),))
 

@@ -1,4 +1,4 @@
-"""What counts of code: functions, closures, modules and classes; installed code by its version."""
+"""Digests of code: functions, closures, modules, classes; installed code by its version."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CodeParts:
 
     @abstractmethod
     def unstable(self, what: str) -> TypeError:
-        """The error for the part that is being read."""
+        """Error for the part that is being read."""
 
     def code(self, value: CodeType) -> Parts:
         """Bytecode, names and constants."""

@@ -1,4 +1,4 @@
-"""What code refers to: the globals and modules that a function reads, and which code comes with a version."""
+"""References of code: globals and modules that a function reads, and versions of installed modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text files that are whole: results, reports and what a run was asked."""
+"""Atomic writes of text files: results, reports, and arguments of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...system.atomic import atomic_write
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a text file: a reader, or a run that was killed, finds the old content or the new one.
+    """Write a text file atomically.
 
     A link keeps pointing to its file; what is no file (a pipe, a terminal) is written to as it is.
 

@@ -145,11 +145,6 @@ class KroneckerCurvature(Curvature):
     inverse: CenteredMap
     class_side: Tensor
 
-    @property
-    def class_inverse(self) -> Tensor:
-        """Damped inverse of Sigma, or its diagonal."""
-        return self.class_side / self.scale
-
     def class_product(self, left: Tensor, right: Tensor) -> Tensor:
         """The class side of the quadratic form of each row, times s, `(n,)`."""
         return (self._with_classes(left) * right).sum(1)

@@ -1,4 +1,4 @@
-"""Batches of examples: what the model is given, which parts have one row for each example, and the labels."""
+"""Batches of examples: inputs of the model, parts with one row per example, labels and weights."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .reading import LABEL_KEY, Reading, checked_weights, label_tensor
 
 
 class ExampleBatch:
-    """Some examples: what the model is given, and their labels.
+    """A batch of examples: inputs of the model, and labels.
 
     Args:
         content: A tuple, list or dict as the user has it; its tensors are never changed.
         reading: How it is read.
-        columns: The places of the examples in the training set; None for other examples.
-        argument: What errors call the source of the batch.
+        columns: Places of the examples in the training set; None for other examples.
+        argument: Name of the source in errors.
 
     >>> batch = ExampleBatch((torch.ones(3, 2), torch.tensor([0, 1, 0])), Reading())
     >>> len(batch), batch.labels.tolist(), len(batch[1:])
@@ -41,12 +41,12 @@ class ExampleBatch:
 
     @classmethod
     def of(cls, batch: Any) -> ExampleBatch:
-        """A batch that is read by the conventions; one that is an `ExampleBatch` stays as it is."""
+        """Wrap a batch that follows the conventions; an `ExampleBatch` is returned as is."""
         return batch if isinstance(batch, ExampleBatch) else cls(batch, Reading())
 
     @cached_property
     def _label_path(self) -> Path | None:
-        """Where the labels stand; None where there are none."""
+        """Path of the labels; None without labels."""
         key = self.reading.options.label_key
         if key is None:
             key = LABEL_KEY if isinstance(self.content, Mapping) else -1
@@ -55,14 +55,14 @@ class ExampleBatch:
 
     @cached_property
     def _weight_path(self) -> Path | None:
-        """Where weights stand in the batch; None where they do not."""
+        """Path of the weights in the batch; None if they are not in it."""
         key = self.reading.options.sample_weight
         if isinstance(key, bool) or not isinstance(key, str | int):
             return None
         return self._path(key, "sample_weight")
 
     def _path(self, key: Any, argument: str) -> Path | None:
-        """A part at the top of the batch, by its key or place; None if it is not there."""
+        """Path of a top-level part, by key or place; None if it does not exist."""
         if isinstance(self.content, Mapping):
             return (key,) if key in self.content else None
         if not isinstance(key, int):
@@ -72,17 +72,17 @@ class ExampleBatch:
 
     @cached_property
     def labels(self) -> Tensor | None:
-        """The labels as a tensor; None where there are none."""
+        """Labels as a tensor; None without labels."""
         if self._label_path is None:
             return None
         return label_tensor(self.content[self._label_path[0]], self.argument)
 
     @cached_property
     def weights(self) -> Tensor | None:
-        """The weight of each training example, `(n,)` float64; None where all are 1.
+        """Weight of each training example, `(n,)` float64; None if all are 1.
 
         Raises:
-            ValueError: Weights are declared, and there are none, or one is negative or not a number.
+            ValueError: Declared weights are missing, negative or not finite.
         """
         said = self.reading.options.sample_weight
         if said is None:
@@ -125,21 +125,21 @@ class ExampleBatch:
         return self._length
 
     def parts(self) -> Iterator[tuple[Path, Any]]:
-        """All tensors, arrays, texts and other things that are given to the model, with where they stand."""
+        """Inputs of the model (tensors, arrays, texts, ...) with their paths."""
         for path, part in walk(self.content):
             if path[:1] not in (self._label_path, self._weight_path):
                 yield path, part
 
     @property
     def first_tensor(self) -> Tensor | None:
-        """The first tensor that is given to the model."""
+        """First tensor among the inputs of the model."""
         for _, part in self.parts():
             if isinstance(part, Tensor):
                 return part
         return None
 
     def declared(self, path: Path) -> bool | None:
-        """Whether a part has one row for each example, as far as it was said or recognized."""
+        """Whether a part is declared or known to have one row per example; None if unknown."""
         if path[:1] in (self._label_path, self._weight_path):
             return True
         said = self.reading.options.per_example
@@ -149,10 +149,10 @@ class ExampleBatch:
         return False if path in self.reading.shared else None
 
     def has_rows(self, path: Path, part: Any) -> bool:
-        """Whether a part has one row for each example.
+        """Whether a part has one row per example.
 
         Raises:
-            ValueError: That cannot be known.
+            ValueError: It cannot be determined.
         """
         declared, length = self.declared(path), rows_of(part)
         if part is None or declared is False or (declared is None and length is None):
@@ -170,11 +170,11 @@ class ExampleBatch:
         )
 
     def example_parts(self) -> Iterator[tuple[Path, Any]]:
-        """The parts given to the model that have one row for each example."""
+        """Inputs of the model that have one row per example."""
         return ((path, part) for path, part in self.parts() if self.has_rows(path, part))
 
     def can_be_cut(self) -> bool:
-        """Whether it is known of each part how to take some examples of it."""
+        """Whether examples can be selected from every part."""
         try:
             for path, part in walk(self.content):
                 self.has_rows(path, part)
@@ -183,7 +183,7 @@ class ExampleBatch:
         return True
 
     def __getitem__(self, rows: slice | Tensor) -> ExampleBatch:
-        """Some of the examples: a slice, or indices `(n,)` int64."""
+        """Select examples by a slice, or by indices `(n,)` int64."""
 
         def some(path: Path, part: Any) -> Any:
             if not self.has_rows(path, part):
@@ -200,11 +200,11 @@ class ExampleBatch:
         return ExampleBatch(rebuilt(self.content, some), self.reading, columns, self.argument)
 
     def first(self, n: int) -> ExampleBatch:
-        """The first `n` examples; all of them where the batch cannot be cut."""
+        """First `n` examples; all of them if the batch cannot be cut."""
         return self[:n] if len(self) > n and self.can_be_cut() else self
 
     def split(self, size: int) -> Iterator[ExampleBatch]:
-        """Pieces of at most `size` examples; a batch that fits is given as it is."""
+        """Split into pieces of at most `size` examples."""
         if len(self) <= size:
             yield self
             return
@@ -216,35 +216,35 @@ class ExampleBatch:
 
         def move(path: Path, part: Any) -> Any:
             if isinstance(part, Tensor):
-                # Inference tensors do not count the writes to them, which reading activations relies on.
+                # Inference tensors have no version counter, which reading activations relies on.
                 return part.clone().to(device) if part.is_inference() else part.to(device)
             return part.to(device) if callable(getattr(part, "to", None)) else part
 
         return ExampleBatch(rebuilt(self.content, move), self.reading, self.columns, self.argument)
 
     def with_parts(self, parts: Mapping[Path, Any]) -> ExampleBatch:
-        """The batch with other parts in some places."""
+        """Copy of the batch with some parts replaced."""
         content = rebuilt(self.content, lambda path, part: parts.get(path, part))
         return ExampleBatch(content, self.reading, argument=self.argument)
 
     def copied(self) -> ExampleBatch:
-        """A copy whose tensors a model may destroy."""
+        """Copy whose tensors a model may overwrite."""
         return ExampleBatch(
             rebuilt(self.content, lambda path, part: copied(part)), self.reading, self.columns, self.argument
         )
 
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the model is called with: arguments by position and by name."""
+        """Positional and keyword arguments of the model."""
         others = [path[0] for path in (self._label_path, self._weight_path) if path is not None]
         if isinstance(self.content, Mapping):
             return (), {key: value for key, value in self.content.items() if key not in others}
         return tuple(value for i, value in enumerate(self.content) if i not in others), {}
 
     def outputs(self, model: Callable[..., Any]) -> Tensor:
-        """Outputs of the model, `(n, ...)`; it is given copies, so that it may destroy them.
+        """Outputs of the model, `(n, ...)`; it is given copies, which it may overwrite.
 
-        Outputs that carry `.logits` or have the key "logits" (Hugging Face) are unwrapped; a single number,
-        which is what a binary model that squeezes its output makes of one example, becomes `(1,)`.
+        Outputs with `.logits` or the key "logits" (Hugging Face) are unwrapped; a scalar, which a binary
+        model that squeezes its output returns for one example, becomes `(1,)`.
 
         Raises:
             TypeError: The model returns something else.
@@ -252,12 +252,12 @@ class ExampleBatch:
         return self.copied().outputs_of_these(model)
 
     def outputs_of_these(self, model: Callable[..., Any]) -> Tensor:
-        """`outputs`, where the tensors of this very batch are given away."""
+        """`outputs` without copies: the model may overwrite the tensors of this batch."""
         with user_code(model):
             return self.call(model)
 
     def call(self, model: Callable[..., Any]) -> Tensor:
-        """`outputs_of_these` for code that is transformed by `torch.func`."""
+        """`outputs_of_these` for code transformed by `torch.func`."""
         forward = self.reading.options.forward
         if forward is not None:
             outputs = forward(model, self.content)  # type: ignore[arg-type]
@@ -270,7 +270,7 @@ class ExampleBatch:
         """Logits of the model, `(n, n_classes)`.
 
         Raises:
-            ValueError: Outputs that are no logits, or not one row for each example.
+            ValueError: Outputs are not logits, or not one row per example.
         """
         return self.logits_of(self.outputs(model))
 

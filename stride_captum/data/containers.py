@@ -1,4 +1,4 @@
-"""Nested dicts, tuples and lists: their parts, and the same containers with other parts."""
+"""Traversal of nested dicts, tuples and lists."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Where a part stands in a batch: keys and places from the outside to the inside.
+#: Path of a part in a batch: keys and places from the outside to the inside.
 Path = tuple[Any, ...]
 
 
 def _is_container(value: Any) -> bool:
-    """Whether parts stand inside: dicts, named tuples, lists and tuples of anything but texts and numbers.
+    """Whether a value holds parts: a dict, a named tuple, or a list or tuple of more than texts and numbers.
 
-    The default `collate_fn` makes a tuple of texts, which is one part with one item for each example.
+    The default `collate_fn` makes a tuple of texts, which is one part with one item per example.
     """
     if isinstance(value, torch.nn.utils.rnn.PackedSequence):
         return False
@@ -27,7 +27,7 @@ def _is_container(value: Any) -> bool:
 
 
 def walk(content: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """The parts of nested dicts, tuples and lists, with where they stand."""
+    """Parts of nested dicts, tuples and lists, with their paths."""
     if path and not _is_container(content):  # a batch itself always is one
         yield path, content
         return
@@ -36,7 +36,7 @@ def walk(content: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def rebuilt(content: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> Any:
-    """Nested dicts, tuples and lists of the same kinds, with `function(path, part)` for each part."""
+    """Same nested containers, with `function(path, part)` in place of each part."""
     if path and not _is_container(content):
         return function(path, content)
     if isinstance(content, Mapping):
@@ -56,7 +56,7 @@ def rebuilt(content: Any, function: Callable[[Path, Any], Any], path: Path = ())
 
 
 def copied(part: Any) -> Any:
-    """A copy of a part that a model may destroy."""
+    """Copy of a part that a model may overwrite."""
     if isinstance(part, Tensor):
         return part.detach().clone()
     if isinstance(part, np.ndarray | list):
@@ -65,7 +65,7 @@ def copied(part: Any) -> Any:
 
 
 def rows_of(part: Any) -> int | None:
-    """Length of what can be cut into rows; None of numbers, texts and other objects."""
+    """Number of rows of a part; None for numbers, texts and other objects."""
     if isinstance(part, Tensor | np.ndarray):
         return len(part) if part.ndim else None
     if isinstance(part, list | tuple) and not isinstance(part, torch.nn.utils.rnn.PackedSequence):
@@ -74,7 +74,7 @@ def rows_of(part: Any) -> int | None:
 
 
 def same_values(one: Any, other: Any) -> bool:
-    """Whether two parts are equal in kind and values."""
+    """Whether two parts have equal types and values."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and one.dtype == other.dtype and bool((one == other).all())
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
@@ -83,12 +83,12 @@ def same_values(one: Any, other: Any) -> bool:
 
 
 def place_name(path: Path) -> str:
-    """Where a part stands, as an index expression."""
+    """Path of a part as an index expression."""
     return "".join(f"[{key!r}]" for key in path)
 
 
 def described(part: Any) -> str:
-    """What a part is, for an error."""
+    """Description of a part for an error."""
     if isinstance(part, Tensor | np.ndarray):
         return f"a {'tensor' if isinstance(part, Tensor) else 'array'} of shape {tuple(part.shape)}"
     if isinstance(part, list | tuple) and part:

@@ -1,9 +1,10 @@
 """Digests of training examples.
 
-`Digests` has two numbers an example, one of its label and one of its inputs: they tell whether two passes
-over a data set gave the same examples in the same order, and which differ. A change of one number of 32 bits
-always shows, any other with probability 1 - 2^-32 (`row_digests`). `ExampleDigest` and `data_fingerprint`
-are SHA-256 digests of many examples at once. None of them guards against someone who changes data on purpose.
+`Digests` holds two numbers per example, one for its label and one for its inputs. They tell whether two
+passes over a data set gave the same examples in the same order, and which differ. A change of a single 32-bit
+word is always detected, any other with probability 1 - 2^-32 (`row_digests`). `ExampleDigest` and
+`data_fingerprint` are SHA-256 digests of many examples at once. None of them protects against deliberate
+manipulation.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Digests:
     """Digests of consecutive examples.
 
     Attributes:
-        labels: `(n,)` int64; 0 where there is no label.
+        labels: `(n,)` int64; 0 without labels.
         inputs: `(n,)` int64.
     """
 
@@ -54,15 +55,15 @@ class Digests:
 
     @classmethod
     def joined(cls, parts: Sequence[Digests]) -> Digests:
-        """Several digests, one after the other."""
+        """Concatenate digests."""
         return cls(torch.cat([p.labels for p in parts]), torch.cat([p.inputs for p in parts]))
 
     def rows(self, rows: Tensor) -> Digests:
-        """The digests of some examples."""
+        """Digests of some examples."""
         return Digests(self.labels[rows], self.inputs[rows])
 
     def replaced(self, rows: Tensor, others: Digests) -> Digests:
-        """The digests with others in some places."""
+        """Digests with some of them replaced."""
         return Digests(
             self.labels.index_copy(0, rows, others.labels), self.inputs.index_copy(0, rows, others.inputs)
         )
@@ -73,8 +74,8 @@ class Digests:
 
         Args:
             n: Number of examples.
-            labels: What holds the labels, or None.
-            inputs: The parts of the inputs that have one row (or one item) for each example.
+            labels: The labels, or None.
+            inputs: Parts of the inputs with one row (or item) per example.
         """
         return cls(
             row_digests(n, () if labels is None else (labels,)),
@@ -83,10 +84,11 @@ class Digests:
 
 
 def row_digests(n: int, parts: Iterable[Any]) -> Tensor:
-    """A number for each of `n` examples that tells its rows in all `parts` from others, `(n,)` int64.
+    """Digest of the rows of each of `n` examples in all `parts`, `(n,)` int64.
 
-    Of numbers: multilinear hashing of 32-bit words, `sum_j w_j x_j` modulo 2^64 with fixed odd weights
-    (Carter and Wegman, 1979); two rows agree with a probability of 2^-32. Of texts and the like the CRC-32.
+    Numbers: multilinear hashing of 32-bit words, `sum_j w_j x_j` modulo 2^64 with fixed odd weights (Carter
+        and
+    Wegman, 1979); two different rows collide with probability 2^-32. Texts and other items: CRC-32.
 
     Args:
         n: Number of examples.
@@ -106,7 +108,7 @@ def row_digests(n: int, parts: Iterable[Any]) -> Tensor:
 
 
 def _hashed_item(item: Any) -> int:
-    """The same for a tensor or array as for it as a row; the CRC-32 of all else."""
+    """Digest of one item: a tensor or array as a row, CRC-32 of anything else."""
     content = _item_bytes(item)
     if isinstance(item, Tensor) or _is_numeric(item):
         return int(_hashed(np.asarray(content)[None])[0])
@@ -121,7 +123,7 @@ def _hashed(rows: Any) -> Any:
     weights = _weights(1 << max(width // 4, 1).bit_length())
     found = np.full(n, width, np.uint64)
     size = max(_HASHED_BYTES // max(width, 1), 1)
-    wide = np.empty((min(size, n), rows.shape[1] // 4), np.uint64)  # 64 bits, in which products are taken
+    wide = np.empty((min(size, n), rows.shape[1] // 4), np.uint64)  # products are 64-bit
     for start in range(0, n, size):
         words = rows[start : start + size].view("<u4")
         wide[: len(words)] = words
@@ -139,7 +141,7 @@ def _weights(n: int) -> Any:
 
 
 def n_bytes(parts: Iterable[Any]) -> int:
-    """Bytes that `row_digests` of these parts looks at."""
+    """Number of bytes that `row_digests` reads."""
     return sum(
         part.nbytes
         if isinstance(part, Tensor) or _is_numeric(part)
@@ -162,7 +164,7 @@ def _bytes(value: Any) -> Any:
 
 
 def _item_bytes(item: Any) -> Any:
-    """Bytes of a text, a number or another item; of an unknown object only its type."""
+    """Bytes of a text, number or other item; only the type of an unknown object."""
     if isinstance(item, Tensor):
         return _bytes(item)
     if isinstance(item, bytes):
@@ -176,16 +178,16 @@ def _item_bytes(item: Any) -> Any:
 
 
 class ExampleDigest:
-    """SHA-256 of consecutive examples, the same however they come in batches.
+    """SHA-256 of consecutive examples, independent of the batch size.
 
-    Each field of the examples has a digest of its own, so that rows join where batches do.
+    Each field of the examples has its own digest, so that rows are hashed in order across batches.
     """
 
     def __init__(self) -> None:
         self._fields: dict[str, Any] = {}
 
     def update(self, batch: ExampleBatch) -> None:
-        """Take in the examples of one batch."""
+        """Add the examples of one batch."""
         for path, part in walk(batch.content):
             name = str(path)
             by_rows = batch.has_rows(path, part)
@@ -205,7 +207,7 @@ class ExampleDigest:
                     digest_item(item, self._fields[name])
 
     def finish(self) -> str:
-        """The digest of what came since the last call, in hexadecimal."""
+        """Digest of the examples since the last call, in hexadecimal."""
         whole = hashlib.sha256()
         for name in sorted(self._fields):
             whole.update(f"{name} {self._fields[name].hexdigest()} ".encode())
@@ -216,7 +218,7 @@ class ExampleDigest:
 def data_fingerprint(dataset: Any) -> str:
     """SHA-256 of the length of a data set, of 64 examples spread evenly over it, and of a loader's order.
 
-    A change between these examples goes unseen.
+    Changes in other examples are not detected.
 
     Args:
         dataset: Data set or loader.
@@ -225,7 +227,7 @@ def data_fingerprint(dataset: Any) -> str:
         Hexadecimal digits, or `STREAM`.
 
     Raises:
-        ValueError: The same example read twice is not the same.
+        ValueError: Reading an example twice gives different values.
     """
     source = dataset.dataset if isinstance(dataset, DataLoader) else dataset
     if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
@@ -258,7 +260,7 @@ def _digest_of(source: Any, rows: Sequence[int]) -> str:
 
 
 def digest_item(item: Any, digest: Any) -> None:
-    """Feed the content of an example or a part of one to a hash; of an unknown object only its type."""
+    """Update a hash with an example or a part of one; only the type of an unknown object counts."""
     if isinstance(item, Mapping):
         for key in sorted(item):
             digest.update(str(key).encode())

@@ -1,4 +1,4 @@
-"""Sources of examples: data sets, loaders and single batches, and the order in which they are read."""
+"""Sources of examples (data sets, loaders, single batches), and their order."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _END = object()
 
 
 def raw_batches(source: Any, batch_size: int, argument: str) -> Iterator[Any]:
-    """Batches of a data set or a loader in order, as the source gives them.
+    """Raw batches of a data set or loader, in order.
 
     A `TensorDataset` is cut by slices instead of example by example.
 
     Args:
         source: Dataset or DataLoader.
-        batch_size: Examples a batch, where the source does not decide.
-        argument: What an error calls the source.
+        batch_size: Examples per batch, if the source does not determine it.
+        argument: Name of the source in errors.
     """
     if type(source) is TensorDataset:
         for start in range(0, len(source), batch_size):
@@ -63,32 +63,32 @@ def raw_batches(source: Any, batch_size: int, argument: str) -> Iterator[Any]:
 
 
 def _loader_of(source: Any, batch_size: int) -> DataLoader[Any]:
-    """The source itself, or a loader of it that draws nothing from the global random state."""
+    """The source itself, or a loader of it that does not draw from the global random state."""
     if isinstance(source, DataLoader):
         return source
     return PrivateLoader(source, batch_size=batch_size)
 
 
 class PrivateLoader(DataLoader[Any]):
-    """A loader of the package's: it draws nothing from the global random state, on any default device."""
+    """DataLoader that does not draw from the global random state, on any default device."""
 
     def __init__(self, source: Any, **options: Any) -> None:
         super().__init__(source, generator=torch.Generator("cpu"), **options)
 
     def __iter__(self) -> Any:
-        with torch.device("cpu"):  # torch draws a seed with the generator, on the default device
+        with torch.device("cpu"):  # torch draws a seed with the generator on the default device
             return super().__iter__()
 
 
 def stacks_examples(source: Any) -> bool:
-    """Whether each part of a batch has one row for each example because it was stacked."""
+    """Whether batches are stacked examples, so that each part has one row per example."""
     if not isinstance(source, DataLoader):
         return True
     return source.collate_fn is default_collate and source.batch_sampler is not None
 
 
 def is_one_pass(source: Any) -> bool:
-    """Whether a source says itself that it can be walked once: its iterator is always the same."""
+    """Whether a source is its own iterator, and can be walked only once."""
     if not is_stream(source):
         return False
     stream = source.dataset if isinstance(source, DataLoader) else source
@@ -98,15 +98,15 @@ def is_one_pass(source: Any) -> bool:
 
 
 def is_stream(source: Any) -> bool:
-    """Whether a source is walked without indices."""
+    """Whether a source is iterated without indices."""
     return isinstance(source.dataset if isinstance(source, DataLoader) else source, IterableDataset)
 
 
 def check_training_set(dataset: Any) -> None:
-    """Refuse what cannot be read as a training set, column by column.
+    """Refuse sources that cannot be a training set.
 
     Raises:
-        TypeError: A batch of tensors, or something else that is no data set.
+        TypeError: A batch of tensors, or another object that is not a data set.
         ValueError: A loader whose order is not that of its data set.
     """
     if is_batch(dataset):
@@ -117,11 +117,11 @@ def check_training_set(dataset: Any) -> None:
 
 
 def check_source(source: Any, argument: str) -> None:
-    """Refuse what cannot be read in a fixed order.
+    """Refuse sources that cannot be read in a fixed order.
 
     Raises:
         TypeError: Not a Dataset, DataLoader or batch.
-        ValueError: A shuffling loader, or nothing in it.
+        ValueError: A shuffling or empty loader.
     """
     if isinstance(source, ExampleBatch):
         source = source.content
@@ -151,7 +151,7 @@ def check_source(source: Any, argument: str) -> None:
 
 
 def check_places(source: Any, argument: str) -> None:
-    """Refuse a loader that gives the examples of its data set in another order than the data set has.
+    """Refuse a loader whose order is not that of its data set.
 
     Raises:
         ValueError: Column i of the scores would not be `dataset[i]`.
@@ -177,9 +177,9 @@ def check_places(source: Any, argument: str) -> None:
 
 
 def some_examples(source: Any, rows: slice | Tensor) -> Any:
-    """Rows of a training set that has a length, as one of the same kind.
+    """Subset of a training set with a length, of the same kind.
 
-    Of a DataLoader these are rows of what it gives, in its order; sampler and batches stay the user's.
+    Rows of a DataLoader count in its own order; its sampler and batches are kept.
     """
     if isinstance(source, DataLoader):
         return loader_like(source, some_examples(in_order(source), rows))
@@ -190,7 +190,7 @@ def some_examples(source: Any, rows: slice | Tensor) -> Any:
 
 
 def in_order(source: Any) -> Any:
-    """The examples of a DataLoader as a data set, in the order in which it gives them; others as they are."""
+    """Data set with the examples of a DataLoader in its order; other sources are returned as they are."""
     if not isinstance(source, DataLoader):
         return source
     if type(source.sampler) is SequentialSampler and not source.drop_last:
@@ -199,7 +199,7 @@ def in_order(source: Any) -> Any:
 
 
 def joined(source: Any, more: Any) -> Any:
-    """A training set with other examples behind it, as one of the same kind."""
+    """Training set with other examples appended, of the same kind."""
     if isinstance(source, DataLoader):
         return loader_like(source, joined(in_order(source), more))
     more = in_order(more)
@@ -209,20 +209,20 @@ def joined(source: Any, more: Any) -> Any:
 
 
 def loader_like(loader: DataLoader[Any], dataset: Any) -> DataLoader[Any]:
-    """A loader of another data set, in order, with the batches of this one."""
+    """Sequential loader of another data set, with the options of this one."""
     return DataLoader(
         dataset, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers
     )
 
 
 def count_batches(source: Any, batch_size: int) -> int | None:
-    """Number of batches for a progress bar, or None where it is unknown."""
+    """Number of batches for a progress bar; None if unknown."""
     n = _length(source)
     return n if n is None or isinstance(source, DataLoader) else -(-n // batch_size)
 
 
 def count_examples(source: Any) -> int | None:
-    """Number of examples, or None where it is unknown."""
+    """Number of examples; None if unknown."""
     if not isinstance(source, DataLoader):
         return _length(source)
     if isinstance(source.dataset, IterableDataset) or type(source.batch_sampler) is not BatchSampler:
@@ -232,7 +232,7 @@ def count_examples(source: Any) -> int | None:
 
 
 def _length(source: Any) -> int | None:
-    """`len(source)`, or None where it is unknown; a stream's own word for it is not relied on."""
+    """`len(source)`, or None if unknown; the length that a stream declares is not trusted."""
     if is_stream(source):
         return None
     try:
@@ -251,5 +251,5 @@ def _shuffles(loader: DataLoader[Any]) -> bool:
     order = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
     with draws_put_back(), user_code("order"):
         first = list(order)
-        # Several times, because a shuffle of a few examples often leaves them in place.
+        # Several times, because shuffling a few examples often leaves them in place.
         return any(list(order) != first for _ in range(1 if len(first) > 16 else 8))

@@ -1,9 +1,9 @@
-"""Passes over a data source: the same examples in the same order each time, or an error that says otherwise.
+"""Passes over a data source, checked to give the same examples in the same order each time.
 
-Column i of all scores is the i-th example of a pass. What was read to look at a source goes back in front of
-its next pass, so that a source that can be walked once loses nothing. The first whole pass leaves a digest of
-each example; later passes are compared with it. After the first pass a few examples are read again: is column
-i still `train_dataset[i]`, and does reading an example twice give the same inputs?
+Column i of all scores is the i-th example of a pass. Batches that were read ahead are put back in front of
+the next pass, so that sources that can be walked only once lose nothing. The first complete pass stores a
+digest of each example, with which later passes are compared. After it a few examples are read again, to check
+that column i is still `train_dataset[i]` and that reading an example twice gives the same inputs.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Passes:
 
     Args:
         source: Dataset or DataLoader.
-        batch_size: Examples a batch, where the source does not decide.
-        reading: How batches are read, as the user has said.
-        argument: What errors call the source.
+        batch_size: Examples per batch, if the source does not determine it.
+        reading: How batches are read, as declared by the user.
+        argument: Name of the source in errors.
 
     Attributes:
-        digests: Of the examples of the first whole pass; None before it.
-        repeatable: Whether reading an example again gives the same inputs; None where that is not known.
+        digests: Of the examples of the first complete pass; None before it.
+        repeatable: Whether reading an example again gives the same inputs; None if unknown.
     """
 
     def __init__(
@@ -56,17 +56,17 @@ class Passes:
         self._first_length = 0
 
     def __len__(self) -> int:
-        """Examples of a pass, once one is done."""
+        """Number of examples, after a complete pass."""
         return 0 if self.digests is None else len(self.digests)
 
     def restart(self, several: bool) -> None:
-        """Forget what earlier passes have shown, before a new fit.
+        """Discard the results of earlier passes, before a new fit.
 
         Args:
             several: Whether the fit, or the queries after it, take more than one pass.
 
         Raises:
-            ValueError: More than one pass over a source that can be walked once.
+            ValueError: More than one pass over a source that can be walked only once.
         """
         if several and data.is_one_pass(self.source):
             raise bad_value(
@@ -78,10 +78,10 @@ class Passes:
         self.digests, self.repeatable, self._warned = None, None, False
 
     def first(self) -> ExampleBatch:
-        """The first batch, which is put back in front of the next pass.
+        """First batch; the next pass gives it again.
 
         Raises:
-            ValueError: There is none.
+            ValueError: The source is empty.
         """
         iterator, read = self._pending or self._begin()
         self._pending = iterator, read
@@ -93,12 +93,12 @@ class Passes:
         return self._batch(read[0], 0)
 
     def walk(self) -> Iterator[ExampleBatch]:
-        """One pass: all batches, with the places of their examples.
+        """One pass over all batches, with the places of their examples.
 
         Raises:
             ValueError: No examples, or others than in the first pass.
         """
-        self.first()  # recognizes the parts of a batch, too
+        self.first()  # also recognizes the parts of a batch
         assert self._pending is not None
         iterator, read = self._pending
         self._pending = None
@@ -119,11 +119,11 @@ class Passes:
         self.reading = None if self.reading is None else replace(self.reading, loss=loss)
 
     def release(self) -> None:
-        """Let go of a pass that has begun, with the workers that read for it."""
+        """Release an unfinished pass and its workers."""
         self._pending = None
 
     def _begin(self) -> tuple[Iterator[Any], list[Any]]:
-        """Start a pass, and read as many batches as it takes to recognize their parts."""
+        """Start a pass, and read enough batches to recognize their parts."""
         iterator = data.raw_batches(self.source, self.batch_size, self.argument)
         if self.reading is not None:
             return iterator, []
@@ -137,7 +137,7 @@ class Passes:
         return iterator, read
 
     def _next(self, iterator: Iterator[Any], n: int) -> list[Any]:
-        """The next `n` batches that hold examples, or what is left."""
+        """Next `n` non-empty batches, or fewer at the end."""
         found: list[Any] = []
         for content in iterator:
             if len(ExampleBatch(content, self.said, argument=self.argument)):
@@ -147,7 +147,7 @@ class Passes:
         return found
 
     def _check_labels(self, content: Any) -> None:
-        """Refuse a dict without labels before the model is called with what it holds."""
+        """Refuse a dict without labels before the model is called with it."""
         key = self.said.options.label_key
         wanted = LABEL_KEY if key is None else key
         if isinstance(content, Mapping) and wanted not in content:
@@ -165,7 +165,7 @@ class Passes:
         return batch
 
     def _compared(self, batch: ExampleBatch) -> Digests:
-        """Digests of a batch, after a comparison with those of the first pass."""
+        """Digests of a batch, after comparison with those of the first pass."""
         found = digests_of(batch)
         if self.digests is None or batch.columns is None:
             return found
@@ -176,7 +176,7 @@ class Passes:
         return found
 
     def _check(self, found: Digests, places: Tensor) -> bool:
-        """Compare examples that were read again with those of these places; whether the inputs agree."""
+        """Compare examples that were read again with the digests at these places; whether inputs agree."""
         assert self.digests is not None
         labels, inputs = self.digests.labels[places], self.digests.inputs[places]
         other = (found.labels != labels).nonzero()
@@ -201,7 +201,7 @@ class Passes:
             raise self._other(f"{len(found)} examples in a later pass, {len(self.digests)} in the first")
 
     def _read_again(self) -> None:
-        """Read a few examples once more: are they where they were, and the same?"""
+        """Read a few examples again, and compare their places and contents."""
         if type(self.source) is TensorDataset:
             self.repeatable = True
         elif data.is_stream(self.source):
@@ -213,7 +213,7 @@ class Passes:
             self._read_items_again(self.source.dataset, self.source.collate_fn, n)
 
     def _read_stream_again(self) -> None:
-        """Compare the first batch of another pass, if there is another."""
+        """Compare the first batch of another pass, if there is one."""
         if data.is_one_pass(self.source):
             return
         read = self._next(data.raw_batches(self.source, self.batch_size, self.argument), 1)
@@ -225,10 +225,9 @@ class Passes:
             )
 
     def _read_items_again(self, dataset: Any, collate: Any, n: int | None) -> None:
-        """Compare `n` items that are spread over a data set, one by one.
+        """Compare `n` items spread over a data set, one by one.
 
-        None reads the first batch as it was: what pads examples to the longest of a batch gives other rows
-        for one alone.
+        None reads the first batch as before, because padding depends on the other examples of a batch.
         """
         if n is not None:
             groups = [
@@ -275,7 +274,7 @@ class Passes:
 
 
 def digests_of(batch: ExampleBatch) -> Digests:
-    """Digests of the examples of a batch, over the parts that have one row for each."""
+    """Digests of the examples of a batch, over the parts with one row per example."""
     parts = [part for path, part in batch.parts() if _has_rows(batch, path, part)]
     if batch.weights is not None:
         parts.append(batch.weights)
@@ -285,5 +284,5 @@ def digests_of(batch: ExampleBatch) -> Digests:
 def _has_rows(batch: ExampleBatch, path: Any, part: Any) -> bool:
     try:
         return batch.has_rows(path, part)
-    except ValueError:  # a part of unknown kind, which matters where it is cut
+    except ValueError:  # a part of unknown kind, which matters only if it is cut
         return False

@@ -1,4 +1,4 @@
-"""Places in the training set, in the ways in which people name them."""
+"""Places in the training set: indices, masks and slices."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def places(chosen: Any, n_train: int, name: str) -> NDArray[np.int64]:
         chosen: Integers of any kind (a list, a set, a range, an array or a tensor), a boolean mask of length
             `n_train`, or a slice.
         n_train: Number of training examples.
-        name: What errors call them.
+        name: Name of the argument in errors.
 
     Raises:
-        TypeError: Other things, such as one number or floats.
+        TypeError: Another type, such as a single number or floats.
         ValueError: Out of range, twice the same, or a mask of another length.
 
     >>> places(slice(1, 3), 5, "indices").tolist(), places([True, False, True], 3, "indices").tolist()
@@ -59,7 +59,7 @@ def groups_of_places(groups: Any, n_train: int) -> list[NDArray[np.int64]]:
     """Several groups of places, each as for `places`; they may overlap.
 
     Raises:
-        TypeError: A dict, or one number in the place of a group.
+        TypeError: A dict, or a number instead of a group.
         ValueError: As for `places`.
     """
     if isinstance(groups, Mapping | str) or not isinstance(groups, Iterable):

@@ -23,25 +23,25 @@ LABEL_KEY = "labels"
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """How a batch of yours is read, where the conventions do not fit.
+    """How a batch is read, if it does not follow the conventions.
 
     By convention a batch is a tuple or list whose last element is the labels, and the model is called as
     `model(*batch[:-1])`; or a dict with the key "labels", and the model is called as
-    `model(**batch without "labels")`. Inputs may be nested in any way that the model takes.
+    `model(**batch without "labels")`. Inputs may be nested in any way that the model accepts.
 
     Args:
-        forward: `f(model, batch) -> outputs`, how the model is called; the batch that it gets is yours,
-            with the labels, on the device of the model.
-        label_key: Key of the labels in a dict, or their place in a tuple. `forward` is needed too where
-            the model takes other parts of the batch than all the rest.
-        per_example: The parts that have one row for each example, by key or place (a tuple of keys and
-            places for a part inside a part). All others are given to the model whole. None recognizes them:
-            what the default `collate_fn` stacks has one row for each example, and of batches that a
-            `collate_fn` of yours makes, the parts whose length follows the number of labels.
-        sample_weight: What the loss of each training example was multiplied with: `(n_train,)`, in the order
-            of the training set; or the key or place of a part of the batch, `(n,)`, which the model is not
-            given. With P positions an example also `(n_train, P)`, or `(n, P)`, one for each position. A
-            weight of 0 is as good as no example, 2 is an example that is there twice.
+        forward: `f(model, batch) -> outputs`, calls the model; `batch` is the original one with its labels,
+            on the device of the model.
+        label_key: Key of the labels in a dict, or their place in a tuple. `forward` is also needed if the
+            model does not take all other parts of the batch.
+        per_example: The parts with one row per example, by key or place (a tuple of keys and places for a
+            nested part). All others are given to the model whole. None infers them: all parts that the
+            default `collate_fn` stacks, and with a custom `collate_fn` those whose length follows the number
+            of labels.
+        sample_weight: Factor of the loss of each training example in training: `(n_train,)`, in the order of
+            the training set; or the key or place of a part of the batch, `(n,)`, which is not given to the
+            model. With P positions an example also `(n_train, P)`, or `(n, P)`. Weight 0 is equivalent to
+            removing the example, 2 to having it twice.
 
     >>> Batch(label_key="label").label_key
     'label'
@@ -63,7 +63,7 @@ class Batch:
             object.__setattr__(self, "sample_weight", checked_weights(self.sample_weight, "sample_weight"))
 
     def with_weights_of(self, rows: Tensor) -> Batch:
-        """How a data set of some of the training examples is read."""
+        """Options for a subset of the training examples."""
         weights = self.sample_weight
         return replace(self, sample_weight=weights[rows]) if isinstance(weights, Tensor) else self
 
@@ -73,9 +73,9 @@ class Reading:
     """How the batches of one source are read.
 
     Attributes:
-        options: What the user has said.
-        loss: What turns outputs into logits.
-        shared: Parts that are the same for all examples, as far as they were recognized.
+        options: As given by the user.
+        loss: Converts outputs to logits.
+        shared: Parts recognized as the same for all examples.
     """
 
     options: Batch = field(default_factory=Batch)
@@ -83,7 +83,7 @@ class Reading:
     shared: frozenset[Path] = frozenset()
 
     def with_shared(self, first: ExampleBatch, second: ExampleBatch | None) -> Reading:
-        """This reading with the parts that two batches of the source show to be the same for all examples."""
+        """Copy with the shared parts that two batches of the source reveal."""
         return replace(self, shared=frozenset(shared_parts(first, second)))
 
 
@@ -91,7 +91,7 @@ def checked_weights(weights: Any, argument: str) -> Tensor:
     """Weights as `(n,)` float64, or `(n, P)` for positions.
 
     Raises:
-        TypeError: No numbers.
+        TypeError: They are not numbers.
         ValueError: Another shape, or a weight that is negative or not a number.
     """
     try:
@@ -110,10 +110,10 @@ def checked_weights(weights: Any, argument: str) -> Tensor:
 
 
 def label_tensor(labels: Any, argument: str) -> Tensor | None:
-    """Labels as a tensor; None where there are none.
+    """Labels as a tensor; None without labels.
 
     Raises:
-        ValueError: They are no numbers.
+        ValueError: They are not numbers.
     """
     if labels is None:
         return None

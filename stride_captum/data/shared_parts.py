@@ -1,4 +1,4 @@
-"""Parts of a batch that are the same for all examples, recognized from two batches of a source."""
+"""Recognition of the parts of a batch that all examples share, from two batches."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def shared_parts(first: ExampleBatch, second: ExampleBatch | None) -> Iterator[Path]:
-    """Parts that two batches of a source show to be the same for all examples.
+    """Paths of the parts that all examples share, given two batches of a source.
 
     Raises:
-        ValueError: A part that is as long as there are examples and equal in both batches.
+        ValueError: A part is as long as there are examples and equal in both batches, which is ambiguous.
     """
     if second is None:
         return

@@ -1,1 +1,1 @@
-"""Features that are kept: the store on disk, and projections of wide layers."""
+"""Feature store on disk, precomputed features, and projections of wide layers."""

@@ -1,4 +1,4 @@
-"""Options of the features h(x): which layers are read, and how wide ones are projected."""
+"""Options of the features h(x): choice of layers and projection of wide ones."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Features(Options):
     Attributes:
         select: "all" (what every weight layer reads) or "penultimate" (what the last one reads; B.1).
         max_width: Bound on the total width of all features that "all" selects.
-        projection: How a layer wider than `projection_width` is brought to it: None (not at all), "random" or
-            "pca" (see `stride_captum.features.projection`); `STRIDE.projection_error_` says what that does to
-            the kernel.
-        projection_width: Features of such a layer afterwards.
+        projection: Projection of layers wider than `projection_width`: None, "random" or "pca" (see
+            `stride_captum.features.projection`); `STRIDE.projection_error_` is the relative error of the
+            kernel.
+        projection_width: Width of such a layer after projection.
         seed: Of the random directions.
 
     >>> Features(select="penultimate").max_width

@@ -1,4 +1,4 @@
-"""Precomputed features in the place of a network."""
+"""Precomputed features instead of a network."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .store_files import as_tensor
 
 
 class PrecomputedNetwork(nn.Module):
-    """Stands for a network whose features and logits are known: `forward(features, logits) -> logits`."""
+    """Stand-in for a network with known features and logits: `forward(features, logits) -> logits`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Identity()
 
     def forward(self, features: Tensor, logits: Tensor) -> Tensor:
-        """Pass both through."""
+        """Return the logits."""
         self.features(features)
         return logits
 
@@ -54,10 +54,10 @@ class Precomputed:
     def checked(
         cls, features: Any, logits: Any, labels: Any, widths: Sequence[int] | None, loss: Loss
     ) -> tuple[Precomputed, TensorDataset]:
-        """Look at what the user has given; returns it with a data set of it as it came.
+        """Validate the arrays of the user; also returns a data set of them.
 
         Raises:
-            ValueError: Shapes that do not fit one another, or probabilities that are not declared.
+            ValueError: Shapes do not match, or undeclared probabilities.
         """
         features, logits, labels = (as_tensor(a) for a in (features, logits, labels))
         for name, value, dims in (

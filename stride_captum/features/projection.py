@@ -1,8 +1,8 @@
-"""Projection of wide layers to fewer features, and how far it moves their kernel.
+"""Projection of wide layers to fewer features, and the error of their kernel.
 
-With a matrix P of each layer, h becomes `h P`. What the closed form sees of features is their kernel
-`h(x)^T h(i)`, so the error is that of the kernel: `|K - K_P|_F / |K|_F` on a sample of training examples,
-with every layer scaled to unit mean square norm.
+A matrix P per layer maps h to `h P`. The closed form depends on features only through their kernel `h(x)^T
+h(i)`, so the reported error is `|K - K_P|_F / |K|_F` on a sample of training examples, with every layer
+scaled to unit mean square norm.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Projection:
     """One matrix for each layer.
 
     Attributes:
-        matrices: P of each layer, `(width, new_width)`; None for a layer that stays as it is.
-        widths: Of the layers before.
+        matrices: P of each layer, `(width, new_width)`; None for a layer that is not projected.
+        widths: Of the layers before projection.
         error: Relative error of the kernel on a sample.
     """
 
@@ -39,7 +39,7 @@ class Projection:
 
     @property
     def new_widths(self) -> list[int]:
-        """Widths of the layers afterwards."""
+        """Widths of the layers after projection."""
         pairs = zip(self.matrices, self.widths, strict=True)
         return [width if matrix is None else matrix.shape[1] for matrix, width in pairs]
 
@@ -68,17 +68,17 @@ def fit_projection(
     device: torch.device,
     block_rows: int = MOST_ROWS,
 ) -> Projection:
-    """Project every layer that is wider than `width` to it.
+    """Fit projections to `width` for all wider layers.
 
     Args:
         features: `(n_train, n_features)`, may be memory-mapped.
         widths: Of the layers, in the order of the columns.
         kind: "random" (Gaussian, variance 1 / width: the expected kernel is the true one) or "pca" (the
-            directions that hold most of the sum of squares; nothing is centered, as the kernel is not).
-        width: Of a layer afterwards.
+            directions with most of the sum of squares, uncentered like the kernel).
+        width: Of a layer after projection.
         seed: Of the random directions.
-        device: Where products are taken.
-        block_rows: Training examples at a time.
+        device: Compute device.
+        block_rows: Training examples per block.
     """
     generator = torch.Generator().manual_seed(seed)
     dtype, start = working_dtype(features), 0
@@ -118,7 +118,7 @@ def _kernel(features: Tensor, widths: Sequence[int]) -> Tensor:
 
 
 def _principal(layer: Tensor, width: int, device: torch.device, block_rows: int) -> Tensor:
-    """The leading eigenvectors of the second moment, `(old width, width)`."""
+    """Leading eigenvectors of the second moment, `(old width, width)`."""
     dtype = working_dtype(layer)
     total = _gram_matrix(layer, device, dtype, block_rows)
     if not bool(in_float32((total.trace() / len(layer)).sqrt())):

@@ -1,4 +1,4 @@
-"""Reading of features: rows of each layer for one batch, or for a whole training set in one pass."""
+"""Features of one batch, or of a whole training set in one pass."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Feature store: activations, logits and labels of a training set on disk, read through memory maps.
 
-What a store holds depends on its key: the weights and the modules of the model, the examples, the layers,
-and the settings of the store. Another key is refused with what differs.
+A store has a key: weights and modules of the model, examples, layers, and settings of the store. A different
+key is refused, with the differences.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class StoredFeatures:
         features: Raw features `(n_train, n_features)` in the dtype of the store.
         logits: `(n_train, n_classes)` float32.
         labels: As the loss has them: `(n_train,)` int64, or `(n_train, n_classes)` float64.
-        taps: Where the features were read.
+        taps: Places that were read.
     """
 
     features: Tensor
@@ -47,20 +47,20 @@ class StoredFeatures:
 class FeatureStore:
     """A folder for the activations, logits and labels of one training set, and how it is written.
 
-    The first `fit` writes it, chunk by chunk; one that was interrupted goes on behind the last whole
-    chunk; later ones read it without a forward pass. Every time the examples are read and compared with
-    the digests of those that the store was built from, unless `check_examples` is off.
+    The first `fit` writes it chunk by chunk; an interrupted one resumes after the last complete chunk; later
+    ones read it without a forward pass. Each time the examples are compared with the digests of those that
+    the store was built from, unless `check_examples` is off.
 
-    Half precision halves the disk and what a query reads; products are still taken in float32. Measured on
-    the 400 test points of digits (MLP 64-128-64-10): the rank correlation of each point's scores with those
-    of float32 is at least .99997 with bfloat16 and .999999 with float16, and the top 100 share at least 99
-    examples. Activations beyond 65,504 do not fit float16 and are refused. The features of a float64 model
-    are rounded to float32.
+    Half precision halves the disk space and the bytes that a query reads; products are still in float32.
+    Measured on the 400 test points of digits (MLP 64-128-64-10): the rank correlation of each point's scores
+    with those of float32 is at least .99997 with bfloat16 and .999999 with float16, and the top 100 share at
+    least 99 examples. Activations beyond 65,504 do not fit float16 and are refused. The features of a float64
+    model are rounded to float32.
 
     Args:
-        path: The folder; made when needed.
+        path: The folder; created if needed.
         dtype: "float32", "bfloat16" or "float16" of the features. Logits are always float32.
-        chunk: Size of a chunk: what an interruption loses at most, and what is held in memory.
+        chunk: Size of a chunk: the most that an interruption loses, and that is held in memory.
         verify: Whether to compare all checksums when the store is opened. That reads every byte once:
             a CRC-32 of 4 to 5 GB a second, or the speed of the disk where the store is not in the page cache.
         check_examples: Whether to read every training example, to compare it with what the store was built
@@ -86,20 +86,20 @@ class FeatureStore:
         parse_bytes(self.chunk, name="chunk")
 
     def for_checkpoint(self, index: int) -> FeatureStore:
-        """The store of one of several checkpoints, a folder inside this one."""
+        """Store of one of several checkpoints, a folder inside this one."""
         return replace(self, path=Path(self.path) / f"checkpoint-{index}")
 
     def key(self, weights: str, model: nn.Module, dataset: Any, layers: str) -> dict[str, Any]:
-        """What the content depends on.
+        """Key of the content.
 
         Args:
-            weights: `restoring.weights_fingerprint` of the model.
+            weights: `weights_fingerprint` of the model.
             model: Its modules and their options are in the key, the code of its `forward` is not.
             dataset: The training set.
-            layers: Which layers were asked for.
+            layers: The requested layers.
 
         Raises:
-            ValueError: The same example read twice is not the same, or a stream without `check_examples`.
+            ValueError: Reading an example twice gives different values, or a stream without `check_examples`.
         """
         examples = data_fingerprint(dataset)
         if examples == STREAM and not self.check_examples:
@@ -116,7 +116,7 @@ class FeatureStore:
         }
 
     def taps(self, key: dict[str, Any]) -> list[Tap] | None:
-        """Where the features of a store with this key were read; None where nothing is stored yet.
+        """Taps of the store with this key; None if nothing is stored yet.
 
         Raises:
             ValueError: The store has another key, or is damaged.
@@ -130,13 +130,13 @@ class FeatureStore:
     def fill(
         self, key: dict[str, Any], taps: Sequence[Tap], batches: Iterable[Any], run: Run
     ) -> StoredFeatures:
-        """Bring the store to completion and open it.
+        """Complete the store and open it.
 
         Args:
-            key: Of `key`.
-            taps: Where features are read.
+            key: From `key`.
+            taps: Places that are read.
             batches: The whole training set in order, on the CPU.
-            run: Features, logits and labels of one batch; called only for batches with examples that are not
+            run: `f(batch) -> (features, logits, labels)`, called only for batches with examples that are not
                 stored.
 
         Raises:
@@ -155,10 +155,10 @@ class FeatureStore:
         return self._stored(manifest)
 
     def open(self, key: dict[str, Any]) -> StoredFeatures:
-        """A complete store, without a look at the examples.
+        """Open a complete store, without reading the examples.
 
         Raises:
-            ValueError: There is none with this key, it is not complete, or damaged.
+            ValueError: There is no store with this key, or it is incomplete or damaged.
         """
         manifest = self._files.read_manifest()
         if manifest is None or not manifest.complete:
@@ -171,7 +171,7 @@ class FeatureStore:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes that the store takes on disk now."""
+        """Bytes of the store on disk."""
         return sum(file.stat().st_size for file in Path(self.path).glob("*") if file.is_file())
 
     @property

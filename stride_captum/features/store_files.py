@@ -1,11 +1,11 @@
-"""Files of a feature store: one raw file a column group, and a manifest of the chunks that are whole.
+"""Files of a feature store: one raw file per array, and a manifest of the complete chunks.
 
-A store is a folder with `features.bin`, `logits.bin` and `labels.bin`, whole rows behind one another, and
-`manifest.json`, which holds for each chunk of rows a checksum (CRC-32) of every file's part and a digest
-(SHA-256) of the examples. A chunk counts from the moment at which a manifest that names it has replaced
-the one before: what a process that was killed had written behind it is cut off.
+A store is a folder with `features.bin`, `logits.bin` and `labels.bin`, each a row-major array, and
+`manifest.json`, which holds for each chunk of rows a checksum (CRC-32) of its part of every file and a digest
+(SHA-256) of the examples. A chunk is valid once a manifest that lists it has replaced the previous one; rows
+that a killed process has written after it are truncated.
 
-The folder may be reached through a link. The files in it may not be links, which could lead to any file.
+The folder may be a symbolic link. The files in it may not, since links could point to any file.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Part:
 
     Attributes:
         dtype: Name of its torch dtype.
-        width: Values a row.
+        width: Values per row.
     """
 
     dtype: str
@@ -52,13 +52,13 @@ class Part:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype itself."""
+        """The torch dtype."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
     @property
     def row_bytes(self) -> int:
-        """Bytes a row."""
+        """Bytes per row."""
         return self.width * self.torch_dtype.itemsize
 
 
@@ -82,12 +82,12 @@ class Manifest:
     """What a store holds.
 
     Attributes:
-        key: What the content depends on, by name; values are text or numbers.
-        taps: Where features are read, as plain values.
+        key: Key of the content, by name; values are text or numbers.
+        taps: Places that are read, as plain values.
         parts: The files by name.
         chunk_rows: Rows of every chunk but the last.
-        chunks: Those that are whole.
-        complete: Whether the last example of the training set is in.
+        chunks: The complete ones.
+        complete: Whether the whole training set is stored.
     """
 
     key: dict[str, Any]
@@ -99,7 +99,7 @@ class Manifest:
 
     @property
     def rows(self) -> int:
-        """Rows in whole chunks."""
+        """Rows in complete chunks."""
         return sum(chunk.rows for chunk in self.chunks)
 
 
@@ -107,7 +107,7 @@ class StoreFiles:
     """The folder of one store.
 
     Args:
-        folder: Made when something is written.
+        folder: Created at the first write.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -117,7 +117,7 @@ class StoreFiles:
         """The path of one of the files.
 
         Raises:
-            ValueError: The name leads out of the folder, or the file is a link.
+            ValueError: The path is outside the folder, or the file is a link.
         """
         path = self.folder / name
         if path.name != name:
@@ -130,13 +130,13 @@ class StoreFiles:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Wait until no other process builds here; the system ends the lock of a process that dies."""
+        """Context manager: lock against other builders; the system releases the lock of a dead process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path("lock")):
             yield
 
     def read_manifest(self) -> Manifest | None:
-        """The manifest, or None where there is no store yet.
+        """The manifest; None if there is no store yet.
 
         Raises:
             ValueError: It is damaged or of another format.
@@ -160,17 +160,17 @@ class StoreFiles:
         return manifest
 
     def write_manifest(self, manifest: Manifest) -> None:
-        """Put a manifest in the place of the one before, at once."""
+        """Replace the manifest atomically."""
         content = asdict(manifest)
         text = json.dumps({"format": FORMAT, "checksum": _manifest_checksum(content), **content}, indent=1)
         atomic_write(self.path(_MANIFEST), text)
 
     def append(self, manifest: Manifest, values: Mapping[str, Tensor], examples: str) -> None:
-        """Write one chunk behind the whole ones, then the manifest that names it.
+        """Append one chunk, then write the manifest that lists it.
 
         Args:
-            manifest: Gets the chunk.
-            values: For each part the rows, `(rows, width)` in its dtype, contiguous on the CPU.
+            manifest: The chunk is added to it.
+            values: Rows of each part, `(rows, width)` in its dtype, contiguous on the CPU.
             examples: Digest of their examples.
         """
         checksums = {}
@@ -188,11 +188,11 @@ class StoreFiles:
         self.write_manifest(manifest)
 
     def verify(self, manifest: Manifest) -> None:
-        """Read everything once and compare the checksums.
+        """Read all bytes once and compare the checksums.
 
         Raises:
-            ValueError: A file is missing or too short, or a chunk is not what was written; names the file
-                and the rows.
+            ValueError: A file is missing or too short, or a chunk has changed; the error names the file and
+                rows.
         """
         for name, part in manifest.parts.items():
             path, start = self._whole(manifest, name), 0
@@ -205,7 +205,7 @@ class StoreFiles:
                     start += chunk.rows
 
     def mapped(self, manifest: Manifest, name: str) -> Tensor:
-        """The rows of a file as a read-only memory map, `(rows, width)`."""
+        """Read-only memory map of a file, `(rows, width)`."""
         part = manifest.parts[name]
         shape = (manifest.rows, part.width)
         integers = _MAPPED[part.torch_dtype.itemsize]
@@ -213,7 +213,7 @@ class StoreFiles:
         return as_tensor(array).view(part.torch_dtype)
 
     def _whole(self, manifest: Manifest, name: str) -> Path:
-        """The path of a file that has all rows of the manifest."""
+        """Path of a file, after checking that it has all rows of the manifest."""
         path = self.path(f"{name}.bin")
         size = path.stat().st_size if path.is_file() else None
         needed = manifest.rows * manifest.parts[name].row_bytes
@@ -224,10 +224,10 @@ class StoreFiles:
 
 
 def _manifest(content: dict[str, Any]) -> Manifest:
-    """A manifest from its plain values.
+    """Parse a manifest.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: Values of another kind, or one that is missing.
+        KeyError, TypeError, ValueError, AttributeError: A value is missing or of another type.
     """
     content["parts"] = {name: Part(**part) for name, part in content["parts"].items()}
     content["chunks"] = [Chunk(**chunk) for chunk in content["chunks"]]
@@ -248,7 +248,7 @@ def _damaged(got: str) -> ValueError:
 
 
 def as_tensor(values: Any) -> Tensor:
-    """A tensor over the same memory where there is some, memory maps included."""
+    """Tensor that shares memory with an array if possible, memory maps included."""
     if isinstance(values, np.ndarray):
         array: NDArray[Any] = values
         # torch warns about read-only memory maps; nothing here writes to them.

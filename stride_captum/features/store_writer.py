@@ -1,4 +1,4 @@
-"""Walk over a training set that fills a feature store, or compares the examples with it."""
+"""Pass over a training set that fills a feature store, or compares the examples with it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Run = Callable[[ExampleBatch], Computed]
 
 
 class StoreWriter:
-    """One walk over the training set: stored chunks are compared, the others are computed and written.
+    """One pass over the training set: stored chunks are compared, others are computed and written.
 
     Args:
-        files: Of the store.
-        manifest: What is stored; None for nothing.
-        new: Makes an empty manifest, given the logits and labels of a batch.
+        files: Files of the store.
+        manifest: Of the stored chunks; None if there are none.
+        new: `f(logits, labels)`, an empty manifest given those of a batch.
     """
 
     def __init__(
@@ -32,12 +32,12 @@ class StoreWriter:
         self.files, self.manifest, self.new = files, manifest, new
         self.digest = ExampleDigest()
         self.stored = 0 if manifest is None else manifest.rows
-        self.place = 0  # rows of the chunks behind us
-        self.filled = 0  # rows of the current one
+        self.place = 0  # rows of completed chunks
+        self.filled = 0  # rows of the current chunk
         self.buffers: dict[str, Tensor] = {}
 
     def through(self, batches: Iterable[ExampleBatch], run: Run) -> Manifest:
-        """The whole walk; returns the complete manifest."""
+        """Run the pass; returns the complete manifest."""
         for batch in batches:
             n = len(batch)
             # A batch is run as a whole, so that a resumed store holds the bits of an uninterrupted one.
@@ -61,7 +61,7 @@ class StoreWriter:
         return manifest
 
     def _prepare(self, computed: Computed) -> None:
-        """Make what depends on the number of classes, which the first batch tells."""
+        """Allocate what depends on the number of classes, known from the first batch."""
         if self.manifest is None:
             self.manifest = self.new(computed[1], computed[2])
         if not self.buffers:
@@ -71,7 +71,7 @@ class StoreWriter:
                 )
 
     def _take(self, batch: ExampleBatch, computed: Computed | None, n: int) -> None:
-        """Take in the examples of one batch, piece by piece where chunks end."""
+        """Add the examples of one batch, split at chunk boundaries."""
         assert self.manifest is not None, "nothing is stored, so the first batch was run"
         start = 0
         while start < n:

@@ -1,4 +1,4 @@
-"""Checkpoints: the list that a caller may give in Captum's ways, and how one is loaded into a model."""
+"""Checkpoints: the formats that Captum accepts, and loading into a model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def unseen_by(checkpoint: Any, n_train: int) -> Tensor:
 
     Raises:
         TypeError: `seen` does not hold integers.
-        ValueError: They are no places in the training set.
+        ValueError: They are not places in the training set.
     """
     seen = checkpoint.seen if isinstance(checkpoint, Checkpoint) else None
     unseen = torch.zeros(n_train, dtype=torch.bool, device="cpu")
@@ -53,16 +53,16 @@ def unseen_by(checkpoint: Any, n_train: int) -> Tensor:
 
 
 def weights_of(checkpoint: Any) -> Any:
-    """What is loaded: the weights of a `Checkpoint`, or what the user gave."""
+    """Weights of a `Checkpoint`, or the checkpoint itself."""
     return checkpoint.weights if isinstance(checkpoint, Checkpoint) else checkpoint
 
 
 def load_checkpoint(model: nn.Module, checkpoint: Any) -> float:
     """Load weights into a model: a state dict, or the path of a file or Hugging Face folder.
 
-    The state dict may stand under a key of its own ("state_dict", "model", ...), and its keys may begin with
-    what a wrapper has put there ("module.", "_orig_mod.", "model."), if nothing else in the file fits the
-    model. Nothing in a file is run.
+    The state dict may be nested under a key ("state_dict", "model", ...), and its keys may have the prefix of
+    a wrapper ("module.", "_orig_mod.", "model."), if it is the only one in the file that fits the model. No
+    code in a file is executed.
 
     Returns:
         The learning rate at the checkpoint for methods that use it: 1, because it is not known.
@@ -178,7 +178,7 @@ def _in_folder(path: Path) -> list[str]:
 
 
 def named(checkpoint: Any) -> str:
-    """What an error calls a checkpoint: its path, or what it is."""
+    """Name of a checkpoint in errors: its path or type."""
     if isinstance(checkpoint, str | os.PathLike):
         return repr(str(checkpoint))
     return "a state dict" if isinstance(checkpoint, Mapping) else type(checkpoint).__name__

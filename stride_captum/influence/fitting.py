@@ -1,4 +1,4 @@
-"""`fit`: one state for each checkpoint, with its duration, its memory and the digests of what it has read."""
+"""`fit`: one state per checkpoint, with duration, peak memory and digests of the examples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class FittedMethod(ScoringLoop):
     #: The processes that share the training set.
     ranks: SingleProcess = SINGLE_PROCESS
     digests_: Digests | None
-    _checkpoint_index: int  # the one that `fit` is at
+    _checkpoint_index: int  # of the checkpoint that is being fitted
 
     def fit(self: Self, show_progress: bool = False) -> Self:
         """Learn from the training set.
@@ -61,7 +61,7 @@ class FittedMethod(ScoringLoop):
         return self
 
     def _fit_one(self, model: nn.Module, show_progress: bool) -> Any:
-        """`fit_checkpoint`, with a look at the model before and at its outputs for the training set."""
+        """`fit_checkpoint`, with checks of the model and of its outputs for the training set."""
         self._check_model(model)
         self._take_positions_together(model)
         self._output_check = self.loss.output_check(model)

@@ -1,4 +1,4 @@
-"""Load functions of the user's: called, and checked that they did load."""
+"""Custom `checkpoints_load_func`: call, and check that it has loaded the weights."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from .state_dicts import first_few
 
 
 def load_with(load: LoadCheckpoint, model: nn.Module, checkpoint: Any) -> float:
-    """Load a checkpoint by a function of the user's, and check that it did.
+    """Load a checkpoint with a custom function, and check that it has loaded it.
 
-    A function that writes to none of the parameters, as `load_state_dict(..., strict=False)` does where no
-    key fits, would give the scores of other weights. Where parameters have the values that they had, they
-    are changed and the function is called again: what is then written to was loaded.
+    A function that writes no parameters, such as `load_state_dict(..., strict=False)` without matching keys,
+    would silently give the scores of other weights. If parameters have kept their values, they are changed
+    and the function is called again: those that are then overwritten were loaded.
 
     Args:
         load: `f(model, checkpoint)`.
-        model: Gets the weights.
-        checkpoint: As the user gave it.
+        model: Receives the weights.
+        checkpoint: As given by the user.
 
     Returns:
         The learning rate that the function returned, 1 if it returned none.
 
     Raises:
         ValueError: It loaded nothing, or returned a learning rate that is negative or not finite.
-        TypeError: It returned something that is no learning rate.
+        TypeError: It returned something that is not a learning rate.
     """
     if load is load_checkpoint:
         return load_checkpoint(model, checkpoint)
@@ -67,7 +67,7 @@ def load_with(load: LoadCheckpoint, model: nn.Module, checkpoint: Any) -> float:
 def _left_alone(
     load: LoadCheckpoint, model: nn.Module, checkpoint: Any, before: Mapping[str, tuple[Any, int, Tensor]]
 ) -> list[str]:
-    """Parameters that the function does not write to."""
+    """Names of the parameters that the function does not write."""
     there = set(map(id, model.parameters()))
     same: dict[str, tuple[Any, Tensor]] = {}
     for key, (parameter, version, old) in before.items():
@@ -92,22 +92,22 @@ def _left_alone(
 
 
 def _other(values: Tensor) -> Tensor:
-    """Values that differ everywhere."""
+    """Values that differ from the given ones everywhere."""
     return values + values.abs() + 1
 
 
 def learning_rate_of(returned: Any, checkpoint: Any, model: nn.Module | None = None) -> float:
-    """The learning rate that a load function returned.
+    """Learning rate that a load function returned.
 
-    None, the model itself and what `load_state_dict` returns say nothing of it: 1.
+    It is 1 for None, the model itself, or the result of `load_state_dict`.
 
     Args:
-        returned: By the function.
-        checkpoint: Which one it loaded.
-        model: The one that it was given.
+        returned: Return value of the function.
+        checkpoint: The checkpoint that it loaded.
+        model: The model that it was given.
 
     Raises:
-        TypeError: Another model, or something else that is no number.
+        TypeError: Another model, or not a number.
         ValueError: A number that is negative or not finite.
     """
     keys = getattr(returned, "missing_keys", None)

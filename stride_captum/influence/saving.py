@@ -1,4 +1,4 @@
-"""`save` and `load` of every method, and the settings that both and `repr` speak of."""
+"""`save` and `load` of every method, its settings, and its `repr`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Self = TypeVar("Self", bound="SavedMethod")
 
 
 class SavedMethod(FittedMethod):
-    """The part of every method that is written to a file and read again."""
+    """The part of every method that saves and loads it."""
 
     layers: Sequence[str] | None
     compared_: str
@@ -25,7 +25,7 @@ class SavedMethod(FittedMethod):
         return f"{type(self).__name__}({', '.join([*self._said(), fitted])})"
 
     def _said(self) -> list[str]:
-        """What `repr` says of the options."""
+        """Options that `repr` shows."""
         common = {"layers", "batch_size", "loss"}
         return [f"{name}={value!r}" for name, value in self.settings().items() if name not in common]
 
@@ -51,19 +51,19 @@ class SavedMethod(FittedMethod):
         changed: str = "refuse",
         **options: Any,
     ) -> Self:
-        """Read a method that `save` has written, without a pass of the training set through the model.
+        """Read a saved method, without a pass of the training set through the model.
 
-        The labels of all training examples are compared with those that the method was fitted on, and their
-        inputs up to `stale_data.INPUT_BYTES`; `compared_` says what was. That reads the data set, unless its
-        labels can be had alone and its inputs are more than that.
+        Labels of all training examples are compared with those of the fit, and inputs if they take at most
+        `stale_data.INPUT_BYTES`; `compared_` says what was compared. This reads the data set, unless its
+        labels are available alone and its inputs are larger than that.
 
         Args:
             path: File name.
             model: The model that it was fitted on.
             train_dataset: The training set that it was fitted on.
-            changed: What to do about examples that have changed: "refuse" them; "update" the method by these
-                alone (closed-form STRIDE: what a refit would give); or "ignore", which compares nothing but
-                the length, for data that are slow to read and sure to be the same.
+            changed: What to do if examples have changed: "refuse"; "update" the method with these examples
+                (closed-form STRIDE; equals a refit); or "ignore", which compares only the length, for data
+                that are slow to read and known to be the same.
             **options: Constructor arguments that are not saved (device, checkpoints, ...), or another
                 batch_size.
 
@@ -73,11 +73,11 @@ class SavedMethod(FittedMethod):
         return load_method(cls, path, model, train_dataset, options, changed)
 
     def _states_to_save(self) -> list[Any]:
-        """What `save` keeps of each checkpoint."""
+        """States of all checkpoints, as `save` writes them."""
         return list(self._states or [])
 
     def _loaded_states(self, states: list[Any], fingerprints: list[str]) -> list[Any]:
-        """The states that `save` had kept, whole again; `fingerprints` are those of the checkpoints."""
+        """Inverse of `_states_to_save`; `fingerprints` are those of the checkpoints."""
         return states
 
     def settings(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class _AtCheckpoint:
 
 
 class ScoringLoop(BatchReader):
-    """What a method implements, and the loops that call it."""
+    """Functions that a method implements, and the loops that call them."""
 
     #: Whether scores need the training examples again, so that blocks of columns are training batches.
     reads_training_data: ClassVar[bool] = False
@@ -87,8 +87,8 @@ class ScoringLoop(BatchReader):
     def holds_all_columns(self) -> bool:
         """Whether `prepare_query` computes the scores of all columns at once.
 
-        Test batches are then so small that `memory_budget` holds their scores; other methods never have more
-        than one block of columns.
+        Test batches are then so small that their scores fit `memory_budget`; other methods hold one block of
+        columns at a time.
         """
         return False
 
@@ -101,7 +101,7 @@ class ScoringLoop(BatchReader):
         raise self.no_norms()
 
     def no_norms(self) -> ValueError:
-        """The error of a method without a kernel."""
+        """Error of a method without a kernel."""
         return bad_value("normalize", f"be None for {type(self).__name__}, which has no norms", "'cosine'")
 
     def batch_self_influence(self, state: Any, model: nn.Module, batch: Any, rows: slice | None) -> Tensor:
@@ -114,7 +114,7 @@ class ScoringLoop(BatchReader):
         return -self.score_batch(state, prepared, rows, model, batch).diagonal()
 
     def train_self_influence(self, state: Any) -> Tensor | None:
-        """Self-influence of the whole training set where the state knows it, `(n_train,)`; else None."""
+        """Self-influence of the training set if the state has it, `(n_train,)`; else None."""
         return None
 
     def combine_weights(self, learning_rates: list[float]) -> list[float]:
@@ -122,7 +122,7 @@ class ScoringLoop(BatchReader):
         return [1 / len(learning_rates)] * len(learning_rates)
 
     def _test_rows(self) -> int:
-        """Test points of one batch, at most: as many as the budget holds scores of, if all are held."""
+        """Most test points per batch; limited by the budget if all their scores are held."""
         rows = super()._test_rows()
         if not self.holds_all_columns():
             return rows
@@ -171,7 +171,7 @@ class ScoringLoop(BatchReader):
         target: Any,
         normalize: str | Default | None,
     ) -> tuple[Tensor, ...]:
-        """Score all test batches; `collector` makes what takes in the blocks of one batch, or of all."""
+        """Score all test batches; `collector` creates the collector of one batch, or of all."""
         response = self.response if response is None else response
         chosen = self.normalize if isinstance(normalize, Default) else normalize
         check_query(self.loss, response, chosen)
@@ -236,7 +236,7 @@ class ScoringLoop(BatchReader):
         bytes_per_score = max((p.element_size() for p in model.parameters()), default=8)
         if len(parts) > 1 or normalize or not keeps_all:
             size = rows_that_fit(self.memory_budget, 4 * bytes_per_score, _BLOCK_SCORES)
-        else:  # the block is the result itself
+        else:  # the block is the result
             size = rows_that_fit(self.memory_budget, bytes_per_score, None)
         size //= max(n, 1)
         if normalize == "deviation":
@@ -283,7 +283,7 @@ class ScoringLoop(BatchReader):
 
     def _inverse_norms(self, state: Any, prepared: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
         test, train = self.test_norms(state, prepared), self.train_norms(state)
-        # Not where(x > 0): the norm of a point with NaN is NaN, and its scores must be.
+        # Not where(x > 0): scores of a point with NaN must be NaN.
         return tuple(torch.where(x == 0, torch.zeros_like(x), 1 / x) for x in (test, train))  # type: ignore[return-value]
 
     def _column_blocks(self, size: int) -> Iterator[tuple[slice, Any]]:

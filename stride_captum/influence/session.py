@@ -1,4 +1,4 @@
-"""The model of a method while it works: its device, its checkpoints, and that it comes back as it was."""
+"""Work with the model: device, checkpoints, and restoration of its state."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ModelSession(DataInfluence):  # type: ignore[misc]
     needs_gradients: ClassVar[bool] = False
 
     def __new__(cls, *arguments: Any, **options: Any) -> Any:
-        """Refuse Captum's positional call, whose second argument is a layer, with ours."""
+        """Refuse Captum's positional call, whose second argument is a layer, and show the right one."""
         if len(arguments) > 2:
             raise bad_type(
                 "arguments",
@@ -69,7 +69,7 @@ class ModelSession(DataInfluence):  # type: ignore[misc]
 
     @contextmanager
     def _session(self) -> Iterator[nn.Module]:
-        """The model on the working device, in eval mode, for this thread alone; put back at the end."""
+        """Context manager: the model on the working device, in eval mode, locked and restored on exit."""
         with (
             exclusive(self, self.model),
             preserve_state(self._model_on_device(), weights=self.checkpoints is not None) as model,
@@ -80,7 +80,7 @@ class ModelSession(DataInfluence):  # type: ignore[misc]
             yield model
 
     def _model_on_device(self) -> nn.Module:
-        """The model, or a copy on another device, which is made anew when the weights have changed."""
+        """The model, or a copy on another device, which is refreshed when the weights have changed."""
         first = next(self.model.parameters(), None)
         if self.device is None or first is None or first.device == self.device:
             return self.model
@@ -105,7 +105,7 @@ class ModelSession(DataInfluence):  # type: ignore[misc]
         return rate
 
     def _fingerprint(self) -> str:
-        """Of the weights of `model`, or of all checkpoints."""
+        """Fingerprints of the weights of `model`, or of all checkpoints."""
         with self._session() as model:
             found = []
             for checkpoint in self._checkpoints():

@@ -1,4 +1,4 @@
-"""The features h(x): layers are read during forward passes, one row per example.
+"""Features h(x): activations of layers, recorded during forward passes as one row per example.
 
 A *tap* names a place in the network: "fc1" is the output of the submodule fc1 and "fc1:input" what it
 reads. Convolution maps are pooled to at most 4 x 4, token sequences are averaged, vectors are taken as
@@ -27,14 +27,14 @@ from .taps import default_taps, layer_places, named_taps
 def recording(
     model: nn.Module, taps: Sequence[Tap]
 ) -> Iterator[Callable[[Any], tuple[Tensor, list[Tensor]]]]:
-    """Record the taps during forward passes; the hooks are gone afterwards.
+    """Context manager that records the taps during forward passes and removes its hooks afterwards.
 
-    Rows are taken while a submodule runs, so that what the model writes over an activation later does
-    not reach them, and whole maps are not kept.
+    Rows are computed while a submodule runs, so that later in-place writes to an activation do not affect
+    them and whole maps are not kept.
 
     Yields:
-        A function of one batch that returns the outputs of the model and the rows of each tap, a list
-        of `(n, width)`. Of a tap with rows of positions, `(n, positions..., width)`: see `at_positions`.
+        `run(batch) -> (outputs, rows)`: outputs of the model, and a list with `(n, width)` for each tap.
+        With rows per position, `(n, positions..., width)` (`at_positions`).
     """
     recorder = _Recorder(taps)
     with watching(model, recorder.taps, recorder.see) as forward:
@@ -57,20 +57,20 @@ def token_mask(batch: ExampleBatch) -> Tensor | None:
 
 
 class _Recorder:
-    """The rows that a forward pass gives at each tap."""
+    """Rows at each tap during a forward pass."""
 
     def __init__(self, taps: Sequence[Tap]) -> None:
         self.taps = {(tap.name, tap.reads_input): tap for tap in taps}
         self.start(None)
 
     def start(self, mask: Tensor | None) -> None:
-        """Forget the pass before."""
+        """Reset before a forward pass."""
         self._mask = mask
         self._parts: dict[Place, list[Tensor]] = {}
         self._runs: dict[Place, int] = {}
 
     def see(self, place: Place, values: list[Any]) -> None:
-        """Take the rows of what a place gives, in memory of their own."""
+        """Store the rows of the tensors at a place, as copies."""
         tap = self.taps[place]
         for value in values:
             activation = activation_in(value, str(tap))
@@ -88,7 +88,7 @@ class _Recorder:
                 parts.append(rows)
 
     def rows(self, tap: Tap, n: int) -> Tensor:
-        """The rows of a tap after a pass over `n` examples, `(n, width)`."""
+        """Rows of a tap after a pass over `n` examples, `(n, width)`."""
         place = tap.name, tap.reads_input
         if place not in self._parts:
             raise not_run(place)
@@ -132,11 +132,11 @@ class _Recorder:
 
 
 def check_finite(values: Tensor, what: str = "activations") -> None:
-    """Refuse a training set that makes NaN or infinities, which every score would inherit.
+    """Refuse NaN or infinite values, which would spread to every score.
 
     Args:
         values: One row per training example.
-        what: What an error calls them.
+        what: Their name in the error.
     """
     if not bool(torch.isfinite(values).all()):
         row = int((~torch.isfinite(values).all(1)).nonzero()[0])

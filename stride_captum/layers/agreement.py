@@ -1,4 +1,4 @@
-"""Whether what two forward passes give agrees, up to rounding."""
+"""Comparison of tensors of two forward passes, up to rounding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PLACES = 32
 
 
 def rounding(model: nn.Module | None, *tensors: Tensor) -> float:
-    """The coarsest unit of rounding in the weights of a model and in other tensors."""
+    """Largest machine epsilon among the weights of a model and other tensors."""
     modules = [] if model is None else list(model.modules())
     weights = [] if model is None else [*model.parameters(), *model.buffers()]
     floats = {(t.dtype, t.is_cuda) for t in [*weights, *tensors] if t.is_floating_point()}
@@ -30,7 +30,7 @@ def rounding(model: nn.Module | None, *tensors: Tensor) -> float:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether this is a tensor with a number in every place."""
+    """Whether this is a dense tensor of numbers."""
     return (
         isinstance(value, Tensor)
         and not value.is_nested
@@ -40,23 +40,23 @@ def is_plain(value: Any) -> bool:
 
 
 def largest(tensor: Tensor) -> float:
-    """The largest finite number of a tensor, without its sign; 0 where there is none."""
+    """Largest finite absolute value of a tensor; 0 if there is none."""
     tensor = _real(tensor)
     finite = tensor[tensor.isfinite()]
     return float(finite.abs().max()) if len(finite) else 0.0
 
 
 def are_alike(a: Tensor, b: Tensor, unit: float, scale: float | None = None) -> bool:
-    """Whether two tensors are one up to rounding: they share half the digits of the format.
+    """Whether two tensors agree to half the digits of their format.
 
-    Kernels for other batch sizes add in another order. That costs a few units a layer, far from half the
-    digits; dropout or statistics of the batch change the first digit. Equal infinities are alike, and NaN
-    in the same places.
+    Kernels for other batch sizes sum in another order, which costs a few epsilons per layer, far less than
+    half the digits; dropout or batch statistics change the first digit. Equal infinities agree, and NaN in
+    the same places.
 
     Args:
         a: Any shape.
-        b: Another shape is not alike.
-        unit: Of `rounding`; 0 for equality.
+        b: A tensor of another shape does not agree.
+        unit: From `rounding`; 0 for equality.
         scale: What differences are relative to; None for the largest number in `a`.
     """
     if a.shape != b.shape:
@@ -72,12 +72,12 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def thinned(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """A copy of at most 32 places in each dimension that cannot count examples.
+    """Copy with at most 32 entries in each dimension that cannot be the batch dimension.
 
     Args:
-        tensor: What a submodule gave in some pass.
-        shape: What it had in the pass over `MANY` examples: dimensions of another size, or of a multiple
-            of that number, stay whole.
+        tensor: Activation of some pass.
+        shape: Its shape in the pass over `MANY` examples: dimensions whose size differs, or is a multiple of
+            that number, are kept whole.
     """
     for dim, (size, of_many) in enumerate(zip(tensor.shape, shape, strict=False)):
         if size == of_many and size % MANY and size > _PLACES:
@@ -87,5 +87,5 @@ def thinned(tensor: Tensor, shape: torch.Size) -> Tensor:
 
 
 def differing(a: Tensor, b: Tensor) -> list[int]:
-    """Dimensions whose sizes differ; none where the number of dimensions does."""
+    """Dimensions whose sizes differ; empty if the number of dimensions differs."""
     return [d for d in range(a.ndim) if a.shape[d] != b.shape[d]] if a.ndim == b.ndim else []

@@ -1,7 +1,7 @@
-"""Which dimension of an activation holds the channels, told by the modules that read or return it.
+"""Channel dimension of an activation, inferred from the modules that read or return it.
 
 Convolutions keep channels first, `(n, channels, length...)`, linear layers last, `(n, tokens..., channels)`.
-A ReLU or a block of the user's own does not say.
+A ReLU or a custom block has no fixed layout.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _Key = tuple[int, tuple[int, ...]]
 
 
 def first_by_kind(module: nn.Module) -> bool | None:
-    """Whether a module keeps channels first; None where its kind does not say."""
+    """Whether modules of this type have channels first; None if the type does not determine it."""
     if isinstance(module, _FIRST):
         return True
     # Subclasses of LayerNorm for maps permute their dimensions.
@@ -41,12 +41,12 @@ def first_by_kind(module: nn.Module) -> bool | None:
 
 @dataclass
 class Channels:
-    """What the modules of one forward pass say about its tensors.
+    """Channel layouts of the tensors of one forward pass.
 
     Attributes:
-        known: Whether channels come first, by address and shape of a tensor.
-        same: Pairs of tensors with the same layout: what a ReLU reads and returns.
-        held: The tensors, so that no address is used twice.
+        known: Whether channels are first, by address and shape of a tensor.
+        same: Pairs of tensors with the same layout, such as the input and output of a ReLU.
+        held: References to the tensors, so that no address is reused.
     """
 
     known: dict[_Key, bool] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Channels:
     _read: dict[nn.Module, Tensor] = field(default_factory=dict)
 
     def see(self, module: nn.Module, reads_input: bool, tensor: Tensor) -> None:
-        """Take in what a module reads or returns."""
+        """Register the input or output of a module."""
         self.held.append(tensor)
         first, key = first_by_kind(module), _key(tensor)
         if first is not None:
@@ -68,10 +68,10 @@ class Channels:
             self.same.setdefault(other, set()).add(key)
 
     def first(self, tensor: Tensor) -> bool | None:
-        """Whether the channels of a tensor come first; None where both are possible.
+        """Whether the channels of a tensor are first; None if both are possible.
 
-        Where no module says it of the tensor, all others with as many dimensions must agree. Where there
-        are none, sequences have channels last and maps first.
+        If no module determines it, all other tensors with as many dimensions must agree. If there are none,
+        sequences have channels last and maps have them first.
         """
         found = {self.known[key] for key in self._with(_key(tensor)) if key in self.known}
         if not found:

@@ -1,4 +1,4 @@
-"""Forward hooks on named submodules: registered for one block of code, removed whatever is raised in it."""
+"""Forward hooks on named submodules for one block of code, removed even if it raises."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ _SEVERAL_INPUTS = {
 def watching(
     model: nn.Module, places: Iterable[Place], see: See
 ) -> Iterator[Callable[[ExampleBatch], Tensor]]:
-    """Watch places during forward passes; afterwards no hook is left, also after an exception.
+    """Context manager that observes places during forward passes; its hooks are removed on exit.
 
-    Code that `torch.compile` has made runs uncompiled inside: it may not call hooks. What other threads run
-    is not seen.
+    Code compiled by `torch.compile` runs uncompiled inside, since compiled code may skip hooks. Forward
+    passes of other threads are not observed.
 
     Args:
         model: The network, in eval mode.
         places: Which submodules, and on which side.
-        see: Called with a place and its tensors, each time the submodule runs. These are the first
-            floating-point input, all inputs of Bilinear and MultiheadAttention, or the output.
+        see: Called with a place and its tensors each time the submodule runs: the first floating-point input
+            (all inputs of Bilinear and MultiheadAttention), or the output.
 
     Yields:
-        A function of one batch, whose tensors it may destroy, that returns the outputs of the model.
+        `forward(batch) -> outputs`; it may overwrite the tensors of the batch.
 
     Raises:
-        ValueError: A model whose submodules cannot be watched.
+        ValueError: The submodules of the model cannot be observed.
     """
     _check_one_process_runs_it(model)
     modules = dict(model.named_modules(remove_duplicate=False))
 
-    thread = get_ident()  # others may run the same model
+    thread = get_ident()  # other threads may run the same model
 
     def catch_input(place: Place) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -79,7 +79,7 @@ def watching(
 
 
 def _given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The inputs of a module that are features: different tensors, each once."""
+    """Inputs of a module that are features, without repetitions."""
     for kind, names in _SEVERAL_INPUTS.items():
         if isinstance(module, kind):
             given = [*args[: len(names)], *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
@@ -96,8 +96,8 @@ def _is_float(value: Any) -> bool:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Run what `torch.compile` has made as plain Python."""
-    # Whoever compiles has loaded it; loading it here would take seconds.
+    """Context manager that runs compiled code as plain Python."""
+    # If code is compiled, dynamo has been imported; importing it here would take seconds.
     if "torch._dynamo.eval_frame" in sys.modules and hasattr(torch.compiler, "set_stance"):
         with torch.compiler.set_stance("force_eager"):
             yield
@@ -106,7 +106,7 @@ def uncompiled() -> Iterator[None]:
 
 
 def scripted_parts(model: nn.Module) -> dict[str, str]:
-    """Names of the submodules that take no hooks, each with that of the scripted module that it is in."""
+    """Submodules that take no hooks, by name, with the name of the scripted module that contains them."""
     parts: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, torch.jit.ScriptModule):
@@ -116,7 +116,7 @@ def scripted_parts(model: nn.Module) -> dict[str, str]:
 
 
 def check_weights_exist(model: nn.Module) -> None:
-    """Refuse a lazy module that has not seen a batch yet.
+    """Refuse lazy modules that are not initialized.
 
     Raises:
         ValueError: A parameter or buffer is uninitialized.

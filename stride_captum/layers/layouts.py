@@ -1,4 +1,4 @@
-"""Which dimension of an activation counts the examples, told by two passes over different numbers of them."""
+"""Batch dimension of an activation, inferred from two passes with different batch sizes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .agreement import MANY, are_alike, differing
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the examples are in an activation.
+    """Batch layout of an activation.
 
     Attributes:
-        batch_dim: The dimension that counts them.
-        rows: "one" per example; or several, with those of an example side by side ("examples first",
-            `(n k, ...)`), or with the examples side by side ("positions first", `(k n, ...)`).
+        batch_dim: The batch dimension.
+        rows: Rows per example in that dimension: "one"; or several, ordered by example ("examples first",
+            `(n k, ...)`) or by position ("positions first", `(k n, ...)`).
     """
 
     batch_dim: int
@@ -26,20 +26,19 @@ class Layout:
 
 
 def batch_layout(many: Tensor, few: Tensor, order: list[int], unit: float, place: str) -> Layout:
-    """Find the dimension that counts examples in what two passes gave.
+    """Find the batch dimension from the activations of two passes.
 
-    Its size follows the number of examples, and its rows follow the examples themselves: a model may
-    sort them on the way.
+    Its size depends on the number of examples, and its rows on the examples. The model may reorder them.
 
     Args:
-        many: Of three examples.
-        few: Of two of them.
+        many: Activation for three examples.
+        few: Activation for two of them.
         order: Which two, in the order of `few`.
-        unit: Of `rounding`.
-        place: What an error calls the layer.
+        unit: From `rounding`.
+        place: Name of the layer in the error.
 
     Raises:
-        ValueError: No dimension does, or more than one could.
+        ValueError: No dimension qualifies, or more than one does.
     """
     dims = differing(many, few)
     if len(dims) != 1 or many.shape[dims[0]] * len(order) != few.shape[dims[0]] * MANY:

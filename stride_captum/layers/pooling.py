@@ -1,4 +1,4 @@
-"""From what a layer gives to one row of features per example."""
+"""Pooling of activations to one row of features per example."""
 
 from __future__ import annotations
 
@@ -26,18 +26,16 @@ class Tap:
 
     Attributes:
         name: Name of the submodule, as in `model.named_modules()`.
-        reads_input: Whether it is what the submodule reads instead of what it returns.
-        spatial: Dimensions of the maps behind the channels: 0 for vectors and token sequences.
+        reads_input: Whether the input of the submodule is read instead of its output.
+        spatial: Number of spatial dimensions: 0 for vectors and token sequences.
         pool: Side to which maps are pooled.
-        width: Features it gives.
-        batch_dim: Dimension that counts the examples.
-        rows: Rows of that dimension per example: "one", or several, which are averaged. Those of an example
-            lie side by side ("examples first", `(n k, ...)`), or the examples do ("positions first",
-            `(k n, ...)`).
-        parts: Tensors that one forward pass gives here, whose features stand side by side: one for each
-            time that the submodule runs, and for each of its inputs where it has several. 0: however
-            many, averaged.
-        per_position: Whether each position of an example has a row: tokens are not averaged, nor maps pooled.
+        width: Number of features.
+        batch_dim: The batch dimension.
+        rows: Rows per example in that dimension: "one"; or several, which are averaged, ordered by example
+            ("examples first", `(n k, ...)`) or by position ("positions first", `(k n, ...)`).
+        parts: Tensors per forward pass, whose features are concatenated: one for each call of the submodule
+            and each of its inputs. 0: any number, averaged.
+        per_position: Whether each position has a row: tokens are not averaged, maps are not pooled.
     """
 
     name: str
@@ -55,18 +53,18 @@ class Tap:
 
 
 def place_name(place: Place) -> str:
-    """How users write a place: the name of the submodule, with ":input" for what it reads."""
+    """A place in the notation of `layers`: submodule name, with ":input" for its input."""
     return place[0] + (INPUT_SUFFIX if place[1] else "")
 
 
 def activation_in(value: Any, place: str) -> Tensor:
-    """The tensor in what a submodule reads or returns: itself, the first of a tuple, `.last_hidden_state`.
+    """Tensor in an input or output: itself, the first of a tuple, or `.last_hidden_state`.
 
     Packed sequences and nested tensors become `(n, d)`, the mean over the steps of each example.
 
     Args:
-        value: What came.
-        place: What an error calls the submodule.
+        value: Input or output of a submodule.
+        place: Name of the submodule in errors.
 
     Raises:
         TypeError: No tensor.
@@ -116,7 +114,7 @@ def _mean_of_nested(nested: Tensor) -> Tensor:
 
 
 def in_single(activation: Tensor) -> Tensor:
-    """In float32, or float64 where it is."""
+    """Cast to float32; float64 is kept."""
     return activation if activation.dtype in (torch.float32, torch.float64) else activation.float()
 
 
@@ -139,13 +137,13 @@ def to_rows(
 
     Args:
         activation: `(n, d)`, `(n, tokens..., d)`, or with `spatial` > 0 `(n, channels, length...)`.
-        spatial: Dimensions of the maps behind the channels; 0 averages over tokens.
+        spatial: Number of spatial dimensions; 0 averages over tokens.
         pool: Side to which maps are pooled by averaging.
-        batch_dim: Dimension of the n examples, where it is not the first.
+        batch_dim: Dimension of the n examples.
         mask: `(n, tokens)`, 0 for tokens that are padding; ignored for activations of other shapes.
 
     Returns:
-        `(n, width)`, in float32, or float64 where the activation is.
+        `(n, width)`, in float32, or float64 if the activation is.
     """
     activation = in_single(activation.movedim(batch_dim, 0))
     if activation.ndim <= 2:
@@ -166,7 +164,7 @@ def to_rows(
 
 
 def mean_of_tokens(tokens: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens that are no padding, 0 where all are.
+    """Mean over the tokens that are not padding; 0 if all are.
 
     Args:
         tokens: `(n, tokens, d)`.

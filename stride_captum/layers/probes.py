@@ -1,4 +1,4 @@
-"""Whether the outputs of a model for an example depend on that example alone."""
+"""Check that the outputs of a model for an example depend on that example alone."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .pooling import Place
 
 
 def spread(n: int) -> list[int]:
-    """Three of n examples from the first to the last; the last are repeated where there are fewer."""
+    """Indices of three examples spread over n; the last is repeated if n < 3."""
     return [0, n // 2, n - 1] if n >= MANY else [0, n - 1, n - 1]
 
 
 def check_deterministic(model: nn.Module, batch: Any) -> None:
     """Refuse a model whose outputs for an example depend on chance, or on the other examples of the batch.
 
-    Four passes over two or three examples of one batch, so that padding is the same in all of them. Where
-    chance moves the outputs by less than half their digits, it shows in what submodules read and return.
+    Runs four passes over two or three examples of one batch, so that padding is the same in all of them. If
+    randomness changes the outputs in less than half their digits, activations of submodules show it.
 
     Args:
         model: In eval mode; an error names the submodule where the difference begins.
-        batch: Any batch; the model gets copies of its tensors.
+        batch: Any batch; the model is given copies of its tensors.
 
     Raises:
         ValueError: Outputs that change from pass to pass, or with the other examples.
@@ -53,7 +53,7 @@ def check_deterministic(model: nn.Module, batch: Any) -> None:
                 raise _by_chance(_in_words(model, place))
         scale = largest(outputs)
         for row in (0, MANY - 1):
-            rows = [examples[row]] * 2  # because some models take no single example
+            rows = [examples[row]] * 2  # some models do not accept a single example
             pair = outputs_of(inputs(rows))
             if all(are_alike(outputs[row], one, rounding(model, outputs), scale) for one in pair):
                 continue
@@ -86,7 +86,7 @@ def _by_batch(where: str) -> ValueError:
 def _first_difference(
     model: nn.Module, a: ExampleBatch, b: ExampleBatch, row: int | None
 ) -> tuple[Place | None, float]:
-    """Where two passes begin to differ by more than rounding.
+    """First place at which two passes differ by more than rounding.
 
     Args:
         model: The network.
@@ -95,8 +95,8 @@ def _first_difference(
         row: Which row of `a`; None for all.
 
     Returns:
-        The place, None if no submodule shows it; and the coarsest unit of rounding on the way: half
-        precision inside a model shows only there.
+        The place (None if no submodule differs), and the largest epsilon of the activations: half precision
+        inside a model is visible only there.
     """
     seen: list[tuple[Place, torch.Size, Tensor]] = []
     different: list[Place] = []
@@ -132,14 +132,14 @@ def _in_words(model: nn.Module, place: Place | None) -> str:
 
 
 def both_sides(model: nn.Module) -> list[Place]:
-    """The places of all submodules that take hooks, and of the model itself."""
+    """Inputs and outputs of all submodules that take hooks, and of the model itself."""
     closed = scripted_parts(model)
     names = [name for name, _ in model.named_modules() if name not in closed]
     return [(name, reads_input) for name in names for reads_input in (True, False)]
 
 
 def _agree(a: Tensor, b: Tensor, row: int | None, unit: float, scale: float) -> bool:
-    """Whether the same tensor of two passes agrees, or that of one example; True where it cannot be told."""
+    """Whether a tensor agrees between two passes, or for one example; True if it cannot be determined."""
     if row is None:
         return a.shape != b.shape or are_alike(a, b, unit, scale)
     dims = differing(a, b)

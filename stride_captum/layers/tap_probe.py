@@ -1,4 +1,4 @@
-"""Two small forward passes that show how the activations at a place become one row per example."""
+"""Two small forward passes that determine how activations at a place become one row per example."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _SIDE_BY_SIDE = 4
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor that a place gave in a pass.
+    """One tensor at a place in a pass.
 
     Attributes:
-        source: The tensor itself, which holds its address.
-        version: Writes to it until then.
-        some: Some of what it held then.
+        source: The tensor; the reference keeps its address from being reused.
+        version: Its version counter at that time.
+        some: Some of its values at that time.
     """
 
     source: Tensor
@@ -49,15 +49,15 @@ Parts = list[Part | Exception]
 
 
 class TapProbe:
-    """What three examples of a batch, and two of them, give at some places.
+    """Activations at some places for three examples of a batch, and for two of them.
 
     Args:
         model: The network, in eval mode.
-        batch: Any batch; the model gets copies of its tensors.
-        places: Where to look; submodules that do not run are left out.
+        batch: Any batch; the model is given copies of its tensors.
+        places: Places to probe; submodules that do not run are left out.
 
     Attributes:
-        seen: What each place gave, in the order of the forward pass.
+        seen: Tensors at each place, in the order of the forward pass.
         ran: Names of the submodules that were called.
         grid: Sizes of the positions of an example, each of which has features of its own; None where an
             example has one row of outputs.
@@ -78,10 +78,10 @@ class TapProbe:
         with torch.no_grad():
             inputs = some(list(range(MANY)))
             self._outputs = self._watch(model, inputs, places)
-            try:  # Another order shows whether the model sorts its examples.
+            try:  # Another order reveals whether the model sorts its examples.
                 self._order = [1, 0]
                 self._fewer = self._watch_fewer(model, some(self._order))
-            except Exception:  # It may want them sorted.
+            except Exception:  # The model may require sorted examples.
                 self._order = [0, 1]
                 self._fewer = self._watch_fewer(model, some(self._order))
         self.grid = grid_of(self._outputs, every.reading.loss)
@@ -91,7 +91,7 @@ class TapProbe:
         self._unit = rounding(model, *(p.some for parts in self.seen.values() for p in _parts(parts)))
 
     def _watch(self, model: nn.Module, batch: ExampleBatch, places: Sequence[Place]) -> Tensor:
-        """A pass in which every submodule is seen to run."""
+        """Forward pass that records which submodules run."""
         wanted = set(places)
 
         def see(place: Place, values: list[Any]) -> None:
@@ -106,7 +106,7 @@ class TapProbe:
             return run(batch)
 
     def _watch_fewer(self, model: nn.Module, batch: ExampleBatch) -> dict[Place, list[Tensor]]:
-        """A pass over other examples: some of what each place gives, the same as of the pass before."""
+        """Forward pass over fewer examples; keeps the same entries of each tensor as the first pass."""
         fewer: dict[Place, list[Tensor]] = {place: [] for place in self.seen}
 
         def see(place: Place, values: list[Any]) -> None:
@@ -122,12 +122,11 @@ class TapProbe:
         return fewer
 
     def tap(self, place: Place) -> Tap:
-        """How the activations at a place become rows.
+        """Tap for a place: how its activations become rows.
 
         Raises:
-            ValueError: They do not: the place does not run, has no dimension that counts the examples,
-                or several tensors that do not go together.
-            TypeError: It gives no tensor.
+            ValueError: The place does not run, has no batch dimension, or has several incompatible tensors.
+            TypeError: There is no tensor at the place.
         """
         if place not in self.seen:
             raise not_run(place)
@@ -157,11 +156,11 @@ class TapProbe:
         return tap
 
     def problem(self, place: Place) -> Exception | None:
-        """Why what a place gave cannot be read at all."""
+        """Error if the tensors at a place cannot be read; else None."""
         return next((part for part in self.seen[place] if isinstance(part, Exception)), None)
 
     def pooled(self, tap: Tap, pool: int) -> Tap:
-        """A tap with maps of another side; width 0 where its parts cannot be averaged."""
+        """Tap with maps pooled to another side; width 0 if its parts cannot be averaged."""
         widths = []
         for part in _parts(self.seen[tap.name, tap.reads_input]):
             like = torch.empty(part.shape, device="meta")
@@ -203,7 +202,7 @@ class TapProbe:
         return layouts.pop()
 
     def _spatial(self, name: str, place: Place, part: Part, layout: Layout) -> int:
-        """Dimensions of the maps in an activation with more than two dimensions."""
+        """Number of spatial dimensions of an activation with more than two dimensions."""
         first = first_by_kind(self._modules[place[0]])
         if layout.batch_dim or len(part.shape) > 5:
             return 0
@@ -218,7 +217,7 @@ class TapProbe:
         return len(part.shape) - 2 if first else 0
 
     def reads_raw_input(self, tap: Tap, first_layer: bool) -> bool:
-        """Whether a tap sees images or sequences as they were given, or, in the first layer, normalized."""
+        """Whether a tap reads raw images or sequences, or in the first layer normalized ones."""
         addresses = {t.data_ptr() for t in self._given}
         shapes = {t.shape for t in self._given} if first_layer else set()
         several = tap.rows != "one"
@@ -228,24 +227,24 @@ class TapProbe:
         )
 
     def returns_outputs(self, place: Place) -> bool:
-        """Whether what a place gives is the output of the model."""
+        """Whether a tensor at a place is the output of the model."""
         return any(part.source.data_ptr() == self._outputs.data_ptr() for part in _parts(self.seen[place]))
 
     def is_output(self, place: Place) -> bool:
-        """Whether a place gives the output of the model and nothing else."""
+        """Whether the only tensor at a place is the output of the model."""
         size = self._outputs.numel()
         return self.returns_outputs(place) and all(
             part.source.numel() == size for part in _parts(self.seen[place])
         )
 
     def key(self, place: Place) -> tuple[Any, ...]:
-        """Equal for places that see the same tensors, with nothing written to them in between."""
+        """Key that is equal for places with the same tensors, unchanged in between."""
         parts = _parts(self.seen[place])
         return tuple((p.source.data_ptr(), p.version, tuple(p.shape)) for p in parts)
 
 
 def not_run(place: Place) -> ValueError:
-    """The error for a submodule that was not called."""
+    """Error for a submodule that was not called."""
     return bad_value(
         "layers",
         "name submodules that run in the forward pass",

@@ -1,4 +1,4 @@
-"""Which places of a network are read: those that the user names, or what its weight layers read."""
+"""Choice of the places that are read: named by the user, or the inputs of the weight layers."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _UNREAD_SHARE = 1 / 3
 def named_taps(model: nn.Module, layers: Sequence[str], batch: Any) -> list[Tap]:
     """Taps for the names that the user gave.
 
-    A submodule that runs several times in a forward pass gives the features of each run, side by side, up
-    to four times; beyond that, as in a recurrent loop, their mean.
+    The features of a submodule that runs up to four times in a forward pass are concatenated; those of more
+    runs, as in a recurrent loop, are averaged.
 
     Args:
         model: The network.
@@ -48,7 +48,7 @@ def named_taps(model: nn.Module, layers: Sequence[str], batch: Any) -> list[Tap]
 
 
 def _refuse_outputs(place: Place) -> None:
-    """Features are what the last layer reads: the model's own outputs say nothing beside the residuals."""
+    """Refuse the outputs of the model as features: they add nothing to the residuals."""
     name = place[0]
     remedy = (
         f"Write {name + INPUT_SUFFIX!r} for what it reads." if not place[1] else "Name a layer before it."
@@ -58,7 +58,7 @@ def _refuse_outputs(place: Place) -> None:
 
 
 def layer_places(model: nn.Module, layers: Sequence[str]) -> list[Place]:
-    """The places that the user named.
+    """Places that the user has named.
 
     Args:
         model: The network.
@@ -103,7 +103,7 @@ def _place(layer: Any, modules: dict[str, nn.Module], names: dict[nn.Module, str
         raise bad_type("layers", "hold names of submodules of `model`", layer)
     name = layer.removesuffix(INPUT_SUFFIX)
     if name not in modules:
-        # Wrappers such as torch.compile and DistributedDataParallel put a name in front.
+        # Wrappers such as torch.compile and DistributedDataParallel add a prefix.
         wrapped = [full for full in modules if full and name == _unwrapped(full)]
         name = wrapped[0] if len(wrapped) == 1 else name
     if name not in modules or not layer:
@@ -119,15 +119,14 @@ def _unwrapped(name: str) -> str:
 
 
 def default_taps(model: nn.Module, batch: Any, max_width: int, penultimate: bool = False) -> list[Tap]:
-    """Tap what every weight layer reads: post-activation features, and a flat float input.
+    """Taps on the inputs of all weight layers: post-activation features, and a flat float input.
 
     A weight layer owns a parameter with at least two dimensions and reads a float tensor: Linear,
-    convolutions, attention, recurrent layers (of which the output, which their recurrent weights read, is
-    tapped as well), and modules of the user's own. Places that read the same tensors count once. Raw
-    images and sequences (also where the network normalizes them first), integer inputs, layers that do
-    not run and layers without one row per example are left out. Where the total width exceeds `max_width`,
-    the widest tap is pooled to half its side, or dropped if it cannot be pooled, until the rest fits; the
-    last tap is always kept.
+    convolutions, attention, recurrent layers (whose outputs are tapped too, because their recurrent weights
+    read them), and custom modules. Places that read the same tensors count once. Raw images and sequences
+    (also normalized ones), integer inputs, layers that do not run, and layers without one row per example are
+    left out. While the total width exceeds `max_width`, the widest tap is pooled to half its side, or dropped
+    if it cannot be pooled; the last tap is always kept.
 
     Args:
         model: The network.
@@ -158,7 +157,7 @@ def default_taps(model: nn.Module, batch: Any, max_width: int, penultimate: bool
 
 
 def _readable(probe: TapProbe) -> tuple[list[Tap], set[str], list[Exception]]:
-    """Taps at the places that show features, the submodules that could be read, and why others could not."""
+    """Taps at readable places, names of the readable submodules, and errors for the others."""
     found: dict[Any, Tap] = {}
     read: set[str] = set()
     problems: list[Exception] = []
@@ -197,7 +196,7 @@ def _nothing_to_read(model: nn.Module) -> ValueError:
 
 
 def _weight_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that apply matrices of weights and have no submodule that does."""
+    """Modules that apply weight matrices and have no submodule that does, by name."""
     closed = scripted_parts(model)
     return {
         name: module
@@ -210,15 +209,15 @@ def _weight_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether no submodule has matrices; those of `torch.nn.utils.parametrize` are the module's own."""
+    """Whether no submodule has matrices; parametrizations count as the module's own."""
     children = [child for name, child in module.named_children() if name != "parametrizations"]
     return not any(_matrices(inner) for child in children for inner in child.modules())
 
 
 def _matrices(module: nn.Module) -> dict[str, int]:
-    """Parameters of a module itself that are applied as matrices, by name, with their sizes.
+    """Sizes of a module's own parameters that are applied as matrices, by name.
 
-    Of more than two dimensions two must be longer than 1: class tokens and scales of channels are vectors.
+    With more than two dimensions, two must be longer than 1: class tokens and channel scales are vectors.
     """
     convolves = isinstance(module, nn.modules.conv._ConvNd)
     own = dict(module.named_parameters(recurse=False))
@@ -233,7 +232,7 @@ def _matrices(module: nn.Module) -> dict[str, int]:
 
 
 def _warn_of_unread(model: nn.Module, read: set[str], ran: set[str]) -> None:
-    """Say which weights of modules that ran apply to nothing seen; embeddings are read behind them."""
+    """Warn if many weights of modules that ran have no readable input; embeddings do not count."""
     ran = ran | set(scripted_parts(model))
     total, unread = 0, dict[str, int]()
     for name, module in model.named_modules():
@@ -241,7 +240,7 @@ def _warn_of_unread(model: nn.Module, read: set[str], ran: set[str]) -> None:
             continue
         sizes = {f"{name}.{own}".removeprefix("."): size for own, size in _matrices(module).items()}
         total += sum(sizes.values())
-        if name in read:  # which shows what the first of several matrices reads
+        if name in read:  # the input of the first of several matrices
             sizes = {} if isinstance(module, _ALL_READ) else dict(list(sizes.items())[1:])
         unread |= sizes
     if sum(unread.values()) > _UNREAD_SHARE * total:
@@ -260,7 +259,7 @@ def _warn_of_unread(model: nn.Module, read: set[str], ran: set[str]) -> None:
 def _fit_width(taps: list[Tap], max_width: int, probe: TapProbe) -> list[Tap]:
     taps = list(taps)
     while len(taps) > 1 and sum(tap.width for tap in taps) > max_width:
-        # The last tap goes only where nothing else is as wide; among equals the earliest goes first.
+        # The last tap is reduced only if no other is as wide; among equals the earliest comes first.
         i = max(range(len(taps)), key=lambda i: (taps[i].width, i != len(taps) - 1, -i))
         if taps[i].pool > 1:
             taps[i] = probe.pooled(taps[i], taps[i].pool // 2)

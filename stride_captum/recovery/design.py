@@ -1,8 +1,8 @@
-"""Distinct columns of the membership matrix X, as an operator that stage 2 solves with.
+"""Distinct columns of the membership matrix X, as a linear operator.
 
-Training examples that belong to the same subsets have identical columns, and examples in no subset have
-a zero column. The responses cannot tell them apart, so the recovery is solved over the distinct nonzero
-columns and shared out afterwards.
+Training examples in the same subsets have identical columns, and examples in no subset have a zero column.
+The responses cannot distinguish them, so the recovery is solved over the distinct nonzero columns, whose
+weights are then split equally.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class Design:
         counts: `(n_columns,)` how many training examples share the column.
         norms: `(n_columns,)` Euclidean norms (after centering).
         means: `(n_columns,)` means over the subsets (before centering).
-        dense: Whether products use a dense array, which is so only where most of X is not sparse.
+        dense: Whether products use a dense array, because X is not sparse.
 
     Args:
         membership: SciPy sparse matrix `(n_subsets, n_train)`.
         center: Remove from every column its mean over the subsets. The mean is subtracted in the
             products, so X stays sparse. Constant columns become zero columns.
-        device: Where products are computed, in float64.
+        device: Compute device; products are in float64.
     """
 
     def __init__(self, membership: Membership, center: bool, device: torch.device) -> None:
@@ -108,7 +108,7 @@ class Design:
         return product - product.mean(1, keepdim=True)
 
     def blocks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
-        """The distinct columns, `size` at a time and dense: `(n_subsets, size)`, centered if asked."""
+        """Dense blocks of distinct columns, `(n_subsets, size)`, centered if requested."""
         for begin in range(0, self.n_columns, size):
             columns = slice(begin, begin + size)
             if self.dense:
@@ -118,16 +118,16 @@ class Design:
             yield columns, block - self.means[columns] if self.center else block
 
     def expand(self, x: Tensor) -> Tensor:
-        """The value of each training example's column, 0 for zero columns: (n, p) to (n, n_train)."""
+        """Value of each training example's column, 0 for zero columns: (n, p) to (n, n_train)."""
         return torch.cat([x, x.new_zeros(len(x), 1)], 1)[:, self.group]
 
     def collect(self, w: Tensor) -> Tensor:
-        """The sum of the weights of the examples that share a column: (n, n_train) to (n, p)."""
+        """Sum of the weights of examples that share a column: (n, n_train) to (n, p)."""
         total = w.new_zeros(len(w), self.n_columns + 1).index_add_(1, self.group, w)
         return total[:, : self.n_columns]
 
     def applied_to(self, other: Membership) -> SparseMatrix:
-        """Another membership of the same examples, to multiply weights of distinct columns with.
+        """Operator of another membership of the same examples, acting on weights of distinct columns.
 
         The weight of a distinct column is shared equally by the examples that have it.
         """
@@ -139,12 +139,12 @@ class Design:
         return SparseMatrix((other @ sharing).tocsr(), self.group.device)
 
     def restrict(self, index: Tensor) -> WorkingSet:
-        """The sparse columns `index` (n, m), another choice for every test point."""
+        """The sparse columns `index` (n, m), selected per test point."""
         return WorkingSet(self._matrix, index, self.norms, self.means if self.center else None)
 
 
 class WorkingSet:
-    """Some columns per test point, as one block-diagonal sparse matrix.
+    """Selected columns per test point, as one block-diagonal sparse matrix.
 
     One product of the `(n * n_subsets, n * m)` matrix with a vector serves all test points, at a cost
     that is independent of the number of columns left out.
@@ -198,7 +198,7 @@ class WorkingSet:
 
 
 class SparseMatrix:
-    """A CSR matrix times dense tensors, on the processor or on a GPU."""
+    """CSR matrix for products with dense tensors, on the CPU or a GPU."""
 
     def __init__(self, matrix: Membership, device: torch.device) -> None:
         self._matrix = matrix
@@ -238,7 +238,7 @@ def read_membership(membership: Any) -> Membership:
 
 
 def read_responses(Y: Any, n_subsets: int) -> Tensor:
-    """Y as a finite float64 tensor `(n_test, n_subsets)` where that can be (`devices.float64_device`).
+    """Y as a finite float64 tensor `(n_test, n_subsets)`, on a device with float64.
 
     Raises:
         TypeError: It is neither a tensor nor an array.
@@ -271,7 +271,7 @@ def _to_torch(matrix: Membership) -> Tensor:
 
 
 def _distinct(matrix: Membership, center: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The first of each kind of column, and the kind of every column (the number of kinds for zeros)."""
+    """First example of each distinct column, and the index of every example's column (p for zeros)."""
     n_subsets, n_train = matrix.shape
     pointers, indices, data = matrix.indptr, matrix.indices, matrix.data
     kinds: dict[tuple[bytes, bytes], int] = {}

@@ -21,15 +21,15 @@ from .marginal_likelihood import Hyperparameters, MarginalLikelihood
 
 _BLOCK_CELLS = 2**22  # float64 numbers in one array
 _GPU_BLOCK_FACTOR = 16
-_KEPT_CELLS = 2**27  # float64 numbers of eigenvectors that are kept instead of computed twice
+_KEPT_CELLS = 2**27  # float64 numbers of eigenvectors that are cached
 
 
 class Spectra(NamedTuple):
-    """What is known of the test points once `X diag(s^2) X^T` is diagonal, in units of u.
+    """Test points in the eigenbasis of `X diag(s^2) X^T`, in units of u.
 
     Attributes:
-        rows: `(n_test,)` bool, which test points take part in the estimates.
-        likelihood: In the coordinates of the eigenvectors, of these test points.
+        rows: `(n_test,)` bool, test points that are used for the estimates.
+        likelihood: Of these test points, in the eigenbasis.
         predicted: X s of these test points, `(n, n_subsets)`.
         measured: y of these test points, `(n, n_subsets)`.
     """
@@ -41,7 +41,7 @@ class Spectra(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Some test points: scores s, their largest size, u for scores of largest size 1, and eigenvectors."""
+    """Block of test points: scores s, their largest absolute value, u relative to it, and eigenvectors."""
 
     scores: Tensor
     size: Tensor
@@ -77,7 +77,7 @@ class EffectPosterior:
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def blocks(self) -> Iterator[tuple[slice, _Block]]:
-        """All test points, some at a time."""
+        """Iterate over blocks of test points."""
         for begin in range(0, len(self.y), self.n_rows):
             rows = slice(begin, begin + self.n_rows)
             s = torch.where(self.finite[rows, None], as_float64(self.scores[rows]), 0.0)
@@ -101,7 +101,7 @@ class EffectPosterior:
             scaled = (weights[:, None, columns] * block).reshape(n * n_subsets, -1)
             gram += (scaled @ block.T).view(n, n_subsets, n_subsets)
         gram = (gram + gram.mT) / 2
-        # The constant vector becomes that of the largest eigenvalue, which is left out.
+        # Shifts the constant vector to the largest eigenvalue, which is then dropped.
         trace = gram.diagonal(dim1=1, dim2=2).sum(1)
         above = torch.where(trace > 0, 2 * trace, 1.0)
         values, vectors = torch.linalg.eigh(gram + above[:, None, None] / n_subsets)
@@ -110,10 +110,10 @@ class EffectPosterior:
         return torch.where(values > rounding, values, 0.0), vectors
 
     def spectra(self) -> Spectra:
-        """The test points whose predictions and measurements can say something, in their own coordinates."""
+        """Test points with informative predictions and measurements, in their eigenbases."""
         used, eigenvalues, predicted, measured, rotated = [], [], [], [], []
         for _, block in self.blocks():
-            informed = (block.eigenvalues > 0).any(1)  # not so where the row is not finite
+            informed = (block.eigenvalues > 0).any(1)  # False if the row is not finite
             used.append(informed)
             eigenvalues.append(block.eigenvalues[informed])
             predicted.append(block.predicted[informed])
@@ -131,12 +131,12 @@ class EffectPosterior:
     def posterior(
         self, at: Hyperparameters, usable: Spectra, known: bool
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Means and standard deviations, and what each subset contributes to the slope, `(n_subsets,)`.
+        """Means and standard deviations, and the contribution of each subset to the slope, `(n_subsets,)`.
 
         Args:
             at: The hyperparameters.
-            usable: Which test points the slope is estimated from.
-            known: Whether the prior scale was given, so that 0 is meant.
+            usable: Test points from which the slope is estimated.
+            known: Whether the prior scale was given by the user, so that 0 is exact.
         """
         mean, deviation = torch.empty_like(self.scores), torch.empty_like(self.scores)
         total = self.y.new_zeros(self.n_subsets)
@@ -178,7 +178,7 @@ class EffectPosterior:
         return block.scores * own, errors, white[:, 0] * white[:, 1]
 
     def unchanged(self) -> tuple[Tensor, Tensor]:
-        """The scores as they were, and their standard deviations, which are not known."""
+        """The given scores, with unknown standard deviations."""
         lost = ~self.finite.to(self.scores.device)[:, None]
         zero = (self.scores == 0).all(1, keepdim=True)
         scores = torch.where(lost, math.nan, self.scores)

@@ -21,12 +21,12 @@ AlphaRule = Literal["bic", "aic", "cross-validation"]
 
 
 class Recovery(Options):
-    """How scores are recovered from the responses of subsets."""
+    """Base class: recovery of scores from responses of subsets."""
 
     def weights(self, responses: Tensor, membership: Membership) -> Tensor:
         """Scores `(n_test, n_train)` from Y `(n_test, n_subsets)` and X `(n_subsets, n_train)`.
 
-        A test point with NaN gets NaN for every example; the others are recovered without it.
+        A test point with NaN gets NaN for every example and does not affect the others.
         """
         finite = torch.isfinite(responses).all(1)
         if bool(finite.all()):

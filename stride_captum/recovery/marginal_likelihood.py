@@ -1,7 +1,7 @@
 """Marginal likelihood of measured responses under a Gaussian prior around scores, and its maximum.
 
-For each test point, in coordinates in which the covariance of the response is diagonal and in units of what
-its scores make of a random subset, with the eigenvalues l, predictions p and measurements y:
+For each test point, in the eigenbasis of the covariance of the response and in units of the standard
+deviation that its scores predict for random subsets, with eigenvalues l, predictions p and measurements y:
 
     y ~ N(slope p, prior_scale^2 diag(l) + noise^2 I)
 
@@ -74,11 +74,11 @@ class MarginalLikelihood:
     def maximum(
         self, slope: float | None = None, prior_scale: float | None = None, noise: float | None = None
     ) -> Hyperparameters:
-        """The hyperparameters of highest density; those that are given stay.
+        """Hyperparameters of highest density; given ones are fixed.
 
-        One of prior scale, noise and their ratio is searched on a grid and then to the root of the
-        derivative. For it the best slope is generalized least squares, and for a ratio the best noise is the
-        mean square of the whitened residuals. An estimated noise is at least `NOISE_FLOOR` of the prior
+        Prior scale, noise or their ratio is searched on a grid, then by the root of the derivative. The best
+        slope is generalized least squares, and the best noise for a ratio is the mean square of the whitened
+        residuals. An estimated noise is at least `NOISE_FLOOR` of the prior
         scale.
         """
         size = float(self.measured.square().mean().sqrt())
@@ -116,11 +116,11 @@ class MarginalLikelihood:
         )
 
     def without_prior(self, slope: float | None, noise: float | None) -> Hyperparameters:
-        """The maximum with a prior scale of 0: what is left of the scores is the slope."""
+        """Maximum with prior scale 0, where only slope and noise are free."""
         return self.maximum(slope, 0.0, noise)
 
     def information(self, at: Hyperparameters) -> float:
-        """The inverse variance of the slope were the test points independent of one another."""
+        """Inverse variance of the slope if the test points were independent."""
         return float((self.predicted.square() / self._variance(at.prior_scale, at.noise)).sum())
 
     def _variance(self, prior_scale: float, noise: float) -> Tensor:
@@ -133,7 +133,7 @@ class MarginalLikelihood:
         return Hyperparameters(slope, prior_scale, noise)
 
     def _scaled(self, slope: float | None, ratio: float, size: float) -> Hyperparameters:
-        """The best slope and noise for a ratio of prior scale to noise."""
+        """Best slope and noise for a ratio of prior scale to noise."""
         best = self._with_slope(slope, ratio, 1.0).slope
         residual = self.measured - best * self.predicted
         square = float((residual.square() / self._variance(ratio, 1.0)).mean())
@@ -143,7 +143,7 @@ class MarginalLikelihood:
     def _search(
         self, point: Callable[[float], Hyperparameters], low: float, high: float, by: int
     ) -> Hyperparameters:
-        """The best point between two bounds; `by` names the entry of the gradient along the way."""
+        """Maximum between two bounds; `by` is the index of the gradient along the search direction."""
         steps = max(2, math.ceil((high - low) / _STEP))
         grid = [low + (high - low) * i / steps for i in range(steps + 1)]
         values = [self.value(point(x)) for x in grid]

@@ -13,7 +13,7 @@ from .working_set import largest_correlation
 
 
 class Problem:
-    """Validated responses and columns, centered if asked."""
+    """Validated responses and columns, centered if requested."""
 
     def __init__(self, Y: Any, membership: Any, center: bool) -> None:
         matrix = read_membership(membership)
@@ -25,7 +25,7 @@ class Problem:
         self.columns = Design(matrix, center, y.device)
 
     def per_row(self, name: str, value: float | Tensor, remedy: str | None) -> Tensor:
-        """A number or `(n_test,)` tensor as `(n_test,)` float64, positive wherever it matters."""
+        """Expand a number or `(n_test,)` tensor to `(n_test,)` float64; must be positive for nonzero rows."""
         rows = torch.as_tensor(value, dtype=torch.float64, device=self.y.device)
         if rows.ndim > 0 and rows.shape != self.y.shape[:1]:
             must = f"be a number or of shape (n_test,) = ({len(self.y)},)"

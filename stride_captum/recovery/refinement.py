@@ -33,7 +33,7 @@ class RefinedScores:
             the measurements do not show that slopes differ. Then the scores are only multiplied by `slope`.
         noise: Standard deviation of the noise of a measurement, for one unit of what the scores predict for
             a random subset (see `refine`). `prior_scale^2 / (prior_scale^2 + noise^2)` is the share of
-            what the slope leaves unexplained that is put down to the examples.
+            the variance left by the slope that is attributed to examples.
         slope_interval: 90% interval of `slope`; both ends NaN where the slope was given.
 
     >>> import torch
@@ -79,25 +79,25 @@ def refine(
         mean = slope s + prior_scale^2 diag(s^2) X^T V^-1 (y - slope X s)
         variance_i = prior_scale^2 s_i^2 (1 - prior_scale^2 s_i^2 x_i^T V^-1 x_i)
 
-    An example with a large score may turn out far from it; one with a score of 0 keeps it. The noise is
-    relative to u, the standard deviation that the scores predict over random subsets, since test points
-    differ in scale by orders of magnitude: scores and responses of one test point may be multiplied by the
-    same number without a change for the others. With noise 0 the posterior is the limit of small noise:
-    least squares where X diag(s) has full column rank, which needs n_subsets > n_train.
+    Large scores may change by much; a score of 0 does not change. The noise is relative to u, the standard
+    deviation that the scores predict over random subsets, since test points differ in scale by orders of
+    magnitude: rescaling scores and responses of one test point does not affect the others. With noise 0 the
+    posterior is the limit of small noise: least squares if X diag(s) has full column rank, which needs
+    n_subsets > n_train.
 
-    What is not given is estimated by the marginal likelihood of all test points together; the noise is at
-    least a tenth of the prior scale. Two rules keep measurements that say nothing from doing harm:
+    Hyperparameters that are not given maximize the marginal likelihood of all test points together; the noise
+    is at least a tenth of the prior scale. Two rules protect against uninformative measurements:
 
     - The prior scale is 0, and the scores are only multiplied by the slope, unless it raises twice the log
       likelihood by 6.6 (the 99% point of chi-square) times a design effect. All test points are measured on
       the same retrained models, so their residuals are correlated; the design effect is the number of test
-      points that tell as much as one, from those correlations.
-    - Where the lower end of `slope_interval` is not positive, `slope` is still what was measured, but the
-      scores come back as they were (`supported` is False).
+      points that carry as much information as one independent one.
+    - If the lower end of `slope_interval` is not positive, `slope` is still the estimate, but the scores are
+      returned unchanged (`supported` is False).
 
     The interval of the slope is a Student interval over the subsets, whose whitened contributions are summed
-    over the test points first: it stays valid where test points depend on one another. In simulations with
-    4 to 20 subsets it covers 86 to 94%.
+    over the test points first, so that it is valid for correlated test points. In simulations with 4 to 20
+    subsets it covers 86 to 94%.
 
     A test point costs O(n_subsets^2 n_train) operations, for as many columns of X as are distinct.
 
@@ -163,7 +163,7 @@ def refine(
 
 
 def _interval(slope: float, contributions: Tensor, information: float) -> tuple[float, float]:
-    """Student's interval from the contributions of subsets to the score function of the slope."""
+    """Student interval from the contributions of subsets to the score function of the slope."""
     if not information > 0:
         return -math.inf, math.inf
     freedom = len(contributions) - 2
@@ -173,7 +173,7 @@ def _interval(slope: float, contributions: Tensor, information: float) -> tuple[
 
 
 def _design_effect(residual: Tensor) -> float:
-    """How many test points tell as much as one: 1 + the sum of squared correlations with the others.
+    """Design effect of correlated test points: 1 + the sum of squared correlations with the others.
 
     The sample's squared correlations are corrected for their mean 1 / (n_subsets - 1) under independence.
 

@@ -16,7 +16,7 @@ def ridge(Y: Any, membership: Any, penalty: float | Tensor, *, center: bool = Fa
     """Minimize `1/2 ||y - X w||^2 + penalty / 2 ||w||^2` for every row y of Y.
 
     The solution is `w = X^T (X X^T + penalty I)^-1 y`: one n_subsets x n_subsets system for all rows
-    (an eigendecomposition of it where rows have different penalties).
+    (an eigendecomposition of it if rows have different penalties).
 
     Args:
         Y: `(n_test, n_subsets)`.
@@ -55,14 +55,14 @@ def ridge(Y: Any, membership: Any, penalty: float | Tensor, *, center: bool = Fa
 
 
 def ridge_scale(membership: Any, *, center: bool = False) -> float:
-    """The mean of the largest `min(n_subsets, n_train)` eigenvalues of `X X^T`; the others are 0.
+    """Mean of the `min(n_subsets, n_train)` eigenvalues of `X X^T` that can be nonzero.
 
-    What `alpha_max` is for the Lasso: a ridge penalty of that size halves what the membership determines on
-    average. It does not depend on the responses, since ridge is linear in them.
+    The scale of ridge penalties, as `alpha_max` is for the Lasso: a penalty of this size shrinks the solution
+    by half on average. Independent of the responses, since ridge is linear in them.
 
     Args:
         membership: X `(n_subsets, n_train)`.
-        center: As in `lasso`; there is one eigenvalue less then.
+        center: As in `lasso`; removes one eigenvalue.
 
     Raises:
         TypeError: As in `lasso`.

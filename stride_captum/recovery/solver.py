@@ -1,7 +1,7 @@
-"""Stage 2 of the paper: from what the subsets do to a test point to the influence of each example.
+"""Lasso of stage 2: from responses of subsets to scores of examples.
 
-The responses y in R^K of one test point to the K operators are explained by the members of the subsets,
-y ~ X w, with a sparse w (equation 7 of Appendix E.1, Algorithm 1, line 10):
+The responses y in R^K of one test point to the K operators are regressed on the membership, y ~ X w with
+sparse w (equation 7 of Appendix E.1, Algorithm 1, line 10):
 
     min_w  1/2 ||y - X w||^2 + alpha ||w||_1
 
@@ -61,11 +61,11 @@ def lasso(
     """Minimize `1/2 ||y - X w||^2 + alpha ||w||_1` for every row y of Y.
 
     Examples that belong to the same subsets have identical columns, and the objective only determines
-    the sum of their weights: each gets an equal share, the choice of least norm. Examples in no subset
+    the sum of their weights, which is split equally (minimum norm). Examples in no subset
     get 0. Other affine dependences between columns (members of {1, 2} and of {3, 4} against members of
     {1, 3} and of {2, 4}) can leave several minimizers too: X w, the norm and the objective are unique,
-    the weights are those of one minimizer. All rows are solved together in float64; X is never made dense
-    where it is sparse.
+    the weights are those of one minimizer. All rows are solved together in float64; a sparse X is never made
+    dense.
 
     Args:
         Y: Responses `(n_test, n_subsets)`, tensor or array. The work is done on its device.
@@ -161,7 +161,7 @@ def soft_threshold(scores: Tensor, alpha: float | Tensor) -> Tensor:
 
 
 class _Lasso(Problem):
-    """Fits of the problem, certified."""
+    """Lasso fits of the problem, with certificates."""
 
     def fit(self, alphas: list[Tensor], tolerance: float, max_rounds: int) -> list[LassoFit]:
         """Fits for each `(n_test,)` penalty of a list, warm-started in its order."""
@@ -191,7 +191,7 @@ class _Lasso(Problem):
         return fits
 
     def _certified(self, rows: slice, alpha: Tensor, weights: Tensor) -> LassoFit:
-        """The fit as it is returned: shared out, rounded to the dtype of Y, and certified after that."""
+        """Final fit: weights split among equal columns, rounded to the dtype of Y, then certified."""
         y, columns = self.y[rows], self.columns
         residual = y - columns.forward(weights)
         exact = certify(y, residual, largest_correlation(columns, residual), weights.abs().sum(1), alpha)

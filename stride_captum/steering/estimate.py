@@ -1,4 +1,4 @@
-"""Estimate of what trained operators will cost: small runs with two small numbers of steps."""
+"""Cost estimate of trained operators, from runs with two small numbers of steps."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _STEPS = (4, 16)
 
 
 def from_fewer_steps(method: STRIDE, options: Trained, n_test: int, k: int | None) -> Estimate:
-    """The cost of trained operators, from `from_small_runs` with two small numbers of steps.
+    """Cost of trained operators, by `from_small_runs` with two small numbers of steps.
 
-    The query stands for operators that have hardly been trained: take it as an order of magnitude.
+    The query is timed on barely trained operators and gives only the order of magnitude.
     """
     found = []
     for steps in _STEPS:

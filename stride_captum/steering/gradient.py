@@ -20,14 +20,13 @@ if TYPE_CHECKING:
 
 
 class BatchGradient:
-    """The losses of B_S and B_R of every subset, and their gradient in the operators.
+    """Losses on B_S and B_R of every subset, and their gradient with respect to the operators.
 
-    Subsets are taken in blocks that fit `memory_budget` (`block_bytes`). The gradient of a
-    block is written into a view of the whole gradient, so that nothing of the size of all operators
-    is made for it.
+    Subsets are processed in blocks that fit `memory_budget` (`block_bytes`). The gradient of a block is
+    written into a view of the whole gradient, without a temporary of the size of all operators.
 
     Attributes:
-        operators: Where the gradients go.
+        operators: Their `.grad` receives the gradients.
         blocks: Slices of the subsets.
         width: |B_S| = |B_R|.
     """
@@ -43,7 +42,7 @@ class BatchGradient:
         seed: int,
         memory_budget: int,
     ) -> None:
-        """Put what every step reads on the device of the operators; the features stay where they are.
+        """Move the inputs of every step to the device of the operators, except the features.
 
         Args:
             operators: phi and a.
@@ -129,7 +128,7 @@ class BatchGradient:
         return (pull[block] * responses).sum()
 
     def _pull(self, batches: Iterable[MiniBatch]) -> tuple[Tensor, Tensor]:
-        """The gradient of the reading "subset" of (4) in y, where no block sees all of y; its value."""
+        """Gradient and value of (4), read "subset", with respect to y, which no single block holds."""
         responses = []
         with torch.no_grad():
             for block, batch in zip(self.blocks, batches, strict=True):
@@ -151,7 +150,7 @@ class BatchGradient:
         return moved
 
     def _block_parameters(self, block: slice) -> dict[str, Tensor]:
-        """The block's part of the stacked parameters, as leaves whose gradients are views of the whole."""
+        """Block of the stacked parameters, as leaves whose gradients are views of the whole."""
         part = {}
         for name in self.operators.stacked:
             whole = self.operators.get_parameter(name)
@@ -161,7 +160,7 @@ class BatchGradient:
 
 
 def block_bytes(operators: SteeringOperators, n_subsets: int, n_train: int, width: int) -> int:
-    """What a block of k subsets needs: `itemsize (m (6 d + 4 q) + 2 b k (4 q + 12 C) + e)` bytes.
+    """Memory of a block of k subsets: `itemsize (m (6 d + 4 q) + 2 b k (4 q + 12 C) + e)` bytes.
 
     2 b k examples are drawn (b = `width`). m of them are encoded: min(2 b k, N) for a shared phi,
     2 b k for one a subset. q is what an example carries behind phi: r, or r (d + C) for
@@ -178,7 +177,7 @@ def block_bytes(operators: SteeringOperators, n_subsets: int, n_train: int, widt
 
 
 def largest_block(operators: SteeringOperators, n_train: int, width: int, budget: int) -> int:
-    """The most subsets whose `block_bytes` fit the budget, at least one, by bisection."""
+    """Largest number of subsets whose `block_bytes` fit the budget, at least one."""
     low, high = 1, operators.n_subsets
     while low < high:
         middle = (low + high + 1) // 2

@@ -23,7 +23,7 @@ def fidelity(logits: Tensor, shift: Tensor, labels: Tensor, mask: Tensor | None 
         mask: Which entries are examples, `(..., n)` bool; None means all.
 
     Returns:
-        `(...)`; 0 where the mask leaves nothing.
+        `(...)`; 0 if the mask is all False.
     """
     log_p = (logits + shift).log_softmax(-1)
     return _mean(-log_p.gather(-1, labels[..., None]).squeeze(-1), mask)
@@ -133,5 +133,5 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def _regularised_cholesky(gram: Tensor, ridge: float) -> Tensor:
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    factor, failed = torch.linalg.cholesky_ex(gram + ridge * identity)  # which no GPU is waited for
+    factor, failed = torch.linalg.cholesky_ex(gram + ridge * identity)  # no GPU synchronization
     return torch.where((failed == 0)[..., None, None], factor, torch.nan)

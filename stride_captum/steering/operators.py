@@ -18,7 +18,7 @@ Steering = Literal["logits", "representation"]
 
 @saved_as("steering-operators")
 class SteeringOperators(nn.Module):
-    r"""K steering operators: `shift_k(x) = a_k^T phi(h(x))`, the movement of the logits.
+    r"""K steering operators: `shift_k(x) = a_k^T phi(h(x))`, the change of the logits.
 
     phi is an MLP d -> d -> r with one ReLU (the paper gives r and "about d^2" parameters).
 
@@ -28,9 +28,9 @@ class SteeringOperators(nn.Module):
       that the logits move by `W phi(h)^T alpha_k`.
     - encoder "shared": one phi; "per-subset": K of them, stacked and applied as one batched product.
 
-    All a_k start at 0, so that an untrained operator moves nothing and (2) and (4) are 0. The weights
-    of phi are Gaussian with variance 2/d and 1/d: features of unit mean square give phi of unit mean
-    square, and the first gradient of a_k is not zero. phi itself starts to move one step later.
+    All a_k start at 0, so that an untrained operator changes nothing and (2) and (4) are 0. The weights of
+    phi are Gaussian with variance 2/d and 1/d: features of unit mean square give phi of unit mean square, and
+    the first gradient of a_k is nonzero. phi gets its first gradient one step later.
 
     Attributes:
         steering_matrices: a, `(K, r, C)`, or `(K, r)` for "representation".
@@ -138,7 +138,7 @@ class SteeringOperators(nn.Module):
         return operators.requires_grad_(False).to(first.device)
 
     def shift(self, features: Tensor) -> Tensor:
-        """The shift of the logits of each example by each operator.
+        """Shift of the logits of each example by each operator.
 
         Args:
             features: h, `(n, d)`, the same for all subsets; or `(K, n, d)`.
@@ -149,11 +149,11 @@ class SteeringOperators(nn.Module):
         return self._steer(self._directions(features))
 
     def forward(self, features: Tensor, rows: Tensor) -> Tensor:
-        """The shifts of a batch of each subset, with phi of a shared encoder computed once an example.
+        """Shifts of one batch per subset; a shared encoder runs once per example.
 
         Args:
             features: h of all examples in the batch, `(m, d)`.
-            rows: Which of them are the batch of subset k, `(K, n)` int64 in `[0, m)`.
+            rows: Indices of the batch of each subset, `(K, n)` int64 in `[0, m)`.
 
         Returns:
             `(K, n, C)`, the same as `shift(features[rows])`.
@@ -165,7 +165,7 @@ class SteeringOperators(nn.Module):
         return self._steer(gathered.unflatten(-1, directions.shape[1:]))
 
     def _directions(self, features: Tensor) -> Tensor:
-        """How the logits move for a unit of steering: phi `(..., n, r)`, or phi W^T `(..., n, r, C)`."""
+        """Change of the logits per unit of steering: phi `(..., n, r)`, or phi W^T `(..., n, r, C)`."""
         codes = self.encode(features)
         return codes if self.head_weight is None else codes @ self.head_weight.T
 

@@ -37,9 +37,9 @@ class Trained(Operators):
 
     Attributes:
         rank: r, the width of phi (Table 4).
-        encoder: "shared": one phi for all subsets, trained jointly (Appendix A, E.1); "per-subset": a fresh
-            one for each (Algorithm 1, line 5).
-        steering: "logits": z + a_k^T phi(h) (section 3); "representation": the features are moved,
+        encoder: "shared": one phi for all subsets, trained jointly (Appendix A, E.1); "per-subset": one for
+            each (Algorithm 1, line 5).
+        steering: "logits": z + a_k^T phi(h) (section 3); "representation": the features change,
             h + phi(h)^T alpha_k (E.1, equation 6).
         learning_rate: Adam's step size (Table 4).
         schedule: "constant" (the paper states no schedule), or "cosine": the step size falls to 0 along half
@@ -52,7 +52,7 @@ class Trained(Operators):
         weight_decay: Factor of `1/2 |a_k|^2`; 0 in the paper.
         linearity: How equation (4) is read: "example" (y_k holds the responses of the members) or "subset" (y
             holds the responses of all subsets; F.3).
-        sketch_width: Design of R (A.3).
+        sketch_width: Width of R (A.3).
         sketch_ridge: gamma of equation (4).
         precision: "float32", "tf32" or "bfloat16" for stage 1.
         subsets: `RandomSubsets`, `Partition` (section 3) or `LeftRegular`.
@@ -114,9 +114,9 @@ class Trained(Operators):
 
     @classmethod
     def paper(cls, data: str, **changes: Any) -> Trained:
-        """The paper's own setting: Algorithm 1 with Table 4 and B.2.
+        """The paper's setting: Algorithm 1 with Table 4 and B.2.
 
-        What the paper leaves open is fixed so: one phi for all subsets, trained jointly (E.1);
+        Choices that the paper leaves open: one phi for all subsets, trained jointly (E.1);
         |B_S| = |B_R| = 100; alpha = 0.01 alpha_max; gamma = 1; equation (4) read per example.
 
         Args:
@@ -149,5 +149,5 @@ class Trained(Operators):
         return fit_trained(self, training)
 
     def estimate(self, method: STRIDE, n_test: int, k: int | None) -> Estimate | None:
-        """From small numbers of steps."""
+        """Extrapolate from runs with few steps."""
         return from_fewer_steps(method, self, n_test, k)

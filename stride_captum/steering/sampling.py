@@ -1,4 +1,4 @@
-"""Mini-batches of Algorithm 1, line 6: B_S from each subset, B_R from what is outside it."""
+"""Mini-batches of Algorithm 1, line 6: B_S from inside each subset, B_R from outside."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SubsetRows:
         indices: Training indices of all subsets, one after the other, `(n_entries,)` int32 or int64.
         starts: `(K,)` int64.
         sizes: |S_k|, `(K,)` int64.
-        largest: Of the sizes.
+        largest: Largest size.
         n_train: N.
     """
 
@@ -39,7 +39,7 @@ class SubsetRows:
 
     @classmethod
     def from_membership(cls, membership: Membership, device: torch.device | str = "cpu") -> SubsetRows:
-        """Put the CSR matrix `(K, N)` on a device; on the CPU its indices are shared, not copied."""
+        """Move the CSR matrix `(K, N)` to a device; on the CPU its indices are shared, not copied."""
         csr = sparse.csr_matrix(membership)
         if not csr.has_sorted_indices:
             csr = csr.sorted_indices()
@@ -63,7 +63,7 @@ class SubsetRows:
         return self._member(subsets, positions.where(mask, 0)).where(mask, 0), mask
 
     def draw_outsiders(self, subsets: slice, width: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """B_R for some subsets, without rejection and without listing D minus S_k.
+        """B_R for some subsets, without rejection sampling and without listing D minus S_k.
 
         The u-th example outside S_k (from 0) is `u + c`, where c counts the members m_j (sorted) with
         `m_j - j <= u`; c is found by bisection in all subsets at once.
@@ -80,7 +80,7 @@ class SubsetRows:
         return (positions + low).where(mask, 0), mask
 
     def _member(self, subsets: slice, positions: Tensor) -> Tensor:
-        """The members at `positions` `(k, width)`; 0 is allowed for an empty subset and means nothing."""
+        """Members at `positions` `(k, width)`; the result is arbitrary for empty subsets."""
         entries = (self.starts[subsets, None] + positions).clamp(max=max(len(self.indices) - 1, 0))
         return self.indices[entries].long()
 
@@ -107,10 +107,10 @@ class MiniBatch:
 
 
 class MiniBatches:
-    """The batches of all steps, block of subsets by block.
+    """Batches of all steps, one per block of subsets.
 
-    The number of distinct examples in a batch is the length of a tensor, for which a GPU must be waited for.
-    There, several batches are drawn at once and waited for together.
+    The number of distinct examples in a batch determines tensor sizes, which takes a GPU synchronization. On
+    a GPU several batches are drawn per synchronization.
 
     Args:
         subsets: All of them.
@@ -147,7 +147,7 @@ class MiniBatches:
             self._ready.append(replace(batch, distinct=batch.distinct[: last + 1]))
 
     def _draws(self, generator: torch.Generator) -> Iterator[MiniBatch]:
-        """Batches without an end, whose `distinct` is padded."""
+        """Endless batches with padded `distinct`."""
         device = self.subsets.indices.device
         while True:
             uniforms = (
@@ -162,13 +162,13 @@ class MiniBatches:
 
 
 def padded_unique(values: Tensor) -> tuple[Tensor, Tensor]:
-    """`torch.unique` with a result as long as there are values, so that no GPU must be waited for.
+    """`torch.unique` with a result padded to the number of values, without GPU synchronization.
 
     Args:
         values: Integers, any shape.
 
     Returns:
-        The distinct values, ascending, with zeros behind them; and where in it each value is.
+        The distinct values, ascending, padded with zeros; and the position of each value in it.
 
     >>> padded_unique(torch.tensor([7, 3, 7]))
     (tensor([3, 7, 0]), tensor([1, 0, 1]))
@@ -188,10 +188,10 @@ def draw_uniforms(width: int, generator: torch.Generator, device: torch.device |
 def stratified_positions(sizes: Tensor, width: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draw `width` distinct positions in `[0, size)` for every size, each equally likely.
 
-    One position is drawn in each of `width` strata of (nearly) equal length, then all are rotated by
-    the same amount. The uniforms are shared by all subsets, so that subsets of the same size take the
-    same positions: what the batch adds to one operator it adds to all, and a comparison between
-    subsets sees less of it. The number of subsets that are drawn at once changes nothing.
+    One position is drawn in each of `width` strata of (nearly) equal length, then all are rotated by the same
+    amount. The uniforms are shared by all subsets, so that subsets of the same size take the same positions:
+    sampling noise is common to all operators and cancels in comparisons between subsets. The draw does not
+    depend on how many subsets are drawn at once.
 
     Args:
         sizes: `(k,)` int64.

@@ -1,7 +1,7 @@
-"""Trained operators: what they keep of a training set, and the scores from them (stage 2).
+"""Trained operators and their scores (stage 2).
 
-For a test point with logits z and class c, operator k responds with the change of the scalar that it
-causes, `y_k = response(z + a_k^T phi(h)) - response(z)`; for the response "logit" this is
+The response of operator k for a test point with logits z and class c is the change of the scalar,
+`y_k = response(z + a_k^T phi(h)) - response(z)`; for the response "logit" this is
 `(phi(h)^T a_k)_c` of section 3. The scores are the weights w of the regression `y = X w` on the
 membership matrix (Algorithm 1, line 10).
 """
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 @saved_as("trained-operators")
 @dataclass
 class TrainedOperators(FittedOperators):
-    """Trained operators and the memberships that they belong to.
+    """Trained operators and their membership matrix.
 
     Attributes:
         steering: phi and the K steering matrices.
         membership: X, CSR `(n_subsets, n_train)`.
         scale: Factor of each feature before phi, `(n_features,)`.
         history: Losses of stage 1, one tensor each.
-        recovery: How scores are recovered; another one may be set.
+        recovery: How scores are recovered; may be replaced.
     """
 
     steering: SteeringOperators
@@ -75,11 +75,11 @@ class TrainedOperators(FittedOperators):
         return torch.from_numpy(coverage(self.membership))
 
     def prepare(self, points: TestPoints) -> Tensor:
-        """Recover the scores `(n_test, n_train)`: the Lasso gives all columns at once."""
+        """Recover the scores `(n_test, n_train)`, all columns at once."""
         return self.recovery.weights(self.subset_responses(points), self.membership)
 
     def scores(self, prepared: Tensor, columns: slice) -> Tensor:
-        """Some columns of them."""
+        """Some columns of the scores."""
         return prepared[:, columns]
 
     @torch.no_grad()
@@ -106,7 +106,7 @@ def fit_trained(options: Trained, training: TrainingSet) -> TrainedOperators:
     head = _head(training, features) if options.steering == "representation" else None
     scale = features.new_ones(features.shape[1]) if head else unit_scale(features, training.widths)
     membership = options.subsets.draw(len(training.labels), options.seed)
-    with torch.enable_grad():  # reading the features needs none
+    with torch.enable_grad():  # the caller runs without gradients
         trained = train_operators(
             features * scale,
             training.logits,
@@ -124,7 +124,7 @@ def unit_scale(features: Tensor, widths: Sequence[int]) -> Tensor:
     """Factor of each feature that gives every layer unit mean square per feature, `(n_features,)`."""
     scales = []
     for part in features.split(list(widths), dim=1):
-        # Squares of float32 leave its range.
+        # Squares may overflow float32.
         squares = torch.stack([as_float64(rows).square().sum() for rows in part.split(8192)]).sum()
         scale = (part.numel() / squares).sqrt() if squares > 0 else torch.ones_like(squares)
         scales.append(scale.to(features).expand(part.shape[1]))
@@ -132,10 +132,10 @@ def unit_scale(features: Tensor, widths: Sequence[int]) -> Tensor:
 
 
 def _head(training: TrainingSet, features: Tensor) -> nn.Linear:
-    """The Linear that turns the features of the only layer into the logits.
+    """The Linear that maps the features of the only layer to the logits.
 
     Raises:
-        ValueError: There is none: equation (6) would need backward passes through the model's tail.
+        ValueError: There is none; equation (6) would need backward passes through the rest of the model.
     """
     few, logits = slice(0, 64), training.logits
     if len(training.layers) == 1:

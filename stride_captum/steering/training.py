@@ -1,4 +1,4 @@
-"""Stage 1 as Algorithm 1 writes it: all K operators are trained at once on cached features."""
+"""Stage 1 (Algorithm 1): all K operators are trained at once on cached features."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageOne:
-    """What stage 1 gives.
+    """Result of stage 1.
 
     Attributes:
         operators: phi and the K steering matrices.
@@ -55,8 +55,8 @@ def train_operators(
 ) -> StageOne:
     """Minimize equation (5) over phi and all a_k with Adam on mini-batches.
 
-    Every step draws B_S within and B_R outside each subset and treats all subsets as one batched
-    computation. A shared phi sees each distinct example of the batch once.
+    Every step draws B_S inside and B_R outside each subset, and runs all subsets as one batched computation.
+    A shared phi encodes each distinct example of the batch once.
 
     Memory: one block of subsets (`batch_gradient.block_bytes`, at most `memory_budget`); five
     times the operators (value, gradient, two moments and a temporary of Adam); z; the indices of the
@@ -74,7 +74,7 @@ def train_operators(
         seed: Replaces `options.seed`.
         device: Where the operators are trained; None means that of `features`.
         show_progress: Show a progress bar.
-        fused: Whether Adam makes a step in one kernel; None leaves it to torch.
+        fused: Whether Adam uses its fused kernel; None leaves it to torch.
 
     Returns:
         The operators, which no longer require gradients, and the history of the losses. The same
@@ -121,7 +121,7 @@ def _minimize(gradient: BatchGradient, options: Trained, show_progress: bool, fu
 
 
 def _check_finite(losses: Tensor, options: Trained) -> None:
-    """Refuse a training that went wrong; a weight of 0 leaves NaN for equation (4)."""
+    """Raise if losses are not finite; equation (4) is NaN if its weight is 0."""
     used = losses if options.linearity_weight else losses[:, :2]
     wrong = (~torch.isfinite(used).all(1)).nonzero()
     if len(wrong):

@@ -1,1 +1,1 @@
-"""The machine: devices, memory, processes, atomic files, and the state of the caller that is put back."""
+"""Devices, memory, processes, atomic files, and preservation of the caller's state."""

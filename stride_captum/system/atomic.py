@@ -20,12 +20,12 @@ _swept: set[Path] = set()
 def atomic_write(path: str | Path, content: bytes | str | Callable[[str], Any]) -> None:
     """Write a file under another name, flush it to the disk, then rename it.
 
-    If the write fails, the old file stays and nothing else is left. The folder is made. The first write of a
-    process to a folder also deletes partial files there that killed writers have left.
+    If the write fails, the old file stays and no partial file is left. The folder is created if needed. The
+    first write of a process to a folder also deletes partial files of killed writers.
 
     Args:
         path: The file.
-        content: Bytes, text (written as UTF-8), or a function that is given the name to write to.
+        content: Bytes, text (written as UTF-8), or a function that writes to the path it is given.
 
     Raises:
         OSError: The file cannot be written; the error names `path`.
@@ -40,7 +40,7 @@ def atomic_write(path: str | Path, content: bytes | str | Callable[[str], Any]) 
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    # The name is cut, because a name that is just short enough would not be with the suffix.
+    # The name is truncated, because the suffix could make it too long for the file system.
     name = path.name.encode(errors="surrogateescape")[:100].decode(errors="ignore")
     partial = path.with_name(f"{name}.{uuid.uuid4().hex}.part")
     try:
@@ -50,7 +50,7 @@ def atomic_write(path: str | Path, content: bytes | str | Callable[[str], Any]) 
                 file.write(content.encode() if isinstance(content, str) else content)
         if callable(content):
             content(str(partial))
-        with open(partial, "r+b") as file:  # Windows flushes only what is open for writing
+        with open(partial, "r+b") as file:  # Windows flushes only files open for writing
             os.fsync(file.fileno())
         _sweep(path.parent.absolute(), partial.stat().st_mtime)
         os.replace(partial, path)
@@ -66,7 +66,7 @@ def atomic_write(path: str | Path, content: bytes | str | Callable[[str], Any]) 
 
 
 def _sweep(folder: Path, now: float) -> None:
-    """Delete abandoned partial files of a folder, once a process; `now` is the clock of its file system."""
+    """Delete abandoned partial files of a folder, once per process; `now` is the file system's clock."""
     if folder in _swept:
         return
     _swept.add(folder)

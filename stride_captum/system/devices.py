@@ -1,4 +1,4 @@
-"""Devices: which one is meant, what each can do, and products in full precision."""
+"""Devices: resolution, float64 support, and products in full float32 precision."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _COPY_IN_BACKGROUND = ("cuda",)
 
 
 def existing_device(device: torch.device | str, name: str = "device") -> torch.device:
-    """A device as tensors name it: with the index that "cuda" alone leaves out.
+    """Resolve a device, with its index: "cuda" becomes "cuda:0".
 
     Raises:
         ValueError: There is no such device.
     """
     try:
-        # A tensor that is put there says which it is, and whether it is there at all.
+        # A tensor on the device has its index, and fails if there is no such device.
         found = torch.empty(0, device=device)
         found.cpu()  # "meta" holds no numbers
         return found.device
@@ -41,13 +41,13 @@ def existing_device(device: torch.device | str, name: str = "device") -> torch.d
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the first parameter or buffer of a model is; the CPU where it has none."""
+    """Device of the first parameter or buffer of a model; the CPU if it has none."""
     first = next(iter([*model.parameters(), *model.buffers()]), None)
     return CPU if first is None else first.device
 
 
 def check_placed(model: nn.Module, on_one: bool) -> None:
-    """Refuse a model whose weights are not there, or are on several devices.
+    """Refuse a model with weights on the meta device, or on several devices.
 
     Args:
         model: The network.
@@ -70,7 +70,7 @@ def check_placed(model: nn.Module, on_one: bool) -> None:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where float64 work that belongs to a device is done: there, or on the CPU if it has no float64.
+    """Device for float64 work: the device itself, or the CPU if it has no float64.
 
     Apple's GPUs (mps) and some of Intel's have none.
 
@@ -90,25 +90,25 @@ def _computes_float64(device: torch.device) -> bool:
 
 
 def as_float64(values: Tensor) -> Tensor:
-    """Values in float64, on their device or (if it has no float64) on the CPU."""
+    """Cast to float64, on the same device, or on the CPU if the device has no float64."""
     return values.to(float64_device(values.device)).double()
 
 
 def matching(values: Tensor, like: Tensor) -> Tensor:
-    """Values on the device and in the dtype of another tensor, where one of the two devices has no float64.
+    """`values.to(other)`, also if one of the two devices has no float64.
 
     >>> matching(torch.ones(2), torch.zeros(1, dtype=torch.float64)).dtype
     torch.float64
     """
-    # A device casts what it sends: into float64 it must be cast where it arrives.
+    # The sending device casts; a cast to float64 must happen on the receiving one.
     return values.to(like.device).to(like.dtype) if like.dtype == torch.float64 else values.to(like)
 
 
 def copied_in_background(rows: Tensor, device: torch.device) -> Tensor:
-    """Rows on a device; where it can, the host goes on while they are copied.
+    """Copy rows to a device, without blocking the host if possible.
 
-    Pinned memory is needed for that. It is made anew for each call and left to torch, which gives it to
-    no one else before the copy is done. `rows` themselves may be written to at once.
+    The copy goes through pinned memory, allocated for each call; torch does not reuse it before the copy is
+    done. `rows` may be written to right away.
     """
     if device.type in _COPY_IN_BACKGROUND and rows.device.type == "cpu":
         return rows.pin_memory().to(device, non_blocking=True)
@@ -116,7 +116,7 @@ def copied_in_background(rows: Tensor, device: torch.device) -> Tensor:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the work that a device still has to do."""
+    """Wait until a device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -127,18 +127,18 @@ def synchronize(device: torch.device) -> None:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Products of float32 in float32, whatever the caller allows.
+    """Context manager for full float32 products, whatever the caller's settings are.
 
-    Autocast is off for this thread: code inside may turn it on for itself. TF32 and bfloat16 products are
-    off for the process, until the last thread that is inside has left; then the settings are what they were
-    when the first one entered.
+    Autocast is off in this thread; code inside may turn it on again. TF32 and bfloat16 products are off for
+    the whole process until the last thread leaves; the settings of the time before the first one entered are
+    then restored.
 
     Args:
-        device: Where products are taken.
+        device: Compute device.
     """
     with ExitStack() as stack:
         for kind in {device.type, "cpu"}:
-            with suppress(RuntimeError):  # of a kind that has no autocast
+            with suppress(RuntimeError):  # device type without autocast
                 stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(_precision.full())
         yield
@@ -146,8 +146,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def tf32_products() -> Iterator[None]:
-    """Products of float32 may be taken in TF32, on devices that have it; for the whole process."""
-    with _precision.full():  # whatever state the settings are in, they can be changed now
+    """Context manager that allows TF32 products on devices that have them, process-wide."""
+    with _precision.full():  # from here on the settings can be changed
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
         try:
@@ -157,7 +157,7 @@ def tf32_products() -> Iterator[None]:
 
 
 class _Precision:
-    """The settings of the process for products of float32, kept while somebody needs full precision."""
+    """Reference-counted switch of the process-wide precision settings."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -184,10 +184,10 @@ _precision = _Precision()
 
 
 class _Settings:
-    """A copy of torch's settings for products of float32.
+    """Snapshot of torch's precision settings for float32 products.
 
-    Torch 2.9 has one for each library and kind of product beside the older two, and lets nobody read an
-    older one that says something else: it is then left as it is.
+    Torch 2.9 has one setting per library and kind of product besides the two older ones, and raises an error
+    if an older one that contradicts them is read; such a setting is left as it is.
     """
 
     def __init__(self) -> None:
@@ -197,7 +197,7 @@ class _Settings:
 
     @staticmethod
     def raise_all() -> None:
-        """Full precision everywhere."""
+        """Set full precision everywhere."""
         if _readable(torch.get_float32_matmul_precision) is not None:
             torch.set_float32_matmul_precision("highest")
         if _readable(lambda: torch.backends.cudnn.allow_tf32) is not None:
@@ -207,27 +207,27 @@ class _Settings:
                 kind.fp32_precision = "ieee"
 
     def put_back(self) -> None:
-        """What it was when the copy was made."""
+        """Restore the snapshot."""
         if self.matmul is not None:
             torch.set_float32_matmul_precision(self.matmul)
         if self.cudnn is not None:
             torch.backends.cudnn.allow_tf32 = self.cudnn
         for kind, before in self.kinds:
             if kind.fp32_precision != before:
-                kind.fp32_precision = "none"  # which takes the setting of all kinds, if that is meant
+                kind.fp32_precision = "none"  # inherits the setting of all kinds
                 if kind.fp32_precision != before:
                     kind.fp32_precision = before
 
 
 def _readable(read: Any) -> Any:
-    """What a setting says; None where torch refuses to tell."""
+    """Value of a setting; None if torch refuses to read it."""
     with suppress(RuntimeError):
         return read()
     return None
 
 
 def _kinds() -> list[Any]:
-    """What holds a setting of its own for products of float32."""
+    """Objects with their own precision setting for float32 products."""
     found = [getattr(torch.backends.cuda, "matmul", None)]
     for library in (torch.backends.cudnn, torch.backends.mkldnn):
         found += [getattr(library, kind, None) for kind in ("matmul", "conv", "rnn")]

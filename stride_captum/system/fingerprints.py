@@ -23,10 +23,10 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def weights_version(model: nn.Module) -> tuple[tuple[int, ...], ...]:
-    """Changes whenever a parameter or buffer is replaced or written to, in practice also through `.data`.
+    """Value that changes if a parameter or buffer is replaced or written to, even through `.data`.
 
-    Reads the weights once, on their device. A change that keeps the addresses, torch's own counters and
-    the sum of the bits and of the values of every tensor goes unseen.
+    Reads the weights once, on their device. A change is missed only if it keeps the addresses, torch's
+    version counters, and the sums of bits and of values of every tensor.
     """
     tensors = [t.detach() for t in [*model.parameters(), *model.buffers()]]
     places = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
@@ -36,7 +36,7 @@ def weights_version(model: nn.Module) -> tuple[tuple[int, ...], ...]:
             sums.setdefault(t.device, []).append(_sums(t))
     read = [
         torch.stack(found).reshape(-1).tolist() for found in sums.values()
-    ]  # each device is waited for once
+    ]  # one synchronization per device
     return (*places, tuple(number for numbers in read for number in numbers))
 
 

@@ -1,7 +1,7 @@
 """Locks of models: one thread at a time works with a model.
 
-Its modes, gradients and weights are changed and put back, and hooks are on it meanwhile. `exclusive` makes
-other threads wait that want the same model, or one that shares a module or a tensor with it.
+A session changes modes, gradients, weights and hooks of a model and restores them. `exclusive` blocks other
+threads that want the same model, or one that shares a module or tensor with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class _Owners:
-    """Which thread holds which objects; objects are known by their address while someone holds them."""
+    """Owner thread of each held object, by address."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()

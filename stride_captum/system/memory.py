@@ -1,12 +1,12 @@
-"""Memory budgets: their size in bytes, and how many rows of a piece of work they hold.
+"""Memory budgets: size in bytes, and number of rows that fit.
 
 A budget is a number of bytes, text such as "4GiB", or "auto": an eighth of the memory that is free on the
-device where the work is done, rounded down to a power of two, so that small changes of the free memory
-do not change the chunks. Chunks change results by rounding only.
+working device, rounded down to a power of two, so that small changes of the free memory do not change the
+chunk sizes. Chunk sizes affect results only through rounding.
 
-The budget bounds the temporary arrays of one block of work. What a method keeps (features, logits, operators)
-and what it returns come on top: `method.estimate()` adds them up. Residuals of the closed form are kept only
-if they fit the budget, too.
+The budget bounds the temporary arrays of one block of work. The arrays that a method keeps (features, logits,
+operators) and returns come on top; `method.estimate()` adds them up. Residuals of the closed form are kept
+only if they fit the budget.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def parse_bytes(amount: int | str, device: torch.device | str = "cpu", name: str
 
     Args:
         amount: A number of bytes, text with a unit, or "auto".
-        device: Whose free memory "auto" looks at.
+        device: Device whose free memory "auto" uses.
         name: What an error calls it.
 
     Raises:
@@ -64,7 +64,7 @@ def parse_bytes(amount: int | str, device: torch.device | str = "cpu", name: str
 
 
 def auto_bytes(free: int) -> int:
-    """What "auto" takes of `free` bytes: an eighth, rounded down to a power of two.
+    """Budget "auto" for `free` bytes: an eighth, rounded down to a power of two.
 
     >>> auto_bytes(20 * 2**30) == 2 * 2**30
     True
@@ -73,9 +73,9 @@ def auto_bytes(free: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device; on a CPU what the system can give, within the control group's limit.
+    """Free memory of the device in bytes; on a CPU, available memory within the cgroup limit.
 
-    2 GiB where the system does not tell.
+    2 GiB if the system does not report it.
     """
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]

@@ -1,4 +1,4 @@
-"""Installed packages: those that are needed, and the extras with what each one enables."""
+"""Checks of installed packages: requirements and extras."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ EXTRAS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """Result of one check.
 
     Attributes:
         what: A package, an extra, a device or a method.
-        status: "ok", "absent" (not installed, which is no fault) or "broken".
+        status: "ok", "absent" (optional and not installed) or "broken".
         detail: What was found.
-        remedy: What to do about it; None where there is nothing to do.
+        remedy: What to do about it; None if there is nothing to do.
     """
 
     what: str
@@ -43,7 +43,7 @@ class Finding:
 
 
 def check_packages() -> list[Finding]:
-    """What is wrong with the packages that are always needed, and which extras are there."""
+    """Check required packages and extras."""
     if version(PACKAGE) is None:
         detail = "it is imported from a folder and not installed, so its requirements are not known"
         return [Finding(PACKAGE, "broken", detail, 'Run `pip install ".[eval]"` in its folder.')]
@@ -53,7 +53,7 @@ def check_packages() -> list[Finding]:
 
 
 def check_extra(name: str) -> Finding:
-    """Whether the packages of an extra are there, in the right versions, and can be imported."""
+    """Check that the packages of an extra are installed in the right versions and can be imported."""
     gives, module = EXTRAS[name]
     install = f"Run `{install_command(name)}`."
     wanted = requirements(name)
@@ -74,7 +74,7 @@ def check_extra(name: str) -> Finding:
 
 
 def install_command(extra: str) -> str:
-    """The command that installs what an extra adds, from any folder and wherever this package came from.
+    """Shell command that installs the packages of an extra, however this package was installed.
 
     >>> install_command("kronfluence").startswith('pip install "kronfluence>=')
     True
@@ -84,7 +84,7 @@ def install_command(extra: str) -> str:
 
 
 def requirements(extra: str = "") -> list[Requirement]:
-    """What the installed package needs, or what one of its extras adds to that."""
+    """Requirements of this package, or those that an extra adds."""
     try:
         every = [Requirement(text) for text in metadata.requires(PACKAGE) or []]
     except metadata.PackageNotFoundError:
@@ -96,7 +96,7 @@ def requirements(extra: str = "") -> list[Requirement]:
 
 
 def version(package: str) -> str | None:
-    """The installed version; None where there is none."""
+    """Installed version; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -109,7 +109,7 @@ def _satisfied(requirement: Requirement) -> bool:
 
 
 def _wrong(requirement: Requirement) -> tuple[str, str]:
-    """What is wrong with a package, and the remedy."""
+    """Problem of a package and its remedy."""
     wanted = f"{requirement.name}{requirement.specifier}"
     found = version(requirement.name)
     detail = f"{wanted} is needed, {'none' if found is None else found} is installed"

@@ -1,4 +1,4 @@
-"""Peak memory: what a piece of work adds to what was there before."""
+"""Peak memory that a block of code adds."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _SECONDS = 0.005
 class PeakMemory:
     """Highest memory inside a `with` block less the memory at its start, in `bytes`.
 
-    On a GPU it is what torch has allocated there, elsewhere the anonymous memory of the process. Either is
-    read every five milliseconds. What is reused from memory of the process that was free before is not seen
-    (`release_free_memory` first). On CUDA the highest value is exact if it is the highest since torch's
-    statistics were last reset. They are the caller's, so they are not reset here.
-    `bytes` is None where the system does not tell (no /proc).
+    Memory allocated by torch on a GPU, elsewhere the anonymous memory of the process, sampled every five
+    milliseconds. Reuse of memory that the process had freed before is not seen (call `release_free_memory`
+    first). On CUDA the peak is exact if it is the highest since torch's statistics were last reset; they
+    belong to the caller and are not reset here. `bytes` is None if the system does not report memory (no
+    /proc).
 
     Args:
-        device: Where the work is done.
+        device: Working device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -65,19 +65,19 @@ class PeakMemory:
 
 
 def _reader(device: torch.device) -> Callable[[], int | None]:
-    """What reads the memory that work on a device uses."""
+    """Function that reads the memory in use on a device."""
     if device.type == "cuda":
         return lambda: torch.cuda.memory_allocated(device)
     return torch.mps.current_allocated_memory if device.type == "mps" else resident_bytes
 
 
 def _recorded_peak(device: torch.device) -> int:
-    """The highest value that torch has seen since its statistics were reset; 0 where it keeps none."""
+    """Peak since torch's statistics were reset; 0 if torch keeps none."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def resident_bytes() -> int | None:
-    """Memory of the process that no file backs, in bytes; None where there is no /proc."""
+    """Anonymous memory of the process in bytes; None without /proc."""
     try:
         with open("/proc/self/statm", "rb") as file:
             _, resident, shared = map(int, file.read().split()[:3])
@@ -87,9 +87,9 @@ def resident_bytes() -> int | None:
 
 
 def release_free_memory() -> None:
-    """Give memory that has been freed back to the system, so that using it again is seen as growth.
+    """Return freed memory to the system, so that its reuse counts as growth.
 
-    Does nothing where the C library cannot (anything but glibc).
+    No-op unless the C library is glibc.
     """
     gc.collect()
     with suppress(OSError, AttributeError):

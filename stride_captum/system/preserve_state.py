@@ -1,6 +1,6 @@
-"""The caller's model comes back bit for bit as it was, on any thread and after any exception.
+"""Restoration of the caller's model, bit for bit, on any thread and after any exception.
 
-Other code that reads the model meanwhile sees it in eval mode.
+Other code that reads the model in the meantime sees it in eval mode.
 """
 
 from __future__ import annotations
@@ -20,22 +20,21 @@ Value = TypeVar("Value")
 
 @contextmanager
 def preserve_state(model: nn.Module, *, weights: bool = False) -> Iterator[nn.Module]:
-    """Evaluate a model without leaving a trace, also after an exception.
+    """Context manager that restores everything a session changes in a model, also after an exception.
 
-    Inside, every module is in eval mode, no parameter has a gradient, and no other thread has the model
-    (`exclusive`). Afterwards training modes, `requires_grad`, gradients, buffers (and parameters, with
-    `weights`) and the random states are what they were; a parameter or buffer that was replaced is put back.
+    Inside, every module is in eval mode, no parameter has a gradient, and no other thread uses the model
+    (`exclusive`). On exit, training modes, `requires_grad`, gradients, buffers (and parameters, with
+    `weights`), random states, and replaced parameters or buffers are restored.
 
     Args:
         model: The caller's model.
-        weights: Whether other weights will be loaded into it meanwhile, so that parameters must be
-            copied and put back.
+        weights: Whether other weights will be loaded, so that parameters must be copied and restored.
     """
     with exclusive(model), ExitStack() as undo:
         modules, parameters, buffers = members(model)
         devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
         undo.enter_context(draws_put_back(devices))
-        # Each step is undone whatever happens to the others, the last one first.
+        # Steps are undone in reverse order, each one even if another fails.
         changing = [*buffers, *(parameters if weights else ())]
         held = [m for module in modules for m in (module._parameters, module._buffers) if isinstance(m, dict)]
         for function, before in (
@@ -82,7 +81,7 @@ def _restore_storage(tensor: Tensor, place: Tensor) -> None:
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Tensors and copies of them, by device."""
+    """Tensors with their copies, by device."""
     found = []
     for device in {tensor.device for tensor in tensors}:
         here = [tensor for tensor in tensors if tensor.device == device]
@@ -91,7 +90,7 @@ def _copies(tensors: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]
 
 
 def _restore_values(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Put back what was changed; the tensors are on one device, which is waited for once."""
+    """Restore the tensors that changed; all are on one device, which is synchronized once."""
     pairs = list(zip(tensors, values, strict=True))
     same = torch.stack([(tensor.detach() == before).all() for tensor, before in pairs]).tolist()
     _for_each(_copy_into, [pair for pair, unchanged in zip(pairs, same, strict=True) if not unchanged])

@@ -1,9 +1,8 @@
-"""Exchange between the processes of a `torch.distributed` group, and errors when one is lost.
+"""Collectives of a `torch.distributed` group, with clear errors if a process is lost.
 
-Sums over the training set are taken in float64 on every backend. A collective that cannot end (a process
-has died, or has stopped with an exception) ends in a `RuntimeError` that names the collective, the ranks
-that do not answer and the remedy: at once where the backend notices (gloo), and within the timeout of the
-group where it does not (nccl).
+Sums are computed in float64 on every backend. If another process has died or raised an exception, a
+collective raises a `RuntimeError` that names the collective, the ranks that do not answer and the remedy:
+immediately if the backend notices (gloo), otherwise within the timeout of the group (nccl).
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class SingleProcess:
         return list(self.all_reduce(mine, what).tolist())
 
     def total(self, part: Sums, what: str) -> Sums:
-        """A dataclass of sums over all processes: tensors and numbers are added, other fields stay."""
+        """Sum a dataclass over all processes: tensors and numbers are added, other fields are kept."""
         found: dict[str, Any] = {}
         for field in fields(part):  # type: ignore[arg-type]
             value = getattr(part, field.name)
@@ -93,7 +92,7 @@ class Ranks(SingleProcess):
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._backends = dict(pair.split(":") for pair in str(dist.get_backend_config(group)).split(","))
-        # torch has no public way to the store. The processes make their objects in the same order.
+        # torch has no public accessor of the store. Processes create their objects in the same order.
         store = dist.distributed_c10d._get_default_store()
         name = getattr(group or dist.group.WORLD, "group_name", "")
         self._store: Any = dist.distributed_c10d.PrefixStore(f"stride_captum/{name}/{next(_counter)}", store)
@@ -101,7 +100,7 @@ class Ranks(SingleProcess):
         self._stopped: str | None = None
 
     def shard(self, n: int) -> slice:
-        """The rows of `n` that this process takes: consecutive, and as many as the others' or one more."""
+        """Consecutive rows of this process; sizes differ by at most one."""
         return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
     def all_reduce(self, part: Tensor, what: str) -> Tensor:
@@ -127,7 +126,7 @@ class Ranks(SingleProcess):
         return torch.cat(whole).transpose(0, dim).to(part.device)
 
     def agree(self, value: str, name: str, must: str) -> None:
-        """Refuse, on every process, a `value` that is not the same on all of them.
+        """Raise on every process if `value` differs between processes.
 
         Raises:
             ValueError: "`name` must <must>", with the ranks that differ from rank 0.
@@ -140,11 +139,11 @@ class Ranks(SingleProcess):
 
     @contextmanager
     def call(self, what: str) -> Iterator[None]:
-        """Around a call that every process makes: an exception in one of them ends it in all."""
-        if self._open:  # a call within a call
+        """Context manager around a call that all processes make: an exception in one ends it in all."""
+        if self._open:  # nested call
             yield
             return
-        if self._stopped is not None:  # collectives of the others may still be under way
+        if self._stopped is not None:  # collectives of other processes may still be running
             raise StoppedError(self._stopped)
         self._call, self._open = self._call + 1, True
         try:
@@ -162,7 +161,7 @@ class Ranks(SingleProcess):
             self._open = False
 
     def _place(self, tensor: Tensor) -> torch.device:
-        """Where the backend takes the tensor: where it is if that is a GPU with nccl, or the CPU."""
+        """Device on which the backend handles the tensor: its own with nccl, else the CPU."""
         if self._backends.get(tensor.device.type, "gloo") != "gloo":
             return tensor.device
         return torch.device("cpu" if "cpu" in self._backends else next(iter(self._backends)))
@@ -174,8 +173,8 @@ class Ranks(SingleProcess):
         return parts
 
     def _finish(self, what: str, start: Callable[[], Any]) -> None:
-        """Start a collective and wait for its end, or for news that it will not come."""
-        deadline = time.monotonic() + 0.9 * self._timeout()  # before the backend ends the process
+        """Start a collective, and wait until it ends or another process reports an error."""
+        deadline = time.monotonic() + 0.9 * self._timeout()  # before the backend aborts the process
         next_look, pause = time.monotonic() + _LOOK, 2e-5
         try:
             work = start()
@@ -200,17 +199,17 @@ class Ranks(SingleProcess):
         return float(timeout.total_seconds())
 
     def _listen(self) -> None:
-        """Give up where another process has."""
+        """Raise if another process has reported an error."""
         for key, news in (("error", "has stopped"), ("lost", "has lost a connection")):
             if self._store.check([f"{self._call}/{key}"]):
                 raise RuntimeError(f"another process {news}")
 
     def _lost(self, what: str, cause: str) -> StoppedError:
-        """What to say: the exception that another process has posted, or who does not answer a roll call."""
+        """Error with the exception that another process has posted, or the ranks that miss a roll call."""
         missing, heard = set(range(self.size)), False
         failed = f"The collective {what!r} failed on rank {self.rank} of {self.size}"
         until = time.monotonic() + min(_ROLL_CALL, 0.05 * self._timeout())
-        with suppress(RuntimeError):  # the store goes with the process that keeps it
+        with suppress(RuntimeError):  # the store is gone with the process that hosts it
             if self._store.check([f"{self._call}/error"]):
                 said = self._store.get(f"{self._call}/error").decode()
                 return StoppedError(f"{failed}: rank {said}. Mend that, and start all processes again.")
@@ -239,7 +238,7 @@ def in_group() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints and writes: rank 0, or the only one."""
+    """Whether this process prints and writes: rank 0, or the only one."""
     return not in_group() or dist.get_rank() == 0
 
 
@@ -250,7 +249,7 @@ def started_by_torchrun() -> bool:
 
 @contextmanager
 def group_of_torchrun() -> Iterator[None]:
-    """Join the group (gloo) that torchrun has started this process for, if it has."""
+    """Join the gloo group of torchrun, if torchrun has started this process."""
     if not started_by_torchrun():
         yield
         return
@@ -263,7 +262,7 @@ def group_of_torchrun() -> Iterator[None]:
 
 @contextmanager
 def first_rank_first() -> Iterator[None]:
-    """The block runs on rank 0, then on all others: they find the files that rank 0 has written."""
+    """Context manager: the block runs on rank 0 first, so that the others find its files."""
     if not in_group():
         yield
         return

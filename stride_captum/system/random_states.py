@@ -1,10 +1,10 @@
-"""Global random states: put back where code of the user has drawn from them.
+"""Restoration of global random states after user code has drawn from them.
 
-Numbers that the package draws come from private generators. Code of the user (a data set, a `forward`) may
-draw from the global ones of torch, NumPy and Python: these are put back where it did. While other threads
-run, draws from torch are told from theirs by watching the operations. Draws from NumPy and Python cannot be
-watched: they are put down to the data set if the state changes whenever it is read, and a `forward` that
-draws from these is not put back then.
+The package itself draws from private generators. User code (a data set, a `forward`) may draw from the global
+generators of torch, NumPy and Python, whose states are then restored. While other threads run, torch draws of
+this thread are detected by watching its operations. NumPy and Python draws cannot be watched: they are
+attributed to the data set if the state changes every time it is read, and those of a `forward` are not
+restored.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _alone() -> bool:
 
 
 class _Draws(TorchDispatchMode):
-    """Notices operations of this thread that draw random numbers."""
+    """Dispatch mode that detects random operations of this thread."""
 
     seen = False
 
@@ -53,11 +53,11 @@ _here = threading.local()
 
 @dataclass
 class UserCode:
-    """A piece of code of the user.
+    """One call of user code.
 
     Attributes:
-        what: What it does, in a word.
-        did_something: To be set to False where it turns out that there was nothing to do.
+        what: What it does, in one word.
+        did_something: To be set to False if there was nothing to do.
     """
 
     what: str
@@ -84,7 +84,7 @@ class _RandomStates:
 
     @contextmanager
     def watching_forward(self, model: nn.Module) -> Iterator[None]:
-        """Around a forward pass, while other threads run; the first one of a model shows whether it draws."""
+        """Context manager around a forward pass; a model's first one tells whether it draws."""
         known = _drawing_models.get(model)
         if known is None:
             with _Draws() as draws:  # type: ignore[no-untyped-call]
@@ -97,7 +97,7 @@ class _RandomStates:
 
     @contextmanager
     def watching(self, code: UserCode) -> Iterator[None]:
-        """Around other code of the user, while other threads run."""
+        """Context manager around other user code while other threads run."""
         numpy, python = np.random.get_state(), random.getstate()
         draws = _Draws()  # type: ignore[no-untyped-call]
         try:
@@ -112,7 +112,7 @@ class _RandomStates:
                 self._changes.setdefault(code.what, []).append(changed)
 
     def put_back(self) -> None:
-        """Put back what was drawn from: all of it, where no other thread can have drawn."""
+        """Restore the states that were drawn from; all of them if no other thread can have drawn."""
         alone = self.alone and _alone()
         for changes in self._changes.values():
             self.drawn |= set.intersection(*changes)
@@ -135,7 +135,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 @contextmanager
 def same_random_state(devices: Sequence[int] = ()) -> Iterator[None]:
-    """Draw from the global random states of torch, NumPy and Python, and put them back.
+    """Context manager that restores the global random states of torch, NumPy and Python.
 
     Args:
         devices: CUDA devices whose states are kept as well.
@@ -150,9 +150,9 @@ def same_random_state(devices: Sequence[int] = ()) -> Iterator[None]:
 
 @contextmanager
 def draws_put_back(devices: Sequence[int] = ()) -> Iterator[None]:
-    """Put the global random states back at the end, where code of the user has drawn from them.
+    """Context manager that restores the global random states if user code has drawn from them.
 
-    Inside, such code is marked by `user_code`; without other threads that is not needed.
+    User code inside is marked by `user_code`, which matters only while other threads run.
 
     Args:
         devices: CUDA devices whose states count as well.
@@ -168,7 +168,7 @@ def draws_put_back(devices: Sequence[int] = ()) -> Iterator[None]:
 
 @contextmanager
 def user_code(what: Any) -> Iterator[UserCode]:
-    """Mark code of the user, whose draws from global random states are to be put back.
+    """Mark user code whose draws from global random states are to be undone.
 
     Args:
         what: The network that is called, or a word for what the code does.

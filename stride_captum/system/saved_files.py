@@ -1,4 +1,4 @@
-"""Files of tensors with a description, and a checksum over both: safetensors has none."""
+"""safetensors files with a description and a checksum over both."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_file(path: str | Path, description: Mapping[str, Any], tensors: dict[s
         OSError: It cannot be written; the error names `path`.
     """
     text = json.dumps({"format": FORMAT, **description})
-    # One entry: safetensors writes several in any order, and the same method is to give the same file.
+    # One entry, because safetensors writes several in arbitrary order and files must be reproducible.
     metadata = {_KEY: f"{checksum(text, tensors)} {text}"}
     try:
         atomic_write(path, lambda name: save_file(tensors, name, metadata))
@@ -45,7 +45,7 @@ def read_file(path: str | Path, parts: Sequence[str]) -> tuple[dict[str, Any], d
 
     Args:
         path: Its name.
-        parts: What the description must have.
+        parts: Keys that the description must have.
 
     Raises:
         ValueError: The file is damaged, of another format or not one of ours.
@@ -62,7 +62,7 @@ def read_file(path: str | Path, parts: Sequence[str]) -> tuple[dict[str, Any], d
     if _KEY not in metadata:
         raise not_ours(path, "has no description of a method")
     found, _, text = metadata[_KEY].partition(" ")
-    if found.startswith("{"):  # before format 3, there was no checksum
+    if found.startswith("{"):  # no checksum before format 3
         text = metadata[_KEY]
     try:
         description = json.loads(text)
@@ -90,6 +90,6 @@ def checksum(description: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def not_ours(path: str | Path, what: str) -> ValueError:
-    """The error for a file that cannot be read; `what` says what it is or has."""
+    """Error for a file that cannot be read; `what` says why."""
     must = "name a whole file that `save` has written"
     return bad_value("path", must, f"{str(path)!r}, which {what}", "Fit, and save it again.")

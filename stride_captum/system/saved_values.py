@@ -1,4 +1,4 @@
-"""Values in a file: tensors by name, everything else as JSON, and dataclasses by names that stay."""
+"""Serialization: tensors by name, everything else as JSON, dataclasses by registered names."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _NAMES: dict[type, str] = {}
 
 
 def saved_as(name: str) -> Callable[[Class], Class]:
-    """Class decorator for what may be part of a method that is saved.
+    """Class decorator that registers a class for saved methods.
 
-    It is a dataclass, of which all fields are saved, or a class with `to_saved() -> dict` and the inverse of
-    it, the class method `from_saved(**parts)`.
+    The class is a dataclass, all fields of which are saved, or has `to_saved() -> dict` and its inverse, the
+    class method `from_saved(**parts)`.
 
-    A file holds the name and not the module, so that it can be read after the class has moved, and so that
-    reading it imports nothing: the module that registers the class must have been imported before.
+    A file holds the name and not the module, so that classes can move, and reading it imports nothing: the
+    module that registers the class must have been imported before.
 
     Args:
-        name: Short, and never changed. Outside this package it begins with that of yours.
+        name: Short and permanent; outside this package it starts with the name of yours.
 
     Raises:
         ValueError: Another class has the name.
-        TypeError: The class is neither.
+        TypeError: The class is neither of the two.
 
     >>> @saved_as("example.pair")
     ... @dataclasses.dataclass
@@ -54,15 +54,15 @@ def saved_as(name: str) -> Callable[[Class], Class]:
 
 
 def encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """A JSON tree of a value in which tensors are replaced by their names.
+    """JSON tree of a value, with tensors replaced by their names.
 
     Args:
         value: A tensor, sparse matrix, registered dataclass, container or plain value.
         name: What an error calls it.
-        tensors: Gets the tensors.
+        tensors: Dictionary that receives the tensors.
 
     Raises:
-        TypeError: It is none of these; says where.
+        TypeError: It is none of these; the error says where.
     """
     if isinstance(value, Tensor):
         return _encode_tensor(value, name, tensors)
@@ -96,9 +96,9 @@ def _parts_of(value: Any) -> dict[str, Any]:
 def _encode_tensor(value: Tensor, name: str, tensors: dict[str, Tensor]) -> Any:
     if value.layout != torch.strided:
         raise bad_type(name, "be a dense tensor to be saved", value)
-    while name in tensors:  # as of {"a.b": ...} and {"a": {"b": ...}}
+    while name in tensors:  # as for {"a.b": ...} and {"a": {"b": ...}}
         name += "'"
-    # The layout is kept, because a product of a transposed matrix rounds differently.
+    # The layout is kept, because products with a transposed layout round differently.
     strides = value.stride()
     order = sorted(range(value.ndim), key=lambda dim: -strides[dim])
     layout = value.detach().cpu().permute(order)
@@ -113,7 +113,7 @@ def _key(key: Any, name: str) -> Any:
 
 
 def decode(tree: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
-    """The value of which `encode` has made this tree; nothing is imported for it.
+    """Inverse of `encode`; imports nothing.
 
     Raises:
         ValueError: A class that is not registered.
@@ -124,7 +124,7 @@ def decode(tree: Any, tensors: Mapping[str, Tensor], device: torch.device) -> An
 
     if "tensor" in tree:
         order = tree["order"]
-        # A copy, because what safetensors gives is not aligned as torch aligns.
+        # A copy, because safetensors does not align tensors as torch does.
         saved = tensors[tree["tensor"]].clone()
         if sorted(order) != list(range(saved.ndim)):
             raise KeyError("order")

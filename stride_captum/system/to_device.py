@@ -1,7 +1,7 @@
-"""Blocks of a stored training set on the device that computes with them.
+"""Transfer of a stored training set to the compute device, block by block.
 
-A copy to a GPU from pageable memory holds up the host until it is done. Through pinned memory it is queued:
-the host reads the next rows from the store while the GPU works on these.
+A copy from pageable memory to a GPU blocks the host. A copy from pinned memory is queued, so that the host
+reads the next rows while the GPU works on these.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .memory import MOST_ROWS, blocks
 
 
 def to_device(rows: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Rows of a stored array on a device; rounding and widening happen there, so that what travels is small.
+    """Copy rows of a stored array to a device and cast them there, so that the transfer is small.
 
     Args:
         rows: On the CPU (perhaps memory-mapped) or on the device already, in any precision.
-        device: Where they are needed.
-        dtype: In which they are needed.
+        device: Target device.
+        dtype: Target dtype.
 
     >>> to_device(torch.ones(2, 3, dtype=torch.bfloat16), torch.device("cpu"), torch.float32).dtype
     torch.float32
@@ -31,19 +31,19 @@ def to_device(rows: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def working_dtype(features: Tensor) -> torch.dtype:
-    """The dtype of all results with these features: float64 for float64, float32 for all others."""
+    """Dtype of results: float64 for float64 features, float32 for all others."""
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
 class TrainingBlocks:
-    """A training set that is read block by block: nothing of its size is copied.
+    """View of a training set that is read block by block, without a copy of its size.
 
     Attributes:
         features: Raw features `(n_train, n_features)` in any precision, may be memory-mapped.
         logits: `(n_train, n_classes)`, likewise.
-        labels: `(n_train,)` int64 or `(n_train, n_classes)`; products are taken on their device.
-        dtype: In which products are taken.
+        labels: `(n_train,)` int64 or `(n_train, n_classes)`, on the compute device.
+        dtype: Of products.
         block_rows: Rows of a block.
         weights: omega of each example, `(n_train,)` float64; None for 1.
     """
@@ -60,7 +60,7 @@ class TrainingBlocks:
 
     @property
     def device(self) -> torch.device:
-        """Where products are taken."""
+        """Compute device."""
         return self.labels.device
 
     def features_of(self, rows: slice, width: int | None = None) -> Tensor:
@@ -72,7 +72,7 @@ class TrainingBlocks:
         return to_device(self.logits[rows], float64_device(self.device), torch.float64)
 
     def labels_of(self, rows: slice) -> Tensor:
-        """Labels of some rows, beside their logits, `(n_rows,)` or `(n_rows, n_classes)`."""
+        """Labels of some rows, on the device of `logits_of`, `(n_rows,)` or `(n_rows, n_classes)`."""
         return self.labels[rows].to(float64_device(self.device))
 
     def weights_of(self, rows: slice, like: Tensor) -> Tensor | None:

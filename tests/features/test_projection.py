@@ -174,12 +174,11 @@ def test_beyond_the_bound_only_the_diagonal_of_sigma_is_kept_and_scores_hardly_m
     monkeypatch.setattr("stride_captum.closed_form.fit.MOST_CLASSES", 299)
     method = STRIDE(model, train)
     diagonal = method.influence(test)
-    assert method._states[0].operators.curvature.class_inverse.shape == (300,)
+    assert method._states[0].operators.curvature.class_side.shape == (300,)
     p = model(train.tensors[0]).detach().div(method.temperature_).softmax(1).double()
     sigma = (p - p.square()).mean(0)
     wanted = 1 / (sigma + 0.3 * sigma.sum() / 299)
-    torch.testing.assert_close(
-        method._states[0].operators.curvature.class_inverse.double(), wanted, rtol=1e-5, atol=0
-    )
+    curvature = method._states[0].operators.curvature
+    torch.testing.assert_close((curvature.class_side / curvature.scale).double(), wanted, rtol=1e-5, atol=0)
     assert relative(diagonal, whole) < 0.02
     method.influence(test, normalize="cosine")
