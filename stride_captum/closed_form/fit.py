@@ -92,11 +92,11 @@ def fit_closed_form(
         exact = exact_head = True
         data = blocks_within(memory_budget, features, logits, labels, exact, weights)
     of_head = features[:, :d], labels, moments.of_layers(read), options.head_damping
+    precision = torch.float64 if exact_head else data.dtype
     if positions is None:
-        precision = torch.float64 if exact_head else data.dtype
         head = fit_ridge_head(*of_head, data.block_rows, precision, loss, weights)
     else:
-        head = fit_position_head(*of_head, positions, loss, weights)
+        head = fit_position_head(*of_head, positions, precision, loss, weights)
     kind = options.residuals or "both"
     softening = 1.0 if kind == "training" else temperature
     diagonal_only = options.curvature == "identity" or (

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from ..losses import Loss
 from ..positions import Positions
-from ..system.devices import as_float64, matching
+from ..system.devices import as_float64
 from ..system.saved_values import saved_as
 from ..system.to_device import to_device, working_dtype
 from .damping import damped_factor
@@ -57,6 +57,7 @@ def fit_position_head(
     moments: Moments,
     damping: float,
     positions: Positions,
+    dtype: torch.dtype,
     loss: Loss,
     weights: Tensor | None = None,
 ) -> PositionHead:
@@ -68,22 +69,24 @@ def fit_position_head(
         moments: Of the same features, labels and weights.
         damping: lambda relative to the mean diagonal of A.
         positions: Rows of each example.
+        dtype: Of the products of features; the small systems are solved in float64.
         loss: What the model was trained with.
         weights: omega of each row, `(n_rows,)`; None for 1.
     """
     factor = damped_factor(moments.second_moment, damping, name="head_damping")
     factor = factor / moments.scale[:, None]
     beta = torch.cholesky_solve(moments.targets, factor) / moments.weight
-    n, dtype = len(features), working_dtype(features)
+    rounded = factor.to(labels.device, dtype)
+    n, kept = len(features), working_dtype(features)
     head = PositionHead(
         weights=beta,
         slack=factor.new_ones(n),
         shifts=factor.new_empty(n),
         delicate=torch.zeros(n, dtype=torch.bool, device=factor.device),
-        norms=torch.empty(n, dtype=dtype, device=labels.device),
+        norms=torch.empty(n, dtype=kept, device=labels.device),
         square=0.0,
         loss=loss,
-        without_example=torch.empty(n, beta.shape[1], dtype=dtype, device=labels.device),
+        without_example=torch.empty(n, beta.shape[1], dtype=kept, device=labels.device),
     )
     square = beta.new_zeros(beta.shape[1])
     most = int(positions.counts.max())
@@ -91,11 +94,12 @@ def fit_position_head(
         rows = positions.rows_of(examples)
         if rows.start == rows.stop:
             continue
-        h, y = matching(to_device(features[rows], labels.device, torch.float64), beta), labels[rows]
-        y = y.to(h.device)
-        omega = h.new_ones(len(h)) if weights is None else weights[rows].to(h)
-        errors = loss.encoded(y, h.new_empty(1, beta.shape[1]).expand(len(h), -1)) - fitted_values(h, beta)
-        left_out = _left_out(h, errors, omega, factor, moments.weight, positions.of(examples))
+        h = to_device(features[rows], labels.device, dtype)
+        fitted = as_float64(fitted_values(h, beta))
+        y = labels[rows].to(fitted.device)
+        omega = fitted.new_ones(len(h)) if weights is None else weights[rows].to(fitted)
+        errors = loss.encoded(y, fitted) - fitted
+        left_out = _left_out(h, errors, omega, rounded, moments.weight, positions.of(examples))
         shifts = loss.projection_shift(left_out, y)
         head.without_example[rows] = left_out.to(head.without_example)
         head.norms[rows] = torch.linalg.vector_norm(left_out, dim=1).to(head.norms)
@@ -111,8 +115,7 @@ def _left_out(
 ) -> Tensor:
     """`(I - H_i Omega_i)^-1 e_i` for the rows of some examples, `(n_rows, n_outputs)`."""
     extended = torch.nn.functional.pad(h, (0, 1), value=1.0)
-    whitened = torch.linalg.solve_triangular(factor, extended.T, upper=False).T
-    blocks = positions.padded(whitened)
-    squares = blocks @ blocks.transpose(1, 2) / weight * positions.padded(omega)[:, None, :]
-    eye = torch.eye(squares.shape[1], dtype=h.dtype, device=h.device)
-    return torch.linalg.solve(eye - squares, positions.padded(errors))[positions.filled(h.device)]
+    blocks = positions.padded(torch.linalg.solve_triangular(factor, extended.T, upper=False).T)
+    squares = as_float64(blocks @ blocks.transpose(1, 2)) / weight * positions.padded(omega)[:, None, :]
+    eye = torch.eye(squares.shape[1], dtype=squares.dtype, device=squares.device)
+    return torch.linalg.solve(eye - squares, positions.padded(errors))[positions.filled(squares.device)]

@@ -242,24 +242,37 @@ def _chosen(method: _OneMethod, halves: Retrained) -> tuple[Mapping[str, Any], l
     """The grid point with the highest LDS on the tuning half, and the method with it on every model.
 
     Undefined correlations count as 0, so that silence is not the best answer; a point that ranks nothing at
-    all is below every other one.
+    all is below every other one. A point that a method refuses, such as a damping that leaves nothing but
+    rounding errors, is skipped.
+
+    Raises:
+        ValueError: The method refuses every point.
     """
     spec, tuning = method.spec, halves.margins[..., : halves.n_tuning]
     best: tuple[tuple[bool, float], Mapping[str, Any], list[CachedMethod]] | None = None
     methods: list[CachedMethod] = []
     built: Mapping[str, Any] | None = None
+    refused: ValueError | None = None
     for options in spec.grid:
         fixed = {name: value for name, value in options.items() if name not in spec.settable}
-        if fixed != built:
-            methods, built = method.build(options), fixed
-        method.set(methods, options)
         value = (False, 0.0)
-        if len(spec.grid) > 1:
-            scores = [a.values for a in method.answers(methods, range(halves.n_tuning))]
+        if len(spec.grid) == 1:
+            methods = method.build(options)
+        else:
+            try:
+                if fixed != built:
+                    methods, built = method.build(options), fixed
+                method.set(methods, options)
+                scores = [a.values for a in method.answers(methods, range(halves.n_tuning))]
+            except ValueError as error:
+                refused, built = error, None
+                continue
             found = lds(scores, halves.membership, tuning, n_resamples=0)
             value = (not found.ranks_nothing, found.undefined_as_zero)
         if best is None or value > best[0]:
             best = (value, options, methods)
-    assert best is not None, "a grid has at least one point"
+    if best is None:
+        assert refused is not None, "a grid has at least one point"
+        raise refused
     method.set(best[2], best[1])
     return best[1], best[2]

@@ -1,0 +1,119 @@
+"""Speed of the closed form on examples with several positions, as ratios to the products that it must do.
+
+The floor of `fit` is a bare forward pass and two products of N P x d x d. That of a query is the cheaper of
+the products of the two forms: all pairs of positions, or the test points' matrices with those of the examples.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from ...closed_form.options import ClosedForm
+from ...stride import STRIDE
+from ..measures.cost import in_a_fresh_process, median_seconds
+
+#: N x P = 200,000 rows of d = 512 features and C = 50 outputs; 100 test points.
+SIZES = {"n_train": 3125, "n_positions": 64, "n_features": 512, "n_outputs": 50, "n_test": 100}
+_TOKENS, _BATCH = 1000, 128
+
+
+class TokenModel(nn.Module):
+    """Tokens to logits, through one layer of `width` features."""
+
+    def __init__(self, width: int, n_outputs: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(_TOKENS, width)
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(width, n_outputs)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits `(n, P, n_outputs)` of tokens `(n, P)`."""
+        return self.head(self.relu(self.embedding(tokens)))  # type: ignore[no-any-return]
+
+
+def bench_positions(repeats: int = 3, **sizes: int) -> list[dict[str, Any]]:
+    """A row for each form, in a process of its own: sizes, medians in seconds, ratios to the floors.
+
+    >>> rows = bench_positions(1, n_train=8, n_positions=4, n_features=8, n_outputs=3, n_test=2)
+    >>> [row["form"] for row in rows]
+    ['rows', 'matrix']
+    """
+    every = {**SIZES, **sizes}
+    return [in_a_fresh_process(bench_form, form, repeats, **every) for form in ("rows", "matrix")]
+
+
+def bench_form(
+    form: str,
+    repeats: int,
+    n_train: int,
+    n_positions: int,
+    n_features: int,
+    n_outputs: int,
+    n_test: int,
+) -> dict[str, Any]:
+    """Measure one form in this process."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = TokenModel(n_features, n_outputs).eval()
+
+    def draw(n: int) -> tuple[Tensor, Tensor]:
+        shape = n, n_positions
+        tokens = torch.randint(_TOKENS, shape, generator=generator)
+        return tokens, torch.randint(n_outputs, shape, generator=generator)
+
+    x, y = draw(n_train)
+    test = draw(n_test)
+    median = partial(median_seconds, device=torch.device("cpu"))
+
+    @torch.no_grad()
+    def forward() -> None:
+        for batch in x.split(_BATCH):
+            model(batch)
+
+    rows = torch.randn(n_train * n_positions, n_features, generator=generator)
+    residuals = torch.randn(n_train * n_positions, n_outputs, generator=generator)
+    phi, vectors = rows[: n_test * n_positions], residuals[: n_test * n_positions]
+    queries = torch.randn(n_test, n_features * n_outputs, generator=generator)
+
+    def pairs() -> None:
+        for block in range(0, len(rows), 4096):
+            few = slice(block, block + 4096)
+            (phi @ rows[few].T).mul_(vectors @ residuals[few].T)
+
+    def matrices() -> None:
+        for block in range(0, n_train, 64):
+            few = slice(block, block + 64)
+            h = rows.reshape(n_train, n_positions, -1)[few]
+            queries @ (h.transpose(1, 2) @ residuals.reshape(n_train, n_positions, -1)[few]).flatten(1).T
+
+    def fit() -> STRIDE:
+        operators = ClosedForm(form=form, residuals="temperature")  # type: ignore[arg-type]
+        method = STRIDE(model, TensorDataset(x, y), layers=["relu"], operators=operators, batch_size=_BATCH)
+        return method.fit()
+
+    method = fit()
+    seconds = {
+        "forward": median(forward, repeats),
+        "product": median(lambda: rows.T @ rows, repeats),
+        "fit": median(fit, repeats),
+        "pairs": median(pairs, 1),
+        "matrices": median(matrices, repeats),
+        "query": median(lambda: method.influence(test), repeats),
+    }
+    return {
+        "form": form,
+        "n_train": n_train,
+        "n_positions": n_positions,
+        "n_features": n_features,
+        "n_outputs": n_outputs,
+        "n_test": n_test,
+        **seconds,
+        "fit_ratio": seconds["fit"] / (seconds["forward"] + 2 * seconds["product"]),
+        "query_ratio": seconds["query"] / min(seconds["pairs"], seconds["matrices"]),
+    }
