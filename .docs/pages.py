@@ -32,10 +32,15 @@ PACKAGES = {
     "stride_captum": "stride_captum",
     "stride_captum.adapters": "adapters",
     "stride_captum.evaluation": "evaluation",
-    "stride_captum.losses": "stride_captum/losses.py",
+    "stride_captum.losses": "stride_captum/losses",
     "stride_captum.recovery": "stride_captum/recovery",
     "stride_captum.conformance": "stride_captum/conformance",
 }
+#: Public members that classes inherit from parts of their own, shown on the pages of packages.
+INHERITED = (
+    *("fit", "save", "load", "mislabel_scores", "add_examples", "remove_examples"),
+    *("operators_", "layers_", "n_features_", "temperature_", "history_"),
+)
 #: Folders whose modules have a page each.
 SOURCES = {
     name: PACKAGES[name] for name in ("stride_captum", "stride_captum.adapters", "stride_captum.evaluation")
@@ -128,6 +133,8 @@ def public(name: str) -> str:
     # A function that is called as its module is found under the module's name only.
     shadowed = [f"::: {name}.{e}.{e}\n" for e in exported if (folder / f"{e}.py").exists()]
     options = "    options:\n      show_root_heading: false\n      show_root_toc_entry: false\n"
+    if name == "stride_captum":
+        options += f"      inherited_members: [{', '.join(INHERITED)}]\n"
     return "\n".join([f"# `{name}`\n", f"::: {name}\n{options}", *shadowed])
 
 
