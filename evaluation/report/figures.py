@@ -1,37 +1,18 @@
-"""Figures of the comparison report, as inline SVG made from the content of results.json.
-
-Lines and texts take their colours from custom properties of the page (`--ink`, `--series-1`, ...), so that
-they follow it into the dark. Where several series share a plot they differ in colour, marker and dash.
-"""
+"""Figures of the comparison report, as inline SVG made from the content of results.json."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .drawing import COLOURS, DASHES, MARKERS, N_SERIES, ends_of, number, svg_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-#: Series that one plot tells apart; the report's style sheet has a colour for each in both schemes.
-N_SERIES = 7
-#: What is drawn in these colours is given the custom properties instead.
-_COLOURS = {
-    "ink": "#000001",
-    "soft": "#000002",
-    "line": "#000003",
-    "accent": "#000004",
-    **{f"series-{i + 1}": f"#0000a{i + 1}" for i in range(N_SERIES)},
-}
-_MARKERS = "os^DvPX"
-_DASHES = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
 
 
 def forest(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -40,23 +21,23 @@ def forest(rows: Sequence[Mapping[str, Any]]) -> str:
     Args:
         rows: `rows` of results.json.
     """
-    with _svg("forest", (7.5, 0.75 + 0.36 * len(rows))) as (figure, out):
+    with svg_figure("forest", (7.5, 0.75 + 0.36 * len(rows))) as (figure, out):
         axes = figure.subplots()
         for i, row in enumerate(reversed(rows)):
             result = row["lds"]
-            low, high = _ends(result["interval"])
-            axes.plot([low, high], [i, i], color=_COLOURS["accent"], linewidth=2.5)
+            low, high = ends_of(result["interval"])
+            axes.plot([low, high], [i, i], color=COLOURS["accent"], linewidth=2.5)
             models = [math.nan if v is None else v for v in result["per_model"]]
-            axes.plot(models, [i] * len(models), "|", color=_COLOURS["series-2"], markersize=12)
-            axes.plot([_number(result["value"])], [i], "o", color=_COLOURS["accent"], markersize=6)
+            axes.plot(models, [i] * len(models), "|", color=COLOURS["series-2"], markersize=12)
+            axes.plot([number(result["value"])], [i], "o", color=COLOURS["accent"], markersize=6)
         ceiling = rows[0]["lds"]["ceiling"]
         if ceiling:
-            axes.axvline(ceiling, color=_COLOURS["soft"], linestyle="--", linewidth=1)
-        axes.axvline(0, color=_COLOURS["soft"], linewidth=1)
+            axes.axvline(ceiling, color=COLOURS["soft"], linestyle="--", linewidth=1)
+        axes.axvline(0, color=COLOURS["soft"], linewidth=1)
         axes.set_yticks(range(len(rows)), [row["name"] for row in reversed(rows)])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlabel("LDS")
-        axes.grid(axis="x", color=_COLOURS["line"], linewidth=0.6)
+        axes.grid(axis="x", color=COLOURS["line"], linewidth=0.6)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
     return out[0]
@@ -78,11 +59,11 @@ def cost_against_fidelity(rows: Sequence[Mapping[str, Any]]) -> str:
         return ""
     seconds = [max(1e-6, row["cost"]["fit_seconds"] + row["cost"]["query_seconds"]) for row in named]
     values = [row["lds"]["value"] for row in named]
-    known = [v for row in named for v in _ends(row["lds"]["interval"]) if not math.isnan(v)]
+    known = [v for row in named for v in ends_of(row["lds"]["interval"]) if not math.isnan(v)]
     low, high = min([0.0, *values, *known]), max([0.1, *values, *known])
     room = 0.05 * (high - low)
     inches = max(3.2, 0.22 * len(named) + 0.8)
-    with _svg("cost", (7.5, inches)) as (figure, out):
+    with svg_figure("cost", (7.5, inches)) as (figure, out):
         axes = figure.subplots()
         axes.set_xscale("log")
         first, last = math.floor(math.log10(min(seconds))), math.ceil(math.log10(max(seconds)))
@@ -94,9 +75,9 @@ def cost_against_fidelity(rows: Sequence[Mapping[str, Any]]) -> str:
         gap = 0.2 / (inches - 0.7) * (high - low + 2 * room)
         places = spread(values, gap, low, high)
         for row, x, y, place in zip(named, seconds, values, places, strict=True):
-            ends = _ends(row["lds"]["interval"])
-            axes.plot([x, x], ends, color=_COLOURS["accent"], linewidth=1.2, alpha=0.5)
-            axes.plot([x], [y], "o", color=_COLOURS["accent"], markersize=6)
+            ends = ends_of(row["lds"]["interval"])
+            axes.plot([x, x], ends, color=COLOURS["accent"], linewidth=1.2, alpha=0.5)
+            axes.plot([x], [y], "o", color=COLOURS["accent"], markersize=6)
             axes.annotate(
                 row["name"],
                 xy=(x, y),
@@ -106,7 +87,7 @@ def cost_against_fidelity(rows: Sequence[Mapping[str, Any]]) -> str:
                 arrowprops={
                     "arrowstyle": "-",
                     "relpos": (0, 0.5),
-                    "color": _COLOURS["soft"],
+                    "color": COLOURS["soft"],
                     "linewidth": 0.5,
                     "shrinkA": 2,
                     "shrinkB": 5,
@@ -114,7 +95,7 @@ def cost_against_fidelity(rows: Sequence[Mapping[str, Any]]) -> str:
             )
         axes.set_xlabel("setup and queries, seconds (log scale)")
         axes.set_ylabel("LDS")
-        axes.grid(color=_COLOURS["line"], linewidth=0.6)
+        axes.grid(color=COLOURS["line"], linewidth=0.6)
     return out[0]
 
 
@@ -131,25 +112,25 @@ def counterfactual_curves(rows: Sequence[Mapping[str, Any]], reference: str = "C
         A plot for each row.
     """
     results = [row["result"] for row in rows]
-    ends = [v for r in results for v in (*r["drop"], *(e for i in r["intervals"] or () for e in _ends(i)))]
-    known = [v for v in (_number(v) for v in ends) if not math.isnan(v)]
+    ends = [v for r in results for v in (*r["drop"], *(e for i in r["intervals"] or () for e in ends_of(i)))]
+    known = [v for v in (number(v) for v in ends) if not math.isnan(v)]
     low, high = min([0.0, *known]), max([0.05, *known])
-    shares = [_number(v) for r in results for v in r["depletion"]]
+    shares = [number(v) for r in results for v in r["depletion"]]
     deepest = max([0.01, *(v for v in shares if not math.isnan(v))])
     other = next((r for row, r in zip(rows, results, strict=True) if row["name"] == reference), None)
     plots = []
     for row, result in zip(rows, results, strict=True):
         arm = "opponents" if result["opponents"] else "proponents"
-        with _svg(f"drop-{arm}-{row['name']}", (5.6, 2.5), layout=None) as (figure, out):
+        with svg_figure(f"drop-{arm}-{row['name']}", (5.6, 2.5), layout=None) as (figure, out):
             figure.subplots_adjust(left=0.13, right=0.98, bottom=0.19, top=0.97, wspace=0.06)
             by_count, by_share = figure.subplots(1, 2, sharey=True)
             if other is not None and other is not result:
                 _curves(by_count, by_share, other, "soft", "--")
             _curves(by_count, by_share, result, "accent", "-")
             for axes in (by_count, by_share):
-                axes.axhline(0, color=_COLOURS["soft"], linewidth=0.8)
+                axes.axhline(0, color=COLOURS["soft"], linewidth=0.8)
                 axes.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
-                axes.grid(color=_COLOURS["line"], linewidth=0.6)
+                axes.grid(color=COLOURS["line"], linewidth=0.6)
             by_count.set_xlim(0, 1.03 * max(c for r in results for c in r["counts"]))
             by_share.set_xlim(0, 103 * deepest)
             by_count.xaxis.get_major_locator().set_params(integer=True)
@@ -169,13 +150,13 @@ def roc(rows: Sequence[Mapping[str, Any]]) -> str:
         rows: `mislabel` of results.json.
     """
     told = highlighted(rows)
-    with _svg("roc", (8.4, 4.2)) as (figure, out):
+    with svg_figure("roc", (8.4, 4.2)) as (figure, out):
         axes = figure.subplots()
-        axes.plot([0, 1], [0, 1], color=_COLOURS["soft"], linewidth=0.8, linestyle=":")
+        axes.plot([0, 1], [0, 1], color=COLOURS["soft"], linewidth=0.8, linestyle=":")
         for i, row in enumerate(rows):
             if i not in told:
                 grid = np.linspace(0, 1, len(row["result"]["roc"]))
-                axes.plot(grid, row["result"]["roc"], color=_COLOURS["line"], linewidth=1)
+                axes.plot(grid, row["result"]["roc"], color=COLOURS["line"], linewidth=1)
         for place, i in enumerate(told):
             row = rows[i]
             curve = row["result"]["roc"]
@@ -183,9 +164,9 @@ def roc(rows: Sequence[Mapping[str, Any]]) -> str:
             axes.plot(
                 np.linspace(0, 1, len(curve)),
                 curve,
-                color=_COLOURS[f"series-{place + 1}"],
-                linestyle=_DASHES[1] if dashed else "-",
-                marker=_MARKERS[place],
+                color=COLOURS[f"series-{place + 1}"],
+                linestyle=DASHES[1] if dashed else "-",
+                marker=MARKERS[place],
                 markevery=(3 + 2 * place, 18),
                 markersize=5,
                 linewidth=1.8,
@@ -195,7 +176,64 @@ def roc(rows: Sequence[Mapping[str, Any]]) -> str:
         axes.set_ylabel("share of flipped labels that are found")
         axes.set_xlim(-0.01, 1.01)
         axes.set_ylim(-0.01, 1.03)
-        axes.grid(color=_COLOURS["line"], linewidth=0.6)
+        axes.grid(color=COLOURS["line"], linewidth=0.6)
+        axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, handlelength=3, fontsize=9)
+    return out[0]
+
+
+def budget_steps(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
+    """Source and cost of each step of the ladder, from the cheapest to the dearest.
+
+    >>> costs = {"cross-fitted": 1.0, "last checkpoint": 0.0}
+    >>> budget_steps([{"source": source, "trainings": cost} for source, cost in costs.items()])
+    [('last checkpoint', 0.0), ('cross-fitted', 1.0)]
+    """
+    order = {"last checkpoint": 0, "checkpoints": 1}
+    found = {(row["source"], row["trainings"]) for row in rows if row["source"] != "refined"}
+    return sorted(found, key=lambda step: (step[1], order.get(step[0], 2)))
+
+
+def budgets(rows: Sequence[Mapping[str, Any]]) -> str:
+    """LDS against the retraining budget: a line for each method with its interval as a band.
+
+    Steps are evenly spaced; refined scores are a dashed line in the color of their method.
+
+    Args:
+        rows: `retrainings` of results.json.
+    """
+    steps = budget_steps(rows)
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    with svg_figure("budgets", (8.4, 4.2)) as (figure, out):
+        axes = figure.subplots()
+        for i, name in enumerate(names[:N_SERIES]):
+            colour = COLOURS[f"series-{i + 1}"]
+            for refined in (False, True):
+                own = [r for r in rows if r["name"] == name and (r["source"] == "refined") is refined]
+                if not own:
+                    continue
+                kinds = [("cross-fitted" if refined else row["source"], row["trainings"]) for row in own]
+                places = [steps.index(kind) for kind in kinds]
+                axes.plot(
+                    places,
+                    [number(row["lds"]["value"]) for row in own],
+                    color=colour,
+                    linestyle=DASHES[1] if refined else "-",
+                    marker=MARKERS[i],
+                    markersize=5,
+                    linewidth=1.8,
+                    label=f"{name}, refined" if refined else name,
+                )
+                if not refined and all(row["lds"]["interval"] for row in own):
+                    low, high = zip(*(ends_of(row["lds"]["interval"]) for row in own), strict=True)
+                    axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
+        ceiling = rows[0]["lds"]["ceiling"]
+        if ceiling:
+            axes.axhline(ceiling, color=COLOURS["soft"], linestyle="--", linewidth=1)
+        labels = [source.replace(" ", "\n") if not cost else f"{cost:g}" for source, cost in steps]
+        axes.set_xticks(range(len(steps)), labels)
+        axes.set_xlabel("no retraining, then models of parts: cost in trainings on everything")
+        axes.set_ylabel("LDS")
+        axes.grid(color=COLOURS["line"], linewidth=0.6)
         axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, handlelength=3, fontsize=9)
     return out[0]
 
@@ -245,65 +283,10 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
 
 def _curves(by_count: Axes, by_share: Axes, result: Mapping[str, Any], colour: str, dash: Any) -> None:
     """One method's drop with its band on both axes; removing nothing changes nothing."""
-    drop = [0.0, *map(_number, result["drop"])]
-    ends: NDArray[np.float64] = np.array([(0.0, 0.0), *map(_ends, result["intervals"] or ())])
-    shares = [0.0, *(100 * _number(v) for v in result["depletion"])]
+    drop = [0.0, *map(number, result["drop"])]
+    ends: NDArray[np.float64] = np.array([(0.0, 0.0), *map(ends_of, result["intervals"] or ())])
+    shares = [0.0, *(100 * number(v) for v in result["depletion"])]
     for axes, x in ((by_count, [0, *result["counts"]]), (by_share, shares)):
-        axes.plot(x, drop, color=_COLOURS[colour], linestyle=dash, marker="o", markersize=4, linewidth=1.8)
+        axes.plot(x, drop, color=COLOURS[colour], linestyle=dash, marker="o", markersize=4, linewidth=1.8)
         if result["intervals"]:
-            axes.fill_between(x, *ends.T, color=_COLOURS[colour], alpha=0.18, linewidth=0)
-
-
-@contextmanager
-def _svg(
-    name: str, inches: tuple[float, float], layout: Literal["constrained"] | None = "constrained"
-) -> Iterator[tuple[Figure, list[str]]]:
-    """A figure to draw on, and a list that afterwards holds it as SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    out: list[str] = []
-    lines = dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), _COLOURS["soft"])
-    names = ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
-    texts = dict.fromkeys(names, _COLOURS["ink"])
-    style = {
-        **lines,
-        **texts,
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "font.family": "DejaVu Sans",
-        "font.size": 10.0,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=inches, layout=layout)
-        yield figure, out
-        buffer = io.StringIO()
-        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    out.append(_for_a_page(buffer.getvalue()))
-
-
-def _for_a_page(svg: str) -> str:
-    """SVG that can stand in a page beside others: its colours, no names but those it refers to."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r" xmlns(:xlink)?=\"[^\"]*\"", "", svg).replace("xlink:href", "href")
-    svg = re.sub(r"<svg width=\"[\d.]+pt\" height=\"[\d.]+pt\"", '<svg focusable="false"', svg)
-    svg = re.sub(r" font-family: [^;\"]*;", "", svg)
-    used = set(re.findall(r"#([\w.-]+)", svg))
-    svg = re.sub(r" id=\"([^\"]*)\"", lambda m: m.group() if m.group(1) in used else "", svg)
-    for name, colour in _COLOURS.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return re.sub(r"\s*\n\s*", "\n", svg)
-
-
-def _ends(interval: Mapping[str, Any] | None) -> tuple[float, float]:
-    """Both ends of an interval, NaN where there is none."""
-    return (math.nan, math.nan) if interval is None else (_number(interval["low"]), _number(interval["high"]))
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+            axes.fill_between(x, *ends.T, color=COLOURS[colour], alpha=0.18, linewidth=0)

@@ -21,6 +21,7 @@ from ...errors import bad_value
 from ..system.environment import one_line
 from ..system.text_files import write_text
 from . import figures as plots
+from .drawing import N_SERIES
 from .pictures import picture
 
 #: Of `Comparison.to_dict()`; increased whenever a reader of results.json must know.
@@ -94,10 +95,11 @@ def write_comparison(results: Mapping[str, Any], path: str | Path) -> Path:
             "forest": plots.forest(rows) if rows else "",
             "cost": plots.cost_against_fidelity(rows) if rows else "",
             "roc": plots.roc(mislabel) if mislabel else "",
+            "budgets": plots.budgets(results["retrainings"]) if results.get("retrainings") else "",
         },
         names=", ".join(f"{row['name']} ({_text('{:.3f}', row['lds']['value'])})" for row in rows),
         told=", ".join(mislabel[i]["name"] for i in plots.highlighted(mislabel)),
-        n_series=plots.N_SERIES,
+        n_series=N_SERIES,
         arms=_arms(results["counterfactual"]),
         reference=_REFERENCE,
         leaks=_leaks(results["leakage"]),

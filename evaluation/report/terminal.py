@@ -59,6 +59,8 @@ def show_comparison(result: Comparison) -> None:
     """One table for each measure, and the summary in sentences."""
     if result.rows:
         _show_fidelity(result)
+    if result.retrainings:
+        _show_retrainings(result)
     _show_counterfactual(result)
     if result.mislabel:
         _print(
@@ -116,8 +118,8 @@ def _show_fidelity(result: Comparison) -> None:
     _print(
         f"{result.task}: LDS, {protocol['n_subsets']} halves x {protocol['n_seeds']} retrainings, "
         f"{protocol['n_test_reported']} reported test points",
-        ("method", "LDS", "95%", "worst", "each model", "first - this", "slope", "fit s", "query s", "MiB",
-         "chosen"),
+        ("method", "LDS", "95%", "worst", "each model", "first - this", "slope", "retrainings", "fit s",
+         "query s", "MiB", "chosen"),
         [
             (
                 row.name,
@@ -127,6 +129,7 @@ def _show_fidelity(result: Comparison) -> None:
                 " ".join(map(_figure, row.lds.per_model)),
                 "" if row.against_first is None else _gap(*row.against_first),
                 "" if row.calibration is None else _figure(row.calibration.slope, 2),
+                f"{row.trainings:g}",
                 f"{row.cost.fit_seconds:.2f}",
                 f"{row.cost.query_seconds:.2f}",
                 "" if row.cost.peak_bytes is None else f"{row.cost.peak_bytes / 2**20:.0f}",
@@ -159,6 +162,19 @@ def _show_fidelity(result: Comparison) -> None:
                 if row.linearized is not None
             ],
         )
+
+
+def _show_retrainings(result: Comparison) -> None:
+    first = result.retrainings[0].name
+    columns = ("method", "answers", "retrainings", "LDS", "95%", f"{first} - this", "over the last", "chosen")
+    rows = []
+    for row in result.retrainings:
+        gaps = (g and _gap(g.value, g.interval) for g in (row.against_first, row.over_last))
+        chosen = {**row.options, **({"normalize": row.normalize} if row.normalize else {})}
+        lds = (_figure(row.lds.value), _interval(row.lds.interval))
+        what = ", ".join(f"{k}={v}" for k, v in chosen.items())
+        rows.append((row.name, row.source, f"{row.trainings:g}", *lds, *(g or "" for g in gaps), what))
+    _print("LDS against the retraining budget, in trainings on the whole training set", columns, rows)
 
 
 def _show_counterfactual(result: Comparison) -> None:

@@ -28,6 +28,7 @@ from ...subsets import Membership, members, membership_from_indices, partition
 from ...system.preserve_state import preserve_state
 from ...system.random_states import same_random_state
 from ..system.stable_digest import NoStableDigest, stable_digest
+from ..tasks.class_logits import class_logits
 from . import store as run_store
 from .store import State
 from .training import single_thread
@@ -70,11 +71,14 @@ class CrossFitted:
         """
         found = []
         x, y = batch
+        device = next((p.device for p in model.parameters()), x.device)
         with preserve_state(model, weights=True) as network, torch.no_grad():
             for place in self.last:
                 load_checkpoint(network, self.checkpoints[place].weights)
                 network.eval()
-                found.append(response_value(network(x), y, response).double().cpu().numpy())
+                found.append(
+                    response_value(class_logits(network(x.to(device))).cpu(), y, response).double().numpy()
+                )
         return np.stack(found, axis=1)
 
 
