@@ -24,8 +24,6 @@ from .system.processes import SINGLE_PROCESS
 
 #: Scores of one block, at most.
 _BLOCK_SCORES = 2**22
-#: Reliability below which more than half of the variance of the scores is disagreement.
-LEAST_RELIABLE = 0.5
 
 #: Scores of each estimate for a slice of the training set, `(n_estimates, n_test, n_columns)`.
 _Scores = Callable[[slice, Any], Tensor]

@@ -30,6 +30,8 @@ FORMAT = 1
 _REFERENCE = "ClassRandom"
 #: Of an example that is no picture, so many values are shown.
 _FIRST_VALUES = 8
+#: Reliability below which nothing stands out among the scores of a test point.
+LEAST_RELIABLE = 0.5
 #: Three digits; thousands are written out.
 _SHORT = "{:.3g}"
 _UNDEFINED = "\u2013"
@@ -61,6 +63,7 @@ def write_explanation(results: Mapping[str, Any], train: Tensor, test: Tensor, p
         pictures=pictures,
         values={"train": partial(_first_values, train), "test": partial(_first_values, test)},
         environment=one_line(results["environment"]),
+        least_reliable=LEAST_RELIABLE,
     )
 
 

@@ -11,9 +11,10 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from ..system.environment import one_line
+from .html import LEAST_RELIABLE
 
 if TYPE_CHECKING:
-    from ..comparison.explain import Explanation
+    from ..comparison.explain import Explanation, Neighbour
     from ..comparison.results import Comparison
     from ..measures.statistics import Interval
     from ..tasks.paper_tables import PaperTable
@@ -33,26 +34,35 @@ if not console.is_terminal and "COLUMNS" not in os.environ:
 def show_explanation(explanation: Explanation) -> None:
     """Proponents, opponents and suspects of an explanation."""
     table = Table(title=f"{explanation.task}: training examples, as label #index (score)")
-    for column in ("test", "label", "says", "proponents", "opponents"):
+    for column in ("test", "label", "says", "reliability", "proponents", "opponents"):
         table.add_column(column)
     for point in explanation.points:
         table.add_row(
             f"#{point.index}",
             str(point.label),
             str(point.predicted),
+            "" if point.reliability is None else f"{point.reliability:.2f}",
             *(
-                ", ".join(f"{n.label} #{n.index} ({n.score:+.2g})" for n in neighbours[:3])
+                ", ".join(f"{n.label} {_named(n)} ({n.score:+.2g})" for n in neighbours[:3])
                 for neighbours in (point.proponents, point.opponents)
             ),
         )
     console.print(table)
-    suspects = ", ".join(f"{n.label} #{n.index}" for n in explanation.suspects[:8])
+    unclear = [p for p in explanation.points if p.reliability is not None and p.reliability < LEAST_RELIABLE]
+    if unclear:
+        which = ", ".join(f"#{point.index}" for point in unclear)
+        console.print(f"Nothing stands out for {which}: estimates of the scores agree too little.")
+    suspects = ", ".join(f"{n.label} {_named(n)}" for n in explanation.suspects[:8])
     console.print(f"Most suspect labels: {suspects}")
     seconds = explanation.seconds
     console.print(
         f"Forward pass {1e3 * seconds['forward']:.0f} ms, fit {1e3 * seconds['fit']:.0f} ms, "
         f"query {1e3 * seconds['query']:.1f} ms. {one_line(explanation.environment)}"
     )
+
+
+def _named(neighbour: Neighbour) -> str:
+    return f"#{neighbour.index}" if neighbour.id is None else neighbour.id
 
 
 def show_comparison(result: Comparison) -> None:

@@ -218,6 +218,14 @@ def training_paths(
     return [Path(store) / "cross-fitted" / f"{name}.safetensors" for name in names]
 
 
+def stored_trainings(
+    function: TrainFunction, jobs: Sequence[PartTraining], store: str | Path, version: str | None = None
+) -> int:
+    """How many of the trainings the store holds."""
+    paths = training_paths(function, jobs, store, version)
+    return sum(path is not None and run_store.read_states(path)[0] is not None for path in paths)
+
+
 def _train(function: TrainFunction, job: PartTraining, path: Path | None) -> list[State]:
     """Train one model, and write it."""
     with same_random_state(), single_thread():

@@ -100,7 +100,7 @@ def cross_fit(
     task: Task,
     number: int,
     repeats: int,
-    store: str | Path,
+    store: str | Path | None,
     split: Split = HALVES,
     *,
     n_jobs: int = 1,

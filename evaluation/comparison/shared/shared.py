@@ -130,9 +130,9 @@ def _estimates(shared: Shared) -> list[RetrainingEstimate]:
         found.append(spiked)
         seeds += chosen
     for split, repeats in question.partitions.items():
-        n_models = question.n_models + question.n_spiked
+        numbers = range(question.n_models + question.n_spiked)
         how = {"n_jobs": question.n_jobs, "device": device}
-        found.append(estimate_cross_fitted(task, n_models, repeats, store, split, **how))
+        found.append(estimate_cross_fitted(task, numbers, repeats, store, split, **how))
     if question.epochs:
         found.append(estimate_checkpoints(task, seeds, store, question.epochs, device=device))
     return found
