@@ -50,6 +50,13 @@ def reliability(
     stands out: the examples at the top are more a matter of the estimate than of the test point. A high
     value says that the estimates agree, not that they are right.
 
+    On digits (1,397 examples, 300 test points, three trainings) the rank correlation of reliability with the
+    LDS of each test point against 100 halves is .30, .33 and .41 for nine checkpoints along a training (95%
+    intervals over test points within .20 to .50), .27 to .28 for eight models of halves (.16 to .39) and .16
+    to .24 for two (.04 to .34). For halves of the features of one model it is -.07 to -.08 (-.20 to .05):
+    they share its outputs, and their agreement says nothing of fidelity, only whether the scores depend on
+    which features are read.
+
     Args:
         method: Fitted here, if it is not.
         inputs: Test points, as for `influence`.
@@ -127,15 +134,15 @@ _Half = tuple[Tensor, ClosedFormOperators]
 def _fitted_halves(method: InfluenceMethod, n_splits: int, seed: int) -> list[list[_Half]]:
     """For each split, closed-form operators on both halves of the features, with their columns."""
     states: list[Any] = method._states or []
-    known = states[0].operators if isinstance(method, STRIDE) else None
-    if not isinstance(known, ClosedFormOperators) or not isinstance(method.operators, ClosedForm):  # type: ignore
+    kind, known = (method.operators, states[0].operators) if isinstance(method, STRIDE) else (None, None)
+    if not isinstance(known, ClosedFormOperators) or not isinstance(kind, ClosedForm):
         raise bad_value(
             "method",
             "have several checkpoints, or closed-form operators",
             repr(method),
             "Agreement is between checkpoints, or between halves of the features of STRIDE's closed form.",
         )
-    options = replace(method.operators, residuals=known.kind)  # type: ignore
+    options = replace(kind, residuals=known.kind)  # type: ignore[arg-type]
     found = []
     for split in range(n_splits):
         pair = []

@@ -21,6 +21,7 @@ from ...errors import bad_value
 from ..system.environment import one_line
 from ..system.text_files import write_text
 from . import figures as plots
+from .budget_figure import budgets
 from .drawing import N_SERIES
 from .pictures import picture
 
@@ -98,7 +99,7 @@ def write_comparison(results: Mapping[str, Any], path: str | Path) -> Path:
             "forest": plots.forest(rows) if rows else "",
             "cost": plots.cost_against_fidelity(rows) if rows else "",
             "roc": plots.roc(mislabel) if mislabel else "",
-            "budgets": plots.budgets(results["retrainings"]) if results.get("retrainings") else "",
+            "budgets": budgets(results["retrainings"]) if results.get("retrainings") else "",
         },
         names=", ".join(f"{row['name']} ({_text('{:.3f}', row['lds']['value'])})" for row in rows),
         told=", ".join(mislabel[i]["name"] for i in plots.highlighted(mislabel)),

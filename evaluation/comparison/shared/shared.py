@@ -109,7 +109,7 @@ def _checkpoints(shared: Shared) -> dict[str, dict[int, Any]]:
 
 def _cross_fitted(shared: Shared) -> dict[Split, dict[str, CrossFitted]]:
     question = shared.question
-    how = {"n_jobs": question.n_jobs, "device": question.device}
+    how: dict[str, Any] = {"n_jobs": question.n_jobs, "device": question.device}
     found: dict[Split, dict[str, CrossFitted]] = {}
     for split, repeats in question.partitions.items():
         found[split] = {}
@@ -131,7 +131,7 @@ def _estimates(shared: Shared) -> list[RetrainingEstimate]:
         seeds += chosen
     for split, repeats in question.partitions.items():
         numbers = range(question.n_models + question.n_spiked)
-        how = {"n_jobs": question.n_jobs, "device": device}
+        how: dict[str, Any] = {"n_jobs": question.n_jobs, "device": device}
         found.append(estimate_cross_fitted(task, numbers, repeats, store, split, **how))
     if question.epochs:
         found.append(estimate_checkpoints(task, seeds, store, question.epochs, device=device))

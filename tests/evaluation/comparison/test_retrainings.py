@@ -21,7 +21,7 @@ from stride_captum.evaluation.comparison.runs.retrainings import Retrainings
 from stride_captum.evaluation.comparison.shared.methods import adapter
 from stride_captum.evaluation.comparison.shared.shared import Shared
 from stride_captum.evaluation.measures.linear_datamodeling import lds
-from stride_captum.evaluation.report.figures import budget_steps
+from stride_captum.evaluation.report.budget_figure import budget_steps
 from stride_captum.evaluation.report.html import write_comparison
 from stride_captum.evaluation.retraining import attributed_models, cross_fitting, task_parts, workers
 from stride_captum.evaluation.retraining.attributed_models import train_attributed
