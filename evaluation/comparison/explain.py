@@ -209,7 +209,7 @@ def explain(
         operators=operators,
         features=features,
         device=device,
-        ids=task.ids,
+        ids=None if in_group() else task.ids,  # a rank has a share of the examples
     )
     method.fit(show_progress)
     rows = torch.as_tensor(indices)

@@ -16,6 +16,7 @@ from ....errors import bad_choice, bad_value, whole_number
 from ...measures.linear_datamodeling import difference
 from ...retraining.estimate import RetrainingEstimate
 from ...retraining.task_parts import Split
+from ...tasks.new_network import built
 from ..shared.measure import Measure
 from ..shared.methods import METHODS
 from ..shared.question import Question
@@ -72,6 +73,14 @@ class Retrainings(Measure):
         for name in (*settings["methods"], *settings["refined"], *settings["up_to"]):
             if name not in METHODS and name not in question.usable:
                 raise bad_choice(f"{at}['methods']", name, list(METHODS))
+        network = built(question.task).eval()
+        for name in set(settings["methods"]) - METHODS.keys():
+            spec, kept = contender(name, question), {"checkpoints": [network.state_dict()] * 2}
+            try:
+                spec(network, question.task.train, {**spec.grid[0], **kept})
+            except TypeError as error:
+                must = "hold methods whose `build` takes the option `checkpoints`"
+                raise bad_value(f"{at}['methods']", must, f"{name!r} ({error})") from error
 
     def partitions(self, question: Question) -> dict[Split, int]:
         """As many as the highest budget pays."""

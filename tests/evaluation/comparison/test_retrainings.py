@@ -66,6 +66,7 @@ def trained(monkeypatch):
 
 
 class TestTrainings:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("methods", "settings", "n_parts"),
         [
@@ -104,6 +105,7 @@ class TestTrainings:
         with pytest.raises(ValueError, match="hold subsets whose models have not entered the scores; got 1"):
             answer(question)
 
+    @pytest.mark.slow
     def test_a_method_that_memorizes_its_halves_gains_nothing(self, task, tmp_path):
         def noise(checkpoint, n):
             """What it says of a half, `(n,)`."""
@@ -188,6 +190,7 @@ class TestRows:
             assert np.array_equal(membership.toarray(), models.membership[:n].toarray())
             np.testing.assert_allclose(measured, wanted[:, :n])
 
+    @pytest.mark.slow
     def test_all_methods_have_the_same_models(self, task, tmp_path):
         given: dict[str, list[list[bytes]]] = {"a": [], "b": []}
 
@@ -206,6 +209,7 @@ class TestRows:
         assert given["a"] == given["b"]
         assert {len(states) for states in given["a"]} >= {0, 4, 2}
 
+    @pytest.mark.slow
     def test_options_are_chosen_once_for_averages_and_once_for_one_model(self, task, tmp_path):
         measures = {"lds": {}, "retrainings": {"methods": ["DiagonalEKFAC"], "budgets": [0, 1, 2]}}
         rows = compare(["Random"], task, store=tmp_path, measures=measures, n_resamples=0, **FEW).retrainings
@@ -215,11 +219,13 @@ class TestRows:
         assert len(averaged) == 1
         assert rows[1].options["residuals"] == "temperature"
 
+    @pytest.mark.slow
     def test_a_method_that_takes_long_stops_at_its_budget(self, task, tmp_path):
         measures = {"retrainings": {"methods": ["TracIn"], "budgets": [1, 2], "up_to": {"TracIn": 1}}}
         rows = compare(["Random"], task, store=tmp_path, measures=measures, n_resamples=0, **FEW).retrainings
         assert [row.trainings for row in rows] == [1.0]
 
+    @pytest.mark.slow
     def test_tables_count_trainings(self, task, tmp_path):
         names = ["STRIDE", "STRIDE, cross-fitted"]
         rows = compare(names, task, store=tmp_path, measures=["lds"], n_resamples=0, **FEW).rows
@@ -288,6 +294,11 @@ class TestRefusals:
     def test_of_what_cannot_be_measured(self, task, tmp_path, settings, message):
         with pytest.raises(ValueError, match=message):
             settle(["STRIDE"], task, store=tmp_path, measures={"retrainings": settings}, **FEW)
+
+    def test_of_a_method_that_takes_no_checkpoints(self, task, tmp_path):
+        spec = MethodSpec("Stubborn", lambda model, data, options: Random(model, data, odd=options))
+        with pytest.raises(ValueError, match="methods whose `build` takes the option `checkpoints`; got"):
+            settle([spec], task, store=tmp_path, measures={"retrainings": {"methods": ["Stubborn"]}}, **FEW)
 
     def test_named_methods_are_those_of_the_ladder(self, task, tmp_path):
         names = ["TracIn", "STRIDE, cross-fitted", "TracIn, out-of-sample residuals"]
