@@ -35,7 +35,7 @@ class KNNShapley(Similarity):
 
     and the score of i is its Shapley value, the mean of `v(S + i) - v(S)` over the sizes of S and over the
     sets of each size: the scores of a row add up to v of the whole training set. Distances are Euclidean
-    between unit features, the order of `Similarity`; equal ones go by lower index. Neighbours that follow one
+    between unit features, the order of `Similarity`; equal ones go by lower index. Neighbors that follow one
     another and are all of class c, or all not, have exactly one value: lists of the best examples hold many
     ties, in the order of the training set. Features are those of the penultimate layer unless `layers` says
     otherwise, as in Jia et al., "Efficient task-specific data valuation for nearest neighbor algorithms"
@@ -47,7 +47,7 @@ class KNNShapley(Similarity):
     Args:
         model: As for every method.
         train_dataset: As for every method.
-        k: Neighbours that vote; may exceed n_train.
+        k: Neighbors that vote; may exceed n_train.
         **options: Those of `InfluenceMethod`.
 
     >>> from stride_captum.conformance.toy_problems import MLP, trained
@@ -124,7 +124,7 @@ def knn_shapley(matches: Tensor, k: int) -> Tensor:
 
     Args:
         matches: m, `(..., N)` bool.
-        k: Neighbours that vote.
+        k: Neighbors that vote.
 
     Returns:
         s, `(..., N)` float64.

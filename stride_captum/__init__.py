@@ -9,6 +9,7 @@ from .influence.method import InfluenceMethod
 from .influence.rows import result_rows
 from .recovery.estimators import Lasso, Ridge
 from .recovery.refinement import RefinedScores, refine
+from .score_agreement import reliability
 from .steering.options import Trained
 from .stride import STRIDE
 
@@ -31,5 +32,6 @@ __all__ = [
     "__version__",
     "along_training",
     "refine",
+    "reliability",
     "result_rows",
 ]

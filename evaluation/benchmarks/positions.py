@@ -1,7 +1,7 @@
 """Speed of the closed form on examples with several positions, as ratios to the products that it must do.
 
-The floor of `fit` is a bare forward pass and two products of N P x d x d. That of a query is the cheaper of
-the products of the two forms: all pairs of positions, or the test points' matrices with those of the examples.
+The floor of `fit` is a bare forward pass and two products of N P x d x d. The floor of a query is the cheaper
+one of the products of the two forms: all pairs of positions, or test matrices with those of the examples.
 """
 
 from __future__ import annotations

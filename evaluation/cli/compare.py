@@ -36,7 +36,7 @@ from .options import (
     Yes,
 )
 from .output import Console, one_sentence_errors
-from .results import json_object, training_settings, write_results
+from .results import json_object, numbers, training_settings, write_results
 from .resume import go_on, keep_asked
 
 
@@ -68,6 +68,14 @@ def compare_command(
             autocompletion=completion.measures,
         ),
     ] = None,
+    retrainings: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure LDS against the retraining budget, at so many trainings: '0,1,2,5,10'. 0 is "
+            "one model and its checkpoints, the others are models of parts of the data."
+        ),
+    ] = None,
+    parts: Annotated[int, typer.Option(help="Parts of each partition, for --retrainings.")] = 2,
     settings: Annotated[
         str | None,
         typer.Option(help='Options of the measures as JSON, such as \'{"mislabel": {"rate": 0.2}}\'.'),
@@ -113,6 +121,8 @@ def compare_command(
 
         stride-captum compare --task mnist --data-root ~/data --spiked 1
 
+        stride-captum compare --retrainings 0,1,2,5 --method STRIDE --method TRAK --dry-run
+
         stride-captum compare --resume --out out/compare
     """
     voice = Console(quiet, as_json)
@@ -131,7 +141,8 @@ def compare_command(
         )
         sizes, measures = comparison_sizes(preset)
         own = {} if settings is None else json_object("settings", settings)
-        wanted = MEASURES if measure and "all" in measure else tuple(measure or ("lds", "calibration"))
+        every = [name for name in MEASURES if name != "retrainings"]  # which --retrainings asks for
+        wanted = every if measure and "all" in measure else tuple(measure or ("lds", "calibration"))
         given = {"n_subsets": subsets, "n_seeds": seeds, "n_models": models, "n_test": test_points}
         plan: dict[str, Any] = {
             **sizes,
@@ -146,6 +157,8 @@ def compare_command(
             method,
             loaded,
             options=None if options_from is None else read_results(options_from)["protocol"]["options"],
+            retrainings=None if retrainings is None else numbers("retrainings", retrainings),
+            parts=parts,
             n_spiked=spiked,
             n_jobs=jobs,
             engine=engine,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from torch import nn
@@ -17,16 +17,17 @@ from ...operators import Operators, operators_of
 from ...system.devices import existing_device
 from ...system.processes import is_first
 from ..comparison.explain import explain
+from ..comparison.explained_models import planned_models
 from ..report.html import write_explanation
-from ..report.terminal import (
-    show_explanation,
-)
+from ..report.terminal import console, show_explanation
+from ..tasks.own_data import import_factory
 from ..tasks.tasks import load_task
 from .options import (
     AsJSON,
     Data,
     DataRoot,
     Device,
+    DryRun,
     LabelKey,
     Model,
     Out,
@@ -50,7 +51,23 @@ def explain_command(
     model: Model = None,
     training: Training = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Trained weights instead of training.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+    retrainings: Annotated[
+        int,
+        typer.Option(
+            help="Average over models of the parts of so many random partitions, at the cost of as many "
+            "trainings: more faithful, but it explains the training procedure, not one file of weights."
+        ),
+    ] = 0,
+    parts: Annotated[int, typer.Option(help="Parts of each partition, for --retrainings.")] = 2,
+    train_function: Annotated[
+        str | None,
+        typer.Option(
+            help="How a model of --retrainings is trained, as module:function; function(indices, seed) "
+            "returns a network of the kind of --model. Default: as the task says."
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Processes for the retrainings; -1 takes all cores.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the training and of the partitions.")] = 0,
     operators: Annotated[
         str | None,
         typer.Option(
@@ -63,6 +80,7 @@ def explain_command(
     ] = None,
     store: Annotated[Path, typer.Option(help="Folder for trained models.")] = Path("out/store"),
     device: Device = "cpu",
+    dry_run: DryRun = False,
     out: Out = Path("out/explain"),
     quiet: Quiet = False,
     as_json: AsJSON = False,
@@ -74,6 +92,8 @@ def explain_command(
         stride-captum explain --task digits --index 3
 
         stride-captum explain --task mnist --data-root ~/data --checkpoint mlp.pt --index 8 --index 9
+
+        stride-captum explain --task digits --retrainings 2 --dry-run
 
         torchrun --nproc-per-node 4 -m stride_captum explain --task digits
     """
@@ -91,6 +111,21 @@ def explain_command(
             label_key=label_key,
             mix_test=False,
         )
+        models: dict[str, Any] = {
+            "retrainings": retrainings,
+            "parts": parts,
+            "train_function": None
+            if train_function is None
+            else import_factory("train_function", train_function),
+            "seed": seed,
+            "store": store,
+            "device": on,
+            "n_jobs": jobs,
+        }
+        if dry_run:
+            said = planned_models(loaded, given=checkpoint is not None, **models)
+            voice.results({"trainings": list(said)}, lambda: console.print("\n".join(said)))
+            return
         trained = None
         if checkpoint is not None:
             trained = _loaded(loaded.build_model(), checkpoint).to(on)
@@ -99,11 +134,9 @@ def explain_command(
             indices=index,
             k=k,
             model=trained,
-            seed=seed,
-            store=store,
+            **models,
             operators=None if operators is None else _operators(operators),
             features=None if features is None else Features.from_dict(json_object("features", features)),
-            device=on,
             show_progress=not quiet,
         )
         results = explanation.to_dict()

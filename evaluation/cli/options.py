@@ -44,7 +44,7 @@ Device = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the run that was started in --out, as it was asked.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be retrained; stop.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained; stop.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Go on where it takes more than two hours.")]
 Model = Annotated[
     str | None,

@@ -32,6 +32,21 @@ def json_object(argument: str, text: str) -> dict[str, Any]:
     return options
 
 
+def numbers(argument: str, text: str) -> list[float]:
+    """Numbers with commas between them.
+
+    Raises:
+        ValueError: Something else.
+
+    >>> numbers("retrainings", "0, 1,2.5")
+    [0.0, 1.0, 2.5]
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise bad_value(argument, "be numbers with commas between them", repr(text)) from error
+
+
 def write_results(
     out: Path, results: dict[str, Any], write_report: Callable[[dict[str, Any], Path], Path]
 ) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from .shared.question import Question
 from .shared.shared import Shared
 
 #: Measures whose rows are a field of `Comparison`.
-_FIELDS = ("rows", "counterfactual", "mislabel", "leakage")
+_FIELDS = ("rows", "retrainings", "counterfactual", "mislabel", "leakage")
 
 
 def compare(
@@ -35,6 +35,8 @@ def compare(
     *,
     store: str | Path,
     measures: Sequence[str] | Mapping[str, Mapping[str, Any]] = ("lds", "calibration"),
+    retrainings: Sequence[float] | None = None,
+    parts: int = 2,
     n_subsets: int = 100,
     n_seeds: int = 2,
     n_models: int = 3,
@@ -67,6 +69,11 @@ def compare(
             `measure_mislabel` and `measure_leakage`; "counterfactual" also takes `methods` (names),
             `arms` ("proponents", "opponents") and `n_points` (10 of the reported test points); "mislabel"
             also takes `detectors` (names from `DETECTORS`, all of them).
+        retrainings: Budgets, in trainings on the whole training set, at which LDS is measured for the methods
+            that are named (None: STRIDE, EKFAC, TRAK, DiagonalEKFAC and TracIn), all with the same models: 0
+            is one model and the checkpoints along its training, and B are models of the parts of B random
+            partitions. None measures none; `measures={"retrainings": {...}}` has more options.
+        parts: Of each partition, for `retrainings`.
         n_subsets: m.
         n_seeds: s; at least 2 give a ceiling.
         n_models: Attributed models, trained with seeds 0, 1, ...
@@ -104,6 +111,8 @@ def compare(
             task,
             store=store,
             measures=measures,
+            retrainings=retrainings,
+            parts=parts,
             options=options,
             n_subsets=n_subsets,
             n_seeds=n_seeds,

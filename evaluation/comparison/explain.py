@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +21,28 @@ from ...stride import STRIDE
 from ...system.devices import existing_device
 from ...system.preserve_state import preserve_state
 from ...system.processes import first_rank_first, in_group
-from ..retraining.attributed_models import train_attributed
-from ..retraining.training import logits_of
+from ..retraining.cross_fitting import TrainFunction
 from ..system import environment
 from ..tasks.class_logits import check_logits
 from ..tasks.tasks import Task
+from .explained_models import models_to_explain, reliabilities
 
 
 @dataclass(frozen=True)
-class Neighbour:
+class Neighbor:
     """A training example and its score.
 
     Attributes:
         index: Place in the training set.
         label: Its class.
         score: Predicted change of the response when it is among the training examples.
+        id: Its name (`Task.ids`); None where examples have none.
     """
 
     index: int
     label: int
     score: float
+    id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class ExplainedPoint:
         response: Value of the response.
         proponents: The highest scores, descending.
         opponents: The lowest scores, ascending.
+        reliability: From 0 to 1, how far estimates of the scores agree (`stride_captum.reliability`); None
+            where it is not known. Below .5, nothing stands out.
     """
 
     index: int
@@ -62,8 +66,9 @@ class ExplainedPoint:
     predicted: int
     probability: float
     response: float
-    proponents: list[Neighbour]
-    opponents: list[Neighbour]
+    proponents: list[Neighbor]
+    opponents: list[Neighbor]
+    reliability: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class Explanation:
         settings: Options of the method.
         layers: Where features were read.
         environment: Versions and hardware.
+        models: Which models answered, and what they cost in trainings beside one that is given.
 
     >>> from stride_captum.evaluation import load_task
     >>> from stride_captum.evaluation.tasks.networks import TrainingSettings
@@ -94,12 +100,13 @@ class Explanation:
     task: str
     note: str
     points: list[ExplainedPoint]
-    suspects: list[Neighbour]
+    suspects: list[Neighbor]
     accuracy: dict[str, float]
     seconds: dict[str, float]
     settings: dict[str, Any]
     layers: list[str]
     environment: dict[str, Any]
+    models: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -113,8 +120,12 @@ def explain(
     k: int = 8,
     n_suspects: int = 16,
     model: nn.Module | None = None,
+    retrainings: int = 0,
+    parts: int = 2,
+    train_function: TrainFunction | None = None,
     seed: int = 0,
     store: str | Path | None = None,
+    n_jobs: int = 1,
     operators: Operators | str | None = None,
     features: Features | None = None,
     device: torch.device | str | None = None,
@@ -127,9 +138,17 @@ def explain(
         indices: Test points; None takes the three with the highest loss and the first three.
         k: Proponents and opponents of each.
         n_suspects: Most suspect training labels that are listed.
-        model: A trained model; None trains one.
-        seed: Of the training.
-        store: Folder where a trained model is kept.
+        model: A trained model; None trains one, unless there are retrainings.
+        retrainings: Random partitions of the training set: a model is trained on each part of each, which
+            costs as many trainings, and scores are averaged over these models. They are more faithful, and
+            explain the training procedure, not one file of weights; without `model`, predictions are the
+            mean of these models, too.
+        parts: Of each partition.
+        train_function: `f(indices, seed)` trains one of these models (see `retrain`); None trains as the
+            task says.
+        seed: Of the training and the partitions.
+        store: Folder where trained models are kept.
+        n_jobs: Workers for the retrainings.
         operators: As for `STRIDE`.
         features: As for `STRIDE`.
         device: Where the model is trained and attributed; None takes the device of `model`, or the CPU.
@@ -155,16 +174,25 @@ def explain(
     if k < 1:
         raise bad_value("k", "be at least 1", k)
     device = None if device is None else existing_device(device)
-    if model is None:
-        with first_rank_first():
-            model = train_attributed(task, seed, store, device=device or "cpu")
+    with first_rank_first():
+        models = models_to_explain(
+            task,
+            model,
+            seed=seed,
+            store=store,
+            retrainings=retrainings,
+            parts=parts,
+            train_function=train_function,
+            device=device or "cpu",
+            n_jobs=n_jobs,
+        )
     task.check_inputs()
     x, y = task.train.tensors
     x_test, y_test = task.test.tensors
-    with preserve_state(model):
-        test_logits = _checked(logits_of(model, x_test), y_test, "test")
+    with preserve_state(models.model):
+        test_logits = _checked(models.logits(x_test), y_test, "test")
         started = time.perf_counter()
-        train_logits = logits_of(model, x)
+        train_logits = models.logits(x)
         forward_seconds = time.perf_counter() - started
     _checked(train_logits, y, "train")
     if indices is None:
@@ -174,7 +202,15 @@ def explain(
         if not 0 <= index < len(y_test):
             raise IndexError(f"The test set of {task.name} has points 0 to {len(y_test) - 1}; got {index}.")
     kind = DistributedSTRIDE if in_group() else STRIDE
-    method = kind(model, task.train, operators=operators, features=features, device=device)
+    method = kind(
+        models.model,
+        task.train,
+        checkpoints=models.checkpoints,
+        operators=operators,
+        features=features,
+        device=device,
+        ids=None if in_group() else task.ids,  # a rank has a share of the examples
+    )
     method.fit(show_progress)
     rows = torch.as_tensor(indices)
     batch = (x_test[rows], y_test[rows])
@@ -182,6 +218,7 @@ def explain(
     seconds = {"forward": forward_seconds, "fit": method.fit_seconds_, "query": method.query_seconds_}
     worst = [part.cpu() for part in method.influence(batch, k, False, show_progress)]
     response = response_value(test_logits[rows], y_test[rows], method.response)
+    agreement = reliabilities(method, batch)
     points = [
         ExplainedPoint(
             index=index,
@@ -189,8 +226,9 @@ def explain(
             predicted=int(test_logits[index].argmax()),
             probability=float(test_logits[index].softmax(0)[y_test[index]]),
             response=float(response[i]),
-            proponents=_neighbours(best[0][i], best[1][i], y),
-            opponents=_neighbours(worst[0][i], worst[1][i], y),
+            proponents=_neighbors(task, best[0][i], best[1][i]),
+            opponents=_neighbors(task, worst[0][i], worst[1][i]),
+            reliability=agreement[i],
         )
         for i, index in enumerate(indices)
     ]
@@ -198,9 +236,9 @@ def explain(
     suspects = flags.argsort(descending=True, stable=True)[:n_suspects]
     explanation = Explanation(
         task=task.name,
-        note=" ".join(part for part in (task.note, _learned_nothing(train_logits, y)) if part),
+        note=" ".join(s for s in (task.note, models.note(), _learned_nothing(train_logits, y)) if s),
         points=points,
-        suspects=_neighbours(suspects, flags[suspects], y),
+        suspects=_neighbors(task, suspects, flags[suspects]),
         accuracy={"train": _accuracy(train_logits, y), "test": _accuracy(test_logits, y_test)},
         seconds=seconds,
         settings={
@@ -211,13 +249,15 @@ def explain(
         },
         layers=method.layers_,
         environment=environment.describe(device or "cpu"),
+        models=models.to_dict(),
     )
     return explanation, method
 
 
-def _neighbours(indices: Tensor, scores: Tensor, labels: Tensor) -> list[Neighbour]:
+def _neighbors(task: Task, indices: Tensor, scores: Tensor) -> list[Neighbor]:
+    labels, ids = task.train.tensors[1], task.ids
     return [
-        Neighbour(int(i), int(labels[i]), float(s))
+        Neighbor(i, int(labels[i]), s, None if ids is None else ids[i])
         for i, s in zip(indices.tolist(), scores.tolist(), strict=True)
     ]
 

@@ -17,21 +17,24 @@ from ...errors import bad_choice, bad_type, bad_value, whole_number
 from ...losses.summed_positions import SummedPositions
 from ...system.devices import existing_device
 from ..retraining.plan_files import ENGINES
+from ..retraining.task_parts import Split
 from ..tasks.checks import check_task
 from ..tasks.new_network import built
 from ..tasks.task_loss import loss_of_methods
 from ..tasks.tasks import Task
 from .runs.counterfactual import Counterfactual
+from .runs.ladder import OUT_OF_SAMPLE
 from .runs.lds import READINGS
 from .runs.leakage import Leakage
 from .runs.mislabel import Mislabel
+from .runs.retrainings import Retrainings
 from .shared.measure import Measure
 from .shared.methods import DEFAULT_METHODS, METHODS, MethodSpec, find_method
 from .shared.question import Question, halves
 
 #: What can be measured, by name; one of your own is known to `compare` once it is here.
 MEASURES: dict[str, Measure] = {
-    measure.name: measure for measure in (*READINGS, Counterfactual(), Mislabel(), Leakage())
+    measure.name: measure for measure in (*READINGS, Retrainings(), Counterfactual(), Mislabel(), Leakage())
 }
 
 
@@ -41,6 +44,8 @@ def settle(
     *,
     store: str | Path,
     measures: Sequence[str] | Mapping[str, Mapping[str, Any]] = ("lds",),
+    retrainings: Sequence[float] | None = None,
+    parts: int = 2,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     n_subsets: int = 100,
     n_seeds: int = 2,
@@ -55,6 +60,8 @@ def settle(
         task: See there.
         store: See there.
         measures: See there.
+        retrainings: See there.
+        parts: See there.
         options: See there; NumPy's numbers become Python's, in `measures` too.
         n_subsets: See there.
         n_seeds: See there.
@@ -68,7 +75,7 @@ def settle(
         ImportError: As for `compare`.
     """
     device = existing_device(device)
-    wanted = wanted_measures(measures)
+    wanted = wanted_measures(_with_budgets(measures, retrainings, parts, methods))
     on_halves = any(MEASURES[name].on_halves for name in wanted)
     every = specs_of(methods)
     skipped = _not_possible(every, task, on_halves) if methods is None else {}
@@ -94,7 +101,30 @@ def settle(
         **how,
     )
     _check(question)
-    return question
+    chosen = [MEASURES[name] for name in wanted]
+    cross_fitted: dict[Split, int] = {}
+    for measure in chosen:
+        for split, n in measure.partitions(question).items():
+            cross_fitted[split] = max(n, cross_fitted.get(split, 0))
+    along = any(measure.wants_checkpoints(question) for measure in chosen)
+    return replace(question, cross_fitted=cross_fitted, along=along)
+
+
+def _with_budgets(
+    measures: Any,
+    retrainings: Sequence[float] | None,
+    parts: int,
+    methods: Sequence[str | MethodSpec] | None,
+) -> Any:
+    """The measures, with that of retraining budgets where they are given: of the methods that are named."""
+    if retrainings is None or isinstance(measures, str):
+        return measures
+    given = dict(measures) if isinstance(measures, Mapping) else {name: {} for name in measures}
+    own: dict[str, Any] = {"budgets": list(retrainings), "parts": parts}
+    if methods is not None:
+        alone = [spec.name for spec in specs_of(methods) if spec.uses_model_alone]
+        own["methods"] = list(dict.fromkeys(name.removesuffix(OUT_OF_SAMPLE) for name in alone))
+    return {**given, Retrainings.name: {**own, **given.get(Retrainings.name, {})}}
 
 
 def wanted_measures(

@@ -10,6 +10,7 @@ from ...errors import bad_choice
 from ..measures.plain_values import plain
 from ..report.html import FORMAT, comparison_table
 from .runs.counterfactual import CounterfactualRow
+from .runs.ladder import BudgetRow
 from .runs.lds import Row
 from .runs.leakage import LeakageRow
 from .runs.mislabel import MislabelRow
@@ -34,6 +35,7 @@ class Comparison:
         skipped: Methods that were left out, and why.
         gallery: What each method shows for a few test points, with pictures.
         others: Rows of measures that are not ours, by name of the measure.
+        retrainings: One per method and retraining budget, where measured.
 
     >>> Comparison("digits-300", "", rows=[], protocol={}, environment={}).frame("leakage").shape
     (0, 0)
@@ -50,6 +52,7 @@ class Comparison:
     skipped: dict[str, str] = field(default_factory=dict)
     gallery: dict[str, Any] | None = None
     others: dict[str, list[Any]] = field(default_factory=dict)
+    retrainings: list[BudgetRow] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; "others" is there where a measure is not ours."""
@@ -78,6 +81,7 @@ class Comparison:
             "counterfactual": self.counterfactual,
             "mislabel": self.mislabel,
             "leakage": self.leakage,
+            **({"retrainings": self.retrainings} if self.retrainings else {}),
             **self.others,
         }
 
@@ -115,8 +119,8 @@ class Comparison:
         """The figures of one measure as a pandas frame, a row a method.
 
         Args:
-            measure: "lds" (with cost, calibration and C.1 where measured), "counterfactual", "mislabel",
-                "leakage" or one of `others`.
+            measure: "lds" (with cost, calibration and C.1 where measured), "retrainings", "counterfactual",
+                "mislabel", "leakage" or one of `others`.
 
         Raises:
             ValueError: Another measure.

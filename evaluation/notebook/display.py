@@ -23,6 +23,7 @@ from ..report.pictures import picture
 from .plots import (
     new_figure,
     short,
+    show_budgets,
     show_curves,
     show_drops,
     show_histograms,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Html",
+    "show_budgets",
     "show_curves",
     "show_drops",
     "show_histograms",

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..comparison.runs.counterfactual import CounterfactualRow
+from ..comparison.runs.ladder import BudgetRow
 from ..measures.statistics import Interval
+from ..report.budget_figure import draw_budgets
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _ACCENT, _SOFT = "#1f5fa8", "#777777"
+_SERIES = ("#00679e", "#b54708", "#007a57", "#a1357b", "#7d6100", "#5546b0", "#4b5560")
 _DPI = 72
 _MARKERS = "os^DvPX"
 
@@ -200,6 +203,18 @@ def short(value: float) -> str:
     if 1e3 <= abs(value) < 1e9:
         text = f"{float(f'{value:.3g}'):,.0f}"
     return text.replace("-", "\N{MINUS SIGN}")
+
+
+def show_budgets(rows: Sequence[BudgetRow]) -> Figure:
+    """LDS against the retraining budget: a line for each method, with its interval as a band.
+
+    Args:
+        rows: `Comparison.retrainings`.
+    """
+    figure = new_figure(7.6, 3.6)
+    plain = [row.to_dict() for row in rows]
+    draw_budgets(figure.subplots(), plain, _SERIES, _SOFT, "#e7e4de")
+    return figure
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -1,8 +1,4 @@
-"""Figures of the comparison report, as inline SVG made from the content of results.json.
-
-Lines and texts take their colors from custom properties of the page (`--ink`, `--series-1`, ...), so that
-they follow it into the dark. Where several series share a plot they differ in color, marker and dash.
-"""
+"""Figures of the comparison report, as inline SVG made from the content of results.json."""
 
 from __future__ import annotations
 
@@ -13,13 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .svg import COLORS, N_SERIES, inline_svg
+from .drawing import COLORS, DASHES, MARKERS, N_SERIES, ends_of, number, svg_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_MARKERS = "os^DvPX"
-_DASHES = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
 
 
 def forest(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -28,15 +21,15 @@ def forest(rows: Sequence[Mapping[str, Any]]) -> str:
     Args:
         rows: `rows` of results.json.
     """
-    with inline_svg("forest", (7.5, 0.75 + 0.36 * len(rows))) as (figure, out):
+    with svg_figure("forest", (7.5, 0.75 + 0.36 * len(rows))) as (figure, out):
         axes = figure.subplots()
         for i, row in enumerate(reversed(rows)):
             result = row["lds"]
-            low, high = _ends(result["interval"])
+            low, high = ends_of(result["interval"])
             axes.plot([low, high], [i, i], color=COLORS["accent"], linewidth=2.5)
             models = [math.nan if v is None else v for v in result["per_model"]]
             axes.plot(models, [i] * len(models), "|", color=COLORS["series-2"], markersize=12)
-            axes.plot([_number(result["value"])], [i], "o", color=COLORS["accent"], markersize=6)
+            axes.plot([number(result["value"])], [i], "o", color=COLORS["accent"], markersize=6)
         ceiling = rows[0]["lds"]["ceiling"]
         if ceiling:
             axes.axvline(ceiling, color=COLORS["soft"], linestyle="--", linewidth=1)
@@ -66,11 +59,11 @@ def cost_against_fidelity(rows: Sequence[Mapping[str, Any]]) -> str:
         return ""
     seconds = [max(1e-6, row["cost"]["fit_seconds"] + row["cost"]["query_seconds"]) for row in named]
     values = [row["lds"]["value"] for row in named]
-    known = [v for row in named for v in _ends(row["lds"]["interval"]) if not math.isnan(v)]
+    known = [v for row in named for v in ends_of(row["lds"]["interval"]) if not math.isnan(v)]
     low, high = min([0.0, *values, *known]), max([0.1, *values, *known])
     room = 0.05 * (high - low)
     inches = max(3.2, 0.22 * len(named) + 0.8)
-    with inline_svg("cost", (7.5, inches)) as (figure, out):
+    with svg_figure("cost", (7.5, inches)) as (figure, out):
         axes = figure.subplots()
         axes.set_xscale("log")
         first, last = math.floor(math.log10(min(seconds))), math.ceil(math.log10(max(seconds)))
@@ -82,7 +75,7 @@ def cost_against_fidelity(rows: Sequence[Mapping[str, Any]]) -> str:
         gap = 0.2 / (inches - 0.7) * (high - low + 2 * room)
         places = spread(values, gap, low, high)
         for row, x, y, place in zip(named, seconds, values, places, strict=True):
-            ends = _ends(row["lds"]["interval"])
+            ends = ends_of(row["lds"]["interval"])
             axes.plot([x, x], ends, color=COLORS["accent"], linewidth=1.2, alpha=0.5)
             axes.plot([x], [y], "o", color=COLORS["accent"], markersize=6)
             axes.annotate(
@@ -119,16 +112,16 @@ def counterfactual_curves(rows: Sequence[Mapping[str, Any]], reference: str = "C
         A plot for each row.
     """
     results = [row["result"] for row in rows]
-    ends = [v for r in results for v in (*r["drop"], *(e for i in r["intervals"] or () for e in _ends(i)))]
-    known = [v for v in (_number(v) for v in ends) if not math.isnan(v)]
+    ends = [v for r in results for v in (*r["drop"], *(e for i in r["intervals"] or () for e in ends_of(i)))]
+    known = [v for v in (number(v) for v in ends) if not math.isnan(v)]
     low, high = min([0.0, *known]), max([0.05, *known])
-    shares = [_number(v) for r in results for v in r["depletion"]]
+    shares = [number(v) for r in results for v in r["depletion"]]
     deepest = max([0.01, *(v for v in shares if not math.isnan(v))])
     other = next((r for row, r in zip(rows, results, strict=True) if row["name"] == reference), None)
     plots = []
     for row, result in zip(rows, results, strict=True):
         arm = "opponents" if result["opponents"] else "proponents"
-        with inline_svg(f"drop-{arm}-{row['name']}", (5.6, 2.5), layout=None) as (figure, out):
+        with svg_figure(f"drop-{arm}-{row['name']}", (5.6, 2.5), layout=None) as (figure, out):
             figure.subplots_adjust(left=0.13, right=0.98, bottom=0.19, top=0.97, wspace=0.06)
             by_count, by_share = figure.subplots(1, 2, sharey=True)
             if other is not None and other is not result:
@@ -157,7 +150,7 @@ def roc(rows: Sequence[Mapping[str, Any]]) -> str:
         rows: `mislabel` of results.json.
     """
     told = highlighted(rows)
-    with inline_svg("roc", (8.4, 4.2)) as (figure, out):
+    with svg_figure("roc", (8.4, 4.2)) as (figure, out):
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color=COLORS["soft"], linewidth=0.8, linestyle=":")
         for i, row in enumerate(rows):
@@ -172,8 +165,8 @@ def roc(rows: Sequence[Mapping[str, Any]]) -> str:
                 np.linspace(0, 1, len(curve)),
                 curve,
                 color=COLORS[f"series-{place + 1}"],
-                linestyle=_DASHES[1] if dashed else "-",
-                marker=_MARKERS[place],
+                linestyle=DASHES[1] if dashed else "-",
+                marker=MARKERS[place],
                 markevery=(3 + 2 * place, 18),
                 markersize=5,
                 linewidth=1.8,
@@ -233,19 +226,10 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
 
 def _curves(by_count: Axes, by_share: Axes, result: Mapping[str, Any], color: str, dash: Any) -> None:
     """One method's drop with its band on both axes; removing nothing changes nothing."""
-    drop = [0.0, *map(_number, result["drop"])]
-    ends: NDArray[np.float64] = np.array([(0.0, 0.0), *map(_ends, result["intervals"] or ())])
-    shares = [0.0, *(100 * _number(v) for v in result["depletion"])]
+    drop = [0.0, *map(number, result["drop"])]
+    ends: NDArray[np.float64] = np.array([(0.0, 0.0), *map(ends_of, result["intervals"] or ())])
+    shares = [0.0, *(100 * number(v) for v in result["depletion"])]
     for axes, x in ((by_count, [0, *result["counts"]]), (by_share, shares)):
         axes.plot(x, drop, color=COLORS[color], linestyle=dash, marker="o", markersize=4, linewidth=1.8)
         if result["intervals"]:
             axes.fill_between(x, *ends.T, color=COLORS[color], alpha=0.18, linewidth=0)
-
-
-def _ends(interval: Mapping[str, Any] | None) -> tuple[float, float]:
-    """Both ends of an interval, NaN where there is none."""
-    return (math.nan, math.nan) if interval is None else (_number(interval["low"]), _number(interval["high"]))
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value

@@ -21,8 +21,9 @@ from ...errors import bad_value
 from ..system.environment import one_line
 from ..system.text_files import write_text
 from . import figures as plots
+from .budget_figure import budgets
+from .drawing import N_SERIES
 from .pictures import picture
-from .svg import N_SERIES
 
 #: Of `Comparison.to_dict()`; increased whenever a reader of results.json must know.
 FORMAT = 1
@@ -30,6 +31,8 @@ FORMAT = 1
 _REFERENCE = "ClassRandom"
 #: Of an example that is no picture, so many values are shown.
 _FIRST_VALUES = 8
+#: Reliability below which nothing stands out among the scores of a test point.
+LEAST_RELIABLE = 0.5
 #: Three digits; thousands are written out.
 _SHORT = "{:.3g}"
 _UNDEFINED = "\u2013"
@@ -61,6 +64,7 @@ def write_explanation(results: Mapping[str, Any], train: Tensor, test: Tensor, p
         pictures=pictures,
         values={"train": partial(_first_values, train), "test": partial(_first_values, test)},
         environment=one_line(results["environment"]),
+        least_reliable=LEAST_RELIABLE,
     )
 
 
@@ -95,6 +99,7 @@ def write_comparison(results: Mapping[str, Any], path: str | Path) -> Path:
             "forest": plots.forest(rows) if rows else "",
             "cost": plots.cost_against_fidelity(rows) if rows else "",
             "roc": plots.roc(mislabel) if mislabel else "",
+            "budgets": budgets(results["retrainings"]) if results.get("retrainings") else "",
         },
         names=", ".join(f"{row['name']} ({_text('{:.3f}', row['lds']['value'])})" for row in rows),
         told=", ".join(mislabel[i]["name"] for i in plots.highlighted(mislabel)),

@@ -11,9 +11,10 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from ..system.environment import one_line
+from .html import LEAST_RELIABLE
 
 if TYPE_CHECKING:
-    from ..comparison.explain import Explanation
+    from ..comparison.explain import Explanation, Neighbor
     from ..comparison.results import Comparison
     from ..measures.statistics import Interval
     from ..tasks.paper_tables import PaperTable
@@ -33,20 +34,25 @@ if not console.is_terminal and "COLUMNS" not in os.environ:
 def show_explanation(explanation: Explanation) -> None:
     """Proponents, opponents and suspects of an explanation."""
     table = Table(title=f"{explanation.task}: training examples, as label #index (score)")
-    for column in ("test", "label", "says", "proponents", "opponents"):
+    for column in ("test", "label", "says", "reliability", "proponents", "opponents"):
         table.add_column(column)
     for point in explanation.points:
         table.add_row(
             f"#{point.index}",
             str(point.label),
             str(point.predicted),
+            "" if point.reliability is None else f"{point.reliability:.2f}",
             *(
-                ", ".join(f"{n.label} #{n.index} ({n.score:+.2g})" for n in neighbors[:3])
+                ", ".join(f"{n.label} {_named(n)} ({n.score:+.2g})" for n in neighbors[:3])
                 for neighbors in (point.proponents, point.opponents)
             ),
         )
     console.print(table)
-    suspects = ", ".join(f"{n.label} #{n.index}" for n in explanation.suspects[:8])
+    unclear = [p for p in explanation.points if p.reliability is not None and p.reliability < LEAST_RELIABLE]
+    if unclear:
+        which = ", ".join(f"#{point.index}" for point in unclear)
+        console.print(f"Nothing stands out for {which}: estimates of the scores agree too little.")
+    suspects = ", ".join(f"{n.label} {_named(n)}" for n in explanation.suspects[:8])
     console.print(f"Most suspect labels: {suspects}")
     seconds = explanation.seconds
     console.print(
@@ -55,10 +61,16 @@ def show_explanation(explanation: Explanation) -> None:
     )
 
 
+def _named(neighbor: Neighbor) -> str:
+    return f"#{neighbor.index}" if neighbor.id is None else neighbor.id
+
+
 def show_comparison(result: Comparison) -> None:
     """One table for each measure, and the summary in sentences."""
     if result.rows:
         _show_fidelity(result)
+    if result.retrainings:
+        _show_retrainings(result)
     _show_counterfactual(result)
     if result.mislabel:
         _print(
@@ -116,8 +128,8 @@ def _show_fidelity(result: Comparison) -> None:
     _print(
         f"{result.task}: LDS, {protocol['n_subsets']} halves x {protocol['n_seeds']} retrainings, "
         f"{protocol['n_test_reported']} reported test points",
-        ("method", "LDS", "95%", "worst", "each model", "first - this", "slope", "fit s", "query s", "MiB",
-         "chosen"),
+        ("method", "LDS", "95%", "worst", "each model", "first - this", "slope", "retrainings", "fit s",
+         "query s", "MiB", "chosen"),
         [
             (
                 row.name,
@@ -127,6 +139,7 @@ def _show_fidelity(result: Comparison) -> None:
                 " ".join(map(_figure, row.lds.per_model)),
                 "" if row.against_first is None else _gap(*row.against_first),
                 "" if row.calibration is None else _figure(row.calibration.slope, 2),
+                f"{row.trainings:g}",
                 f"{row.cost.fit_seconds:.2f}",
                 f"{row.cost.query_seconds:.2f}",
                 "" if row.cost.peak_bytes is None else f"{row.cost.peak_bytes / 2**20:.0f}",
@@ -159,6 +172,19 @@ def _show_fidelity(result: Comparison) -> None:
                 if row.linearized is not None
             ],
         )
+
+
+def _show_retrainings(result: Comparison) -> None:
+    first = result.retrainings[0].name
+    columns = ("method", "answers", "retrainings", "LDS", "95%", f"{first} - this", "over the last", "chosen")
+    rows = []
+    for row in result.retrainings:
+        gaps = (g and _gap(g.value, g.interval) for g in (row.against_first, row.over_last))
+        chosen = {**row.options, **({"normalize": row.normalize} if row.normalize else {})}
+        lds = (_figure(row.lds.value), _interval(row.lds.interval))
+        what = ", ".join(f"{k}={v}" for k, v in chosen.items())
+        rows.append((row.name, row.source, f"{row.trainings:g}", *lds, *(g or "" for g in gaps), what))
+    _print("LDS against the retraining budget, in trainings on the whole training set", columns, rows)
 
 
 def _show_counterfactual(result: Comparison) -> None:

@@ -53,7 +53,7 @@ def estimate_checkpoints(
 
 def estimate_cross_fitted(
     task: Task,
-    n_models: int,
+    numbers: Iterable[int],
     repeats: int,
     store: str | Path,
     split: Split = HALVES,
@@ -61,10 +61,10 @@ def estimate_cross_fitted(
     n_jobs: int = 1,
     device: torch.device | str = "cpu",
 ) -> RetrainingEstimate:
-    """What `cross_fit` would train for the attributed models 0, 1, ..."""
+    """What `cross_fit` would train for attributed models with these numbers."""
     paths = [
         path
-        for number in range(n_models)
+        for number in numbers
         for path in cross_fit_paths(task, number, repeats, store, split, device=device)
     ]
     missing = [path for path in paths if run_store.read_states(path)[0] is None]

@@ -28,6 +28,7 @@ from ...subsets import Membership, members, membership_from_indices, partition
 from ...system.preserve_state import preserve_state
 from ...system.random_states import same_random_state
 from ..system.stable_digest import NoStableDigest, stable_digest
+from ..tasks.class_logits import class_logits
 from . import store as run_store
 from .store import State
 from .training import single_thread
@@ -70,11 +71,14 @@ class CrossFitted:
         """
         found = []
         x, y = batch
+        device = next((p.device for p in model.parameters()), x.device)
         with preserve_state(model, weights=True) as network, torch.no_grad():
             for place in self.last:
                 load_checkpoint(network, self.checkpoints[place].weights)
                 network.eval()
-                found.append(response_value(network(x), y, response).double().cpu().numpy())
+                found.append(
+                    response_value(class_logits(network(x.to(device))).cpu(), y, response).double().numpy()
+                )
         return np.stack(found, axis=1)
 
 
@@ -212,6 +216,14 @@ def training_paths(
     shared = {"function": what, "torch": torch.__version__, _PACKAGE: __version__}
     names = [run_store.name_of({**shared, "seed": job.seed}, job.rows) for job in jobs]
     return [Path(store) / "cross-fitted" / f"{name}.safetensors" for name in names]
+
+
+def stored_trainings(
+    function: TrainFunction, jobs: Sequence[PartTraining], store: str | Path, version: str | None = None
+) -> int:
+    """How many of the trainings the store holds."""
+    paths = training_paths(function, jobs, store, version)
+    return sum(path is not None and run_store.read_states(path)[0] is not None for path in paths)
 
 
 def _train(function: TrainFunction, job: PartTraining, path: Path | None) -> list[State]:

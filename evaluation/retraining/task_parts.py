@@ -17,6 +17,7 @@ from .attributed_models import log_epochs
 from .cross_fitting import CrossFitted, part_trainings, retrain, training_paths
 from .store import State
 from .training import train_model
+from .workers import count
 
 #: Seed of the first partition for the attributed model number 0; number i begins `_APART * i` behind it.
 _FIRST, _APART = 50_000, 1_000
@@ -100,7 +101,7 @@ def cross_fit(
     task: Task,
     number: int,
     repeats: int,
-    store: str | Path,
+    store: str | Path | None,
     split: Split = HALVES,
     *,
     n_jobs: int = 1,
@@ -116,7 +117,7 @@ def cross_fit(
         seed=_FIRST + _APART * number,
         store=store,
         version=function.version,
-        n_jobs=n_jobs,
+        n_jobs=count(n_jobs, device),
     )
     return replace(found, trainings=split.trainings(repeats, task.training.epochs))
 

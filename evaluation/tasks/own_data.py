@@ -6,7 +6,7 @@ import importlib
 import inspect
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import bad_value
+from ...influence.rows import checked_ids
 from ...system.fingerprints import bits
 from .example_reading import Reader, check_finite
 from .image_data import holds_raw_images, image_tensors
@@ -54,7 +55,7 @@ def import_factory(argument: str, path: str) -> Callable[..., Any]:
 
 def own_data(
     path: str, data_root: str | Path | None = None, label_key: str | None = None
-) -> tuple[Pair, Pair, list[str]]:
+) -> tuple[Pair, Pair, list[str], Sequence[Any] | None]:
     """Call a factory for the training set and for the test set, and read both.
 
     What is drawn on the way is the same every time: random states are seeded, and put back after.
@@ -65,7 +66,8 @@ def own_data(
         label_key: As for `load_task`.
 
     Returns:
-        Training inputs and labels, test inputs and labels, and what a reader must know.
+        Training inputs and labels, test inputs and labels, what a reader must know, and the attribute `ids`
+        of the training set.
 
     Raises:
         ValueError: The factory cannot be called, or does not return examples of one input and one label.
@@ -76,7 +78,8 @@ def own_data(
     reader = Reader("data", f" of {path!r}", label_key)
     notes: list[str] = []
     with seeded(0):
-        train, changes = _read(reader, _called(factory, path, data_root, train=True))
+        dataset = _called(factory, path, data_root, train=True)
+        train, changes = _read(reader, dataset)
         test, _ = _read(reader, _called(factory, path, data_root, train=False))
     if changes:
         notes.append(
@@ -92,7 +95,7 @@ def own_data(
         notes.append(f"{of} {len(test[0])} test examples are training examples too.")
         if shared == len(test[0]):
             notes[-1] += " Does the factory heed `train`?"
-    return train, test, notes
+    return train, test, notes, checked_ids(None, dataset)
 
 
 def _read(reader: Reader, dataset: Any) -> tuple[Pair, bool]:

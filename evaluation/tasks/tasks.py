@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ...errors import bad_choice, bad_type, bad_value
+from ...influence.rows import checked_ids
 from ...losses import MSE, BinaryCrossEntropy, CrossEntropy, Loss
 from ...losses.summed_positions import SummedPositions
 from . import networks as models
-from .beyond_data import CANVAS, LINE, TAGS, diabetes, digit_canvases, digit_pairs, source_lines
+from .beyond_data import CANVAS, LINE, TAGS
+from .built_in_data import BEYOND, built_in
 from .class_labels import class_indices, is_one_hot
 from .class_logits import check_logits, class_logits, unreadable
 from .class_order import first_examples, shuffled_where_sorted
@@ -29,12 +30,10 @@ from .image_data import (
     MNIST_STD,
     image_tensors,
     normalise_images,
-    torchvision_data,
 )
 from .networks import TrainingSettings
 from .new_network import new_network, seeded
 from .own_data import import_factory, own_data
-from .synthetic import planted_clusters
 from .task_loss import is_plain
 
 __all__ = [
@@ -52,8 +51,6 @@ __all__ = [
     "to_tensors",
 ]
 
-#: Tasks beyond one label an example, from packages that are installed.
-BEYOND = ("diabetes", "digit-pairs", "tagging", "segmentation")
 TASKS = ("digits", "mnist", "cifar10", "synthetic", *BEYOND)
 PRESETS = ("smoke", "small", "paper")
 _SMALL_SIZE = {"mnist": 5_000, "cifar10": 2_000}
@@ -77,6 +74,8 @@ class Task:
         note: What a reader must know beside every figure, or "".
         loss: What it is trained with. With another one than cross-entropy, or with options, labels are what
             that loss takes; of an example with several positions, `SummedPositions`.
+        ids: A name for each training example (a path, a row id), which reports show instead of its place;
+            None takes the attribute `ids` of the data set, if it has one.
 
     Raises:
         ValueError: Examples that are not one input with one class label.
@@ -93,8 +92,11 @@ class Task:
     training: TrainingSettings
     note: str = ""
     loss: Loss = field(default_factory=CrossEntropy)
+    ids: Sequence[Any] | None = None
 
     def __post_init__(self) -> None:
+        ids = checked_ids(self.ids, self.train)
+        object.__setattr__(self, "ids", None if ids is None else tuple(map(str, ids)))
         for name in ("train", "test"):
             object.__setattr__(self, name, _examples(getattr(self, name), name, self.loss))
 
@@ -146,7 +148,8 @@ def load_task(
         data: "module:factory" of your own data, called as `factory(data_root, train=True)` and with
             `train=False` (without `data_root` where none is given). It returns a data set of
             `(input, label)`, or of dicts with one input and the key "labels" or "label"; labels are class
-            indices of any type, or one-hot rows. torchvision's uint8 image classes are normalized as the
+            indices of any type, or one-hot rows. An attribute `ids` of the data set names its training
+            examples in reports. torchvision's uint8 image classes are normalized as the
             built-in tasks are.
         model: "module:factory" of your own network, called without arguments. It returns logits
             `(n, n_classes)`, or one logit for two classes.
@@ -177,10 +180,11 @@ def load_task(
     build_model = _BUILDERS[name] if model is None else import_factory("model", model)
     size = {"smoke": _SMOKE_SIZE.get(name), "small": _SMALL_SIZE.get(name)}.get(preset)
     notes: list[str] = []
+    ids: Sequence[Any] | None = None
     if data is not None:
-        train, test, notes = _of_user(data, data_root, label_key, build_model, model, size, mix_test)
+        train, test, notes, ids = _of_user(data, data_root, label_key, build_model, model, size, mix_test)
     else:
-        train, test = _built_in(name, data_root)
+        train, test = built_in(name, data_root)
         if size is not None and size < len(train):
             train = TensorDataset(*(t[:size].clone() for t in train.tensors))
         if model is not None:
@@ -193,6 +197,7 @@ def load_task(
         training=settings,
         note=" ".join(notes),
         loss=_LOSSES.get(name, CrossEntropy()),
+        ids=ids,
     )
 
 
@@ -221,14 +226,6 @@ _LOSSES: dict[str, Loss] = {
     "digit-pairs": BinaryCrossEntropy(),
     "tagging": SummedPositions(position=CrossEntropy(), n_positions=LINE, n_outputs=len(TAGS)),
     "segmentation": SummedPositions(position=CrossEntropy(), n_positions=CANVAS**2, n_outputs=10),
-}
-
-
-_BEYOND_DATA: dict[str, Callable[[], tuple[TensorDataset, TensorDataset]]] = {
-    "diabetes": diabetes,
-    "digit-pairs": digit_pairs,
-    "tagging": source_lines,
-    "segmentation": digit_canvases,
 }
 
 
@@ -267,9 +264,9 @@ def _of_user(
     model: str | None,
     size: int | None,
     mix_test: bool,
-) -> tuple[TensorDataset, TensorDataset, list[str]]:
-    """Training set, test set and notes of the user's data, checked against the network."""
-    train, test, notes = own_data(data, data_root, label_key)
+) -> tuple[TensorDataset, TensorDataset, list[str], Sequence[Any] | None]:
+    """Training set, test set, notes and ids of the user's data, checked against the network."""
+    train, test, notes, ids = own_data(data, data_root, label_key)
     n_classes, dtype = _check_fits(build_model, model, train[0])
     source = f" of {data!r}"
     y, y_test = (class_indices(labels, "data", source, n_classes) for _, labels in (train, test))
@@ -281,6 +278,8 @@ def _of_user(
         notes.append("One-hot labels were read as classes.")
     rows, said = first_examples(y, size)
     x, y = x[rows], y[rows]
+    if ids is not None:
+        ids = [ids[i] for i in torch.arange(len(ids))[rows].tolist()]
     notes += said
     if mix_test:
         rows, said = shuffled_where_sorted(y_test)
@@ -290,7 +289,7 @@ def _of_user(
     if unseen:
         some = ", ".join(map(str, unseen[:5])) + (", ..." if len(unseen) > 5 else "")
         notes.append(f"No training example has class {some} of the test examples.")
-    return TensorDataset(x, y), TensorDataset(x_test, y_test), notes
+    return TensorDataset(x, y), TensorDataset(x_test, y_test), notes, ids
 
 
 def _check_fits(
@@ -318,27 +317,3 @@ def _check_fits(
     logits = class_logits(outputs)
     check_logits(logits, len(x), n_classes, "model")
     return logits.shape[1], x.dtype
-
-
-def _built_in(name: str, data_root: str | Path | None) -> tuple[TensorDataset, TensorDataset]:
-    if name == "digits":
-        return _digits()
-    if name in BEYOND:
-        return _BEYOND_DATA[name]()
-    if name == "synthetic":
-        planted = planted_clusters()
-        return planted.train, planted.test
-    return (
-        torchvision_data(name, data_root, train=True),
-        torchvision_data(name, data_root, train=False),
-    )
-
-
-def _digits() -> tuple[TensorDataset, TensorDataset]:
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    order = np.random.default_rng(0).permutation(len(bunch.target))
-    x = torch.tensor(bunch.images[order] / 16.0, dtype=torch.float32).unsqueeze(1)
-    y = torch.tensor(bunch.target[order], dtype=torch.int64)
-    return TensorDataset(x[:1397], y[:1397]), TensorDataset(x[1397:], y[1397:])

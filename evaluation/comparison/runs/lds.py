@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from ....subsets import Membership
 from ...measures.calibration import CalibrationResult, calibration
 from ...measures.cost import Cost, forward_seconds, median_cost
 from ...measures.linear_datamodeling import LDSResult, difference, lds, margins
@@ -20,11 +19,12 @@ from ...measures.linearized_influence import LinearizedInfluenceResult, lineariz
 from ...measures.statistics import Interval
 from ...retraining.estimate import RetrainingEstimate
 from ...retraining.plan import without_diverged
+from ...retraining.task_parts import HALVES
 from ...tasks.task_loss import is_plain, responses
 from ..shared.measure import Measure
 from ..shared.methods import MethodSpec
-from ..shared.score_cache import Answer, CachedMethod
 from ..shared.shared import Shared
+from .on_models import OnModels, Retrained, choose
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Row:
         models: Names of the attributed models, in the order of `lds.per_model`.
         against_first: LDS of the first row less this one's, with its paired interval; None for the first.
         cost: Medians over models; queries are the reported test points.
+        trainings: Beside that of the attributed model, in trainings on the whole training set.
         calibration: Whether effects are right in size.
         linearized: C.1 of the paper.
     """
@@ -48,6 +49,7 @@ class Row:
     models: list[str]
     against_first: tuple[float, Interval | None] | None
     cost: Cost
+    trainings: float = 0.0
     calibration: CalibrationResult | None = None
     linearized: LinearizedInfluenceResult | None = None
 
@@ -71,26 +73,10 @@ class Row:
             "name": self.name,
             "options": self.options,
             "models": self.models,
+            "trainings": self.trainings,
             **parts,
             "first_row_less_this": against,
         }
-
-
-@dataclass(frozen=True)
-class Retrained:
-    """What the retrained halves say of the test points, tuning and reported.
-
-    Attributes:
-        membership: Of the halves that converged, CSR `(n_subsets, n_train)`.
-        margins: Of the true class, `(n_seeds, n_subsets, n_test)`; of another loss its first response.
-        left_out: Halves of which a retraining diverged.
-        n_tuning: Test points that options are chosen on, the first ones.
-    """
-
-    membership: Membership
-    margins: NDArray[Any]
-    left_out: list[int]
-    n_tuning: int
 
 
 @dataclass(frozen=True)
@@ -113,7 +99,7 @@ class Reading(Measure):
 
     def trainings(self, shared: Shared) -> list[RetrainingEstimate]:
         """The halves, the attributed models, and their checkpoints where a method wants them."""
-        return [shared.once(_halves_estimate), *shared.model_estimates]
+        return [shared.once(halves_estimate), *shared.model_estimates]
 
     def run(self, shared: Shared) -> list[Row]:
         """A row for each method; they are the same for all readings."""
@@ -126,6 +112,15 @@ READINGS = (Reading("lds", 3), Reading("calibration", 3), Reading("linearized", 
 def retrained(shared: Shared) -> Retrained:
     """The halves, retrained where the store does not have them."""
     return shared.once(_retrained)
+
+
+def forward_pass(shared: Shared) -> float:
+    """Seconds of one forward pass over the training set."""
+    return shared.once(_forward)
+
+
+def _forward(shared: Shared) -> float:
+    return forward_seconds(next(iter(shared.models.values())), shared.question.task.train)
 
 
 def chosen_options(shared: Shared) -> dict[str, Mapping[str, Any]]:
@@ -145,7 +140,8 @@ def given(shared: Shared) -> dict[str, Any]:
     }
 
 
-def _halves_estimate(shared: Shared) -> RetrainingEstimate:
+def halves_estimate(shared: Shared) -> RetrainingEstimate:
+    """The halves, before any is retrained."""
     question = shared.question
     found = question.halves.estimate(question.n_jobs, engine=question.engine, device=question.device)
     return replace(found, purpose="LDS")
@@ -164,61 +160,33 @@ def _retrained(shared: Shared) -> Retrained:
 
 
 def _rows(shared: Shared) -> list[Row]:
-    question, models, _ = shared.question, shared.models, shared.checkpoints
-    halves = retrained(shared)
-    forward = forward_seconds(next(iter(models.values())), question.task.train)
+    question, halves, forward = shared.question, retrained(shared), forward_pass(shared)
     rows: list[Row] = []
     bar = tqdm(question.specs, desc="methods", disable=not question.show_progress)
     for spec in bar:
         bar.set_postfix_str(spec.name)
-        rows.append(_row(_OneMethod(spec, shared, forward), halves, rows[0] if rows else None))
+        method = OnModels(spec, shared, forward, partial(_checkpoints_of, spec, shared))
+        rows.append(_row(method, halves, rows[0] if rows else None))
     return rows
 
 
-@dataclass(frozen=True)
-class _OneMethod:
-    """A method on every attributed model."""
-
-    spec: MethodSpec
-    shared: Shared
-    forward: float
-
-    def build(self, options: Mapping[str, Any]) -> list[CachedMethod]:
-        """With these options."""
-        question, found = self.shared.question, []
-        for name, model in self.shared.models.items():
-            extra: dict[str, Any] = {}
-            if self.spec.n_checkpoints != 1:
-                kept = self.spec.epochs(question.task.training.epochs)
-                states = [self.shared.checkpoints[name][epoch] for epoch in kept]
-                extra["checkpoints"] = [*states, model.state_dict()]
-            if self.spec.partitions:
-                models = 2 * self.spec.partitions
-                extra["checkpoints"] = self.shared.cross_fitted[name].checkpoints[:models]
-            every = {**options, **extra}
-            found.append(CachedMethod(self.spec, model, question.task, every, question.store, self.forward))
-        return found
-
-    def set(self, methods: Sequence[CachedMethod], options: Mapping[str, Any]) -> None:
-        """Set what needs no new fit."""
-        for kept in methods:
-            for name in self.spec.settable & options.keys():
-                setattr(kept.method, name, options[name])
-
-    def answers(self, methods: Sequence[CachedMethod], points: range) -> list[Answer]:
-        """`(n_test, n_train)` of each model for some test points."""
-        x, y = (t[points.start : points.stop] for t in self.shared.question.task.test.tensors)
-        return [method.margins((x, y)) for method in methods]
+def _checkpoints_of(spec: MethodSpec, shared: Shared, name: str) -> Sequence[Any] | None:
+    """What a row is given as `checkpoints` beside an attributed model; None for the model alone."""
+    if spec.partitions:
+        return shared.cross_fitted[HALVES][name].checkpoints[: HALVES.parts * spec.partitions]
+    if spec.n_checkpoints != 1:
+        return shared.along(name, spec.epochs(shared.question.task.training.epochs))
+    return None
 
 
-def _row(method: _OneMethod, halves: Retrained, first: Row | None) -> Row:
+def _row(method: OnModels, halves: Retrained, first: Row | None) -> Row:
     shared, question = method.shared, method.shared.question
-    options, methods = _chosen(method, halves)
-    answers = method.answers(methods, question.reported)
-    scores, reported = [a.values for a in answers], halves.margins[..., halves.n_tuning :]
-    measured = (scores, halves.membership, reported)
+    chosen = choose(method, halves)
+    answers = method.answers(chosen.methods, question.reported)
+    scores = [a.values for a in answers]
+    measured = (scores, halves.membership, halves.reported)
     result = lds(*measured, n_resamples=question.n_resamples)
-    shared.gallery.add(method.spec.name, methods[0], scores[0])
+    shared.gallery.add(method.spec.name, chosen.methods[0], scores[0])
     calibrated = linearized = gap = None
     if "calibration" in question.measures:
         calibrated = calibration(*measured, n_resamples=question.n_resamples)
@@ -228,7 +196,8 @@ def _row(method: _OneMethod, halves: Retrained, first: Row | None) -> Row:
         gap = difference(first.lds, result)
     return Row(
         name=method.spec.name,
-        options=dict(options),
+        options=dict(chosen.options),
+        trainings=HALVES.trainings(method.spec.partitions, question.task.training.epochs),
         lds=result,
         models=list(shared.models),
         against_first=None if gap is None else (gap.value, gap.interval),
@@ -236,43 +205,3 @@ def _row(method: _OneMethod, halves: Retrained, first: Row | None) -> Row:
         calibration=calibrated,
         linearized=linearized,
     )
-
-
-def _chosen(method: _OneMethod, halves: Retrained) -> tuple[Mapping[str, Any], list[CachedMethod]]:
-    """The grid point with the highest LDS on the tuning half, and the method with it on every model.
-
-    Undefined correlations count as 0, so that silence is not the best answer; a point that ranks nothing at
-    all is below every other one. A point that a method refuses, such as a damping that leaves nothing but
-    rounding errors, is skipped.
-
-    Raises:
-        ValueError: The method refuses every point.
-    """
-    spec, tuning = method.spec, halves.margins[..., : halves.n_tuning]
-    best: tuple[tuple[bool, float], Mapping[str, Any], list[CachedMethod]] | None = None
-    methods: list[CachedMethod] = []
-    built: Mapping[str, Any] | None = None
-    refused: ValueError | None = None
-    for options in spec.grid:
-        fixed = {name: value for name, value in options.items() if name not in spec.settable}
-        value = (False, 0.0)
-        if len(spec.grid) == 1:
-            methods = method.build(options)
-        else:
-            try:
-                if fixed != built:
-                    methods, built = method.build(options), fixed
-                method.set(methods, options)
-                scores = [a.values for a in method.answers(methods, range(halves.n_tuning))]
-            except ValueError as error:
-                refused, built = error, None
-                continue
-            found = lds(scores, halves.membership, tuning, n_resamples=0)
-            value = (not found.ranks_nothing, found.undefined_as_zero)
-        if best is None or value > best[0]:
-            best = (value, options, methods)
-    if best is None:
-        assert refused is not None, "a grid has at least one point"
-        raise refused
-    method.set(best[2], best[1])
-    return best[1], best[2]

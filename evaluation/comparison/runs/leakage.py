@@ -94,7 +94,8 @@ def plant(task: Task, n_planted: int, *, kind: str = "exact", seed: int = 0) -> 
     x, y = task.train.tensors
     copies = near_duplicate(x_test[chosen], kind, scale=float(x.std()), seed=seed)
     train = TensorDataset(torch.cat([x, copies]), torch.cat([y, y_test[chosen]]))
-    leaked = replace(task, name=f"{task.name} with {n_planted} leaked ({kind})", train=train)
+    ids = None if task.ids is None else (*task.ids, *(f"copy of test point {i}" for i in chosen))
+    leaked = replace(task, name=f"{task.name} with {n_planted} leaked ({kind})", train=train, ids=ids)
     positions = np.arange(len(y), len(y) + n_planted)
     places = defaultdict(set)
     for i, key in enumerate(_row_keys(*train.tensors)):

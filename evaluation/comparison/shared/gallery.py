@@ -115,12 +115,17 @@ class Gallery:
 
     def _examples(self, indices: NDArray[np.int64], scores: NDArray[Any]) -> list[Example]:
         labels = self.task.train.tensors[1]
-        return [{"index": int(i), "label": int(labels[i]), "score": float(scores[i])} for i in indices]
+        return [{**self._named(int(i)), "label": int(labels[i]), "score": float(scores[i])} for i in indices]
+
+    def _named(self, index: int) -> Example:
+        """Place of a training example, and its id if it has one."""
+        ids = self.task.ids
+        return {"index": index} if ids is None else {"index": index, "id": ids[index]}
 
     def _add_ranking(self, name: str, ranking: str, found: Iterable[Suspect], *, flips_known: bool) -> None:
         examples = [
             {
-                "index": s.index,
+                **self._named(s.index),
                 "label": s.label,
                 "score": s.score,
                 "true_label": s.true_label if flips_known else None,

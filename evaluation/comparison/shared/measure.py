@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...retraining.estimate import RetrainingEstimate
+from ...retraining.task_parts import Split
 from .question import Question
 from .shared import Shared
 
@@ -67,6 +68,14 @@ class Measure(ABC):
             ValueError: An option, what it must be, and what it is.
         """
         return
+
+    def partitions(self, question: Question) -> Mapping[Split, int]:
+        """Partitions on whose parts models are wanted (`Shared.cross_fitted`), by way of cross-fitting."""
+        return {}
+
+    def wants_checkpoints(self, question: Question) -> bool:
+        """Whether it wants checkpoints along the training of every attributed model (`Shared.along`)."""
+        return False
 
     def trainings(self, shared: Shared) -> Sequence[RetrainingEstimate]:
         """Every training that `run` would start, before any is done; those that are shared are one object."""

@@ -11,7 +11,9 @@ import torch
 
 from ....errors import bad_value, whole_number
 from ....subsets import random_subsets
+from ...retraining.attributed_models import log_epochs
 from ...retraining.plan import RetrainingPlan
+from ...retraining.task_parts import HALVES, Split
 from ...tasks.tasks import Task
 from .methods import MethodSpec
 
@@ -35,6 +37,8 @@ class Question:
         n_resamples: Of the bootstraps.
         show_progress: Whether to show bars.
         skipped: Methods that are left out, and why.
+        cross_fitted: Partitions for each way of cross-fitting that measures want beside those of the methods.
+        along: Whether measures want checkpoints along the training of every attributed model.
     """
 
     task: Task
@@ -51,6 +55,8 @@ class Question:
     n_resamples: int = 1000
     show_progress: bool = False
     skipped: Mapping[str, str] = field(default_factory=dict)
+    cross_fitted: Mapping[Split, int] = field(default_factory=dict)
+    along: bool = False
 
     @property
     def reported(self) -> range:
@@ -63,15 +69,22 @@ class Question:
         return {spec.name: spec for spec in self.specs if spec.uses_model_alone}
 
     @property
-    def partitions(self) -> int:
-        """Partitions into halves that are wanted beside every attributed model."""
-        return max((spec.partitions for spec in self.specs), default=0) if self.on_halves else 0
+    def partitions(self) -> dict[Split, int]:
+        """Partitions that are wanted beside every attributed model, for each way of cross-fitting."""
+        wanted = dict(self.cross_fitted)
+        if self.on_halves:
+            of_rows = max((spec.partitions for spec in self.specs), default=0)
+            wanted[HALVES] = max(wanted.get(HALVES, 0), of_rows)
+        return {split: n for split, n in wanted.items() if n}
 
     @property
     def epochs(self) -> list[int]:
         """Epochs before the last after which checkpoints of every attributed model are wanted."""
-        wanted = [spec.epochs(self.task.training.epochs) for spec in self.specs] if self.on_halves else []
-        return sorted({epoch for kept in wanted for epoch in kept})
+        epochs = self.task.training.epochs
+        wanted = [spec.epochs(epochs) for spec in self.specs] if self.on_halves else []
+        return sorted(
+            {epoch for kept in (*wanted, log_epochs(epochs) if self.along else []) for epoch in kept}
+        )
 
 
 def halves(task: Task, store: str | Path, n_subsets: int, n_seeds: int, n_test: int) -> RetrainingPlan:

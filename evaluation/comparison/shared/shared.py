@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -16,7 +16,7 @@ from ...retraining.attributed_estimates import (
 from ...retraining.attributed_models import FIRST_SPIKED, train_attributed, train_checkpoints, train_spiked
 from ...retraining.cross_fitting import CrossFitted, check_apart
 from ...retraining.estimate import RetrainingEstimate
-from ...retraining.task_parts import cross_fit
+from ...retraining.task_parts import Split, cross_fit
 from .gallery import Gallery
 from .question import Question
 
@@ -58,9 +58,14 @@ class Shared:
         """Of every attributed model, the states on the way to it: as many as a method wants at most."""
         return self.once(_checkpoints)
 
+    def along(self, name: str, epochs: Sequence[int]) -> list[Any]:
+        """Checkpoints of an attributed model after some epochs, and its last one."""
+        kept = self.checkpoints[name]
+        return [*(kept[epoch] for epoch in epochs), self.models[name].state_dict()]
+
     @property
-    def cross_fitted(self) -> dict[str, CrossFitted]:
-        """Beside every attributed model, models of halves: as many as a method wants at most."""
+    def cross_fitted(self) -> dict[Split, dict[str, CrossFitted]]:
+        """Beside every attributed model, models of parts of the training set, as many as are wanted."""
         return self.once(_cross_fitted)
 
     @property
@@ -102,12 +107,16 @@ def _checkpoints(shared: Shared) -> dict[str, dict[int, Any]]:
     return found
 
 
-def _cross_fitted(shared: Shared) -> dict[str, CrossFitted]:
+def _cross_fitted(shared: Shared) -> dict[Split, dict[str, CrossFitted]]:
     question = shared.question
-    found = {}
-    for number, name in enumerate(shared.once(_attributed)):
-        found[name] = cross_fit(question.task, number, question.partitions, question.store)
-        check_apart(question.halves.membership, found[name].membership)
+    how: dict[str, Any] = {"n_jobs": question.n_jobs, "device": question.device}
+    found: dict[Split, dict[str, CrossFitted]] = {}
+    for split, repeats in question.partitions.items():
+        found[split] = {}
+        for number, name in enumerate(shared.once(_attributed)):
+            models = cross_fit(question.task, number, repeats, question.store, split, **how)
+            check_apart(question.halves.membership, models.membership)
+            found[split][name] = models
     return found
 
 
@@ -120,9 +129,10 @@ def _estimates(shared: Shared) -> list[RetrainingEstimate]:
         spiked, chosen = estimate_spiked(task, store, question.n_spiked, device=device)
         found.append(spiked)
         seeds += chosen
-    if question.partitions:
-        n_models = question.n_models + question.n_spiked
-        found.append(estimate_cross_fitted(task, n_models, question.partitions, store, device=device))
+    for split, repeats in question.partitions.items():
+        numbers = range(question.n_models + question.n_spiked)
+        how: dict[str, Any] = {"n_jobs": question.n_jobs, "device": device}
+        found.append(estimate_cross_fitted(task, numbers, repeats, store, split, **how))
     if question.epochs:
         found.append(estimate_checkpoints(task, seeds, store, question.epochs, device=device))
     return found

@@ -36,6 +36,81 @@ def store(tmp_path_factory):
     return tmp_path_factory.mktemp("store")
 
 
+OWN_TRAINING = """
+import torch
+from torch import nn
+
+def train(indices, seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+network = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+"""
+
+
+class TestExplainCrossFitted:
+    def test_its_models_are_counted_and_then_trained(self, tmp_path):
+        how = [
+            "explain",
+            "--preset",
+            "smoke",
+            "--index",
+            3,
+            "--retrainings",
+            1,
+            "--training",
+            '{"epochs": 2}',
+        ]
+        how += ["--store", tmp_path / "store", "--out", tmp_path / "out"]
+        planned = invoke(*how, "--dry-run")
+        assert planned.exit_code == 0, planned.output
+        assert "2 trainings of digits-300: 0 are in the store, 2 are to do" in planned.output
+        assert "costs 1 training on the whole" in planned.output
+        assert not (tmp_path / "store").exists()
+        done = invoke(*how)
+        assert done.exit_code == 0, done.output
+        results = json.loads((tmp_path / "out/results.json").read_text())
+        assert results["models"]["n_models"] == 2
+        assert "not one file of weights" in results["note"]
+        assert "not one file of weights" in " ".join(done.output.split())
+        assert len(list((tmp_path / "store/cross-fitted").iterdir())) == 2
+
+    def test_by_a_function_of_the_users(self, tmp_path, monkeypatch):
+        (tmp_path / "own_training_of_a_test.py").write_text(OWN_TRAINING)
+        monkeypatch.syspath_prepend(tmp_path)
+        how = ["explain", "--preset", "smoke", "--index", 3, "--model", "own_training_of_a_test:network"]
+        how += ["--train-function", "own_training_of_a_test:train", "--parts", 3, "--store", tmp_path / "s"]
+        refused = invoke(*how, "--out", tmp_path / "out")
+        assert refused.exit_code == 2
+        assert "`train_function` must be left out without `retrainings`" in refused.output
+        how += ["--retrainings", 1]
+        planned = invoke(*how, "--dry-run", "--json", "--out", tmp_path / "out")
+        said = json.loads(planned.stdout)["trainings"]
+        assert said[0].startswith("3 trainings by your function on 100 of 300 examples each: 0 are")
+        done = invoke(*how, "--out", tmp_path / "out")
+        assert done.exit_code == 0, done.output
+        results = json.loads((tmp_path / "out/results.json").read_text())
+        assert (results["models"]["n_models"], results["models"]["parts"]) == (3, 3)
+
+
+class TestRetrainings:
+    def test_budgets_are_numbers_with_commas(self, tmp_path):
+        how = ["compare", "--preset", "smoke", "--store", tmp_path, "--out", tmp_path / "out"]
+        refused = invoke(*how, "--retrainings", "one,2")
+        assert refused.exit_code == 2
+        assert "`retrainings` must be numbers with commas between them; got 'one,2'" in refused.output
+        few = ["--method", "STRIDE", "--measure", "lds", "--subsets", 4, "--seeds", 1, "--models", 2]
+        planned = invoke(*how, *few, "--retrainings", "0,2", "--parts", 3, "--dry-run")
+        assert planned.exit_code == 0, planned.output
+        assert "cross-fitted parts, 3 of each: 12 trainings of digits-300" in planned.output
+        assert "checkpoints of attributed models: 2 trainings" in planned.output
+
+    def test_all_measures_are_those_without_a_budget(self, tmp_path):
+        how = ["compare", "--preset", "smoke", "--store", tmp_path, "--out", tmp_path / "out", "--dry-run"]
+        planned = invoke(*how, "--measure", "all", "--method", "STRIDE")
+        assert "cross-fitted" not in planned.output
+
+
 class TestExplain:
     @pytest.fixture(scope="class")
     @classmethod

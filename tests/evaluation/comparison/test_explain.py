@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from stride_captum.evaluation import Task, explain, load_task
+from stride_captum import STRIDE, Trained, reliability
+from stride_captum.evaluation import Task, explain, load_task, train_attributed
+from stride_captum.evaluation.comparison.explained_models import planned_models
+from stride_captum.evaluation.comparison.runs.leakage import plant
+from stride_captum.evaluation.comparison.shared.gallery import Gallery
+from stride_captum.evaluation.report.html import write_explanation
+from stride_captum.evaluation.report.terminal import show_explanation
+from stride_captum.evaluation.retraining.task_parts import cross_fit
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 
 SETTINGS = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=15, batch_size=16)
@@ -115,3 +123,141 @@ class TestDevice:
         ):
             explain(task, device="cuda:99", store=tmp_path)
         assert list(tmp_path.iterdir()) == []
+
+
+class TestCrossFitted:
+    def test_scores_and_predictions_are_those_of_the_models_of_parts(self, task, tmp_path):
+        found, method = explain(task, indices=[3], k=task.n_train, retrainings=2, store=tmp_path, seed=1)
+        models = cross_fit(task, 1, 2, tmp_path)
+        assert len(list((tmp_path / "cross-fitted").iterdir())) == 4
+        assert not list(tmp_path.glob("attributed-*"))  # nobody asked for that training
+        x, y = (t[3:4] for t in task.test.tensors)
+        network = task.build_model()
+        scores = STRIDE(network, task.train, checkpoints=models.checkpoints).influence((x, y))[0]
+        for n in found.points[0].proponents:
+            assert n.score == pytest.approx(float(scores[n.index]), rel=1e-4, abs=1e-6)
+        mean = 0
+        for place in models.last:
+            network.load_state_dict(models.checkpoints[place].weights)
+            mean = mean + network(x).softmax(1)[0, y[0]].detach() / 4
+        assert found.points[0].probability == pytest.approx(float(mean), rel=1e-4)
+        wanted = reliability(method, (x, y))
+        assert found.points[0].reliability == pytest.approx(float(wanted[0]))
+        answered = {"answered": "cross-fitted models", "n_models": 4, "parts": 2, "trainings": 2.0}
+        assert found.models == answered
+        assert "explain the training procedure, not one file of weights" in found.note
+        assert "Predictions are those of the mean of these models" in found.note
+
+    def test_predictions_are_those_of_a_model_that_is_given(self, task, tmp_path):
+        model = train_attributed(task, 0)
+        plain, _ = explain(task, indices=[3], model=model)
+        found, _ = explain(task, indices=[3], model=model, retrainings=1, store=tmp_path)
+        assert found.points[0].probability == pytest.approx(plain.points[0].probability)
+        assert found.points[0].proponents != plain.points[0].proponents
+        assert "Predictions are those of the model that was given" in found.note
+        assert plain.models == {"answered": "one model", "n_models": 1, "parts": None, "trainings": 0.0}
+        assert plain.note == task.note
+
+    def test_models_may_be_trained_by_a_function(self, task):
+        calls = []
+
+        def train(indices, seed):
+            calls.append((len(indices), seed))
+            torch.manual_seed(seed)
+            return task.build_model()
+
+        found, _ = explain(task, indices=[0], retrainings=1, parts=3, train_function=train, seed=4)
+        assert calls == [(100, 4), (100, 5), (100, 6)]
+        assert found.models["n_models"] == 3
+
+    def test_what_would_be_trained_is_said_before(self, task, tmp_path):
+        def train(indices, seed):
+            return task.build_model()
+
+        how = {
+            "given": False, "seed": 1, "store": tmp_path, "parts": 2, "train_function": None, "device": "cpu",
+            "n_jobs": 1,
+        }  # fmt: skip
+        halves, cost = planned_models(task, retrainings=2, **how)
+        assert "4 trainings of synthetic-300: 0 are in the store, 4 are to do" in halves
+        assert cost == "This costs 2 trainings on the whole training set."
+        assert not list(tmp_path.iterdir())
+        explain(task, indices=[0], retrainings=2, store=tmp_path, seed=1)
+        assert "all are in the store" in planned_models(task, retrainings=2, **how)[0]
+        (one,) = planned_models(task, retrainings=0, **how)
+        assert "1 training of synthetic-300: 0 are in the store" in one
+        assert planned_models(task, retrainings=0, **how | {"given": True}) == [
+            "The model is given: nothing is trained."
+        ]
+        own = how | {"train_function": train, "parts": 3}
+        said = "3 trainings by your function on 100 of 300 examples each: {} are in the store, {} are to do."
+        assert planned_models(task, retrainings=1, **own)[0] == said.format(0, 3)
+        explain(task, indices=[0], retrainings=1, parts=3, train_function=train, store=tmp_path, seed=1)
+        assert planned_models(task, retrainings=1, **own)[0] == said.format(3, 0)
+
+    def test_what_cannot_be_is_refused(self, task):
+        with pytest.raises(ValueError, match="`retrainings` must be an integer of at least 0; got -1"):
+            explain(task, indices=[0], retrainings=-1)
+        with pytest.raises(ValueError, match="`train_function` must be left out without `retrainings`"):
+            explain(task, indices=[0], train_function=lambda indices, seed: None)
+
+
+class TestReliability:
+    def test_it_is_in_the_explanation_and_in_the_report(self, task, tmp_path):
+        found, method = explain(task, indices=[0, 5])
+        x, y = (t[[0, 5]] for t in task.test.tensors)
+        wanted = reliability(method, (x, y)).tolist()
+        assert [p.reliability for p in found.points] == pytest.approx(wanted)
+        results = found.to_dict()
+        results["points"][0]["reliability"], results["points"][1]["reliability"] = 0.3, 0.9
+        images = (task.train.tensors[0], task.test.tensors[0])
+        page = write_explanation(results, *images, tmp_path / "report.html").read_text("utf-8")
+        assert page.count("nothing stands out") == 1
+        assert "Reliability of the scores 0.30" in page
+        assert "Reliability of the scores 0.90" in page
+
+    def test_the_terminal_says_where_nothing_stands_out(self, task, capsys):
+        found, _ = explain(task, indices=[0, 5])
+        points = [replace(p, reliability=r) for p, r in zip(found.points, (0.3, 0.9), strict=True)]
+        show_explanation(replace(found, points=points))
+        assert "Nothing stands out for #0: estimates" in capsys.readouterr().out
+
+    def test_trained_operators_of_one_model_have_none(self, task):
+        found, _ = explain(task, indices=[0], operators=Trained(iterations=2))
+        assert found.points[0].reliability is None
+
+
+class TestIds:
+    def test_examples_are_called_by_their_ids(self, task, tmp_path, capsys):
+        named = replace(task, ids=[f"img{i}.png" for i in range(task.n_train)])
+        found, method = explain(named, indices=[0], k=2)
+        assert [n.id for n in found.points[0].proponents] == [
+            f"img{n.index}.png" for n in found.points[0].proponents
+        ]
+        assert found.suspects[0].id == f"img{found.suspects[0].index}.png"
+        images = (task.train.tensors[0], task.test.tensors[0])
+        page = write_explanation(found.to_dict(), *images, tmp_path / "report.html").read_text("utf-8")
+        assert f"img{found.points[0].proponents[0].index}.png" in page
+        assert f", #{found.points[0].proponents[0].index}<" not in page
+        show_explanation(found)
+        assert f"img{found.suspects[0].index}.png" in capsys.readouterr().out
+        assert method.ids[3] == "img3.png"
+
+    def test_a_task_takes_those_of_its_data_set(self, task):
+        class Named(TensorDataset):
+            ids = tuple(range(100, 400))
+
+        assert replace(task, train=Named(*task.train.tensors), ids=None).ids[:2] == ("100", "101")
+        with pytest.raises(ValueError, match="`ids` must hold one for each of 300 training examples; got 3"):
+            replace(task, ids=["a", "b", "c"])
+
+    def test_they_are_in_the_gallery_of_a_comparison(self, task):
+        named = replace(task, ids=[f"row {i}" for i in range(task.n_train)])
+        gallery = Gallery(
+            named, {"seed 0": task.build_model()}, range(4), rank_suspects=False, n_points=1, k=2
+        )
+        gallery.add("a", None, np.arange(4 * task.n_train, dtype=float).reshape(4, -1))
+        last = task.n_train - 1
+        (best, second) = gallery.to_dict()["methods"][0]["points"][0]["proponents"]
+        assert (best["id"], second["id"]) == (f"row {last}", f"row {last - 1}")
+        assert plant(named, 2).task.ids[-1].startswith("copy of test point ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -12,11 +13,15 @@ from captum.influence._core.tracincp import KMostInfluentialResults
 from torch.utils.data import TensorDataset
 
 from stride_captum.evaluation.comparison.runs.counterfactual import CounterfactualRow
+from stride_captum.evaluation.comparison.runs.ladder import BudgetRow
+from stride_captum.evaluation.measures.cost import Cost
 from stride_captum.evaluation.measures.counterfactual_drop import counterfactual
+from stride_captum.evaluation.measures.linear_datamodeling import lds
 from stride_captum.evaluation.measures.statistics import Interval
 from stride_captum.evaluation.notebook.display import (
     OTHER,
     SAME,
+    show_budgets,
     show_curves,
     show_drops,
     show_histograms,
@@ -28,6 +33,7 @@ from stride_captum.evaluation.notebook.display import (
     show_top,
     show_values,
 )
+from stride_captum.subsets import random_subsets
 
 matplotlib.use("agg")
 
@@ -196,3 +202,22 @@ class TestPlots:
         assert figure.axes[0].lines[0].get_xydata().tolist() == [[0, 0], [3, pytest.approx(0.2)]]
         if not opponents:
             assert figure.axes[1].lines[0].get_xydata().tolist() == [[0, 0], [50, pytest.approx(0.2)]]
+
+    def test_budgets_are_lines_with_bands_over_evenly_spaced_steps(self):
+        def row(name, source, trainings, value):
+            scores = np.random.default_rng(0).normal(size=(4, 20))
+            halves = random_subsets(20, 10, 10)
+            found = replace(lds(scores, halves, halves @ scores.T, n_resamples=20), value=value)
+            cost = Cost(fit_seconds=1.0, query_seconds=1.0, n_queries=4, forward_seconds=1.0)
+            return BudgetRow(name, source, trainings, 2, {}, None, found, None, None, cost)
+
+        steps = [("last checkpoint", 0.0), ("cross-fitted", 1.0), ("cross-fitted", 5.0)]
+        rows = [row("a", *step, 0.1 * i) for i, step in enumerate(steps)]
+        rows += [row("a", "refined", 5.0, 0.4), row("b", "cross-fitted", 1.0, 0.3)]
+        (axes,) = show_budgets(rows).axes
+        drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+        assert drawn["a"] == [[0, 0], [1, pytest.approx(0.1)], [2, pytest.approx(0.2)]]
+        assert drawn["a, refined"] == [[2, 0.4]]
+        assert drawn["b"] == [[1, 0.3]]
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["last\ncheckpoint", "1", "5"]
+        assert len(axes.collections) == 2  # bands of the two methods, not of refined scores

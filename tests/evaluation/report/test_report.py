@@ -46,10 +46,10 @@ from stride_captum.evaluation.measures.calibration import calibration, calibrati
 from stride_captum.evaluation.measures.counterfactual_difference import difference as drop_difference
 from stride_captum.evaluation.measures.counterfactual_difference import difference_at_equal_depletion
 from stride_captum.evaluation.measures.linear_datamodeling import difference
+from stride_captum.evaluation.report.drawing import N_SERIES
 from stride_captum.evaluation.report.figures import counterfactual_curves, spread
 from stride_captum.evaluation.report.html import comparison_table, pointer, read_results, write_comparison
 from stride_captum.evaluation.report.pictures import picture
-from stride_captum.evaluation.report.svg import N_SERIES
 from stride_captum.evaluation.system.environment import describe
 from stride_captum.evaluation.tasks.networks import DIGITS_TRAINING
 from stride_captum.evaluation.tasks.tasks import Task

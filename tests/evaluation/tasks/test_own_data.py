@@ -439,3 +439,33 @@ class TestTorchvisionClasses:
                 return self.data[i], self.targets[i]
 
         assert torch.equal(load(Table).train.tensors[0], xy(True)[0])
+
+
+def test_examples_are_named_by_the_ids_of_the_data_set(load):
+    class Named(TensorDataset):
+        ids = tuple(f"{i}.png" for i in range(N))
+
+    assert load(lambda train: Named(*xy(train)) if train else TensorDataset(*xy(train))).ids == Named.ids
+    assert load(lambda train: TensorDataset(*xy(train))).ids is None
+    Named.ids = Named.ids[1:]
+    with pytest.raises(
+        ValueError, match=f"`ids` must hold one for each of {N} training examples; got {N - 1}"
+    ):
+        load(lambda train: Named(*xy(train)) if train else TensorDataset(*xy(train)))
+
+
+def test_a_draw_of_the_examples_keeps_their_ids(load):
+    n = 1_500  # more than the preset takes, in the order of their classes
+
+    class Named(TensorDataset):
+        ids = np.arange(n) + 7
+
+    def factory(train):
+        y = torch.arange(n) * N_CLASSES // n
+        x = torch.arange(n, dtype=torch.float32)[:, None].expand(n, 6) / n
+        return Named(x, y) if train else TensorDataset(*xy(train))
+
+    task = load(factory, preset="smoke")
+    places = (task.train.tensors[0][:, 0] * n).round().long()
+    assert len(task.ids) == len(places) < n
+    assert task.ids == tuple(str(int(i) + 7) for i in places)

@@ -1,12 +1,17 @@
-"""SVG for a page: drawn by matplotlib, with the colors of the page's style sheet."""
+"""Inline SVG for the reports, in colors that follow the page.
+
+Lines and texts take their colors from custom properties of the page (`--ink`, `--series-1`, ...), so that
+they follow it into the dark. Where several series share a plot they differ in color, marker and dash.
+"""
 
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,10 +26,12 @@ COLORS = {
     "accent": "#000004",
     **{f"series-{i + 1}": f"#0000a{i + 1}" for i in range(N_SERIES)},
 }
+MARKERS = "os^DvPX"
+DASHES = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
 
 
 @contextmanager
-def inline_svg(
+def svg_figure(
     name: str, inches: tuple[float, float], layout: Literal["constrained"] | None = "constrained"
 ) -> Iterator[tuple[Figure, list[str]]]:
     """A figure to draw on, and a list that afterwards holds it as SVG."""
@@ -67,3 +74,13 @@ def _for_a_page(svg: str) -> str:
     for name, color in COLORS.items():
         svg = svg.replace(color, f"var(--{name})")
     return re.sub(r"\s*\n\s*", "\n", svg)
+
+
+def ends_of(interval: Mapping[str, Any] | None) -> tuple[float, float]:
+    """Both ends of an interval, NaN where there is none."""
+    return (math.nan, math.nan) if interval is None else (number(interval["low"]), number(interval["high"]))
+
+
+def number(value: float | None) -> float:
+    """A figure of results.json; NaN where it is None."""
+    return math.nan if value is None else value

@@ -1,0 +1,174 @@
+"""The models that an explanation comes from: one, or models of the parts of random partitions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...closed_form.options import ClosedForm
+from ...errors import bad_value, whole_number
+from ...influence.checkpoints import load_checkpoint
+from ...score_agreement import reliability
+from ...stride import STRIDE
+from ...system.preserve_state import preserve_state
+from ...system.processes import in_group
+from ..retraining.attributed_estimates import estimate_attributed, estimate_cross_fitted
+from ..retraining.attributed_models import train_attributed
+from ..retraining.cross_fitting import CrossFitted, TrainFunction, part_trainings, retrain, stored_trainings
+from ..retraining.task_parts import Split, cross_fit
+from ..retraining.training import logits_of
+from ..tasks.tasks import Task
+
+#: Features of all training examples of which halves are taken to see how far they agree, at most.
+_LARGEST_FEATURES = 2**28
+
+
+@dataclass(frozen=True)
+class ExplainedModels:
+    """What is explained.
+
+    Attributes:
+        model: The network; the weights in it are explained where there are no others.
+        cross_fitted: Models of parts whose scores are averaged; None for `model` alone.
+        own: Whether predictions are those of `model`; else they are the mean of the others.
+        parts: Parts of each partition.
+    """
+
+    model: nn.Module
+    cross_fitted: CrossFitted | None
+    own: bool
+    parts: int
+
+    @property
+    def checkpoints(self) -> list[Any] | None:
+        """What a method is given as `checkpoints`."""
+        return None if self.cross_fitted is None else self.cross_fitted.checkpoints
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of the model, or the logarithm of the mean probability of all models, `(n, n_classes)`."""
+        found = self.cross_fitted
+        if self.own or found is None:
+            return logits_of(self.model, x)
+        total: Any = 0.0
+        with preserve_state(self.model, weights=True) as network:
+            for place in found.last:
+                load_checkpoint(network, found.checkpoints[place].weights)
+                total = total + logits_of(network.eval(), x).softmax(1)
+        return torch.log(total / len(found.last))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Which models answered, as plain values for JSON."""
+        found = self.cross_fitted
+        if found is None:
+            return {"answered": "one model", "n_models": 1, "parts": None, "trainings": 0.0}
+        answered = "cross-fitted models"
+        n = len(found.last)
+        return {"answered": answered, "n_models": n, "parts": self.parts, "trainings": found.trainings}
+
+    def note(self) -> str:
+        """Which models answered, and what their scores explain; "" for one model."""
+        found = self.cross_fitted
+        if found is None:
+            return ""
+        who = "the model that was given" if self.own else "the mean of these models"
+        return (
+            f"Scores are averaged over {len(found.last)} models, each trained on one of {self.parts} parts "
+            f"of the training set ({found.trainings:g} trainings in all): they explain the training "
+            f"procedure, not one file of weights. Predictions are those of {who}."
+        )
+
+
+def models_to_explain(
+    task: Task,
+    model: nn.Module | None,
+    *,
+    seed: int,
+    store: str | Path | None,
+    retrainings: int,
+    parts: int,
+    train_function: TrainFunction | None,
+    device: torch.device | str,
+    n_jobs: int,
+) -> ExplainedModels:
+    """Train what is missing.
+
+    Args:
+        task: Data, network and training settings.
+        model: A trained model; None trains one, unless there are retrainings.
+        seed: Of the training; with retrainings, of the partitions too.
+        store: Folder where trained models are kept; None keeps nothing.
+        retrainings: Partitions, on each part of which a model is trained; 0 for none.
+        parts: Of each partition.
+        train_function: As for `retrain`; None trains as the task says.
+        device: Where models are trained.
+        n_jobs: As for `retrain`.
+
+    Raises:
+        ValueError: `retrainings` is negative, or `train_function` without retrainings.
+    """
+    check_retrainings(retrainings, train_function)
+    if not retrainings:
+        model = train_attributed(task, seed, store, device=device) if model is None else model
+        return ExplainedModels(model, None, True, parts)
+    if train_function is None:
+        found = cross_fit(task, seed, retrainings, store, Split(parts), n_jobs=n_jobs, device=device)
+    else:
+        n, how = task.n_train, {"parts": parts, "repeats": retrainings, "seed": seed}
+        found = retrain(train_function, n, store=store, n_jobs=n_jobs, **how)  # type: ignore[arg-type]
+    network = task.build_model().to(device).eval() if model is None else model
+    return ExplainedModels(network, found, model is not None, parts)
+
+
+def check_retrainings(retrainings: int, train_function: TrainFunction | None) -> None:
+    """Refuse a negative number, and a function that would not be called."""
+    whole_number("retrainings", retrainings, 0)
+    if train_function is not None and not retrainings:
+        raise bad_value("train_function", "be left out without `retrainings`", repr(train_function))
+
+
+def planned_models(
+    task: Task,
+    *,
+    given: bool,
+    seed: int,
+    store: str | Path,
+    retrainings: int,
+    parts: int,
+    train_function: TrainFunction | None,
+    device: torch.device | str,
+    n_jobs: int,
+) -> Sequence[str]:
+    """What `models_to_explain` would train, in sentences; `given` says that there is a model already."""
+    check_retrainings(retrainings, train_function)
+    if not retrainings:
+        if given:
+            return ["The model is given: nothing is trained."]
+        return [str(estimate_attributed([(task, seed)], store, purpose="attributed model", device=device))]
+    cost = f"This costs {retrainings} training{'s' * (retrainings > 1)} on the whole training set."
+    if train_function is None:
+        split = Split(parts)
+        found = estimate_cross_fitted(task, [seed], retrainings, store, split, n_jobs=n_jobs, device=device)
+        return [str(found), cost]
+    jobs = part_trainings(task.n_train, parts, retrainings, seed)
+    n_stored = stored_trainings(train_function, jobs, store)
+    return [
+        f"{len(jobs)} trainings by your function on {len(jobs[0].rows)} of {task.n_train} examples each: "
+        f"{n_stored} are in the store, {len(jobs) - n_stored} are to do.",
+        cost,
+    ]
+
+
+def reliabilities(method: STRIDE, batch: tuple[Tensor, Tensor]) -> list[float | None]:
+    """Of each test point; None in a process group, if it would take too much memory, or is not defined."""
+    n = len(batch[1])
+    closed = isinstance(method.operators, ClosedForm)
+    large = method.n_train_ * method.n_features_ > _LARGEST_FEATURES
+    if in_group() or (len(method._checkpoints()) == 1 and (large or not closed)):
+        return [None] * n
+    return [None if math.isnan(value) else value for value in reliability(method, batch).tolist()]

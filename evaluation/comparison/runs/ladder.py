@@ -1,0 +1,234 @@
+"""One method at all retraining budgets, with the checkpoints and models that all methods share.
+
+Where a method has the choice it takes the out-of-sample residuals of `ClosedForm`. Its damping, and whether
+each checkpoint is brought to unit standard deviation, is chosen on the tuning half of the test points: once
+for the model alone, and once for averages, with the models of the first partition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ....recovery import refine
+from ...measures.cost import Cost, median_cost
+from ...measures.linear_datamodeling import LDSDifference, LDSResult, lds
+from ...retraining.attributed_models import log_epochs
+from ...retraining.task_parts import Split
+from ..shared.methods import METHODS, MethodSpec
+from ..shared.question import Question
+from ..shared.score_cache import Answer
+from ..shared.shared import Shared
+from .lds import forward_pass, retrained
+from .on_models import Chosen, OnModels, choose
+
+#: What the name of a row with out-of-sample residuals ends in.
+OUT_OF_SAMPLE = ", out-of-sample residuals"
+#: Models that `refine` needs at least.
+_FEWEST_MEASURED = 3
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """One method at one budget.
+
+    Attributes:
+        name: The method.
+        source: What its scores are averaged over: "last checkpoint", "checkpoints", "cross-fitted" or
+            "refined" (cross-fitted, and corrected by the responses of the same models).
+        trainings: Cost in trainings on the whole training set, beside that of the attributed model.
+        n_models: Models or checkpoints that answer.
+        options: The options that the tuning half chose.
+        normalize: As for `influence`, chosen likewise.
+        lds: Linear datamodeling score.
+        against_first: LDS of the first method with the same models less this one's; None for the first.
+        over_last: This LDS less that of the method with the last checkpoint; None for the last checkpoint.
+        cost: Medians over the attributed models.
+    """
+
+    name: str
+    source: str
+    trainings: float
+    n_models: int
+    options: Mapping[str, Any]
+    normalize: str | None
+    lds: LDSResult
+    against_first: LDSDifference | None
+    over_last: LDSDifference | None
+    cost: Cost
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            **{k: v for k, v in vars(self).items() if k not in ("lds", "cost", "against_first", "over_last")},
+            "lds": self.lds.to_dict(),
+            "cost": self.cost.to_dict(),
+            "first_method_less_this": _ends(self.against_first),
+            "this_less_last_checkpoint": _ends(self.over_last),
+        }
+
+
+def _ends(gap: LDSDifference | None) -> dict[str, Any] | None:
+    if gap is None:
+        return None
+    return {
+        "value": gap.value,
+        "interval": None if gap.interval is None else [gap.interval.low, gap.interval.high],
+    }
+
+
+def contender(name: str, question: Question) -> MethodSpec:
+    """The row of a method with out-of-sample residuals, if it has one, with a grid over its damping alone."""
+    own = question.usable.get(name)
+    if own is not None and name not in METHODS:
+        return own
+    tuned = {"STRIDE": "STRIDE (tuned)"}.get(name, name + OUT_OF_SAMPLE)
+    spec = METHODS.get(tuned, METHODS[name])
+    dampings = list(dict.fromkeys(point["damping"] for point in spec.grid if "damping" in point))
+    own_grid = [{}] if tuned in METHODS else spec.grid
+    return replace(spec, name=name, grid=[{"damping": d} for d in dampings] or own_grid)
+
+
+def repeats_for(budget: float, split: Split, epochs: int) -> int:
+    """Partitions that a budget pays, if a training on everything has this many epochs."""
+    return round(budget / split.trainings(1, epochs))
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """One method at all budgets."""
+
+    spec: MethodSpec
+    shared: Shared
+    split: Split
+    budgets: Sequence[float]
+    refined: bool
+
+    def rows(self) -> Iterator[BudgetRow]:
+        """From the cheapest to the dearest."""
+        epochs = self.shared.question.task.training.epochs
+        averages: tuple[Chosen, str | None] | None = None
+        if 0 in self.budgets:
+            yield self._alone()
+            if log_epochs(epochs):
+                averages, n = self._chosen_for_averages(), len(log_epochs(epochs)) + 1
+                yield self._row("checkpoints", 0.0, n, averages, [self._answers(self._along, averages)])
+        paid = [repeats_for(b, self.split, epochs) for b in self.budgets if b]
+        if not paid:
+            return
+        averages = averages or self._chosen_for_averages()
+        answers: list[list[Answer]] = []
+        for repeats in paid:
+            for i in range(len(answers), repeats):
+                answers.append(self._answers(partial(self._partition, i), averages))
+            yield from self._cross_fitted(repeats, averages, answers)
+
+    @property
+    def _names(self) -> list[str]:
+        return list(self.shared.models)
+
+    def _along(self, name: str) -> list[Any]:
+        return self.shared.along(name, log_epochs(self.shared.question.task.training.epochs))
+
+    def _partition(self, i: int, name: str) -> list[Any]:
+        models = self.shared.cross_fitted[self.split][name]
+        return models.checkpoints[i * self.split.parts : (i + 1) * self.split.parts]
+
+    def _method(self, checkpoints: Any, normalize: str | None, grid: Sequence[Mapping[str, Any]]) -> OnModels:
+        spec = replace(self.spec, grid=grid)
+        return OnModels(spec, self.shared, forward_pass(self.shared), checkpoints, normalize)
+
+    def _grid(self, residuals: str) -> list[dict[str, Any]]:
+        """With the residuals that one model, or an average, is best with (see `ClosedForm`)."""
+        takes = f"{self.spec.name}{OUT_OF_SAMPLE}" in METHODS
+        return [{**point, **({"residuals": residuals} if takes else {})} for point in self.spec.grid]
+
+    def _alone(self) -> BudgetRow:
+        method = self._method(lambda name: None, None, self._grid("both"))
+        chosen = choose(method, retrained(self.shared))
+        answers = method.answers(chosen.methods, self.shared.question.reported)
+        return self._row("last checkpoint", 0.0, 1, (chosen, None), [answers])
+
+    def _chosen_for_averages(self) -> tuple[Chosen, str | None]:
+        """Chosen with the first models that are averaged: those of one partition, or checkpoints."""
+        source = partial(self._partition, 0) if any(self.budgets) else self._along
+        grid = self._grid("temperature")
+        found: list[tuple[Chosen, str | None]] = []
+        for normalize in (None, "deviation"):
+            method = self._method(source, normalize, grid)
+            found.append((choose(method, retrained(self.shared), always=True), normalize))
+        return max(found, key=lambda pair: pair[0].value)
+
+    def _answers(self, checkpoints: Any, averages: tuple[Chosen, str | None]) -> list[Answer]:
+        method = self._method(checkpoints, averages[1], [averages[0].options])
+        return method.answers(method.build(averages[0].options), self.shared.question.reported)
+
+    def _cross_fitted(
+        self, repeats: int, averages: tuple[Chosen, str | None], answers: list[list[Answer]]
+    ) -> Iterator[BudgetRow]:
+        trainings = self.split.trainings(repeats, self.shared.question.task.training.epochs)
+        n_models = repeats * self.split.parts
+        row = self._row("cross-fitted", trainings, n_models, averages, answers[:repeats])
+        yield row
+        if self.refined and n_models >= _FEWEST_MEASURED:
+            scores = _means(answers[:repeats])
+            better = [self._refined(*pair, n_models) for pair in zip(self._names, scores, strict=True)]
+            yield replace(row, source="refined", lds=self._lds(better))
+
+    def _refined(self, name: str, scores: NDArray[Any], n_models: int) -> NDArray[Any]:
+        question, models = self.shared.question, self.shared.cross_fitted[self.split][name]
+        x, y = (t[question.reported.start : question.reported.stop] for t in question.task.test.tensors)
+        measured = models.measured(self.shared.models[name], (x, y))
+        return refine(scores, models.membership[:n_models], measured[:, :n_models]).scores.numpy()
+
+    def _row(
+        self,
+        source: str,
+        trainings: float,
+        n_models: int,
+        chosen: tuple[Chosen, str | None],
+        answers: Sequence[Sequence[Answer]],
+    ) -> BudgetRow:
+        """From the answers of each partition (or of one source), each of all attributed models."""
+        n_queries = len(self.shared.question.reported)
+        costs = [
+            _total([answer.cost(n_queries) for answer in of_one]) for of_one in zip(*answers, strict=True)
+        ]
+        return BudgetRow(
+            name=self.spec.name,
+            source=source,
+            trainings=trainings,
+            n_models=n_models,
+            options=dict(chosen[0].options),
+            normalize=chosen[1],
+            lds=self._lds(_means(answers)),
+            against_first=None,
+            over_last=None,
+            cost=median_cost(costs),
+        )
+
+    def _lds(self, scores: Sequence[NDArray[Any]]) -> LDSResult:
+        halves = retrained(self.shared)
+        n_resamples = self.shared.question.n_resamples
+        return lds(list(scores), halves.membership, halves.reported, n_resamples=n_resamples)
+
+
+def _means(answers: Sequence[Sequence[Answer]]) -> list[NDArray[Any]]:
+    """Scores of each attributed model, averaged over partitions."""
+    return [np.mean([answer.values for answer in of_one], axis=0) for of_one in zip(*answers, strict=True)]
+
+
+def _total(costs: Sequence[Cost]) -> Cost:
+    """Of methods that are fitted and asked one after the other."""
+    peaks = [cost.peak_bytes for cost in costs if cost.peak_bytes is not None]
+    return replace(
+        costs[0],
+        fit_seconds=sum(cost.fit_seconds for cost in costs),
+        query_seconds=sum(cost.query_seconds for cost in costs),
+        peak_bytes=max(peaks, default=None),
+    )

@@ -1,0 +1,131 @@
+"""LDS against the retraining budget: every method with the same checkpoints and the same models of parts.
+
+A budget of 0 is the attributed model alone, and the checkpoints along its training. A budget of B trainings
+is spent on models that are trained on the parts of random partitions (cross-fitting): as many examples times
+epochs as B trainings on everything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ....errors import bad_choice, bad_value, whole_number
+from ...measures.linear_datamodeling import difference
+from ...retraining.estimate import RetrainingEstimate
+from ...retraining.task_parts import Split
+from ...tasks.new_network import built
+from ..shared.measure import Measure
+from ..shared.methods import METHODS
+from ..shared.question import Question
+from ..shared.shared import Shared
+from .ladder import BudgetRow, Ladder, contender, repeats_for
+from .lds import halves_estimate
+
+#: Compared unless methods are named.
+DEFAULT = ("STRIDE", "EKFAC", "TRAK", "DiagonalEKFAC", "TracIn")
+
+
+class Retrainings(Measure):
+    """The ladder from no retraining to as many as are asked for.
+
+    Its options are `budgets` in trainings on the whole training set, `parts` of each partition, `epochs` of
+    a training on a part (None for those of the task), `methods` by name, `up_to` (by method, the highest
+    budget at which it is measured) and `refined` (methods whose scores are also corrected by `refine`).
+    """
+
+    name = "retrainings"
+    defaults: Mapping[str, Any] = {
+        "budgets": (0, 1, 2, 5, 10),
+        "parts": 2,
+        "epochs": None,
+        "methods": DEFAULT,
+        "up_to": {"EKFAC": 5},
+        "refined": ("STRIDE",),
+    }
+    on_halves = True
+    fewest_subsets = 3
+
+    def check(self, question: Question) -> None:
+        """Refuse budgets that are not whole partitions, and methods that do not exist."""
+        settings, epochs = self.settings(question), question.task.training.epochs
+        at = f"measures[{self.name!r}]"
+        whole_number(f"{at}['parts']", settings["parts"], 2)
+        if settings["parts"] > question.task.n_train:
+            must = f"be at most n_train = {question.task.n_train}"
+            raise bad_value(f"{at}['parts']", must, settings["parts"])
+        if settings["epochs"] is not None:
+            whole_number(f"{at}['epochs']", settings["epochs"], 1)
+        budgets = settings["budgets"]
+        if not isinstance(budgets, Sequence) or not budgets:
+            raise bad_value(f"{at}['budgets']", "be a sequence of numbers", repr(budgets))
+        each = _split(settings, epochs).trainings(1, epochs)
+        for budget in budgets:
+            if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 <= budget < math.inf:
+                raise bad_value(f"{at}['budgets']", "hold numbers of at least 0", repr(budget))
+            if not _is_whole(budget / each):
+                must = f"be multiples of {each:g}, which one partition costs"
+                raise bad_value(f"{at}['budgets']", must, budget)
+        if not settings["methods"]:
+            raise bad_value(f"{at}['methods']", "name at least one method", "none")
+        for name in (*settings["methods"], *settings["refined"], *settings["up_to"]):
+            if name not in METHODS and name not in question.usable:
+                raise bad_choice(f"{at}['methods']", name, list(METHODS))
+        network = built(question.task).eval()
+        for name in set(settings["methods"]) - METHODS.keys():
+            spec, kept = contender(name, question), {"checkpoints": [network.state_dict()] * 2}
+            try:
+                spec(network, question.task.train, {**spec.grid[0], **kept})
+            except TypeError as error:
+                must = "hold methods whose `build` takes the option `checkpoints`"
+                raise bad_value(f"{at}['methods']", must, f"{name!r} ({error})") from error
+
+    def partitions(self, question: Question) -> dict[Split, int]:
+        """As many as the highest budget pays."""
+        settings, epochs = self.settings(question), question.task.training.epochs
+        split = _split(settings, epochs)
+        return {split: repeats_for(max(settings["budgets"]), split, epochs)}
+
+    def wants_checkpoints(self, question: Question) -> bool:
+        """A budget of 0 has them."""
+        return 0 in self.settings(question)["budgets"]
+
+    def trainings(self, shared: Shared) -> list[RetrainingEstimate]:
+        """The halves that judge, the attributed models, their checkpoints, and the models of parts."""
+        return [shared.once(halves_estimate), *shared.model_estimates]
+
+    def run(self, shared: Shared) -> list[BudgetRow]:
+        """A row for each method and budget."""
+        question, settings = shared.question, self.settings(shared.question)
+        rows: list[BudgetRow] = []
+        for name in settings["methods"]:
+            spec = contender(name, question)
+            if not spec.available:
+                shared.skipped[name] = f"needs {spec.needs}"
+                continue
+            most = settings["up_to"].get(name, math.inf)
+            budgets = sorted({b for b in settings["budgets"] if b <= most})
+            split = _split(settings, question.task.training.epochs)
+            ladder = Ladder(spec, shared, split, budgets, name in settings["refined"])
+            first = {(row.source, row.trainings): row for row in rows if row.name == rows[0].name}
+            last: BudgetRow | None = None
+            for row in ladder.rows():
+                other = first.get((row.source, row.trainings))
+                row = replace(
+                    row,
+                    against_first=None if other is None else difference(other.lds, row.lds),
+                    over_last=None if last is None else difference(row.lds, last.lds),
+                )
+                last = last or (row if row.source == "last checkpoint" else None)
+                rows.append(row)
+        return rows
+
+
+def _split(settings: Mapping[str, Any], epochs: int) -> Split:
+    return Split(settings["parts"], None if settings["epochs"] == epochs else settings["epochs"])
+
+
+def _is_whole(n: float) -> bool:
+    return abs(n - round(n)) < 1e-6

@@ -1,0 +1,330 @@
+"""LDS against the retraining budget: what is trained, who is given what, and what each row is."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+
+from stride_captum import STRIDE, refine
+from stride_captum.adapters import Random
+from stride_captum.evaluation import MethodSpec, TaskTraining, compare, load_task
+from stride_captum.evaluation.comparison.compare import answer, planned_trainings
+from stride_captum.evaluation.comparison.plan import settle
+from stride_captum.evaluation.comparison.runs import ladder
+from stride_captum.evaluation.comparison.runs.retrainings import Retrainings
+from stride_captum.evaluation.comparison.shared.methods import adapter
+from stride_captum.evaluation.comparison.shared.shared import Shared
+from stride_captum.evaluation.measures.linear_datamodeling import lds
+from stride_captum.evaluation.report.budget_figure import budget_steps
+from stride_captum.evaluation.report.html import write_comparison
+from stride_captum.evaluation.retraining import attributed_models, cross_fitting, task_parts, workers
+from stride_captum.evaluation.retraining.attributed_models import train_attributed
+from stride_captum.evaluation.retraining.plan import RetrainingPlan
+from stride_captum.evaluation.retraining.task_parts import HALVES, Split, cross_fit
+from stride_captum.evaluation.tasks.networks import TrainingSettings
+
+EPOCHS = 4
+FEW = {"n_subsets": 8, "n_seeds": 1, "n_models": 1, "n_test": 20, "n_jobs": 1, "engine": "processes"}
+SCHEMA = json.loads(
+    (resources.files("stride_captum.evaluation.report") / "templates/results.schema.json").read_text("utf-8")
+)
+
+
+@pytest.fixture(scope="module")
+def task():
+    training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=EPOCHS)
+    return load_task("synthetic", preset="smoke", training=training)
+
+
+@pytest.fixture(scope="module")
+def found(task, tmp_path_factory):
+    """A ladder over two methods."""
+    store = tmp_path_factory.mktemp("ladder")
+    names = ["STRIDE", "TracIn"]
+    result = compare(names, task, store=store, measures=["lds"], retrainings=[0, 1, 2], n_resamples=20, **FEW)
+    return store, result
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The number of examples and epochs of each training."""
+    seen = []
+    for module in (attributed_models, workers, task_parts):
+
+        def counted(build_model, x, y, training, seed, _train=module.train_model, **options):
+            seen.append((len(x), training.epochs))
+            return _train(build_model, x, y, training, seed, **options)
+
+        monkeypatch.setattr(module, "train_model", counted)
+    return seen
+
+
+class TestTrainings:
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("methods", "settings", "n_parts"),
+        [
+            (["STRIDE"], {"budgets": [0, 1, 2]}, 2 * 2),
+            # The row's halves are the first ones of the ladder, and are not trained twice.
+            (["STRIDE", "STRIDE, cross-fitted"], {"budgets": [2]}, 2 * 2),
+            (["STRIDE", "STRIDE, cross-fitted"], {"budgets": [1], "parts": 3}, 3 + 2),
+            (["STRIDE"], {"budgets": [0.5, 1.0], "epochs": 2}, 2 * 2),
+        ],
+    )
+    def test_are_counted_before_they_are_done(self, task, tmp_path, trained, methods, settings, n_parts):
+        measures = {"lds": {}, "retrainings": {"methods": ["STRIDE"], **settings}}
+        question = settle(methods, task, store=tmp_path, measures=measures, **FEW)
+        planned = planned_trainings(question)
+        parts = [estimate for estimate in planned if estimate.purpose.startswith("cross-fitted")]
+        assert sum(estimate.n_missing for estimate in parts) == n_parts
+        trained.clear()  # of the epochs that were timed
+        rows = answer(question).retrainings
+        assert sum(estimate.n_missing for estimate in planned) == len(trained)
+        assert sum(estimate.n_missing for estimate in planned_trainings(question)) == 0
+        # Examples times epochs of all parts of the highest budget, in trainings on everything.
+        wanted = settings.get("epochs", EPOCHS)
+        n = task.n_train // settings.get("parts", 2)
+        halves = [(size, epochs) for size, epochs in trained if (size, epochs) == (n, wanted)]
+        judged = 0 if (n, wanted) != (task.n_train // 2, EPOCHS) else FEW["n_subsets"]
+        cost = sum(size * epochs for size, epochs in halves[judged:]) / (task.n_train * EPOCHS)
+        assert max(row.trainings for row in rows) == pytest.approx(cost) == max(settings["budgets"])
+
+    def test_subsets_that_judge_are_refused(self, task, tmp_path, monkeypatch):
+        question = settle(["STRIDE"], task, store=tmp_path, retrainings=[1], **FEW)
+        judge = question.halves.membership[3]
+        rest = sparse.csr_matrix(1 - judge.toarray())
+        monkeypatch.setattr(
+            cross_fitting, "partition", lambda *args, **options: sparse.vstack([judge, rest]).tocsr()
+        )
+        with pytest.raises(ValueError, match="hold subsets whose models have not entered the scores; got 1"):
+            answer(question)
+
+    @pytest.mark.slow
+    def test_a_method_that_memorizes_its_halves_gains_nothing(self, task, tmp_path):
+        def noise(checkpoint, n):
+            """What it says of a half, `(n,)`."""
+            return torch.randn(n, generator=torch.Generator().manual_seed(sum(checkpoint.seen)))
+
+        class Memorizer(Random):
+            """Its scores add up to noise of its own on each half that it is given."""
+
+            def influence(self, inputs, *args, **options):
+                total = torch.zeros(len(inputs[1]), task.n_train)
+                for checkpoint in self.checkpoints:
+                    signs = torch.full((task.n_train,), -1.0)
+                    signs[list(checkpoint.seen)] = 1.0
+                    total += noise(checkpoint, len(total))[:, None] * signs
+                return total
+
+        spec, few = MethodSpec("Memorizer", adapter(Memorizer)), {**FEW, "n_subsets": 60}
+        measures = {"retrainings": {"budgets": [4], "methods": ["Memorizer"]}}
+        question = settle([spec], task, store=tmp_path, measures=measures, n_resamples=0, **few)
+        (row,) = Retrainings().run(Shared(question))
+        models = cross_fit(task, 0, 4, tmp_path)
+        method = Memorizer(task.build_model(), task.train, checkpoints=models.checkpoints)
+        scores = method.influence(tuple(t[:10] for t in task.test.tensors))
+        own = torch.stack([noise(checkpoint, 10) for checkpoint in models.checkpoints]).numpy()
+        own -= own.reshape(4, 2, 10)[:, ::-1].reshape(8, 10)  # less that of the half left out
+        assert lds(scores, models.membership, own, n_resamples=0).value > 0.9
+        assert abs(row.lds.value) < 0.15
+
+
+class TestRows:
+    def test_budgets_sources_and_costs(self, found):
+        rows = found[1].retrainings
+        steps = [(row.source, row.trainings, row.n_models) for row in rows if row.name == "STRIDE"]
+        assert steps == [
+            ("last checkpoint", 0.0, 1),
+            ("checkpoints", 0.0, 4),  # epochs 1, 2, 3 and the last
+            ("cross-fitted", 1.0, 2),
+            ("cross-fitted", 2.0, 4),
+            ("refined", 2.0, 4),
+        ]
+        assert [(r.source, r.trainings) for r in rows if r.name == "TracIn"] == [s[:2] for s in steps[:4]]
+        assert all(row.against_first is None for row in rows[:5])
+        assert all(row.against_first is not None for row in rows[5:])
+        assert [row.over_last is None for row in rows] == [True, *[False] * 4, True, *[False] * 3]
+        last, two = rows[0], rows[3]
+        assert two.over_last.value == pytest.approx(two.lds.undefined_as_zero - last.lds.undefined_as_zero)
+        assert rows[8].against_first.value == pytest.approx(
+            two.lds.undefined_as_zero - rows[8].lds.undefined_as_zero
+        )
+        assert two.cost.fit_seconds > rows[2].cost.fit_seconds
+
+    def test_scores_are_those_of_a_method_that_is_given_all_models(self, found, task):
+        store, result = found
+        row = next(r for r in result.retrainings if r.trainings == 2 and r.source == "cross-fitted")
+        refined = next(r for r in result.retrainings if r.source == "refined")
+        models, model = cross_fit(task, 0, 2, store), train_attributed(task, 0, store)
+        batch = tuple(t[10:20] for t in task.test.tensors)
+        method = STRIDE(model, task.train, checkpoints=models.checkpoints, operators=_operators(row))
+        scores = method.influence(batch, normalize=row.normalize)
+        plan = settle(["STRIDE"], task, store=store, **FEW).halves
+        margins = _margins(plan, task)[:, 10:]
+        assert row.lds.value == pytest.approx(lds(scores, plan.membership, margins, n_resamples=0).value)
+        better = refine(scores, models.membership, models.measured(model, batch)).scores
+        wanted = lds(better, plan.membership, margins, n_resamples=0).value
+        assert refined.lds.value == pytest.approx(wanted, abs=1e-6)
+
+    def test_scores_are_refined_by_the_models_that_were_paid(self, found, task, monkeypatch):
+        store, given = found[0], []
+
+        def spied(scores, membership, measured):
+            given.append((membership, measured))
+            return refine(scores, membership, measured)
+
+        monkeypatch.setattr(ladder, "refine", spied)
+        measures = {"retrainings": {"budgets": [1, 2, 3], "methods": ["STRIDE"]}}
+        question = settle(["STRIDE"], task, store=store, measures=measures, n_resamples=0, **FEW)
+        rows = Retrainings().run(Shared(question))
+        assert [row.trainings for row in rows if row.source == "refined"] == [2.0, 3.0]
+        models, model = cross_fit(task, 0, 3, store), train_attributed(task, 0, store)
+        wanted = models.measured(model, tuple(t[10:20] for t in task.test.tensors))
+        for (membership, measured), n in zip(given, (4, 6), strict=True):
+            assert np.array_equal(membership.toarray(), models.membership[:n].toarray())
+            np.testing.assert_allclose(measured, wanted[:, :n])
+
+    @pytest.mark.slow
+    def test_all_methods_have_the_same_models(self, task, tmp_path):
+        given: dict[str, list[list[bytes]]] = {"a": [], "b": []}
+
+        def spy(name):
+            def build(model, data, options):
+                states = [getattr(c, "weights", c) for c in options.get("checkpoints", [])]
+                given[name].append([next(iter(s.values())).numpy().tobytes() for s in states])
+                return Random(model, data, checkpoints=options.get("checkpoints"))
+
+            return MethodSpec(name, build, cache_key=name)
+
+        compare(
+            [spy("a"), spy("b")], task, store=tmp_path, measures=["lds"], retrainings=[0, 2], n_resamples=0,
+            **FEW,
+        )  # fmt: skip
+        assert given["a"] == given["b"]
+        assert {len(states) for states in given["a"]} >= {0, 4, 2}
+
+    @pytest.mark.slow
+    def test_options_are_chosen_once_for_averages_and_once_for_one_model(self, task, tmp_path):
+        measures = {"lds": {}, "retrainings": {"methods": ["DiagonalEKFAC"], "budgets": [0, 1, 2]}}
+        rows = compare(["Random"], task, store=tmp_path, measures=measures, n_resamples=0, **FEW).retrainings
+        assert rows[0].options["residuals"] == "both"
+        assert rows[0].normalize is None
+        averaged = {(*row.options.items(), row.normalize) for row in rows[1:]}
+        assert len(averaged) == 1
+        assert rows[1].options["residuals"] == "temperature"
+
+    @pytest.mark.slow
+    def test_a_method_that_takes_long_stops_at_its_budget(self, task, tmp_path):
+        measures = {"retrainings": {"methods": ["TracIn"], "budgets": [1, 2], "up_to": {"TracIn": 1}}}
+        rows = compare(["Random"], task, store=tmp_path, measures=measures, n_resamples=0, **FEW).retrainings
+        assert [row.trainings for row in rows] == [1.0]
+
+    @pytest.mark.slow
+    def test_tables_count_trainings(self, task, tmp_path):
+        names = ["STRIDE", "STRIDE, cross-fitted"]
+        rows = compare(names, task, store=tmp_path, measures=["lds"], n_resamples=0, **FEW).rows
+        assert [row.to_dict()["trainings"] for row in rows] == [0.0, 1.0]
+
+
+def _operators(row):
+    from stride_captum import ClosedForm
+
+    return ClosedForm(**row.options)
+
+
+def _margins(plan: RetrainingPlan, task):
+    from stride_captum.evaluation.measures.linear_datamodeling import margins
+
+    logits = plan.execute(1, False)
+    return margins(logits, task.test.tensors[1][: plan.n_test].numpy())[0]
+
+
+class TestReport:
+    def test_results_conform_and_the_page_has_the_picture(self, found, tmp_path):
+        results = json.loads(json.dumps(found[1].to_dict(), allow_nan=False))
+        jsonschema.validate(results, SCHEMA)
+        page = write_comparison(results, tmp_path / "report.html").read_text("utf-8")
+        assert "How much retraining is worth it?" in page
+        assert "cost in trainings on everything" in page
+        assert "STRIDE, refined" in page
+        for i, row in enumerate(results["retrainings"]):
+            for key in ("trainings", "n_models"):
+                assert f'data-path="/retrainings/{i}/{key}" data-value="{row[key]}"' in page
+        del results["retrainings"]
+        jsonschema.validate(results, SCHEMA)
+        without = write_comparison(results, tmp_path / "report.html").read_text("utf-8")
+        assert "How much retraining" not in without
+
+    def test_steps_go_from_the_cheapest_to_the_dearest(self, found):
+        rows = [row.to_dict() for row in found[1].retrainings]
+        assert budget_steps(rows[::-1]) == [
+            ("last checkpoint", 0.0),
+            ("checkpoints", 0.0),
+            ("cross-fitted", 1.0),
+            ("cross-fitted", 2.0),
+        ]
+
+    def test_a_frame_has_a_row_for_each_budget(self, found):
+        frame = found[1].frame("retrainings")
+        assert frame["trainings"].tolist() == [0, 0, 1, 2, 2, 0, 0, 1, 2]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"budgets": []}, r"must be a sequence of numbers; got \[\]"),
+            ({"budgets": [1, -1]}, "must hold numbers of at least 0; got -1"),
+            ({"budgets": ["1"]}, "must hold numbers of at least 0; got '1'"),
+            ({"budgets": [1.5]}, "must be multiples of 1, which one partition costs; got 1.5"),
+            ({"budgets": [0.5], "epochs": 3}, "must be multiples of 0.75, which one partition costs"),
+            ({"parts": 1}, "must be an integer of at least 2; got 1"),
+            ({"parts": 10_000}, "must be at most n_train = 300; got 10000"),
+            ({"epochs": 0}, "must be an integer of at least 1; got 0"),
+            ({"methods": []}, "must name at least one method; got none"),
+            ({"methods": ["STRIED"]}, "Nearest: 'STRIDE'"),
+        ],
+    )
+    def test_of_what_cannot_be_measured(self, task, tmp_path, settings, message):
+        with pytest.raises(ValueError, match=message):
+            settle(["STRIDE"], task, store=tmp_path, measures={"retrainings": settings}, **FEW)
+
+    def test_of_a_method_that_takes_no_checkpoints(self, task, tmp_path):
+        spec = MethodSpec("Stubborn", lambda model, data, options: Random(model, data, odd=options))
+        with pytest.raises(ValueError, match="methods whose `build` takes the option `checkpoints`; got"):
+            settle([spec], task, store=tmp_path, measures={"retrainings": {"methods": ["Stubborn"]}}, **FEW)
+
+    def test_named_methods_are_those_of_the_ladder(self, task, tmp_path):
+        names = ["TracIn", "STRIDE, cross-fitted", "TracIn, out-of-sample residuals"]
+        question = settle(names, task, store=tmp_path, retrainings=[1], **FEW)
+        assert question.measures["retrainings"]["methods"] == ["TracIn"]
+        assert question.partitions == {HALVES: 1}
+        assert not question.along
+
+    def test_the_epochs_of_the_task_are_no_other_split(self, task, tmp_path):
+        measures = {"retrainings": {"budgets": [1], "epochs": EPOCHS, "methods": ["STRIDE"]}}
+        assert settle(["STRIDE"], task, store=tmp_path, measures=measures, **FEW).partitions == {HALVES: 1}
+        measures["retrainings"]["epochs"] = 2
+        found = settle(["STRIDE"], task, store=tmp_path, measures=measures, **FEW).partitions
+        assert found == {Split(2, 2): 2}
+
+
+def test_trainings_of_other_lengths_have_other_names(task):
+    versions = {TaskTraining(task, **o).version for o in ({}, {"epochs": 2}, {"along": True})}
+    assert len(versions) == 3
+
+
+def test_measured_responses_of_a_binary_network_with_one_logit(tmp_path):
+    model = torch.nn.Linear(3, 1)
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 1, 1, 0, 1])
+    found = cross_fitting.retrain(lambda rows, seed: model, 10)
+    with torch.no_grad():
+        wanted = model(x)[:, 0].double().numpy() * np.array([-1, 1, 1, -1, 1])
+    np.testing.assert_allclose(found.measured(model, (x, y))[:, 0], wanted, rtol=1e-5)
