@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from stride_captum import STRIDE, Batch, ClosedForm, Trained
+from stride_captum import STRIDE, Batch, ClosedForm, Features, Trained
 from stride_captum.adapters import EKFAC, TRAK, DiagonalEKFAC, Random, Similarity, TracIn
 from stride_captum.losses import MSE, BinaryCrossEntropy, CrossEntropy
 from stride_captum.losses.positions import channels_last, position_rows
@@ -226,6 +226,23 @@ class TestClosedForm:
         assert fitted(*tagged[:2], "auto").fit().operators_.form == "matrix"
         few = TensorDataset(tagged[1].tensors[0][:, :2], tagged[1].tensors[1][:, 1:3])
         assert fitted(tagged[0], few, "auto").fit().operators_.form == "rows"
+
+    def test_its_cost_is_told_from_small_runs(self, tagged):
+        model, train, _ = tagged
+        many = TensorDataset(*(part.repeat(20, 1) for part in train.tensors))
+        estimate = fitted(model, many).estimate(n_test=5)
+        assert estimate.n_train == 20 * N_TRAIN
+        assert estimate.fit_seconds > 0
+
+    @pytest.mark.parametrize("form", ["rows", "matrix"])
+    def test_projected_features(self, tagged, form):
+        """A projection to as many dimensions as there are is a rotation, up to its own error."""
+        model, train, tests = tagged
+        wanted = fitted(model, train, form, features=Features(projection="pca", projection_width=11))
+        scores = wanted.influence(tests)
+        assert wanted.projection_error_ < 0.1
+        exact = fitted(model, train, form).influence(tests)
+        assert torch.corrcoef(torch.stack([scores.flatten(), exact.flatten()]))[0, 1] > 0.9
 
     def test_saved_and_loaded(self, tagged, tmp_path):
         for form in ("rows", "matrix"):

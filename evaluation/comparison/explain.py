@@ -160,7 +160,7 @@ def explain(
     Raises:
         IndexError: A test point that does not exist.
         ValueError: `k` is below 1, a device that is not there, inputs that are not finite, or a model that
-            does not give finite logits of all classes.
+            does not give finite logits of all classes, or a task without classes.
 
     >>> from stride_captum.evaluation import load_task
     >>> from stride_captum.evaluation.tasks.networks import TrainingSettings
@@ -173,6 +173,7 @@ def explain(
     """
     if k < 1:
         raise bad_value("k", "be at least 1", k)
+    task.need_classes("explain")
     device = None if device is None else existing_device(device)
     with first_rank_first():
         models = models_to_explain(

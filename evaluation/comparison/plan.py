@@ -268,7 +268,7 @@ def _check(question: Question) -> None:
             if count in question.measures[measure.name]:
                 given = question.measures[measure.name][count]
                 whole_number(f"measures[{measure.name!r}][{count!r}]", given, 1)
-        if not (question.task.has_classes or measure.on_halves or measure.name == "leakage"):
+        if not measure.takes(question.task):
             must = "be read off retrained halves, or leakage, for a task without classes"
             raise bad_value("measures", must, repr(measure.name))
         measure.check(question)

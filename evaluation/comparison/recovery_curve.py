@@ -134,6 +134,7 @@ def recovery_curve(
     """
     kinds = {k: Trained(subsets=RandomSubsets(k)) for k in ks}
     paper = Trained.paper(preset, **fitting(task.n_train))
+    task.need_classes("the recovery curve")
     check_task(task)
     plan = halves(task, store, 100, n_seeds, n_test)
     x_test, y_test = (t[: plan.n_test] for t in task.test.tensors)

@@ -110,6 +110,17 @@ class Task:
         """Whether each example has one class, and the loss is plain cross-entropy."""
         return is_plain(self.loss)
 
+    def need_classes(self, what: str) -> None:
+        """Refuse a task whose examples do not have one class each, for what shows or compares classes.
+
+        Raises:
+            ValueError: It has another loss.
+        """
+        if not self.has_classes:
+            must = f"have one class for each example for {what}"
+            remedy = "Ask the methods themselves, as STRIDE(model, task.train, loss=...)."
+            raise bad_value("task", must, f"{self.name!r} with loss={self.loss.name!r}", remedy)
+
     @property
     def n_classes(self) -> int:
         """Number of classes, from the labels of the training set."""

@@ -20,8 +20,8 @@ LARGEST = 400_000
 KEPT_METADATA = {"kernelspec", "language_info"}
 
 
-def test_there_are_eight_in_the_order_of_reading():
-    assert [path.name[0] for path in TUTORIALS] == list("12345678")
+def test_there_are_nine_in_the_order_of_reading():
+    assert [path.name[0] for path in TUTORIALS] == list("123456789")
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)

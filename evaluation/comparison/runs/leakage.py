@@ -92,7 +92,9 @@ def plant(task: Task, n_planted: int, *, kind: str = "exact", seed: int = 0) -> 
     check_planting(task, (n_planted,), (kind,), "n_planted")
     chosen = np.random.default_rng(seed).permutation(len(y_test))[:n_planted]
     x, y = task.train.tensors
-    copies = near_duplicate(x_test[chosen], kind, scale=float(x.std()), seed=seed)
+    copies = near_duplicate(
+        x_test[chosen], kind, scale=float(x.std() if x.is_floating_point() else 1.0), seed=seed
+    )
     train = TensorDataset(torch.cat([x, copies]), torch.cat([y, y_test[chosen]]))
     ids = None if task.ids is None else (*task.ids, *(f"copy of test point {i}" for i in chosen))
     leaked = replace(task, name=f"{task.name} with {n_planted} leaked ({kind})", train=train, ids=ids)
@@ -228,7 +230,7 @@ def answer_if_defined(
 ) -> Answer | None:
     """The scores of a batch; None where the method has no norms to normalise them with."""
     try:
-        return method.margins(batch, normalize)
+        return method.support(batch, normalize)
     except ValueError as error:
         if str(error).startswith("`normalize`"):
             return None
@@ -240,6 +242,10 @@ class Leakage(Measure):
 
     name = "leakage"
     defaults = defaults_of(measure_leakage)
+
+    def takes(self, task: Task) -> bool:
+        """Any task: a duplicate has the label that it has."""
+        return True
 
     def check(self, question: Question) -> None:
         """Refuse more examples than there are, and a kind of duplicates that does not exist."""

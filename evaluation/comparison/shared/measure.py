@@ -9,6 +9,7 @@ from typing import Any
 
 from ...retraining.estimate import RetrainingEstimate
 from ...retraining.task_parts import Split
+from ...tasks.tasks import Task
 from .question import Question
 from .shared import Shared
 
@@ -60,6 +61,10 @@ class Measure(ABC):
     def settings(self, question: Question) -> dict[str, Any]:
         """Its options: what the question gives, and defaults."""
         return {**self.defaults, **question.measures[self.name]}
+
+    def takes(self, task: Task) -> bool:
+        """Whether it can be measured on a task: one without classes has what is read off retrained halves."""
+        return task.has_classes or self.on_halves
 
     def check(self, question: Question) -> None:
         """Refuse what cannot work, before anything is trained.

@@ -137,6 +137,19 @@ class CachedMethod:
             lambda m: m.influence(batch, response=response, target="label", normalize=normalize),
         )
 
+    def support(self, batch: tuple[Tensor, Tensor], normalize: str | None = None) -> Answer:
+        """Scores `(n_test, n_train)` for the labels of test points: of margins, or minus those of the loss.
+
+        A response such as the output of a regression rises or falls with a duplicate; the loss falls.
+        """
+        if "margin" in self._task.loss.responses:
+            return self.margins(batch, normalize)
+        return self.ask(
+            f"minus the loss, normalize={normalize}",
+            batch,
+            lambda m: -m.influence(batch, response="loss", target="label", normalize=normalize),
+        )
+
     def ask(self, what: str, about: tuple[Tensor, ...], compute: Callable[[InfluenceMethod], Any]) -> Answer:
         """The answer to one question, from the store where it is there.
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from stride_captum.evaluation import compare, load_task
+from stride_captum.evaluation.comparison.explain import explain
 from stride_captum.evaluation.comparison.plan import settle
 from stride_captum.evaluation.retraining.store import Fingerprints
 from stride_captum.evaluation.retraining.training import logits_of, mean_residual, train_model
@@ -69,6 +70,17 @@ class TestEach:
         assert {"STRIDE", "EKFAC", "TRAK", "Random"} & {spec.name for spec in question.specs} >= {"STRIDE"}
         with pytest.raises(ValueError, match="`measures` must be read off retrained halves, or leakage"):
             settle(["STRIDE"], tasks[name], store=tmp_path, measures=["mislabel"], n_subsets=4, n_test=12)
+
+    def test_leaked_examples_are_found(self, tasks, name, tmp_path):
+        options = {"leakage": {"counts": (3,), "kinds": ("exact",)}}
+        sizes = {"n_models": 1, "n_test": 12, "n_jobs": 1, "n_resamples": 0}
+        result = compare(["STRIDE", "Random"], tasks[name], store=tmp_path, measures=options, **sizes)
+        ranks = {(row.name, row.normalize): row.result.mean_rank for row in result.leakage}
+        assert ranks["STRIDE", "cosine"] < ranks["Random", None]
+
+    def test_what_shows_classes_is_refused(self, tasks, name):
+        with pytest.raises(ValueError, match="`task` must have one class for each example for explain"):
+            explain(tasks[name])
 
     def test_data_of_another_kind_are_refused(self, tasks, name):
         with pytest.raises(ValueError, match="`data` must be left out for the task"):
