@@ -11,18 +11,22 @@ CORE_TESTS := tests/test_packaging.py tests/closed_form/test_curvature.py \
 # All cores, one thread each: workers that share a core wait for one another's threads.
 PARALLEL := -n auto --dist loadgroup
 
-.PHONY: demo test test-fast test-core test-lowest test-quanda test-dattri lint types notebooks docs clean
+.PHONY: demo test test-fast conformance test-core test-lowest test-quanda test-dattri lint types notebooks docs clean
 
 demo: $(VENV)/.eval
 	$(BIN)/stride-captum explain --task digits --out out/demo
 	$(BIN)/stride-captum compare --task digits --preset smoke --measure all --out out/demo/compare
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not matrix" --cov --cov-report=term
+
+# Every method against every law, for every loss.
+conformance: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m matrix tests/conformance tests/test_conformance_of_losses.py
 
 # While you work: a minute and a half on two cores.
 test-fast: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not matrix"
 
 test-core: $(VENV)/.eval
 	$(BIN)/python -m pip install --quiet --editable ".[vision]" "pytest>=8"

@@ -16,6 +16,7 @@ LOSSES = ("binary_cross_entropy", "mse")
 SUBJECTS = [subject for loss in LOSSES for subject in shipped_for(loss)]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("law", CHECKS)
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
 def test_every_method_keeps_every_law(subject, law):

@@ -37,12 +37,7 @@ class TokenModel(nn.Module):
 
 
 def bench_positions(repeats: int = 3, **sizes: int) -> list[dict[str, Any]]:
-    """A row for each form, in a process of its own: sizes, medians in seconds, ratios to the floors.
-
-    >>> rows = bench_positions(1, n_train=8, n_positions=4, n_features=8, n_outputs=3, n_test=2)
-    >>> [row["form"] for row in rows]
-    ['rows', 'matrix']
-    """
+    """A row for each form, in a process of its own: sizes, medians in seconds, ratios to the floors."""
     every = {**SIZES, **sizes}
     return [in_a_fresh_process(bench_form, form, repeats, **every) for form in ("rows", "matrix")]
 
@@ -56,7 +51,12 @@ def bench_form(
     n_outputs: int,
     n_test: int,
 ) -> dict[str, Any]:
-    """Measure one form in this process."""
+    """Measure one form in this process.
+
+    >>> row = bench_form("matrix", 1, n_train=8, n_positions=4, n_features=8, n_outputs=3, n_test=2)
+    >>> row["form"], row["n_train"]
+    ('matrix', 8)
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

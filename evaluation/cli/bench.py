@@ -16,6 +16,7 @@ from ..benchmarks.feature_store import PARTS, bench_store
 from ..benchmarks.gpu import PARTS as GPU_PARTS
 from ..benchmarks.gpu import bench_gpu, tables
 from ..benchmarks.peers import bench_peers
+from ..benchmarks.positions import SIZES, bench_positions
 from ..benchmarks.recovery import bench_lasso
 from ..benchmarks.retraining import CASES, bench_retraining
 from ..benchmarks.scalability.case import SCALED_METHODS
@@ -100,6 +101,26 @@ def bench_recovery_command(
         )
     title = "Lasso: seconds for all test points, in one run"
     show_rows(title, rows, out / "recovery.json", Console(quiet, as_json))
+
+
+@bench.command("positions")
+def bench_positions_command(
+    n_train: Annotated[int, typer.Option(help="Training examples.")] = SIZES["n_train"],
+    n_positions: Annotated[int, typer.Option(help="Positions of each.")] = SIZES["n_positions"],
+    test_points: Annotated[int, typer.Option(help="Test points of one call.")] = SIZES["n_test"],
+    repeats: Annotated[int, typer.Option(help="Timed repetitions; medians are reported.")] = 3,
+    out: Out = Path("out/bench"),
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Fit and query of the closed form on tokens, in both forms, against the products that they must do.
+
+    Example: stride-captum bench positions
+    """
+    with one_sentence_errors():
+        rows = bench_positions(repeats, n_train=n_train, n_positions=n_positions, n_test=test_points)
+    title = "Positions: medians in seconds, and ratios to the floors, in one run"
+    show_rows(title, rows, out / "positions.json", Console(quiet, as_json))
 
 
 @bench.command("retraining")

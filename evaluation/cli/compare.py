@@ -141,7 +141,7 @@ def compare_command(
         )
         sizes, measures = comparison_sizes(preset)
         own = {} if settings is None else json_object("settings", settings)
-        possible = {name for name, found in MEASURES.items() if found.takes(task)}
+        possible = {name for name, found in MEASURES.items() if found.takes(loaded)}
         every = [name for name in MEASURES if name in possible - {"retrainings"}]  # which has its own option
         wanted = every if measure and "all" in measure else tuple(measure or ("lds", "calibration"))
         given = {"n_subsets": subsets, "n_seeds": seeds, "n_models": models, "n_test": test_points}

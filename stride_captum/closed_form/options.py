@@ -48,6 +48,8 @@ class ClosedForm(Operators):
             by conjugate gradients). The last two cost n_classes products or more.
         threshold: The Lasso's alpha, which for singleton subsets is a soft threshold on the scores; 0 keeps
             them dense.
+        form: For examples with several positions, what is kept of each: "rows" (features and residuals of
+            every position), "matrix" (their summed products), or "auto", the one that takes less memory.
 
     >>> ClosedForm(damping=0.1, residuals="temperature").damping
     0.1

@@ -22,7 +22,7 @@ from ..errors import bad_value
 from ..operators import FittedOperators, TestPoints
 from ..positions import Positions
 from ..recovery import soft_threshold
-from ..system.memory import rows_that_fit
+from ..system.memory import blocks, rows_that_fit
 from ..system.saved_values import saved_as
 from ..system.to_device import working_dtype
 from .curvature import Term, score_block
@@ -155,15 +155,24 @@ class PositionOperators(FittedOperators):
     @override
     def position_scores(self, prepared: PositionQuery, example: int | None) -> Tensor:
         if example is None:
-            each = Positions(torch.ones(prepared.positions.n_rows, dtype=torch.int64))
-            apart = PositionQuery(prepared.rows, each, _matrices(prepared.rows.terms, each))
-            return prepared.positions.in_place(self._scores(apart, slice(None)), prepared.n_positions)
+            n_rows = prepared.positions.n_rows
+            parts = [self._of_each(prepared, rows) for rows in blocks(n_rows, self._rows_at_once)]
+            empty = prepared.matrices.new_zeros(0, self.n_train)
+            return prepared.positions.in_place(torch.cat([empty, *parts]), prepared.n_positions)
         if self.matrices is not None:
             must = "be 'rows' for scores of the positions of a training example"
             raise bad_value("form", must, repr(self.form), "Write operators=ClosedForm(form='rows').")
         one = slice(example, example + 1)
         products = self._products(prepared, self.positions.rows_of(one))
         return self.positions.of(one).in_place(prepared.positions.sum(products).T)[0].T
+
+    def _of_each(self, prepared: PositionQuery, rows: slice) -> Tensor:
+        """Scores of some positions of the test points, each on its own, `(n_rows, n_train)`."""
+        query = prepared.rows
+        terms = [(u[rows], v[rows]) for u, v in query.terms]
+        each = Positions(torch.ones(rows.stop - rows.start, dtype=torch.int64))
+        few = ClosedFormQuery(terms, query.phi[rows], query.gradients[rows])
+        return self._scores(PositionQuery(few, each, _matrices(terms, each)), slice(None))
 
     def _products(self, prepared: PositionQuery, rows: slice) -> Tensor:
         """Of pairs of a position of a test point and one of a training example."""

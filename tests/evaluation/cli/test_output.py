@@ -95,7 +95,7 @@ class TestCompletion:
     @pytest.mark.parametrize(
         ("words", "wanted"),
         [
-            (["explain", "--task", "d"], ["digits"]),
+            (["explain", "--task", "d"], ["digits", "diabetes", "digit-pairs"]),
             (["compare", "--preset", "s"], ["smoke", "small"]),
             (["compare", "--measure", "l"], ["lds", "linearized", "leakage"]),
             (["compare", "--measure", "a"], ["all"]),
