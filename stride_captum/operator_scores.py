@@ -80,7 +80,7 @@ class OperatorScores(TrainingFeatures):
     def _test_rows(self) -> int:
         """As many test points as fit the budget with their positions."""
         rows = super()._test_rows()
-        most = [state.operators.test_points_at_once() for state in self._states or []]
+        most: list[int | None] = [state.operators.test_points_at_once() for state in self._states or []]
         return min([rows, *(m for m in most if m is not None)])
 
     @override

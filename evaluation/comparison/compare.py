@@ -203,7 +203,7 @@ def _protocol(shared: Shared) -> dict[str, Any]:
         "options": chosen_options(shared),
         "response": response_in_words(task.loss),
         "models": {
-            name: mean_residual(model, *task.train.tensors, task.loss) for name, model in models.items()
+            name: mean_residual(model, *task.train.tensors, loss=task.loss) for name, model in models.items()
         },
         "n_resamples": question.n_resamples,
         "measures": question.measures,

@@ -118,4 +118,5 @@ def _left_out(
     blocks = positions.padded(torch.linalg.solve_triangular(factor, extended.T, upper=False).T)
     squares = as_float64(blocks @ blocks.transpose(1, 2)) / weight * positions.padded(omega)[:, None, :]
     eye = torch.eye(squares.shape[1], dtype=squares.dtype, device=squares.device)
-    return torch.linalg.solve(eye - squares, positions.padded(errors))[positions.filled(squares.device)]
+    solved: Tensor = torch.linalg.solve(eye - squares, positions.padded(errors))
+    return solved[positions.filled(squares.device)]

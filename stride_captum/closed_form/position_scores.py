@@ -143,7 +143,7 @@ class PositionOperators(FittedOperators):
         rows = self.positions.rows_of(columns)
         n_rows, n = rows.stop - rows.start, columns.stop - columns.start
         pairs = test.n_rows * n_rows * (width + n_outputs)
-        return pairs < (n_rows + len(test) * n) * width * n_outputs
+        return bool(pairs < (n_rows + len(test) * n) * width * n_outputs)
 
     def _of_pairs(self, prepared: PositionQuery, block: slice) -> Tensor:
         positions, products = (
