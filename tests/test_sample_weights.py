@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from stride_captum import STRIDE, Batch, ClosedForm
+from stride_captum import STRIDE, Batch, ClosedForm, RandomSubsets, Trained
 from stride_captum.adapters import EKFAC, TRAK, DiagonalEKFAC, TracIn
 from stride_captum.losses import BinaryCrossEntropy, CrossEntropy
 from stride_captum.responses import response_gradient
@@ -187,6 +187,12 @@ class TestGradientsOfTorch:
         z = torch.tensor([[60.0, 0.0]]).double()
         soft = CrossEntropy().residuals(z, torch.tensor([[1.0, 0.0]]).double())
         torch.testing.assert_close(soft, CrossEntropy().residuals(z, torch.tensor([0])), rtol=1e-14, atol=0)
+
+
+def test_trained_operators_take_no_weights(planted):
+    weighed = Batch(sample_weight=torch.ones(len(planted[1])))
+    with pytest.raises(ValueError, match="`operators` must"):
+        STRIDE(*planted[:2], operators=Trained(subsets=RandomSubsets(9)), batch=weighed).fit()
 
 
 class TestWhereWeightsStand:

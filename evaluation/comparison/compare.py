@@ -194,7 +194,7 @@ def _protocol(shared: Shared) -> dict[str, Any]:
         "n_test_tuning": question.reported.start,
         "n_test_reported": len(question.reported),
     }
-    models = shared.models_so_far
+    models, (x, y) = shared.models_so_far, task.train.tensors
     return {
         "n_train": task.n_train,
         **(on_halves if question.on_halves else dict.fromkeys(on_halves, 0)),
@@ -202,9 +202,7 @@ def _protocol(shared: Shared) -> dict[str, Any]:
         "subset_size": task.n_train // 2,
         "options": chosen_options(shared),
         "response": response_in_words(task.loss),
-        "models": {
-            name: mean_residual(model, *task.train.tensors, loss=task.loss) for name, model in models.items()
-        },
+        "models": {name: mean_residual(model, x, y, task.loss) for name, model in models.items()},
         "n_resamples": question.n_resamples,
         "measures": question.measures,
         "training": asdict(task.training),

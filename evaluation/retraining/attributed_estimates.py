@@ -103,7 +103,8 @@ def estimate_spiked(
             state, _ = run_store.read_state(paths[-1], network)
             if state is not None:
                 network.load_state_dict(state)
-                if mean_residual(network.eval(), *task.train.tensors, loss=task.loss) > SPIKE:
+                x, y = task.train.tensors
+                if mean_residual(network.eval(), x, y, task.loss) > SPIKE:
                     break
         else:
             seed, at_most = first, "the first with a spike of its loss ends each search"

@@ -645,6 +645,23 @@ class TestWhatLayersMayBe:
             named_taps(model, ["noise"], batch(noise(N, 4)))
 
 
+def test_a_module_with_two_names_is_read_under_either():
+    torch.manual_seed(0)
+    shared = nn.Linear(4, 4)
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = shared, shared, nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.second(x)))
+
+    model, data = Twice().eval(), TensorDataset(torch.randn(9, 4), torch.arange(9) % 3)
+    scores = [STRIDE(model, data, layers=[name]).influence(data[:2]) for name in ("first", "second")]
+    assert torch.equal(*scores)
+
+
 class TestLayersThatGiveTheOutputs:
     def model(self, forward=lambda m, x: m.fc3(m.fc1(x).relu())):
         return net(forward, fc1=linear(4, 3), fc3=linear(3, 2))
