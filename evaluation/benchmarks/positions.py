@@ -39,7 +39,7 @@ class TokenModel(nn.Module):
 def bench_positions(repeats: int = 3, **sizes: int) -> list[dict[str, Any]]:
     """A row for each form, in a process of its own: sizes, medians in seconds, ratios to the floors."""
     every = {**SIZES, **sizes}
-    return [in_a_fresh_process(bench_form, form, repeats, **every) for form in ("rows", "matrix")]
+    return [in_a_fresh_process(partial(bench_form, form, repeats, **every)) for form in ("rows", "matrix")]
 
 
 def bench_form(
