@@ -46,8 +46,19 @@ def test_make_uses_all_cores_with_one_thread_each(target: str) -> None:
 
 
 def test_slow_tests_are_left_out_by_test_fast_alone(pytestconfig: pytest.Config) -> None:
-    assert recipe("test-fast").endswith('-m "not slow"')
+    assert recipe("test-fast").endswith('-m "not slow and not matrix"')
     assert "slow" not in recipe("test")
+
+
+def test_matrices_and_benchmarks_have_a_target_that_ci_runs(pytestconfig: pytest.Config) -> None:
+    assert '-m "not matrix"' in recipe("test")
+    assert recipe("conformance").endswith("-m matrix")
+    assert "make conformance" in (ROOT / ".ci/run").read_text(encoding="utf-8")
+    (described,) = (line for line in pytestconfig.getini("markers") if line.startswith("matrix:"))
+    assert "make conformance" in described
+
+
+def test_slow_tests_are_described(pytestconfig: pytest.Config) -> None:
     (described,) = (line for line in pytestconfig.getini("markers") if line.startswith("slow:"))
     assert "make test-fast" in described
     (told,) = re.findall(r"^make test-fast .*$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
