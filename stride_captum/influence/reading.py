@@ -170,7 +170,7 @@ class BatchReader(ModelSession):
         """Make the loss that of whole examples, if they have several positions: `SummedPositions`."""
         if self.takes_positions or isinstance(self.loss, SummedPositions):
             return
-        few = self._first_train_batch()
+        few = self._first_train_batch().first(2)
         with torch.no_grad():
             outputs = few.outputs(model)
         if has_positions(outputs):
