@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from .closed_form.fit import fit_closed_form
 from .closed_form.operators import ClosedFormOperators
 from .closed_form.options import ClosedForm
-from .data import inputs as data
 from .errors import bad_value, whole_number
 from .influence.method import InfluenceMethod
-from .influence.query import Query, check_query, checked_target
+from .influence.query import Query, check_query
 from .operators import TestPoints
 from .stride import STRIDE
 from .system.devices import as_float64
@@ -80,29 +79,28 @@ def reliability(
     n_splits = whole_number("n_splits", n_splits)
     response = method.response if response is None else response
     check_query(method.loss, response, None)
-    wanted = checked_target(method.target if target is None else target)
-    data.check_source(inputs, "inputs")
+    target = method.target if target is None else target
     if method.ranks is not SINGLE_PROCESS:
         raise bad_value("method", "have the whole training set in one process", repr(method), "Use STRIDE.")
-    found: list[Tensor] = []
     with exclusive(method):
         if method._states is None:
             method.fit()
-        several = len(method._checkpoints()) > 1
+        n_checkpoints = len(method._checkpoints())
+        several = n_checkpoints > 1
         halves = [] if several else _fitted_halves(method, n_splits, seed)
-        with method._session() as model:
-            method._check_unchanged()
-            for batch, query in method._queries(inputs, response, wanted):
-                if several:
-                    estimates = [_of_checkpoints(method, model, batch, query)]
-                else:
-                    points = method._points(method._states[0], model, batch, query)  # type: ignore
-                    estimates = [_of_halves(pair, points) for pair in halves]
-                agreements = [_agreement(method, scores, len(batch)) for scores in estimates]
-                k = len(method._checkpoints()) if several else 2
-                r = torch.stack(agreements).mean(0).clamp(min=0)
-                found.append(k * r / (1 + (k - 1) * r))
-    return torch.cat(found).cpu()
+
+        def of_batch(model: nn.Module, batch: Any, query: Query) -> Tensor:
+            if several:
+                estimates = [_of_checkpoints(method, model, batch, query)]
+            else:
+                points = method._points(method._states[0], model, batch, query)  # type: ignore
+                estimates = [_of_halves(pair, points) for pair in halves]
+            agreements = [_agreement(method, scores, len(batch)) for scores in estimates]
+            k = n_checkpoints if several else 2
+            r = torch.stack(agreements).mean(0).clamp(min=0)
+            return k * r / (1 + (k - 1) * r)
+
+        return torch.cat(method._for_each_query(inputs, response, target, of_batch)).cpu()
 
 
 def feature_halves(widths: Sequence[int], seed: int) -> tuple[list[Tensor], list[list[int]]]:
@@ -171,20 +169,10 @@ def _of_halves(pair: Sequence[_Half], points: TestPoints) -> _Scores:
 
 
 def _of_checkpoints(method: InfluenceMethod, model: nn.Module, batch: Any, query: Query) -> _Scores:
-    parts = []
-    for checkpoint, state, _ in method._fitted():
-        method._load(model, checkpoint)
-        parts.append((checkpoint, state, method.prepare_query(state, model, batch, query)))
-
-    def scores(columns: slice, train_batch: Any) -> Tensor:
-        found = []
-        for checkpoint, state, prepared in parts:
-            if method.reads_training_data:
-                method._load(model, checkpoint)
-            found.append(method.score_batch(state, prepared, columns, model, train_batch).detach())
-        return torch.stack(found)
-
-    return scores
+    parts = list(method._prepared(model, batch, query))
+    return lambda columns, train_batch: torch.stack(
+        [method._part_scores(model, part, columns, train_batch, True) for part in parts]
+    )
 
 
 def _agreement(method: InfluenceMethod, scores: _Scores, n_test: int) -> Tensor:

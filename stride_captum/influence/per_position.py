@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data import inputs as data
 from ..data.places import places
 from ..errors import bad_value
-from ..system.locks import exclusive
-from .query import check_query, checked_target
+from .query import Query
 
 if TYPE_CHECKING:
     from .method import InfluenceMethod
@@ -34,26 +33,16 @@ def position_scores(
         `(n_test, P, n_train)`, or `(n_test, P)` for an example; 0 at positions without a label.
     """
     response, target = response or method.response, method.target if target is None else target
-    check_query(method.loss, response, None)
-    wanted = checked_target(target)
-    data.check_source(inputs, "inputs")
-    found: list[Tensor] = []
-    with exclusive(method):
-        if method._states is None:
-            method.fit()
-        if example is not None:
-            example = int(places([example], method.n_train_, "train_index")[0])
-        with method._session() as model:
-            method._check_unchanged()
-            for batch, query in method._queries(inputs, response, wanted):
-                total: Tensor | None = None
-                for checkpoint, state, weight in method._fitted():
-                    method._load(model, checkpoint)
-                    prepared = method.prepare_query(state, model, batch, query)
-                    part = method.position_scores(state, prepared, example) * weight
-                    total = part if total is None else total + part
-                assert total is not None, "there is at least one checkpoint"
-                found.append(total)
+
+    def of_batch(model: nn.Module, batch: Any, query: Query) -> Tensor:
+        one = None if example is None else int(places([example], method.n_train_, "train_index")[0])
+        parts = (
+            method.position_scores(part.state, part.prepared, one) * part.weight
+            for part in method._prepared(model, batch, query)
+        )
+        return reduce(torch.add, parts)
+
+    found = method._for_each_query(inputs, response, target, of_batch)
     most = max(part.shape[1] for part in found)
     behind = (0, 0) * (found[0].ndim - 2)
     return torch.cat([F.pad(part, (*behind, 0, most - part.shape[1])) for part in found])

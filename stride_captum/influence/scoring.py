@@ -6,7 +6,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from ..system.processes import SingleProcess
 from .query import Default, Query, check_query, checked_target, slice_target
 from .reading import BatchReader
 from .top_k import Collector
+
+T = TypeVar("T")
 
 #: Scores of one block, at most: small enough for the last level of cache.
 _BLOCK_SCORES = 2**22
@@ -47,7 +49,7 @@ class _AtCheckpoint:
     state: Any
     prepared: Any
     weight: float
-    norms: tuple[Tensor, Tensor] | None
+    norms: tuple[Tensor, Tensor] | None = None
     scale: Tensor | None = None
 
 
@@ -223,16 +225,36 @@ class ScoringLoop(BatchReader):
         if isinstance(wanted, Tensor) and wanted.ndim and len(wanted) != seen:
             raise bad_value("target", f"hold one class for each of the {seen} test points", len(wanted))
 
+    def _for_each_query(
+        self, inputs: Any, response: str, target: Any, function: Callable[[nn.Module, Any, Query], T]
+    ) -> list[T]:
+        """`function(model, batch, query)` of every test batch; fits on first use."""
+        check_query(self.loss, response, None)
+        wanted = checked_target(target)
+        data.check_source(inputs, "inputs")
+        with exclusive(self):
+            if self._states is None:
+                self.fit()
+            with self._session() as model:
+                self._check_unchanged()
+                queries = self._queries(inputs, response, wanted)
+                return [function(model, batch, query) for batch, query in queries]
+
+    def _prepared(self, model: nn.Module, batch: Any, query: Query) -> Iterator[_AtCheckpoint]:
+        """A batch of test points at each checkpoint, which is loaded."""
+        for checkpoint, state, weight in self._fitted():
+            self._load(model, checkpoint)
+            yield _AtCheckpoint(checkpoint, state, self.prepare_query(state, model, batch, query), weight)
+
     def _score_blocks(
         self, model: nn.Module, batch: Any, query: Query, n: int, normalize: str | None, keeps_all: bool
     ) -> Iterator[tuple[Tensor, int]]:
         """Blocks of scores of one test batch with the column where each starts."""
         parts: list[_AtCheckpoint] = []
-        for checkpoint, state, weight in self._fitted():
-            self._load(model, checkpoint)
-            prepared = self.prepare_query(state, model, batch, query)
-            norms = self._inverse_norms(state, prepared, model) if normalize == "cosine" else None
-            parts.append(_AtCheckpoint(checkpoint, state, prepared, weight, norms))
+        for part in self._prepared(model, batch, query):
+            cosine = normalize == "cosine"
+            norms = self._inverse_norms(part.state, part.prepared, model) if cosine else None
+            parts.append(replace(part, norms=norms))
         bytes_per_score = max((p.element_size() for p in model.parameters()), default=8)
         if len(parts) > 1 or normalize or not keeps_all:
             size = rows_that_fit(self.memory_budget, 4 * bytes_per_score, _BLOCK_SCORES)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..data import inputs as data
 from ..data.places import places
 from ..errors import bad_value
 from ..system.devices import as_float64
 from ..system.locks import exclusive
-from .query import check_query, checked_target
+from .query import Query
 
 if TYPE_CHECKING:
     from .method import InfluenceMethod
@@ -28,28 +27,23 @@ def test_vectors(method: InfluenceMethod, inputs: Any, aggregate: bool, response
         response: The scalar that is attributed.
         target: Its class.
     """
-    check_query(method.loss, response, None)
-    wanted = checked_target(target)
-    data.check_source(inputs, "inputs")
-    rows: list[Tensor] = []
-    with exclusive(method):
-        if method._states is None:
-            method.fit()
-        with method._session() as model:
-            method._check_unchanged()
-            for batch, query in method._queries(inputs, response, wanted):
-                parts = []
-                for checkpoint, state, weight in method._fitted():
-                    method._load(model, checkpoint)
-                    prepared = method.prepare_query(state, model, batch, query)
-                    parts.append(_checked(method, method.query_vectors(state, prepared)) * weight)
-                whole = torch.cat(parts, 1)
-                if aggregate:
-                    total = as_float64(whole).sum(0, keepdim=True)
-                    rows = [rows[0] + total if rows else total]
-                else:
-                    rows.append(whole)
-    return rows[0].to(whole) if aggregate else torch.cat(rows)
+    total: Tensor | None = None
+
+    def of_batch(model: nn.Module, batch: Any, query: Query) -> Tensor:
+        nonlocal total
+        parts = [
+            _checked(method, method.query_vectors(part.state, part.prepared)) * part.weight
+            for part in method._prepared(model, batch, query)
+        ]
+        whole = torch.cat(parts, 1)
+        if not aggregate:
+            return whole
+        own = as_float64(whole).sum(0, keepdim=True)
+        total = own if total is None else total + own
+        return whole[:0]
+
+    rows = torch.cat(method._for_each_query(inputs, response, target, of_batch))
+    return rows if total is None else total.to(rows)
 
 
 def train_vectors(method: InfluenceMethod, indices: Any, aggregate: bool) -> Tensor:
