@@ -106,11 +106,11 @@ class Positions:
         found[self.examples.to(rows.device), places.to(rows.device)] = rows
         return found
 
-    def padded(self, rows: Tensor, fill: float = 0.0) -> Tensor:
-        """`(n, most positions, ...)`: rows of an example in front, `fill` behind them."""
-        most = int(self.counts.max()) if len(self) else 0
-        found = rows.new_full((len(self), most, *rows.shape[1:]), fill)
-        found[self.filled(rows.device)] = rows
+    def padded(self, rows: Tensor) -> Tensor:
+        """`(n, most positions, ...)`: rows of an example in front, 0 behind them."""
+        filled = self.filled(rows.device)
+        found = rows.new_zeros(*filled.shape, *rows.shape[1:])
+        found[filled] = rows
         return found
 
     def filled(self, device: torch.device | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from ...adapters import ClassRandom, ClassSimilarity, KNNShapley
 from ...closed_form.options import ClosedForm
 from ...errors import bad_choice, bad_type, bad_value, whole_number
 from ...losses.summed_positions import SummedPositions
+from ...stride import STRIDE
 from ...system.devices import existing_device
 from ..retraining.plan_files import ENGINES
 from ..retraining.task_parts import Split
@@ -201,9 +202,7 @@ def _refusal(spec: MethodSpec, task: Task, network: nn.Module) -> str | None:
         method = spec(network, task.train, {**spec.grid[0], "loss": loss})
     except ValueError as error:
         return str(error)
-    if spec.name.startswith("STRIDE trained") and not isinstance(
-        getattr(method, "operators", None), ClosedForm
-    ):
+    if isinstance(method, STRIDE) and not isinstance(method.operators, ClosedForm):
         return "is trained with cross-entropy of one class an example"
     together = isinstance(task.loss, SummedPositions) and not method.takes_positions
     if together and getattr(method, "residuals", "training") not in ("training", "temperature"):

@@ -59,7 +59,6 @@ class PositionOperators(FittedOperators):
     Attributes:
         rows: Those of all positions, each as an example of its own; without features in the form "matrix".
         positions: Rows of each example.
-        form: "rows" or "matrix".
         most_bytes: Of what is held at a time.
         matrices: M_i, `(n_train, (n_features + 1) n_outputs)`; None in the form "rows".
         known: In the form "matrix", what needs rows: "norms", "self_influence", "suspects" and "doubts",
@@ -68,10 +67,14 @@ class PositionOperators(FittedOperators):
 
     rows: ClosedFormOperators
     positions: Positions
-    form: str
     most_bytes: int
     matrices: Tensor | None = None
     known: dict[str, Tensor] | None = None
+
+    @property
+    def form(self) -> str:
+        """What is kept: "rows" or "matrix"."""
+        return "rows" if self.matrices is None else "matrix"
 
     @property
     def n_train(self) -> int:
@@ -146,11 +149,8 @@ class PositionOperators(FittedOperators):
         return bool(pairs < (n_rows + len(test) * n) * width * n_outputs)
 
     def _of_pairs(self, prepared: PositionQuery, block: slice) -> Tensor:
-        positions, products = (
-            self.positions.of(block),
-            self._products(prepared, self.positions.rows_of(block)),
-        )
-        return positions.sum(prepared.positions.sum(products).T.contiguous()).T
+        products = self._products(prepared, self.positions.rows_of(block))
+        return self.positions.of(block).sum(prepared.positions.sum(products).T.contiguous()).T
 
     @override
     def position_scores(self, prepared: PositionQuery, example: int | None) -> Tensor:
@@ -206,7 +206,7 @@ class PositionOperators(FittedOperators):
         parts = [self.matrices_of(block) for block in self.positions.blocks(self._rows_at_once)]
         few = self.rows.without_features()
         few = replace(few, labels=few.labels[:0].clone(), weights=None)
-        return replace(self, rows=few, form=form, matrices=torch.cat(parts), known=known)
+        return replace(self, rows=few, matrices=torch.cat(parts), known=known)
 
     @override
     def train_norms(self) -> Tensor:

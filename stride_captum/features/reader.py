@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,7 +41,7 @@ class Rows:
     outputs: Tensor
     kept: Tensor | None
 
-    @property
+    @cached_property
     def positions(self) -> Positions | None:
         """Rows of each example; None where each has one."""
         return None if self.kept is None else Positions.of_mask(self.kept)

@@ -51,7 +51,7 @@ class Query:
         Returns:
             With cross-entropy the class c, `(n,)` int64.
         """
-        return batch.reading.loss.asked(logits, _labels_of(batch, logits), self.target, self.response)
+        return self.asked_of_rows(batch.reading.loss, logits, batch.labels, None)
 
     def asked_of_rows(
         self, loss: Loss, logits: Tensor, labels: Tensor | None, positions: Positions | None
@@ -79,15 +79,8 @@ class Query:
             ValueError: A loss without classes.
         """
         batch.reading.loss.refuse("this method", "which asks for the class of a test point")
-        found = batch.reading.loss.asked(logits, _labels_of(batch, logits), self.target, self.response)
+        found = self.asked(logits, batch)
         return found if found.ndim == 1 else found.argmax(1)
-
-
-def _labels_of(batch: ExampleBatch, logits: Tensor) -> Tensor | None:
-    labels = batch.labels
-    if labels is not None and len(labels) != len(logits):
-        raise bad_value("inputs", f"carry one label for each of {len(logits)} examples", len(labels))
-    return labels
 
 
 def check_query(loss: Loss, response: str, normalize: str | None) -> None:
