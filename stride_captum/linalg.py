@@ -35,17 +35,24 @@ def add_gram_matrix(total: Tensor, rows: Tensor) -> None:
 
 
 def inverse_forms(rows: Tensor, factor: Tensor) -> Tensor:
-    """`x^T (L L^T)^-1 x = |L^-1 x|^2` of each row x = (row, 1), by forward substitution.
+    """`x^T (L L^T)^-1 x = |L^-1 x|^2` of each row x = (row, 1), `(n,)`.
 
     Args:
         rows: `(n, d)`.
         factor: L, lower triangular, `(d + 1, d + 1)`.
+    """
+    return whitened(rows, factor).square_().sum(1)
 
-    Returns:
-        `(n,)`.
+
+def whitened(rows: Tensor, factor: Tensor) -> Tensor:
+    """`L^-1 x` of each row x = (row, 1), by forward substitution, `(n, d + 1)`.
+
+    Args:
+        rows: `(n, d)`.
+        factor: L, lower triangular, `(d + 1, d + 1)`.
     """
     n, d = rows.shape
-    solved, forms = rows.new_empty(n, d), rows.new_zeros(n)
+    solved = rows.new_empty(n, d + 1)
     for block in _feature_blocks(d):
         right = rows[:, block]
         if block.start:
@@ -55,9 +62,9 @@ def inverse_forms(rows: Tensor, factor: Tensor) -> Tensor:
         inverse = torch.linalg.solve_triangular(
             diagonal, torch.eye(len(diagonal), dtype=rows.dtype, device=rows.device), upper=False
         )
-        solved[:, block] = right @ inverse.T
-        forms += solved[:, block].square().sum(1)
-    return forms + ((1 - solved @ factor[d, :d]) / factor[d, d]).square()
+        torch.mm(right, inverse.T, out=solved[:, block])
+    solved[:, d] = (1 - solved[:, :d] @ factor[d, :d]) / factor[d, d]
+    return solved
 
 
 def _feature_blocks(d: int) -> Iterator[slice]:

@@ -34,6 +34,8 @@ CHECKPOINT_TEMPERATURE = 2.0
 #: points, three models each): digits .624 .612 .591, MNIST .543 .552 .545; one model that was
 #: stopped on a spike of its training loss (MNIST) .458 .488 .499.
 RIDGE_SHARE = 0.4
+#: Values of the option `residuals` that read the ridge head.
+OF_A_HEAD = ("leave-one-out", "both")
 #: Logits that `residual_sums` takes at a time.
 _LOGITS = 2**18
 
@@ -81,7 +83,7 @@ def choose_residuals(
     kind: str,
     logits: Tensor,
     labels: Tensor,
-    predictions: Tensor,
+    predictions: Tensor | None,
     temperature: float,
     ratio: Tensor | float | None = None,
     residuals_of: Callable[[Tensor, Tensor, float], Tensor] = tempered_residuals,
@@ -93,24 +95,25 @@ def choose_residuals(
         kind: "training", "temperature", "leave-one-out" or "both".
         logits: `(n, n_classes)`.
         labels: `(n,)` int64, or as `residuals_of` accepts.
-        predictions: q of the ridge head, on the simplex, `(n, n_classes)`.
+        predictions: q of the ridge head, on the simplex, `(n, n_classes)`; None for kinds without a head.
         temperature: T.
         ratio: Factor of the ridge part of "both"; None scales it to the norm of the other part.
         residuals_of: `f(logits, labels, T)`, the residuals of another loss.
         encoded: `f(labels, logits)`, what its ridge head is fitted to, `(n, n_classes)`.
 
     Returns:
-        Residuals `(n, n_classes)` and the factor that was used.
+        Residuals `(n, n_classes)` and the factor of the ridge part, 1 where there is none.
     """
-    tempered, ridge = residuals_of(logits, labels, temperature), encoded(labels, logits) - predictions
+    if predictions is None or kind not in OF_A_HEAD:
+        return residuals_of(logits, labels, 1.0 if kind == "training" else temperature), 1.0
+    ridge = encoded(labels, logits) - predictions
+    if kind == "leave-one-out":
+        return ridge, 1.0
+    tempered = residuals_of(logits, labels, temperature)
     if ratio is None:
         squares = [as_float64(part).square().sum() for part in (tempered, ridge)]
         ratio = torch.as_tensor(ratio_of_norms(*map(float, squares))).to(logits)
-    if kind == "both":
-        return (1 - RIDGE_SHARE) * tempered + RIDGE_SHARE * ratio * ridge, ratio
-    if kind == "leave-one-out":
-        return ridge, ratio
-    return (tempered if kind == "temperature" else residuals_of(logits, labels, 1.0)), ratio
+    return (1 - RIDGE_SHARE) * tempered + RIDGE_SHARE * ratio * ridge, ratio
 
 
 def ratio_of_norms(above: float, below: float) -> float:

@@ -267,12 +267,12 @@ class TestLeftOut:
             ridge = 0.1 * a.diagonal().mean() * torch.eye(len(a))
             others = h[~inside]
             weights = torch.linalg.solve(others.T @ others / len(h) + ridge, others.T @ y[~inside] / len(h))
-            found = method.operators_.rows.head.without_example[inside]
+            found = method.operators_.rows.ridge_head.without_example[inside]
             same(found, y[inside] - h[inside] @ weights, 1e-9)
 
     def test_mislabel_scores_are_means_over_positions(self, tagged):
         method = fitted(*tagged[:2]).fit()
-        left_out = method.operators_.rows.head.without_example.norm(dim=1)
+        left_out = method.operators_.rows.ridge_head.without_example.norm(dim=1)
         same(method.mislabel_scores(), method.operators_.positions.mean(left_out))
 
 

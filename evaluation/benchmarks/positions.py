@@ -37,13 +37,18 @@ class TokenModel(nn.Module):
 
 
 def bench_positions(repeats: int = 3, **sizes: int) -> list[dict[str, Any]]:
-    """A row for each form, in a process of its own: sizes, medians in seconds, ratios to the floors."""
+    """Each form and residuals, in a process of its own: sizes, medians in seconds, ratios to the floors."""
     every = {**SIZES, **sizes}
-    return [in_a_fresh_process(partial(bench_form, form, repeats, **every)) for form in ("rows", "matrix")]
+    return [
+        in_a_fresh_process(partial(bench_form, form, residuals, repeats, **every))
+        for form in ("rows", "matrix")
+        for residuals in ("temperature", "both")
+    ]
 
 
 def bench_form(
     form: str,
+    residuals: str,
     repeats: int,
     n_train: int,
     n_positions: int,
@@ -53,7 +58,7 @@ def bench_form(
 ) -> dict[str, Any]:
     """Measure one form in this process.
 
-    >>> row = bench_form("matrix", 1, n_train=8, n_positions=4, n_features=8, n_outputs=3, n_test=2)
+    >>> row = bench_form("matrix", "both", 1, n_train=8, n_positions=4, n_features=8, n_outputs=3, n_test=2)
     >>> row["form"], row["n_train"]
     ('matrix', 8)
     """
@@ -77,23 +82,23 @@ def bench_form(
             model(batch)
 
     rows = torch.randn(n_train * n_positions, n_features, generator=generator)
-    residuals = torch.randn(n_train * n_positions, n_outputs, generator=generator)
-    phi, vectors = rows[: n_test * n_positions], residuals[: n_test * n_positions]
+    signals = torch.randn(n_train * n_positions, n_outputs, generator=generator)
+    phi, vectors = rows[: n_test * n_positions], signals[: n_test * n_positions]
     queries = torch.randn(n_test, n_features * n_outputs, generator=generator)
 
     def pairs() -> None:
         for block in range(0, len(rows), 4096):
             few = slice(block, block + 4096)
-            (phi @ rows[few].T).mul_(vectors @ residuals[few].T)
+            (phi @ rows[few].T).mul_(vectors @ signals[few].T)
 
     def matrices() -> None:
         for block in range(0, n_train, 64):
             few = slice(block, block + 64)
             h = rows.reshape(n_train, n_positions, -1)[few]
-            queries @ (h.transpose(1, 2) @ residuals.reshape(n_train, n_positions, -1)[few]).flatten(1).T
+            queries @ (h.transpose(1, 2) @ signals.reshape(n_train, n_positions, -1)[few]).flatten(1).T
 
     def fit() -> STRIDE:
-        operators = ClosedForm(form=form, residuals="temperature")  # type: ignore[arg-type]
+        operators = ClosedForm(form=form, residuals=residuals)  # type: ignore[arg-type]
         method = STRIDE(model, TensorDataset(x, y), layers=["relu"], operators=operators, batch_size=_BATCH)
         return method.fit()
 
@@ -108,6 +113,7 @@ def bench_form(
     }
     return {
         "form": form,
+        "residuals": residuals,
         "n_train": n_train,
         "n_positions": n_positions,
         "n_features": n_features,

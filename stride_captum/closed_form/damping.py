@@ -36,6 +36,11 @@ def needs_float64(damping: float, n_train: int, n_features: int, least: float = 
     return damping < least * max(1.0, n_features / max(n_train, 1))
 
 
+def head_dtype(damping: float, n_train: int, n_features: int, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the products of a ridge head: float64 at a small damping, else `dtype`."""
+    return torch.float64 if needs_float64(damping, n_train, n_features, LEAST_OF_HEAD) else dtype
+
+
 def check_damping(damping: float, features: Tensor, name: str = "damping") -> None:
     """Refuse a damping so small that rounding of the features, or of float64, would change the results.
 

@@ -12,17 +12,17 @@ from torch import Tensor
 from ..errors import bad_value
 from ..losses import CrossEntropy, Loss
 from ..positions import Positions
+from ..residuals import OF_A_HEAD
 from ..system.memory import DEFAULT_BUDGET
 from ..system.processes import SINGLE_PROCESS, SingleProcess
 from ..system.to_device import working_dtype
 from .class_moments import MOST_CLASSES, class_moments
 from .curvature_fit import Spectrum, eigenbases, fit_curvature, squares_in
-from .damping import LEAST_OF_HEAD, check_damping, needs_float64
+from .damping import check_damping, head_dtype, needs_float64
 from .memory import blocks_within
 from .moments import Moments, feature_moments
 from .operators import ClosedFormOperators
-from .position_head import fit_position_head
-from .ridge_head import fit_ridge_head
+from .position_head import fit_head
 from .training_residuals import readable_widths
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def fit_closed_form(
     weights: Tensor | None = None,
     positions: Positions | None = None,
 ) -> ClosedFormOperators:
-    """Fit the closed form: two products of n_train x n_features x n_features, or less.
+    """Fit the closed form: one product of n_train x n_features x n_features, a second one for a ridge head.
 
     Args:
         features: Raw features `(n_train, n_features)`, may be memory-mapped.
@@ -80,34 +80,35 @@ def fit_closed_form(
     read = readable_widths(widths)
     d = sum(read)
     exact = needs_float64(options.damping, n, features.shape[1])
-    exact_head = exact or needs_float64(options.head_damping, n, d, LEAST_OF_HEAD)
     data = blocks_within(memory_budget, features, logits, labels, exact, weights)
+    precision = head_dtype(options.head_damping, n, d, data.dtype)
     if moments is None:
-        dtype = torch.float64 if exact_head else None
+        dtype = torch.float64 if precision == torch.float64 else None
         moments = ranks.total(
             feature_moments(features, labels, logits.shape[1], widths, data.block_rows, dtype, loss, weights),
             "moments of features",
         )
     if not moments.checked().in_float32:
-        exact = exact_head = True
-        data = blocks_within(memory_budget, features, logits, labels, exact, weights)
-    of_head = features[:, :d], labels, moments.of_layers(read), options.head_damping
-    precision = torch.float64 if exact_head else data.dtype
-    if positions is None:
-        head = fit_ridge_head(*of_head, data.block_rows, precision, loss, weights)
-    else:
-        head = fit_position_head(*of_head, positions, precision, loss, weights)
+        precision = torch.float64
+        data = blocks_within(memory_budget, features, logits, labels, True, weights)
     kind = options.residuals or "both"
+    head = None
+    if kind in OF_A_HEAD:
+        of_head = features[:, :d], labels, moments.of_layers(read), options.head_damping, positions
+        head = fit_head(*of_head, data.block_rows, precision, loss, weights)
     softening = 1.0 if kind == "training" else temperature
     diagonal_only = options.curvature == "identity" or (
         options.curvature == "kronecker" and logits.shape[1] > MOST_CLASSES
     )
     classes = ranks.total(class_moments(data, softening, diagonal_only, loss), "moments of classes")
     classes.checked(data, softening)
-    ridge = ranks.all_reduce(
-        torch.as_tensor(head.square, dtype=torch.float64), "norms of the ridge residuals"
-    )
-    largest = ridge if kind == "leave-one-out" else classes.residual_squares
+    largest = classes.residual_squares
+    ratio: float | Tensor = 1.0
+    if head is not None:
+        square = torch.as_tensor(head.square, dtype=torch.float64)
+        ridge = ranks.all_reduce(square, "norms of the ridge residuals")
+        ratio = loss.ridge_ratio(classes.residual_square, ridge)
+        largest = ridge if kind == "leave-one-out" else largest
     _check_unit(float(largest.sum()), classes.unit, features)
     spectrum = None
     if options.curvature == "eigenvalue-corrected":  # other hardware may rotate eigenvectors
@@ -122,7 +123,8 @@ def fit_closed_form(
         moments=moments,
         scale=moments.scale.to(labels.device, data.dtype),
         head=head,
-        ridge_ratio=loss.ridge_ratio(classes.residual_square, ridge),
+        head_damping=options.head_damping,
+        ridge_ratio=ratio,
         curvature=fit_curvature(
             options.curvature, data, softening, moments, classes, options.damping, spectrum
         ),
@@ -133,6 +135,7 @@ def fit_closed_form(
         residual_bytes=memory_budget,
         loss=loss,
         weights=weights,
+        positions=positions,
     )
     form.keep_residuals()
     return form

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..losses import CrossEntropy, Loss
 from ..operators import Changed, FittedOperators, TestPoints
+from ..positions import Positions
 from ..recovery import soft_threshold
-from ..residuals import choose_residuals
-from ..system.devices import matching
+from ..residuals import OF_A_HEAD, choose_residuals
+from ..system.devices import float64_device, matching
 from ..system.memory import MOST_ROWS, blocks
 from ..system.saved_values import saved_as
 from ..system.to_device import TrainingBlocks, working_dtype
@@ -29,11 +30,13 @@ from .curvature import (
     on_raw_features,
     score_block,
 )
+from .damping import head_dtype
 from .forms import TrainingForms, in_range, norms_of, outer, sizes_and_units
 from .incremental import with_examples, with_others, without_examples
 from .moments import Moments, scaled_features
+from .position_head import fit_head
 from .ridge_head import RidgeHead
-from .training_residuals import TrainingResiduals
+from .training_residuals import TrainingResiduals, readable_widths
 
 
 @saved_as("closed-form")
@@ -48,16 +51,18 @@ class ClosedFormOperators(FittedOperators):
         widths: Widths of the layers, in the order of the columns.
         moments: Sums over the training set, which incremental updates change.
         scale: Factor of each feature, 1 for the constant, `(n_features + 1,)` in the dtype of products.
-        head: Ridge head on all layers but the last.
+        head: Ridge head on all layers but the last; None where the residuals need none (see `ridge_head`).
         ridge_ratio: Factor of the ridge part of the residuals "both": a number, or one per output.
         curvature: Approximation of F + lambda I.
         kind: The option `residuals`.
         temperature: T.
         threshold: The option of that name.
         block_rows: Training examples per block.
+        head_damping: lambda of the ridge head.
         residual_bytes: Residuals are kept if they take no more bytes.
         loss: What the model was trained with.
         weights: omega of each example, `(n_train,)` float64; None for 1.
+        positions: Rows of each example, where all of these have one for each position.
     """
 
     features: Tensor
@@ -66,16 +71,18 @@ class ClosedFormOperators(FittedOperators):
     widths: list[int]
     moments: Moments
     scale: Tensor
-    head: RidgeHead
+    head: RidgeHead | None
     ridge_ratio: float | Tensor
     curvature: Curvature
     kind: str
     temperature: float
     threshold: float = 0.0
     block_rows: int = MOST_ROWS
+    head_damping: float = 0.1
     residual_bytes: int = 0
     loss: Loss = field(default_factory=CrossEntropy)
     weights: Tensor | None = None
+    positions: Positions | None = None
 
     @property
     def n_train(self) -> int:
@@ -198,8 +205,10 @@ class ClosedFormOperators(FittedOperators):
     def sides_of_others(self, points: TestPoints) -> tuple[Tensor, Tensor, Tensor]:
         """Of other examples: phi, `e_y - p`, and the residuals that they would have in units of s."""
         phi = scaled_features(points.features.to(self.scale.device), self.scale, self.scale.dtype)
-        loss, predictions = self.loss, self.loss.possible(self.head.predict(points.features))
-        z, y = matching(points.logits, predictions), points.asked.to(predictions.device)
+        loss, predictions, device = self.loss, None, float64_device(self.device)
+        if self.kind in OF_A_HEAD:
+            predictions = loss.possible(self.ridge_head.predict(points.features))
+        z, y = points.logits.to(device).to(torch.float64), points.asked.to(device)
         residuals, _ = choose_residuals(
             self.kind, z, y, predictions, self.temperature, self.ridge_ratio, loss.residuals, loss.encoded
         )
@@ -207,7 +216,7 @@ class ClosedFormOperators(FittedOperators):
 
     def mislabel_scores(self) -> Tensor:
         """Norm of the leave-one-out residual of the ridge head: how far a label is from its prediction."""
-        return self.head.norms
+        return self.ridge_head.norms
 
     def out_of_sample_mislabel_scores(self) -> Tensor:
         """`|e_y - p|`, for examples that the model has not seen."""
@@ -216,10 +225,9 @@ class ClosedFormOperators(FittedOperators):
 
     def mislabel_scores_of_outputs(self) -> Tensor:
         """Absolute leave-one-out residual of each output, `(n_train, n_classes)`."""
-        width = len(self.head.weights) - 1
-        parts = [
-            self.head.left_out(self.features[rows, :width], self.labels[rows], rows) for rows in self._data
-        ]
+        head = self.ridge_head
+        width = len(head.weights) - 1
+        parts = [head.left_out(self.features[rows, :width], self.labels[rows], rows) for rows in self._data]
         return torch.cat(parts).abs().to(self.scale.device, working_dtype(self.features))
 
     def without_features(self) -> ClosedFormOperators:
@@ -262,11 +270,22 @@ class ClosedFormOperators(FittedOperators):
         )
 
     @cached_property
+    def ridge_head(self) -> RidgeHead:
+        """`head`, fitted now if it is None."""
+        if self.head is not None:
+            return self.head
+        read = readable_widths(self.widths)
+        d = sum(read)
+        precision = head_dtype(self.head_damping, self.n_train, d, self.dtype)
+        of_head = self.features[:, :d], self.labels, self.moments.of_layers(read), self.head_damping
+        return fit_head(*of_head, self.positions, self.block_rows, precision, self.loss, self.weights)
+
+    @cached_property
     def _residuals(self) -> TrainingResiduals:
         """Residuals of the training set, divided by s."""
         return TrainingResiduals(
             self._data,
-            self.head,
+            self.ridge_head if self.kind in OF_A_HEAD else None,
             self.kind,
             self.temperature,
             self.ridge_ratio,

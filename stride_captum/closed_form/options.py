@@ -103,7 +103,7 @@ class ClosedForm(Operators):
         if training.positions is None:
             return form
         kept = chosen_form(self.form, training.positions, sum(training.widths), form.n_classes)
-        by_rows = PositionOperators(form, training.positions, training.memory_budget)
+        by_rows = PositionOperators(form, training.memory_budget)
         return by_rows.in_form(kept)
 
     def check_shared(self) -> None:

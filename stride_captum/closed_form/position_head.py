@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from ..linalg import whitened
 from ..losses import Loss
 from ..positions import Positions
 from ..system.devices import as_float64
@@ -23,7 +24,7 @@ from ..system.saved_values import saved_as
 from ..system.to_device import to_device, working_dtype
 from .damping import damped_factor
 from .moments import Moments
-from .ridge_head import RidgeHead, fitted_values
+from .ridge_head import RidgeHead, fit_ridge_head, fitted_values
 
 #: Rows that are taken together, at most, and entries of the squares H_i that are held.
 _ROWS, _SQUARES = 4096, 2**24
@@ -49,6 +50,23 @@ class PositionHead(RidgeHead):
     @override
     def left_out(self, features: Tensor, labels: Tensor, rows: slice) -> Tensor:
         return as_float64(self.without_example[rows])
+
+
+def fit_head(
+    features: Tensor,
+    labels: Tensor,
+    moments: Moments,
+    damping: float,
+    positions: Positions | None,
+    block_rows: int,
+    dtype: torch.dtype,
+    loss: Loss,
+    weights: Tensor | None = None,
+) -> RidgeHead:
+    """The ridge head of a training set, with or without positions; the arguments are those of the two."""
+    if positions is None:
+        return fit_ridge_head(features, labels, moments, damping, block_rows, dtype, loss, weights)
+    return fit_position_head(features, labels, moments, damping, positions, dtype, loss, weights)
 
 
 def fit_position_head(
@@ -114,8 +132,7 @@ def _left_out(
     h: Tensor, errors: Tensor, omega: Tensor, factor: Tensor, weight: float, positions: Positions
 ) -> Tensor:
     """`(I - H_i Omega_i)^-1 e_i` for the rows of some examples, `(n_rows, n_outputs)`."""
-    extended = torch.nn.functional.pad(h, (0, 1), value=1.0)
-    blocks = positions.padded(torch.linalg.solve_triangular(factor, extended.T, upper=False).T)
+    blocks = positions.padded(whitened(h, factor))
     squares = as_float64(blocks @ blocks.transpose(1, 2)) / weight * positions.padded(omega)[:, None, :]
     eye = torch.eye(squares.shape[1], dtype=squares.dtype, device=squares.device)
     solved: Tensor = torch.linalg.solve(eye - squares, positions.padded(errors))

@@ -10,8 +10,8 @@ s runs over the positions of the test point, t over those of training example i.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -58,7 +58,6 @@ class PositionOperators(FittedOperators):
 
     Attributes:
         rows: Those of all positions, each as an example of its own; without features in the form "matrix".
-        positions: Rows of each example.
         most_bytes: Of what is held at a time.
         matrices: M_i, `(n_train, (n_features + 1) n_outputs)`; None in the form "rows".
         known: In the form "matrix", what needs rows: "norms", "self_influence", "suspects" and "doubts",
@@ -66,7 +65,6 @@ class PositionOperators(FittedOperators):
     """
 
     rows: ClosedFormOperators
-    positions: Positions
     most_bytes: int
     matrices: Tensor | None = None
     known: dict[str, Tensor] | None = None
@@ -75,6 +73,12 @@ class PositionOperators(FittedOperators):
     def form(self) -> str:
         """What is kept: "rows" or "matrix"."""
         return "rows" if self.matrices is None else "matrix"
+
+    @property
+    def positions(self) -> Positions:
+        """Rows of each example."""
+        assert self.rows.positions is not None
+        return self.rows.positions
 
     @property
     def n_train(self) -> int:
@@ -181,10 +185,16 @@ class PositionOperators(FittedOperators):
 
     @property
     def _rows_at_once(self) -> int:
-        """Rows whose examples' matrices fit the budget, if each had one row."""
+        """Rows that fit the budget with their examples' matrices, if all examples were as short as one is."""
         width = self.rows.scale.shape[0]
-        each = 2 * width * self.n_classes + 2 * (width + self.n_classes)
-        return rows_that_fit(self.most_bytes, each * self.dtype.itemsize, None)
+        each = 2 * width * self.n_classes / self._fewest + 2 * (width + self.n_classes)
+        return rows_that_fit(self.most_bytes, int(each * self.dtype.itemsize))
+
+    @cached_property
+    def _fewest(self) -> int:
+        """Rows of the shortest example that has some."""
+        counts = self.positions.counts
+        return int(counts[counts > 0].min())
 
     def matrices_of(self, examples: slice) -> Tensor:
         """`[h_t, 1] (x) omega_t r_t` summed over the positions of some examples, flat."""
@@ -213,8 +223,22 @@ class PositionOperators(FittedOperators):
         """`sqrt(<G, (F + lambda)^-1 G> / W)` of `G = sum_t phi_t (x) omega_t r_t`, times 1/sqrt(s)."""
         if self.known is not None:
             return self.known["norms"]
-        norms = [self._norms(phi, residuals, few) for _, phi, residuals, few in self._training_blocks()]
-        return torch.cat(norms).to(working_dtype(self.rows.features))
+        return self._training_forms[0]
+
+    @cached_property
+    def _training_forms(self) -> tuple[Tensor, Tensor]:
+        """Norms and self-influence of the training examples, `(n_train,)` each, from the same solutions."""
+        norms, selves, weight = [], [], self.rows.moments.weight
+        for block in self.positions.blocks(self._rows_at_once):
+            rows, few = self.positions.rows_of(block), self.positions.of(block)
+            phi = scaled_features(self.rows._data.features_of(rows), self.rows.scale)
+            sizes, units = _sizes_and_units(self.rows._residuals.of(rows), few)
+            solved = _matrices(self.rows.curvature.solve(phi, units.to(phi)), few) / weight
+            norms.append(norms_of((_summed_products(phi, units, few) * solved).sum(1), sizes))
+            own_sizes, own = _sizes_and_units(self.rows._residuals.of_loss(rows), few)
+            forms = (_summed_products(phi, own, few) * solved).sum(1)
+            selves.append(own_sizes * sizes.to(own_sizes) * forms.to(own_sizes))
+        return torch.cat(norms).to(working_dtype(self.rows.features)), self._in_range(torch.cat(selves))
 
     @override
     def test_norms(self, prepared: PositionQuery) -> Tensor:
@@ -229,13 +253,6 @@ class PositionOperators(FittedOperators):
         """`<sum_t phi_t (x) left_t, (F + lambda)^-1 sum_t phi_t (x) right_t>` in units of 1/s, `(n,)`."""
         solved = _matrices(self.rows.curvature.solve(phi, right.to(phi)), positions)
         return (_summed_products(phi, left, positions) * solved).sum(1)
-
-    def _training_blocks(self) -> Iterator[tuple[slice, Tensor, Tensor, Positions]]:
-        """Rows, phi, residuals in units of s and positions of blocks of the training set."""
-        for block in self.positions.blocks(self._rows_at_once):
-            rows = self.positions.rows_of(block)
-            phi = scaled_features(self.rows._data.features_of(rows), self.rows.scale)
-            yield rows, phi, self.rows._residuals.of(rows), self.positions.of(block)
 
     @override
     def query_vectors(self, prepared: PositionQuery) -> Tensor | None:
@@ -254,12 +271,7 @@ class PositionOperators(FittedOperators):
         """`<sum_t phi_t (x) (y_t - p_t), a_i>`, `(n_train,)`."""
         if self.known is not None:
             return self.known["self_influence"]
-        parts = []
-        for rows, phi, residuals, few in self._training_blocks():
-            sizes, own = _sizes_and_units(self.rows._residuals.of_loss(rows), few)
-            forms = self._form(phi, own.to(phi), residuals, few) / self.rows.moments.weight
-            parts.append(sizes * forms.to(sizes))
-        return self._in_range(torch.cat(parts))
+        return self._training_forms[1]
 
     @override
     def self_influence_of(self, points: TestPoints) -> Tensor:

@@ -14,7 +14,7 @@ from ..residuals import RIDGE_SHARE
 from ..system.memory import DEFAULT_BUDGET
 from ..system.to_device import TrainingBlocks, working_dtype
 from .class_moments import class_moments
-from .damping import LEAST_OF_HEAD, check_damping, needs_float64
+from .damping import check_damping, head_dtype
 from .memory import blocks_within
 from .moments import feature_moments
 from .ridge_head import RidgeHead, fit_ridge_head
@@ -61,7 +61,7 @@ def out_of_sample_residuals(
     check_damping(head_damping, features, "head_damping")
     read = readable_widths(widths)
     features = features[:, : sum(read)]
-    exact = needs_float64(head_damping, len(labels), sum(read), LEAST_OF_HEAD)
+    exact = head_dtype(head_damping, len(labels), sum(read), torch.float32) == torch.float64
     data = blocks_within(memory_budget, features, logits, labels, exact, weights)
     dtype = torch.float64 if exact else None
     moments = feature_moments(features, labels, logits.shape[1], read, data.block_rows, dtype, loss, weights)
@@ -85,7 +85,7 @@ class TrainingResiduals:
 
     Attributes:
         data: The training set; residuals are in the dtype of its products.
-        head: Ridge head on its features.
+        head: Ridge head on its features; None for kinds without one.
         kind: The option `residuals`.
         temperature: T.
         ridge_ratio: Factor of the ridge part of "both": a number, or one per output.
@@ -95,7 +95,7 @@ class TrainingResiduals:
     """
 
     data: TrainingBlocks
-    head: RidgeHead
+    head: RidgeHead | None
     kind: str
     temperature: float
     ridge_ratio: float | Tensor
@@ -143,5 +143,6 @@ class TrainingResiduals:
         return residuals
 
     def _ridge(self, rows: slice) -> Tensor:
+        assert self.head is not None, "kinds that read a head have one"
         width = len(self.head.weights) - 1
         return self.head.residuals(self.data.features_of(rows, width), self.data.labels[rows], rows)

@@ -67,7 +67,8 @@ def read_batch(reader: BatchReader, run: Run, taps: Sequence[Tap], batch: Exampl
     if found is None:
         return Rows(features, _single(reader._as_logits(outputs, batch)), batch.labels, outputs, None)
     there = (at_positions(f, found.grid, tap) for f, tap in zip(features, taps, strict=True))
-    features = [f[found.kept.to(f.device)] for f in there]
+    every = bool(found.kept.all())
+    features = [f.flatten(0, 1) if every else f[found.kept.to(f.device)] for f in there]
     return Rows(features, _single(reader.loss.logits(found.outputs)), found.labels, found.outputs, found.kept)
 
 
@@ -104,42 +105,67 @@ def read_training_set(
         compute: Rows of one batch, given what `recording` yields.
         expected: Number of examples; None if it is not known.
     """
-    width = sum(tap.width for tap in taps)
-    features: Tensor | None = None
-    parts, read, seen = [], [], 0
+    features, read = _Growing(expected), []
     with recording(model, taps) as run:
         for batch in batches:
             rows = compute(run, batch)
-            n = len(rows.logits)
-            if expected is not None and rows.kept is None and seen + n <= expected:
-                if features is None:
-                    features = rows.features[0].new_empty(expected, width)
-                start = 0
-                for tap, row in zip(taps, rows.features, strict=True):
-                    features[seen : seen + n, start : start + tap.width] = row
-                    start += tap.width
-            else:
-                parts.append(rows.side_by_side)
+            features.append(rows.features, len(rows.logits) if rows.kept is None else len(rows.kept))
             read.append((rows.logits, rows.labels, rows.weights, rows.positions))
-            seen += n
     if not read:
         raise bad_value("train_dataset", "hold at least one example", "an empty one")
     logits, labels, weights, positions = zip(*read, strict=True)
-    features = torch.cat(parts) if features is None else features[:seen]
     known = [part for part in positions if part is not None]
     if known and len(known) < len(positions):
         must = "return outputs with positions for every batch, or for none"
         raise bad_value("model", must, "both")
-    if known and not seen:
+    if known and not features.n_rows:
         raise bad_value("train_dataset", "have at least one label that is not ignored", "none")
+    whole = features.whole()
     return Precomputed(
-        features,
-        torch.cat(logits).to(features),
+        whole,
+        torch.cat(logits).to(whole),
         torch.cat(labels),
         [tap.width for tap in taps],
         all_weights(weights),
         joined(known) if known else None,
     )
+
+
+class _Growing:
+    """Features of a training set, written where they stay.
+
+    Memory is taken for as many rows as the examples so far foretell, and once more where these were too few.
+    """
+
+    def __init__(self, expected: int | None) -> None:
+        self.expected, self.n_examples, self.n_rows = expected, 0, 0
+        self._rows: Tensor | None = None
+
+    def append(self, features: Sequence[Tensor], n_examples: int) -> None:
+        """Add a batch: rows of each tap, `(n_rows, width)`."""
+        start, n = self.n_rows, len(features[0])
+        self.n_examples, self.n_rows = self.n_examples + n_examples, start + n
+        if self._rows is None or self.n_rows > len(self._rows):
+            self._rows = self._longer(features)
+        place = self._rows[start : self.n_rows]
+        for columns, rows in zip(place.split([f.shape[1] for f in features], 1), features, strict=True):
+            columns.copy_(rows)
+
+    def _longer(self, features: Sequence[Tensor]) -> Tensor:
+        most = max(self.expected or 2 * self.n_examples, self.n_examples)
+        length = max(-(-self.n_rows * most // max(self.n_examples, 1)), self.n_rows)
+        if self._rows is not None:
+            length = max(length, len(self._rows) * 5 // 4)
+        longer = features[0].new_empty(length, sum(f.shape[1] for f in features))
+        if self._rows is not None:
+            longer[: len(self._rows)] = self._rows
+        return longer
+
+    def whole(self) -> Tensor:
+        """All rows, `(n_rows, n_features)`; a copy if much of the memory was not needed."""
+        assert self._rows is not None
+        rows = self._rows[: self.n_rows]
+        return rows.clone() if 8 * self.n_rows < 7 * len(self._rows) else rows
 
 
 def all_weights(parts: Sequence[Tensor | None]) -> Tensor | None:

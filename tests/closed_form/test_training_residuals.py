@@ -61,6 +61,25 @@ def test_they_are_those_of_stride(kind):
     torch.testing.assert_close(found, stride.operators_.residuals, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["training", "temperature"])
+def test_residuals_that_need_no_head_are_fitted_without_one(kind, tmp_path):
+    features, logits, labels = problem()
+
+    def method(kind):
+        operators = ClosedForm(residuals=kind, temperature=2.0)
+        return STRIDE.from_features(features, logits, labels, widths=WIDTHS, operators=operators)
+
+    without = method(kind).fit()
+    assert without.operators_.head is None
+    assert without.influence((features[:2], logits[:2], labels[:2])).shape == (2, N)
+    assert "ridge_head" not in vars(without.operators_)
+    without.save(tmp_path / "saved")
+    loaded = STRIDE.load(tmp_path / "saved", without.model, without.train_dataset)
+    for asked in (without, loaded):  # a head is fitted when it is asked for
+        torch.testing.assert_close(asked.mislabel_scores(), method("both").mislabel_scores(), rtol=0, atol=0)
+    assert without.operators_.head is None
+
+
 @pytest.mark.parametrize("budget", [1, 2**20])
 def test_blocks_do_not_show(budget):
     features, logits, labels = problem()

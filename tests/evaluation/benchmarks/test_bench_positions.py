@@ -16,7 +16,8 @@ def test_the_command_measures_both_forms(tmp_path):
     done = CliRunner().invoke(app, ["bench", "positions", *sizes, "--out", str(tmp_path), "--quiet"])
     assert done.exit_code == 0, done.output
     rows = json.loads((tmp_path / "positions.json").read_text())["rows"]
-    assert [row["form"] for row in rows] == ["rows", "matrix"]
+    assert [row["form"] for row in rows] == ["rows", "rows", "matrix", "matrix"]
+    assert [row["residuals"] for row in rows] == ["temperature", "both"] * 2
     for row in rows:
         assert (row["n_train"], row["n_positions"], row["n_test"]) == (6, 4, 2)
         assert min(row[name] for name in ("forward", "product", "fit", "pairs", "matrices", "query")) > 0
