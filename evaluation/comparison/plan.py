@@ -11,11 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...adapters import ClassRandom, ClassSimilarity, KNNShapley
-from ...closed_form.options import ClosedForm
 from ...errors import bad_choice, bad_type, bad_value, whole_number
 from ...losses.summed_positions import SummedPositions
-from ...stride import STRIDE
 from ...system.devices import existing_device
 from ..retraining.plan_files import ENGINES
 from ..retraining.task_parts import Split
@@ -197,18 +194,11 @@ def _not_possible(every: Sequence[MethodSpec], task: Task, on_halves: bool) -> d
 
 def _refusal(spec: MethodSpec, task: Task, network: nn.Module) -> str | None:
     """Why a method does not take the loss of a task; None where it does."""
-    loss = loss_of_methods(task.loss)
     try:
-        method = spec(network, task.train, {**spec.grid[0], "loss": loss})
+        options = {**spec.grid[0], "loss": loss_of_methods(task.loss)}
+        spec(network, task.train, options).check_loss(task.loss)
     except ValueError as error:
-        return str(error)
-    if isinstance(method, STRIDE) and not isinstance(method.operators, ClosedForm):
-        return "is trained with cross-entropy of one class an example"
-    together = isinstance(task.loss, SummedPositions) and not method.takes_positions
-    if together and getattr(method, "residuals", "training") not in ("training", "temperature"):
-        return "has no out-of-sample residuals for examples with several positions"
-    if together and isinstance(method, ClassRandom | ClassSimilarity | KNNShapley):
-        return "compares classes of examples"
+        return f"does not take this task: {error}"
     return None
 
 

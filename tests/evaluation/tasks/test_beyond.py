@@ -67,6 +67,9 @@ class TestEach:
         assert {"ClassRandom", "ClassSimilarity", "KNNShapley", "STRIDE trained + Lasso"} <= set(
             question.skipped
         )
+        assert ("TracIn, out-of-sample residuals" in question.skipped) is (
+            name in ("tagging", "segmentation")
+        )
         assert {"STRIDE", "EKFAC", "TRAK", "Random"} & {spec.name for spec in question.specs} >= {"STRIDE"}
         with pytest.raises(ValueError, match="`measures` must be read off retrained halves, or leakage"):
             settle(["STRIDE"], tasks[name], store=tmp_path, measures=["mislabel"], n_subsets=4, n_test=12)
