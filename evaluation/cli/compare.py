@@ -15,8 +15,8 @@ from ..comparison.shared.methods import DEFAULT_METHODS
 from ..comparison.shared.question import Question
 from ..report.html import read_results, write_comparison
 from ..report.terminal import console, show_comparison, show_printed
+from ..tasks.loading import load_task
 from ..tasks.paper_tables import TABLES, find_table
-from ..tasks.tasks import load_task
 from . import completion
 from .options import (
     AsJSON,

@@ -11,8 +11,9 @@ from ..benchmarks.retraining import CASES
 from ..benchmarks.scalability.case import SCALED_METHODS
 from ..comparison.plan import MEASURES
 from ..comparison.shared.methods import METHODS
+from ..tasks.built_in import TASKS
+from ..tasks.loading import PRESETS
 from ..tasks.paper_tables import TABLES
-from ..tasks.tasks import PRESETS, TASKS
 
 ENGINES = ("auto", "processes", "stacked")
 PAPER_PRESETS = ("mnist", "cifar10")

@@ -20,8 +20,8 @@ from ..comparison.explain import explain
 from ..comparison.explained_models import planned_models
 from ..report.html import write_explanation
 from ..report.terminal import console, show_explanation
-from ..tasks.own_data import import_factory
-from ..tasks.tasks import load_task
+from ..tasks.factories import import_factory
+from ..tasks.loading import load_task
 from .options import (
     AsJSON,
     Data,

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..tasks.tasks import PRESETS, TASKS
+from ..tasks.built_in import TASKS
+from ..tasks.loading import PRESETS
 from . import completion
 
 TaskName = Annotated[

@@ -14,7 +14,7 @@ from ..report.terminal import (
     table_of,
 )
 from ..system.environment import one_line
-from ..tasks.tasks import load_task
+from ..tasks.loading import load_task
 from . import completion
 from .options import (
     AsJSON,

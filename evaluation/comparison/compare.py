@@ -16,8 +16,8 @@ from ..retraining.estimate import RetrainingEstimate
 from ..retraining.store import Fingerprints
 from ..retraining.training import logits_of, mean_residual
 from ..system import environment
+from ..tasks.task import Task
 from ..tasks.task_loss import response_in_words
-from ..tasks.tasks import Task
 from .plan import MEASURES, settle
 from .results import Comparison
 from .runs.lds import chosen_options, retrained

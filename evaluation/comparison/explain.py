@@ -24,7 +24,7 @@ from ...system.processes import first_rank_first, in_group
 from ..retraining.cross_fitting import TrainFunction
 from ..system import environment
 from ..tasks.class_logits import check_logits
-from ..tasks.tasks import Task
+from ..tasks.task import Task
 from .explained_models import models_to_explain, reliabilities
 
 

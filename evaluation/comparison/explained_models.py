@@ -23,7 +23,7 @@ from ..retraining.attributed_models import train_attributed
 from ..retraining.cross_fitting import CrossFitted, TrainFunction, part_trainings, retrain, stored_trainings
 from ..retraining.task_parts import Split, cross_fit
 from ..retraining.training import logits_of
-from ..tasks.tasks import Task
+from ..tasks.task import Task
 
 #: Features of all training examples of which halves are taken to see how far they agree, at most.
 _LARGEST_FEATURES = 2**28

@@ -18,8 +18,8 @@ from ..retraining.plan_files import ENGINES
 from ..retraining.task_parts import Split
 from ..tasks.checks import check_task
 from ..tasks.new_network import built
+from ..tasks.task import Task
 from ..tasks.task_loss import loss_of_methods
-from ..tasks.tasks import Task
 from .runs.counterfactual import Counterfactual
 from .runs.ladder import OUT_OF_SAMPLE
 from .runs.lds import READINGS

@@ -28,7 +28,7 @@ from ..retraining.attributed_models import train_attributed
 from ..retraining.plan import without_diverged
 from ..system import environment
 from ..tasks.checks import check_task
-from ..tasks.tasks import Task
+from ..tasks.task import Task
 from .shared.methods import fitting
 from .shared.question import halves
 

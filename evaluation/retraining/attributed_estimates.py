@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..tasks.new_network import checked_network
-from ..tasks.tasks import Task
+from ..tasks.task import Task
 from . import store as run_store
 from .attributed_models import FIRST_SPIKED, SPIKE, TRIES, attributed_path, checkpoint_paths
 from .estimate import RetrainingEstimate

@@ -12,7 +12,7 @@ from torch import nn
 from ...errors import bad_value
 from ...influence.checkpoints import log_positions
 from ..tasks.new_network import checked_network
-from ..tasks.tasks import Task
+from ..tasks.task import Task
 from . import store as run_store
 from .training import mean_residual, single_thread, train_model
 

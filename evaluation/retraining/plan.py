@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from ...errors import bad_value
 from ...subsets import Membership, checked_membership, members
 from ..tasks.checks import check_task
-from ..tasks.tasks import Task
+from ..tasks.task import Task
 from . import files as retraining_files
 from . import store as run_store
 from . import workers as retraining_workers

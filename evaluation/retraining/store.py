@@ -25,7 +25,7 @@ from ...system.atomic import atomic_write
 from ...system.fingerprints import bits
 from ..system.stable_digest import NoStableDigest, stable_digest
 from ..tasks.new_network import built
-from ..tasks.tasks import Task
+from ..tasks.task import Task
 
 #: Increased whenever `train_model` changes what it computes.
 _RECIPE = 2

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..tasks.networks import TrainingSettings
-from ..tasks.tasks import Task
+from ..tasks.task import Task
 from . import store as run_store
 from .attributed_models import log_epochs
 from .cross_fitting import CrossFitted, part_trainings, retrain, training_paths

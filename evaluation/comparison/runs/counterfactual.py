@@ -34,7 +34,7 @@ from ...retraining.estimate import RetrainingEstimate
 from ...retraining.plan import without_diverged
 from ...retraining.plan_files import ENGINES
 from ...tasks.checks import check_task
-from ...tasks.tasks import Task
+from ...tasks.task import Task
 from ..shared.measure import Measure, defaults_of
 from ..shared.methods import METHODS, MethodSpec
 from ..shared.question import Question

@@ -25,7 +25,7 @@ from ...retraining.attributed_estimates import estimate_attributed
 from ...retraining.attributed_models import train_attributed
 from ...retraining.estimate import RetrainingEstimate
 from ...tasks.checks import check_task
-from ...tasks.tasks import Task
+from ...tasks.task import Task
 from ..shared.measure import Measure, defaults_of
 from ..shared.question import Question
 from ..shared.score_cache import Answer, CachedMethod

@@ -32,7 +32,7 @@ from ...retraining.attributed_models import train_attributed
 from ...retraining.estimate import RetrainingEstimate
 from ...system.stable_digest import stable_digest
 from ...tasks.checks import check_task
-from ...tasks.tasks import Task
+from ...tasks.task import Task
 from ..shared.measure import Measure, defaults_of
 from ..shared.question import Question
 from ..shared.score_cache import Answer, CachedMethod

@@ -17,7 +17,7 @@ from ...measures.counterfactual_drop import resolve_counts
 from ...retraining import workers as retraining_workers
 from ...retraining.estimate import RetrainingEstimate
 from ...retraining.plan import RetrainingPlan
-from ...tasks.tasks import Task
+from ...tasks.task import Task
 
 Removed = Sequence[NDArray[np.int64]]
 

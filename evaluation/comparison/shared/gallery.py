@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ....responses import multiclass_logits
 from ...report.pictures import picture
 from ...retraining.training import logits_of
-from ...tasks.tasks import Task
+from ...tasks.task import Task
 from .score_cache import CachedMethod
 from .suspects import Suspect, most_suspect
 

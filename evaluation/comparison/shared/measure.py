@@ -9,7 +9,7 @@ from typing import Any
 
 from ...retraining.estimate import RetrainingEstimate
 from ...retraining.task_parts import Split
-from ...tasks.tasks import Task
+from ...tasks.task import Task
 from .question import Question
 from .shared import Shared
 

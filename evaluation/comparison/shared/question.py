@@ -14,7 +14,7 @@ from ....subsets import random_subsets
 from ...retraining.attributed_models import log_epochs
 from ...retraining.plan import RetrainingPlan
 from ...retraining.task_parts import HALVES, Split
-from ...tasks.tasks import Task
+from ...tasks.task import Task
 from .methods import MethodSpec
 
 

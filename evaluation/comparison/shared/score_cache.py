@@ -33,8 +33,8 @@ from ...measures.cost import Build, Cost
 from ...retraining import store as run_store
 from ...system import environment
 from ...system.stable_digest import Examples, NoStableDigest, stable_digest
+from ...tasks.task import Task
 from ...tasks.task_loss import loss_of_methods
-from ...tasks.tasks import Task
 
 #: What a method says of itself once it was fitted, and what changes with every process.
 _NOT_BUILT = frozenset({"fit_seconds_", "query_seconds_", "peak_bytes_", "_fit_bytes", "_fitted_on"})

@@ -33,7 +33,7 @@ from stride_captum.evaluation.retraining.attributed_models import (
 from stride_captum.evaluation.retraining.plan import RetrainingPlan
 from stride_captum.evaluation.tasks.checks import check_task
 from stride_captum.evaluation.tasks.networks import TrainingSettings
-from stride_captum.evaluation.tasks.tasks import Task
+from stride_captum.evaluation.tasks.task import Task
 
 N_TRAIN, N_TEST = 90, 60
 FEW = {"n_subsets": 12, "n_seeds": 1, "n_models": 1, "n_test": 40, "n_jobs": 1, "n_resamples": 20}
