@@ -339,7 +339,11 @@ def test_numbers_of_numpy_are_numbers(task, tmp_path):
 # What is refused, before anything is trained.
 
 REFUSED = {
-    "one method": ({"methods": "STRIDE"}, TypeError, r"`methods` must be a sequence of names and Contenders"),
+    "one method": (
+        {"methods": "STRIDE"},
+        TypeError,
+        r"`methods` must be a sequence of names and",
+    ),
     "no method": ({"methods": []}, ValueError, r"`methods` must name at least one method; got none"),
     "another method": ({"methods": ["Stride"]}, ValueError, r"`methods` must be one of .*; got 'Stride'"),
     "one name twice": (

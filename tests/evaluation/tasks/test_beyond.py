@@ -68,10 +68,11 @@ class TestEach:
         assert {"ClassRandom", "ClassSimilarity", "KNNShapley", "STRIDE trained + Lasso"} <= set(
             question.skipped
         )
-        assert ("TracIn, out-of-sample residuals" in question.skipped) is (
-            name in ("tagging", "segmentation")
-        )
+        has_positions = name in ("tagging", "segmentation")
+        assert ("TracIn, out-of-sample residuals" in question.skipped) is has_positions
         assert {"STRIDE", "EKFAC", "TRAK", "Random"} & {spec.name for spec in question.specs} >= {"STRIDE"}
+        with pytest.raises(ValueError, match="for ClassRandom, whose scores compare classes"):
+            settle(["ClassRandom"], tasks[name], store=tmp_path, n_subsets=4, n_test=12)
         with pytest.raises(ValueError, match="`measures` must be read off retrained halves, or leakage"):
             settle(["STRIDE"], tasks[name], store=tmp_path, measures=["mislabel"], n_subsets=4, n_test=12)
 
