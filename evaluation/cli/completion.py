@@ -1,4 +1,4 @@
-"""Shell completion of the names that options choose from."""
+"""Shell completion: the names that an option can take."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEVICES = ("cpu", "cuda", "mps")
 
 
 def one_of(names: Iterable[str]) -> Callable[[str], list[str]]:
-    """A function that typer asks for the names which begin as what has been typed.
+    """The function that typer calls to complete a name: it gives those that start with what was typed.
 
     >>> tasks("m")
     ['mnist']
@@ -40,7 +40,7 @@ def _asked_by_bash() -> bool:
 
 
 def _for_bash(name: str) -> str:
-    """Bash puts a name into the line as it is, so that spaces and brackets must be escaped here."""
+    """Escape spaces and brackets, since bash inserts a name unchanged."""
     return re.sub(r"([^\w.,=+-])", r"\\\1", name)
 
 
