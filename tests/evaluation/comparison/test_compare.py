@@ -221,7 +221,7 @@ class TestCounterfactualPoints:
         with pytest.raises(
             ValueError,
             match=r"`measures\['counterfactual'\]\['test_points'\]` must be distinct places in \[20, 60\); "
-            r"got \[19, 20\]\. Options are chosen on the test points before\.",
+            r"got \[19, 20\]\. Options are chosen on the test points before these\.",
         ):
             compare(["Similarity"], planted, store=tmp_path, measures=measures, **FEW)
 
@@ -775,14 +775,14 @@ class TestSilence:
 
         found = compare([MethodSpec("few", adapter(Few))], planted, store=tmp_path, measures=["lds"], **FEW)
         assert found.summary()[-1] == (
-            "LDS is undefined for some test points of few: there they count as 0 against other methods."
+            "LDS is undefined for some test points of few: these count as 0 against other methods."
         )
 
     @pytest.mark.slow
     def test_without_resamples_no_winner_is_named(self, planted, tmp_path):
         few = {**FEW, "n_resamples": 0}
         found = compare(["Random", "Similarity"], planted, store=tmp_path, measures=["lds"], **few)
-        assert found.summary()[1:] == ["No intervals were asked for: no winner is named."]
+        assert found.summary()[1:] == ["No intervals were asked for: no method is called better."]
 
 
 def test_detectors_are_known_by_name():
