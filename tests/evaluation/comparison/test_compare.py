@@ -650,7 +650,9 @@ class TestPlannedTrainings:
             "mislabel: 1 training of",
             "leakage: 1 training of",
         ]
-        assert said[2].endswith(" with 1 worker: the first with a spike of its loss ends each search.")
+        assert said[2].endswith(
+            " with 1 worker: each search ends at the first model with a spike of its loss."
+        )
         assert ": 0 are in the store, 2 are to do one by one, which takes about " in said[3]
 
     @pytest.mark.slow

@@ -387,7 +387,7 @@ class TestPlan:
         with pytest.raises(
             RuntimeError,
             match=r"Retraining \(subset 2, seed 1\) failed with .*: out of memory\)?\. Those that "
-            r"were done before are in .*store: the same call goes on from there\.",
+            r"were done before are in .*store: the same call continues from there\.",
         ):
             plan.execute(n_jobs=n_jobs, show_progress=False)
         assert (2, 1) in plan.missing()
@@ -752,11 +752,11 @@ class TestFingerprint:
         plan = plan_with(plan, build_model=network)
         with pytest.warns(
             UserWarning,
-            match=r"Trainings of small are done again every time: `build_model\.lock` is of type lock, .*\. "
+            match=r"Stored trainings of small are not reused: `build_model\.lock` is of type lock, .*\. "
             r"Leave that out of the network and its factory\.",
         ):
             one = plan._path(0, 0)
-        with pytest.warns(UserWarning, match="done again every time"):
+        with pytest.warns(UserWarning, match="are not reused"):
             assert plan._path(0, 0) != one
 
     def test_names_are_those_of_another_process(self, tmp_path):
