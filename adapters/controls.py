@@ -15,7 +15,7 @@ from ..data.batch import ExampleBatch
 from ..data.digests import digest_item
 from ..errors import bad_value
 from ..influence.method import InfluenceMethod, Query
-from ..losses import CrossEntropy
+from ..losses import CrossEntropy, Loss
 from ..responses import class_labels
 from ..system.fingerprints import bits
 from ..system.saved_values import saved_as
@@ -132,9 +132,9 @@ class ClassRandom(Random):
     True
     """
 
-    def __init__(self, model: nn.Module, train_dataset: Any, **options: Any) -> None:
-        super().__init__(model, train_dataset, **options)
-        self.loss.refuse(type(self).__name__, "whose scores compare them")
+    @override
+    def check_loss(self, loss: Loss) -> None:
+        self.need_classes(loss, "whose scores compare classes")
 
     def _labels(self, batch: ExampleBatch) -> Tensor:
         """Classes of training examples."""

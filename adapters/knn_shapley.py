@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from ..errors import bad_value
 from ..influence.method import Query
+from ..losses import Loss
 from ..system.devices import as_float64
 from .similarity import Similarity, SimilarityQuery, SimilarityState, check_classes
 
@@ -62,7 +63,10 @@ class KNNShapley(Similarity):
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise bad_value("k", "be an integer of at least 1", repr(k))
         self.k = k
-        self.loss.refuse(type(self).__name__, "whose neighbors vote for one")
+
+    @override
+    def check_loss(self, loss: Loss) -> None:
+        self.need_classes(loss, "whose neighbors vote for a class")
 
     @override
     def fit_checkpoint(self, model: nn.Module, show_progress: bool) -> SimilarityState:

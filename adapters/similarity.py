@@ -12,6 +12,7 @@ from typing_extensions import override
 from ..errors import bad_value
 from ..influence.method import InfluenceMethod, Query
 from ..layers.activations import Tap, check_finite, default_taps, named_taps, recording
+from ..losses import Loss
 from ..system.saved_values import saved_as
 
 
@@ -134,9 +135,9 @@ class ClassSimilarity(Similarity):
     0.0
     """
 
-    def __init__(self, model: nn.Module, train_dataset: Any, **options: Any) -> None:
-        super().__init__(model, train_dataset, **options)
-        self.loss.refuse(type(self).__name__, "which compares them")
+    @override
+    def check_loss(self, loss: Loss) -> None:
+        self.need_classes(loss, "which compares classes")
 
     @override
     def fit_checkpoint(self, model: nn.Module, show_progress: bool) -> SimilarityState:

@@ -21,7 +21,8 @@ from .retraining.cross_fitting import CrossFitted, retrain
 from .retraining.plan import RetrainingPlan
 from .retraining.task_parts import TaskTraining
 from .retraining.training import train_model
-from .tasks.tasks import Task, load_task
+from .tasks.loading import load_task
+from .tasks.task import Task
 
 __all__ = [
     "MEASURES",

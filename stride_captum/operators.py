@@ -143,6 +143,16 @@ class Operators(Options, ABC):
         """Arguments of `STRIDE` that these operators want where the user has given none."""
         return {}
 
+    def check_loss(self, loss: Loss) -> None:
+        """Refuse a loss that these operators cannot take. By default every loss is taken.
+
+        Args:
+            loss: What the model was trained with; `SummedPositions` for examples with several positions.
+
+        Raises:
+            ValueError: They need another loss.
+        """
+
     def check_shared(self) -> None:
         """Refuse a training set that several processes share.
 

@@ -134,6 +134,17 @@ class STRIDE(ChangingTrainingSet):
         self._precomputed: Precomputed | None = None
         self._changed = False
 
+    def check_loss(self, loss: Loss) -> None:
+        """Refuse a loss that the operators cannot take.
+
+        Args:
+            loss: What the model was trained with.
+
+        Raises:
+            ValueError: The operators need another loss.
+        """
+        self.operators.check_loss(loss)
+
     @classmethod
     def from_features(
         cls: type[Self],

@@ -9,7 +9,17 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from stride_captum import STRIDE, Batch, ClosedForm, Features, Trained
-from stride_captum.adapters import EKFAC, TRAK, DiagonalEKFAC, Random, Similarity, TracIn
+from stride_captum.adapters import (
+    EKFAC,
+    TRAK,
+    ClassRandom,
+    ClassSimilarity,
+    DiagonalEKFAC,
+    KNNShapley,
+    Random,
+    Similarity,
+    TracIn,
+)
 from stride_captum.losses import MSE, BinaryCrossEntropy, CrossEntropy
 from stride_captum.losses.positions import channels_last, position_rows
 from stride_captum.positions import Positions, joined
@@ -671,8 +681,14 @@ class TestBaselines:
             assert method(*tagged[:2]).influence(tagged[2]).shape == (N_TEST, N_TRAIN)
 
     def test_residuals_of_a_ridge_head_are_refused(self, tagged):
-        with pytest.raises(ValueError, match="`residuals` must be 'training' or 'temperature'"):
+        with pytest.raises(ValueError, match=r"`residuals` must be 'training' or 'temperature'.*got 'both'"):
             self.made(TracIn, *tagged[:2], residuals="both").fit()
+
+    @pytest.mark.parametrize("method", [ClassRandom, ClassSimilarity, KNNShapley])
+    def test_methods_that_compare_classes_are_refused(self, tagged, method):
+        must = f"`model` must return one row of logits for each example for {method.__name__}, "
+        with pytest.raises(ValueError, match=must):
+            method(*tagged[:2]).fit()
 
     def test_examples_of_other_lengths_are_refused(self, tagged):
         model, train, tests = tagged

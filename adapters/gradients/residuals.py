@@ -16,6 +16,8 @@ from ...features.options import Features
 from ...influence.method import Query
 from ...influence.temperature import choose_temperature
 from ...layers.activations import Tap, default_taps, recording
+from ...losses import Loss
+from ...losses.summed_positions import SummedPositions
 from .working_model import OnWorkingCopy
 
 
@@ -39,29 +41,40 @@ class WithResiduals(OnWorkingCopy):
         temperature: float | None,
         **options: Any,
     ) -> None:
-        super().__init__(model, train_dataset, **options)
         if residuals not in get_args(Residuals):
             raise bad_choice("residuals", residuals, get_args(Residuals))
         if temperature is not None and not temperature > 0:
             raise bad_value("temperature", "be positive, or None", temperature)
-        if residuals == "temperature" and not self.loss.tempered:
-            must = f"be one of the others for loss={self.loss.name!r}, which has no temperature"
-            raise bad_value("residuals", must, repr(residuals))
         self.residuals = residuals
         self.temperature = temperature
+        super().__init__(model, train_dataset, **options)
         self._omega: Tensor | None = None  # weights of the training examples, as `fit` has read them
+
+    @override
+    def check_loss(self, loss: Loss) -> None:
+        if self.residuals == "temperature" and not loss.tempered:
+            must = f"be one of the others for loss={loss.name!r}, which has no temperature"
+            raise bad_value("residuals", must, repr(self.residuals))
+        if isinstance(loss, SummedPositions) and not self._of_the_model:
+            must = "be 'training' or 'temperature' for examples with several positions"
+            remedy = "STRIDE with closed-form operators has the others."
+            raise bad_value("residuals", must, repr(self.residuals), remedy)
+
+    @property
+    def _of_the_model(self) -> bool:
+        """Whether residuals come from the model's own outputs alone, without a ridge head on features."""
+        return self.residuals in ("training", "temperature")
 
     def _read_residuals(self, model: nn.Module, show_progress: bool) -> tuple[Tensor, Tensor, float]:
         """r_i times omega, `e_y - p` (both `(n_train, n_classes)`) and the temperature, from one pass."""
-        of_the_model = self.residuals in ("training", "temperature")
-        taps = [] if of_the_model else self._feature_taps(model)
+        taps = [] if self._of_the_model else self._feature_taps(model)
         features, z, y = self._read_training_set(model, taps, show_progress)
         if not bool(torch.isfinite(z).all()):
             wrong = int((~torch.isfinite(z).all(1)).nonzero()[0])
             raise bad_value("model", "return finite logits", f"NaN or infinity for training example {wrong}")
         temperature = choose_temperature(self, model, z, y, self.temperature, self._omega)
         loss_residuals = self.loss.residuals(z, y)
-        if not of_the_model:
+        if not self._of_the_model:
             residuals = out_of_sample_residuals(
                 features,
                 z,
@@ -119,7 +132,7 @@ class WithResiduals(OnWorkingCopy):
                 both = state.residuals[rows]
                 return both, both
             return state.loss_residuals[rows], state.residuals[rows]
-        if self.residuals not in ("training", "temperature"):
+        if not self._of_the_model:
             raise bad_value(
                 "residuals", "be 'training' or 'temperature' for other inputs", repr(self.residuals)
             )

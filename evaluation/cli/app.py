@@ -1,4 +1,4 @@
-"""The command line: every command under its name."""
+"""The command line: all commands by name."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import typer
 
 from ...doctor import diagnose
 from .bench import bench
-from .compare import compare_command, report_command, reproduce_command
+from .compare import compare_command, report_command
 from .explain import explain_command
-from .options import (
-    AsJSON,
-    Quiet,
-)
+from .options import AsJSON, Quiet
 from .output import Console, one_sentence_errors
 from .recovery_curve import recovery_curve_command
+from .reproduce import reproduce_command
 
 
 def _version(wanted: bool) -> None:
@@ -48,7 +46,7 @@ def main_command(
         bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_version)
     ] = False,
 ) -> None:
-    """What every subcommand shares."""
+    """Options of the program itself."""
 
 
 app.command("explain")(explain_command)
@@ -61,9 +59,9 @@ app.add_typer(bench, name="bench")
 
 @app.command("doctor")
 def doctor_command(quiet: Quiet = False, as_json: AsJSON = False) -> None:
-    """Say which versions, devices and extras are there, and check the methods on planted data in ten seconds.
+    """Print versions, devices and extras, and check the methods on synthetic data in ten seconds.
 
-    The exit code is 1 where something is broken. What the check does not cover is named.
+    The exit code is 1 if something is broken. The output also names what is not checked.
 
     Examples:
 

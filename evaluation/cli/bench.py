@@ -1,8 +1,7 @@
-"""`stride-captum bench`: speed as ratios in one run."""
+"""`stride-captum bench`: speed, as ratios of times measured in one run."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -19,20 +18,18 @@ from ..benchmarks.peers import bench_peers
 from ..benchmarks.positions import SIZES, bench_positions
 from ..benchmarks.recovery import bench_lasso
 from ..benchmarks.retraining import CASES, bench_retraining
-from ..benchmarks.scalability.case import SCALED_METHODS
-from ..benchmarks.scalability.report import show_scalability, write_scalability
-from ..benchmarks.scalability.scalability import bench_scalability, parse_size
 from ..report.terminal import show_measured
 from ..system.environment import describe
 from . import completion
+from .bench_scalability import bench_scalability_command
 from .bench_tables import show_core, show_peers, show_rows
-from .options import AsJSON, Out, Quiet
+from .options import AsJSON, Out, Quiet, Repeats
 from .output import Console, one_sentence_errors
 from .results import write_json
 
 bench = typer.Typer(
     no_args_is_help=True,
-    help="""Measure speed as ratios in one run.
+    help="""Measure speed, as ratios of times measured in one run.
 
     Example: stride-captum bench core
     """,
@@ -41,12 +38,12 @@ bench = typer.Typer(
 
 @bench.command("core")
 def bench_core_command(
-    repeats: Annotated[int, typer.Option(help="Timed repetitions; medians are reported.")] = 5,
+    repeats: Repeats = 5,
     out: Out = Path("out/bench"),
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Fit and query against the floor of the hardware, and against Captum's TracInCPFast.
+    """Fit and query against the arithmetic that they cannot avoid, and against Captum's TracInCPFast.
 
     Example: stride-captum bench core
     """
@@ -61,12 +58,12 @@ def bench_core_command(
 
 @bench.command("peers")
 def bench_peers_command(
-    repeats: Annotated[int, typer.Option(help="Timed repetitions; medians are reported.")] = 5,
+    repeats: Repeats = 5,
     out: Out = Path("out/bench"),
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Fit and query beside feature similarity, Captum's TracInCPFast and kronfluence's EKFAC.
+    """Fit and query next to feature similarity, Captum's TracInCPFast and kronfluence's EKFAC.
 
     Example: stride-captum bench peers
     """
@@ -79,15 +76,17 @@ def bench_peers_command(
 @bench.command("recovery")
 def bench_recovery_command(
     test_points: Annotated[int, typer.Option(help="Test points that are recovered together.")] = 200,
-    n_subsets: Annotated[int, typer.Option(help="K.")] = 500,
-    n_train: Annotated[int, typer.Option(help="N.")] = 50_000,
-    subset_size: Annotated[int, typer.Option(help="|S_k|.")] = 100,
-    reference: Annotated[int, typer.Option(help="Test points that scikit-learn is timed on.")] = 5,
+    n_subsets: Annotated[int, typer.Option(help="K, the number of subsets.")] = 500,
+    n_train: Annotated[int, typer.Option(help="N, the number of training examples.")] = 50_000,
+    subset_size: Annotated[int, typer.Option(help="|S_k|, examples in each subset.")] = 100,
+    reference: Annotated[
+        int, typer.Option(help="Test points that scikit-learn solves; its time for all is extrapolated.")
+    ] = 5,
     out: Out = Path("out/bench"),
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
-    """The batched Lasso against a loop over scikit-learn's at the same duality gap.
+    """The batched Lasso against a loop over scikit-learn's, both to the same duality gap.
 
     Example: stride-captum bench recovery
     """
@@ -106,14 +105,16 @@ def bench_recovery_command(
 @bench.command("positions")
 def bench_positions_command(
     n_train: Annotated[int, typer.Option(help="Training examples.")] = SIZES["n_train"],
-    n_positions: Annotated[int, typer.Option(help="Positions of each.")] = SIZES["n_positions"],
+    n_positions: Annotated[int, typer.Option(help="Positions (tokens) of each example.")] = SIZES[
+        "n_positions"
+    ],
     test_points: Annotated[int, typer.Option(help="Test points of one call.")] = SIZES["n_test"],
-    repeats: Annotated[int, typer.Option(help="Timed repetitions; medians are reported.")] = 3,
+    repeats: Repeats = 3,
     out: Out = Path("out/bench"),
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Fit and query of the closed form on tokens, in both forms, against the products that they must do.
+    """Fit and query of the closed form on tokens, in both forms, against the matrix products they need.
 
     Example: stride-captum bench positions
     """
@@ -134,13 +135,13 @@ def bench_retraining_command(
     device: Annotated[
         str, typer.Option(help="Where models are trained.", autocompletion=completion.devices)
     ] = "cpu",
-    stack: Annotated[list[int] | None, typer.Option(help="Models of a stack; may be repeated.")] = None,
-    epochs: Annotated[int, typer.Option(help="Few will do.")] = 1,
+    stack: Annotated[list[int] | None, typer.Option(help="Models trained at once; may be repeated.")] = None,
+    epochs: Annotated[int, typer.Option(help="Epochs; one is enough to time a step.")] = 1,
     out: Out = Path("out/bench"),
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Many small models trained at once against the same models one by one.
+    """Many small models trained at once, against the same models trained one by one.
 
     Example: stride-captum bench retraining --device cuda
     """
@@ -148,7 +149,7 @@ def bench_retraining_command(
         rows = bench_retraining(
             case or ("digits", "mnist"), device=existing_device(device), stack_sizes=stack, epochs=epochs
         )
-    title = "Retraining: seconds of a model, with all workers busy, in one run"
+    title = "Retraining: seconds for each model, with all workers busy, in one run"
     show_rows(title, rows, out / "retraining.json", Console(quiet, as_json))
 
 
@@ -164,16 +165,16 @@ def bench_gpu_command(
     device: Annotated[
         str | None,
         typer.Option(
-            help="Default: a GPU where there is one. On the CPU all sizes are toys.",
+            help="Default: a GPU if there is one. On the CPU all sizes are tiny.",
             autocompletion=completion.devices,
         ),
     ] = None,
-    minutes: Annotated[float, typer.Option(help="For everything; what does not fit is skipped.")] = 8.0,
+    minutes: Annotated[float, typer.Option(help="Time for everything; what does not fit is skipped.")] = 8.0,
     out: Out = Path("out/bench"),
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
-    """All that wants a GPU, in minutes: training, queries, retraining, transfers, nccl, models up to 1 B.
+    """Everything that needs a GPU, in minutes: training, queries, retraining, transfers, nccl, large models.
 
     Example: stride-captum bench gpu
     """
@@ -199,17 +200,19 @@ def bench_store_command(
         ),
     ] = None,
     n_train: Annotated[
-        int, typer.Option(help="N of the large files; the other parts take a tenth.")
+        int, typer.Option(help="Examples in the large files; the other parts use a tenth.")
     ] = 2_000_000,
-    n_features: Annotated[int, typer.Option(help="d.")] = 512,
+    n_features: Annotated[int, typer.Option(help="d, the number of features.")] = 512,
     test_points: Annotated[int, typer.Option(help="Test points of a query.")] = 200,
-    k: Annotated[int, typer.Option(help="Training examples for each.")] = 100,
-    limit: Annotated[str, typer.Option(help="Data segment that the large fit and query may have.")] = "2GiB",
+    k: Annotated[int, typer.Option(help="Training examples returned for each test point.")] = 100,
+    limit: Annotated[
+        str, typer.Option(help="Limit of the data segment (RLIMIT_DATA) for the large fit and query.")
+    ] = "2GiB",
     out: Out = Path("out/bench"),
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Features on disk: memory of a large training set, building and querying against plain writes and reads.
+    """Features on disk: memory for a large training set, and time against plain writes and reads.
 
     Example: stride-captum bench store --part large --n-train 200000
     """
@@ -232,72 +235,13 @@ def bench_estimate_command(
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
-    """What `method.estimate()` says before, against what is measured after.
+    """The cost that `method.estimate()` predicts, against the cost that is measured.
 
     Example: stride-captum bench estimate
     """
     with one_sentence_errors():
         rows = bench_estimate(n_test=test_points)
-    show_rows("Estimated, measured and their ratio", rows, out / "estimate.json", Console(quiet, as_json))
+    show_rows("Estimated, measured, and their ratio", rows, out / "estimate.json", Console(quiet, as_json))
 
 
-@bench.command("scalability")
-def bench_scalability_command(
-    full: Annotated[
-        bool, typer.Option("--full", help="The 18 models of Table 5 with 5,000 examples.")
-    ] = False,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="May be repeated; one of: " + ", ".join(SCALED_METHODS) + ". Default: all.",
-            autocompletion=completion.scalable_methods,
-        ),
-    ] = None,
-    size: Annotated[
-        list[str] | None, typer.Option(help="Depth x width of a model, such as 4x64; may be repeated.")
-    ] = None,
-    train: Annotated[int | None, typer.Option(help="Training examples [500; 5,000 with --full].")] = None,
-    test_points: Annotated[int, typer.Option(help="Test points of a query.")] = 100,
-    device: Annotated[
-        str | None,
-        typer.Option(help="Default: a GPU where there is one.", autocompletion=completion.devices),
-    ] = None,
-    time_limit: Annotated[float, typer.Option(help="Seconds of each phase of a case.")] = 120.0,
-    memory_limit: Annotated[str, typer.Option(help="What a process may add to memory, on the CPU.")] = "8GiB",
-    exponents: Annotated[
-        bool, typer.Option("--exponents/--no-exponents", help="Sweep N, d and K too (Proposition 1).")
-    ] = True,
-    out: Annotated[
-        Path,
-        typer.Option(help="Folder of results.json, the plot and the cases: a killed run resumes."),
-    ] = Path("out/scalability"),
-    quiet: Quiet = False,
-    as_json: AsJSON = False,
-) -> None:
-    """Setup, queries and memory of every method as models grow: Table 5, Figure 2 and Proposition 1.
-
-    Examples:
-
-        stride-captum bench scalability
-
-        stride-captum bench scalability --size 4x64 --train 5000 --method STRIDE --no-exponents
-    """
-    voice = Console(quiet, as_json)
-    with one_sentence_errors(out):
-        found = bench_scalability(
-            out / "cases",
-            full=full,
-            device=None if device is None else str(existing_device(device)),
-            methods=method,
-            sizes=None if size is None else [parse_size(text) for text in size],
-            n_train=train,
-            n_test=test_points,
-            time_limit=time_limit,
-            memory_limit=memory_limit,
-            exponents=exponents,
-            say=voice.note,
-        )
-        files = write_scalability(found, out)
-    voice.results(json.loads(files[0].read_text(encoding="utf-8")), lambda: show_scalability(found))
-    for path in files:
-        voice.note(f"Wrote {path}")
+bench.command("scalability")(bench_scalability_command)

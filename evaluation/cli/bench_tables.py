@@ -14,8 +14,8 @@ from .results import write_json
 
 
 def show_core(rows: Sequence[CoreRow], environment: dict[str, Any]) -> None:
-    """Rows of `bench core`."""
-    title = "Seconds are medians; ratios are goals at most (<) or at least (>)"
+    """Print the rows of `bench core`."""
+    title = "Medians of one run; in the titles the goal of each ratio: at most (<) or at least (>)"
     columns = (
         "model", "N", "d", "n_test", "fit / floor (<1.5)", "dense / floor (<1.5)", "top-100 / floor (<2)",
         "one point: x TracInCPFast (>50)", "n_test points: x TracInCPFast (>3)", "fit MiB", "formula MiB",
@@ -40,7 +40,7 @@ def show_core(rows: Sequence[CoreRow], environment: dict[str, Any]) -> None:
 
 
 def show_peers(rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> None:
-    """Rows of `bench peers`."""
+    """Print the rows of `bench peers`."""
     title = "Medians of one run; in brackets the ratio to feature similarity on the same layers"
     columns = (
         "network", "N", "d", "method", "fit s (forward passes)", "test points",
@@ -62,7 +62,7 @@ def show_peers(rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> N
 
 
 def show_rows(title: str, rows: Sequence[dict[str, Any]], path: Path, voice: Console) -> None:
-    """Rows of plain values, as JSON in a file and as a table in the terminal."""
+    """Write rows of plain values as JSON to a file, and print them as a table."""
     environment = describe()
 
     def show() -> None:

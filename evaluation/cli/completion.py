@@ -1,4 +1,4 @@
-"""Shell completion of the names that options choose from."""
+"""Shell completion: the names that an option can take."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from ..benchmarks.retraining import CASES
 from ..benchmarks.scalability.case import SCALED_METHODS
 from ..comparison.plan import MEASURES
 from ..comparison.shared.methods import METHODS
+from ..tasks.built_in import TASKS
+from ..tasks.loading import PRESETS
 from ..tasks.paper_tables import TABLES
-from ..tasks.tasks import PRESETS, TASKS
 
 ENGINES = ("auto", "processes", "stacked")
 PAPER_PRESETS = ("mnist", "cifar10")
@@ -20,7 +21,7 @@ DEVICES = ("cpu", "cuda", "mps")
 
 
 def one_of(names: Iterable[str]) -> Callable[[str], list[str]]:
-    """A function that typer asks for the names which begin as what has been typed.
+    """The function that typer calls to complete a name: it gives those that start with what was typed.
 
     >>> tasks("m")
     ['mnist']
@@ -39,7 +40,7 @@ def _asked_by_bash() -> bool:
 
 
 def _for_bash(name: str) -> str:
-    """Bash puts a name into the line as it is, so that spaces and brackets must be escaped here."""
+    """Escape spaces and brackets, since bash inserts a name unchanged."""
     return re.sub(r"([^\w.,=+-])", r"\\\1", name)
 
 

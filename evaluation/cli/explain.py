@@ -20,19 +20,21 @@ from ..comparison.explain import explain
 from ..comparison.explained_models import planned_models
 from ..report.html import write_explanation
 from ..report.terminal import console, show_explanation
-from ..tasks.own_data import import_factory
-from ..tasks.tasks import load_task
+from ..tasks.factories import import_factory
+from ..tasks.loading import load_task
 from .options import (
     AsJSON,
     Data,
     DataRoot,
     Device,
     DryRun,
+    Jobs,
     LabelKey,
     Model,
     Out,
     Preset,
     Quiet,
+    Store,
     TaskName,
     Training,
 )
@@ -50,24 +52,26 @@ def explain_command(
     label_key: LabelKey = None,
     model: Model = None,
     training: Training = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Trained weights instead of training.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="File of trained weights, instead of training.")
+    ] = None,
     retrainings: Annotated[
         int,
         typer.Option(
-            help="Average over models of the parts of so many random partitions, at the cost of as many "
-            "trainings: more faithful, but it explains the training procedure, not one file of weights."
+            help="Average scores over models trained on the parts of this many random partitions, which "
+            "costs as many trainings. More faithful, but explains the training, not one file of weights."
         ),
     ] = 0,
-    parts: Annotated[int, typer.Option(help="Parts of each partition, for --retrainings.")] = 2,
+    parts: Annotated[int, typer.Option(help="Parts that the data are split into, for --retrainings.")] = 2,
     train_function: Annotated[
         str | None,
         typer.Option(
             help="How a model of --retrainings is trained, as module:function; function(indices, seed) "
-            "returns a network of the kind of --model. Default: as the task says."
+            "returns a network like that of --model. Default: the training of the task."
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Processes for the retrainings; -1 takes all cores.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the training and of the partitions.")] = 0,
+    jobs: Jobs = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the training, and of the partitions.")] = 0,
     operators: Annotated[
         str | None,
         typer.Option(
@@ -78,7 +82,7 @@ def explain_command(
     features: Annotated[
         str | None, typer.Option(help="Options of the features as JSON, such as '{\"max_width\": 1024}'.")
     ] = None,
-    store: Annotated[Path, typer.Option(help="Folder for trained models.")] = Path("out/store"),
+    store: Store = Path("out/store"),
     device: Device = "cpu",
     dry_run: DryRun = False,
     out: Out = Path("out/explain"),

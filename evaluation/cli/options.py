@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..tasks.tasks import PRESETS, TASKS
+from ..tasks.built_in import TASKS
+from ..tasks.loading import PRESETS
 from . import completion
 
 TaskName = Annotated[
@@ -19,20 +20,24 @@ Preset = Annotated[
     typer.Option(help="Size of the task: " + ", ".join(PRESETS) + ".", autocompletion=completion.presets),
 ]
 Models = Annotated[
-    int | None, typer.Option(help="Attributed models [3; for flipped labels and leaked examples 1].")
+    int | None,
+    typer.Option(help="Attributed models, whose predictions are explained [3; mislabel and leakage 1]."),
 ]
+Store = Annotated[Path, typer.Option(help="Folder of trained models: what is there is not trained again.")]
+Jobs = Annotated[int, typer.Option(help="Processes for the retrainings; -1 takes all cores.")]
+Repeats = Annotated[int, typer.Option(help="Timed repetitions; medians are reported.")]
 Out = Annotated[Path, typer.Option(help="Folder for report.html and results.json.")]
 DataRoot = Annotated[Path | None, typer.Option(help="Folder of MNIST or CIFAR-10 in torchvision's layout.")]
 Data = Annotated[
     str | None,
     typer.Option(
         help="Your own data set, as module:factory; factory(train=True) and factory(train=False) return a "
-        "data set of (input, label), or of dicts with one input and 'labels' or 'label'. With --data-root it "
-        "is called factory(DIR, train=...)."
+        "data set of (input, label), or of dicts with one input and 'labels' or 'label'. With --data-root "
+        "DIR the calls are factory(DIR, train=...)."
     ),
 ]
 LabelKey = Annotated[
-    str | None, typer.Option(help="Key of the label in --data of dicts, where it is another one.")
+    str | None, typer.Option(help="Key of the label if examples of --data are dicts [labels or label].")
 ]
 Device = Annotated[
     str,
@@ -42,14 +47,14 @@ Device = Annotated[
     ),
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with the run that was started in --out, as it was asked.")
+    bool, typer.Option("--resume", help="Continue the run that was started in --out, with its arguments.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained; stop.")]
-Yes = Annotated[bool, typer.Option("--yes", help="Go on where it takes more than two hours.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be trained, and stop.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Run even if it takes more than two hours.")]
 Model = Annotated[
     str | None,
     typer.Option(
-        help="Your own network, as module:factory; factory() returns it untrained. It gives logits "
+        help="Your own network, as module:factory; factory() returns it untrained. It returns logits "
         "(n, n_classes), or one logit for two classes."
     ),
 ]

@@ -1,4 +1,4 @@
-"""Manners of the command line: what goes to stdout, errors in one sentence, and how to go on."""
+"""Output of the command line: stdout and stderr, errors in one sentence, and how to continue."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ..system.text_files import printable
 
 @dataclass(frozen=True)
 class Console:
-    """Where a command speaks.
+    """Output of one command.
 
     Attributes:
-        quiet: Print nothing but errors, and the results where they are asked for as JSON.
+        quiet: Print nothing but errors, and the results if `as_json`.
         as_json: Print the results as JSON on stdout, and everything else to stderr.
     """
 
@@ -30,7 +30,7 @@ class Console:
     as_json: bool = False
 
     def note(self, text: str) -> None:
-        """Say something beside the results."""
+        """Print a line that is not part of the results."""
         if self.as_json and not self.quiet:
             typer.echo(printable(text), err=True)
         elif not self.quiet:
@@ -46,14 +46,19 @@ class Console:
 
 @contextmanager
 def one_sentence_errors(store: Path | None = None) -> Iterator[None]:
-    """Errors that a user can mend are one sentence and exit code 2; Ctrl-C says how to go on, with code 130.
+    """Print errors that the user can fix as one sentence and exit with code 2.
+
+    Ctrl-C prints how to continue, and exits with code 130.
 
     Args:
-        store: The folder that keeps what is finished; None where nothing is kept.
+        store: Folder that keeps finished work; None if nothing is kept.
     """
     try:
         yield
-    except (typer.Exit, typer.Abort):  # RuntimeErrors of click's, of a command within a command
+    except (
+        typer.Exit,
+        typer.Abort,
+    ):  # RuntimeErrors too, raised by a command within a command
         raise
     except OSError as error:
         _stop(_of_a_file(error) if error.filename else str(error), error)
@@ -75,6 +80,6 @@ def _of_a_file(error: OSError) -> str:
 
 def _how_to_go_on(store: Path | None) -> str:
     if store is None:
-        return "Nothing was kept: the same command starts anew."
+        return "Nothing was kept: the same command starts over."
     command = shlex.join(["stride-captum", *sys.argv[1:]])
-    return f"What was finished is kept in {store}. Go on from there with: {command}"
+    return f"Finished work is kept in {store}. Continue with: {command}"

@@ -14,7 +14,7 @@ from ..report.terminal import (
     table_of,
 )
 from ..system.environment import one_line
-from ..tasks.tasks import load_task
+from ..tasks.loading import load_task
 from . import completion
 from .options import (
     AsJSON,
@@ -24,6 +24,7 @@ from .options import (
     Out,
     Preset,
     Quiet,
+    Store,
     TaskName,
 )
 from .output import Console, one_sentence_errors
@@ -32,7 +33,9 @@ from .results import write_json
 
 def recovery_curve_command(
     task: TaskName = "digits",
-    n_subsets: Annotated[list[int] | None, typer.Option(help="K; may be repeated.")] = None,
+    n_subsets: Annotated[
+        list[int] | None, typer.Option(help="K, the number of subsets; may be repeated.")
+    ] = None,
     preset: Preset = "small",
     data_root: DataRoot = None,
     data: Data = None,
@@ -43,15 +46,15 @@ def recovery_curve_command(
     ] = "mnist",
     seeds: Annotated[int, typer.Option(help="Retrainings of each half.")] = 3,
     models: Annotated[int, typer.Option(help="Attributed models.")] = 3,
-    test_points: Annotated[int, typer.Option(help="The second half is reported.")] = 400,
-    store: Annotated[Path, typer.Option(help="Folder of retrainings: a killed run resumes.")] = Path(
-        "out/store"
-    ),
+    test_points: Annotated[
+        int, typer.Option(help="The first half chooses penalties, the second is reported.")
+    ] = 400,
+    store: Store = Path("out/store"),
     out: Out = Path("out/recovery-curve"),
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Fidelity of trained operators and Lasso as K grows, against ridge and the closed form on the same phi.
+    """LDS of trained operators with Lasso as K grows, next to ridge and the closed form on the same features.
 
     Example: stride-captum recovery-curve --task digits --n-subsets 50 --n-subsets 500
     """

@@ -1,4 +1,4 @@
-"""JSON that comes in with an option, and results that go out to files."""
+"""JSON and numbers given as options, and results written to files."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from ..system.text_files import write_text
 
 
 def training_settings(text: str | None) -> dict[str, Any] | None:
-    """What --training says."""
+    """The value of --training."""
     return None if text is None else json_object("training", text)
 
 
 def json_object(argument: str, text: str) -> dict[str, Any]:
-    """A JSON object that was given as an option.
+    """Parse an option that is a JSON object.
+
+    Args:
+        argument: Name of the option, for errors.
+        text: Its value.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: It is not JSON, or not an object.
     """
     try:
         options = json.loads(text)
@@ -33,10 +37,10 @@ def json_object(argument: str, text: str) -> dict[str, Any]:
 
 
 def numbers(argument: str, text: str) -> list[float]:
-    """Numbers with commas between them.
+    """Parse an option that is a list of numbers with commas between them.
 
     Raises:
-        ValueError: Something else.
+        ValueError: A part is not a number.
 
     >>> numbers("retrainings", "0, 1,2.5")
     [0.0, 1.0, 2.5]
@@ -50,14 +54,14 @@ def numbers(argument: str, text: str) -> list[float]:
 def write_results(
     out: Path, results: dict[str, Any], write_report: Callable[[dict[str, Any], Path], Path]
 ) -> dict[str, Any]:
-    """Write the results and the report; gives the results as they are in the file."""
+    """Write results.json and the report; returns the results as they are in the file."""
     written = write_json(out / "results.json", results)
     write_report(written, out / "report.html")
     return written
 
 
 def write_json(path: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """Write results with the command that gave them."""
+    """Write results together with the command; returns what was written."""
     results = {"command": ["stride-captum", *sys.argv[1:]], **results}
     write_text(path, json.dumps(results, indent=1, allow_nan=False))
     return results

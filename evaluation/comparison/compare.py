@@ -1,4 +1,4 @@
-"""Comparison of methods on one task: the same models, subsets, test points and response for all."""
+"""`compare`: methods on one task, with the same models, subsets, test points and response for all."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..retraining.estimate import RetrainingEstimate
 from ..retraining.store import Fingerprints
 from ..retraining.training import logits_of, mean_residual
 from ..system import environment
+from ..tasks.task import Task
 from ..tasks.task_loss import response_in_words
-from ..tasks.tasks import Task
 from .plan import MEASURES, settle
 from .results import Comparison
 from .runs.lds import chosen_options, retrained
@@ -51,48 +51,47 @@ def compare(
 ) -> Comparison:
     """Compare methods on a task.
 
-    The protocol: `n_subsets` random halves of the training set, `n_seeds` retrainings each from
-    scratch; the response is the margin of the true class; every attributed model is scored alone. The
-    first half of the test points chooses among the grid of a method by LDS, the second half is
-    reported; the other measures take the options that were chosen. Where neither LDS nor what is read off
-    the same halves is asked for, none are retrained, and a method with a grid takes its default options
-    unless `options` has others. Halves of which a retraining diverges are left out and counted. What
-    cannot work is refused before anything is trained.
+    The protocol of LDS: `n_subsets` random halves of the training set, and `n_seeds` models retrained from
+    scratch on each; the response is the margin of the true class (`losses.Loss.responses[0]` for other
+    losses). Each attributed model is scored alone. A method with a grid of options takes those with the
+    highest LDS on the first half of the test points; the second half is reported. The other measures use
+    the options that were chosen. If no measure needs the retrained halves, none are retrained and a method
+    with a grid takes its default options. Halves with a retraining that diverges are left out and counted.
+    Arguments that cannot work are refused before anything is trained.
 
     Args:
-        methods: Names from `METHODS`, or specs of your own; None takes `DEFAULT_METHODS` as far
-            as they can be run.
+        methods: Names from `METHODS`, or specs of your own; None takes those of `DEFAULT_METHODS` that can
+            be run.
         task: The task.
-        store: Folder of the retrainings, the trained models and the answers of methods: what is there is
-            not done again.
-        measures: From `MEASURES`; or a mapping to options of `measure_counterfactual`,
-            `measure_mislabel` and `measure_leakage`; "counterfactual" also takes `methods` (names),
-            `arms` ("proponents", "opponents") and `n_points` (10 of the reported test points); "mislabel"
-            also takes `detectors` (names from `DETECTORS`, all of them).
-        retrainings: Budgets, in trainings on the whole training set, at which LDS is measured for the methods
-            that are named (None: STRIDE, EKFAC, TRAK, DiagonalEKFAC and TracIn), all with the same models: 0
-            is one model and the checkpoints along its training, and B are models of the parts of B random
-            partitions. None measures none; `measures={"retrainings": {...}}` has more options.
-        parts: Of each partition, for `retrainings`.
-        n_subsets: m.
-        n_seeds: s; at least 2 give a ceiling.
+        store: Folder of the retrainings, the trained models and the scores: what is there is not computed
+            again.
+        measures: Names from `MEASURES`, or a mapping from names to options. The options are those of
+            `measure_counterfactual`, `measure_mislabel` and `measure_leakage`; "counterfactual" also takes
+            `methods` (names), `arms` ("proponents", "opponents") and `n_points` (10 of the reported test
+            points); "mislabel" also takes `detectors` (names from `DETECTORS`; default: all).
+        retrainings: Budgets, in trainings on the whole training set, at which LDS is measured. 0 is one
+            model and the checkpoints along its training; B is models of the parts of B random partitions,
+            the same for all methods. None measures none; `measures={"retrainings": {...}}` has more options.
+            It is measured for `methods`, or by default for STRIDE, EKFAC, TRAK, DiagonalEKFAC and TracIn.
+        parts: Parts of each partition, for `retrainings`.
+        n_subsets: Number of random halves.
+        n_seeds: Retrainings of each half; the ceiling needs at least 2.
         n_models: Attributed models, trained with seeds 0, 1, ...
-        n_spiked: Further attributed models that were stopped on a spike of their training loss.
+        n_spiked: Additional attributed models, stopped on a spike of their training loss.
         n_test: Test points, both halves together.
-        n_jobs: Processes for the retrainings.
-        engine: How the halves are retrained, see `RetrainingPlan.execute`.
+        n_jobs: Processes for the retrainings; -1 takes all cores.
+        engine: How the halves are retrained; see `RetrainingPlan.execute`.
         device: Where every model is trained and every method is run.
-        options: By name of a method, options that are taken as they are instead of being chosen; those
-            that another comparison chose are in its `Row.options`.
-        n_resamples: Of the bootstraps.
+        options: By name of a method, options that are used instead of being chosen, such as the
+            `Row.options` of another comparison.
+        n_resamples: Bootstrap draws for the intervals; 0 leaves them out.
         show_progress: Whether to show bars.
 
     Raises:
-        ValueError: A method, measure or option that does not exist, two methods of one name, sizes that
-            the task does not have, inputs or labels that the network cannot read, or more than a tenth of
-            the halves diverge.
+        ValueError: A method, measure or option does not exist; two methods have one name; a size exceeds the
+            task; the network cannot read the inputs or labels; or more than a tenth of the halves diverge.
         TypeError: One name instead of a sequence of names.
-        ImportError: A method that is named needs an extra.
+        ImportError: A method that is named needs an extra that is not installed.
 
     >>> import tempfile
     >>> from stride_captum.evaluation import load_task
@@ -129,10 +128,10 @@ def compare(
 
 
 def answer(question: Question) -> Comparison:
-    """Run every measure of a question, and gather what they found.
+    """Run every measure of a question.
 
     Raises:
-        ValueError: More than a tenth of the halves diverge, or a retraining of the counterfactual.
+        ValueError: More than a tenth of the halves diverge, or a retraining of the counterfactual drop does.
     """
     shared, task = Shared(question), question.task
     measured: dict[str, list[Any]] = {"rows": []}
@@ -152,9 +151,9 @@ def answer(question: Question) -> Comparison:
 
 
 def planned_trainings(question: Question) -> list[RetrainingEstimate]:
-    """Every training that `answer` would start, before any is done: the store is looked at, epochs are timed.
+    """Every training that `answer` would start. Nothing is trained but a few batches, which are timed.
 
-    The numbers are those of what is then trained, except where `RetrainingEstimate.at_most` says why not.
+    The counts are exact, unless `RetrainingEstimate.at_most` says why they are an upper bound.
     """
     shared = Shared(question)
     found = (estimate for name in question.measures for estimate in MEASURES[name].trainings(shared))
@@ -164,7 +163,7 @@ def planned_trainings(question: Question) -> list[RetrainingEstimate]:
 def comparison_sizes(preset: str) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
     """Arguments of `compare` for a preset of the task: sizes, and options of the measures.
 
-    "smoke" is there to see that everything runs, in minutes; its intervals are wide.
+    "smoke" shows in minutes that everything runs; its intervals are wide.
     """
     if preset != "smoke":
         return {"n_subsets": 100, "n_seeds": 2, "n_models": 3, "n_test": 300}, {}
@@ -185,7 +184,7 @@ def comparison_sizes(preset: str) -> tuple[dict[str, int], dict[str, dict[str, A
 
 
 def _protocol(shared: Shared) -> dict[str, Any]:
-    """Subsets, seeds, test points, models and options, as results.json has them."""
+    """Entry "protocol" of results.json: subsets, seeds, test points, models and options."""
     question, task, plan = shared.question, shared.question.task, shared.question.halves
     left_out = retrained(shared).left_out if question.on_halves else []
     on_halves = {
@@ -214,7 +213,7 @@ def _protocol(shared: Shared) -> dict[str, Any]:
 
 
 def _learned_nothing(shared: Shared) -> list[str]:
-    """A sentence on each attributed model that is no better than one answer for all."""
+    """A warning for each attributed model that is no better than predicting one class for all."""
     if not shared.question.task.has_classes:
         return []
     x, y = shared.question.task.train.tensors

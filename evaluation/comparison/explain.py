@@ -1,4 +1,4 @@
-"""The main job: chosen test points of a task are explained by their training examples."""
+"""`explain`: test points of a task, explained by their most influential training examples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ...system.processes import first_rank_first, in_group
 from ..retraining.cross_fitting import TrainFunction
 from ..system import environment
 from ..tasks.class_logits import check_logits
-from ..tasks.tasks import Task
+from ..tasks.task import Task
 from .explained_models import models_to_explain, reliabilities
 
 
@@ -33,10 +33,10 @@ class Neighbor:
     """A training example and its score.
 
     Attributes:
-        index: Place in the training set.
+        index: Index in the training set.
         label: Its class.
-        score: Predicted change of the response when it is among the training examples.
-        id: Its name (`Task.ids`); None where examples have none.
+        score: Predicted change of the response when it is in the training set.
+        id: Its name (`Task.ids`); None if examples have none.
     """
 
     index: int
@@ -50,15 +50,15 @@ class ExplainedPoint:
     """One test point.
 
     Attributes:
-        index: Place in the test set.
+        index: Index in the test set.
         label: True class.
         predicted: Predicted class.
         probability: Probability of the true class.
-        response: Value of the response.
+        response: Value of the response, by default the margin of the true class.
         proponents: The highest scores, descending.
         opponents: The lowest scores, ascending.
-        reliability: From 0 to 1, how far estimates of the scores agree (`stride_captum.reliability`); None
-            where it is not known. Below .5, nothing stands out.
+        reliability: From 0 to 1, how well independent estimates of the scores agree
+            (`stride_captum.reliability`); None if it is not known. Below 0.5 no example stands out.
     """
 
     index: int
@@ -77,16 +77,16 @@ class Explanation:
 
     Attributes:
         task: Name of the task.
-        note: What must be read beside the figures.
+        note: Warnings that must be read with the figures.
         points: The explained test points.
-        suspects: Training examples whose label is most suspect, most suspect first; `score` is the
-            norm of the leave-one-out residual.
-        accuracy: "train" and "test".
-        seconds: "forward" (bare forward pass over the training set), "fit" and "query".
+        suspects: Training examples with the most suspect labels, most suspect first; their `score` is that
+            of `STRIDE.mislabel_scores`.
+        accuracy: On the sets "train" and "test".
+        seconds: "forward" (a forward pass over the training set), "fit" and "query".
         settings: Options of the method.
         layers: Where features were read.
         environment: Versions and hardware.
-        models: Which models answered, and what they cost in trainings beside one that is given.
+        models: Which models were explained, and their cost in trainings on the whole training set.
 
     >>> from stride_captum.evaluation import load_task
     >>> from stride_captum.evaluation.tasks.networks import TrainingSettings
@@ -136,17 +136,17 @@ def explain(
     Args:
         task: Data, network and training settings.
         indices: Test points; None takes the three with the highest loss and the first three.
-        k: Proponents and opponents of each.
-        n_suspects: Most suspect training labels that are listed.
+        k: Number of proponents and of opponents for each.
+        n_suspects: Number of suspect training labels.
         model: A trained model; None trains one, unless there are retrainings.
-        retrainings: Random partitions of the training set: a model is trained on each part of each, which
-            costs as many trainings, and scores are averaged over these models. They are more faithful, and
-            explain the training procedure, not one file of weights; without `model`, predictions are the
-            mean of these models, too.
-        parts: Of each partition.
-        train_function: `f(indices, seed)` trains one of these models (see `retrain`); None trains as the
-            task says.
-        seed: Of the training and the partitions.
+        retrainings: Number of random partitions of the training set. A model is trained on each part, which
+            costs one training for each partition, and scores are averaged over these models. Such scores are
+            more faithful, and explain the training procedure instead of one file of weights. Without
+            `model`, predictions are the mean of these models, too.
+        parts: Parts of each partition.
+        train_function: `f(indices, seed)` trains one of these models (see `retrain`); None uses the training
+            of the task.
+        seed: Seed of the training and of the partitions.
         store: Folder where trained models are kept.
         n_jobs: Workers for the retrainings.
         operators: As for `STRIDE`.
@@ -159,8 +159,8 @@ def explain(
 
     Raises:
         IndexError: A test point that does not exist.
-        ValueError: `k` is below 1, a device that is not there, inputs that are not finite, or a model that
-            does not give finite logits of all classes, or a task without classes.
+        ValueError: `k` is below 1, the device does not exist, the task has no classes, inputs are not
+            finite, or the model does not return finite logits for all classes.
 
     >>> from stride_captum.evaluation import load_task
     >>> from stride_captum.evaluation.tasks.networks import TrainingSettings
@@ -277,8 +277,8 @@ def _learned_nothing(logits: Tensor, labels: Tensor) -> str:
     if why is None:
         return ""
     return (
-        f"The model has learned nothing: {why}. Its scores mean nothing: train it longer or in another way, "
-        "and look at its data."
+        f"The model has learned nothing: {why}. Its scores mean nothing: train it longer or with other "
+        "settings, and check its data."
     )
 
 

@@ -1,4 +1,4 @@
-"""The models that an explanation comes from: one, or models of the parts of random partitions."""
+"""The models that `explain` explains: one, or models trained on the parts of random partitions."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from ..retraining.attributed_models import train_attributed
 from ..retraining.cross_fitting import CrossFitted, TrainFunction, part_trainings, retrain, stored_trainings
 from ..retraining.task_parts import Split, cross_fit
 from ..retraining.training import logits_of
-from ..tasks.tasks import Task
+from ..tasks.task import Task
 
-#: Features of all training examples of which halves are taken to see how far they agree, at most.
+#: Largest n_train * n_features for which reliability is computed from halves of the features.
 _LARGEST_FEATURES = 2**28
 
 
 @dataclass(frozen=True)
 class ExplainedModels:
-    """What is explained.
+    """The models that are explained.
 
     Attributes:
-        model: The network; the weights in it are explained where there are no others.
-        cross_fitted: Models of parts whose scores are averaged; None for `model` alone.
-        own: Whether predictions are those of `model`; else they are the mean of the others.
+        model: The network. Its own weights are explained if `cross_fitted` is None.
+        cross_fitted: Models of parts of the training set, whose scores are averaged.
+        own: Whether predictions are those of `model`; otherwise they are the mean of `cross_fitted`.
         parts: Parts of each partition.
     """
 
@@ -47,11 +47,11 @@ class ExplainedModels:
 
     @property
     def checkpoints(self) -> list[Any] | None:
-        """What a method is given as `checkpoints`."""
+        """The argument `checkpoints` of a method."""
         return None if self.cross_fitted is None else self.cross_fitted.checkpoints
 
     def logits(self, x: Tensor) -> Tensor:
-        """Of the model, or the logarithm of the mean probability of all models, `(n, n_classes)`."""
+        """Logits of the model, or the log of the mean probability of all models, `(n, n_classes)`."""
         found = self.cross_fitted
         if self.own or found is None:
             return logits_of(self.model, x)
@@ -63,7 +63,7 @@ class ExplainedModels:
         return torch.log(total / len(found.last))
 
     def to_dict(self) -> dict[str, Any]:
-        """Which models answered, as plain values for JSON."""
+        """Which models are explained, as plain values for JSON."""
         found = self.cross_fitted
         if found is None:
             return {"answered": "one model", "n_models": 1, "parts": None, "trainings": 0.0}
@@ -72,7 +72,7 @@ class ExplainedModels:
         return {"answered": answered, "n_models": n, "parts": self.parts, "trainings": found.trainings}
 
     def note(self) -> str:
-        """Which models answered, and what their scores explain; "" for one model."""
+        """Which models are explained, and what their scores mean, for a report; "" for one model."""
         found = self.cross_fitted
         if found is None:
             return ""
@@ -96,16 +96,16 @@ def models_to_explain(
     device: torch.device | str,
     n_jobs: int,
 ) -> ExplainedModels:
-    """Train what is missing.
+    """Train the models that are missing.
 
     Args:
         task: Data, network and training settings.
         model: A trained model; None trains one, unless there are retrainings.
-        seed: Of the training; with retrainings, of the partitions too.
+        seed: Seed of the training; with retrainings, of the partitions too.
         store: Folder where trained models are kept; None keeps nothing.
-        retrainings: Partitions, on each part of which a model is trained; 0 for none.
-        parts: Of each partition.
-        train_function: As for `retrain`; None trains as the task says.
+        retrainings: Number of partitions; a model is trained on each part.
+        parts: Parts of each partition.
+        train_function: As for `retrain`; None uses the training of the task.
         device: Where models are trained.
         n_jobs: As for `retrain`.
 
@@ -126,7 +126,7 @@ def models_to_explain(
 
 
 def check_retrainings(retrainings: int, train_function: TrainFunction | None) -> None:
-    """Refuse a negative number, and a function that would not be called."""
+    """Refuse a negative number of retrainings, and a training function that would not be called."""
     whole_number("retrainings", retrainings, 0)
     if train_function is not None and not retrainings:
         raise bad_value("train_function", "be left out without `retrainings`", repr(train_function))
@@ -144,7 +144,7 @@ def planned_models(
     device: torch.device | str,
     n_jobs: int,
 ) -> Sequence[str]:
-    """What `models_to_explain` would train, in sentences; `given` says that there is a model already."""
+    """What `models_to_explain` would train, in sentences; `given` says that there is a trained model."""
     check_retrainings(retrainings, train_function)
     if not retrainings:
         if given:
@@ -165,7 +165,7 @@ def planned_models(
 
 
 def reliabilities(method: STRIDE, batch: tuple[Tensor, Tensor]) -> list[float | None]:
-    """Of each test point; None in a process group, if it would take too much memory, or is not defined."""
+    """Reliability of each test point; None if undefined, too large to compute, or in a process group."""
     n = len(batch[1])
     closed = isinstance(method.operators, ClosedForm)
     large = method.n_train_ * method.n_features_ > _LARGEST_FEATURES

@@ -1,4 +1,4 @@
-"""What a comparison is asked for: settled, and checked before anything is trained."""
+"""Arguments of `compare`, checked before anything is trained, as a `Question`."""
 
 from __future__ import annotations
 
@@ -7,22 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from ...adapters import ClassRandom, ClassSimilarity, KNNShapley
-from ...closed_form.options import ClosedForm
 from ...errors import bad_choice, bad_type, bad_value, whole_number
-from ...losses.summed_positions import SummedPositions
-from ...stride import STRIDE
 from ...system.devices import existing_device
 from ..retraining.plan_files import ENGINES
 from ..retraining.task_parts import Split
 from ..tasks.checks import check_task
 from ..tasks.new_network import built
+from ..tasks.task import Task
 from ..tasks.task_loss import loss_of_methods
-from ..tasks.tasks import Task
+from .method_choice import grids, impossible, plain_numbers, specs_of
 from .runs.counterfactual import Counterfactual
 from .runs.ladder import OUT_OF_SAMPLE
 from .runs.lds import READINGS
@@ -30,10 +26,10 @@ from .runs.leakage import Leakage
 from .runs.mislabel import Mislabel
 from .runs.retrainings import Retrainings
 from .shared.measure import Measure
-from .shared.methods import DEFAULT_METHODS, METHODS, MethodSpec, find_method
+from .shared.methods import MethodSpec
 from .shared.question import Question, halves
 
-#: What can be measured, by name; one of your own is known to `compare` once it is here.
+#: Measures by name. `compare` also takes a measure of your own once you have added it here.
 MEASURES: dict[str, Measure] = {
     measure.name: measure for measure in (*READINGS, Retrainings(), Counterfactual(), Mislabel(), Leakage())
 }
@@ -54,7 +50,7 @@ def settle(
     device: torch.device | str = "cpu",
     **how: Any,
 ) -> Question:
-    """Methods and measures by name become what is run; what cannot work is refused.
+    """Resolve the names of methods and measures, and refuse what cannot work.
 
     Args:
         methods: As for `compare`, as are all others.
@@ -79,13 +75,9 @@ def settle(
     wanted = wanted_measures(_with_budgets(measures, retrainings, parts, methods))
     on_halves = any(MEASURES[name].on_halves for name in wanted)
     every = specs_of(methods)
-    skipped = _not_possible(every, task, on_halves) if methods is None else {}
-    grids = _grids(every, options or {}, on_halves)
-    if not loss_of_methods(task.loss).tempered:
-        grids = {name: _without_temperature(grid) for name, grid in grids.items()}
-    if isinstance(task.loss, SummedPositions):
-        grids = {name: _without_exact(grid) for name, grid in grids.items()}
-    specs = [replace(c, grid=grids[c.name]) for c in every if c.name not in skipped]
+    skipped = impossible(every, task, on_halves) if methods is None else {}
+    tried = grids(every, task, options or {}, on_halves)
+    specs = [replace(c, grid=tried[c.name]) for c in every if c.name not in skipped]
     elsewhere = ", ".join(name for name in wanted if not MEASURES[name].on_halves)
     if elsewhere:
         why = f"is not measured by {elsewhere}: those train models of their own"
@@ -117,7 +109,7 @@ def _with_budgets(
     parts: int,
     methods: Sequence[str | MethodSpec] | None,
 ) -> Any:
-    """The measures, with that of retraining budgets where they are given: of the methods that are named."""
+    """The measures, and "retrainings" with the budgets if any are given, for the methods that are named."""
     if retrainings is None or isinstance(measures, str):
         return measures
     given = dict(measures) if isinstance(measures, Mapping) else {name: {} for name in measures}
@@ -131,11 +123,14 @@ def _with_budgets(
 def wanted_measures(
     measures: Sequence[str] | Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    """Options by measure.
+    """The options of each measure, as Python's own numbers and sequences.
+
+    Args:
+        measures: As for `compare`.
 
     Raises:
-        ValueError: A measure or an option of it that does not exist.
-        TypeError: A single name.
+        ValueError: A measure, or an option of one, that does not exist.
+        TypeError: A single name instead of a sequence.
     """
     if isinstance(measures, str):
         raise bad_type("measures", "be a sequence of names, or a mapping", measures, f"Write [{measures!r}].")
@@ -154,102 +149,13 @@ def wanted_measures(
                 )
         wanted[measure] = {
             name: (value,) if isinstance(value, str) and not isinstance(defaults[name], str) else value
-            for name, value in _numbers(options).items()
+            for name, value in plain_numbers(options).items()
         }
     return wanted
 
 
-def specs_of(methods: Sequence[str | MethodSpec] | None) -> list[MethodSpec]:
-    """Contenders by name, each once.
-
-    Raises:
-        ValueError: No such name, one that is there twice, or none.
-        TypeError: A single name.
-    """
-    if isinstance(methods, str | MethodSpec):
-        raise bad_type("methods", "be a sequence of names and Contenders", methods, "Write [method].")
-    every = [find_method(m) for m in (DEFAULT_METHODS if methods is None else methods)]
-    if not every:
-        raise bad_value("methods", "name at least one method", "none")
-    names = [c.name for c in every]
-    for name in names:
-        if names.count(name) > 1:
-            raise bad_value("methods", "have names of their own", f"{name!r} twice", "Give each a `name`.")
-    return every
-
-
-def _not_possible(every: Sequence[MethodSpec], task: Task, on_halves: bool) -> dict[str, str]:
-    """The methods that cannot be run, and why."""
-    skipped = {}
-    network = built(task).eval()
-    for spec in every:
-        if not task.has_classes:
-            why = _refusal(spec, task, network)
-            if why is not None:
-                skipped[spec.name] = why
-                continue
-        if not spec.available:
-            skipped[spec.name] = f"needs {spec.needs}"
-        elif on_halves and task.training.epochs < spec.fewest_epochs:
-            skipped[spec.name] = f"needs at least {spec.fewest_epochs} epochs"
-    return skipped
-
-
-def _refusal(spec: MethodSpec, task: Task, network: nn.Module) -> str | None:
-    """Why a method does not take the loss of a task; None where it does."""
-    loss = loss_of_methods(task.loss)
-    try:
-        method = spec(network, task.train, {**spec.grid[0], "loss": loss})
-    except ValueError as error:
-        return str(error)
-    if isinstance(method, STRIDE) and not isinstance(method.operators, ClosedForm):
-        return "is trained with cross-entropy of one class an example"
-    together = isinstance(task.loss, SummedPositions) and not method.takes_positions
-    if together and getattr(method, "residuals", "training") not in ("training", "temperature"):
-        return "has no out-of-sample residuals for examples with several positions"
-    if together and isinstance(method, ClassRandom | ClassSimilarity | KNNShapley):
-        return "compares classes of examples"
-    return None
-
-
-def _grids(
-    every: Sequence[MethodSpec], options: Mapping[str, Mapping[str, Any]], on_halves: bool
-) -> dict[str, list[Any]]:
-    """The points that are chosen from, by method: one where options are given, or nothing chooses."""
-    known = list(dict.fromkeys([*(c.name for c in every), *METHODS]))
-    for name in options:
-        if name not in known:
-            raise bad_choice("options", name, known)
-    found = {}
-    for spec in every:
-        grid: Sequence[Mapping[str, Any]] = spec.grid
-        if spec.name in options:
-            grid = [options[spec.name]]
-        elif not on_halves and len(grid) > 1:
-            grid = [spec.default]
-        found[spec.name] = [_numbers(point) for point in grid]
-    return found
-
-
-def _without_temperature(grid: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The points of a grid for a loss that has no temperature, each once."""
-    found: list[dict[str, Any]] = []
-    for point in grid:
-        kept = {name: value for name, value in point.items() if name != "temperature"}
-        if kept.get("residuals") != "temperature" and kept not in found:
-            found.append(kept)
-    return found
-
-
-def _without_exact(grid: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The empirical Fisher instead of the exact one, which takes a pass for each output of a position."""
-    return [
-        {**point, **({"fisher": "empirical"} if point.get("fisher") == "exact" else {})} for point in grid
-    ]
-
-
 def _check(question: Question) -> None:
-    """Refuse what cannot work."""
+    """Refuse counts, measures and methods that cannot work."""
     measures = [MEASURES[name] for name in question.measures]
     plan, fewest = question.halves, max((measure.fewest_subsets for measure in measures), default=1)
     for name, value, least in (
@@ -277,7 +183,7 @@ def _check(question: Question) -> None:
 
 
 def _check_builds(spec: MethodSpec, question: Question, network: nn.Module) -> None:
-    """Whether a method can be built with all of its options, on an untrained network."""
+    """Build a method with each of its option sets, on an untrained network."""
     task, extra = question.task, {}
     if spec.n_checkpoints != 1:
         if question.on_halves and task.training.epochs < spec.fewest_epochs:
@@ -289,7 +195,7 @@ def _check_builds(spec: MethodSpec, question: Question, network: nn.Module) -> N
     for point in spec.grid:
         try:
             loss = {} if task.has_classes else {"loss": loss_of_methods(task.loss)}
-            spec(network, task.train, {**point, **extra, **loss})
+            spec(network, task.train, {**point, **extra, **loss}).check_loss(task.loss)
         except (TypeError, KeyError) as error:
             raise bad_value(
                 "options",
@@ -297,14 +203,3 @@ def _check_builds(spec: MethodSpec, question: Question, network: nn.Module) -> N
                 f"{dict(point)} ({type(error).__name__}: {error})",
                 "Where nothing chooses, a MethodSpec with a grid takes its `default`.",
             ) from error
-
-
-def _numbers(value: Any) -> Any:
-    """NumPy's numbers as Python's, also inside of mappings and sequences."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Mapping):
-        return {name: _numbers(part) for name, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_numbers(part) for part in value)
-    return value

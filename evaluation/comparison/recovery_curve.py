@@ -1,9 +1,9 @@
-"""How good the paper's form is: LDS of trained operators as the number of subsets K grows.
+"""LDS of trained operators as the number of subsets K grows, with Lasso, with ridge, and in closed form.
 
-For each K the same trained operators are read by Lasso and by ridge, and the encoder phi that they share
-gives the features of a closed form: what sparse regression recovers is judged against the same features
-with K = N. Both penalties are relative to the problem (`recovery.alpha_max`, `recovery.ridge_scale`) and
-chosen among as many values on the tuning half of the test points.
+For each K scores are recovered from the same trained operators by Lasso and by ridge. The closed form on
+their shared encoder phi shows what the features give when recovery is not the limit (K = N). Both penalties
+are relative to the problem (`recovery.alpha_max`, `recovery.ridge_scale`); each is chosen among six values on
+the first half of the test points.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from ..retraining.attributed_models import train_attributed
 from ..retraining.plan import without_diverged
 from ..system import environment
 from ..tasks.checks import check_task
-from ..tasks.tasks import Task
+from ..tasks.task import Task
 from .shared.methods import fitting
 from .shared.question import halves
 
-#: Penalties that the tuning half chooses from.
+#: Relative penalties that are tried, by recovery.
 ALPHAS: dict[str, tuple[float, ...]] = {
     "lasso": (0.003, 0.01, 0.03, 0.1, 0.3, 0.5),
     "ridge": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
@@ -46,11 +46,11 @@ class CurvePoint:
     Attributes:
         n_subsets: K.
         subset_size: |S_k|.
-        lasso: Trained operators and Lasso.
-        ridge: The same operators and ridge recovery.
+        lasso: Trained operators with Lasso recovery.
+        ridge: The same operators with ridge recovery.
         closed_form: The closed form on phi of the same operators.
-        fit_seconds: Stage 1, mean over models.
-        alphas: What the tuning half chose, by recovery.
+        fit_seconds: Seconds of stage 1, mean over models.
+        alphas: The chosen penalties, by recovery.
     """
 
     n_subsets: int
@@ -69,7 +69,7 @@ class RecoveryCurve:
     Attributes:
         task: Name of the task.
         points: One per K.
-        paper: The paper's preset as it is.
+        paper: LDS of the paper's preset.
         protocol: Models, subsets and test points.
         environment: Versions and hardware.
     """
@@ -121,7 +121,7 @@ def recovery_curve(
         task: The task.
         store: Folder of the retrainings.
         ks: Numbers of subsets.
-        preset: Which `Trained.paper`.
+        preset: Argument of `Trained.paper`.
         n_seeds: Retrainings of each of 100 random halves.
         n_models: Attributed models.
         n_test: Test points, both halves together.
@@ -129,8 +129,8 @@ def recovery_curve(
         show_progress: Whether to show bars.
 
     Raises:
-        ValueError: A number of subsets or a preset that does not exist, inputs or labels that the network
-            cannot read (before anything is retrained), or more than a tenth of the halves diverge.
+        ValueError: A number of subsets is out of range, the preset does not exist, the network cannot read
+            the inputs or labels, or more than a tenth of the halves diverge.
     """
     kinds = {k: Trained(subsets=RandomSubsets(k)) for k in ks}
     paper = Trained.paper(preset, **fitting(task.n_train))
@@ -201,7 +201,7 @@ def _chosen(
 
 
 def _set(methods: Sequence[STRIDE], recovery: str, alpha: float) -> None:
-    """How the operators are read, which needs no new fit."""
+    """Set the recovery of fitted operators, which needs no new fit."""
     wanted: Recovery = Lasso(alpha=alpha) if recovery == "lasso" else Ridge(alpha=alpha)
     for method in methods:
         _trained(method).recovery = wanted

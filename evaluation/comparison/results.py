@@ -1,4 +1,4 @@
-"""Results of a comparison: a row for each method, sentences that sum up, JSON and frames."""
+"""Results of a comparison: rows, a summary in sentences, JSON and pandas frames."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class Comparison:
 
     Attributes:
         task: Name of the task.
-        note: What must be read beside the figures.
-        rows: One per method: LDS, cost and what goes with them; empty where no halves were retrained.
+        note: Warnings that must be read with the figures.
+        rows: One per method: LDS, cost, calibration and C.1; empty if no halves were retrained.
         protocol: Subsets, seeds, test points and models.
         environment: Versions and hardware.
-        counterfactual: One per method and arm, where measured.
-        mislabel: One per method and way of ranking, where measured.
-        leakage: One per method and planted set, where measured.
-        skipped: Methods that were left out, and why.
-        gallery: What each method shows for a few test points, with pictures.
-        others: Rows of measures that are not ours, by name of the measure.
-        retrainings: One per method and retraining budget, where measured.
+        counterfactual: One per method and arm, if measured.
+        mislabel: One per method and way of ranking, if measured.
+        leakage: One per method and planted set, if measured.
+        skipped: By name of a method that was left out, the reason.
+        gallery: The top training examples of each method for a few test points, with pictures.
+        others: Rows of measures that were added to `MEASURES`, by name of the measure.
+        retrainings: One per method and retraining budget, if measured.
 
     >>> Comparison("digits-300", "", rows=[], protocol={}, environment={}).frame("leakage").shape
     (0, 0)
@@ -55,7 +55,7 @@ class Comparison:
     retrainings: list[BudgetRow] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; "others" is there where a measure is not ours."""
+        """Plain values for JSON, as `results.schema.json` describes them."""
         parts = {name: [row.to_dict() for row in rows] for name, rows in self._parts().items()}
         others = {name: parts.pop(name) for name in self.others}
         return plain(
@@ -86,9 +86,9 @@ class Comparison:
         }
 
     def summary(self) -> list[str]:
-        """Sentences that name a winner only where the paired interval excludes zero."""
+        """Sentences that sum up; a method is called better only if the paired interval excludes zero."""
         if not self.rows:
-            return ["No halves were retrained: nothing is said of LDS, and no options were chosen here."]
+            return ["No halves were retrained: LDS was not measured, and no options were chosen."]
         first = self.rows[0]
         silent = [row.name for row in self.rows if row.lds.ranks_nothing]
         sentences = []
@@ -106,8 +106,8 @@ class Comparison:
         partly = [row.name for row in self.rows if row.lds.undefined and row.name not in silent]
         if partly:
             sentences.append(
-                f"LDS is undefined for some test points of {_names(partly)}: there they count as 0 against "
-                "other methods."
+                f"LDS is undefined for some test points of {_names(partly)}: these count as 0 against other "
+                "methods."
             )
         left_out = self.protocol.get("left_out")
         if left_out:
@@ -116,14 +116,14 @@ class Comparison:
         return sentences
 
     def frame(self, measure: str = "lds") -> pandas.DataFrame:
-        """The figures of one measure as a pandas frame, a row a method.
+        """The figures of one measure as a pandas frame.
 
         Args:
-            measure: "lds" (with cost, calibration and C.1 where measured), "retrainings", "counterfactual",
+            measure: "lds" (with cost, and calibration and C.1 if measured), "retrainings", "counterfactual",
                 "mislabel", "leakage" or one of `others`.
 
         Raises:
-            ValueError: Another measure.
+            ValueError: There is no such measure.
         """
         import pandas
 
@@ -144,7 +144,7 @@ def _against_first(others: Sequence[Row]) -> list[str]:
     ahead, behind, open_ = [], [], []
     intervals = [row.against_first[1] for row in others if row.against_first is not None]
     if intervals and all(interval is None for interval in intervals):
-        return ["No intervals were asked for: no winner is named."]
+        return ["No intervals were asked for: no method is called better."]
     for row, interval in zip(others, intervals, strict=True):
         if interval is not None and interval.low > 0:
             ahead.append(row.name)

@@ -2,11 +2,11 @@
 
     measured = slope * predicted + intercept
 
-for the change of the margin of a test point. Two grounds of truth: random half-subsets, where the
-prediction for S is the sum of its members' scores, and removed groups, where it is minus the sum of the
-scores of what was removed. A slope of 1 is a method whose scores are in units of the response; above 1 it
-predicts too little. Noise of the retrainings does not bias the slope, since it is in the measurement alone;
-noise of the scores pulls it towards 0.
+for the change of the margin of a test point. It is measured in two ways: on random halves S, where the
+predicted value is the sum of the scores of S; and on removed groups, where it is minus the sum of the removed
+scores. A slope of 1 means that scores are in units of the response; above 1, they predict too little. Noise
+of the retrainings does not bias the slope, since it is in the measurement alone; noise of the scores pulls it
+towards 0.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ from .statistics import Array, Interval, mean_defined
 
 @dataclass(frozen=True, repr=False, eq=False)
 class CalibrationResult:
-    """How measured effects depend on predicted ones.
+    """Regression of measured effects on predicted ones.
 
     Attributes:
-        slope: Mean over attributed models of the slope that all test points share.
+        slope: One slope for all test points, mean over attributed models.
         per_model: The slope of each model.
-        per_test: Slopes of single test points `(n_models, n_test)`; NaN where predictions do not vary.
+        per_test: Slopes of single test points `(n_models, n_test)`; NaN if their predictions do not vary.
         undefined: How many of `per_test` are NaN.
-        intercept: Measured change where a change of 0 is predicted, mean over models; None where only
-            differences between subsets were measured.
+        intercept: Measured change at a predicted change of 0, mean over models; None if only differences
+            between subsets were measured.
         r2: Share of the variance of the measurement that the fitted line explains, mean over models.
-        r2_as_predicted: The same for the predictions taken at their word (slope 1, intercept 0), against
-            predicting no change; negative where that is better.
-        per_count: For removed groups, measured over predicted change at each count, both summed over
-            test points; None for subsets.
-        interval: Crossed bootstrap of `slope`; None where no resamples were asked for.
-        n_groups: Subsets, or counts of removed examples.
+        r2_as_predicted: The same for the line with slope 1 and intercept 0, relative to predicting no change;
+            negative if predicting no change is better.
+        per_count: For removed groups, the ratio of measured to predicted change at each count, both summed
+            over test points; None for subsets.
+        interval: Crossed bootstrap of `slope`; None without resamples.
+        n_groups: Number of subsets, or of counts of removed examples.
         n_seeds: Retrainings of each.
         seed: Seed of the bootstrap.
-        draws: The bootstrap's slopes `(n_resamples, n_models)`, paired between results of one seed.
+        draws: Bootstrap draws of the slopes `(n_resamples, n_models)`; those of two results with one seed are
+            paired.
 
     >>> import numpy as np
     >>> from stride_captum.subsets import random_subsets
@@ -102,9 +103,9 @@ def calibration(
             of the response.
         membership: CSR `(n_subsets, n_train)` of the examples each retraining kept.
         responses: `(n_subsets, n_test)`, or `(n_seeds, n_subsets, n_test)`, averaged over seeds.
-        intact: Responses of models trained on everything, `(n_test,)` or `(n_seeds, n_test)`. With them
-            there is an intercept: what the line leaves of the mean change from the intact model, its
-            prediction being minus the sum of the scores that a subset lacks.
+        intact: Responses of models trained on the whole training set, `(n_test,)` or `(n_seeds, n_test)`.
+            With them there is an intercept: the mean change from the intact model, minus slope times its
+            prediction (minus the sum of the scores that a subset lacks).
         n_resamples: Draws of the crossed bootstrap over subsets and test points; 0 leaves the interval out.
         level: Level of the interval.
         seed: Seed of the bootstrap.
@@ -162,10 +163,10 @@ def calibration_of_removals(
     level: float = 0.95,
     seed: int = 0,
 ) -> CalibrationResult:
-    """Calibration over removed groups, where every test point has groups of its own.
+    """Calibration over removed groups; every test point has its own groups.
 
-    The line and its intercept are fitted to all counts and test points at once; the slope of a single test
-    point goes through the origin, since removing nothing changes nothing.
+    One line with an intercept is fitted to all counts and test points. The line of a single test point goes
+    through the origin, since removing nothing changes nothing.
 
     Args:
         predicted: `(n_counts, n_test)` from `predicted_changes`, or `(n_models, n_counts, n_test)`.
@@ -215,7 +216,7 @@ def calibration_of_removals(
 
 
 def predicted_changes(scores: Any, removed: Sequence[Any]) -> Array:
-    """Minus the summed scores of what is removed for each test point.
+    """Predicted change of the response: minus the sum of the removed scores of each test point.
 
     Args:
         scores: `(n_test, n_train)`.

@@ -3,8 +3,8 @@
     setup ratio      = fit seconds / F
     query ratio      = query seconds / (n_queries F)
 
-with F the seconds of one forward pass of the model over the training set, measured in the same run: seconds
-belong to a machine, ratios travel.
+where F is the time of one forward pass of the model over the training set, measured in the same run. Ratios
+can be compared between machines; seconds cannot.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from ...system.devices import CPU, device_of, synchronize
 from ...system.preserve_state import preserve_state
 from .plain_values import plain
 
-#: Makes a method: `build(model, train_dataset, options)`.
+#: `build(model, train_dataset, options)` returns a method.
 Build = Callable[[nn.Module, Any, Mapping[str, Any]], InfluenceMethod]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one method cost.
+    """Cost of one method.
 
     Attributes:
-        fit_seconds: Setup, once.
-        query_seconds: All `n_queries` test points together.
+        fit_seconds: Setup.
+        query_seconds: Scores of all `n_queries` test points together.
         n_queries: Number of test points.
-        forward_seconds: One forward pass over the training set, F.
-        peak_bytes: The most memory that the method held at once; None where it does not say.
+        forward_seconds: F, one forward pass over the training set.
+        peak_bytes: Peak memory of the method; None if it was not measured.
 
     >>> cost = Cost(fit_seconds=3.0, query_seconds=4.0, n_queries=8, forward_seconds=1.5)
     >>> cost.fit_ratio, cost.seconds_per_query
@@ -63,17 +63,17 @@ class Cost:
 
     @property
     def fit_ratio(self) -> float:
-        """Setup in forward passes over the training set."""
+        """Setup, in forward passes over the training set."""
         return self.fit_seconds / self.forward_seconds
 
     @property
     def seconds_per_query(self) -> float:
-        """Of one test point, setup not counted."""
+        """Seconds for each test point, without setup."""
         return self.query_seconds / self.n_queries
 
     @property
     def query_ratio(self) -> float:
-        """One test point in forward passes over the training set, setup not counted."""
+        """One test point without setup, in forward passes over the training set."""
         return self.seconds_per_query / self.forward_seconds
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,10 +82,10 @@ class Cost:
 
 
 def median_cost(costs: Sequence[Cost]) -> Cost:
-    """One cost for several models or repetitions: medians, and the highest peak memory.
+    """Cost over several models or repetitions: median times, and the highest peak memory.
 
     Raises:
-        ValueError: There is none, or they are not about equally many queries.
+        ValueError: There is no cost, or the numbers of queries differ.
     """
     if len({cost.n_queries for cost in costs}) != 1:
         raise bad_value("costs", "be of one number of queries", [cost.n_queries for cost in costs])
@@ -100,15 +100,15 @@ def median_cost(costs: Sequence[Cost]) -> Cost:
 
 
 def cost_of(method: InfluenceMethod, n_queries: int, forward_seconds: float) -> Cost:
-    """Read the cost of a method that has been fitted and has answered `n_queries` test points.
+    """Cost of a method that has been fitted and queried.
 
     Args:
-        method: A method after `influence`.
-        n_queries: Test points of its last query.
+        method: The method.
+        n_queries: Number of test points of its last query.
         forward_seconds: F, from `forward_seconds`.
 
     Raises:
-        ValueError: It has not been fitted, or has answered no query.
+        ValueError: It has not been fitted or queried.
     """
     found: dict[str, float] = {}
     for name in ("fit_seconds_", "query_seconds_"):
@@ -132,14 +132,14 @@ def median_seconds(
     warm_up: bool = True,
     device: torch.device = CPU,
 ) -> float:
-    """Median seconds of some calls, after one that is not counted.
+    """Median seconds of a call.
 
     Args:
-        run: What is timed.
-        repeats: Calls that are timed.
+        run: The call.
+        repeats: How often it is timed.
         before: Called before each of them, and not timed.
-        warm_up: Whether there is one that is not counted; what takes minutes needs none.
-        device: Where the work is done: a call has ended when the device has.
+        warm_up: Whether to call it once more at the beginning, untimed.
+        device: Where the work is done; the device is synchronized after each call.
     """
     seconds = []
     for _ in range(repeats + warm_up):
@@ -152,24 +152,27 @@ def median_seconds(
 
 
 def in_a_fresh_process(run: Callable[..., Any], *arguments: Any) -> Any:
-    """What a module-level function returns in a process of its own, whose memory and caches are its own.
+    """Call a function in a new process, so that memory and caches of earlier work do not matter.
 
     Args:
-        run: The function.
-        arguments: Given to it.
+        run: A module-level function.
+        arguments: Its arguments.
+
+    Returns:
+        What it returns.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(run, *arguments).result()
 
 
 def forward_seconds(model: nn.Module, dataset: Any, *, batch_size: int = 1024, repeats: int = 3) -> float:
-    """Median seconds of one forward pass of a model over a data set, after one that is not counted.
+    """Median seconds of one forward pass of a model over a data set, after one untimed pass.
 
     Args:
-        model: Evaluated in eval mode, without gradients, where it is, and left as it was.
+        model: Run in eval mode on its own device, without gradients; its state does not change.
         dataset: Dataset or DataLoader.
-        batch_size: Examples a batch, where the data set does not decide.
-        repeats: Passes that are timed.
+        batch_size: Examples in a batch, unless `dataset` is a DataLoader.
+        repeats: Number of timed passes.
 
     Raises:
         ValueError: `repeats` is below 1.
@@ -196,19 +199,19 @@ def measure_cost(
     repeats: int = 3,
     batch_size: int = 1024,
 ) -> dict[str, Cost]:
-    """Fit every method and ask it about the same test points, next to a forward pass of the training set.
+    """Fit and query every method on the same test points, and time a forward pass over the training set.
 
     Args:
-        methods: By name, how each is built.
+        methods: Builders by name.
         model: The attributed model.
         dataset: Its training set.
         test: A batch `(inputs..., labels)`.
-        options: By name, what `build` is given beside the model and the data.
-        repeats: Each method is built, fitted and asked so often, and the median is reported.
-        batch_size: Examples a batch of the forward pass.
+        options: By name of a method, the options that its builder is given.
+        repeats: How often each method is built, fitted and queried; medians are reported.
+        batch_size: Examples in a batch of the forward pass.
 
     Returns:
-        The cost of each method; peak memory is that of the dearest repetition.
+        The cost of each method by name; peak memory is the highest of all repetitions.
 
     Raises:
         ValueError: `repeats` is below 1.

@@ -1,7 +1,8 @@
 """Differences between the drops of two methods, at equal counts and at equal depletion of the class.
 
-Emptying a class lowers its probability whatever the scores know. A method that removes half of a class is
-therefore compared with removing a random half of it, not with removing as many examples.
+Removing many examples of a class lowers its probability, however they are chosen. A method that removes half
+of a class is therefore compared with removing a random half of that class, not with removing as many random
+examples.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from .statistics import Array, Interval, mean_defined
 
 @dataclass(frozen=True)
 class DropDifference:
-    """How much more one method's removals lower the probability than another's.
+    """Drop of one method minus that of another.
 
     Attributes:
         counts: How many examples were removed.
-        value: Difference of the mean drops at each count; NaN where no test point is defined.
-        intervals: Student's, of the paired differences, over seeds and test points.
-        undefined: At each count, pairs of an attributed model and a test point without a difference.
+        value: Difference of the mean drops at each count; NaN if it is undefined for all test points.
+        intervals: Student's intervals of the paired differences, over seeds and test points; None if they
+            were not asked for.
+        undefined: At each count, how many pairs of an attributed model and a test point have no difference.
     """
 
     counts: tuple[int, ...]
@@ -45,16 +47,16 @@ def difference(
     n_resamples: int = 1000,
     level: float = 0.95,
 ) -> DropDifference:
-    """Drop of `a` less drop of `b` at each count, on the same models, seeds and test points.
+    """Drop of `a` minus drop of `b` at each count, on the same models, seeds and test points.
 
     Args:
         a: Result of `counterfactual`.
-        b: Another.
+        b: Another one.
         n_resamples: 0 leaves the intervals out.
         level: Level of the intervals.
 
     Raises:
-        ValueError: The results do not have the same counts, shapes and arm.
+        ValueError: The results differ in counts, shapes, or in whether opponents were removed.
     """
     _check_pair(a, b)
     if a.counts != b.counts:
@@ -69,22 +71,23 @@ def difference_at_equal_depletion(
     n_resamples: int = 1000,
     level: float = 0.95,
 ) -> DropDifference:
-    """Drop of `a` less the drop that `reference` has at the depletion of `a`.
+    """Drop of `a` minus the drop of `reference` at the same depletion of the class.
 
-    For every attributed model, seed and test point the curve of the reference's drop against its depletion
-    is interpolated linearly at the depletion that `a` reached there. The curve starts at (0, 0), since
-    removing nothing changes nothing; of counts with one depletion (an emptied class) it takes the smallest.
-    Beyond its end there is no difference: nothing is extrapolated. The reference meant is `ClassRandom`,
-    whose curve always reaches as far as any method with the same counts.
+    For every attributed model, seed and test point, the curve of the reference's drop against its depletion
+    is interpolated linearly at the depletion of `a`. The curve starts at (0, 0), since removing nothing
+    changes nothing; of several counts with the same depletion (an emptied class) it takes the smallest.
+    Nothing is
+    extrapolated: beyond the end of the curve the difference is undefined. With `ClassRandom` as the reference
+    that does not happen, since no method depletes a class faster at the same counts.
 
     Args:
         a: Result of `counterfactual`.
-        reference: Another.
+        reference: Another one.
         n_resamples: 0 leaves the intervals out.
         level: Level of the intervals.
 
     Raises:
-        ValueError: The results do not have the same shapes, or opponents were removed.
+        ValueError: The results differ in shapes, or opponents were removed.
     """
     _check_pair(a, reference)
     if a.opponents:

@@ -2,10 +2,10 @@
 
     drop_k(z) = mean over seeds of  softmax(f(z))_c - softmax(f_without_X_k(z))_c
 
-X_k are the k training examples with the highest scores for z, c is the true class, and the intact model f is
-retrained with the same seeds (initial weights and order of the batches) as the models without X_k. Beside
-every drop stands the depletion of the class: the share of the training examples of class c that X_k holds.
-Emptying a class lowers its probability whatever the scores know, so that a method is also compared with
+X_k are the k training examples with the highest scores for z, and c is the true class. The intact model f is
+retrained with the same seeds (initial weights and order of the batches) as the models without X_k. Every drop
+comes with the depletion of the class: the share of the training examples of class c that are in X_k. Removing
+many examples of a class lowers its probability, however they are chosen, so a method is also compared with
 removing random examples of the class *at equal depletion*.
 """
 
@@ -34,10 +34,10 @@ class CounterfactualResult:
 
     Attributes:
         counts: How many examples were removed, increasing.
-        drop: Mean drop at each count, over attributed models, seeds and test points. Where opponents were
-            removed a good method has a *negative* drop: the probability rises.
-        intervals: Student's, over seeds and test points, for these attributed models; None where none were
-            asked for. A single seed cannot vary: the interval is then too narrow.
+        drop: Mean drop at each count, over attributed models, seeds and test points. If opponents were
+            removed, a good method has a *negative* drop: the probability rises.
+        intervals: Student's intervals over seeds and test points, for these attributed models; None if they
+            were not asked for. With a single seed they are too narrow.
         depletion: Mean share of the class that was removed at each count.
         drops: `(n_models, n_counts, n_seeds, n_test)`.
         depletions: `(n_models, n_counts, n_test)`.
@@ -65,13 +65,17 @@ class CounterfactualResult:
         return f"Drop ({arm}) " + ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every figure as plain values for JSON; drops as their means over seeds."""
+        """Every figure as plain values for JSON; `drops` as means over seeds."""
         values = {**vars(self), "n_seeds": self.drops.shape[2], "drops": self.drops.mean(2)}
         return plain(values)
 
 
 def resolve_counts(counts: Sequence[int | float], n_train: int) -> tuple[int, ...]:
-    """Numbers of examples from numbers (int) or shares of the training set (float in (0, 1)).
+    """Counts of examples, from integers or from shares of the training set.
+
+    Args:
+        counts: Integers in [1, n_train) or shares in (0, 1), increasing.
+        n_train: Number of training examples.
 
     Raises:
         ValueError: A count is out of range, or they do not increase.
@@ -92,7 +96,7 @@ def resolve_counts(counts: Sequence[int | float], n_train: int) -> tuple[int, ..
 
 
 def _check_counts(counts: Sequence[Any]) -> None:
-    """Numbers of examples that were removed: integers of at least 1 that increase."""
+    """Refuse counts that are not increasing integers of at least 1."""
     numbers = [whole_number("counts", k) for k in counts]
     if any(b <= a for a, b in pairwise(numbers)):
         raise bad_value("counts", "be increasing numbers of removed examples", tuple(counts))
@@ -101,14 +105,14 @@ def _check_counts(counts: Sequence[Any]) -> None:
 def removals(
     scores: Any, counts: Sequence[int | float], opponents: bool = False, *, seed: int = 0
 ) -> list[NDArray[np.int64]]:
-    """The examples that are removed for each test point: its top k.
+    """The examples that are removed for each test point: those with the k highest scores.
 
     Args:
         scores: `(n_test, n_train)`.
-        counts: Numbers or shares, increasing.
+        counts: As for `resolve_counts`.
         opponents: Take the lowest scores instead of the highest.
-        seed: Of the random order of equal scores, which is another one for every test point: by their
-            places, the examples of a method that says nothing would be those of the first class.
+        seed: Seed of the random order of equal scores, which differs between test points. (In the order of
+            the training set, a method with constant scores could remove one class alone.)
 
     Returns:
         For each count, indices `(n_test, k)`, strongest first; each set holds those of the smaller counts.
@@ -178,7 +182,7 @@ def counterfactual(
         depletions: `(n_counts, n_test)` from `class_depletion`, or with n_models in front.
         counts: How many examples were removed, increasing.
         opponents: Whether they had the lowest scores.
-        n_resamples: 0 leaves the intervals out. They are Student's and need no draws.
+        n_resamples: 0 leaves the intervals out. They are Student's intervals, which need no draws.
         level: Level of the intervals.
 
     Raises:
@@ -223,12 +227,12 @@ def counterfactual(
 def drop_intervals(
     values: Array, means: Sequence[float], n_resamples: int, level: float
 ) -> tuple[Interval, ...] | None:
-    """Student's interval for each count of values `(n_models, n_counts, n_seeds, n_test)` with these means.
+    """Student's interval for each count.
 
     Args:
-        values: Averaged over models first; NaN are left out.
-        means: Mean for each count.
-        n_resamples: 0 asks for no intervals.
+        values: `(n_models, n_counts, n_seeds, n_test)`; averaged over models first, without NaN.
+        means: Mean for each count, the center of its interval.
+        n_resamples: 0 returns None.
         level: Level of the intervals.
     """
     if n_resamples < 0:

@@ -3,9 +3,9 @@
     rank(z) = number of training examples that score higher than the duplicate of z (0 = first)
     leakage rate at k = |top_k(scores of z) & L| / k,  mean over z
 
-L are all planted examples, and copies of their test examples that were in the training set before. As in D.4
-the training set is *extended* with duplicates: nothing is replaced, so that N grows by their number. Equal
-scores are in random order: every figure is its expected value.
+L are all planted duplicates, and copies of their test examples that were in the training set before. As in
+D.4 the training set is *extended* with duplicates: nothing is replaced. Ties are in random order; every
+figure is the expected value over it.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class LeakageResult:
     """How high the duplicates of test points rank; means over attributed models.
 
     Attributes:
-        mean_rank: Mean over test points of the rank of their duplicate, 0 being first.
-        sd_rank: Standard deviation over test points and models, the paper's ±.
+        mean_rank: Mean over test points of the rank of their duplicate; 0 is first.
+        sd_rank: Standard deviation over test points and models, the ± of the paper.
         median_rank: Median over test points and models.
         top1: Share of test points whose duplicate comes first.
-        rates: Leakage rate by k. At k above 1 it counts the duplicates of *other* test points too, and a
-            test point has one of its own: a perfect detector can have 1 / k.
-        chance_rank: Mean rank of a random order.
+        rates: Leakage rate by k. For k above 1 it also counts duplicates of *other* test points. A test point
+            has only one of its own, so a perfect detector can have a rate of 1 / k.
+        chance_rank: Mean rank in a random order.
         ranks: `(n_models, n_planted)`.
-        interval: Bootstrap over test points of `mean_rank`, for these models; None for a single test point
-            or where no resamples were asked for.
-        interval_top1: The same of `top1`.
-        n_train: Number of training examples, the planted ones included.
+        interval: Bootstrap interval of `mean_rank` over test points, for these models; None for a single test
+            point, or without resamples.
+        interval_top1: The same for `top1`.
+        n_train: Number of training examples, with the planted ones.
 
     >>> result = leakage(np.array([[0.1, 0.9, 0.5]]), [2], n_resamples=0)
     >>> result.top1, result.chance_rank
@@ -91,16 +91,16 @@ def leakage(
         scores: `(n_planted, n_train)`, one row for each test point with a duplicate, or a list with one such
             matrix for each attributed model.
         positions: The training example that duplicates each test point, `(n_planted,)`.
-        copies: For each test point, other training examples that are copies of it: they count as found too,
-            and the best of them gives the rank. None means that there are none.
-        ks: The leakage rate is told at each.
-        n_resamples: Draws of the bootstrap over test points; 0 leaves the intervals out. Test points share
-            the model: the intervals do not tell how another training would have gone.
+        copies: For each test point, indices of other training examples that are copies of it. Finding one
+            counts too: the best rank is taken. None means that there are none.
+        ks: The k of the leakage rates.
+        n_resamples: Draws of the bootstrap over test points; 0 leaves the intervals out. They do not cover
+            the randomness of the training, since all test points share the model.
         level: Level of the intervals.
         seed: Seed of the bootstrap.
 
     Raises:
-        ValueError: Shapes do not match, a value is not finite, or a position or k is out of range.
+        ValueError: Shapes do not match, a score is not finite, or a position or k is out of range.
 
     >>> scores = np.array([[0.1, 0.9, 0.5], [0.2, 0.1, 0.7]])  # two test points, three training examples
     >>> leakage(scores, [1, 0], n_resamples=0).mean_rank  # the duplicates come first and second
@@ -134,7 +134,7 @@ def leakage(
     best = np.where(own, stack, -np.inf).max(2, keepdims=True)
     higher, ties = (stack > best).sum(2), ((stack == best) & ~own).sum(2)
     of_own = ((stack == best) & own).sum(2)
-    ranks = higher + ties / (of_own + 1)  # others that come before all of its own, in a random order
+    ranks = higher + ties / (of_own + 1)  # expected number of tied others before the first of its own
     first = np.where(higher == 0, of_own / (of_own + ties), 0.0)
     leaked = own.any(0)
     rates = {
@@ -167,14 +167,14 @@ def near_duplicate(x: Tensor, kind: str, *, scale: float, seed: int = 0) -> Tens
 
     Args:
         x: `(n, ...)`; for "shift" and "flip" images `(n, channels, height, width)`.
-        kind: "exact"; "shift", one pixel to the right, the left column repeated; "noise", Gaussian with a
-            tenth of `scale`; "brightness", a tenth of `scale` added; "flip", left and right exchanged
-            (not sensible for digits and letters: they are other images then).
+        kind: "exact"; "shift" (one pixel to the right, the left column repeated); "noise" (Gaussian, with a
+            standard deviation of `scale / 10`); "brightness" (`scale / 10` added); "flip" (left and right
+            exchanged, which is no duplicate for digits and letters).
         scale: Standard deviation of the inputs of the training set.
         seed: Seed of the noise.
 
     Raises:
-        ValueError: An unknown kind, or inputs that are not images.
+        ValueError: The kind does not exist, or is for images and the inputs are none.
     """
     if kind not in KINDS:
         raise bad_choice("kind", kind, KINDS)

@@ -2,9 +2,9 @@
 
     LDS = mean over models and test points of  Spearman_k( sum_{i in S_k} scores[., i],  responses[k, .] )
 
-S_k are subsets of kept examples, `responses[k]` what a model retrained on S_k says of a test point: the
-margin of its class, averaged over independent retrainings. Scores are compared one attributed model at a
-time: averaging the scores of several models first is another method, an ensemble.
+S_k are subsets of kept examples. `responses[k]` are the margins of the test points by models retrained on
+S_k, averaged over independent retrainings. Every attributed model is compared alone: averaging the scores of
+several models first would be another method, an ensemble.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ class LDSResult:
         value: Mean over attributed models of the mean over test points of Spearman's correlation.
         per_model: The mean over test points of each model.
         worst: The lowest of `per_model`.
-        per_test: Spearman's correlations `(n_models, n_test)`; NaN where undefined.
-        undefined: How many of `per_test` are not defined: predictions or responses are constant over
-            the subsets. They are left out of the means above.
-        undefined_as_zero: `value` had they been counted as 0.
-        pearson: As `value`, with Pearson's correlation.
-        interval: Crossed bootstrap over subsets and test points, for these attributed models, of what many
-            subsets would give (`statistics.without_bias`); None where no resamples were asked for.
-        ceiling: What a perfect prediction of the mean response can expect, from split halves of the
-            retrainings; None with a single retraining.
+        per_test: Spearman's correlations `(n_models, n_test)`; NaN if undefined.
+        undefined: How many of `per_test` are undefined, because predictions or responses are the same for
+            all subsets. They are left out of the means above.
+        undefined_as_zero: `value` if undefined correlations are counted as 0.
+        pearson: Like `value`, with Pearson's correlation.
+        interval: Interval of the value that many subsets would give, for these attributed models, by a
+            crossed bootstrap over subsets and test points (`statistics.without_bias`); None without
+            resamples.
+        ceiling: The value that a perfect prediction of the mean response can be expected to have, from split
+            halves of the retrainings; None with a single retraining.
         n_subsets: Number of subsets.
         n_seeds: Retrainings of each subset.
         seed: Seed of the bootstrap.
-        draws: The bootstrap's draws `(n_resamples, n_models)`, paired between results of one seed.
-        draws_as_zero: The same had undefined correlations been counted as 0.
+        draws: Bootstrap draws `(n_resamples, n_models)`; those of two results with one seed are paired.
+        draws_as_zero: The same with undefined correlations counted as 0.
 
     >>> import numpy as np
     >>> from stride_captum.subsets import random_subsets
@@ -74,7 +75,7 @@ class LDSResult:
 
     @property
     def ranks_nothing(self) -> bool:
-        """Whether no correlation is defined: the scores, or the responses, are the same for all subsets."""
+        """Whether no correlation is defined: predictions or responses are the same for all subsets."""
         return self.undefined == self.per_test.size
 
     def __repr__(self) -> str:
@@ -92,16 +93,16 @@ class LDSResult:
 
 @dataclass(frozen=True)
 class LDSDifference:
-    """How much higher the LDS of one method is than that of another on the same models and retrainings.
+    """LDS of one method minus that of another, on the same models and retrainings.
 
-    A test point that one of the two leaves undefined counts as 0 for that one: a method that answers the easy
-    points alone would win otherwise. A model on which one of them ranks nothing has no difference.
+    An undefined correlation counts as 0: otherwise a method would win by scoring only the easy test points.
+    An attributed model for which all correlations of a method are undefined has no difference.
 
     Attributes:
-        value: Difference of the two, mean over attributed models.
-        per_model: Difference for each attributed model.
-        interval: Paired crossed bootstrap: both methods see the same resamples.
-
+        value: Difference, mean over attributed models.
+        per_model: Difference for each attributed model; NaN if it has none.
+        interval: Of a paired crossed bootstrap, in which both methods see the same resamples; None without
+            resamples.
     """
 
     value: float
@@ -129,10 +130,10 @@ def lds(
             or tensors; a positive score is a proponent.
         membership: CSR `(n_subsets, n_train)` of the examples each retraining kept.
         responses: `(n_subsets, n_test)`, or `(n_seeds, n_subsets, n_test)`, averaged over seeds.
-        n_resamples: Draws of the crossed bootstrap; 1,000 take 1 to 2 seconds with 100 subsets, 400
-            test points and 3 models (linear in each). 0 leaves the interval out.
+        n_resamples: Draws of the crossed bootstrap; 0 leaves the interval out. 1,000 draws take 1 to 2
+            seconds with 100 subsets, 400 test points and 3 models (linear in each).
         level: Level of the interval.
-        seed: Seed of the bootstrap. Results made with one seed are paired.
+        seed: Seed of the bootstrap. Results with one seed are paired.
 
     Raises:
         ValueError: Shapes do not match, a value is not finite, or there are fewer than 3 subsets.
@@ -178,7 +179,7 @@ def lds(
 
 
 def difference(a: LDSResult, b: LDSResult, *, level: float = 0.95) -> LDSDifference:
-    """LDS `a` less `b` with the paired interval from the draws of the two results.
+    """LDS of `a` minus LDS of `b`, with a paired interval from the draws of both.
 
     Args:
         a: Result of `lds`.
@@ -186,8 +187,7 @@ def difference(a: LDSResult, b: LDSResult, *, level: float = 0.95) -> LDSDiffere
         level: Level of the interval.
 
     Raises:
-        ValueError: The results do not have the same shapes.
-
+        ValueError: The results differ in models, test points, subsets, resamples or seed.
     """
     if a.per_test.shape != b.per_test.shape or a.n_subsets != b.n_subsets:
         raise bad_value(
@@ -212,7 +212,7 @@ def difference(a: LDSResult, b: LDSResult, *, level: float = 0.95) -> LDSDiffere
 
 
 def margins(logits: Any, labels: Any) -> Array:
-    """The margin `z_y - log sum_{j != y} exp z_j` of every test point, its log odds, in float64.
+    """Margin (log odds of the true class) of every test point, `z_y - log sum_{j != y} exp z_j`, in float64.
 
     Args:
         logits: `(..., n_test, n_classes)`, for instance what `RetrainingPlan.execute` returns.
@@ -222,8 +222,7 @@ def margins(logits: Any, labels: Any) -> Array:
         `(..., n_test)`.
 
     Raises:
-        ValueError: Labels do not match the logits.
-
+        ValueError: Labels do not match the logits, or logits are not finite.
     """
     z = torch.from_numpy(finite_array("logits", logits))
     if z.ndim < 2:
@@ -237,7 +236,11 @@ def margins(logits: Any, labels: Any) -> Array:
 def check_inputs(
     scores: Any, membership: Membership, responses: Any
 ) -> tuple[list[Array], Membership, Array]:
-    """One float64 matrix `(n_test, n_train)` a model, X, and responses `(n_seeds, n_subsets, n_test)`.
+    """Check and convert the arguments of `lds`.
+
+    Returns:
+        A float64 matrix `(n_test, n_train)` for each model, the membership, and responses
+        `(n_seeds, n_subsets, n_test)`.
 
     Raises:
         TypeError: `membership` is not a scipy sparse matrix.

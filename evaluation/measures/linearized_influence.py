@@ -5,11 +5,12 @@ without saying how that is obtained. Here it is the ridge regression of the resp
 
     min_{theta, b}  sum_k (y_k - b - sum_{i in S_k} theta_i)^2 + penalty |theta|^2,
 
-one penalty for all test points, by leave-one-subset-out error. With fewer subsets than examples the
-effects are poorly determined, which the ceiling says: it is what split halves of the subsets agree on.
+with one penalty for all test points, chosen by leave-one-subset-out error. With fewer subsets than examples
+the effects are poorly determined. The ceiling shows how poorly: it comes from the agreement of two halves of
+the subsets.
 
-This is not the linear datamodeling score of Park et al. (`linear_datamodeling.lds`), which compares
-subsets' sums with retrainings directly; figures of the two cannot be compared.
+This is not the linear datamodeling score of Park et al. (`linear_datamodeling.lds`), which compares sums of
+scores with retrainings directly. Figures of the two cannot be compared.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ class LinearizedInfluenceResult:
     """Correlation of scores with per-example effects (C.1).
 
     Attributes:
-        spearman: Mean over attributed models of the mean over test points.
+        spearman: Spearman's correlation, mean over test points and attributed models.
         pearson: The same with Pearson's correlation.
         per_model: Mean Spearman correlation of each model.
         worst: The lowest of `per_model`.
-        per_test: Spearman's correlations `(n_models, n_test)`; NaN where undefined.
-        undefined: How many of `per_test` are not defined, left out of the means.
-        interval: Bootstrap over test points alone, taking the estimated effects as given. What other
-            retrainings would have changed is not in it: it is too narrow.
+        per_test: Spearman's correlations `(n_models, n_test)`; NaN if undefined.
+        undefined: How many of `per_test` are undefined; they are left out of the means.
+        interval: Bootstrap over test points alone, for the effects as they were estimated. It is too narrow,
+            since it does not cover the randomness of the retrainings.
         ceiling: `sqrt(2 r / (1 + r))`, r the mean Spearman correlation between the effects estimated from
             two halves of the subsets.
         penalty: The ridge penalty that cross-validation chose.
-        n_items: What is correlated: n_train examples, or the subsets of the subset-level reading.
+        n_items: Number of correlated values for each test point: n_train, or the number of `groups`.
 
     >>> import numpy as np
     >>> from stride_captum.subsets import random_subsets
@@ -99,15 +100,16 @@ def linearized_influence_correlation(
         scores: `(n_test, n_train)`, or a list with one such matrix for each attributed model.
         membership: CSR `(n_subsets, n_train)` of the examples each retraining kept.
         responses: `(n_subsets, n_test)`, or `(n_seeds, n_subsets, n_test)`, averaged over seeds.
-        groups: None compares the n_train examples. A membership matrix, such as `partition(n_train, 50)`,
-            gives the subset-level reading: scores and effects are summed over each of its subsets.
+        groups: None correlates the effects of the n_train examples. With a membership matrix, such as
+            `partition(n_train, 50)`, scores and effects are first summed over each of its subsets.
         n_splits: Random halvings of the subsets for the ceiling.
         n_resamples: Draws of the bootstrap over test points.
         level: Level of the interval.
         seed: Seed of the halvings and of the bootstrap.
 
     Raises:
-        ValueError: Shapes do not match, a count is below 1, or there are fewer than 6 subsets.
+        ValueError: Shapes do not match, a value is not finite, a count is below 1, or there are fewer than 6
+            subsets.
 
     >>> import numpy as np
     >>> from stride_captum.subsets import random_subsets
@@ -164,8 +166,8 @@ def linearized_influence_correlation(
 def linearized_influence(membership: Membership, responses: Any) -> tuple[Array, float]:
     """Per-example effects by ridge regression of the responses on the centered membership.
 
-    Solved in the space of subsets: with the centered design X and the eigenvectors of X X^T, every
-    penalty's exact leave-one-out error comes from one eigendecomposition.
+    It is solved in the space of subsets: one eigendecomposition of X X^T, where X is the centered design,
+    gives the exact leave-one-out error of every penalty.
 
     Args:
         membership: CSR `(n_subsets, n_train)` of kept examples.

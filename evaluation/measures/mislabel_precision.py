@@ -2,9 +2,9 @@
 
     precision = |top_M(scores) & F| / M,    recall = |top_M(scores) & F| / |F|
 
-F are the examples whose labels were flipped, M = |F| unless said otherwise. Examples of one score are in no
-order, so every figure is its expected value over a random order of ties (McSherry and Najork 2008): a
-ranking that says nothing gets the rate of flips, wherever the flipped examples lie in the data set.
+F are the examples whose labels were flipped; M = |F| by default. Every figure is the expected value over a
+random order of ties (McSherry and Najork 2008), so that constant scores have the precision of chance,
+wherever the flipped examples are in the data set.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .plain_values import plain
 from .statistics import Array, Interval
 
 KINDS = ("symmetric", "class-dependent")
-#: Shares of the training set after which `MislabelResult.found` tells the recall.
+#: Shares of the training set at which `MislabelResult.found` gives the recall.
 INSPECTED = (0.05, 0.1, 0.2, 0.3, 0.5)
-#: False positive rates at which `MislabelResult.roc` tells the true positive rate.
+#: False positive rates at which `MislabelResult.roc` gives the true positive rate.
 ROC_GRID = np.linspace(0, 1, 101)
 
 
@@ -34,22 +34,23 @@ class MislabelResult:
     """How well a ranking finds flipped labels; means over attributed models.
 
     Attributes:
-        precision: At M.
-        recall: At M; equal to `precision` where M is the number of flipped labels.
-        average_precision: Mean over flipped examples of the precision at their place.
+        precision: Precision at M.
+        recall: Recall at M; equal to `precision` if M is the number of flipped labels.
+        average_precision: Mean over flipped examples of the precision at their rank.
         auc: Area under the ROC curve.
         per_model: Precision of each model.
-        interval: Bootstrap over training examples of `precision`, for these models and flips; None where no
-            resamples were asked for.
-        interval_average_precision: The same of `average_precision`.
-        interval_auc: The same of `auc`.
-        found: Recall after the shares `INSPECTED` of the training set.
+        interval: Bootstrap interval of `precision` over training examples, for these models and flips; None
+            without resamples.
+        interval_average_precision: The same for `average_precision`.
+        interval_auc: The same for `auc`.
+        found: Recall when the shares `INSPECTED` of the training set are inspected.
         roc: True positive rates at the false positive rates `ROC_GRID`.
-        rate: Share of flipped labels: the precision of chance.
+        rate: Share of flipped labels, which is the precision of chance.
         n_train: Number of training examples.
         m: M of each model.
         seed: Seed of the bootstrap.
-        draws: The bootstrap's precisions `(n_resamples, n_models)`, paired between results of one seed.
+        draws: Bootstrap draws of the precision `(n_resamples, n_models)`; those of two results with one seed
+            are paired.
 
     >>> result = mislabel([0.9, 0.8, 0.1, 0.2], [True, False, False, False], n_resamples=0)
     >>> result.m, result.rate, result.auc
@@ -92,17 +93,16 @@ def flip_labels(
     Args:
         labels: `(n,)` in `[0, n_classes)`.
         rate: Share of labels that are flipped, rounded to whole examples.
-        n_classes: Number of classes. Labels are flipped among those that some example has: a label that
-            nobody has would be found at once.
-        kind: "symmetric", to another class, each as likely; or "class-dependent", from each class to the
-            next one (and from the last to the first), as annotators confuse neighbors.
+        n_classes: Number of classes. Labels are flipped only to classes that some example has.
+        kind: "symmetric" (to any other class with equal probability) or "class-dependent" (from each class to
+            the next one, and from the last to the first, as annotators confuse neighbors).
         seed: Seed of the draw. The global random state is not used.
 
     Returns:
-        The noisy labels and which were flipped, both `(n,)`.
+        The noisy labels, `(n,)` int64, and which were flipped, `(n,)` bool.
 
     Raises:
-        ValueError: An argument out of its range.
+        ValueError: An argument is out of range, or no label or all labels would be flipped.
     """
     clean = np.asarray(labels)
     if kind not in KINDS:
@@ -141,9 +141,9 @@ def mislabel(
     Args:
         scores: `(n_train,)`, high = suspect; or a list with one such vector for each attributed model.
         flipped: Which labels were flipped, `(n_train,)`; or `(n_models, n_train)`.
-        m: How many examples are inspected; None takes the number of flipped ones.
-        n_resamples: Draws of the bootstrap; a thousand take about 6 seconds for 60,000 examples (linear
-            in both and in the number of models). 0 leaves the intervals out.
+        m: M, the number of inspected examples; None takes the number of flipped ones.
+        n_resamples: Draws of the bootstrap; 0 leaves the intervals out. 1,000 draws take about 6 seconds for
+            60,000 examples (linear in both, and in the number of models).
         level: Level of the intervals.
         seed: Seed of the bootstrap.
 
@@ -198,7 +198,12 @@ def mislabel(
 
 
 def expected_hits(scores: Any, positives: Any, k: int) -> float:
-    """How many positives are among the k highest scores, expected over a random order of ties.
+    """Expected number of positives among the k highest scores, over a random order of ties.
+
+    Args:
+        scores: `(n,)`.
+        positives: `(n,)` bool.
+        k: How many scores are inspected.
 
     >>> expected_hits([3.0, 1.0, 1.0, 0.0], [False, True, False, True], 2)
     0.5
@@ -208,7 +213,7 @@ def expected_hits(scores: Any, positives: Any, k: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class _Ranking:
-    """Groups of equal scores in descending order: how many examples and positives each holds."""
+    """Groups of equal scores in descending order, with the numbers of examples and positives in each."""
 
     order: NDArray[np.int64]
     starts: NDArray[np.int64]
@@ -250,7 +255,7 @@ class _Ranking:
         return float((p / n * ((found + 1) * inverse + others)).sum() / p.sum())
 
     def true_positive_rates(self, false_positive_rates: Array) -> Array:
-        """The ROC curve: straight through ties, the upper end where it is vertical."""
+        """The ROC curve: linear within ties; at a vertical step its upper end."""
         tpr = np.concatenate([[0.0], np.cumsum(self.positives) / self.positives.sum()])
         negatives = self.sizes - self.positives
         fpr = np.concatenate([[0.0], np.cumsum(negatives) / negatives.sum()])

@@ -1,4 +1,4 @@
-"""Figures as plain values for JSON."""
+"""Conversion of results to plain values for JSON."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .statistics import Interval
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values for JSON: arrays, tuples and numbers of NumPy as Python's; what JSON lacks (NaN, inf) as None.
+    """Values for JSON: arrays and tuples as lists, NumPy's numbers as Python's, NaN and infinity as None.
 
-    Anything else is told by its text.
+    Any other object becomes its `str`.
     """
 
     def convert(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The best correlation that noisy responses allow, from split halves of the retrainings."""
+"""Ceiling of a correlation with noisy responses, estimated from split halves of the retrainings."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ _MAX_SPLITS = 100
 
 
 def split_half_ceiling(responses: Any) -> float | None:
-    """The best correlation that any prediction can expect with noisy responses.
+    """The highest correlation with the mean response that any prediction can be expected to have.
 
-    `sqrt(2 r / (1 + r))`, with r the mean Spearman correlation between the averages of two halves of the
-    retrainings (Spearman-Brown, then the square root since only one side is noisy). With an odd number of
-    retrainings the halves are unequal and the value slightly low.
+    It is `sqrt(2 r / (1 + r))`, where r is the mean Spearman correlation between the averages of two halves
+    of the retrainings: the Spearman-Brown formula, and a square root since only one side is noisy. With an
+    odd number of retrainings the halves are unequal and the value is slightly low.
 
     Args:
         responses: `(n_seeds, n_subsets, n_test)`, or any `(n_seeds, n, ...)`.
 
     Returns:
-        The ceiling; 0 where the halves disagree (r <= 0); None with a single retraining or where no
-        correlation is defined.
+        The ceiling; 0 if the halves disagree (r <= 0); None with a single retraining, or if no correlation is
+        defined.
 
+    Raises:
+        ValueError: `responses` has fewer than two dimensions.
     """
     responses = np.asarray(responses, dtype=np.float64)
     if responses.ndim < 2:
@@ -54,7 +56,7 @@ def ceiling_of(reliability: float) -> float | None:
 
 
 def _halvings(n: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Every way to split `range(n)` into halves, or 100 random ones where there are more than that."""
+    """Every way to split `range(n)` into halves, or 100 random ones if there are more."""
     if comb(n, n // 2) <= 2 * _MAX_SPLITS:
         choices: Iterable[Sequence[int]] = combinations(range(n), n // 2)
     else:

@@ -1,7 +1,7 @@
 """Rank correlations and their uncertainty: pure functions on float64 arrays.
 
-Every correlation is taken along axis 0: `a` and `b` are `(n, ...)`, the result is `(...)`, and it is
-NaN where either column is constant or holds a NaN, since a correlation is not defined there.
+Every correlation is taken along axis 0: `a` and `b` are `(n, ...)`, the result is `(...)`. It is NaN if
+either column is constant or holds a NaN, since the correlation is then not defined.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 
 def ranks(values: Any) -> Array:
-    """Ranks from 1 along axis 0; equal values share the average of their ranks.
+    """Ranks from 1 along axis 0, `(n, ...)`; equal values get the average of their ranks.
 
     >>> ranks([30.0, 10.0, 10.0, 20.0]).tolist()
     [4.0, 1.5, 1.5, 3.0]
@@ -69,7 +69,7 @@ def spearman(a: Any, b: Any) -> Array:
 
 
 def mean_defined(values: Any, axis: int | None = None) -> Array:
-    """Mean of the values that are not NaN; NaN where there is none."""
+    """Mean of the values that are not NaN; NaN if there is none."""
     values = np.asarray(values, dtype=np.float64)
     defined = ~np.isnan(values)
     count = defined.sum(axis)
@@ -78,7 +78,7 @@ def mean_defined(values: Any, axis: int | None = None) -> Array:
 
 @dataclass(frozen=True)
 class Interval:
-    """A confidence interval `[low, high]` of the given level; NaN where it is not defined."""
+    """A confidence interval `[low, high]` of the given level; both ends are NaN if it is not defined."""
 
     low: float
     high: float
@@ -112,27 +112,27 @@ def interval(draws: Any, level: float = 0.95) -> Interval:
 def crossed_draws(
     predictions: Any, responses: Any, *, n_resamples: int = 1000, seed: int = 0
 ) -> tuple[Array, Array]:
-    """Mean Spearman correlations of resampled subsets and resampled test points.
+    """Bootstrap draws of mean Spearman correlations, over subsets and over test points.
 
-    The test points share the retrained models, so resampling them alone gives intervals that are too
-    narrow. Each draw resamples the subsets (ranks are taken anew) *and*, independently, the test points
-    (Owen 2007, "The pigeonhole bootstrap"). The draws depend on `seed` and the numbers of subsets and
-    test points alone: draws of two methods made with the same seed are paired.
+    The test points share the retrained models, so resampling them alone gives intervals that are too narrow.
+    Each draw resamples the subsets (and ranks them again) *and*, independently, the test points (Owen 2007,
+    "The pigeonhole bootstrap"). The draws depend only on `seed` and on the numbers of subsets and test
+    points: draws of two methods with the same seed are paired.
 
-    The rank of item i among resampled items, less the mean rank, is `1/2 sum_k c_k sign(v_i - v_k)` with
-    c_k the multiplicity of item k, so one sort of the original values serves all resamples. The cost
-    is about `10 n_resamples n_subsets n_test (n_groups + 1)` operations: 1,000 resamples of 100
-    subsets, 400 test points and 3 models take 1 to 2 seconds on one core.
+    The rank of item i among resampled items, minus the mean rank, is `1/2 sum_k c_k sign(v_i - v_k)`, where
+    c_k is how often item k was drawn. One sort of the original values therefore serves all resamples. The
+    cost is about `10 n_resamples n_subsets n_test (n_groups + 1)` operations: 1,000 resamples of 100 subsets,
+    400 test points and 3 models take 1 to 2 seconds on one core.
 
     Args:
-        predictions: `(n_groups, n_subsets, n_test)`, a group being a method and an attributed model.
+        predictions: `(n_groups, n_subsets, n_test)`, one group for each method and attributed model.
         responses: `(n_subsets, n_test)`.
         n_resamples: Number of draws.
         seed: Seed of the draws. The global random state is not used.
 
     Returns:
-        Twice `(n_resamples, n_groups)`: the mean over the resampled test points whose correlation is
-        defined, NaN where there is none, and the mean over all of them where the others count as 0.
+        Two arrays `(n_resamples, n_groups)`: the mean over the resampled test points whose correlation is
+        defined (NaN if there is none), and the mean over all of them, with 0 for an undefined correlation.
 
     Raises:
         ValueError: Shapes do not match or `n_resamples` is below 1.
@@ -170,10 +170,14 @@ def crossed_counts(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """How often each draw of a crossed bootstrap holds each subset (or seed) and each test point.
 
-    Returns:
-        `(n_resamples, n_first)` and, drawn independently, `(n_resamples, n_test)`; they depend on the
-        arguments alone.
+    Args:
+        n_first: Number of subsets (or seeds).
+        n_test: Number of test points.
+        n_resamples: Number of draws.
+        seed: Seed. The counts depend on the arguments alone.
 
+    Returns:
+        `(n_resamples, n_first)` and, drawn independently, `(n_resamples, n_test)`.
     """
     generator = np.random.default_rng(seed)
     first = generator.multinomial(n_first, np.full(n_first, 1 / n_first), size=n_resamples)
@@ -181,31 +185,34 @@ def crossed_counts(
 
 
 def without_bias(draws: Array, values: Array) -> Array:
-    """Draws of the crossed bootstrap, moved so that their percentiles are an interval for many subsets.
+    """Bias correction of crossed bootstrap draws, so that their percentiles are an interval for many subsets.
 
-    Ranks of few subsets agree less than ranks of many: Spearman's correlation of n subsets expects
-    `3 (rho - tau) / (n + 1)` less than that of infinitely many. A draw has fewer distinct subsets again and
-    loses about as much once more. The draws lie that far below the estimate, and the estimate that far below
-    the truth, so that they are moved by twice their distance from it.
+    Spearman's correlation of n subsets is on average `3 (rho - tau) / (n + 1)` below that of infinitely many
+    subsets. A bootstrap draw has fewer distinct subsets again, and is lower by about as much once more. So
+    the draws lie below the estimate as far as the estimate lies below the truth, and are shifted by twice
+    that distance.
 
     Args:
-        draws: `(n_resamples, n_groups)`; NaN stay.
-        values: What was estimated, `(n_groups,)`.
+        draws: `(n_resamples, n_groups)`; NaN stays NaN.
+        values: The estimates, `(n_groups,)`.
+
+    Returns:
+        `(n_resamples, n_groups)`.
     """
     return np.asarray(draws - 2 * (mean_defined(draws, axis=0) - values))
 
 
 def t_interval(values: Any, center: float, level: float = 0.95) -> Interval:
-    """Student's interval of the mean of a table of seeds and test points, both drawn at random.
+    """Student's interval of the mean of a table whose seeds and test points are both random draws.
 
         center +- t(n_test - 1) sqrt((MS_test + max(MS_seed - MS_rest, 0)) / (n_seeds n_test))
 
-    with the mean squares of the two-way layout without interaction. Half a dozen test points are too few for
-    percentiles of a bootstrap. A single seed cannot vary: the interval is that of the test points alone.
+    with the mean squares of a two-way layout without interaction. (Bootstrap percentiles need more than half
+    a dozen test points.) With a single seed the interval covers the test points alone.
 
     Args:
         values: `(n_seeds, n_test)`; test points with a NaN are left out.
-        center: The mean.
+        center: The mean, at which the interval is centered.
         level: Level of the interval.
 
     Returns:
@@ -259,7 +266,7 @@ def _pair(a: Any, b: Any) -> tuple[Array, Array]:
 
 
 def _centered(a: Array) -> Array:
-    """Columns less their means, in units of their ranges: tiny values do not underflow when squared."""
+    """Columns minus their means, divided by their ranges so that squares of tiny values do not underflow."""
     spread = a.max(0) - a.min(0)
     return np.asarray((a - a.mean(0)) / np.where(spread > 0, spread, 1.0))
 

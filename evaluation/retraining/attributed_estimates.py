@@ -1,4 +1,4 @@
-"""Estimates of the trainings of attributed models and their checkpoints, before they are done."""
+"""Cost of training attributed models, their checkpoints and cross-fitted models, before it is done."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..tasks.new_network import checked_network
-from ..tasks.tasks import Task
+from ..tasks.task import Task
 from . import store as run_store
 from .attributed_models import FIRST_SPIKED, SPIKE, TRIES, attributed_path, checkpoint_paths
 from .estimate import RetrainingEstimate
@@ -25,9 +25,9 @@ def estimate_attributed(
     """What `train_attributed` would train, and how long that takes.
 
     Args:
-        runs: Tasks and seeds of the trainings, at least one.
-        store: Folder for the weights; it is left as it is.
-        purpose: What they are for.
+        runs: Task and seed of each training, at least one.
+        store: Folder of the weights; it is only read.
+        purpose: What the models are for, for the printed estimate.
         device: Where they are trained.
     """
     files = (
@@ -45,7 +45,7 @@ def estimate_checkpoints(
     *,
     device: torch.device | str = "cpu",
 ) -> RetrainingEstimate:
-    """What `train_checkpoints` would train for models with these seeds."""
+    """What `train_checkpoints` would train for the attributed models with these seeds."""
     names = run_store.Fingerprints(task)
     files = ((task, checkpoint_paths(names, epochs, seed, store, device)) for seed in seeds)
     return _estimate(files, "checkpoints of attributed models", device)
@@ -89,10 +89,10 @@ def estimate_cross_fitted(
 def estimate_spiked(
     task: Task, store: str | Path, n_models: int, *, device: torch.device | str = "cpu"
 ) -> tuple[RetrainingEstimate, list[int]]:
-    """What `train_spiked` would train for several models, each with seeds after that of the one before.
+    """What `train_spiked` would train for several models; each tries the seeds after that of the last one.
 
     Returns:
-        The estimate, and the seed of each model: where the store does not tell, the first that is tried.
+        The estimate, and the seed of each model: if the store does not tell it, the first that is tried.
     """
     names, network = run_store.Fingerprints(task), checked_network(task.build_model)
     paths: list[Path] = []
@@ -107,7 +107,7 @@ def estimate_spiked(
                 if mean_residual(network.eval(), x, y, task.loss) > SPIKE:
                     break
         else:
-            seed, at_most = first, "the first with a spike of its loss ends each search"
+            seed, at_most = first, "each search ends at the first model with a spike of its loss"
         chosen.append(seed)
         first = seed + 1 if not at_most else first + TRIES
     found = _estimate(((task, [path]) for path in paths), "models stopped on a spike", device)
@@ -117,7 +117,7 @@ def estimate_spiked(
 def _estimate(
     runs: Iterable[tuple[Task, Sequence[Path]]], purpose: str, device: torch.device | str
 ) -> RetrainingEstimate:
-    """Of trainings on whole training sets, with the files that each leaves; the first one to do is timed."""
+    """Estimate for trainings and the files of each; some batches of the first missing one are timed."""
     n_runs = n_missing = n_damaged = n_examples = n_bytes = 0
     name, per_example = "", 0.0
     for task, paths in runs:

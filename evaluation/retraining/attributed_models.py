@@ -1,4 +1,4 @@
-"""Trained models that are attributed, kept in the store of the retrainings."""
+"""Attributed models, the trained models whose predictions are explained, and their checkpoints."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import nn
 from ...errors import bad_value
 from ...influence.checkpoints import log_positions
 from ..tasks.new_network import checked_network
-from ..tasks.tasks import Task
+from ..tasks.task import Task
 from . import store as run_store
 from .training import mean_residual, single_thread, train_model
 
-#: Mean training residual of a model that was stopped on a spike of its training loss.
+#: Mean training residual above which a model counts as stopped on a spike of its training loss.
 SPIKE = 0.005
-#: The first seed that is tried for such a model, and how many are.
+#: The first seed that is tried for such a model, and how many seeds are.
 FIRST_SPIKED, TRIES = 100, 30
 
 
@@ -34,24 +34,25 @@ def train_attributed(
     spike: bool = False,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """Train the model that is attributed, on the whole training set (kept in `store` once trained).
+    """Train a model on the whole training set, or read it from the store.
 
-    It is trained with a single thread, so that its bits do not depend on the number of threads. A network
-    that seeds itself is trained with a warning.
+    It is trained with a single thread, so that the weights do not depend on the number of threads, bit for
+    bit. A network that seeds itself is trained with a warning.
 
     Args:
         task: What is trained.
         seed: Seed of the training.
-        store: Folder for the weights; None keeps nothing. A damaged file is trained again, with a
-            warning.
-        spike: Keep the weights of the epoch with the highest training loss among the last six
-            instead of the last epoch's: a model that was stopped at a bad moment.
-        device: Where it is trained, and where it is returned. Its bits are those of the kind of device.
+        store: Folder for the weights; None keeps nothing. If a file is damaged, its model is trained again,
+            with a warning.
+        spike: Return the weights after the epoch with the highest mean training residual among the last six,
+            instead of the last epoch: a model that was stopped at a bad moment.
+        device: Where it is trained, and where it is returned. Weights from the CPU and from a GPU differ.
 
     Raises:
         TypeError: As for `train_model`.
-        ValueError: As for `train_model`, inputs that are not finite, a network that is not new at each call
-            or that a seed does not reproduce, or (`DivergedError`) weights that are not finite.
+        ValueError: As for `train_model`; or inputs are not finite; or `build_model` returns the same weights
+            twice, or different ones for the same seed.
+        DivergedError: The trained weights are not finite.
 
     >>> from stride_captum.evaluation import load_task
     >>> from stride_captum.evaluation.tasks.networks import TrainingSettings
@@ -92,7 +93,7 @@ def train_attributed(
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         raise DivergedError(
             f"The training of {task.name} with seed {seed} diverged: weights are not finite. Take a lower "
-            "`learning_rate`, and look for values of the inputs that are missing or very large."
+            "`learning_rate`, and look for very large values of the inputs."
         )
     if spike:
         model.load_state_dict(worst["state"])
@@ -110,16 +111,23 @@ def train_spiked(
     tries: int = TRIES,
     device: torch.device | str = "cpu",
 ) -> tuple[nn.Module, int]:
-    """A model stopped on a spike of its training loss: mean training residual above `threshold`.
+    """A model stopped on a spike of its training loss; seeds are tried one by one.
 
-    A seed whose training diverges is passed over.
+    A seed whose training diverges is skipped.
+
+    Args:
+        task: What is trained.
+        store: Folder for the weights; None keeps nothing.
+        threshold: Smallest mean training residual.
+        first_seed: The first seed that is tried.
+        tries: How many seeds are tried.
+        device: Where it is trained, and where it is returned.
 
     Returns:
-        The model and the seed that gave it.
+        The model and its seed.
 
     Raises:
-        RuntimeError: No seed among `tries` has such a spike.
-
+        RuntimeError: No seed gives such a spike.
     """
     x, y = task.train.tensors
     for seed in range(first_seed, first_seed + tries):
@@ -140,21 +148,20 @@ def train_checkpoints(
     *,
     device: torch.device | str = "cpu",
 ) -> list[dict[str, Any]]:
-    """Checkpoints on the way to an attributed model: the training is repeated and looked at.
+    """Checkpoints along the training of an attributed model, which is repeated for them.
 
     Args:
         task: What is trained.
         seed: Seed of the training of the attributed model.
         store: Folder for the weights.
-        epochs: After which they are kept (`even_epochs`, `log_epochs`), in order.
+        epochs: Epochs after which a checkpoint is kept (`even_epochs`, `log_epochs`), in order.
         device: Where the attributed model was trained.
 
     Returns:
-        State dicts on the CPU in the order of the training, the final weights not among them.
+        State dicts on the CPU in the order of the training, without the final weights.
 
     Raises:
-        ValueError: Epochs that the training does not have.
-
+        ValueError: The training does not have such an epoch.
     """
     from safetensors.torch import load_file
 
@@ -186,7 +193,15 @@ def log_epochs(epochs: int) -> list[int]:
 
 
 def even_epochs(epochs: int, n_checkpoints: int) -> list[int]:
-    """Checkpoints that are spread evenly over the epochs before the last."""
+    """Epochs before the last that are spread evenly.
+
+    Args:
+        epochs: Epochs of the training.
+        n_checkpoints: How many are wanted.
+
+    Raises:
+        ValueError: The training has fewer epochs.
+    """
     kept = [round(epochs * (i + 1) / (n_checkpoints + 1)) for i in range(n_checkpoints)]
     if not kept or kept[0] < 1 or len(set(kept)) < n_checkpoints:
         raise bad_value("n_checkpoints", f"be between 1 and {epochs - 1}", n_checkpoints)
@@ -214,6 +229,6 @@ def checkpoint_paths(
 
 
 def _on(device: torch.device | str) -> str:
-    """What a device adds to the name of a training."""
+    """Suffix for the name of a training on a device."""
     kind = torch.device(device).type
     return "" if kind == "cpu" else f" device={kind}"

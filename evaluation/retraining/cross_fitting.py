@@ -1,8 +1,8 @@
-"""Cross-fitting: models trained on the parts of random partitions, kept on disk, for scores and for `refine`.
+"""Cross-fitting: models trained on the parts of random partitions, for averaged scores and for `refine`.
 
-Every training example is seen by one model of each partition and not by the others, so that each is judged by
-models that have seen it and by models that have not, in the same proportion. Trainings on the parts of one
-partition cost together what one training on everything costs.
+In each partition, one model has seen a training example and the others have not; the proportion is the same
+for all examples. Training on all parts of one partition costs as much as one training on the whole training
+set.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class CrossFitted:
     """Models that were trained on parts of the training set.
 
     Attributes:
-        checkpoints: Of all models in order, for `checkpoints=` of any method.
+        checkpoints: Checkpoints of all models in order, for the argument `checkpoints` of any method.
         membership: Which examples each model has seen, CSR `(n_models, n_train)`.
-        last: Place of the last checkpoint of each model in `checkpoints`.
-        trainings: Cost in trainings on the whole training set, at as many epochs.
+        last: Index of the last checkpoint of each model in `checkpoints`.
+        trainings: Cost, in trainings on the whole training set with as many epochs.
 
     >>> halves = retrain(lambda indices, seed: nn.Linear(3, 2), 10)
     >>> halves.membership.shape, halves.last
@@ -62,10 +62,10 @@ class CrossFitted:
     def measured(
         self, model: nn.Module, batch: tuple[Tensor, Tensor], response: str = "margin"
     ) -> NDArray[np.float64]:
-        """Responses of the models to test points, `(n_test, n_models)`: what `refine` takes.
+        """Responses of the models at test points, `(n_test, n_models)`, for `refine`.
 
         Args:
-            model: A network of the same kind; it is left as it was.
+            model: A network of the same architecture; its weights do not change.
             batch: Inputs and labels of the test points.
             response: One of `stride_captum.responses`.
         """
@@ -95,30 +95,30 @@ def retrain(
 ) -> CrossFitted:
     """Train a model on each part of random partitions of the training set.
 
-    Scores that are averaged over such models, `STRIDE(model, data, checkpoints=found.checkpoints)`, explain
-    the training procedure, not one file of weights. They are more faithful than those of one model, at the
+    Scores averaged over such models, `STRIDE(model, data, checkpoints=found.checkpoints)`, explain the
+    training procedure instead of one file of weights. They are more faithful than those of one model, at the
     cost of `repeats` trainings.
 
     Args:
         train_function: `f(indices, seed)` trains a network from scratch on these examples and returns it, or
-            the models or state dicts along its training in order. It is called in other processes if `n_jobs`
-            is not 1.
+            a sequence of models or state dicts along its training. It is called in other processes if
+            `n_jobs` is not 1.
         n_train: Number of training examples.
-        parts: Into how many a partition splits them; each model is trained on one of them.
-        repeats: Partitions.
-        seed: Of the partitions; model number i is trained with `seed + i`.
+        parts: Number of parts of a partition; each model is trained on one part.
+        repeats: Number of partitions.
+        seed: Seed of the partitions; model i is trained with `seed + i`.
         store: Folder for the weights: what is there is not trained again. None keeps nothing.
-        version: Vouches for `train_function`: trainings with the same version are the same. None: the store's
-            names hold its code and everything that it reads.
+        version: Name for what `train_function` does: stored trainings with the same version are reused. None
+            names them by a digest of the code and of everything that it reads.
         n_jobs: Workers of joblib; -1 takes all cores.
 
     Returns:
-        The models, as checkpoints that know what they have seen.
+        The models, as checkpoints with the examples that they have seen.
 
     Raises:
-        ValueError: Counts out of range, or weights that are not finite.
+        ValueError: A count is out of range, or trained weights are not finite.
         TypeError: `train_function` returns neither models nor state dicts.
-        RuntimeError: `train_function` raised an error in one training, which is named; those that are done
+        RuntimeError: `train_function` raised an error; the message names the training. Finished trainings
             stay in the store.
 
     >>> def train(indices, seed):
@@ -154,10 +154,10 @@ class PartTraining:
     """One training of `retrain`.
 
     Attributes:
-        number: Its place among all.
-        parts: Of each partition.
-        rows: Training indices.
-        seed: Of the training.
+        number: Its number among all trainings.
+        parts: Parts of each partition.
+        rows: Indices of the training examples.
+        seed: Seed of the training.
 
     >>> print(part_trainings(10, 2, 1, seed=7)[1])
     Training 1, part 2 of 2 with 5 examples and seed 8,
@@ -174,10 +174,10 @@ class PartTraining:
 
 
 def part_trainings(n_train: int, parts: int, repeats: int, seed: int) -> list[PartTraining]:
-    """The trainings of `retrain` with these arguments; more `repeats` only add some.
+    """The trainings of `retrain` with these arguments. Larger `repeats` only append trainings.
 
     Raises:
-        ValueError: Counts out of range.
+        ValueError: A count is out of range.
     """
     parts, repeats = whole_number("parts", parts, 2), whole_number("repeats", repeats)
     if whole_number("n_train", n_train) < parts:
@@ -194,10 +194,10 @@ def part_trainings(n_train: int, parts: int, repeats: int, seed: int) -> list[Pa
 def training_paths(
     function: TrainFunction, jobs: Sequence[PartTraining], store: str | Path | None, version: str | None
 ) -> list[Path | None]:
-    """The file of each training, named by everything that determines it; None where nothing is kept.
+    """The file of each training, named by everything that determines its result; None without a store.
 
     Args:
-        function: As for `retrain`, as are `store` and `version`.
+        function: `train_function` of `retrain`; `store` and `version` are those of `retrain`, too.
         jobs: The trainings.
         store: See there.
         version: See there.
@@ -209,7 +209,7 @@ def training_paths(
         what = digest or f"version {version}"
     except NoStableDigest as error:
         warnings.warn(
-            f"These trainings are not found again: {error}. Give `version`, which vouches for the function.",
+            f"Stored trainings are not reused: {error}. Give `version`, a name for what the function does.",
             stacklevel=3,
         )
         what = secrets.token_hex()
@@ -221,7 +221,7 @@ def training_paths(
 def stored_trainings(
     function: TrainFunction, jobs: Sequence[PartTraining], store: str | Path, version: str | None = None
 ) -> int:
-    """How many of the trainings the store holds."""
+    """Number of the trainings that the store holds."""
     paths = training_paths(function, jobs, store, version)
     return sum(path is not None and run_store.read_states(path)[0] is not None for path in paths)
 
@@ -248,7 +248,7 @@ def _train(function: TrainFunction, job: PartTraining, path: Path | None) -> lis
 
 
 def _states(returned: Any) -> list[State]:
-    """What a training function returned, as state dicts."""
+    """The result of a training function, as state dicts."""
     several = isinstance(returned, Sequence) and not isinstance(returned, str | nn.Module)
     found = []
     for model in returned if several else [returned]:
@@ -263,14 +263,14 @@ def _states(returned: Any) -> list[State]:
 
 
 def check_apart(judges: Membership, used: Membership) -> None:
-    """Refuse subsets that judge scores if a model of one of them has entered the scores.
+    """Refuse to evaluate scores on subsets whose models were used to compute them.
 
     Args:
-        judges: CSR `(n_subsets, n_train)`.
-        used: CSR `(n_models, n_train)`.
+        judges: Subsets that scores are evaluated on, CSR `(n_subsets, n_train)`.
+        used: Subsets whose models were used, CSR `(n_models, n_train)`.
 
     Raises:
-        ValueError: One is in both.
+        ValueError: A subset is in both.
     """
 
     def keys(membership: Membership) -> Iterable[bytes]:

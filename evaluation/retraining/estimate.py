@@ -1,4 +1,4 @@
-"""Estimate of a plan of retrainings before it runs."""
+"""Estimated cost of a plan of retrainings."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RetrainingEstimate:
-    """What a plan would do, as `RetrainingPlan.estimate` found it; prints as a sentence.
+    """Estimated cost of a plan (`RetrainingPlan.estimate`); its `str` is a sentence.
 
     Attributes:
         task: Name of the task.
-        n_subsets: Subsets.
-        n_seeds: Retrainings of each.
+        n_subsets: Number of subsets.
+        n_seeds: Retrainings of each subset.
         engine: "processes" or "stacked".
         n_stored: Runs that are in the store.
         n_damaged: Runs whose file is damaged; they are done again.
-        n_workers: Workers that have something to do.
-        seconds: Of the runs to do, where each worker has a free core.
-        n_bytes: That the runs to do will take on disk.
-        purpose: What they are for.
-        at_most: Why fewer runs may do; empty where it is known how many will.
+        n_workers: Workers that have runs to do.
+        seconds: Wall time of the runs to do, if each worker has a free core.
+        n_bytes: Disk space of the runs to do.
+        purpose: What the runs are for.
+        at_most: Why there may be fewer runs; empty if the number is exact.
     """
 
     task: str
@@ -42,7 +42,7 @@ class RetrainingEstimate:
 
     @property
     def n_missing(self) -> int:
-        """Runs to do, damaged ones included."""
+        """Runs to do, including damaged ones."""
         return self.n_runs - self.n_stored
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
-"""Files of a plan of retrainings: which runs share one, what each holds, and which are there already.
+"""Files of a plan of retrainings: which runs share a file, what it holds, and which files exist.
 
-A file is named by its runs and by how many test points they were evaluated on. One with more points than are
-asked for serves as well, since the first points of a test set are the same.
+A file is named by its runs and by the number of test points that they were evaluated on. A file with more
+test points than are needed is used as well, since they are always the first ones of the test set.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ...subsets import Membership
 from . import store as run_store
 
-#: Runs are evaluated on this many test points, at least, so that asking for more keeps what was done.
+#: Runs are evaluated on at least this many test points, so that a later call can ask for more of them.
 EVALUATED = 500
 
 Run = tuple[int, int]
@@ -31,11 +31,11 @@ class RunFile:
     """One file of the store.
 
     Attributes:
-        path: Where it is, or will be.
+        path: Its path; the file may not exist yet.
         runs: `(subset, seed)` of each run.
-        n_test: Test points that they were, or will be, evaluated on.
-        n_classes: Logits of each.
-        stacked: Whether `train_stacked` makes it.
+        n_test: Number of test points that the runs are evaluated on.
+        n_classes: Number of logits for each.
+        stacked: Whether its runs are trained together by `train_stacked`.
     """
 
     path: Path
@@ -46,17 +46,17 @@ class RunFile:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what it holds: `(n_test, n_classes)`, of a stack `(n_runs, n_test, n_classes)`."""
+        """Shape of its array: `(n_test, n_classes)`, or `(n_runs, n_test, n_classes)` for a stack."""
         each = (self.n_test, self.n_classes)
         return (len(self.runs), *each) if self.stacked else each
 
     @property
     def n_bytes(self) -> int:
-        """On disk."""
+        """Size on disk."""
         return _NPY_HEADER + 4 * int(np.prod(self.shape))
 
     def read(self) -> tuple[NDArray[np.float32] | None, str | None]:
-        """What it holds, and what is wrong with it; see `run_store.read_array`."""
+        """Its array, and what is wrong with the file (`run_store.read_array`)."""
         return run_store.read_array(self.path, self.shape)
 
     def by_run(self, logits: NDArray[np.float32], n_test: int) -> dict[Run, NDArray[np.float32]]:
@@ -66,7 +66,7 @@ class RunFile:
 
 
 def named_few(runs: Sequence[Run], n: int = 3) -> str:
-    """The first runs in words.
+    """The first runs in words, for errors.
 
     >>> named_few([(4, 0), (5, 1)], 1)
     '(subset 4, seed 0), ...'
@@ -76,7 +76,7 @@ def named_few(runs: Sequence[Run], n: int = 3) -> str:
 
 
 def stored(folder: Path) -> dict[str, list[int]]:
-    """For each name in a store, without the number of test points, the numbers that there are."""
+    """The numbers of test points for which a store has a file, by the name of its runs."""
     found = defaultdict(list)
     if folder.is_dir():
         for path in folder.iterdir():
@@ -87,7 +87,7 @@ def stored(folder: Path) -> dict[str, list[int]]:
 
 
 def single_runs(n_subsets: int, n_seeds: int) -> Iterator[tuple[Run, ...]]:
-    """Every run alone."""
+    """Every run in a file of its own."""
     for seed in range(n_seeds):
         for k in range(n_subsets):
             yield ((k, seed),)
@@ -99,14 +99,15 @@ def stacks(
     limit: int,
     is_stored: Callable[[Sequence[Run]], bool],
 ) -> Iterator[tuple[Run, ...]]:
-    """Runs with subsets of one size, by seed: whole seeds where several fit, parts of one elsewhere.
+    """Runs that are trained together: subsets of one size, and as many whole seeds as fit into a stack.
 
-    Seeds that a plan with fewer of them has stacked by themselves stay together, so that its results serve.
+    If not even one seed fits, it is split. Stacks of an earlier plan with fewer seeds are kept, so that its
+    results are used.
 
     Args:
         membership: CSR `(n_subsets, n_train)`.
         n_seeds: Retrainings of each subset.
-        limit: Runs of a stack, at most.
+        limit: Largest number of runs in a stack.
         is_stored: Whether the store holds the stack of these runs.
     """
     sizes = np.diff(membership.indptr)

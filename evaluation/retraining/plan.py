@@ -1,13 +1,13 @@
 """Plans of retrainings, subsets x seeds, whose results are kept on disk.
 
-A `RetrainingPlan` is the ground truth of every measure that asks "what would the model have said
-without these examples?". A killed plan resumes and gives the bits of an unbroken one.
+A `RetrainingPlan` is the ground truth of every measure that asks what the model would have predicted without
+some examples. A plan that was interrupted resumes, with the same results bit for bit.
 
-Two engines do the runs. "processes" trains one model after the other in every joblib worker, and one
-run is one file. "stacked" trains equally large subsets together (`train_stacked`), and one stack is one
-file: which runs share a stack follows from the plan, and from the stacks that a plan with fewer seeds has
-left. Their results differ by rounding, which training amplifies, so neither reads the files of the other and
-a result is never a mixture.
+There are two engines. "processes" trains one model after the other in each joblib worker, and writes a file
+for each run. "stacked" trains subsets of equal size together (`train_stacked`), and writes a file for each
+stack; which runs share a stack follows from the plan, and from the stacks that an earlier plan with fewer
+seeds has left. Results of the engines differ by rounding, which training amplifies, so neither reads the
+files of the other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from ...errors import bad_value
 from ...subsets import Membership, checked_membership, members
 from ..tasks.checks import check_task
-from ..tasks.tasks import Task
+from ..tasks.task import Task
 from . import files as retraining_files
 from . import store as run_store
 from . import workers as retraining_workers
@@ -33,7 +33,7 @@ from .estimate import RetrainingEstimate
 from .files import RunFile
 from .plan_files import files_for, files_of
 
-#: What helps where retrainings diverge.
+#: Advice if retrainings diverge.
 SMALLER_STEPS = "Train with smaller steps (`learning_rate` of the training settings)."
 
 
@@ -46,14 +46,14 @@ class RetrainingPlan:
         membership: Which examples each subset keeps, CSR `(n_subsets, n_train)`.
         n_seeds: Independent retrainings of each subset.
         store: Folder of the results. Workers on other machines must see it under the same path.
-        n_test: The first `n_test` test points are evaluated.
-        common_seeds: The seed of a run depends on its seed index alone, so that all subsets start from
-            the same weights (and subsets of one size see their examples in the same order): differences
-            between subsets are paired. By default every run has a seed of its own.
+        n_test: Number of test points that are evaluated, the first ones.
+        common_seeds: Whether all subsets share the seed of a retraining, so that they start from the same
+            weights (and subsets of one size see their examples in the same order), and differences between
+            subsets are paired. By default every run has its own seed.
 
     Raises:
-        ValueError: The membership is of another training set, has an empty subset or an entry other than 0
-            and 1, or a count is out of range.
+        ValueError: The membership does not have n_train columns, has an empty subset, or has an entry other
+            than 0 and 1; or a count is out of range.
 
     >>> import tempfile
     >>> from stride_captum.subsets import random_subsets
@@ -92,7 +92,7 @@ class RetrainingPlan:
     def missing(
         self, *, engine: str = "processes", device: torch.device | str = "cpu"
     ) -> list[tuple[int, int]]:
-        """The runs `(subset, seed)` that are not in the store, or whose file is damaged."""
+        """Runs `(subset, seed)` that are not in the store, or whose file is damaged."""
         return [
             run for file in files_for(self, engine, device) if file.read()[0] is None for run in file.runs
         ]
@@ -105,38 +105,37 @@ class RetrainingPlan:
         engine: str = "processes",
         device: torch.device | str = "cpu",
     ) -> NDArray[np.float32]:
-        """Run what is missing through joblib, and read all results.
+        """Do the missing runs with joblib, and read all results.
 
         Another joblib backend is chosen by `joblib.parallel_config` around the call, for instance dask:
 
             with distributed.Client(address), joblib.parallel_config(backend="dask"):
                 plan.execute()
 
-        and in the same way ray, after `ray.util.joblib.register_ray()`. Each run has one thread and does
-        not depend on the backend or the number of workers.
+        and in the same way ray, after `ray.util.joblib.register_ray()`. Each run uses one thread, and its
+        result does not depend on the backend or the number of workers.
 
-        A damaged file (cut off, of another shape, not finite) is computed again, with a warning. A run
-        that diverges gives logits that are not finite, with a warning.
+        If a file is damaged (cut off, of another shape, not finite), its runs are done again, with a warning.
+        A run that diverges has logits that are not finite, and gives a warning.
 
         Args:
-            n_jobs: Workers; -1 takes all cores. A device other than the CPU has one by default.
-            show_progress: Whether to show a bar, with the time that is left at the mean speed so far.
-            engine: "processes" trains one model at a time in each worker. "stacked" trains up to 16
-                subsets of one size (256 off the CPU) at once in each worker; its bits are others, its
-                files are its own, and a plan with other subsets makes other stacks (more seeds only add
-                some). "auto" takes the engine that did most of the plan before; for a new plan "stacked"
-                where it is faster (off the CPU; on it for fully connected networks up to 250,000
-                parameters) and at least 8 runs have subsets of one size.
-            device: Where it is trained.
+            n_jobs: Workers; -1 takes all cores on the CPU, and one worker on another device.
+            show_progress: Whether to show a bar with the remaining time.
+            engine: "processes" trains one model at a time in each worker. "stacked" trains up to 16 subsets
+                of equal size (256 on a GPU) at once in each worker; its results differ by rounding and have
+                files of their own, and a plan with other subsets has other stacks (more seeds only add some).
+                "auto" takes the engine that did most of the plan before. For a new plan it takes "stacked" if
+                that is faster (on a GPU, or for fully connected networks up to 250,000 parameters) and at
+                least 8 runs have subsets of equal size.
+            device: Where models are trained.
 
         Returns:
             Logits `(n_seeds, n_subsets, n_test, n_classes)`.
 
         Raises:
-            ValueError: An engine that does not exist, "stacked" for a network that cannot be mapped, or
-                inputs or labels that the network cannot read.
+            ValueError: The engine does not exist, `torch.func.vmap` cannot map the network ("stacked"), or
+                the network cannot read the inputs or labels.
             RuntimeError: A run failed.
-
         """
         files = files_for(self, engine, device)
         found: dict[tuple[int, int], NDArray[np.float32]] = {}
@@ -155,7 +154,7 @@ class RetrainingPlan:
             initial=len(found),
             desc="retraining",
             unit="run",
-            smoothing=0,  # what is left is told from all runs so far: workers finish in bursts
+            smoothing=0,  # the mean over all runs so far, since workers finish in bursts
             disable=not (show_progress and todo),
         ) as bar:
             tasks = [(file, self._arguments(file, device)) for file in todo]
@@ -180,8 +179,8 @@ class RetrainingPlan:
     ) -> RetrainingEstimate:
         """Cost of `execute` with the same arguments; does not change the store.
 
-        The seconds are those of one epoch of at most 20 batches, the better of two, times the examples
-        and epochs of the missing runs.
+        At most 20 batches are timed twice; the faster time is multiplied by the examples and epochs of the
+        missing runs.
         """
         files = files_for(self, engine, device)
         damages = {file: file.read() for file in files}
@@ -213,12 +212,12 @@ class RetrainingPlan:
         return 1_000_003 * (seed + 1) + (0 if self.common_seeds else k)
 
     def _path(self, k: int, seed: int) -> Path:
-        """File of a CPU run of the engine "processes"."""
+        """File of a run by the engine "processes" on the CPU."""
         files = files_of(self, False, torch.device("cpu"))
         return next(file.path for file in files if file.runs == ((k, seed),))
 
     def _arguments(self, file: RunFile, device: torch.device | str) -> dict[str, Any]:
-        """What `train_and_evaluate` takes for the runs of a file."""
+        """Arguments of `train_and_evaluate` for the runs of a file."""
         return {
             "build_model": self.task.build_model,
             "training": self.task.training,
@@ -239,18 +238,18 @@ class RetrainingPlan:
 def without_diverged(
     plan: RetrainingPlan, logits: NDArray[np.float32], at_most: float = 0.1
 ) -> tuple[Membership, NDArray[np.float32], list[int]]:
-    """The subsets of a plan whose retrainings are all finite.
+    """Leave out the subsets of a plan with a retraining that diverged.
 
     Args:
         plan: The plan.
-        logits: What it gave, `(n_seeds, n_subsets, n_test, n_classes)`.
-        at_most: Share of the subsets that may be left out.
+        logits: Its result, `(n_seeds, n_subsets, n_test, n_classes)`.
+        at_most: Largest share of the subsets that may be left out.
 
     Returns:
-        Their membership, their logits, and which subsets were left out.
+        The membership and the logits of the other subsets, and the indices of those that were left out.
 
     Raises:
-        ValueError: More of them diverged.
+        ValueError: A larger share diverged.
     """
     finite = np.asarray(np.isfinite(logits).all((2, 3)))
     whole = np.asarray(finite.all(0))

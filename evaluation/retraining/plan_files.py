@@ -1,4 +1,4 @@
-"""Files of a plan of retrainings: which runs share one, under which names, and which engine writes them."""
+"""Which files a plan of retrainings has, and which engine writes them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from .plan import RetrainingPlan
 
 ENGINES = ("auto", "processes", "stacked")
-#: What `auto` and the stacks go by, as measured (see `benchmark_retraining`). On the CPU a stack beats
-#: joblib's processes where the overhead of a step is more than its arithmetic: fully connected networks
-#: up to about a quarter of a million parameters. Mapped convolutions are slower than single ones.
+#: Limits of the engine "auto", as measured by `benchmarks.retraining`. On the CPU a stack is faster than
+#: joblib's processes if the overhead of a step exceeds its arithmetic: for fully connected networks up to
+#: about 250,000 parameters. Mapped convolutions are slower than single ones.
 _CPU_PARAMETERS = 250_000
 _CPU_STACK, _DEVICE_STACK = 16, 256
 _SMALLEST_STACK = 8
@@ -34,7 +34,7 @@ _STACK_RECIPE = 1
 
 
 def files_for(plan: RetrainingPlan, engine: str, device: torch.device | str) -> list[RunFile]:
-    """All files of the plan for an engine; "auto" is decided here."""
+    """All files of a plan for an engine; "auto" is resolved here."""
     device = torch.device(device)
     if engine not in ENGINES:
         raise bad_choice("engine", engine, ENGINES)
@@ -54,7 +54,7 @@ def files_for(plan: RetrainingPlan, engine: str, device: torch.device | str) -> 
 
 
 def files_of(plan: RetrainingPlan, stacked: bool, device: torch.device) -> list[RunFile]:
-    """All files of the plan for one engine."""
+    """All files of a plan for one engine."""
     names, n_classes = Fingerprints(plan.task), _n_classes(plan)
     folder = Path(plan.store).absolute()
     there = retraining_files.stored(folder)

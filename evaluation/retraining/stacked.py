@@ -1,14 +1,13 @@
 """Training of many small models at once: one stack of weights, one forward and one backward pass.
 
-A small network leaves a processor idle most of the time: what a step costs is the overhead of its
-kernels. Here S models are one batch of a mapped forward pass (`torch.func.vmap`); their weights are
-leaves `(S, ...)` of one optimizer. Adam and SGD act on each element alone, so a step on the stack is
-a step on each model.
+For a small network a training step costs little more than the overhead of its kernels. Here S models are one
+batch of a mapped forward pass (`torch.func.vmap`); their weights are leaves `(S, ...)` of one optimizer. Adam
+and SGD act on each element alone, so a step on the stack is a step on each model.
 
-Model i draws its initial weights, its batches and its Dropout masks from its own seed in the order in
-which `train_model` draws them, so on the CPU it is the model that `train_model` gives, up to the
-rounding of the matrix products (which training then amplifies, as it does any change of machine).
-Elsewhere initial weights and batches are the same and the masks come from one stream of the stack.
+Model i draws initial weights, batches and Dropout masks from its own seed, in the same order as
+`train_model`. On the CPU it is therefore the model of `train_model`, up to rounding of the matrix products,
+which training amplifies. On a GPU initial weights and batches are the same, but all models draw their masks
+from one stream.
 """
 
 from __future__ import annotations
@@ -39,10 +38,9 @@ class StackedModels:
     """S trained models of one architecture.
 
     Attributes:
-        skeleton: A network that is called with the weights of each model in turn; its own are unused.
-        parameters: Name to `(S, ...)`.
-        buffers: Name to `(S, ...)`.
-
+        skeleton: The network that is called with the weights of each model; its own are not used.
+        parameters: `(S, ...)` by name.
+        buffers: `(S, ...)` by name.
     """
 
     skeleton: nn.Module
@@ -61,7 +59,7 @@ class StackedModels:
         return torch.cat([mapped(self.parameters, self.buffers, b) for b in x.split(batch_size)], dim=1)
 
     def state_dict(self, i: int) -> State:
-        """The weights and buffers of model `i`, for `load_state_dict` of what `build_model` gives."""
+        """State dict of model `i`, for the network that `build_model` returns."""
         named = (*self.skeleton.named_parameters(), *self.skeleton.named_buffers())
         name_of = {id(tensor): name for name, tensor in named}  # tied weights are stacked once
         stacked = {**self.parameters, **self.buffers}
@@ -82,11 +80,11 @@ def train_stacked(
     """Train one model on each subset, all at once: `train_model(x[subsets[i]], ..., seeds[i])` for all i.
 
     Args:
-        build_model: Gives an untrained network. Its forward pass must be one that `torch.func.vmap` can
-            map; Dropout must be a module.
+        build_model: Gives an untrained network. `torch.func.vmap` must be able to map its forward pass;
+            Dropout must be a module.
         x: Inputs `(n, ...)` of the whole training set.
         y: Labels `(n,)`, int64.
-        subsets: S index arrays of one size, `(S, m)`.
+        subsets: S index arrays of equal size, `(S, m)`.
         training: Settings of Table 3.
         seeds: S seeds.
         device: Where they are trained.
@@ -96,8 +94,7 @@ def train_stacked(
 
     Raises:
         TypeError: As for `train_model`.
-        ValueError: No subsets, subsets of different sizes, not one seed for each, or as for `train_model`.
-
+        ValueError: No subsets, subsets of different sizes, not one seed for each; or as for `train_model`.
     """
     rows = _checked(subsets, seeds)
     models, generators = [], []
@@ -140,7 +137,7 @@ def train_stacked(
 
 
 def why_not_stacked(build_model: Callable[[], nn.Module], x: Tensor) -> str | None:
-    """Why the networks cannot be trained as a stack, or None where they can.
+    """Why networks cannot be trained as a stack; None if they can.
 
     Args:
         build_model: Gives an untrained network.
@@ -169,9 +166,9 @@ def _checked(subsets: Any, seeds: Sequence[int]) -> Tensor:
 
 
 def _leaves(parameters: State, device: torch.device | str) -> State:
-    """Leaves of the optimizer: matrices transposed, which is the memory order of their gradients.
+    """Leaves of the optimizer; matrices are transposed, to have the memory order of their gradients.
 
-    A gradient in another order than its leaf is copied before every step, at the cost of a step of Adam.
+    Otherwise every gradient is copied before a step, which takes as long as a step of Adam.
     """
     moved = {k: v.detach().to(device) for k, v in parameters.items()}
     return {
@@ -185,10 +182,10 @@ def _as_weights(leaves: State) -> State:
 
 
 class _Masks:
-    """Dropout masks of a stack: drawn outside of the mapped pass, taken inside in the order of the calls.
+    """Dropout masks of a stack: drawn outside of the mapped pass, and used inside in the order of the calls.
 
-    Every Dropout module of `network` is replaced. The masks that a batch needs are found by running the
-    network alone once for each width of a batch.
+    Every Dropout module of `network` is replaced. Running the network alone, once for each batch width, shows
+    which masks a batch needs.
     """
 
     def __init__(self, network: nn.Module, generators: list[Generator], device: torch.device) -> None:

@@ -1,8 +1,8 @@
-"""Files of trainings: their names, how they are written and how they are read.
+"""Files of trainings: their names, and how they are written and read.
 
-A name is a digest of all that determines the result: data, settings, the code of the network with everything
-it reads, its initial weights under one seed, and torch's version. A reader sees a whole file or none; a file
-that was damaged later is told from one that is missing, and neither is ever used.
+A name is a digest of everything that determines the result: data, settings, the code of the network with
+everything it reads, its initial weights under one seed, and torch's version. Files are written atomically. A
+damaged file is never used, and a warning tells it from a missing one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ...system.atomic import atomic_write
 from ...system.fingerprints import bits
 from ..system.stable_digest import NoStableDigest, stable_digest
 from ..tasks.new_network import built
-from ..tasks.tasks import Task
+from ..tasks.task import Task
 
 #: Increased whenever `train_model` changes what it computes.
 _RECIPE = 2
@@ -34,13 +34,13 @@ State = dict[str, Tensor]
 
 
 class Fingerprints:
-    """Names of the runs of one task.
+    """Names of the trainings of one task.
 
-    Where the network cannot be told from another one, no run is found again, and a warning says why.
+    If the network has no stable digest, every name is new, so that no stored training is reused; a warning
+    says why.
 
     Args:
-        task: Its data, settings and network are part of every name.
-
+        task: Its data, settings, network and loss are part of every name.
     """
 
     def __init__(self, task: Task) -> None:
@@ -55,19 +55,18 @@ class Fingerprints:
             self._state["loss"] = stable_digest(task.loss, "loss")
 
     def of(self, seed: int, rows: NDArray[np.int64] | None, extra: str) -> str:
-        """SHA-256 (24 hex digits) of all that determines a run.
+        """Digest (24 hex digits of SHA-256) of everything that determines a training.
 
         Args:
             seed: Seed of the training.
             rows: Training indices; None for all.
-            extra: What else determines the result.
-
+            extra: Anything else that determines the result.
         """
         return name_of({**self._state, "seed": seed, "extra": extra}, rows)
 
 
 def _network(task: Task) -> list[str]:
-    """Digests of the code of the factory, and of the network that it gives under one seed."""
+    """Digests of the factory's code, and of the network that it returns under one seed."""
     try:
         code = stable_digest(task.build_model, "build_model")
         networks = [stable_digest(built(task), "build_model()") for _ in range(2)]
@@ -84,18 +83,18 @@ def _network(task: Task) -> list[str]:
 
 
 def _never_found(task: Task, reason: str) -> None:
-    warnings.warn(f"Trainings of {task.name} are done again every time: {reason}", stacklevel=5)
+    warnings.warn(f"Stored trainings of {task.name} are not reused: {reason}", stacklevel=5)
 
 
 def name_of(facts: Mapping[str, Any], rows: NDArray[np.int64] | None) -> str:
-    """24 hex digits for a training: what determines it as plain values, and its training indices or None."""
+    """Name (24 hex digits) of a training, from plain values that determine it and its training indices."""
     trained_on = None if rows is None else hashlib.sha256(rows.tobytes()).hexdigest()
     text = json.dumps({**facts, "rows": trained_on}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def of_all(fingerprints: Sequence[str]) -> str:
-    """One fingerprint (24 hex digits) of several in their order."""
+    """One fingerprint (24 hex digits) for a sequence of them."""
     return hashlib.sha256("".join(fingerprints).encode()).hexdigest()[:24]
 
 
@@ -122,8 +121,7 @@ def read_array(path: Path, shape: tuple[int, ...]) -> tuple[NDArray[np.float32] 
     """Read an array of finite numbers.
 
     Returns:
-        The array and None; or None and what is wrong with the file; or None twice if there is none.
-
+        The array and None; or None and what is wrong with the file; or (None, None) if there is no file.
     """
     try:
         with open(path, "rb") as file:
@@ -142,7 +140,7 @@ def read_array(path: Path, shape: tuple[int, ...]) -> tuple[NDArray[np.float32] 
 
 
 def whole_state(state: Mapping[str, Tensor]) -> State:
-    """Weights as a file takes them: copies on the CPU, so that tied or strided weights are whole."""
+    """Weights as contiguous copies on the CPU: a file cannot hold tied or strided tensors."""
     return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()
@@ -158,7 +156,7 @@ def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def write_states(path: Path, states: Sequence[Mapping[str, Tensor]]) -> None:
-    """Write the weights along one training to one file, in their order."""
+    """Write the checkpoints of one training, in order, to one file."""
     write_state(path, {f"{i}/{name}": t for i, state in enumerate(states) for name, t in state.items()})
 
 
@@ -202,6 +200,6 @@ def _read_weights(path: Path) -> tuple[State | None, str | None]:
 
 
 def say_damaged(path: Path, damage: str | None) -> None:
-    """Warn the caller's caller that a file is damaged; None says nothing."""
+    """Warn that a file is damaged, if it is; the warning points to the caller's caller."""
     if damage is not None:
         warnings.warn(f"{path.name} is {damage}: it is computed again.", stacklevel=3)

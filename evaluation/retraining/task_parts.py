@@ -1,4 +1,4 @@
-"""Cross-fitting of a task: its own training on the parts of random partitions."""
+"""Cross-fitting of a task: its network trained on the parts of random partitions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..tasks.networks import TrainingSettings
-from ..tasks.tasks import Task
+from ..tasks.task import Task
 from . import store as run_store
 from .attributed_models import log_epochs
 from .cross_fitting import CrossFitted, part_trainings, retrain, training_paths
@@ -19,7 +19,7 @@ from .store import State
 from .training import train_model
 from .workers import count
 
-#: Seed of the first partition for the attributed model number 0; number i begins `_APART * i` behind it.
+#: Seed of the first partition for attributed model 0; for model i it is `_FIRST + _APART * i`.
 _FIRST, _APART = 50_000, 1_000
 
 
@@ -29,7 +29,7 @@ class Split:
 
     Attributes:
         parts: Parts of each partition.
-        epochs: Passes over a part; None for those of the task.
+        epochs: Epochs of a training on a part; None for those of the task.
 
     >>> Split(parts=3).trainings(2, epochs=30), Split(epochs=10).trainings(2, epochs=40)
     (2.0, 0.5)
@@ -43,17 +43,17 @@ class Split:
         return repeats * (1.0 if self.epochs is None else self.epochs / epochs)
 
 
-#: What costs least: two complementary halves.
+#: Two complementary halves.
 HALVES = Split()
 
 
 @dataclass(frozen=True)
 class TaskTraining:
-    """The training of a task, as `retrain` takes it.
+    """The training of a task, as a `train_function` for `retrain`.
 
     Attributes:
         task: Data, network and settings.
-        epochs: Passes over the part; None for those of the task.
+        epochs: Epochs; None for those of the task.
         along: Whether to return checkpoints along the training, after epochs 1, 2, 3, 5, 8, 12, ...
         device: Where models are trained.
 
@@ -72,7 +72,7 @@ class TaskTraining:
 
     @property
     def version(self) -> str:
-        """Stands for all that determines the trainings, beside indices and seed."""
+        """Digest of everything that determines a training, except indices and seed."""
         facts = [f"{k}={v}" for k, v in (("epochs", self.epochs), ("along", self.along)) if v]
         kind = torch.device(self.device).type
         if kind != "cpu":
@@ -80,7 +80,7 @@ class TaskTraining:
         return run_store.Fingerprints(self.task).of(0, None, " ".join(["cross-fitted", *facts]))
 
     def __call__(self, indices: NDArray[np.int64], seed: int) -> list[State]:
-        """Train on some examples of the task."""
+        """Train on some examples of the task; returns the state dicts, the last one last."""
         settings: TrainingSettings = self.task.training
         if self.epochs is not None:
             settings = replace(settings, epochs=self.epochs)
@@ -107,7 +107,7 @@ def cross_fit(
     n_jobs: int = 1,
     device: torch.device | str = "cpu",
 ) -> CrossFitted:
-    """Models of a task on the parts of `repeats` partitions; each `number` has partitions of its own."""
+    """Models on the parts of `repeats` partitions; each attributed model, by `number`, has its own ones."""
     function = TaskTraining(task, epochs=split.epochs, device=str(device))
     found = retrain(
         function,
@@ -131,7 +131,7 @@ def cross_fit_paths(
     *,
     device: torch.device | str = "cpu",
 ) -> list[Path]:
-    """The files that `cross_fit` leaves, one for each model."""
+    """The files that `cross_fit` writes, one for each model."""
     function = TaskTraining(task, epochs=split.epochs, device=str(device))
     jobs = part_trainings(task.n_train, split.parts, repeats, _FIRST + _APART * number)
     paths = training_paths(function, jobs, store, function.version)

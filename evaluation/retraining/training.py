@@ -1,4 +1,4 @@
-"""Training of one base model from scratch, its logits and its mean residual."""
+"""Training of one model from scratch, its logits, and its mean residual."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def train_model(
     after_epoch: Callable[[int, nn.Module], None] | None = None,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """Train a network from scratch, by default with cross-entropy (of one logit in a binary network).
+    """Train a network from scratch, by default with cross-entropy (binary cross-entropy for a single logit).
 
-    The seed decides the initial weights, the order of the batches and Dropout: torch, NumPy and Python's
-    `random` are seeded. The caller's random states are left as they were.
+    The seed determines the initial weights, the order of the batches and Dropout: torch, NumPy and Python's
+    `random` are seeded. The caller's random states do not change.
 
     Args:
         build_model: Gives an untrained network.
@@ -39,16 +39,16 @@ def train_model(
         training: Settings of Table 3.
         seed: Seed.
         loss: What it is trained with; None for cross-entropy.
-        after_epoch: Called with the epoch (from 1) and the model in eval mode.
+        after_epoch: Called after each epoch with its number (from 1) and the model in eval mode.
         device: Where it is trained.
 
     Returns:
         The trained model in eval mode.
 
     Raises:
-        TypeError: `build_model` gives no network, or one that returns no tensor.
-        ValueError: A network that cannot read the inputs, has fewer logits than there are classes, or
-            returns probabilities.
+        TypeError: `build_model` does not return a network, or the network does not return a tensor.
+        ValueError: The network cannot read the inputs, has fewer logits than there are classes, or returns
+            probabilities.
 
     >>> from stride_captum.evaluation import load_task
     >>> from stride_captum.evaluation.tasks.networks import TrainingSettings
@@ -82,7 +82,7 @@ def train_model(
 
 
 def is_left_out(model: nn.Module, n_rows: int, n_train: int, training: TrainingSettings) -> bool:
-    """Whether a step is left out: its batch is one left-over example, which BatchNorm cannot normalize."""
+    """Whether to skip a step: the last batch is a single example, which BatchNorm cannot normalize."""
     return n_rows == 1 < training.batch_size < n_train and has_batch_norm(model)
 
 
@@ -108,13 +108,13 @@ def make_optimizer(
 
 @torch.no_grad()
 def logits_of(model: nn.Module, x: Tensor, batch_size: int = 1024, loss: Loss | None = None) -> Tensor:
-    """Logits `(n, n_classes)` of a model in eval mode, on the device of `x`; rows of outputs of a loss."""
+    """Logits `(n, n_classes)` of a model in eval mode, on the device of `x`; `output_rows` with a loss."""
     own = next((p.device for p in model.parameters()), x.device)
     return torch.cat([output_rows(loss, model(batch.to(own))).to(x.device) for batch in x.split(batch_size)])
 
 
 def mean_residual(model: nn.Module, x: Tensor, y: Tensor, loss: Loss | None = None) -> float:
-    """The mean residual of a model on a data set (see `stride_captum.residuals`)."""
+    """Mean residual, in [0, 1] for classes, of a model on a data set (see `stride_captum.residuals`)."""
     rows = logits_of(model, x, loss=loss)
     if loss is None or loss.plain:
         return residuals.mean_residual(rows, y)
@@ -123,7 +123,7 @@ def mean_residual(model: nn.Module, x: Tensor, y: Tensor, loss: Loss | None = No
 
 @contextmanager
 def single_thread() -> Iterator[None]:
-    """Compute with one thread inside, so that the bits do not depend on the number of threads."""
+    """Use one thread inside, so that results do not depend on the number of threads, bit for bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

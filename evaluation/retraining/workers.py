@@ -1,4 +1,4 @@
-"""Workers of a plan of retrainings: they train, evaluate and write, driven by joblib."""
+"""Workers of a plan of retrainings: joblib jobs that train, evaluate and write."""
 
 from __future__ import annotations
 
@@ -26,23 +26,22 @@ _ALONE = threading.Lock()
 
 
 def count(n_jobs: int, device: torch.device | str) -> int:
-    """How many workers `n_jobs` means: -1 is all cores on the CPU, and one worker elsewhere."""
+    """Number of workers for `n_jobs`: -1 means all cores on the CPU, and one worker on a GPU."""
     if n_jobs == -1 and torch.device(device).type != "cpu":
         return 1
     return int(joblib.effective_n_jobs(n_jobs))
 
 
 def run_all(files: Sequence[tuple[RunFile, dict[str, Any]]], n_jobs: int) -> Iterable[int]:
-    """Write files; gives the number of runs of each when it is done.
+    """Write files; yields the number of runs of each file when it is written.
 
     Args:
-        files: Files, and what `train_and_evaluate` takes for each.
-        n_jobs: Workers of the active joblib backend. One that cannot give results as they come (as ray's)
-            gives them all at the end.
+        files: Files, and the arguments of `train_and_evaluate` for each.
+        n_jobs: Workers of the active joblib backend. A backend without a generator of results (as ray's)
+            yields all of them at the end.
 
     Raises:
-        RuntimeError: A run failed; it names the runs of the file. Files that were written before stay.
-
+        RuntimeError: A run failed; the message names it. Files that were written before stay.
     """
     backend, _ = joblib.parallel.get_active_backend()
     lazy = getattr(backend, "supports_return_generator", False)
@@ -58,13 +57,13 @@ def _done(file: RunFile, arguments: dict[str, Any]) -> int:
         said = str(error).rstrip(".")
         raise RuntimeError(
             f"Retraining {named_few(file.runs)} failed with {type(error).__name__}: {said}. Those that "
-            f"were done before are in {file.path.parent}: the same call goes on from there."
+            f"were done before are in {file.path.parent}: the same call continues from there."
         ) from error
     return len(file.runs)
 
 
 def write_runs(path: Path, **arguments: Any) -> None:
-    """Train and evaluate the runs of one file and write it."""
+    """Train and evaluate the runs of one file, and write it."""
     run_store.write_array(path, train_and_evaluate(**arguments))
 
 
@@ -82,21 +81,20 @@ def train_and_evaluate(
 ) -> NDArray[np.float32]:
     """Logits of a stack `(S, n_test, n_classes)`, or of a single run `(n_test, n_classes)`.
 
-    One thread, so that the bits do not depend on the machine's load, and one call at a time in a process:
-    threads share the random state.
+    It uses one thread, so that results do not depend on the machine, bit for bit. Only one call runs at a
+    time in a process, since threads share the random state.
 
     Args:
         build_model: Gives an untrained network.
         training: Settings of Table 3.
         x: Inputs of the whole training set.
-        y: Their labels.
-        subsets: Training indices of each run; a single run has one.
+        y: Labels of the whole training set.
+        subsets: Training indices of each run; one array for a single run.
         seeds: Seed of each run.
         x_test: Inputs `(n_test, ...)` to evaluate.
         device: Where it is done.
         stacked: Whether `train_stacked` does it.
-        loss: What is trained with; None for cross-entropy.
-
+        loss: What it is trained with; None for cross-entropy.
     """
     with _ALONE, single_thread():
         points = torch.tensor(x_test).to(device)
@@ -113,7 +111,7 @@ def train_and_evaluate(
 
 
 def seconds_per_example(**arguments: Any) -> float:
-    """Seconds that each example of an epoch takes: the better of two short trainings.
+    """Seconds of training for each example: the faster of two short trainings.
 
     Args:
         **arguments: As for `train_and_evaluate`.

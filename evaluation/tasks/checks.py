@@ -1,4 +1,4 @@
-"""What must hold of a task before anything is trained on it."""
+"""Checks of a task before anything is trained on it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import torch
 from ...errors import bad_value
 from .class_logits import first_logits
 from .new_network import built
+from .task import Task
 from .task_loss import check_outputs
-from .tasks import Task
 
 
 def check_task(task: Task) -> None:
-    """Whether an untrained network reads the examples and has a logit for every label.
+    """Check that an untrained network reads the examples and returns what the labels need.
 
     Raises:
-        TypeError: A network that does not return logits.
-        ValueError: Inputs that are not finite or that the network cannot read, or labels without a logit.
+        TypeError: The network does not return a tensor.
+        ValueError: Inputs are not finite, the network cannot read them, or a label has no logit.
     """
     task.check_inputs()
     network = built(task).eval()

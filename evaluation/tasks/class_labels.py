@@ -1,4 +1,4 @@
-"""Labels as people have them, as class indices: whole numbers of any type, columns and one-hot rows."""
+"""Conversion of class labels to indices: whole numbers of any type, columns, and one-hot rows."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ def class_indices(labels: Tensor, argument: str, source: str = "", n_classes: in
 
     Args:
         labels: `(n,)` or `(n, 1)` integers, booleans or whole floats; or one-hot rows `(n, C)`.
-        argument: What an error calls them.
-        source: Where they come from, such as " of 'module:factory'".
-        n_classes: Classes of the network; None where it is not known yet.
+        argument: Name of the argument, for errors.
+        source: Where the labels come from, for errors, such as " of 'module:factory'".
+        n_classes: Classes of the network; None if it is not known yet.
+
+    Returns:
+        `(n,)` int64.
 
     Raises:
-        ValueError: Targets of a regression, soft labels, several labels of an example, labels that are
-            missing or negative, or more classes than the network has.
+        ValueError: Regression targets, soft labels, several labels for one example, missing or negative
+            labels, or more classes than the network has.
 
     >>> class_indices(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), "train").tolist()
     [1, 0]
@@ -98,7 +101,7 @@ def _check_floats(labels: Tensor, argument: str, source: str, n_classes: int | N
 
 
 def _first(wrong: Tensor, labels: Tensor) -> str:
-    """The first label that is wrong, its place, and how many there are."""
+    """The first wrong label and its index, and how many labels are wrong."""
     place = int(wrong.long().argmax())
     return f"{labels[place].item():g} (example {place}; {int(wrong.sum())} of {len(labels)} like it)"
 

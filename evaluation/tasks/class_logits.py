@@ -1,4 +1,4 @@
-"""What a network returns, as logits of classes, and what is refused of it."""
+"""Outputs of a network as logits of classes, and the checks that they are logits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...errors import bad_type, bad_value
 from ...responses import multiclass_logits
 
-#: Last operations of networks that return probabilities, and what comes after them without a change.
+#: Last operations of networks that return probabilities.
 _PROBABILITIES = ("SoftmaxBackward", "SigmoidBackward", "LogSigmoidBackward", "LogSigmoidForwardBackward")
+#: Operations that change only the shape, and may come after them.
 _SHAPES = (
     "Alias", "Clone", "Flatten", "Reshape", "Select", "Slice", "Squeeze", "ToCopy", "Transpose", "UnsafeView",
     "Unsqueeze", "View",
@@ -20,9 +21,10 @@ _SHAPES = (
 
 
 def class_logits(outputs: Any) -> Tensor:
-    """Outputs of a network as logits `(n, n_classes)`; a binary network with one logit has two classes.
+    """Outputs of a network as logits `(n, n_classes)`.
 
-    Cross-entropy of the two columns is binary cross-entropy of the one logit.
+    The single logit z of a binary network becomes two, (-z/2, z/2): their cross-entropy is the binary
+    cross-entropy of z.
 
     Args:
         outputs: A tensor `(n, n_classes)`, `(n, 1)` or `(n,)`, or an object with such `.logits`.
@@ -42,7 +44,15 @@ def class_logits(outputs: Any) -> Tensor:
 
 
 def first_logits(model: nn.Module, x: Tensor, n_classes: int) -> Tensor:
-    """Logits of the first batch `(n, ...)`, with a sentence where they are not what is trained on.
+    """Logits of the first batch, with clear errors if the network cannot be trained on it.
+
+    Args:
+        model: The network.
+        x: Inputs `(n, ...)`.
+        n_classes: As for `check_logits`.
+
+    Returns:
+        `(n, n_classes)`.
 
     Raises:
         TypeError: As for `class_logits`.
@@ -71,15 +81,15 @@ def unreadable(
     name: str = "a network that does not",
     remedy: str | None = None,
 ) -> ValueError:
-    """The sentence for a network that cannot read inputs `(n, ...)`.
+    """The error for a network that cannot read its inputs.
 
     Args:
         model: The network.
-        x: The inputs.
-        error: What it raised.
-        argument: What the sentence calls the network.
-        name: What came.
-        remedy: Where the type of the inputs is not the reason.
+        x: The inputs, `(n, ...)`.
+        error: What the network raised.
+        argument: Name of the argument that gives the network.
+        name: Name of the network.
+        remedy: Advice, unless the dtype of the inputs is the reason.
     """
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     if own is not None and x.is_floating_point() and x.dtype != own:
@@ -92,16 +102,16 @@ def unreadable(
 
 
 def check_logits(logits: Tensor, n: int, n_classes: int, argument: str = "build_model") -> None:
-    """Whether these are logits of `n` examples and of all classes.
+    """Check that outputs are logits: one row for each example, and a column for each class.
 
     Args:
-        logits: What `class_logits` gives, with its graph where there is one.
+        logits: From `class_logits`; its autograd graph, if it has one, tells a softmax or sigmoid.
         n: Number of examples.
-        n_classes: One more than the largest label.
-        argument: What an error calls the network.
+        n_classes: Classes of the labels: the largest label plus 1.
+        argument: Name of the argument that gives the network, for errors.
 
     Raises:
-        ValueError: They are not, or they are probabilities.
+        ValueError: Rows or classes are missing, or the outputs are probabilities.
     """
     if len(logits) != n:
         raise bad_value(
@@ -124,7 +134,7 @@ def check_logits(logits: Tensor, n: int, n_classes: int, argument: str = "build_
 
 
 def are_probabilities(logits: Tensor) -> bool:
-    """Whether the outputs of a network came out of a softmax or a sigmoid.
+    """Whether outputs are probabilities: the last operation was a softmax or sigmoid, or rows sum to 1.
 
     Args:
         logits: `(n, n_classes)`.
@@ -135,9 +145,9 @@ def are_probabilities(logits: Tensor) -> bool:
 
 
 def _last_operation(tensor: Tensor) -> str:
-    """Name of the last operation in the graph of logits that is not one of shapes."""
+    """Name of the last operation in the autograd graph that changes more than the shape; "" without one."""
     node: Any = tensor.grad_fn
-    if node is not None and node.name().startswith("Cat"):  # of one logit: (-z/2, z/2)
+    if node is not None and node.name().startswith("Cat"):  # (-z/2, z/2), made of one logit
         half = node.next_functions[-1][0]
         node = half.next_functions[0][0] if half is not None and half.name().startswith("Div") else node
     while node is not None and node.name().startswith(_SHAPES):
@@ -146,5 +156,5 @@ def _last_operation(tensor: Tensor) -> str:
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether a batch of one example may not be enough for the network."""
+    """Whether the network has a BatchNorm, which cannot be trained on a batch of one example."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())

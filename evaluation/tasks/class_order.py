@@ -1,4 +1,4 @@
-"""Data in the order of their classes, of which the first examples would be of few classes."""
+"""Data sets that are sorted by class: their first examples would be of few classes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def in_class_order(labels: Tensor) -> bool:
-    """Whether examples come class by class: neighbors differ far less often than in a random order.
+    """Whether examples are sorted by class: neighbors differ far less often than in a random order.
+
+    Args:
+        labels: `(n,)` int64.
 
     >>> in_class_order(torch.arange(4).repeat_interleave(10)), in_class_order(torch.arange(40) % 4)
     (True, False)
@@ -18,33 +21,38 @@ def in_class_order(labels: Tensor) -> bool:
 
 
 def first_examples(labels: Tensor, size: int | None) -> tuple[Tensor | slice, list[str]]:
-    """Which `size` examples stand for all, and what must be said of them.
-
-    They are the first ones; a draw, in ascending order, where these would be of few classes.
+    """Choose `size` examples of a data set: the first ones, or a random draw if it is sorted by class.
 
     Args:
-        labels: Of all, `(n,)`.
+        labels: Of all examples, `(n,)`.
         size: How many are wanted; None takes all.
+
+    Returns:
+        The chosen indices in ascending order, and notes for a report.
     """
     if size is None or size >= len(labels):
         return slice(None), []
     if not in_class_order(labels):
         return slice(size), []
     note = (
-        f"The {size} training examples are a random draw from {len(labels)}, which come in the order of "
-        "their classes: their numbers count within the draw."
+        f"The {size} training examples are a random draw from {len(labels)}, which are sorted by class: "
+        "their numbers count within the draw."
     )
     return _mixed(len(labels))[:size].sort().values, [note]
 
 
 def shuffled_where_sorted(labels: Tensor) -> tuple[Tensor | slice, list[str]]:
-    """An order of test examples whose first ones are of all classes, and what must be said of it."""
+    """Shuffle test examples that are sorted by class.
+
+    Args:
+        labels: `(n_test,)`.
+
+    Returns:
+        The order of the examples, and notes for a report.
+    """
     if not in_class_order(labels):
         return slice(None), []
-    note = (
-        "The test examples come in the order of their classes and were shuffled: their numbers count in the "
-        "new order."
-    )
+    note = "The test examples are sorted by class and were shuffled: their numbers count in the new order."
     return _mixed(len(labels)), [note]
 
 

@@ -1,4 +1,4 @@
-"""Data sets as people have them, read into two tensors: inputs and labels."""
+"""Reading of a data set into two tensors: inputs and labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ...errors import bad_value
 
@@ -24,9 +24,9 @@ class Reader:
     """How the examples of one data set are read.
 
     Attributes:
-        argument: What an error calls the data set.
-        source: Where it comes from, such as " of 'module:factory'".
-        label_key: Key of the label where an example is a dict; None takes "labels" or "label".
+        argument: Name of the argument, for errors.
+        source: Where the data set comes from, for errors, such as " of 'module:factory'".
+        label_key: Key of the label if examples are dicts; None takes "labels" or "label".
     """
 
     argument: str = "dataset"
@@ -34,9 +34,9 @@ class Reader:
     label_key: str | None = None
 
     def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
-        """Inputs `(n, ...)` and labels `(n, ...)` as they are.
+        """Inputs `(n, ...)` and labels `(n, ...)`, in the types that the data set gives.
 
-        A third part of each example that only numbers the examples is left out.
+        A third part of each example that only numbers the examples is dropped.
 
         Raises:
             ValueError: An example is not one input with one label, inputs differ in shape, or there are no
@@ -48,7 +48,12 @@ class Reader:
         return self._stacked(self._items(dataset))
 
     def changes(self, dataset: Any, inputs: Tensor) -> bool:
-        """Whether an example is another one when it is read again, as with augmentation."""
+        """Whether inputs change when they are read again, as with augmentation.
+
+        Args:
+            dataset: The data set.
+            inputs: What the first reading gave, `(n, ...)`.
+        """
         if isinstance(dataset, TensorDataset | IterableDataset) or not hasattr(dataset, "__getitem__"):
             return False
         items = (dataset[i] for i in range(min(_FEW, len(inputs))))
@@ -176,10 +181,15 @@ _HOW = (
 
 
 def check_finite(inputs: Tensor, argument: str, source: str = "") -> None:
-    """Whether no input `(n, ...)` has a missing value.
+    """Refuse inputs that are not finite.
+
+    Args:
+        inputs: `(n, ...)`.
+        argument: Name of the argument, for errors.
+        source: Where the inputs come from, for errors.
 
     Raises:
-        ValueError: One has.
+        ValueError: An example holds NaN or infinity.
     """
     if not inputs.is_floating_point() or bool(torch.isfinite(inputs).all()):
         return
@@ -193,15 +203,8 @@ def check_finite(inputs: Tensor, argument: str, source: str = "") -> None:
     )
 
 
-def to_tensors(dataset: Dataset[Any]) -> TensorDataset:
-    """Read a data set of `(input, label)` once into memory; a `TensorDataset` of two is returned as it is."""
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
-        return dataset
-    return TensorDataset(*Reader().tensors(dataset))
-
-
 def kind_of(value: Any) -> str:
-    """Type and shape of a part of an example.
+    """Type and shape of a part of an example, for errors.
 
     >>> kind_of(torch.zeros(6)), kind_of("a"), kind_of([1, 2.0])
     ('float32 (6,)', "str 'a'", 'a list of 2 parts: int, float')
@@ -226,7 +229,7 @@ def _parts(values: tuple[Any, ...] | list[Any]) -> str:
 
 
 def _whole(value: Any) -> int | None:
-    """A single whole number; None for anything else."""
+    """The value as an int if it is a single whole number, else None."""
     if isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == torch.bool:
         return None
     try:
@@ -236,9 +239,9 @@ def _whole(value: Any) -> int | None:
 
 
 def _numbers(value: Any) -> Tensor | None:
-    """An array or a number as a tensor; None for anything else."""
+    """The value as a tensor if it is a number or an array of numbers, else None."""
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
-        return torch.from_numpy(np.array(value))  # a copy, which may be written to
+        return torch.from_numpy(np.array(value))  # a copy: the array may be read-only
     return torch.as_tensor(value) if isinstance(value, bool | int | float) else None
 
 

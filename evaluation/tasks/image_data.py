@@ -1,4 +1,4 @@
-"""MNIST and CIFAR-10 of torchvision, and data sets in their layout, as normalized tensors."""
+"""MNIST, CIFAR-10 and data sets in torchvision's layout, as normalized tensors."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ CIFAR10_STD = torch.tensor([0.2470, 0.2435, 0.2616])
 
 
 def import_torchvision(module: str, needed_by: str) -> Any:
-    """A module of torchvision, which comes with the extra `vision` only.
+    """Import a module of torchvision, which the extra `vision` installs.
 
     Args:
         module: Its name below torchvision, such as "datasets".
-        needed_by: What needs it, as the subject of the message.
+        needed_by: Subject of the error message: what needs torchvision.
 
     Raises:
         ImportError: It cannot be imported; the message says what to install.
@@ -51,7 +51,7 @@ def torchvision_data(name: str, data_root: str | Path | None, *, train: bool) ->
     """
     if data_root is None:
         raise FileNotFoundError(
-            f"The task '{name}' reads files in torchvision's layout and nothing says where they are. "
+            f"The task '{name}' reads files in torchvision's layout, and no folder is given. "
             "Name their folder with --data-root DIR (in Python: data_root=)."
         )
     datasets = import_torchvision("datasets", f"The task '{name}'")
@@ -70,7 +70,10 @@ def torchvision_data(name: str, data_root: str | Path | None, *, train: bool) ->
 def image_tensors(dataset: Any) -> TensorDataset:
     """A torchvision MNIST or CIFAR-10 data set (or a subclass) as tensors.
 
-    Pixels are normalized to mean 0 and variance 1 over the training set, per channel.
+    Pixels are normalized per channel, with the mean and standard deviation of the training set.
+
+    Returns:
+        Inputs `(n, channels, height, width)` float32, and labels `(n,)` int64.
     """
     labels = torch.as_tensor(np.asarray(dataset.targets), dtype=torch.int64)
     if isinstance(dataset.data, Tensor):
@@ -80,7 +83,7 @@ def image_tensors(dataset: Any) -> TensorDataset:
 
 
 def holds_raw_images(dataset: Any) -> bool:
-    """Whether a data set is one of torchvision's uint8 image classes, without transforms of its own."""
+    """Whether a data set is one of torchvision's uint8 image classes and has no transforms."""
     images, of_class = getattr(dataset, "data", None), getattr(type(dataset), "__getitem__", None)
     if not hasattr(dataset, "targets") or not getattr(of_class, "__module__", "").startswith("torchvision."):
         return False

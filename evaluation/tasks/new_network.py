@@ -1,4 +1,4 @@
-"""Untrained networks from the caller's factory: how they are seeded, and what a factory must not do."""
+"""Untrained networks from the caller's factory: seeding, and checks of the factory."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ...errors import bad_type, bad_value
 from ...system.fingerprints import weights_fingerprint
 from ...system.random_states import same_random_state
 
-#: Seeds that nobody chooses, to see what a factory makes of a seed.
+#: Two unlikely seeds, to check what a factory does with a seed.
 _SEEDS = (314_159_265, 271_828_182)
 
 
 @contextmanager
 def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Draw from the global random states of torch, NumPy and Python, seeded inside and put back after.
+    """Seed the global random states of torch, NumPy and Python inside, and restore them afterwards.
 
     Args:
         seed: Seed of all three.
-        device: Where torch draws; a GPU has states of its own.
+        device: Device that torch draws on; a GPU has random states of its own.
     """
     kind = torch.device(device).type
     with ExitStack() as stack:
@@ -46,12 +46,16 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
 def new_network(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
     """Build an untrained network inside `seeded(seed)`.
 
-    Where the network sets torch's seed itself, the seed of the training is set again: it still decides
-    the order of the batches and Dropout.
+    If the factory sets torch's seed itself, the seed of the training is set again afterwards, so that it
+    still decides the order of the batches and Dropout.
+
+    Args:
+        build_model: The factory.
+        seed: Seed of the training.
 
     Raises:
-        TypeError: `build_model` gives something else.
-        ValueError: A network whose parameters have no values yet, or none that can be trained.
+        TypeError: `build_model` does not return a `torch.nn.Module`.
+        ValueError: The network has lazy parameters, or none that can be trained.
     """
     before = torch.default_generator.initial_seed()
     model = build_model()
@@ -72,11 +76,14 @@ def new_network(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def checked_network(build_model: Callable[[], nn.Module]) -> nn.Module:
-    """The network under a fixed seed; warns where the seed of a training does not reach its first weights.
+    """Build the network under a fixed seed, and check that its initial weights follow the seed alone.
+
+    It warns if the factory seeds itself, so that all seeds give the same initial weights.
 
     Raises:
         TypeError: As for `new_network`.
-        ValueError: As for `new_network`, or two calls with one seed share weights or differ in them.
+        ValueError: As for `new_network`; or two calls return the same weights in memory, or different
+            weights for the same seed.
     """
     first, states = _built(build_model, _SEEDS[0])
     again, _ = _built(build_model, _SEEDS[0])
@@ -109,7 +116,7 @@ def checked_network(build_model: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _built(build_model: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A network, and what tells which random states it seeded."""
+    """A network, and the random states that its factory left: whether it seeded them itself."""
     states: dict[str, Any] = {}
 
     def build() -> nn.Module:
@@ -124,6 +131,6 @@ def _built(build_model: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, 
 
 
 def built(task: Any, seed: int = 0) -> nn.Module:
-    """An untrained network of a `Task` under a fixed seed; the caller's random state is left as it was."""
+    """An untrained network of a `Task` under a fixed seed; the caller's random states do not change."""
     with seeded(seed):
         return new_network(task.build_model, seed)

@@ -1,77 +1,130 @@
-"""Data and networks of the user's, named as module:factory."""
+"""The user's own data and network: read, checked against each other, and what a report must say of them."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from ...errors import bad_value
 from ...influence.rows import checked_ids
 from ...system.fingerprints import bits
+from .class_labels import class_indices, is_one_hot
+from .class_logits import check_logits, class_logits, unreadable
+from .class_order import first_examples, shuffled_where_sorted
 from .example_reading import Reader, check_finite
+from .factories import import_factory
 from .image_data import holds_raw_images, image_tensors
-from .new_network import seeded
+from .new_network import new_network, seeded
 
 Pair = tuple[Tensor, Tensor]
 
 
-def import_factory(argument: str, path: str) -> Callable[..., Any]:
-    """Import what "module:factory" names.
+def own_data(
+    data: str,
+    data_root: str | Path | None,
+    label_key: str | None,
+    build_model: Callable[[], nn.Module],
+    model: str | None,
+    size: int | None,
+    mix_test: bool,
+) -> tuple[TensorDataset, TensorDataset, list[str], Sequence[Any] | None]:
+    """The user's data, as a task holds them.
+
+    Args:
+        data: "module:factory".
+        data_root: First argument of the factory, if there is one.
+        label_key: As for `load_task`.
+        build_model: Gives the network that the data are checked against.
+        model: Name of the user's network for errors; None for the network of the task.
+        size: How many training examples to keep; None keeps all.
+        mix_test: As for `load_task`.
+
+    Returns:
+        The training set, the test set, notes for a report, and names of the training examples, or None.
 
     Raises:
-        ValueError: The module or the factory is not there, or a package of the same name comes before it.
-
+        ValueError: The data cannot be read, or the network does not fit them.
+        FileNotFoundError: The factory found no data.
     """
-    module_name, _, attribute = path.partition(":")
-    if not attribute or not module_name:
-        raise bad_value(argument, "be written as module:factory", repr(path))
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise bad_value(
-            argument,
-            "name a module that can be imported",
-            f"{module_name!r} ({_said(error)})",
-            "Run from the folder that holds it, or put that folder on PYTHONPATH.",
-        ) from error
-    _check_is_here(argument, module)
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        public = {name: value for name, value in vars(module).items() if callable(value) and name[0] != "_"}
-        own = [name for name, value in public.items() if getattr(value, "__module__", None) == module_name]
-        has = f"It has {', '.join(map(repr, own or public))}." if public else "It has none."
-        raise bad_value(argument, f"name a callable of {module_name!r}", repr(attribute), has)
-    found: Callable[..., Any] = factory
-    return found
+    train, test, notes, ids = _read_both(data, data_root, label_key)
+    n_classes, dtype = check_fits(build_model, model, train[0])
+    source = f" of {data!r}"
+    y, y_test = (class_indices(labels, "data", source, n_classes) for _, labels in (train, test))
+    x, x_test = (inputs.to(dtype) if inputs.is_floating_point() else inputs for inputs, _ in (train, test))
+    notes.insert(0, f"Data from {data}.")
+    if len(y_test) == 9_980:
+        notes.append("The test set holds 9,980 of the 10,000 CIFAR-10 test images.")
+    if is_one_hot(train[1]):
+        notes.append("One-hot labels were read as classes.")
+    rows, said = first_examples(y, size)
+    x, y = x[rows], y[rows]
+    if ids is not None:
+        ids = [ids[i] for i in torch.arange(len(ids))[rows].tolist()]
+    notes += said
+    if mix_test:
+        rows, said = shuffled_where_sorted(y_test)
+        x_test, y_test = x_test[rows], y_test[rows]
+        notes += said
+    unseen = sorted(set(y_test.tolist()) - set(y.tolist()))
+    if unseen:
+        some = ", ".join(map(str, unseen[:5])) + (", ..." if len(unseen) > 5 else "")
+        notes.append(f"No training example has class {some} of the test examples.")
+    return TensorDataset(x, y), TensorDataset(x_test, y_test), notes, ids
 
 
-def own_data(
+def check_fits(
+    build_model: Callable[[], nn.Module], model: str | None, inputs: Tensor, n_classes: int = 0
+) -> tuple[int, torch.dtype]:
+    """Check that an untrained network reads the first inputs and returns logits.
+
+    Args:
+        build_model: Gives the network.
+        model: Name of the user's network for errors; None for the network of the task.
+        inputs: `(n, ...)`; two of them are read.
+        n_classes: Classes of the labels, if they are known: the network must have at least as many.
+
+    Returns:
+        The number of classes that it tells apart, and the dtype of the inputs that it reads.
+
+    Raises:
+        ValueError: It does not.
+    """
+    with seeded(0):
+        network = new_network(build_model, 0).eval()
+        own = next((p for p in network.parameters() if p.is_floating_point()), inputs)
+        x = inputs[:2].to(own.device)
+        if x.dtype == torch.float64:  # the dtype of NumPy's arrays
+            x = x.to(own.dtype)
+        try:
+            outputs = network(x)
+        except Exception as error:
+            name, remedy = repr(model), None
+            if model is None:
+                name = "the network of the task"
+                remedy = "Name your network with --model module:factory (in Python: model=)."
+            raise unreadable(network, x, error, "model", name, remedy) from error
+    logits = class_logits(outputs)
+    check_logits(logits, len(x), n_classes, "model")
+    return logits.shape[1], x.dtype
+
+
+def _read_both(
     path: str, data_root: str | Path | None = None, label_key: str | None = None
 ) -> tuple[Pair, Pair, list[str], Sequence[Any] | None]:
     """Call a factory for the training set and for the test set, and read both.
 
-    What is drawn on the way is the same every time: random states are seeded, and put back after.
-
-    Args:
-        path: "module:factory".
-        data_root: First argument of the factory, if there is one.
-        label_key: As for `load_task`.
+    Random states are seeded meanwhile and restored afterwards, so that two calls give the same examples.
 
     Returns:
-        Training inputs and labels, test inputs and labels, what a reader must know, and the attribute `ids`
-        of the training set.
-
-    Raises:
-        ValueError: The factory cannot be called, or does not return examples of one input and one label.
-        FileNotFoundError: It finds no data.
+        Training inputs and labels, test inputs and labels, notes for a report, and the attribute `ids` of
+        the training set.
     """
     factory = import_factory("data", path)
     _check_takes(factory, path, data_root)
@@ -99,7 +152,7 @@ def own_data(
 
 
 def _read(reader: Reader, dataset: Any) -> tuple[Pair, bool]:
-    """Inputs and labels, and whether inputs change when they are read again."""
+    """Inputs and labels, and whether the inputs change when they are read again (augmentation)."""
     if holds_raw_images(dataset):
         inputs, labels = image_tensors(dataset).tensors
         return (inputs, labels), False
@@ -144,29 +197,8 @@ def _check_takes(factory: Callable[..., Any], path: str, data_root: str | Path |
         ) from error
 
 
-def _check_is_here(argument: str, module: ModuleType) -> None:
-    """Whether a module of the current folder is what was imported, and not an installed one of its name."""
-    top = module.__name__.partition(".")[0]
-    here = [path for path in (Path(f"{top}.py"), Path(top, "__init__.py")) if path.is_file()]
-    if top == __name__.partition(".")[0] or not here:
-        return
-    file = getattr(module, "__file__", None)
-    if file is not None:
-        path = Path(file).resolve()
-        of_python = path.is_relative_to(Path(sysconfig.get_path("stdlib")).resolve())
-        installed = of_python or not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
-        if not installed or path.is_relative_to(Path.cwd().resolve()):
-            return
-    raise bad_value(
-        argument,
-        "name a module of your own",
-        f"{top!r}, which is {here[0]} here and also {file or 'a module of Python'}",
-        "Installed packages come first: give yours another name, or install it with pip install -e.",
-    )
-
-
 def _n_shared(train: Pair, test: Pair) -> int:
-    """How many test examples have the inputs and the label of a training example."""
+    """Number of test examples that equal a training example in inputs and label."""
     known = set(_rows(train))
     return sum(row in known for row in _rows(test))
 
@@ -178,11 +210,7 @@ def _rows(pair: Pair) -> Iterator[tuple[int, ...]]:
     return (tuple(hash(part[i].tobytes()) for part in parts) for i in range(n))
 
 
-def _said(error: Exception) -> str:
-    return str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
-
-
 def _raised(error: Exception) -> str:
-    """What was raised, and the line of the user's code."""
+    """The error, and the line of the user's code that raised it."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"which raised {type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"

@@ -1,4 +1,4 @@
-"""Tables of the paper: what each printed, and the comparison that measures the same thing here."""
+"""The paper's tables of results as printed, and the comparison that measures each of them here."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class PaperTable:
         number: Its number in the paper.
         title: What it shows.
         task: "mnist" or "cifar10".
-        measure: Which measure of `compare` it corresponds to.
+        measure: The measure of `compare` that reproduces it.
         columns: Its columns.
         printed: Its rows, as printed.
-        methods: The specs that measure its rows, and the closed form beside them.
-        settings: Options of the measure on the paper's training set, see `settings_for`.
-        differs: What the paper does otherwise, or does not say.
+        methods: Names of the methods that are compared: those of its rows, and the closed form.
+        settings: Options of the measure on the paper's full training set; see `settings_for`.
+        differs: Where the paper's protocol differs, or is not stated.
     """
 
     number: int
@@ -41,6 +41,9 @@ class PaperTable:
     def settings_for(self, n_train: int) -> dict[str, Any]:
         """Options of the measure on a training set of another size: the same shares of it are removed.
 
+        Args:
+            n_train: Number of training examples.
+
         >>> find_table("table8").settings_for(5_000)
         {'counts': (4, 8, 42, 83)}
         """
@@ -54,7 +57,7 @@ class PaperTable:
 
     @property
     def name(self) -> str:
-        """As the command line calls it: table 1 is two, one for each data set."""
+        """Name on the command line. Table 1 is split in two, one for each data set."""
         return f"table{self.number}" + (f"-{self.task}" if self.number == 1 else "")
 
 
@@ -78,7 +81,7 @@ _RANKING = "It ranks by high negative influence; every way of ranking stands her
 
 
 def _methods(task: str) -> tuple[str, ...]:
-    """Three rows of ours (the closed form, with which the others are compared, first), then the baselines."""
+    """Three rows of STRIDE, then the baselines; the others are compared with the first, the closed form."""
     return ("STRIDE", f"STRIDE paper ({task})", "STRIDE trained + Lasso", *_BASELINES)
 
 
@@ -243,7 +246,7 @@ def find_table(name: str) -> PaperTable:
     """A table by its name.
 
     Raises:
-        ValueError: The name of no table that is reproduced here.
+        ValueError: No table that is reproduced here has this name.
     """
     if name not in TABLES:
         raise bad_choice("table", name, list(TABLES))

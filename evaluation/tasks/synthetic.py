@@ -1,7 +1,7 @@
 """Synthetic data with planted influence: the examples behind a prediction are known before training.
 
-Every class consists of small clusters far from one another. A test point lies in one cluster, and only
-the training examples of that cluster say which class is there: they are its influential examples.
+Every class consists of small clusters that are far apart. A test point lies in one cluster, and only the
+training examples of that cluster tell its class: they are its influential examples.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class PlantedClusters:
     """Training and test examples with their clusters.
 
     Attributes:
-        train: Inputs `(n_train, n_features)` and labels.
-        test: The same.
+        train: Inputs `(n_train, n_features)` and labels `(n_train,)`.
+        test: The same for the test points.
         train_clusters: Cluster of each training example, `(n_train,)`.
-        test_clusters: `(n_test,)`.
+        test_clusters: Cluster of each test point, `(n_test,)`.
     """
 
     train: TensorDataset
@@ -46,7 +46,7 @@ def planted_clusters(
     spread: float = 0.35,
     seed: int = 0,
 ) -> PlantedClusters:
-    """Draw clusters around random centres of norm about sqrt(n_features) and points around them.
+    """Draw cluster centers of norm about sqrt(n_features), and points around them.
 
     Args:
         n_train: Training examples.
@@ -54,7 +54,7 @@ def planted_clusters(
         n_classes: Number of classes.
         clusters_per_class: Clusters of each class.
         n_features: Dimensions.
-        spread: Standard deviation of a cluster in each dimension; between centres it is 1.
+        spread: Standard deviation within a cluster in each dimension; that of the centers is 1.
         seed: Seed. The global random state is not used.
 
     Raises:
@@ -68,11 +68,11 @@ def planted_clusters(
     if n_train < n_clusters:
         raise bad_value("n_train", f"be at least the number of clusters, {n_clusters}", n_train)
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(n_clusters, n_features, generator=generator)
+    centers = torch.randn(n_clusters, n_features, generator=generator)
 
     def draw(n: int) -> tuple[TensorDataset, Tensor]:
         clusters = torch.randint(n_clusters, (n,), generator=generator)
-        x = centres[clusters] + spread * torch.randn(n, n_features, generator=generator)
+        x = centers[clusters] + spread * torch.randn(n, n_features, generator=generator)
         return TensorDataset(x, clusters % n_classes), clusters
 
     train, train_clusters = draw(n_train)

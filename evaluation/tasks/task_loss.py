@@ -1,6 +1,6 @@
-"""What a task is trained with: the objective of a batch, outputs as rows, and the response that is measured.
+"""The loss of a task: objective of a batch, outputs as rows, and the response that is measured.
 
-Classification with plain cross-entropy is the usual case, for which the harness has faster ways (`is_plain`).
+Most tasks are classification with plain cross-entropy (`is_plain`), for which the harness has shortcuts.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .class_logits import class_logits
 
 
 def is_plain(loss: Loss | None) -> bool:
-    """Whether examples have one class each, and the loss is cross-entropy without options."""
+    """Whether the loss is cross-entropy without options, so that every example has one class."""
     return loss is None or loss.plain
 
 
 def loss_of_methods(loss: Loss) -> Loss:
-    """What methods are given: of an example with several positions, the loss of one."""
+    """The loss that methods are given: for examples with several positions, that of one position."""
     return loss.position if isinstance(loss, SummedPositions) else loss
 
 
@@ -33,8 +33,8 @@ def output_rows(loss: Loss | None, outputs: Any) -> Tensor:
     """Outputs of a network as one row for each example, `(n, width)`.
 
     Raises:
-        TypeError: Outputs that are no tensor.
-        ValueError: A tensor of another shape.
+        TypeError: The outputs are not a tensor.
+        ValueError: The tensor has a shape that the loss does not take.
     """
     if loss is None or loss.plain:
         return class_logits(outputs)
@@ -45,7 +45,13 @@ def output_rows(loss: Loss | None, outputs: Any) -> Tensor:
 
 
 def objective(loss: Loss | None, rows: Tensor, labels: Tensor) -> Tensor:
-    """What training minimizes: the mean over the examples, with several positions over all of these."""
+    """What training minimizes: the mean over examples, and over positions if examples have several.
+
+    Args:
+        loss: Of the task.
+        rows: From `output_rows`, `(n, width)`.
+        labels: As the task has them.
+    """
     if loss is None or loss.plain:
         return F.cross_entropy(rows, labels)
     values = loss.values(rows, loss.labels(labels, rows.shape[1], "labels"))
@@ -70,11 +76,17 @@ def responses(loss: Loss, outputs: Any, labels: Tensor) -> NDArray[Any]:
 
 
 def check_outputs(loss: Loss, outputs: Any, labels: Tensor, which: str) -> None:
-    """Refuse a network and labels that the loss cannot compare.
+    """Refuse outputs and labels that do not fit the loss.
+
+    Args:
+        loss: Of the task.
+        outputs: Of the network for a few examples.
+        labels: Of a whole data set.
+        which: Name of the data set, for errors.
 
     Raises:
-        TypeError: Outputs that are no tensor.
-        ValueError: They do not fit.
+        TypeError: The outputs are not a tensor.
+        ValueError: Outputs or labels have a shape or values that the loss does not take.
     """
     rows = output_rows(loss, outputs)
     if len(rows) != len(outputs):
@@ -83,7 +95,7 @@ def check_outputs(loss: Loss, outputs: Any, labels: Tensor, which: str) -> None:
 
 
 def response_in_words(loss: Loss) -> str:
-    """What LDS compares predictions of, for a report."""
+    """The response that LDS is measured on, for a report."""
     if is_plain(loss):
         return "margin of the true class"
     each = ", summed over positions" if isinstance(loss, SummedPositions) else ""

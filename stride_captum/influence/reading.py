@@ -72,9 +72,40 @@ class BatchReader(ModelSession):
         if batch is not None and not isinstance(batch, Batch):
             raise bad_type("batch", "be a stride_captum.Batch", batch, "Write Batch(label_key=...).")
         self.loss = loss_of(loss)
+        self.check_loss(self.loss)
         self.batch = Batch() if batch is None else batch
         self._passes: Passes | None = None
         self._output_check: OutputCheck | None = None
+
+    def check_loss(self, loss: Loss) -> None:
+        """Refuse a loss that the method cannot take. By default every loss is taken.
+
+        It is called when the method is built, before the attributes of a subclass that are set after
+        `super().__init__`. A method that does not take positions is also asked about `SummedPositions`: by
+        `fit`, if the model turns out to return several positions for each example.
+
+        Args:
+            loss: What the model was trained with.
+
+        Raises:
+            ValueError: The method, or its options, cannot take it.
+        """
+
+    def need_classes(self, loss: Loss, why: str) -> None:
+        """Refuse a loss without one class for each example: `check_loss` of a method that compares classes.
+
+        Args:
+            loss: As for `check_loss`.
+            why: What the method does with the classes, as a relative clause for the message.
+
+        Raises:
+            ValueError: Labels are no classes, or an example has several positions.
+        """
+        name = type(self).__name__
+        if isinstance(loss, SummedPositions):
+            must = f"return one row of logits for each example for {name}, {why}"
+            raise bad_value("model", must, f"{loss.n_positions} positions", "Use another method.")
+        loss.refuse(name, why)
 
     def _own_columns(self) -> slice:
         """Places of the training examples that this process reads."""
@@ -178,7 +209,9 @@ class BatchReader(ModelSession):
             last = channels_last(outputs, self.loss.class_dim)
             n_outputs = self.loss.logits(last.reshape(-1, last.shape[-1])).shape[1]
             n_positions = last[0, ..., 0].numel()
-            self.loss = SummedPositions(position=self.loss, n_positions=n_positions, n_outputs=n_outputs)
+            together = SummedPositions(position=self.loss, n_positions=n_positions, n_outputs=n_outputs)
+            self.check_loss(together)
+            self.loss = together
             self._training_passes().read_with(self.loss)
 
     def labeled_rows(self, model: nn.Module, batch: ExampleBatch) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from ..designs import Partition, RandomSubsets, Subsets
-from ..errors import bad_choice, bad_type
+from ..errors import bad_choice, bad_type, bad_value
 from ..features.options import Features
+from ..losses import Loss
 from ..operators import Operators, TrainingSet
 from ..options import check_choice, check_count, check_number
 from ..recovery.estimators import Lasso, Recovery
@@ -111,6 +112,12 @@ class Trained(Operators):
             raise bad_type("recovery", "be Lasso(...) or Ridge(...)", self.recovery)
         if self.preset is not None:
             check_choice("preset", self.preset, list(_TABLE_4))
+
+    def check_loss(self, loss: Loss) -> None:
+        """Refuse every loss but plain cross-entropy, which stage 1 trains with."""
+        if not loss.plain:
+            must = "be ClosedForm(...) for a loss other than cross-entropy of one class an example"
+            raise bad_value("operators", must, repr(self.name), "Leave `operators` out.")
 
     @classmethod
     def paper(cls, data: str, **changes: Any) -> Trained:

@@ -97,8 +97,8 @@ def fit_trained(options: Trained, training: TrainingSet) -> TrainedOperators:
         options: Of stage 1 and the recovery.
         training: Features in memory.
     """
-    if training.weights is not None or training.labels.ndim != 1 or not training.loss.plain:
-        must = "be ClosedForm(...) for a loss other than cross-entropy of class indices, and for weights"
+    if training.weights is not None or training.labels.ndim != 1:
+        must = "be ClosedForm(...) for weighted examples, and for labels that are distributions over classes"
         raise bad_value("operators", must, repr(options.name), "Leave `operators` out.")
     check_finite(training.features)
     check_finite(training.logits, "logits")

@@ -1,8 +1,8 @@
-"""Retrainings behind the counterfactual drop: which sets, what they cost, and reading them back.
+"""Counterfactual drop: retrain without the top examples of every method (C.4, Tables 8 and 9).
 
-Every attributed model, method, test point and count asks for one training from scratch a seed, on the
-training set less the removed examples. Sets that coincide are trained once, and each run is a file of a
-`RetrainingPlan` with `common_seeds`, so that the intact model and all others of one seed are paired.
+Each attributed model, method, test point and count needs one training from scratch for each seed, without the
+removed examples. Equal sets are trained once. A `RetrainingPlan` with `common_seeds` does the trainings, so
+that all models of one seed, with and without removed examples, are paired.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ...retraining.estimate import RetrainingEstimate
 from ...retraining.plan import without_diverged
 from ...retraining.plan_files import ENGINES
 from ...tasks.checks import check_task
-from ...tasks.tasks import Task
+from ...tasks.task import Task
 from ..shared.measure import Measure, defaults_of
 from ..shared.methods import METHODS, MethodSpec
 from ..shared.question import Question
@@ -43,7 +43,7 @@ from ..shared.shared import Shared
 from .lds import given
 from .removal_plan import Removed, cost, counterfactual_plan
 
-#: Which scores are removed.
+#: Which end of the scores is removed: the highest, or the lowest.
 ARMS = ("proponents", "opponents")
 
 
@@ -54,11 +54,11 @@ class CounterfactualRow:
     Attributes:
         name: The method.
         result: Drops, intervals and depletion.
-        against_reference: Drop less that of the reference at the same counts; None for the reference.
-        at_equal_depletion: Drop less that of the reference at the same depletion of the class; None for the
-            reference and where opponents are removed.
-        calibration: Measured change of the margin against the one that the scores predict.
-        cost: Median over attributed models of setup and queries.
+        against_reference: Drop minus that of the reference at the same counts; None for the reference.
+        at_equal_depletion: Drop minus that of the reference at the same depletion of the class; None for the
+            reference, and if opponents are removed.
+        calibration: Measured change of the margin against the change that the scores predict.
+        cost: Setup and queries, medians over attributed models.
     """
 
     name: str
@@ -92,29 +92,29 @@ def measure_counterfactual(
     seed: int = 0,
     show_progress: bool = False,
 ) -> list[CounterfactualRow]:
-    """Remove the top examples of every method, retrain, and measure what happens to the test points.
+    """Remove the top examples of every method, retrain, and measure the probabilities of the test points.
 
     Args:
         task: The task.
-        methods: By name, how each is built.
-        models: The attributed models, trained on all of `task.train`.
-        store: Folder of the retrainings and of what methods answer: what is there is not done again.
-        counts: How many examples are removed: numbers or shares of the training set, increasing.
-        test_points: Places in the test set.
-        n_seeds: Retrainings of the intact set and of each other.
-        opponents: Remove the lowest scores instead: the probability should rise.
-        reference: The method that the others are compared with, where it is among them.
-        options: By name, what `build` is given beside the model and the data.
+        methods: Builders by name.
+        models: The attributed models by name, trained on all of `task.train`.
+        store: Folder of the retrainings and of scores: what is there is not computed again.
+        counts: How many examples are removed, increasing: integers, or shares of the training set in (0, 1).
+        test_points: Indices in the test set.
+        n_seeds: Retrainings of the whole training set and of each reduced one.
+        opponents: Remove the lowest scores instead; the probability should then rise.
+        reference: Name of the method that the others are compared with, if it is among them.
+        options: By name of a method, the options that its builder is given.
         n_jobs: Workers for the retrainings; as for `RetrainingPlan.execute`, as are `engine` and `device`.
         engine: See there.
         device: See there.
-        n_resamples: Of the bootstraps of the calibration; 0 leaves all intervals out.
-        seed: Of the bootstrap of the calibration.
+        n_resamples: Bootstrap draws for the calibration; 0 leaves all intervals out.
+        seed: Seed of these draws.
         show_progress: Whether to show a bar.
 
     Raises:
-        ValueError: A count or a test point out of range, inputs or labels that the network cannot read, or a
-            retraining that diverges.
+        ValueError: A count or a test point is out of range, the network cannot read the inputs or labels, or
+            a retraining diverges.
 
     >>> from stride_captum.evaluation import load_task
     >>> from stride_captum.evaluation.tasks.networks import TrainingSettings
@@ -196,7 +196,7 @@ def measure_counterfactual(
 
 
 class Counterfactual(Measure):
-    """`measure_counterfactual` for one arm or both, at the first reported test points if none are named."""
+    """`measure_counterfactual` for one arm or both, by default at the first reported test points."""
 
     name = "counterfactual"
     defaults: Mapping[str, Any] = {
@@ -208,19 +208,19 @@ class Counterfactual(Measure):
     }
 
     def settings(self, question: Question) -> dict[str, Any]:
-        """The options, with the test points and workers of the question where none are named."""
+        """The options; test points and workers that are not given are those of the question."""
         found = super().settings(question)
         if found["test_points"] is None:
             found["test_points"] = question.reported[: found["n_points"]]
         return {**found, "n_jobs": question.measures[self.name].get("n_jobs", question.n_jobs)}
 
     def methods(self, question: Question) -> dict[str, MethodSpec]:
-        """The specs whose examples are removed, with the controls."""
+        """The methods whose top examples are removed, and the controls."""
         chosen = self.settings(question)["methods"] or list(question.usable)
         return {n: c for n, c in question.usable.items() if n in {*chosen, "ClassRandom", "Similarity"}}
 
     def check(self, question: Question) -> None:
-        """Refuse names that do not exist, and test points that options are chosen on."""
+        """Refuse names that do not exist, and test points on which options are chosen."""
         settings, given = self.settings(question), question.measures[self.name]
         resolve_counts(settings["counts"], question.task.n_train)
         named, kept = settings["methods"] or (), list(self.methods(question))
@@ -248,11 +248,11 @@ class Counterfactual(Measure):
         places = range(reported.start if question.on_halves else 0, len(question.task.test))
         if not len(points) or len(set(points)) < len(points) or not set(points) <= set(places):
             must = f"be distinct places in [{places.start}, {places.stop})"
-            why = "Options are chosen on the test points before." if places.start else None
+            why = "Options are chosen on the test points before these." if places.start else None
             raise bad_value("measures['counterfactual']['test_points']", must, list(points), why)
 
     def trainings(self, shared: Shared) -> list[RetrainingEstimate]:
-        """The attributed models, and at most a set for each of them, method, test point and count."""
+        """The attributed models, and at most one set for each model, method, test point and count."""
         question, settings = shared.question, self.settings(shared.question)
         found = cost(
             question.task,
@@ -268,7 +268,7 @@ class Counterfactual(Measure):
         return [*shared.model_estimates, *arms]
 
     def run(self, shared: Shared) -> list[CounterfactualRow]:
-        """Both arms, where both are asked for."""
+        """A row for each method and arm."""
         question, settings = shared.question, self.settings(shared.question)
         arms = settings.pop("arms")
         del settings["n_points"], settings["methods"]

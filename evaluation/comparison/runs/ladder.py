@@ -1,8 +1,8 @@
 """One method at all retraining budgets, with the checkpoints and models that all methods share.
 
-Where a method has the choice it takes the out-of-sample residuals of `ClosedForm`. Its damping, and whether
-each checkpoint is brought to unit standard deviation, is chosen on the tuning half of the test points: once
-for the model alone, and once for averages, with the models of the first partition.
+A method that has out-of-sample residuals uses those of `ClosedForm`. Its damping, and whether the scores of
+each checkpoint are divided by their standard deviation, are chosen by LDS on the first half of the test
+points: once for the model alone, and once for averages, with the models of the first partition.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from ..shared.shared import Shared
 from .lds import forward_pass, retrained
 from .on_models import Chosen, OnModels, choose
 
-#: What the name of a row with out-of-sample residuals ends in.
+#: Suffix of the rows with out-of-sample residuals.
 OUT_OF_SAMPLE = ", out-of-sample residuals"
-#: Models that `refine` needs at least.
+#: Smallest number of models that `refine` takes.
 _FEWEST_MEASURED = 3
 
 
@@ -41,13 +41,14 @@ class BudgetRow:
         name: The method.
         source: What its scores are averaged over: "last checkpoint", "checkpoints", "cross-fitted" or
             "refined" (cross-fitted, and corrected by the responses of the same models).
-        trainings: Cost in trainings on the whole training set, beside that of the attributed model.
-        n_models: Models or checkpoints that answer.
-        options: The options that the tuning half chose.
+        trainings: The budget: cost of the further models, in trainings on the whole training set.
+        n_models: Models or checkpoints whose scores are averaged.
+        options: The options that were chosen.
         normalize: As for `influence`, chosen likewise.
         lds: Linear datamodeling score.
-        against_first: LDS of the first method with the same models less this one's; None for the first.
-        over_last: This LDS less that of the method with the last checkpoint; None for the last checkpoint.
+        against_first: LDS of the first method with the same models minus this one's; None for the first.
+        over_last: This LDS minus that of the same method on the last checkpoint; None for the last
+            checkpoint.
         cost: Medians over the attributed models.
     """
 
@@ -83,7 +84,7 @@ def _ends(gap: LDSDifference | None) -> dict[str, Any] | None:
 
 
 def contender(name: str, question: Question) -> MethodSpec:
-    """The row of a method with out-of-sample residuals, if it has one, with a grid over its damping alone."""
+    """The spec of a method, with out-of-sample residuals if it has any, and a grid over its damping alone."""
     own = question.usable.get(name)
     if own is not None and name not in METHODS:
         return own
@@ -95,7 +96,7 @@ def contender(name: str, question: Question) -> MethodSpec:
 
 
 def repeats_for(budget: float, split: Split, epochs: int) -> int:
-    """Partitions that a budget pays, if a training on everything has this many epochs."""
+    """Number of partitions that cost `budget` trainings of `epochs` epochs on the whole training set."""
     return round(budget / split.trainings(1, epochs))
 
 
@@ -110,7 +111,7 @@ class Ladder:
     refined: bool
 
     def rows(self) -> Iterator[BudgetRow]:
-        """From the cheapest to the dearest."""
+        """From the cheapest budget to the most expensive."""
         epochs = self.shared.question.task.training.epochs
         averages: tuple[Chosen, str | None] | None = None
         if 0 in self.budgets:
@@ -144,7 +145,7 @@ class Ladder:
         return OnModels(spec, self.shared, forward_pass(self.shared), checkpoints, normalize)
 
     def _grid(self, residuals: str) -> list[dict[str, Any]]:
-        """With the residuals that one model, or an average, is best with (see `ClosedForm`)."""
+        """The grid with these residuals, for a method that has them: one model and averages need others."""
         takes = f"{self.spec.name}{OUT_OF_SAMPLE}" in METHODS
         return [{**point, **({"residuals": residuals} if takes else {})} for point in self.spec.grid]
 
@@ -155,7 +156,7 @@ class Ladder:
         return self._row("last checkpoint", 0.0, 1, (chosen, None), [answers])
 
     def _chosen_for_averages(self) -> tuple[Chosen, str | None]:
-        """Chosen with the first models that are averaged: those of one partition, or checkpoints."""
+        """Options for averages, chosen with the models of the first partition, or with checkpoints."""
         source = partial(self._partition, 0) if any(self.budgets) else self._along
         grid = self._grid("temperature")
         found: list[tuple[Chosen, str | None]] = []
@@ -194,7 +195,7 @@ class Ladder:
         chosen: tuple[Chosen, str | None],
         answers: Sequence[Sequence[Answer]],
     ) -> BudgetRow:
-        """From the answers of each partition (or of one source), each of all attributed models."""
+        """A row from the answers for each partition (or for one source), one per attributed model."""
         n_queries = len(self.shared.question.reported)
         costs = [
             _total([answer.cost(n_queries) for answer in of_one]) for of_one in zip(*answers, strict=True)
@@ -224,7 +225,7 @@ def _means(answers: Sequence[Sequence[Answer]]) -> list[NDArray[Any]]:
 
 
 def _total(costs: Sequence[Cost]) -> Cost:
-    """Of methods that are fitted and asked one after the other."""
+    """Total cost of methods that are fitted and queried one after the other."""
     peaks = [cost.peak_bytes for cost in costs if cost.peak_bytes is not None]
     return replace(
         costs[0],

@@ -1,6 +1,6 @@
-"""Runs behind LDS, calibration and C.1: every method on the attributed models, against retrained halves.
+"""LDS, calibration and C.1: every method on the attributed models, against models of retrained halves.
 
-The first half of the test points chooses among the grid of a method by LDS, the second half is reported.
+The options of a method are chosen by LDS on the first half of the test points; the second half is reported.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Row:
 
     Attributes:
         name: The method.
-        options: The grid point that the tuning half chose.
+        options: The grid point that was chosen.
         lds: Linear datamodeling score.
         models: Names of the attributed models, in the order of `lds.per_model`.
-        against_first: LDS of the first row less this one's, with its paired interval; None for the first.
+        against_first: LDS of the first row minus this one's, with its paired interval; None for the first.
         cost: Medians over models; queries are the reported test points.
-        trainings: Beside that of the attributed model, in trainings on the whole training set.
-        calibration: Whether effects are right in size.
-        linearized: C.1 of the paper.
+        trainings: Cost of further models for this row, in trainings on the whole training set.
+        calibration: Whether predicted effects have the right size; None if not measured.
+        linearized: C.1 of the paper; None if not measured.
     """
 
     name: str
@@ -81,11 +81,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Reading(Measure):
-    """A figure that is read off retrained halves; all of them make one row of a method, with its LDS.
+    """A measure on the retrained halves. All of these share one row for each method.
 
     Attributes:
         name: Its field of `Row`.
-        fewest_subsets: Halves that it needs at least.
+        fewest_subsets: Smallest number of halves.
     """
 
     name: str
@@ -94,15 +94,15 @@ class Reading(Measure):
 
     @property
     def part(self) -> str:
-        """All are in the same rows."""
+        """The rows that all of these measures share."""
         return "rows"
 
     def trainings(self, shared: Shared) -> list[RetrainingEstimate]:
-        """The halves, the attributed models, and their checkpoints where a method wants them."""
+        """The halves, the attributed models, and their checkpoints if a method needs them."""
         return [shared.once(halves_estimate), *shared.model_estimates]
 
     def run(self, shared: Shared) -> list[Row]:
-        """A row for each method; they are the same for all readings."""
+        """A row for each method, computed once for all of these measures."""
         return shared.once(_rows)
 
 
@@ -110,7 +110,7 @@ READINGS = (Reading("lds", 3), Reading("calibration", 3), Reading("linearized", 
 
 
 def retrained(shared: Shared) -> Retrained:
-    """The halves, retrained where the store does not have them."""
+    """The retrained halves; those that the store does not hold are trained."""
     return shared.once(_retrained)
 
 
@@ -124,13 +124,13 @@ def _forward(shared: Shared) -> float:
 
 
 def chosen_options(shared: Shared) -> dict[str, Mapping[str, Any]]:
-    """Options by method: what the tuning half chose, or what the question has."""
+    """Options by method: those that were chosen by LDS, or those of the question."""
     rows = shared.once(_rows) if shared.question.on_halves else []
     return {s.name: s.grid[0] for s in shared.question.specs} | {row.name: row.options for row in rows}
 
 
 def given(shared: Shared) -> dict[str, Any]:
-    """What every measure that trains its own models is run with."""
+    """Arguments that every measure gets that trains its own models."""
     question = shared.question
     return {
         "store": question.store,
@@ -141,7 +141,7 @@ def given(shared: Shared) -> dict[str, Any]:
 
 
 def halves_estimate(shared: Shared) -> RetrainingEstimate:
-    """The halves, before any is retrained."""
+    """Cost of retraining the halves."""
     question = shared.question
     found = question.halves.estimate(question.n_jobs, engine=question.engine, device=question.device)
     return replace(found, purpose="LDS")
@@ -171,7 +171,7 @@ def _rows(shared: Shared) -> list[Row]:
 
 
 def _checkpoints_of(spec: MethodSpec, shared: Shared, name: str) -> Sequence[Any] | None:
-    """What a row is given as `checkpoints` beside an attributed model; None for the model alone."""
+    """The `checkpoints` of a row for an attributed model; None for the model alone."""
     if spec.partitions:
         return shared.cross_fitted[HALVES][name].checkpoints[: HALVES.parts * spec.partitions]
     if spec.n_checkpoints != 1:

@@ -1,4 +1,4 @@
-"""Runs behind leakage detection: train on leaked test examples, look where methods rank them."""
+"""Leakage: train on leaked test examples, and look how high every method ranks them (C.3, Tables 12, 13)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ...retraining.attributed_estimates import estimate_attributed
 from ...retraining.attributed_models import train_attributed
 from ...retraining.estimate import RetrainingEstimate
 from ...tasks.checks import check_task
-from ...tasks.tasks import Task
+from ...tasks.task import Task
 from ..shared.measure import Measure, defaults_of
 from ..shared.question import Question
 from ..shared.score_cache import Answer, CachedMethod
@@ -38,11 +38,11 @@ class Planted:
     """A task with leaked test examples.
 
     Attributes:
-        task: Its training set ends with the planted examples, in the order of `test_points`.
-        test_points: Places in the test set, `(n_planted,)`.
-        positions: Places of their duplicates in the training set, `(n_planted,)`.
-        copies: For each, the places of other copies: training examples with its label that equal the test
-            example, or what was planted for it.
+        task: Its training set ends with the planted duplicates, in the order of `test_points`.
+        test_points: Indices of the leaked examples in the test set, `(n_planted,)`.
+        positions: Indices of their duplicates in the training set, `(n_planted,)`.
+        copies: For each, indices of other copies: training examples with the same label whose input equals
+            the test example or its duplicate.
     """
 
     task: Task
@@ -59,7 +59,7 @@ class LeakageRow:
         name: The method.
         kind: How duplicates differ from the test examples.
         n_planted: Number of duplicates.
-        normalize: None or "cosine".
+        normalize: Of the scores: None or "cosine".
         result: Ranks and rates.
         cost: Median over models.
     """
@@ -82,11 +82,11 @@ def plant(task: Task, n_planted: int, *, kind: str = "exact", seed: int = 0) -> 
     Args:
         task: The task.
         n_planted: How many test examples leak.
-        kind: Of `near_duplicate`.
-        seed: Seed of the choice; a smaller number of examples is the beginning of a larger one.
+        kind: How duplicates differ, as for `near_duplicate`.
+        seed: Seed of the choice. With one seed, fewer examples are the first of more.
 
     Raises:
-        ValueError: More are asked for than there are, or an unknown kind.
+        ValueError: There are fewer test examples, or the kind does not exist or is for images.
     """
     x_test, y_test = task.test.tensors
     check_planting(task, (n_planted,), (kind,), "n_planted")
@@ -110,16 +110,16 @@ def plant(task: Task, n_planted: int, *, kind: str = "exact", seed: int = 0) -> 
 
 
 def check_planting(task: Task, counts: Sequence[int], kinds: Sequence[str], name: str = "counts") -> None:
-    """Whether so many test examples can leak in these ways.
+    """Refuse counts and kinds of duplicates that a task does not have.
 
     Args:
         task: The task.
         counts: Numbers of planted examples.
-        kinds: Of `near_duplicate`.
-        name: What an error calls the counts.
+        kinds: As for `near_duplicate`.
+        name: Name of the counts, for errors.
 
     Raises:
-        ValueError: More are asked for than there are, or a kind that does not exist or is for images.
+        ValueError: There are fewer test examples, or a kind does not exist or is for images.
     """
     n_test = len(task.test)
     for count in counts:
@@ -130,7 +130,7 @@ def check_planting(task: Task, counts: Sequence[int], kinds: Sequence[str], name
 
 
 def _row_keys(x: Tensor, y: Tensor) -> list[bytes]:
-    """A digest of the input and the label of each example."""
+    """A digest of input and label for each example."""
     rows = x.reshape(len(x), -1).numpy()
     return [
         hashlib.blake2b(row.tobytes() + str(label).encode(), digest_size=16).digest()
@@ -151,22 +151,25 @@ def measure_leakage(
     n_resamples: int = 1000,
     seed: int = 0,
 ) -> list[LeakageRow]:
-    """Train on leaked test examples and look where every method ranks them.
+    """Train on leaked test examples, and measure how high every method ranks them.
 
     Args:
         task: The clean task.
-        methods: By name, how each is built. One that has norms is judged with cosine normalisation too.
-        store: Folder of the trained models and of what methods answer; None keeps nothing.
-        counts: Numbers of planted examples: one training set, and one model a seed, for each.
-        kinds: Of `near_duplicate`, likewise.
+        methods: Builders by name. A method with norms is also measured with cosine normalization.
+        store: Folder of trained models and scores; None keeps nothing.
+        counts: Numbers of planted examples; each is a training set of its own.
+        kinds: As for `near_duplicate`; each is a training set of its own.
         n_models: Models for each training set, trained with the seeds 0, 1, ...
         device: Where models are trained and methods are run.
-        options: By name, what `build` is given beside the model and the data.
-        n_resamples: Of the bootstrap.
-        seed: Of the choice of test examples and the bootstrap.
+        options: By name of a method, the options that its builder is given.
+        n_resamples: Bootstrap draws; 0 leaves the intervals out.
+        seed: Seed of the choice of test examples and of the bootstrap.
+
+    Returns:
+        A row for each kind, count, method and normalization.
 
     Raises:
-        ValueError: An argument out of its range.
+        ValueError: An argument is out of range.
 
     >>> from stride_captum.evaluation import load_task
     >>> from stride_captum.evaluation.tasks.networks import TrainingSettings
@@ -220,7 +223,7 @@ def _say_copies(task: Task, planted: Planted) -> None:
     if there:
         warnings.warn(
             f"{there} of the {len(planted.positions)} test examples that leak were in the training set of "
-            f"{task.name} already: a method that finds such a copy has found the leak.",
+            f"{task.name} before: finding such a copy counts as finding the leak.",
             stacklevel=3,
         )
 
@@ -228,7 +231,7 @@ def _say_copies(task: Task, planted: Planted) -> None:
 def answer_if_defined(
     method: CachedMethod, batch: tuple[Tensor, Tensor], normalize: str | None
 ) -> Answer | None:
-    """The scores of a batch; None where the method has no norms to normalise them with."""
+    """The scores of a batch; None if the method has no norms to normalize them with."""
     try:
         return method.support(batch, normalize)
     except ValueError as error:
@@ -244,11 +247,11 @@ class Leakage(Measure):
     defaults = defaults_of(measure_leakage)
 
     def takes(self, task: Task) -> bool:
-        """Any task: a duplicate has the label that it has."""
+        """Yes: a duplicate has the label of its test example, whatever a label is."""
         return True
 
     def check(self, question: Question) -> None:
-        """Refuse more examples than there are, and a kind of duplicates that does not exist."""
+        """Refuse more examples than the test set has, and kinds of duplicates that do not exist."""
         settings = self.settings(question)
         check_planting(question.task, settings["counts"], settings["kinds"])
 
@@ -265,6 +268,6 @@ class Leakage(Measure):
         return [estimate_attributed(runs, question.store, purpose=self.name, device=question.device)]
 
     def run(self, shared: Shared) -> list[LeakageRow]:
-        """Look for the planted examples."""
+        """A row for each kind, count, method and normalization."""
         question = shared.question
         return measure_leakage(question.task, question.usable, **given(shared), **self.settings(question))

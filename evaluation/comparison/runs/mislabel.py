@@ -1,8 +1,8 @@
-"""Runs behind mislabel detection: train on flipped labels, rank every example by every method.
+"""Mislabel detection: train on flipped labels, rank the examples by every method (C.2, Tables 10 and 11).
 
-A method ranks in up to three ways: by self-influence; by minus its mean influence on clean held-out points,
-which is the paper's "high negative influence" of D.4; and by `mislabel_scores`, where its class has its own.
-Detectors that know nothing of influence stand beside them under their own names.
+A method ranks suspect labels in up to three ways: by self-influence; by minus its mean influence on clean
+held-out points (the paper's "high negative influence", D.4); and by `mislabel_scores`, if its class has its
+own. Detectors of label noise that use no influence are measured too, under their own names.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ...retraining.attributed_models import train_attributed
 from ...retraining.estimate import RetrainingEstimate
 from ...system.stable_digest import stable_digest
 from ...tasks.checks import check_task
-from ...tasks.tasks import Task
+from ...tasks.task import Task
 from ..shared.measure import Measure, defaults_of
 from ..shared.question import Question
 from ..shared.score_cache import Answer, CachedMethod
@@ -40,10 +40,10 @@ from ..shared.shared import Shared
 from ..shared.suspects import Suspect, most_suspect
 from .lds import given
 
-#: Called with the model and its training set, gives `(n_train,)`: high = the label is suspect.
+#: `detector(model, train_dataset)` returns `(n_train,)`: high = the label is suspect.
 Detector = Callable[[nn.Module, Any], Any]
 
-#: Detectors of label noise that need no influence.
+#: Detectors of label noise that use no influence.
 DETECTORS = {
     "loss": adapters.LossDetector,
     "confident learning": adapters.ConfidentLearning,
@@ -58,11 +58,11 @@ class MislabelRow:
     Attributes:
         name: The method or detector.
         ranking: "self-influence", "held-out influence", "mislabel scores" or "detector".
-        uses_influence: Whether it comes from an attribution method.
+        uses_influence: Whether it is a ranking of an attribution method.
         result: Its precision and the other figures.
-        fit_seconds: Median over models; 0 for a detector, whose setup is part of its ranking.
-        ranking_seconds: Median over models.
-        suspects: The first ones of the first model's ranking, for people to look at.
+        fit_seconds: Setup, median over models; 0 for a detector, whose setup is part of `ranking_seconds`.
+        ranking_seconds: The ranking, median over models.
+        suspects: The most suspect examples of the first model, for the gallery.
     """
 
     name: str
@@ -82,10 +82,16 @@ class MislabelRow:
 def flipped_task(
     task: Task, rate: float = 0.1, *, kind: str = "symmetric", seed: int = 0
 ) -> tuple[Task, Any]:
-    """A task whose training labels are flipped; its test set stays clean.
+    """A task with flipped training labels; its test set stays clean.
+
+    Args:
+        task: The clean task.
+        rate: As for `flip_labels`, as are `kind` and `seed`.
+        kind: See there.
+        seed: See there.
 
     Returns:
-        The task and which labels were flipped, `(n_train,)`.
+        The task, and which labels were flipped, `(n_train,)` bool.
     """
     x, y = task.train.tensors
     noisy, flipped = flip_labels(y.numpy(), rate, task.n_classes, kind=kind, seed=seed)
@@ -105,7 +111,7 @@ def held_out_influence(method: InfluenceMethod, test: tuple[Any, Any]) -> Array:
 
 
 def rankings(method: CachedMethod, held_out: tuple[Any, Any]) -> Iterator[tuple[str, Answer]]:
-    """The ways in which a method can rank suspect labels: name and scores `(n_train,)`, high = suspect."""
+    """Every way in which a method ranks suspect labels: name and scores `(n_train,)`, high = suspect."""
     yield "self-influence", method.ask("self-influence", (), lambda m: m.self_influence())
     what = f"minus held-out influence {stable_digest(held_out_influence)}"
     yield (
@@ -131,21 +137,21 @@ def measure_mislabel(
     n_resamples: int = 1000,
     seed: int = 0,
 ) -> list[MislabelRow]:
-    """Train on flipped labels and find them again with every method and detector.
+    """Train on flipped labels, and measure how well every method and detector finds them.
 
     Args:
         task: The clean task.
-        methods: By name, how each is built.
-        detectors: By name, rankings that do not come from influence.
-        store: Folder of the trained models and of what methods answer; None keeps nothing.
-        rate: Share of flipped labels.
-        kind: Of `flip_labels`.
-        n_models: Models, each with training seed and flips of its own: i and `seed + i`.
-        n_held_out: Test points (their labels are clean), the first ones of the test set, at most.
+        methods: Builders by name.
+        detectors: Detectors by name; None uses none.
+        store: Folder of trained models and scores; None keeps nothing.
+        rate: Share of labels that are flipped.
+        kind: As for `flip_labels`.
+        n_models: Models. Model i is trained with seed i on labels flipped with `seed + i`.
+        n_held_out: Held-out points: at most so many of the first test points, whose labels are clean.
         device: Where models are trained and methods are run.
-        options: By name, what `build` is given beside the model and the data.
-        n_resamples: Of the bootstrap.
-        seed: Of the flips and the bootstrap.
+        options: By name of a method, the options that its builder is given.
+        n_resamples: Bootstrap draws; 0 leaves the intervals out.
+        seed: Seed of the flips and of the bootstrap.
 
     Returns:
         A row for each method and ranking in the order of `methods`, then one for each detector.
@@ -207,13 +213,13 @@ def measure_mislabel(
 
 
 class Mislabel(Measure):
-    """`measure_mislabel`, with the detectors that are named."""
+    """`measure_mislabel`, with detectors by name."""
 
     name = "mislabel"
     defaults: Mapping[str, Any] = {**defaults_of(measure_mislabel), "detectors": tuple(DETECTORS)}
 
     def check(self, question: Question) -> None:
-        """Refuse a detector that does not exist, the name of one for a method, and flips of no label."""
+        """Refuse detectors that do not exist, methods with the name of one, and a rate that flips nothing."""
         settings, task = self.settings(question), question.task
         for name in settings["detectors"]:
             if name not in DETECTORS:
@@ -223,7 +229,7 @@ class Mislabel(Measure):
         flip_labels(task.train.tensors[1].numpy(), settings["rate"], task.n_classes, kind=settings["kind"])
 
     def trainings(self, shared: Shared) -> list[RetrainingEstimate]:
-        """A model for each set of flips."""
+        """The models of the flipped labels."""
         question, settings = shared.question, self.settings(shared.question)
         noisy = (
             flipped_task(question.task, settings["rate"], kind=settings["kind"], seed=settings["seed"] + i)
@@ -233,7 +239,7 @@ class Mislabel(Measure):
         return [estimate_attributed(runs, question.store, purpose=self.name, device=question.device)]
 
     def run(self, shared: Shared) -> list[MislabelRow]:
-        """Rank the flipped labels, and show the first ones in the gallery."""
+        """A row for each ranking; the most suspect examples go into the gallery."""
         settings = self.settings(shared.question)
         usable = settings.pop("detectors")
         if "confident learning" in usable and find_spec("cleanlab") is None:

@@ -1,4 +1,4 @@
-"""A method on every attributed model, and the choice among its grid on the tuning half of the test points."""
+"""A method on every attributed model, and the choice of its options on the first half of the test points."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from ..shared.shared import Shared
 
 @dataclass(frozen=True)
 class Retrained:
-    """What the retrained halves say of the test points, tuning and reported.
+    """Responses of the retrained halves to all test points.
 
     Attributes:
         membership: Of the halves that converged, CSR `(n_subsets, n_train)`.
-        margins: Of the true class, `(n_seeds, n_subsets, n_test)`; of another loss its first response.
-        left_out: Halves of which a retraining diverged.
-        n_tuning: Test points that options are chosen on, the first ones.
+        margins: Margins of the true class, `(n_seeds, n_subsets, n_test)`; for other losses their first
+            response.
+        left_out: Indices of the halves with a retraining that diverged.
+        n_tuning: Number of test points that options are chosen on; they are the first ones.
     """
 
     membership: Membership
@@ -33,7 +34,7 @@ class Retrained:
 
     @property
     def reported(self) -> NDArray[Any]:
-        """Margins of the reported test points."""
+        """Margins of the reported test points, `(n_seeds, n_subsets, n_reported)`."""
         return self.margins[..., self.n_tuning :]
 
 
@@ -42,11 +43,11 @@ class OnModels:
     """A method on every attributed model.
 
     Attributes:
-        spec: The method, with the grid that is chosen from.
+        spec: The method, with its grid.
         shared: The attributed models.
         forward: Seconds of one forward pass over the training set.
-        checkpoints: For the name of an attributed model, what the method is given as `checkpoints`; None
-            gives it the model alone.
+        checkpoints: Called with the name of an attributed model, gives the `checkpoints` of the method;
+            None for the model alone.
         normalize: As for `influence`.
     """
 
@@ -57,7 +58,7 @@ class OnModels:
     normalize: str | None = None
 
     def build(self, options: Mapping[str, Any]) -> list[CachedMethod]:
-        """With these options."""
+        """The method with these options on every model."""
         question, found = self.shared.question, []
         for name, model in self.shared.models.items():
             kept = self.checkpoints(name)
@@ -66,13 +67,13 @@ class OnModels:
         return found
 
     def set(self, methods: Sequence[CachedMethod], options: Mapping[str, Any]) -> None:
-        """Set what needs no new fit."""
+        """Set the options that need no new fit."""
         for kept in methods:
             for name in self.spec.settable & options.keys():
                 setattr(kept.method, name, options[name])
 
     def answers(self, methods: Sequence[CachedMethod], points: range) -> list[Answer]:
-        """`(n_test, n_train)` of each model for some test points."""
+        """Scores `(n_points, n_train)` of the margins of some test points, for each model."""
         x, y = (t[points.start : points.stop] for t in self.shared.question.task.test.tensors)
         return [method.margins((x, y), self.normalize) for method in methods]
 
@@ -84,7 +85,8 @@ class Chosen:
     Attributes:
         options: The point.
         methods: The method with it on every model.
-        value: By what it was chosen: whether it ranks anything, and its LDS on the tuning half.
+        value: What it was chosen by: whether LDS is defined at all, and LDS on the first half of the test
+            points.
     """
 
     options: Mapping[str, Any]
@@ -93,16 +95,16 @@ class Chosen:
 
 
 def choose(method: OnModels, halves: Retrained, *, always: bool = False) -> Chosen:
-    """The grid point with the highest LDS on the tuning half.
+    """The grid point with the highest LDS on the first half of the test points.
 
-    Undefined correlations count as 0, so that silence is not the best answer; a point that ranks nothing at
-    all is below every other one. A point that a method refuses, such as a damping that leaves nothing but
-    rounding errors, is skipped.
+    Undefined correlations count as 0, so that constant scores are not the best; a point whose LDS is
+    undefined for all test points comes last. A point that the method refuses, such as a damping that is too
+    small for its precision, is skipped.
 
     Args:
         method: With a grid.
-        halves: What LDS is measured against.
-        always: Whether to measure a single point, too.
+        halves: The retrained halves.
+        always: Whether to measure the LDS of a grid with a single point, too.
 
     Raises:
         ValueError: The method refuses every point.

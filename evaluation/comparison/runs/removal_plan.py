@@ -1,4 +1,4 @@
-"""Retrainings without removed examples: which sets they are, and what they cost at most."""
+"""Retrainings for the counterfactual drop: which sets are removed, and an upper bound of the cost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...measures.counterfactual_drop import resolve_counts
 from ...retraining import workers as retraining_workers
 from ...retraining.estimate import RetrainingEstimate
 from ...retraining.plan import RetrainingPlan
-from ...tasks.tasks import Task
+from ...tasks.task import Task
 
 Removed = Sequence[NDArray[np.int64]]
 
@@ -33,18 +33,18 @@ def cost(
     n_jobs: int = -1,
     device: torch.device | str = "cpu",
 ) -> RetrainingEstimate:
-    """How many retrainings an evaluation takes at most, and how long, before anything is fitted or trained.
+    """An upper bound of the number and the time of the retrainings, before anything is fitted or trained.
 
-    At most: methods may agree on a set, or the store may hold it. Once the scores are known,
-    `counterfactual_plan(...)[0].estimate()` tells what is left to do.
+    There are fewer if methods agree on a set, or if the store holds it. Once the scores are known,
+    `counterfactual_plan(...)[0].estimate()` is exact.
 
     Args:
         task: The task.
-        n_methods: Methods.
+        n_methods: Number of methods.
         counts: As for `removals`.
-        n_test: Test points.
-        n_seeds: Retrainings of each set.
-        n_models: Attributed models.
+        n_test: Number of test points.
+        n_seeds: Retrainings without each set.
+        n_models: Number of attributed models.
         n_jobs: As for `RetrainingPlan.execute`, as is `device`.
         device: See there.
     """
@@ -74,18 +74,18 @@ def counterfactual_plan(
     n_seeds: int,
     store: str | Path,
 ) -> tuple[RetrainingPlan, dict[Any, NDArray[np.int64]]]:
-    """The plan that retrains without each removed set, and where to find which.
+    """The plan that retrains without each removed set, and the place of each set in it.
 
     Args:
         task: The task.
-        removed: By any name, what `removals` gives for `test_points`.
-        test_points: Places in the test set, one for each row of the removals.
-        n_seeds: Retrainings of each set.
-        store: Folder of the runs.
+        removed: The result of `removals` for `test_points`, by any key.
+        test_points: Indices in the test set, one for each row of the removals.
+        n_seeds: Retrainings without each set.
+        store: Folder of the retrainings.
 
     Returns:
-        The plan, whose first subset is the whole training set, and for each name the subset of each count
-        and test point `(n_counts, n_test)`.
+        The plan, whose subset 0 is the whole training set; and by key the number of the subset for each
+        count and test point, `(n_counts, n_test)`.
     """
     kept = [np.arange(task.n_train)]
     known: dict[bytes, int] = {}

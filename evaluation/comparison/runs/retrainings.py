@@ -1,8 +1,8 @@
 """LDS against the retraining budget: every method with the same checkpoints and the same models of parts.
 
-A budget of 0 is the attributed model alone, and the checkpoints along its training. A budget of B trainings
-is spent on models that are trained on the parts of random partitions (cross-fitting): as many examples times
-epochs as B trainings on everything.
+A budget of 0 is the attributed model alone, and the checkpoints along its training. A budget of B is spent on
+models of the parts of random partitions (cross-fitting): together they see as many examples times epochs as B
+trainings on the whole training set.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DEFAULT = ("STRIDE", "EKFAC", "TRAK", "DiagonalEKFAC", "TracIn")
 
 
 class Retrainings(Measure):
-    """The ladder from no retraining to as many as are asked for.
+    """LDS at each retraining budget, with the same models for all methods.
 
     Its options are `budgets` in trainings on the whole training set, `parts` of each partition, `epochs` of
     a training on a part (None for those of the task), `methods` by name, `up_to` (by method, the highest
@@ -49,7 +49,7 @@ class Retrainings(Measure):
     fewest_subsets = 3
 
     def check(self, question: Question) -> None:
-        """Refuse budgets that are not whole partitions, and methods that do not exist."""
+        """Refuse budgets that are no whole number of partitions, and methods that do not exist."""
         settings, epochs = self.settings(question), question.task.training.epochs
         at = f"measures[{self.name!r}]"
         whole_number(f"{at}['parts']", settings["parts"], 2)
@@ -66,7 +66,7 @@ class Retrainings(Measure):
             if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 <= budget < math.inf:
                 raise bad_value(f"{at}['budgets']", "hold numbers of at least 0", repr(budget))
             if not _is_whole(budget / each):
-                must = f"be multiples of {each:g}, which one partition costs"
+                must = f"be multiples of {each:g}, the cost of one partition"
                 raise bad_value(f"{at}['budgets']", must, budget)
         if not settings["methods"]:
             raise bad_value(f"{at}['methods']", "name at least one method", "none")
@@ -83,17 +83,17 @@ class Retrainings(Measure):
                 raise bad_value(f"{at}['methods']", must, f"{name!r} ({error})") from error
 
     def partitions(self, question: Question) -> dict[Split, int]:
-        """As many as the highest budget pays."""
+        """The partitions of the highest budget."""
         settings, epochs = self.settings(question), question.task.training.epochs
         split = _split(settings, epochs)
         return {split: repeats_for(max(settings["budgets"]), split, epochs)}
 
     def wants_checkpoints(self, question: Question) -> bool:
-        """A budget of 0 has them."""
+        """Yes, for a budget of 0."""
         return 0 in self.settings(question)["budgets"]
 
     def trainings(self, shared: Shared) -> list[RetrainingEstimate]:
-        """The halves that judge, the attributed models, their checkpoints, and the models of parts."""
+        """The halves, the attributed models and their checkpoints, and the models of parts."""
         return [shared.once(halves_estimate), *shared.model_estimates]
 
     def run(self, shared: Shared) -> list[BudgetRow]:

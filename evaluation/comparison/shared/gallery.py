@@ -1,7 +1,7 @@
-"""Gallery of a comparison: what every method shows for the same few test points, side by side.
+"""Gallery of a comparison: the top training examples of every method for the same few test points.
 
-All of it is for the first attributed model. It is made while the fitted methods are at hand, and holds its
-pictures, so that a report can be written without the data.
+It shows the first attributed model. It is filled while the methods are fitted, and contains its pictures, so
+that the report can be written without the data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ....responses import multiclass_logits
 from ...report.pictures import picture
 from ...retraining.training import logits_of
-from ...tasks.tasks import Task
+from ...tasks.task import Task
 from .score_cache import CachedMethod
 from .suspects import Suspect, most_suspect
 
@@ -25,16 +25,16 @@ Example = dict[str, Any]
 
 
 class Gallery:
-    """Collects the extremes of one method after the other.
+    """Collects the proponents, opponents and suspects of each method.
 
     Args:
         task: Data and labels.
-        models: The attributed models by name, of which the first is shown; without any, no test points are.
-        candidates: Places in the test set among which test points are chosen.
-        rank_suspects: Whether to rank the labels of `task` by every method; not needed where flipped
-            labels are ranked anyway.
-        n_points: Test points.
-        k: Proponents and opponents of each.
+        models: The attributed models by name; the first is shown. Without any, no test points are shown.
+        candidates: Indices in the test set, from which the test points are chosen.
+        rank_suspects: Whether to list the most suspect labels of `task` by every method; not needed if
+            flipped labels are ranked.
+        n_points: Number of test points.
+        k: Number of proponents and of opponents for each.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class Gallery:
         ]
 
     def add(self, name: str, method: CachedMethod, scores: NDArray[Any]) -> None:
-        """Show what a method says of the test points on the first model.
+        """Add a method on the first attributed model.
 
         Args:
-            name: Its row.
-            method: Asked for the most suspect training examples.
-            scores: What it said of all candidates, `(n_candidates, n_train)`.
+            name: Name of the method.
+            method: Computes the most suspect labels.
+            scores: Its scores for all candidates, `(n_candidates, n_train)`.
         """
-        if not self.task.has_classes:  # whose examples are not shown by their one label
+        if not self.task.has_classes:  # examples are shown with their one label
             return
         points = []
         for row in scores[self._rows]:
@@ -94,7 +94,7 @@ class Gallery:
             self._add_ranking(name, ranking, found, flips_known=False)
 
     def add_flips(self, name: str, ranking: str, found: Iterable[Suspect]) -> None:
-        """Show the first examples of a ranking of labels of which it is known which were flipped."""
+        """Add the most suspect examples of a ranking of flipped labels."""
         self._add_ranking(name, ranking, found, flips_known=True)
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class Gallery:
         return [{**self._named(int(i)), "label": int(labels[i]), "score": float(scores[i])} for i in indices]
 
     def _named(self, index: int) -> Example:
-        """Place of a training example, and its id if it has one."""
+        """Index of a training example, and its id if it has one."""
         ids = self.task.ids
         return {"index": index} if ids is None else {"index": index, "id": ids[index]}
 
@@ -142,7 +142,10 @@ def choose_points(logits: Tensor, labels: Tensor, n: int) -> list[int]:
     Args:
         logits: `(n_test, n_classes)`.
         labels: `(n_test,)`.
-        n: How many are wanted; fewer where there are not as many.
+        n: How many are wanted.
+
+    Returns:
+        Row indices, at most `n`.
 
     >>> choose_points(torch.tensor([[2.0, 0], [2, 0], [0, 2], [3, 0]]), torch.tensor([0, 0, 1, 1]), 3)
     [3, 0, 1]

@@ -1,4 +1,4 @@
-"""The interface of a measure: its options, what it trains, and how it is run."""
+"""`Measure`: the interface of what `compare` measures, with its options, its trainings and its run."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any
 
 from ...retraining.estimate import RetrainingEstimate
 from ...retraining.task_parts import Split
-from ...tasks.tasks import Task
+from ...tasks.task import Task
 from .question import Question
 from .shared import Shared
 
-#: What `compare` itself gives the functions behind measures.
+#: Arguments that `compare` itself passes to the functions behind measures.
 _GIVEN = frozenset({"store", "options", "n_resamples", "show_progress", "opponents", "device"})
 
 
 class Measure(ABC):
-    """Something that `compare` measures of every method; `MEASURES` holds those that it knows by name.
+    """Something that `compare` measures for every method; `MEASURES` holds the known ones by name.
 
-    A measure has a name and a `run`. One that trains models counts them in `trainings`. Its rows have a
-    `to_dict` that gives plain values; those of a measure of your own are in `Comparison.others`.
+    A measure has a `name` and a `run`; one that trains models lists them in `trainings`. Its rows have a
+    method `to_dict` that returns plain values. The rows of a measure of your own are in `Comparison.others`.
 
     Attributes:
-        name: What it is called in `compare(measures=...)`.
-        defaults: The options that it takes, with the values that they have where none are given.
-        on_halves: Whether it reads retrained halves: they are retrained then, and a method with a grid
-            chooses its options by LDS on them.
-        fewest_subsets: Halves that it needs at least.
+        name: Name in `compare(measures=...)`.
+        defaults: Its options, with their default values.
+        on_halves: Whether it needs the retrained halves. If a measure does, the options of every method with
+            a grid are chosen by LDS on them.
+        fewest_subsets: Smallest number of halves.
 
     >>> from types import SimpleNamespace
     >>> class Accuracy(Measure):
@@ -55,44 +55,48 @@ class Measure(ABC):
 
     @property
     def part(self) -> str:
-        """Field of `Comparison` that has the rows."""
+        """Name of the rows in `Comparison`: a field, or a key of `others`."""
         return self.name
 
     def settings(self, question: Question) -> dict[str, Any]:
-        """Its options: what the question gives, and defaults."""
+        """Its options: those of the question, and defaults for the rest."""
         return {**self.defaults, **question.measures[self.name]}
 
     def takes(self, task: Task) -> bool:
-        """Whether it can be measured on a task: one without classes has what is read off retrained halves."""
+        """Whether it can be measured on a task. By default a task without classes needs `on_halves`."""
         return task.has_classes or self.on_halves
 
     def check(self, question: Question) -> None:
-        """Refuse what cannot work, before anything is trained.
+        """Refuse options that cannot work, before anything is trained.
 
         Raises:
-            ValueError: An option, what it must be, and what it is.
+            ValueError: An option is out of range.
         """
         return
 
     def partitions(self, question: Question) -> Mapping[Split, int]:
-        """Partitions on whose parts models are wanted (`Shared.cross_fitted`), by way of cross-fitting."""
+        """How many partitions it needs of each `Split`, whose models are then in `Shared.cross_fitted`."""
         return {}
 
     def wants_checkpoints(self, question: Question) -> bool:
-        """Whether it wants checkpoints along the training of every attributed model (`Shared.along`)."""
+        """Whether it needs checkpoints along the training of every attributed model (`Shared.along`)."""
         return False
 
     def trainings(self, shared: Shared) -> Sequence[RetrainingEstimate]:
-        """Every training that `run` would start, before any is done; those that are shared are one object."""
+        """Every training that `run` would start. Measures that share trainings return the same object."""
         return ()
 
     @abstractmethod
     def run(self, shared: Shared) -> Sequence[Any]:
-        """Measure; the result is a row for each method, or several."""
+        """Measure every method.
+
+        Returns:
+            One or several rows for each method.
+        """
 
 
 def defaults_of(run: Callable[..., Any]) -> dict[str, Any]:
-    """The options of the function behind a measure with their defaults, less what `compare` gives it.
+    """The options of the function behind a measure with their defaults, without those that `compare` passes.
 
     >>> def run(task, *, store, rate=0.1, seed=0): ...
     >>> defaults_of(run)

@@ -1,10 +1,10 @@
-"""Rows of a comparison: what each method is called, how it is built, and what may be tuned.
+"""Methods of a comparison: the name of each, how it is built, and its grid of options.
 
-Every gradient baseline is there twice: with the training residuals, as published, and with the
-out-of-sample residuals that STRIDE uses. Its options are chosen on the tuning half of the test points.
+Every gradient baseline is there twice: with the training residuals, as published, and with the out-of-sample
+residuals that STRIDE uses. Options are chosen from the grid on the first half of the test points.
 
-Every grid has `GRID_SIZE` points, the defaults of the method among them, so that no row gains from a larger
-choice. TracIn as published, the similarities and the controls have no grid: they have nothing to tune.
+Every grid has `GRID_SIZE` points, and holds the default options of the method, so that no method gains from a
+larger choice. TracIn as published, the similarities and the controls have nothing to tune, and no grid.
 """
 
 from __future__ import annotations
@@ -32,23 +32,21 @@ class MethodSpec:
     """A method in a comparison.
 
     Attributes:
-        name: Its row.
-        build: Called with the model, the training set and the options of a grid point.
-        grid: Option sets among which the tuning half of the test points chooses; one means untuned.
-        n_checkpoints: Checkpoints of the training that `build` is given as the option `checkpoints`,
-            the attributed model last, evenly spaced; 1 gives none, and "log" those after epochs 1, 2, 3, 5,
-            8, 12, 20, ... and the last.
-        partitions: Partitions of the training set into halves on which models are trained for this row:
-            `build` is given these models as `checkpoints`, and the attributed model is not used. Each
-            partition costs what one training costs.
-        needs: Module of an extra without which it cannot run.
-        settable: Options that may be set on a fitted method, so that a grid over them fits once.
-        cache_key: Vouches for the row: what it answers depends on this key, the options, the weights and the
-            training set alone. None (the default) names the answers by everything that `build` makes.
-        default: Options where nothing chooses among several points of the grid, that is without LDS; {} is
-            what the method does by default.
+        name: Name of its row.
+        build: `build(model, train_dataset, options)` returns the method.
+        grid: Option sets to choose from; a single one means that nothing is tuned.
+        n_checkpoints: Number of evenly spaced checkpoints along the training, the attributed model last, that
+            `build` is given as the option `checkpoints`. 1 gives none; "log" gives those after epochs 1, 2,
+            3, 5, 8, 12, 20, ... and the last.
+        partitions: Number of partitions of the training set into halves. `build` is given the models of these
+            halves as `checkpoints`, in place of the attributed model. Each partition costs one training.
+        needs: Module of an extra that the method needs.
+        settable: Options that can be set on a fitted method, so that a grid over them needs one fit.
+        cache_key: Says that the scores depend on this key, the options, the weights and the training set
+            alone. None names cached scores by a digest of everything that `build` returns.
+        default: Options if no measure chooses from the grid; {} are the defaults of the method.
 
-    A spec is called as its `build` is.
+    A spec can be called like its `build`.
 
     >>> row = MethodSpec("TracIn, T=2", adapter(adapters.TracIn, residuals="temperature", temperature=2.0))
     >>> row.available
@@ -71,11 +69,11 @@ class MethodSpec:
 
     @property
     def uses_model_alone(self) -> bool:
-        """Whether it needs nothing but the attributed model."""
+        """Whether it uses the attributed model alone: no checkpoints, and no models of halves."""
         return self.n_checkpoints == 1 and not self.partitions
 
     def epochs(self, epochs: int) -> list[int]:
-        """Epochs before the last of a training after which it wants checkpoints."""
+        """Epochs before the last after which it needs checkpoints, in a training of so many epochs."""
         if self.n_checkpoints == 1:
             return []
         if self.n_checkpoints == "log":
@@ -84,7 +82,7 @@ class MethodSpec:
 
     @property
     def fewest_epochs(self) -> int:
-        """Epochs that a training must have."""
+        """Smallest number of epochs of the training."""
         return 2 if self.n_checkpoints == "log" else self.n_checkpoints
 
     @property
@@ -96,7 +94,7 @@ class MethodSpec:
 def stride(
     operators: type[Operators] = ClosedForm, *, layers: Sequence[str] | None = None, **fixed: Any
 ) -> Build:
-    """STRIDE with operators of one kind; the options of a grid point are theirs.
+    """Builder of STRIDE with operators of one kind; the options of a grid point are those of the operators.
 
     Args:
         operators: `ClosedForm`, `Trained`, or yours.
@@ -112,13 +110,13 @@ def stride(
 
 
 def _apart(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of operators, and those of STRIDE itself."""
+    """Options of the operators, and options of STRIDE itself."""
     own = {name: value for name, value in options.items() if name not in ("checkpoints", "loss")}
     return own, {name: value for name, value in options.items() if name not in own}
 
 
 def stride_paper(preset: str) -> Build:
-    """STRIDE with the settings of Table 4, on smaller training sets as `fitting` says."""
+    """Builder of STRIDE with the settings of Table 4, and subsets that fit the training set (`fitting`)."""
 
     def build(model: Any, data: Any, options: Mapping[str, Any]) -> STRIDE:
         own, beside = _apart({**fitting(len(data)), **options})
@@ -128,7 +126,7 @@ def stride_paper(preset: str) -> Build:
 
 
 def fitting(n_train: int) -> dict[str, Any]:
-    """B.2's 50 subsets of 100 need 5,000 examples: smaller training sets are split into 50 parts.
+    """The 50 subsets of 100 of B.2 need 5,000 examples: smaller training sets are split into 50 parts.
 
     >>> fitting(60_000), fitting(300)
     ({}, {'subsets': Partition(n_subsets=50, size=None)})
@@ -137,12 +135,17 @@ def fitting(n_train: int) -> dict[str, Any]:
 
 
 def adapter(cls: type[InfluenceMethod], **fixed: Any) -> Build:
-    """Another method."""
+    """Builder of a method that is not STRIDE.
+
+    Args:
+        cls: Its class.
+        **fixed: Options that hold for every grid point.
+    """
     return lambda model, data, options: cls(model, data, **{**fixed, **options})
 
 
 def grid(**choices: Sequence[Any]) -> list[dict[str, Any]]:
-    """All combinations.
+    """All combinations of the values of some options.
 
     >>> grid(damping=(0.1, 1.0), residuals=("both",))
     [{'damping': 0.1, 'residuals': 'both'}, {'damping': 1.0, 'residuals': 'both'}]
@@ -152,7 +155,8 @@ def grid(**choices: Sequence[Any]) -> list[dict[str, Any]]:
 
 #: Points of every grid.
 GRID_SIZE = 6
-#: Temperatures of out-of-sample residuals: the default, and what held-out labels of confident networks give.
+#: Temperatures of out-of-sample residuals: the default, and what matching to held-out data gives networks
+#: that fit their training set.
 _TEMPERATURES = (2.0, 3.5)
 
 
@@ -177,7 +181,7 @@ def _twice(
     ]
 
 
-#: The rows that `compare` knows by name.
+#: The methods that `compare` knows by name.
 METHODS: dict[str, MethodSpec] = {
     c.name: c
     for c in (
@@ -253,11 +257,13 @@ DEFAULT_METHODS = (
 
 
 def find_method(method: str | MethodSpec) -> MethodSpec:
-    """A spec by name, or as it is; "X, checkpoints" is the row X with checkpoints along the training, and
-    "X, cross-fitted" that with models of two complementary halves.
+    """A spec by name; a spec is returned unchanged.
+
+    "X, checkpoints" is the method X with checkpoints along the training, and "X, cross-fitted" the method X
+    with models of two complementary halves.
 
     Raises:
-        ValueError: No such name.
+        ValueError: There is no such name.
     """
     if isinstance(method, MethodSpec):
         return method

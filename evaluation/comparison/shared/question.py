@@ -1,4 +1,4 @@
-"""The settled question of a comparison: which methods, on what, measured how."""
+"""`Question`: the checked arguments of a comparison, that is methods, task, measures and sizes."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from ....subsets import random_subsets
 from ...retraining.attributed_models import log_epochs
 from ...retraining.plan import RetrainingPlan
 from ...retraining.task_parts import HALVES, Split
-from ...tasks.tasks import Task
+from ...tasks.task import Task
 from .methods import MethodSpec
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Question:
-    """What is compared, with all options settled; `settle` makes one.
+    """The checked arguments of a comparison; `plan.settle` makes one.
 
     Attributes:
         task: The task.
-        specs: With the grids that the tuning half chooses from, and one point where nothing chooses.
+        specs: The methods, each with the option sets that are tried.
         measures: By name of the measure, the options that were given.
-        halves: The retrainings that LDS is measured against; done only where `on_halves`.
-        on_halves: Whether a measure reads them.
-        store: Folder of the retrainings, the trained models and the answers of methods.
-        n_models: Attributed models.
-        n_spiked: Further ones, stopped on a spike of their training loss.
+        halves: The retrained halves that LDS is measured on; they are trained only if `on_halves`.
+        on_halves: Whether a measure needs them.
+        store: Folder of the retrainings, the trained models and the scores.
+        n_models: Number of attributed models.
+        n_spiked: Number of additional ones, stopped on a spike of their training loss.
         n_jobs: As for `RetrainingPlan.execute`, as is `engine`.
         engine: See there.
         device: Where models are trained and methods are run.
-        n_resamples: Of the bootstraps.
+        n_resamples: Bootstrap draws.
         show_progress: Whether to show bars.
-        skipped: Methods that are left out, and why.
-        cross_fitted: Partitions for each way of cross-fitting that measures want beside those of the methods.
-        along: Whether measures want checkpoints along the training of every attributed model.
+        skipped: By name of a method that is left out, the reason.
+        cross_fitted: By `Split`, the number of partitions that measures need.
+        along: Whether a measure needs checkpoints along the training of every attributed model.
     """
 
     task: Task
@@ -60,17 +60,17 @@ class Question:
 
     @property
     def reported(self) -> range:
-        """Places of the test points that are reported; options are chosen on those before."""
+        """Indices of the test points that are reported; options are chosen on those before."""
         return range(self.halves.n_test // 2, self.halves.n_test)
 
     @property
     def usable(self) -> dict[str, MethodSpec]:
-        """Specs by name that need nothing but a model: those of measures that train their own."""
+        """Methods by name that use a model alone: only these can be measured on models of a measure's own."""
         return {spec.name: spec for spec in self.specs if spec.uses_model_alone}
 
     @property
     def partitions(self) -> dict[Split, int]:
-        """Partitions that are wanted beside every attributed model, for each way of cross-fitting."""
+        """By `Split`, the number of partitions that measures and methods need for every attributed model."""
         wanted = dict(self.cross_fitted)
         if self.on_halves:
             of_rows = max((spec.partitions for spec in self.specs), default=0)
@@ -79,7 +79,7 @@ class Question:
 
     @property
     def epochs(self) -> list[int]:
-        """Epochs before the last after which checkpoints of every attributed model are wanted."""
+        """Epochs before the last after which checkpoints of every attributed model are needed."""
         epochs = self.task.training.epochs
         wanted = [spec.epochs(epochs) for spec in self.specs] if self.on_halves else []
         return sorted(
@@ -88,14 +88,14 @@ class Question:
 
 
 def halves(task: Task, store: str | Path, n_subsets: int, n_seeds: int, n_test: int) -> RetrainingPlan:
-    """The retrainings that LDS is measured against.
+    """The plan of the retrained halves that LDS is measured on.
 
     Args:
         task: The task.
         store: Folder of the retrainings.
         n_subsets: Random halves of the training set.
         n_seeds: Retrainings of each.
-        n_test: Test points, as many as there are at most.
+        n_test: Test points; at most all of the test set are used.
 
     Raises:
         ValueError: Fewer than 2 test points.

@@ -1,9 +1,9 @@
 """On-disk cache of scores, so that an interrupted evaluation resumes without refitting.
 
-The name of a file is a digest of all that determines the answer: the code of the method and of this package,
-the versions below it, everything that the method was built from (its options, data, checkpoints and callables
-by content), the model, the training set, and the question. A method with a part that has no stable digest
-is not cached, and a warning says which part it is.
+The name of a file is a digest of everything that determines the scores: the code of the method and of this
+package, the versions of the libraries, everything that the method was built from (options, data, checkpoints
+and callables, by content), the model, the training set, and the query. A method with a part that has no
+stable digest is not cached; a warning names the part.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from ...measures.cost import Build, Cost
 from ...retraining import store as run_store
 from ...system import environment
 from ...system.stable_digest import Examples, NoStableDigest, stable_digest
+from ...tasks.task import Task
 from ...tasks.task_loss import loss_of_methods
-from ...tasks.tasks import Task
 
-#: What a method says of itself once it was fitted, and what changes with every process.
+#: Attributes that fit and query set, or that differ between processes.
 _NOT_BUILT = frozenset({"fit_seconds_", "query_seconds_", "peak_bytes_", "_fit_bytes", "_fitted_on"})
-#: Code of this package counts by the content of its files.
+#: The code of this package is digested by the content of its files.
 _PACKAGE = __name__.partition(".")[0]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a method said.
+    """Scores of one query, and their cost.
 
     Attributes:
         values: The scores.
-        fit_seconds: Setup, when it was fitted for this.
-        seconds: Of this answer, setup not counted.
+        fit_seconds: Setup.
+        seconds: The query, without setup.
         forward_seconds: One forward pass over the training set, measured in the same run.
-        peak_bytes: The most memory that the method held at once; None where it does not say.
+        peak_bytes: Peak memory of the method; None if it was not measured.
     """
 
     values: NDArray[Any]
@@ -72,19 +72,20 @@ class Answer:
 
 
 class CachedMethod:
-    """A method on one model, fitted on the first question whose answer the store does not hold.
+    """A method on one model. It is fitted at the first query whose scores the store does not hold.
 
     Args:
-        build: Makes it. With an attribute `cache_key` (see `MethodSpec`) the answers are named by that key,
-            the options, the weights and the training set alone.
+        build: Builds the method. If it has an attribute `cache_key` (see `MethodSpec`), scores are named by
+            that key, the options, the weights and the training set alone.
         model: The attributed model.
-        task: Its training set is that of the method.
-        options: Given to `build`.
-        store: Folder of the answers; None keeps nothing.
+        task: The method gets its training set.
+        options: Options for `build`.
+        store: Folder of the scores; None keeps nothing.
         forward_seconds: One forward pass over the training set.
 
     Attributes:
-        method: The method, perhaps not fitted yet. An attribute that is set on it names other answers.
+        method: The method, perhaps not fitted yet. Setting an attribute on it changes the names of its
+            scores.
     """
 
     def __init__(
@@ -112,24 +113,24 @@ class CachedMethod:
 
     @contextmanager
     def _unless_unstable(self) -> Iterator[None]:
-        """Keep no more answers, and say so once, where a part of the method has no digest."""
+        """Stop caching, with one warning, if a part of the method has no stable digest."""
         try:
             yield
         except NoStableDigest as error:
             self._folder = None
             warnings.warn(
-                f"The answers of {type(self.method).__name__} are not kept: {error}. Build it without that, "
-                "or give its MethodSpec a `cache_key` that changes whenever the answers do.",
+                f"The scores of {type(self.method).__name__} are not cached: {error}. Build it without that, "
+                "or give its MethodSpec a `cache_key` that changes whenever its scores do.",
                 stacklevel=4,
             )
 
     @property
     def has_own_mislabel_scores(self) -> bool:
-        """Whether the class ranks labels in a way of its own."""
+        """Whether the class overrides `mislabel_scores`."""
         return type(self.method).mislabel_scores is not InfluenceMethod.mislabel_scores
 
     def margins(self, batch: tuple[Tensor, Tensor], normalize: str | None = None) -> Answer:
-        """Scores `(n_test, n_train)` of the margins of labeled test points; the first response of a loss."""
+        """Scores `(n_test, n_train)` of the margins of labeled test points (or of the first response)."""
         response = self._task.loss.responses[0]
         return self.ask(
             f"{response} of the label, normalize={normalize}",
@@ -138,9 +139,10 @@ class CachedMethod:
         )
 
     def support(self, batch: tuple[Tensor, Tensor], normalize: str | None = None) -> Answer:
-        """Scores `(n_test, n_train)` for the labels of test points: of margins, or minus those of the loss.
+        """Scores `(n_test, n_train)` of how much a training example supports the label of a test point.
 
-        A response such as the output of a regression rises or falls with a duplicate; the loss falls.
+        These are scores of the margin. For a loss without margins they are minus the scores of the loss: a
+        duplicate of a test point lowers its loss, but may raise or lower the output of a regression.
         """
         if "margin" in self._task.loss.responses:
             return self.margins(batch, normalize)
@@ -151,12 +153,12 @@ class CachedMethod:
         )
 
     def ask(self, what: str, about: tuple[Tensor, ...], compute: Callable[[InfluenceMethod], Any]) -> Answer:
-        """The answer to one question, from the store where it is there.
+        """Scores of one query, from the store if it holds them.
 
         Args:
-            what: Names the question.
-            about: What it is about, beside the training set.
-            compute: Asks the fitted method.
+            what: Name of the query.
+            about: Tensors that the query depends on, besides the training set.
+            compute: Computes the scores with the fitted method.
         """
         path = self._path(what, about)
         if path is not None:
@@ -184,7 +186,7 @@ class CachedMethod:
         return answer
 
     def _path(self, what: str, about: tuple[Tensor, ...]) -> Path | None:
-        """The file of an answer; None where nothing is kept."""
+        """The file of the scores; None if nothing is kept."""
         if self._folder is not None:
             with self._unless_unstable():
                 self._parts |= self._changed()
@@ -195,7 +197,7 @@ class CachedMethod:
         return self._folder / f"{name}.safetensors"
 
     def _changed(self) -> dict[str, str]:
-        """Digests of the attributes that were set since the method was built, or has last answered."""
+        """Digests of the attributes that were set since the method was built or last queried."""
         now = dict(vars(self.method))
         found = {
             name: _of_attribute(self.method, self._task, name)
@@ -222,7 +224,7 @@ def _of_attribute(method: InfluenceMethod, task: Task, name: str) -> str:
 
 
 def _of_key(key: str, model: nn.Module, task: Task, options: Mapping[str, Any]) -> dict[str, str]:
-    """What names the answers of a method whose author says when they change."""
+    """What names the scores of a method with a `cache_key`."""
     return {
         "key": key,
         "weights": weights_fingerprint(model),
@@ -232,14 +234,14 @@ def _of_key(key: str, model: nn.Module, task: Task, options: Mapping[str, Any]) 
 
 
 def _loaded(method: InfluenceMethod) -> list[tuple[float, str]]:
-    """Learning rate and weights of each checkpoint, as the method's own function loads it."""
+    """Learning rate and weights of each checkpoint, as the method's own function loads them."""
     with method._session() as model:
         return [(method._load(model, c), weights_fingerprint(model)) for c in method._checkpoints()]
 
 
 @cache
 def _code() -> str:
-    """Of all that methods are made of: the sources of this package, and the versions of what they call."""
+    """Digest of what methods are made of: sources of this package, and versions of the libraries below."""
     digest = hashlib.sha256(json.dumps(environment.versions(), sort_keys=True).encode())
     for folder in (Path(errors.__file__).parent, Path(adapters.__file__).parent):
         digest.update(_sources(folder).encode())
@@ -247,7 +249,7 @@ def _code() -> str:
 
 
 def _sources(folder: Path) -> str:
-    """Of all sources in a folder and below it; how methods are measured is not their code."""
+    """Digest of all sources in a folder and below; `evaluation` is left out, which only measures methods."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         if not path.is_relative_to(Path(__file__).parents[2]):

@@ -1,4 +1,4 @@
-"""What the measures of one comparison share: the question, the attributed models, the gallery."""
+"""What the measures of one comparison share: the question, the attributed models and the gallery."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ T = TypeVar("T")
 
 
 class Shared:
-    """Everything here is made when a measure first asks for it, and once.
+    """Values that several measures need; each is computed once, when a measure first asks for it.
 
     Attributes:
         question: What is compared.
-        skipped: What is left out, and why; a measure may add to it.
+        skipped: By name of a method that is left out, the reason; a measure may add to it.
     """
 
     def __init__(self, question: Question) -> None:
@@ -37,7 +37,7 @@ class Shared:
         self._made: dict[Callable[[Shared], Any], Any] = {}
 
     def once(self, make: Callable[[Shared], T]) -> T:
-        """`make(self)`: the same object for all who ask."""
+        """`make(self)`, computed at the first call."""
         if make not in self._made:
             self._made[make] = make(self)
         found: T = self._made[make]
@@ -50,37 +50,37 @@ class Shared:
 
     @property
     def models_so_far(self) -> dict[str, nn.Module]:
-        """`models` where a measure has asked for them, else none."""
+        """`models` if a measure has asked for them, else none; trains nothing."""
         return self.models if _attributed in self._made else {}
 
     @property
     def checkpoints(self) -> dict[str, dict[int, Any]]:
-        """Of every attributed model, the states on the way to it: as many as a method wants at most."""
+        """State dicts along the training of every attributed model, by epoch: all that any method needs."""
         return self.once(_checkpoints)
 
     def along(self, name: str, epochs: Sequence[int]) -> list[Any]:
-        """Checkpoints of an attributed model after some epochs, and its last one."""
+        """State dicts of an attributed model after some epochs, its final one last."""
         kept = self.checkpoints[name]
         return [*(kept[epoch] for epoch in epochs), self.models[name].state_dict()]
 
     @property
     def cross_fitted(self) -> dict[Split, dict[str, CrossFitted]]:
-        """Beside every attributed model, models of parts of the training set, as many as are wanted."""
+        """Models of parts of the training set, by `Split` and name of an attributed model."""
         return self.once(_cross_fitted)
 
     @property
     def gallery(self) -> Gallery:
-        """What each method shows for a few of the reported test points."""
+        """The gallery, for a few of the reported test points."""
         return self.once(_gallery)
 
     @property
     def model_estimates(self) -> list[RetrainingEstimate]:
-        """The trainings behind `models` and `checkpoints`, before any of them is done."""
+        """Cost of `models`, `checkpoints` and `cross_fitted`; trains nothing."""
         return self.once(_estimates)
 
 
 def _attributed(shared: Shared) -> dict[str, tuple[nn.Module, int]]:
-    """Models and the seeds of their trainings."""
+    """The attributed models, and the seeds of their trainings."""
     question, first_seed = shared.question, FIRST_SPIKED
     task, store, device = question.task, question.store, question.device
     found = {

@@ -1,4 +1,4 @@
-"""Training examples near the top of a ranking of labels, for people to look at."""
+"""The most suspect training labels, for people to look at."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _N_SUSPECTS = 10
 
 @dataclass(frozen=True)
 class Suspect:
-    """A training example near the top of a ranking.
+    """A training example with a suspect label.
 
     Attributes:
-        index: Place in the training set.
+        index: Index in the training set.
         label: The label that the model was trained on.
         true_label: The label before the flips.
-        score: Of the ranking.
+        score: How suspect it is; high = suspect.
     """
 
     index: int
@@ -28,7 +28,13 @@ class Suspect:
 
 
 def most_suspect(scores: Any, labels: Any, true_labels: Any = None) -> tuple[Suspect, ...]:
-    """The `_N_SUSPECTS` highest scores `(n_train,)`, ties by lower index; without flips labels are true."""
+    """The ten highest scores, ties by lower index.
+
+    Args:
+        scores: `(n_train,)`.
+        labels: `(n_train,)`, those that the model was trained on.
+        true_labels: `(n_train,)` before the flips; None if no labels were flipped.
+    """
     true_labels = labels if true_labels is None else true_labels
     first = np.argsort(-np.asarray(scores), kind="stable")[:_N_SUSPECTS]
     return tuple(Suspect(int(i), int(labels[i]), int(true_labels[i]), float(scores[i])) for i in first)

@@ -16,7 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from stride_captum.evaluation import load_task, train_attributed
-from stride_captum.evaluation.cli import compare as cli
+from stride_captum.evaluation.cli import comparison_run, reproduce
 from stride_captum.evaluation.cli.app import app
 from stride_captum.evaluation.comparison.plan import MEASURES
 from stride_captum.evaluation.comparison.shared.measure import Measure
@@ -585,7 +585,7 @@ class TestReproduce:
     @staticmethod
     def small_task(monkeypatch):
         small = load_task("synthetic", preset="smoke")
-        monkeypatch.setattr(cli, "load_task", lambda *_, **__: small)
+        monkeypatch.setattr(reproduce, "load_task", lambda *_, **__: small)
 
     def test_a_dry_run_counts_what_it_would_train_and_leaves_nothing(self, tmp_path):
         asked = ("reproduce", "table8", *self.few, "--store", tmp_path / "store", "--out", tmp_path / "out")
@@ -602,10 +602,13 @@ class TestReproduce:
     def test_more_than_two_hours_want_a_yes(self, table, tmp_path, monkeypatch):
         started = []
         estimate = retraining_estimate.RetrainingEstimate("a task", 100, 2, "processes", 0, 0, 1, 7300.0, 9)
-        monkeypatch.setattr(cli, "planned_trainings", lambda question: [estimate])
-        monkeypatch.setattr(cli, "answer", lambda question: started.append(1) or (_ for _ in ()).throw(
-            ValueError("started")
-        ))  # fmt: skip
+        monkeypatch.setattr(comparison_run, "planned_trainings", lambda question: [estimate])
+
+        def answer(question):
+            started.append(1)
+            raise ValueError("started")
+
+        monkeypatch.setattr(comparison_run, "answer", answer)
         asked = ("reproduce", table, "--store", tmp_path / "store", "--out", tmp_path / "out")
         result = invoke(*asked)
         assert (result.exit_code, started) == (2, [])

@@ -281,7 +281,7 @@ class TestInterruption:
         assert first.exit_code == 130
         assert f"kept in {tmp_path / 'my store'}" in first.stderr
         assert len(runs) == 3
-        command = first.stderr.strip().rpartition("Go on from there with: ")[2]
+        command = first.stderr.strip().rpartition("Continue with: ")[2]
         again = invoke(*shlex.split(command)[1:])
         assert again.exit_code == 0, again.output
         assert len(runs) == 3 + 2  # of four, two were finished
@@ -290,4 +290,4 @@ class TestInterruption:
         with pytest.raises(cli.typer.Exit) as stopped, one_sentence_errors():
             raise KeyboardInterrupt
         assert stopped.value.exit_code == 130
-        assert capsys.readouterr().err == "Interrupted. Nothing was kept: the same command starts anew.\n"
+        assert capsys.readouterr().err == "Interrupted. Nothing was kept: the same command starts over.\n"

@@ -33,7 +33,7 @@ from stride_captum.evaluation.retraining.attributed_models import (
 from stride_captum.evaluation.retraining.plan import RetrainingPlan
 from stride_captum.evaluation.tasks.checks import check_task
 from stride_captum.evaluation.tasks.networks import TrainingSettings
-from stride_captum.evaluation.tasks.tasks import Task
+from stride_captum.evaluation.tasks.task import Task
 
 N_TRAIN, N_TEST = 90, 60
 FEW = {"n_subsets": 12, "n_seeds": 1, "n_models": 1, "n_test": 40, "n_jobs": 1, "n_resamples": 20}
@@ -221,7 +221,7 @@ class TestCounterfactualPoints:
         with pytest.raises(
             ValueError,
             match=r"`measures\['counterfactual'\]\['test_points'\]` must be distinct places in \[20, 60\); "
-            r"got \[19, 20\]\. Options are chosen on the test points before\.",
+            r"got \[19, 20\]\. Options are chosen on the test points before these\.",
         ):
             compare(["Similarity"], planted, store=tmp_path, measures=measures, **FEW)
 
@@ -339,7 +339,11 @@ def test_numbers_of_numpy_are_numbers(task, tmp_path):
 # What is refused, before anything is trained.
 
 REFUSED = {
-    "one method": ({"methods": "STRIDE"}, TypeError, r"`methods` must be a sequence of names and Contenders"),
+    "one method": (
+        {"methods": "STRIDE"},
+        TypeError,
+        r"`methods` must be a sequence of names and",
+    ),
     "no method": ({"methods": []}, ValueError, r"`methods` must name at least one method; got none"),
     "another method": ({"methods": ["Stride"]}, ValueError, r"`methods` must be one of .*; got 'Stride'"),
     "one name twice": (
@@ -646,7 +650,9 @@ class TestPlannedTrainings:
             "mislabel: 1 training of",
             "leakage: 1 training of",
         ]
-        assert said[2].endswith(" with 1 worker: the first with a spike of its loss ends each search.")
+        assert said[2].endswith(
+            " with 1 worker: each search ends at the first model with a spike of its loss."
+        )
         assert ": 0 are in the store, 2 are to do one by one, which takes about " in said[3]
 
     @pytest.mark.slow
@@ -771,14 +777,14 @@ class TestSilence:
 
         found = compare([MethodSpec("few", adapter(Few))], planted, store=tmp_path, measures=["lds"], **FEW)
         assert found.summary()[-1] == (
-            "LDS is undefined for some test points of few: there they count as 0 against other methods."
+            "LDS is undefined for some test points of few: these count as 0 against other methods."
         )
 
     @pytest.mark.slow
     def test_without_resamples_no_winner_is_named(self, planted, tmp_path):
         few = {**FEW, "n_resamples": 0}
         found = compare(["Random", "Similarity"], planted, store=tmp_path, measures=["lds"], **few)
-        assert found.summary()[1:] == ["No intervals were asked for: no winner is named."]
+        assert found.summary()[1:] == ["No intervals were asked for: no method is called better."]
 
 
 def test_detectors_are_known_by_name():

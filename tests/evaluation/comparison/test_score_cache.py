@@ -18,7 +18,7 @@ from stride_captum.evaluation.comparison.shared import score_cache as kept_answe
 from stride_captum.evaluation.comparison.shared.methods import MethodSpec
 from stride_captum.evaluation.comparison.shared.score_cache import CachedMethod
 from stride_captum.evaluation.tasks.networks import TrainingSettings
-from stride_captum.evaluation.tasks.tasks import Task
+from stride_captum.evaluation.tasks.task import Task
 from stride_captum.influence.checkpoints import load_checkpoint
 from stride_captum.losses import CrossEntropy
 from stride_captum.options import Options
@@ -399,13 +399,13 @@ class TestNoDigest:
 
     def test_nothing_is_kept_and_one_line_says_which_part(self, task, model, batch, tmp_path, row):
         method = CachedMethod(row, model, task, {}, tmp_path, 1.0)
-        with pytest.warns(UserWarning, match="not kept") as said:
+        with pytest.warns(UserWarning, match="not cached") as said:
             values = method.margins(batch).values
         method.margins(batch)  # says nothing more
         assert [str(warning.message) for warning in said] == [
-            "The answers of WithALock are not kept: `log[0]` is of type lock, whose content cannot be read. "
-            "Build it without that, or give its MethodSpec a `cache_key` that changes whenever the "
-            "answers do."
+            "The scores of WithALock are not cached: `log[0]` is of type lock, whose content cannot be read. "
+            "Build it without that, or give its MethodSpec a `cache_key` that changes whenever its "
+            "scores do."
         ]
         np.testing.assert_array_equal(values, Random(model, task.train).influence(batch).numpy())
         assert not (tmp_path / "answers").exists()

@@ -27,7 +27,7 @@ from stride_captum.evaluation.measures.statistics import t_interval
 from stride_captum.evaluation.retraining.attributed_models import train_attributed
 from stride_captum.evaluation.retraining.training import logits_of, train_model
 from stride_captum.evaluation.tasks.networks import TrainingSettings
-from stride_captum.evaluation.tasks.tasks import Task
+from stride_captum.evaluation.tasks.task import Task
 from stride_captum.subsets import members
 
 N_SEEDS, N_TEST = 3, 5

@@ -16,7 +16,7 @@ from stride_captum.evaluation.comparison.runs.leakage import answer_if_defined, 
 from stride_captum.evaluation.comparison.shared.score_cache import CachedMethod
 from stride_captum.evaluation.measures.leakage_rank import KINDS, leakage, near_duplicate
 from stride_captum.evaluation.tasks.networks import TrainingSettings
-from stride_captum.evaluation.tasks.tasks import Task
+from stride_captum.evaluation.tasks.task import Task
 
 N_PLANTED, N_TRAIN = 6, 40
 SETTINGS = TrainingSettings(optimizer="adam", learning_rate=0.02, epochs=8, batch_size=16)

@@ -26,7 +26,7 @@ from stride_captum.evaluation.measures.mislabel_precision import (
 )
 from stride_captum.evaluation.retraining.attributed_models import train_attributed
 from stride_captum.evaluation.tasks.networks import TrainingSettings
-from stride_captum.evaluation.tasks.tasks import Task
+from stride_captum.evaluation.tasks.task import Task
 
 N = 80
 

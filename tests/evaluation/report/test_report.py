@@ -52,7 +52,7 @@ from stride_captum.evaluation.report.html import comparison_table, pointer, read
 from stride_captum.evaluation.report.pictures import picture
 from stride_captum.evaluation.system.environment import describe
 from stride_captum.evaluation.tasks.networks import DIGITS_TRAINING
-from stride_captum.evaluation.tasks.tasks import Task
+from stride_captum.evaluation.tasks.task import Task
 from stride_captum.subsets import random_subsets
 
 runner = CliRunner()

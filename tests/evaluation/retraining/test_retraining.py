@@ -28,8 +28,9 @@ from stride_captum.evaluation.retraining.estimate import RetrainingEstimate
 from stride_captum.evaluation.retraining.plan import RetrainingPlan, without_diverged
 from stride_captum.evaluation.retraining.plan_files import files_for
 from stride_captum.evaluation.retraining.training import logits_of, mean_residual, train_model
+from stride_captum.evaluation.tasks.loading import load_task
 from stride_captum.evaluation.tasks.networks import TrainingSettings
-from stride_captum.evaluation.tasks.tasks import Task, load_task
+from stride_captum.evaluation.tasks.task import Task
 from stride_captum.subsets import members, membership_from_indices, random_subsets
 from stride_captum.system.atomic import atomic_write
 
@@ -386,7 +387,7 @@ class TestPlan:
         with pytest.raises(
             RuntimeError,
             match=r"Retraining \(subset 2, seed 1\) failed with .*: out of memory\)?\. Those that "
-            r"were done before are in .*store: the same call goes on from there\.",
+            r"were done before are in .*store: the same call continues from there\.",
         ):
             plan.execute(n_jobs=n_jobs, show_progress=False)
         assert (2, 1) in plan.missing()
@@ -751,11 +752,11 @@ class TestFingerprint:
         plan = plan_with(plan, build_model=network)
         with pytest.warns(
             UserWarning,
-            match=r"Trainings of small are done again every time: `build_model\.lock` is of type lock, .*\. "
+            match=r"Stored trainings of small are not reused: `build_model\.lock` is of type lock, .*\. "
             r"Leave that out of the network and its factory\.",
         ):
             one = plan._path(0, 0)
-        with pytest.warns(UserWarning, match="done again every time"):
+        with pytest.warns(UserWarning, match="are not reused"):
             assert plan._path(0, 0) != one
 
     def test_names_are_those_of_another_process(self, tmp_path):
@@ -874,7 +875,7 @@ from torch.utils.data import TensorDataset
 from stride_captum.evaluation.tasks.networks import TrainingSettings, digits_mlp
 from stride_captum.evaluation.retraining.plan import RetrainingPlan
 from stride_captum.evaluation.retraining.store import Fingerprints
-from stride_captum.evaluation.tasks.tasks import Task
+from stride_captum.evaluation.tasks.task import Task
 from stride_captum.subsets import membership_from_indices
 
 x, y = torch.arange(9 * 64.0).reshape(9, 1, 8, 8) / 64, torch.arange(9) % 3
@@ -889,7 +890,7 @@ import sys
 from pathlib import Path
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.evaluation.retraining.plan import RetrainingPlan
-from stride_captum.evaluation.tasks.tasks import load_task
+from stride_captum.evaluation.tasks.loading import load_task
 from stride_captum.subsets import random_subsets
 
 task = load_task("digits", preset="smoke", training=TrainingSettings(**{settings}))

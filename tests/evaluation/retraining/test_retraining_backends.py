@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from stride_captum.evaluation.retraining.plan import RetrainingPlan
 from stride_captum.evaluation.tasks.networks import TrainingSettings, digits_mlp
-from stride_captum.evaluation.tasks.tasks import Task
+from stride_captum.evaluation.tasks.task import Task
 from stride_captum.subsets import random_subsets
 
 pytestmark = pytest.mark.xdist_group("processes")

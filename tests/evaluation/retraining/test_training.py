@@ -27,7 +27,7 @@ from stride_captum.evaluation.retraining.stacked import train_stacked
 from stride_captum.evaluation.retraining.training import logits_of, train_model
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.evaluation.tasks.new_network import checked_network, new_network, seeded
-from stride_captum.evaluation.tasks.tasks import Task
+from stride_captum.evaluation.tasks.task import Task
 
 SGD = TrainingSettings(optimizer="sgd", learning_rate=0.05, epochs=8, batch_size=4)
 Y = torch.arange(30) % 3

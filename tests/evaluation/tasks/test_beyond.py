@@ -14,10 +14,11 @@ from stride_captum.evaluation.comparison.explain import explain
 from stride_captum.evaluation.comparison.plan import settle
 from stride_captum.evaluation.retraining.store import Fingerprints
 from stride_captum.evaluation.retraining.training import logits_of, mean_residual, train_model
-from stride_captum.evaluation.tasks.beyond_data import IGNORED, TAGS, digit_pairs, source_lines
+from stride_captum.evaluation.tasks.built_in import WITHOUT_CLASSES
+from stride_captum.evaluation.tasks.bundled_data import IGNORED, TAGS, digit_pairs, source_lines
 from stride_captum.evaluation.tasks.networks import TrainingSettings
+from stride_captum.evaluation.tasks.task import Task
 from stride_captum.evaluation.tasks.task_loss import objective, response_in_words, responses
-from stride_captum.evaluation.tasks.tasks import BEYOND, Task
 from stride_captum.losses import MSE, BinaryCrossEntropy, CrossEntropy
 from stride_captum.losses.summed_positions import SummedPositions
 
@@ -26,10 +27,10 @@ SHORT = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
 
 @pytest.fixture(scope="module")
 def tasks():
-    return {name: load_task(name, preset="smoke", training=SHORT) for name in BEYOND}
+    return {name: load_task(name, preset="smoke", training=SHORT) for name in WITHOUT_CLASSES}
 
 
-@pytest.mark.parametrize("name", BEYOND)
+@pytest.mark.parametrize("name", WITHOUT_CLASSES)
 class TestEach:
     def test_data_and_network_go_together(self, tasks, name):
         task = tasks[name]
@@ -67,7 +68,11 @@ class TestEach:
         assert {"ClassRandom", "ClassSimilarity", "KNNShapley", "STRIDE trained + Lasso"} <= set(
             question.skipped
         )
+        has_positions = name in ("tagging", "segmentation")
+        assert ("TracIn, out-of-sample residuals" in question.skipped) is has_positions
         assert {"STRIDE", "EKFAC", "TRAK", "Random"} & {spec.name for spec in question.specs} >= {"STRIDE"}
+        with pytest.raises(ValueError, match="for ClassRandom, whose scores compare classes"):
+            settle(["ClassRandom"], tasks[name], store=tmp_path, n_subsets=4, n_test=12)
         with pytest.raises(ValueError, match="`measures` must be read off retrained halves, or leakage"):
             settle(["STRIDE"], tasks[name], store=tmp_path, measures=["mislabel"], n_subsets=4, n_test=12)
 

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from stride_captum.evaluation.tasks.class_order import first_examples, in_class_order
-from stride_captum.evaluation.tasks.own_data import import_factory
-from stride_captum.evaluation.tasks.tasks import load_task
+from stride_captum.evaluation.tasks.factories import import_factory
+from stride_captum.evaluation.tasks.loading import load_task
 
 N, N_TEST, N_CLASSES = 24, 9, 3
 Pair = namedtuple("Pair", "image target")

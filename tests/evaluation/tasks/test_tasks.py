@@ -11,15 +11,13 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from stride_captum.evaluation import train_attributed
+from stride_captum.evaluation.tasks import image_data
 from stride_captum.evaluation.tasks import networks as models
-from stride_captum.evaluation.tasks import tasks
-from stride_captum.evaluation.tasks.tasks import (
-    image_tensors,
-    import_factory,
-    load_task,
-    normalise_images,
-    to_tensors,
-)
+from stride_captum.evaluation.tasks.example_reading import Reader
+from stride_captum.evaluation.tasks.factories import import_factory
+from stride_captum.evaluation.tasks.image_data import image_tensors, normalise_images
+from stride_captum.evaluation.tasks.loading import load_task
+from stride_captum.evaluation.tasks.task import Task
 
 
 class TestDigits:
@@ -119,13 +117,13 @@ class TestOwn:
 class TestTask:
     def task(self, *tensors, **changes):
         data = TensorDataset(*tensors)
-        return tasks.Task("own", data, data, models.synthetic_mlp, models.DIGITS_TRAINING, **changes)
+        return Task("own", data, data, models.synthetic_mlp, models.DIGITS_TRAINING, **changes)
 
     X, Y = torch.randn(12, 20, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 4
 
     def test_data_that_are_right_are_not_copied(self):
         data = TensorDataset(self.X, self.Y)
-        task = tasks.Task("own", data, data, models.synthetic_mlp, models.DIGITS_TRAINING)
+        task = Task("own", data, data, models.synthetic_mlp, models.DIGITS_TRAINING)
         assert task.train is data
 
     @pytest.mark.parametrize(
@@ -162,7 +160,7 @@ class TestTask:
     def test_what_is_wrong_is_said_of_the_set_that_it_is_in(self):
         right, wrong = TensorDataset(self.X, self.Y), TensorDataset(self.X, self.Y.float() + 0.5)
         with pytest.raises(ValueError, match=r"`test` must hold one class label .*Regression targets"):
-            tasks.Task("own", right, wrong, models.synthetic_mlp, models.DIGITS_TRAINING)
+            Task("own", right, wrong, models.synthetic_mlp, models.DIGITS_TRAINING)
 
     def test_missing_values_are_found(self):
         x = self.X.clone()
@@ -272,17 +270,17 @@ class TestTensors:
         white = torch.full((2, 28, 28), 255, dtype=torch.uint8)
         x, y = image_tensors(SimpleNamespace(data=white, targets=torch.tensor([3, 4]))).tensors
         assert x.shape == (2, 1, 28, 28)
-        torch.testing.assert_close(x, torch.full_like(x, (1 - tasks.MNIST_MEAN) / tasks.MNIST_STD))
+        torch.testing.assert_close(x, torch.full_like(x, (1 - image_data.MNIST_MEAN) / image_data.MNIST_STD))
         assert (white == 255).all()
         assert y.tolist() == [3, 4]
         color = SimpleNamespace(data=np.zeros((2, 32, 32, 3), dtype=np.uint8), targets=[1, 0])
         x, y = image_tensors(color).tensors
-        torch.testing.assert_close(x[0, :, 0, 0], -tasks.CIFAR10_MEAN / tasks.CIFAR10_STD)
+        torch.testing.assert_close(x[0, :, 0, 0], -image_data.CIFAR10_MEAN / image_data.CIFAR10_STD)
         assert y.dtype == torch.int64
 
     def test_a_tensor_dataset_is_not_copied(self):
         data = TensorDataset(torch.zeros(2, 1), torch.zeros(2))
-        assert to_tensors(data) is data
+        assert all(a is b for a, b in zip(Reader().tensors(data), data.tensors, strict=True))
 
     def test_datasets_longer_than_a_batch_keep_their_order(self):
         class Long(Dataset):
@@ -294,7 +292,7 @@ class TestTensors:
                     raise IndexError
                 return torch.tensor([float(i)]), i % 7
 
-        x, y = to_tensors(Long()).tensors
+        x, y = Reader().tensors(Long())
         assert x[:, 0].tolist() == list(range(1500))
         assert y.tolist() == [i % 7 for i in range(1500)]
 

@@ -1,4 +1,4 @@
-"""Data for tasks beyond one label an example, from what ships with scikit-learn and Python."""
+"""Data sets made from what ships with scikit-learn and Python: no download."""
 
 from __future__ import annotations
 
@@ -13,21 +13,39 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-#: Kinds of characters of source text; other characters, as spaces, have none.
+#: Tags of the characters of source code, by index; spaces and other characters have none (`IGNORED`).
 TAGS = ("name", "keyword", "number", "string", "comment", "operator")
 IGNORED = -100
-#: Modules of Python whose lines are tagged, the last two for test examples.
+#: Modules of Python's standard library whose lines are tagged.
 _TRAIN_MODULES = ("json.decoder", "heapq", "textwrap", "configparser", "string", "fractions")
 _TEST_MODULES = ("bisect", "shlex")
-#: Characters of a line: the printable ones of ASCII, and 0 for all others and what is behind the line.
-LINE, N_CHARACTERS = 48, 96
-#: Side of a canvas with a digit, and how dark the strokes of one are.
+#: Length of a line. Characters are 1 to 95 (printable ASCII), or 0: any other character, and padding.
+LINE = 48
+#: Side of a canvas in pixels.
 CANVAS = 12
+#: Pixels of a digit above this are its strokes.
 _STROKE = 0.3
 
 
+def digits() -> tuple[TensorDataset, TensorDataset]:
+    """scikit-learn's 8 x 8 digits in a fixed random order: 1,397 for training, 400 for test.
+
+    Inputs are `(n, 1, 8, 8)` in [0, 1], labels `(n,)` int64.
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    order = np.random.default_rng(0).permutation(len(bunch.target))
+    x = torch.tensor(bunch.images[order] / 16.0, dtype=torch.float32).unsqueeze(1)
+    y = torch.tensor(bunch.target[order], dtype=torch.int64)
+    return TensorDataset(x[:1397], y[:1397]), TensorDataset(x[1397:], y[1397:])
+
+
 def diabetes() -> tuple[TensorDataset, TensorDataset]:
-    """442 patients, 10 measurements, and how their illness was a year later; all with unit deviation."""
+    """442 patients: ten measurements `(n, 10)`, and the progression of the disease in a year `(n, 1)`.
+
+    Both are standardized with the mean and standard deviation of the 342 training examples.
+    """
     from sklearn.datasets import load_diabetes
 
     bunch = load_diabetes()
@@ -37,53 +55,46 @@ def diabetes() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(x[:342], y[:342]), TensorDataset(x[342:], y[342:])
 
 
-def _digits() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = torch.tensor(bunch.images / 16.0, dtype=torch.float32)
-    return images, torch.tensor(bunch.target)
-
-
 def digit_pairs(n_train: int = 1000, n_test: int = 300) -> tuple[TensorDataset, TensorDataset]:
-    """Two digits side by side, `(n, 1, 8, 16)`; a label for each of the ten digits: is it there?
+    """Two digits side by side, `(n, 1, 8, 16)`; labels `(n, 10)`: is each of the ten digits there?
 
-    Test examples are made of images that no training example has.
+    Training and test pairs share no image.
     """
-    images, labels = _digits()
-    order = np.random.default_rng(0).permutation(len(labels))
     found = []
-    for seed, (n, pool) in enumerate(((n_train, order[:1397]), (n_test, order[1397:]))):
-        pairs = np.random.default_rng(seed).choice(pool, (n, 2))
-        x = torch.cat([images[pairs[:, 0]], images[pairs[:, 1]]], 2)[:, None]
-        y = torch.zeros(n, 10).scatter_(1, labels[torch.from_numpy(pairs)], 1.0)
-        found.append(TensorDataset(x, y))
+    for seed, (n, source) in enumerate(zip((n_train, n_test), digits(), strict=True)):
+        images, labels = source.tensors
+        pairs = torch.from_numpy(np.random.default_rng(seed).choice(len(labels), (n, 2)))
+        x = torch.cat([images[pairs[:, 0]], images[pairs[:, 1]]], 3)
+        found.append(TensorDataset(x, torch.zeros(n, 10).scatter_(1, labels[pairs], 1.0)))
     return found[0], found[1]
 
 
 def digit_canvases(n_train: int = 1000, n_test: int = 300) -> tuple[TensorDataset, TensorDataset]:
-    """A digit somewhere on a canvas, `(n, 1, 12, 12)`; the label of a pixel of its strokes is the digit.
+    """A digit at a random place of a canvas `(n, 1, 12, 12)`, with a label for each pixel `(n, 12, 12)`.
 
-    Other pixels have no label (`IGNORED`). Test examples are made of images that no training example has.
+    The label of a stroke is the digit; all other pixels have none (`IGNORED`). Training and test canvases
+    share no image.
     """
-    images, labels = _digits()
-    order = np.random.default_rng(0).permutation(len(labels))
     found = []
-    for seed, (n, pool) in enumerate(((n_train, order[:1397]), (n_test, order[1397:]))):
+    for seed, (n, source) in enumerate(zip((n_train, n_test), digits(), strict=True)):
+        images, labels = source.tensors
         random = np.random.default_rng(seed)
         x = torch.zeros(n, 1, CANVAS, CANVAS)
         y = torch.full((n, CANVAS, CANVAS), IGNORED)
-        for i, digit in enumerate(random.permutation(pool)[:n]):
+        for i, digit in enumerate(random.permutation(len(labels))[:n]):
             top, left = random.integers(CANVAS - 8 + 1, size=2)
             place = slice(top, top + 8), slice(left, left + 8)
-            x[i, 0][place] = images[digit]
-            y[i][place][images[digit] > _STROKE] = labels[digit]
+            x[i, 0][place] = images[digit, 0]
+            y[i][place][images[digit, 0] > _STROKE] = labels[digit]
         found.append(TensorDataset(x, y))
     return found[0], found[1]
 
 
 def source_lines(n_train: int = 800, n_test: int = 200) -> tuple[TensorDataset, TensorDataset]:
-    """Lines of Python's own modules, `(n, 48)` characters; each has a tag of `TAGS`, or `IGNORED`."""
+    """Lines of Python's standard library, `(n, 48)` characters, with a tag for each: `TAGS` or `IGNORED`.
+
+    Training and test lines come from different modules.
+    """
     parts = (_TRAIN_MODULES, n_train), (_TEST_MODULES, n_test)
     return tuple(_tagged(modules, n, seed) for seed, (modules, n) in enumerate(parts))  # type: ignore[return-value]
 
@@ -97,7 +108,7 @@ def _tagged(modules: tuple[str, ...], n: int, seed: int) -> TensorDataset:
         for line, found in zip(text.splitlines(), of_lines, strict=True):
             if line.strip() and len(line) <= LINE:
                 lines.append(line)
-                tags.append(found[:LINE])
+                tags.append(found)
     rows = torch.from_numpy(np.random.default_rng(seed).permutation(len(lines))[:n])
     x = torch.zeros(len(lines), LINE, dtype=torch.int64)
     for i, line in enumerate(lines):
