@@ -23,6 +23,7 @@ from .options import (
     DryRun,
     Jobs,
     LabelKey,
+    LossName,
     Model,
     Models,
     Out,
@@ -53,6 +54,7 @@ def compare_command(
     data_root: DataRoot = None,
     data: Data = None,
     label_key: LabelKey = None,
+    loss: LossName = None,
     model: Model = None,
     training: Training = None,
     subsets: Annotated[
@@ -122,6 +124,8 @@ def compare_command(
 
         stride-captum compare --data mydata:wine --model mydata:network --training '{"epochs": 40}'
 
+        stride-captum compare --data mydata:prices --model mydata:network --loss mse
+
         stride-captum compare --method STRIDE --method EKFAC --measure lds --measure leakage
 
         stride-captum compare --task mnist --data-root ~/data --spiked 1
@@ -143,6 +147,7 @@ def compare_command(
             model=model,
             training=training_settings(training),
             label_key=label_key,
+            loss=loss,
         )
         sizes, measures = comparison_sizes(preset)
         own = {} if settings is None else json_object("settings", settings)

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 
+from ...losses.named import LOSSES
 from ..benchmarks.feature_store import PARTS
 from ..benchmarks.retraining import CASES
 from ..benchmarks.scalability.case import SCALED_METHODS
@@ -50,6 +51,7 @@ methods = one_of(METHODS)
 measures = one_of((*MEASURES, "all"))
 tables = one_of(TABLES)
 engines = one_of(ENGINES)
+losses = one_of(LOSSES)
 paper_presets = one_of(PAPER_PRESETS)
 devices = one_of(DEVICES)
 cases = one_of(CASES)

@@ -30,6 +30,7 @@ from .options import (
     DryRun,
     Jobs,
     LabelKey,
+    LossName,
     Model,
     Out,
     Preset,
@@ -50,6 +51,7 @@ def explain_command(
     data_root: DataRoot = None,
     data: Data = None,
     label_key: LabelKey = None,
+    loss: LossName = None,
     model: Model = None,
     training: Training = None,
     checkpoint: Annotated[
@@ -113,6 +115,7 @@ def explain_command(
             model=model,
             training=training_settings(training),
             label_key=label_key,
+            loss=loss,
             mix_test=False,
         )
         models: dict[str, Any] = {

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ...losses.named import LOSSES
 from ..tasks.built_in import TASKS
 from ..tasks.loading import PRESETS
 from . import completion
@@ -39,6 +40,14 @@ Data = Annotated[
 LabelKey = Annotated[
     str | None, typer.Option(help="Key of the label if examples of --data are dicts [labels or label].")
 ]
+LossName = Annotated[
+    str | None,
+    typer.Option(
+        "--loss",
+        help="What networks are trained with on --data: " + ", ".join(LOSSES) + " [cross_entropy].",
+        autocompletion=completion.losses,
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(
@@ -55,7 +64,8 @@ Model = Annotated[
     str | None,
     typer.Option(
         help="Your own network, as module:factory; factory() returns it untrained. It returns logits "
-        "(n, n_classes), or one logit for two classes."
+        "(n, n_classes), one logit for two classes, or what --loss takes; (n, P, C) and (n, C, H, W) are the "
+        "outputs of several positions."
     ),
 ]
 Training = Annotated[

@@ -150,6 +150,7 @@ def _seconds_per_example(task: Task, device: torch.device | str) -> float:
     return seconds_per_example(
         build_model=task.build_model,
         training=task.training,
+        loss=task.loss,
         x=x,
         y=y,
         subsets=[np.arange(task.n_train)],

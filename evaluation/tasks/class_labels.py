@@ -8,7 +8,8 @@ from torch import Tensor
 from ...errors import bad_value
 
 _MUST = "hold one class label for each example, a whole number from 0 to C - 1"
-_NO_REGRESSION = "Regression targets are not supported: turn them into classes."
+_REGRESSION = "For regression take loss='mse' (--loss mse)."
+_SEVERAL = "For several labels take loss='binary_cross_entropy' (--loss binary_cross_entropy)."
 _NO_LABEL = "Leave out examples that have no label"
 
 
@@ -38,7 +39,7 @@ def class_indices(labels: Tensor, argument: str, source: str = "", n_classes: in
     if labels.ndim == 2:
         labels = _of_rows(labels, argument, source)
     if labels.ndim != 1:
-        remedy = "Labels of pixels or of positions in a text are not supported."
+        remedy = "A label for each position needs a network with a row of outputs for each, (n, P, C)."
         raise bad_value(argument, _MUST, f"labels of shape {tuple(labels.shape)}{source}", remedy)
     if labels.is_floating_point():
         _check_floats(labels, argument, source, n_classes)
@@ -74,11 +75,11 @@ def _of_rows(labels: Tensor, argument: str, source: str) -> Tensor:
     rows = labels.double()
     came = f"{_kind(labels)} rows of shape {tuple(labels.shape)}{source}"
     if bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-3).all()):
-        raise bad_value(argument, _MUST, f"{came}, which are probabilities", "Soft labels are not supported.")
+        remedy = "Ask the methods themselves, which take soft labels."
+        raise bad_value(argument, _MUST, f"{came}, which are probabilities", remedy)
     if bool(((rows == 0) | (rows == 1)).all()):
-        remedy = "Several labels of one example are not supported."
-        raise bad_value(argument, _MUST, f"{came} with not one 1 each", remedy)
-    raise bad_value(argument, _MUST, came, "Several targets of one example are not supported.")
+        raise bad_value(argument, _MUST, f"{came} with not one 1 each", _SEVERAL)
+    raise bad_value(argument, _MUST, came, _REGRESSION)
 
 
 def _check_floats(labels: Tensor, argument: str, source: str, n_classes: int | None) -> None:
@@ -87,7 +88,7 @@ def _check_floats(labels: Tensor, argument: str, source: str, n_classes: int | N
         raise bad_value(argument, _MUST, f"{_first(missing, labels)}{source}", f"{_NO_LABEL}.")
     low, high = labels.min().item(), labels.max().item()
     came = f"{_kind(labels)} targets from {low:.4g} to {high:.4g}"
-    remedy = _NO_REGRESSION
+    remedy = _REGRESSION
     parts = labels != labels.round()
     if parts.any():
         came += f" (such as {labels[parts][0].item():.4g})"

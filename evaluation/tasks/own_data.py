@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,39 @@ from torch.utils.data import TensorDataset
 
 from ...errors import bad_value
 from ...influence.rows import checked_ids
+from ...losses import Loss
+from ...losses.positions import channels_last, has_positions
+from ...losses.summed_positions import SummedPositions
 from ...system.fingerprints import bits
 from .class_labels import class_indices, is_one_hot
 from .class_logits import check_logits, class_logits, unreadable
-from .class_order import first_examples, shuffled_where_sorted
+from .class_order import first_examples, in_class_order, in_order, shuffled_where_sorted
 from .example_reading import Reader, check_finite
 from .factories import import_factory
 from .image_data import holds_raw_images, image_tensors
 from .new_network import new_network, seeded
+from .task_loss import check_outputs, is_plain
 
 Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class OwnData:
+    """Data as a task holds them.
+
+    Attributes:
+        train: Training inputs and labels.
+        test: Test inputs and labels.
+        loss: What a network is trained with on them.
+        notes: For a report.
+        ids: Names of the training examples.
+    """
+
+    train: TensorDataset
+    test: TensorDataset
+    loss: Loss
+    notes: Sequence[str] = ()
+    ids: Sequence[Any] | None = None
 
 
 def own_data(
@@ -34,7 +58,8 @@ def own_data(
     model: str | None,
     size: int | None,
     mix_test: bool,
-) -> tuple[TensorDataset, TensorDataset, list[str], Sequence[Any] | None]:
+    loss: Loss,
+) -> OwnData:
     """The user's data, as a task holds them.
 
     Args:
@@ -45,57 +70,91 @@ def own_data(
         model: Name of the user's network for errors; None for the network of the task.
         size: How many training examples to keep; None keeps all.
         mix_test: As for `load_task`.
-
-    Returns:
-        The training set, the test set, notes for a report, and names of the training examples, or None.
+        loss: Of one position, if the network has several for each example.
 
     Raises:
         ValueError: The data cannot be read, or the network does not fit them.
         FileNotFoundError: The factory found no data.
     """
     train, test, notes, ids = _read_both(data, data_root, label_key)
-    n_classes, dtype = check_fits(build_model, model, train[0])
-    source = f" of {data!r}"
-    y, y_test = (class_indices(labels, "data", source, n_classes) for _, labels in (train, test))
-    x, x_test = (inputs.to(dtype) if inputs.is_floating_point() else inputs for inputs, _ in (train, test))
     notes.insert(0, f"Data from {data}.")
+    outputs, dtype = _first_outputs(build_model, model, train[0])
+    (x, y), (x_test, y_test) = ((_cast(inputs, dtype), labels) for inputs, labels in (train, test))
+    source = f" of {data!r}"
+    if is_plain(loss) and getattr(outputs, "ndim", 0) < 3:
+        logits = class_logits(outputs)
+        check_logits(logits, len(x[:2]), 0, "model")
+        y, y_test = (class_indices(labels, "data", source, logits.shape[1]) for labels in (y, y_test))
+        if is_one_hot(train[1]):
+            notes.append("One-hot labels were read as classes.")
+        unordered = in_class_order
+    else:
+        loss, (y, y_test) = _of_loss(loss, outputs, (y, y_test))
+        unordered = in_order
     if len(y_test) == 9_980:
         notes.append("The test set holds 9,980 of the 10,000 CIFAR-10 test images.")
-    if is_one_hot(train[1]):
-        notes.append("One-hot labels were read as classes.")
-    rows, said = first_examples(y, size)
+    rows, said = first_examples(y, size, unordered)
     x, y = x[rows], y[rows]
     if ids is not None:
         ids = [ids[i] for i in torch.arange(len(ids))[rows].tolist()]
     notes += said
     if mix_test:
-        rows, said = shuffled_where_sorted(y_test)
+        rows, said = shuffled_where_sorted(y_test, unordered)
         x_test, y_test = x_test[rows], y_test[rows]
         notes += said
-    unseen = sorted(set(y_test.tolist()) - set(y.tolist()))
+    unseen = sorted(set(y_test.tolist()) - set(y.tolist())) if is_plain(loss) else []
     if unseen:
         some = ", ".join(map(str, unseen[:5])) + (", ..." if len(unseen) > 5 else "")
         notes.append(f"No training example has class {some} of the test examples.")
-    return TensorDataset(x, y), TensorDataset(x_test, y_test), notes, ids
+    return OwnData(TensorDataset(x, y), TensorDataset(x_test, y_test), loss, notes, ids)
 
 
-def check_fits(
-    build_model: Callable[[], nn.Module], model: str | None, inputs: Tensor, n_classes: int = 0
-) -> tuple[int, torch.dtype]:
-    """Check that an untrained network reads the first inputs and returns logits.
+def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.to(dtype) if values.is_floating_point() and dtype.is_floating_point else values
+
+
+def _of_loss(loss: Loss, outputs: Any, labels: Pair) -> tuple[Loss, Pair]:
+    """A loss other than plain cross-entropy of one row an example, and labels as it has them.
+
+    Raises:
+        ValueError: Outputs or labels that it does not take.
+    """
+    outputs = getattr(outputs, "logits", outputs)
+    if isinstance(outputs, Tensor):
+        labels = _cast(labels[0], outputs.dtype), _cast(labels[1], outputs.dtype)
+        if has_positions(outputs):
+            last = channels_last(outputs, loss.class_dim)
+            n_positions = last[0, ..., 0].numel()
+            loss = SummedPositions(position=loss, n_positions=n_positions, n_outputs=last.shape[-1])
+    for part in labels:
+        if part.is_floating_point() and not bool(part.isfinite().all()):
+            row = int((~part.reshape(len(part), -1).isfinite().all(1)).nonzero()[0])
+            must = "hold finite labels"
+            raise bad_value("data", must, f"NaN or infinity in example {row}", "Leave out such examples.")
+        check_outputs(loss, outputs, part, "data")
+    return loss, labels
+
+
+def check_classes(build_model: Callable[[], nn.Module], model: str, inputs: Tensor, n_classes: int) -> None:
+    """Check that an untrained network reads the first inputs and returns logits of all classes.
 
     Args:
         build_model: Gives the network.
-        model: Name of the user's network for errors; None for the network of the task.
+        model: Name of the user's network for errors.
         inputs: `(n, ...)`; two of them are read.
-        n_classes: Classes of the labels, if they are known: the network must have at least as many.
-
-    Returns:
-        The number of classes that it tells apart, and the dtype of the inputs that it reads.
+        n_classes: Classes of the labels: the network must have at least as many.
 
     Raises:
         ValueError: It does not.
     """
+    logits = class_logits(_first_outputs(build_model, model, inputs)[0])
+    check_logits(logits, len(inputs[:2]), n_classes, "model")
+
+
+def _first_outputs(
+    build_model: Callable[[], nn.Module], model: str | None, inputs: Tensor
+) -> tuple[Any, torch.dtype]:
+    """Outputs of an untrained network for two inputs, and the dtype of inputs that it reads."""
     with seeded(0):
         network = new_network(build_model, 0).eval()
         own = next((p for p in network.parameters() if p.is_floating_point()), inputs)
@@ -103,16 +162,13 @@ def check_fits(
         if x.dtype == torch.float64:  # the dtype of NumPy's arrays
             x = x.to(own.dtype)
         try:
-            outputs = network(x)
+            return network(x), x.dtype
         except Exception as error:
             name, remedy = repr(model), None
             if model is None:
                 name = "the network of the task"
                 remedy = "Name your network with --model module:factory (in Python: model=)."
             raise unreadable(network, x, error, "model", name, remedy) from error
-    logits = class_logits(outputs)
-    check_logits(logits, len(x), n_classes, "model")
-    return logits.shape[1], x.dtype
 
 
 def _read_both(

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from ...errors import bad_type, bad_value
 from ...influence.rows import checked_ids
-from ...losses import CrossEntropy, Loss
+from ...losses import CrossEntropy, Loss, loss_of
 from .class_labels import class_indices
 from .example_reading import Reader, check_finite
 from .networks import TrainingSettings
@@ -32,9 +32,9 @@ class Task:
             `(n, n_classes)`. A module-level function, so that other processes can import it.
         training: Optimizer, learning rate, epochs, ...
         note: A warning that every report shows, or "".
-        loss: What the network is trained with. With a loss other than plain cross-entropy, `train` and
-            `test` must be a `TensorDataset` whose labels are those of the loss. Examples with several
-            positions (tokens, pixels) take `SummedPositions`.
+        loss: What the network is trained with, or its name. With a loss other than plain cross-entropy,
+            `train` and `test` must be a `TensorDataset` whose labels are those of the loss. Examples with
+            several positions (tokens, pixels) take `SummedPositions`.
         ids: A name for each training example (a path, a row id), which reports show instead of its index;
             None takes the attribute `ids` of the data set, if it has one.
 
@@ -57,6 +57,7 @@ class Task:
     ids: Sequence[Any] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "loss", loss_of(self.loss))
         ids = checked_ids(self.ids, self.train)
         object.__setattr__(self, "ids", None if ids is None else tuple(map(str, ids)))
         for name in ("train", "test"):

@@ -90,7 +90,7 @@ def check_outputs(loss: Loss, outputs: Any, labels: Tensor, which: str) -> None:
     """
     rows = output_rows(loss, outputs)
     if len(rows) != len(outputs):
-        raise bad_value("build_model", "return one row of outputs for each example", len(rows))
+        raise bad_value("build_model", "return one row of outputs for each example", f"{len(rows)} rows")
     loss.labels(labels, rows.shape[1], which)
 
 

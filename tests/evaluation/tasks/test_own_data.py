@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 import types
@@ -12,10 +13,15 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from typer.testing import CliRunner
 
-from stride_captum.evaluation.tasks.class_order import first_examples, in_class_order
+from stride_captum.evaluation.cli.app import app
+from stride_captum.evaluation.tasks.checks import check_task
+from stride_captum.evaluation.tasks.class_order import first_examples, in_class_order, in_order
 from stride_captum.evaluation.tasks.factories import import_factory
 from stride_captum.evaluation.tasks.loading import load_task
+from stride_captum.losses import MSE, BinaryCrossEntropy, CrossEntropy
+from stride_captum.losses.summed_positions import SummedPositions
 
 N, N_TEST, N_CLASSES = 24, 9, 3
 Pair = namedtuple("Pair", "image target")
@@ -143,15 +149,15 @@ WRONG = {
     "bfloat16": (tensors_of(lambda x, y: (x.bfloat16(), y)), r"inputs in bfloat16 .*x\.float\(\)"),
     "sparse": (lambda train: [(xy(train)[0][0].to_sparse(), 1)], r"float32 \(6,\), sparse_coo .*to_dense"),
     "missing": (tensors_of(lambda x, y: (x / (x > -2), y)), "finite inputs; got NaN or infinity in example"),
-    "regression": (tensors_of(lambda x, y: (x, x[:, 0])), "float32 targets from .*such as .*Regression"),
+    "regression": (tensors_of(lambda x, y: (x, x[:, 0])), "float32 targets from .*such as .*For regression take loss='mse'"),
     "numbers": (tensors_of(lambda x, y: (x, 40.0 * y)), "targets from 0 to 80 for a network of 3 classes"),
     "negative": (tensors_of(lambda x, y: (x, y - 1.0)), "float32 targets from -1 to 1 of .*have no label"),
     "missing label": (tensors_of(lambda x, y: (x, y / (y < 2))), "got inf .* of 24 like it.*have no label"),
     "masked": (tensors_of(masked), r"got -1 \(example 4; 1 of 24 like it\) of .*have no label"),
     "from 1": (tensors_of(lambda x, y: (x, y + 1)), r"labels below 3, .*got 3 \(example 2; 8 of 24 like"),
-    "soft": (tensors_of(lambda x, y: (x, x.softmax(1))), r"rows of shape \(24, 6\) of .*Soft labels are not"),
-    "several": (tensors_of(lambda x, y: (x, (x > 0).int())), "not one 1 each. Several labels of one example"),
-    "two targets": (tensors_of(lambda x, y: (x, x[:, :2])), "Several targets of one example are not"),
+    "soft": (tensors_of(lambda x, y: (x, x.softmax(1))), r"rows of shape \(24, 6\) of .*Ask the methods"),
+    "several": (tensors_of(lambda x, y: (x, (x > 0).int())), "not one 1 each. .*loss='binary_cross_entropy'"),
+    "two targets": (tensors_of(lambda x, y: (x, x[:, :2])), "float32 rows .*loss='mse'"),
     "pixels": (tensors_of(lambda x, y: (x, y[:, None, None].expand(-1, 4, 4))), r"shape \(24, 4, 4\) of"),
     "complex": (tensors_of(lambda x, y: (x, y + 0j)), "complex64 labels of"),
 }  # fmt: skip
@@ -322,6 +328,86 @@ class TestNetworks:
     def test_a_network_that_returns_no_tensor(self, load):
         with pytest.raises(TypeError, match=r"`model` must return logits, .*got tuple. Wrap it"):
             load(RIGHT["int32"], lambda: nn.LSTM(6, 3))
+
+
+class Tags(nn.Module):
+    """Three logits for each of six numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(1, 3)
+
+    def forward(self, x):
+        return self.linear(x[:, :, None])
+
+
+def two_outputs():
+    return nn.Linear(6, 2)
+
+
+class TestLosses:
+    def test_regression(self, load):
+        factory = tensors_of(lambda x, y: (x.double(), x[:, :2].double()))
+        task = load(factory, two_outputs, loss="mse")
+        assert task.loss == MSE()
+        assert not task.has_classes
+        x, y = xy(True)
+        assert torch.equal(task.train.tensors[1], x[:, :2])  # in the dtype of the outputs
+        assert task.test.tensors[1].dtype == torch.float32
+
+    @pytest.mark.parametrize("loss", ["binary_cross_entropy", BinaryCrossEntropy()])
+    def test_several_labels(self, load, loss):
+        task = load(tensors_of(lambda x, y: (x, (x[:, :2] > 0).int())), two_outputs, loss=loss)
+        assert task.loss == BinaryCrossEntropy()
+        check_task(task)
+
+    def test_outputs_of_three_axes_are_positions(self, load):
+        task = load(tensors_of(lambda x, y: (x, torch.where(x > 1, -100, (x > 0).long()))), Tags)
+        assert task.loss == SummedPositions(position=CrossEntropy(), n_positions=6, n_outputs=3)
+        check_task(task)
+
+    def test_options_of_a_loss(self, load):
+        loss = CrossEntropy(label_smoothing=0.1)
+        assert load(tensors_of(lambda x, y: (x, y)), loss=loss).loss == loss
+
+    @pytest.mark.parametrize(
+        ("labels", "loss", "sentence"),
+        [
+            (lambda x, y: x[:, :3], "mse", r"`data` must .*shape"),
+            (lambda x, y: x[:, :2], "binary_cross_entropy", "`data` must "),
+            (lambda x, y: x[:, :2] / (x[:, :2] > -2), "mse", "hold finite labels; got NaN or infinity in"),
+            (lambda x, y: y, "hinge", "`loss` must be one of"),
+        ],
+    )
+    def test_labels_that_a_loss_does_not_take(self, load, labels, loss, sentence):
+        with pytest.raises(ValueError, match=sentence):
+            load(tensors_of(lambda x, y: (x, labels(x, y))), two_outputs, loss=loss)
+
+    def test_built_in_tasks_have_their_own(self):
+        with pytest.raises(ValueError, match="`loss` must be left out without data of your own"):
+            load_task("digits", loss="mse")
+
+    def test_data_sorted_by_their_targets_are_mixed(self, load):
+        def factory(train):
+            y = torch.arange(400.0)[:, None].expand(-1, 2)
+            return TensorDataset(torch.randn(400, 6), y + 1000 * train)
+
+        task = load(factory, two_outputs, loss="mse", preset="smoke")
+        assert task.train.tensors[1][:, 0].max() > 1390
+        assert not in_order(task.test.tensors[1])
+        assert "sorted by label" in task.note
+
+    @pytest.mark.slow
+    def test_a_comparison_of_regressions_from_the_command_line(self, load, tmp_path):
+        load(tensors_of(lambda x, y: (x, x[:, :2])), two_outputs, loss="mse")
+        sizes = ["--subsets", "4", "--seeds", "1", "--models", "1", "--test-points", "8", "--measure", "lds"]
+        own = ["--data", "module_of_a_test:factory", "--model", "module_of_a_test:model", "--loss", "mse"]
+        rows = ["--method", "STRIDE", "--method", "Random", "--store", str(tmp_path), "--out", str(tmp_path)]
+        command = ["compare", *own, *sizes, *rows, "--jobs", "1", "--training", '{"epochs": 2}', "--quiet"]
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.output
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert "output (mse)" in json.dumps(results)
 
 
 class Fails(nn.Module):

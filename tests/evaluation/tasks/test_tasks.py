@@ -159,7 +159,9 @@ class TestTask:
 
     def test_what_is_wrong_is_said_of_the_set_that_it_is_in(self):
         right, wrong = TensorDataset(self.X, self.Y), TensorDataset(self.X, self.Y.float() + 0.5)
-        with pytest.raises(ValueError, match=r"`test` must hold one class label .*Regression targets"):
+        with pytest.raises(
+            ValueError, match=r"`test` must hold one class label .*For regression take loss='mse'"
+        ):
             Task("own", right, wrong, models.synthetic_mlp, models.DIGITS_TRAINING)
 
     def test_missing_values_are_found(self):
