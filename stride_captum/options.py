@@ -8,8 +8,9 @@ from html import escape
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+import torch
 
-from .errors import bad_choice, bad_value, nearest
+from .errors import bad_choice, bad_type, bad_value, nearest
 
 Kind = TypeVar("Kind", bound="Options")
 
@@ -132,6 +133,22 @@ def check_flag(name: str, value: Any) -> None:
     """Refuse what is neither True nor False."""
     if not isinstance(value, bool):
         raise bad_value(name, "be True or False", repr(value))
+
+
+def checked_weights(name: str, values: Any) -> tuple[float, ...]:
+    """Weights of classes as plain numbers, which can be saved and compared.
+
+    Raises:
+        TypeError: They are no numbers.
+        ValueError: One of them is negative or not finite, or all are 0.
+    """
+    try:
+        flat = torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise bad_type(name, "hold a number for each class", values) from error
+    if flat.ndim != 1 or not bool((torch.isfinite(flat) & (flat >= 0)).all()) or not bool(flat.any()):
+        raise bad_value(name, "hold numbers of at least 0, not all 0, one for each class", flat.tolist())
+    return tuple(flat.tolist())
 
 
 def is_number(value: Any) -> bool:

@@ -214,3 +214,18 @@ def match_temperature(
         else:
             high = middle
     return math.sqrt(low * high)
+
+
+def drawn_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Labels from softmax(logits) by inversion of its distribution function, `(n,)` int64.
+
+    Args:
+        logits: `(n, n_classes)`.
+        uniforms: In [0, 1), `(n,)`.
+
+    >>> drawn_labels(torch.zeros(3, 2), torch.tensor([0.2, 0.5, 0.9])).tolist()
+    [0, 1, 1]
+    """
+    below = as_float64(logits).softmax(1).cumsum(1) <= as_float64(uniforms)[:, None]
+    labels: Tensor = below[:, :-1].sum(1)  # without the last: a sum may round to less than 1
+    return labels.to(logits.device)

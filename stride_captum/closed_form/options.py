@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 from ..errors import bad_value
 from ..operators import FittedOperators, Operators, TrainingSet
 from ..options import check_choice, check_number
+from ..positions import Positions
 from ..system.saved_values import saved_as
 from .estimate import estimate_closed_form
 from .fit import fit_closed_form
-from .position_scores import PositionOperators, chosen_form
+from .position_scores import PositionOperators
 
 if TYPE_CHECKING:
     from ..influence.estimate import Estimate
@@ -115,3 +116,16 @@ class ClosedForm(Operators):
         """By counting, if there is one Kronecker term and no projection."""
         counted = self.curvature in ("identity", "kronecker") and method.features.projection is None
         return estimate_closed_form(method, n_test, k) if counted else None
+
+
+def chosen_form(form: str, positions: Positions, n_features: int, n_outputs: int) -> str:
+    """The form that "auto" means: the one that takes less memory.
+
+    >>> import torch
+    >>> chosen_form("auto", Positions(torch.tensor([128] * 10)), 64, 50)
+    'matrix'
+    """
+    if form != "auto":
+        return form
+    rows = positions.n_rows * (n_features + n_outputs)
+    return "rows" if rows <= len(positions) * (n_features + 1) * n_outputs else "matrix"

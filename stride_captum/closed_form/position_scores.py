@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +24,11 @@ from ..recovery import soft_threshold
 from ..system.memory import blocks, rows_that_fit
 from ..system.saved_values import saved_as
 from ..system.to_device import working_dtype
-from .curvature import Term, score_block
+from .curvature import score_block
 from .forms import in_range, norms_of
 from .moments import scaled_features
 from .operators import ClosedFormOperators, ClosedFormQuery
+from .position_products import matrices_of_rows, sizes_and_units_of_examples, summed_products
 
 #: Products of pairs of positions that are held at a time.
 _PAIRS = 2**22
@@ -122,7 +122,7 @@ class PositionOperators(FittedOperators):
         assert points.positions is not None, "test points have positions as the training examples have"
         rows = self.rows.prepare(points)
         return PositionQuery(
-            rows, points.positions, _matrices(rows.terms, points.positions), points.n_positions
+            rows, points.positions, matrices_of_rows(rows.terms, points.positions), points.n_positions
         )
 
     @override
@@ -176,7 +176,7 @@ class PositionOperators(FittedOperators):
         terms = [(u[rows], v[rows]) for u, v in query.terms]
         each = Positions(torch.ones(rows.stop - rows.start, dtype=torch.int64))
         few = ClosedFormQuery(terms, query.phi[rows], query.gradients[rows])
-        return self._scores(PositionQuery(few, each, _matrices(terms, each)), slice(None))
+        return self._scores(PositionQuery(few, each, matrices_of_rows(terms, each)), slice(None))
 
     def _products(self, prepared: PositionQuery, rows: slice) -> Tensor:
         """Of pairs of a position of a test point and one of a training example."""
@@ -201,7 +201,7 @@ class PositionOperators(FittedOperators):
         rows = self.positions.rows_of(examples)
         h = self.rows._data.features_of(rows)
         phi = torch.nn.functional.pad(h, (0, 1), value=1.0)
-        return _summed_products(phi, self.rows._residuals.of(rows), self.positions.of(examples))
+        return summed_products(phi, self.rows._residuals.of(rows), self.positions.of(examples))
 
     def in_form(self, form: str) -> PositionOperators:
         """These operators in the form "matrix" (the rows are let go), or as they are."""
@@ -232,11 +232,11 @@ class PositionOperators(FittedOperators):
         for block in self.positions.blocks(self._rows_at_once):
             rows, few = self.positions.rows_of(block), self.positions.of(block)
             phi = scaled_features(self.rows._data.features_of(rows), self.rows.scale)
-            sizes, units = _sizes_and_units(self.rows._residuals.of(rows), few)
-            solved = _matrices(self.rows.curvature.solve(phi, units.to(phi)), few) / weight
-            norms.append(norms_of((_summed_products(phi, units, few) * solved).sum(1), sizes))
-            own_sizes, own = _sizes_and_units(self.rows._residuals.of_loss(rows), few)
-            forms = (_summed_products(phi, own, few) * solved).sum(1)
+            sizes, units = sizes_and_units_of_examples(self.rows._residuals.of(rows), few)
+            solved = matrices_of_rows(self.rows.curvature.solve(phi, units.to(phi)), few) / weight
+            norms.append(norms_of((summed_products(phi, units, few) * solved).sum(1), sizes))
+            own_sizes, own = sizes_and_units_of_examples(self.rows._residuals.of_loss(rows), few)
+            forms = (summed_products(phi, own, few) * solved).sum(1)
             selves.append(own_sizes * sizes.to(own_sizes) * forms.to(own_sizes))
         return torch.cat(norms).to(working_dtype(self.rows.features)), self._in_range(torch.cat(selves))
 
@@ -245,14 +245,14 @@ class PositionOperators(FittedOperators):
         return self._norms(prepared.rows.phi, prepared.rows.gradients, prepared.positions)
 
     def _norms(self, phi: Tensor, vectors: Tensor, positions: Positions) -> Tensor:
-        sizes, units = _sizes_and_units(vectors, positions)
+        sizes, units = sizes_and_units_of_examples(vectors, positions)
         form = self._form(phi, units, units, positions) / self.rows.moments.weight
         return norms_of(form, sizes)
 
     def _form(self, phi: Tensor, left: Tensor, right: Tensor, positions: Positions) -> Tensor:
         """`<sum_t phi_t (x) left_t, (F + lambda)^-1 sum_t phi_t (x) right_t>` in units of 1/s, `(n,)`."""
-        solved = _matrices(self.rows.curvature.solve(phi, right.to(phi)), positions)
-        return (_summed_products(phi, left, positions) * solved).sum(1)
+        solved = matrices_of_rows(self.rows.curvature.solve(phi, right.to(phi)), positions)
+        return (summed_products(phi, left, positions) * solved).sum(1)
 
     @override
     def query_vectors(self, prepared: PositionQuery) -> Tensor | None:
@@ -277,7 +277,7 @@ class PositionOperators(FittedOperators):
     def self_influence_of(self, points: TestPoints) -> Tensor:
         assert points.positions is not None
         phi, own, right = self.rows.sides_of_others(points)
-        sizes, units = _sizes_and_units(own, points.positions)
+        sizes, units = sizes_and_units_of_examples(own, points.positions)
         forms = self._form(phi, units.to(phi), right, points.positions) / self.rows.moments.weight
         return self._in_range(sizes * forms.to(sizes))
 
@@ -296,44 +296,3 @@ class PositionOperators(FittedOperators):
         if self.known is not None:
             return self.known["doubts"]
         return self.positions.mean(self.rows.out_of_sample_mislabel_scores())
-
-
-def _matrices(terms: list[Term], positions: Positions) -> Tensor:
-    """`sum_t U_t (x) V_t` over the positions of each example and the terms, flat."""
-    total: Tensor | Any = 0
-    for u, v in terms:
-        total = total + _summed_products(u, v.to(u), positions)
-    return total
-
-
-def _summed_products(left: Tensor, right: Tensor, positions: Positions) -> Tensor:
-    """`sum_t left_t (x) right_t` over the positions of each example, flat, `(n, n_left n_right)`."""
-    right, n = right.to(left), len(positions)
-    if positions.n_rows and positions.n_rows == n * int(positions.counts.max()):  # as many for each example
-        a, b = (side.reshape(n, -1, side.shape[1]) for side in (left, right))
-        return (a.transpose(1, 2) @ b).flatten(1)
-    found = left.new_zeros(n, left.shape[1], right.shape[1])
-    for i in range(n):
-        rows = positions.rows_of(slice(i, i + 1))
-        torch.mm(left[rows].T, right[rows], out=found[i])
-    return found.flatten(1)
-
-
-def _sizes_and_units(vectors: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-    """The largest entry of each example, `(n,)`, and rows divided by it, whose squares do not underflow."""
-    largest = vectors.abs().amax(1)
-    examples = positions.examples.to(vectors.device)
-    sizes = largest.new_zeros(len(positions)).scatter_reduce_(0, examples, largest, "amax")
-    return sizes, vectors / torch.where(sizes > 0, sizes, 1.0)[examples][:, None]
-
-
-def chosen_form(form: str, positions: Positions, n_features: int, n_outputs: int) -> str:
-    """The form that "auto" means: the one that takes less memory.
-
-    >>> chosen_form("auto", Positions(torch.tensor([128] * 10)), 64, 50)
-    'matrix'
-    """
-    if form != "auto":
-        return form
-    rows = positions.n_rows * (n_features + n_outputs)
-    return "rows" if rows <= len(positions) * (n_features + 1) * n_outputs else "matrix"

@@ -18,11 +18,11 @@ from ..errors import bad_type, bad_value, whole_number
 from ..layers.activations import token_mask
 from ..layers.probes import check_deterministic
 from ..losses import Loss, loss_of
-from ..losses.base import OutputCheck, on_device
+from ..losses.output_check import OutputCheck
 from ..losses.positions import PositionRows, channels_last, has_positions
 from ..losses.positions import position_rows as as_position_rows
 from ..losses.summed_positions import SummedPositions
-from ..system.devices import float64_device
+from ..system.devices import float64_device, on_device
 from .checkpoints import LoadCheckpoint
 from .query import Query
 from .session import ModelSession

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from ..errors import bad_choice, bad_value
 from ..residuals import ratio_of_norms
 from ..responses import not_one_row
-from ..system.devices import float64_device
 from .hessians import Hessians
+from .output_check import OutputCheck
 
 #: "label", "predicted", or an index for each test point, `(n,)`.
 Target = str | Tensor
@@ -272,22 +272,6 @@ class Loss(ABC):
             raise bad_value("loss", must, repr(self.name), "Use another method.")
 
 
-class OutputCheck:
-    """Looks at the outputs for a training set; this one takes all."""
-
-    def look(self, outputs: Tensor, start: int = 0, examples: Tensor | None = None) -> None:
-        """Take in the outputs of some training examples.
-
-        Args:
-            outputs: `(n, n_outputs)` or `(n,)`.
-            start: Place of the first example in the training set.
-            examples: Which of these each row belongs to, `(n,)`; None for one row an example.
-        """
-
-    def finish(self) -> None:
-        """Refuse outputs that are not what the loss says."""
-
-
 def needs_labels(target: Any) -> ValueError:
     """The error for test points without the labels that a response is about."""
     return bad_value(
@@ -296,12 +280,6 @@ def needs_labels(target: Any) -> ValueError:
         "a batch without labels",
         "Add them, or ask for target='predicted' or a class index.",
     )
-
-
-def on_device(labels: Tensor, device: torch.device) -> Tensor:
-    """Labels on a device, in float32 where it has no float64."""
-    wide = labels.dtype == torch.float64 and float64_device(device) != device
-    return (labels.float() if wide else labels).to(device)
 
 
 def as_rows(outputs: Tensor) -> Tensor:

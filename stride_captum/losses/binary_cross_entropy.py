@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from ..errors import bad_choice, bad_value
 from ..system.devices import as_float64
 from ..system.saved_values import saved_as
-from .base import OutputCheck
-from .output_check import Outputs, ProbabilityCheck
+from .output_check import OutputCheck, Outputs, ProbabilityCheck
 from .positions import check_class_dim
 from .separate_outputs import SeparateOutputs
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import bad_choice, bad_type, bad_value
+from ..errors import bad_choice, bad_value
+from ..options import checked_weights
 from ..residuals import (
+    drawn_labels,
     leave_one_out_residuals,
     one_hot,
     project_on_simplex,
@@ -19,11 +21,11 @@ from ..residuals import (
     tempered_residuals,
 )
 from ..responses import RESPONSES, class_labels, multiclass_logits, response_gradient, response_value
-from ..system.devices import as_float64, float64_device
+from ..system.devices import as_float64, float64_device, on_device
 from ..system.saved_values import saved_as
-from .base import Loss, OutputCheck, Target, needs_labels, on_device
+from .base import Loss, Target, needs_labels
 from .hessians import SoftmaxHessians, laplacian, softmax_hessians
-from .output_check import Outputs, ProbabilityCheck
+from .output_check import OutputCheck, Outputs, ProbabilityCheck
 from .positions import check_class_dim
 
 #: How far from 1 the sum of a soft label may be.
@@ -81,7 +83,7 @@ class CrossEntropy(Loss):
         if isinstance(smoothing, bool) or not isinstance(smoothing, int | float) or not 0 <= smoothing <= 1:
             raise bad_value("label_smoothing", "be a number from 0 to 1", repr(smoothing))
         if self.weight is not None:
-            object.__setattr__(self, "weight", _class_weights(self.weight))
+            object.__setattr__(self, "weight", checked_weights("weight", self.weight))
 
     @property
     def plain(self) -> bool:
@@ -291,29 +293,3 @@ class CrossEntropy(Loss):
         if not self._is_hard(labels):
             return None
         return tempered_residuals(logits, labels).gather(1, labels[:, None])
-
-
-def _class_weights(weight: Any) -> tuple[float, ...]:
-    """Class weights as plain numbers, which can be saved and compared."""
-    try:
-        flat = torch.as_tensor(weight, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise bad_type("weight", "hold a number for each class", weight) from error
-    if flat.ndim != 1 or not bool((torch.isfinite(flat) & (flat >= 0)).all()) or not bool(flat.any()):
-        raise bad_value("weight", "hold numbers of at least 0, not all 0, one for each class", flat.tolist())
-    return tuple(flat.tolist())
-
-
-def drawn_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Labels from softmax(logits) by inversion of its distribution function, `(n,)` int64.
-
-    Args:
-        logits: `(n, n_classes)`.
-        uniforms: In [0, 1), `(n,)`.
-
-    >>> drawn_labels(torch.zeros(3, 2), torch.tensor([0.2, 0.5, 0.9])).tolist()
-    [0, 1, 1]
-    """
-    below = as_float64(logits).softmax(1).cumsum(1) <= as_float64(uniforms)[:, None]
-    labels: Tensor = below[:, :-1].sum(1)  # without the last: a sum may round to less than 1
-    return labels.to(logits.device)

@@ -8,9 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import bad_value
-from .base import OutputCheck
 
 Outputs = Literal["logits", "probabilities"]
+
+
+class OutputCheck:
+    """Looks at the outputs for a training set; this one takes all."""
+
+    def look(self, outputs: Tensor, start: int = 0, examples: Tensor | None = None) -> None:
+        """Take in the outputs of some training examples.
+
+        Args:
+            outputs: `(n, n_outputs)` or `(n,)`.
+            start: Place of the first example in the training set.
+            examples: Which of these each row belongs to, `(n,)`; None for one row an example.
+        """
+
+    def finish(self) -> None:
+        """Refuse outputs that are not what the loss says."""
 
 
 class ProbabilityCheck(OutputCheck):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import bad_value
-from ..system.devices import as_float64, float64_device
-from .base import Loss, Target, as_rows, needs_labels, on_device
+from ..system.devices import as_float64, float64_device, on_device
+from .base import Loss, Target, as_rows, needs_labels
 from .hessians import DiagonalHessians
 
 

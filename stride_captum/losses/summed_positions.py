@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..errors import bad_value
+from ..system.devices import on_device
 from ..system.saved_values import saved_as
-from .base import Loss, OutputCheck, Target, needs_labels, on_device
+from .base import Loss, Target, needs_labels
+from .output_check import OutputCheck
 from .positions import channels_last, position_rows
 
 

@@ -104,6 +104,12 @@ def matching(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.device).to(like.dtype) if like.dtype == torch.float64 else values.to(like)
 
 
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Values on a device, in float32 where it has no float64."""
+    wide = values.dtype == torch.float64 and float64_device(device) != device
+    return (values.float() if wide else values).to(device)
+
+
 def copied_in_background(rows: Tensor, device: torch.device) -> Tensor:
     """Copy rows to a device, without blocking the host if possible.
 

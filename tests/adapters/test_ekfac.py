@@ -26,8 +26,7 @@ from torch.utils.data import TensorDataset
 from stride_captum.adapters.controls import input_keys
 from stride_captum.adapters.ekfac import EKFAC
 from stride_captum.conformance import invariance_checks, score_checks, usage_checks
-from stride_captum.losses.cross_entropy import drawn_labels
-from stride_captum.residuals import tempered_residuals
+from stride_captum.residuals import drawn_labels, tempered_residuals
 from stride_captum.responses import response_gradient
 
 pytest.importorskip("kronfluence")

@@ -1,0 +1,40 @@
+"""Sums over the positions of each example: outer products, and units in which squares do not underflow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..positions import Positions
+from .curvature import Term
+
+
+def matrices_of_rows(terms: list[Term], positions: Positions) -> Tensor:
+    """`sum_t U_t (x) V_t` over the positions of each example and the terms, flat."""
+    total: Tensor | Any = 0
+    for u, v in terms:
+        total = total + summed_products(u, v.to(u), positions)
+    return total
+
+
+def summed_products(left: Tensor, right: Tensor, positions: Positions) -> Tensor:
+    """`sum_t left_t (x) right_t` over the positions of each example, flat, `(n, n_left n_right)`."""
+    right, n = right.to(left), len(positions)
+    if positions.n_rows and positions.n_rows == n * int(positions.counts.max()):  # as many for each example
+        a, b = (side.reshape(n, -1, side.shape[1]) for side in (left, right))
+        return (a.transpose(1, 2) @ b).flatten(1)
+    found = left.new_zeros(n, left.shape[1], right.shape[1])
+    for i in range(n):
+        rows = positions.rows_of(slice(i, i + 1))
+        torch.mm(left[rows].T, right[rows], out=found[i])
+    return found.flatten(1)
+
+
+def sizes_and_units_of_examples(vectors: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+    """The largest entry of each example, `(n,)`, and rows divided by it, whose squares do not underflow."""
+    largest = vectors.abs().amax(1)
+    examples = positions.examples.to(vectors.device)
+    sizes = largest.new_zeros(len(positions)).scatter_reduce_(0, examples, largest, "amax")
+    return sizes, vectors / torch.where(sizes > 0, sizes, 1.0)[examples][:, None]
