@@ -8,7 +8,8 @@ squares of gradients in it. kronfluence is asked for products of the gradients o
 
 kronfluence knows Linear and Conv2d layers, each with its bias. Norm layers, embeddings, convolutions that
 are grouped or not padded with zeros, and subclasses of the two (as inside attention) take no part. What it
-makes of the gradients of a few examples is compared with autograd.
+makes of the gradients of a few examples is compared with autograd. Positions that no label depends on, as
+padding, are left out of the Kronecker factors of Linear layers; those of Conv2d layers are over all pixels.
 """
 
 from __future__ import annotations

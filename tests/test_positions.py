@@ -10,8 +10,12 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from stride_captum import STRIDE, Batch, ClosedForm, Features, Trained
 from stride_captum.adapters import EKFAC, TRAK, DiagonalEKFAC, Random, Similarity, TracIn
+from stride_captum.adapters.gradients.dense_sides import rows_that_count
+from stride_captum.data.batch import ExampleBatch
+from stride_captum.data.reading import Reading
 from stride_captum.losses import MSE, BinaryCrossEntropy, CrossEntropy
 from stride_captum.losses.positions import channels_last, position_rows
+from stride_captum.losses.summed_positions import SummedPositions
 from stride_captum.positions import Positions, joined
 from stride_captum.responses import response_gradient, response_value
 
@@ -645,9 +649,21 @@ class TestBaselines:
         plain = self.made(method, Single(), TensorDataset(x, y[:, 0]))
         same(one, plain.influence((tests[0][:, :1], tests[1][:, 0])), 1e-8)
 
-    @pytest.mark.parametrize("method", [DiagonalEKFAC, EKFAC])
-    def test_ignored_positions_draw_no_labels(self, tagged, method):
-        """Positions without a label leave the output side of the Fisher matrix alone."""
+    FISHERS = (
+        (DiagonalEKFAC, {"fisher": "exact"}),
+        (DiagonalEKFAC, {"fisher": "exact", "dense": "diagonal"}),
+        (EKFAC, {"fisher": "empirical"}),
+        (EKFAC, {"fisher": "empirical", "strategy": "kfac"}),
+        (EKFAC, {"fisher": "empirical", "strategy": "diagonal"}),
+    )
+
+    def with_fisher(self, method, model, train, options):
+        if method is EKFAC:
+            pytest.importorskip("kronfluence")
+        return method(model, train, layers=["hidden", "head"], batch_size=7, **options)
+
+    @pytest.mark.parametrize(("method", "options"), FISHERS)
+    def test_ignored_positions_enter_no_side_of_the_fisher_matrix(self, tagged, method, options):
         model, train, tests = tagged
         x, y = train.tensors
         ignored = y.clone()
@@ -657,14 +673,41 @@ class TestBaselines:
         few = [TensorDataset(part, ignored) for part in (x, other)]
         asked = tests[0], tests[1].clone()
         asked[1][:, 3:] = IGNORED
-        options = {"fisher": "exact"} if method is DiagonalEKFAC else {"strategy": "diagonal"}
-        options |= {"dense": "diagonal"} if method is DiagonalEKFAC else {"fisher": "empirical"}
-        if method is EKFAC:
-            pytest.importorskip("kronfluence")
-        one, two = (
-            method(model, data, layers=["hidden", "head"], **options).influence(asked) for data in few
-        )
+        one, two = (self.with_fisher(method, model, data, options).influence(asked) for data in few[:2])
         same(one, two, 1e-8)
+        short = self.with_fisher(method, model, TensorDataset(x[:, :3], ignored[:, :3]), options)
+        same(short.influence(tuple(part[:, :3] for part in asked)), one, 1e-8)
+
+    @pytest.mark.parametrize(("method", "options"), FISHERS)
+    @pytest.mark.parametrize("network", [Tagger, ByTime])
+    def test_padding_changes_no_score(self, tagged, method, options, network):
+        plain, train, tests = tagged
+        model = network()
+        model.load_state_dict(plain.state_dict())
+        x, y = (F.pad(part, (0, 4), value=v) for part, v in zip(train.tensors, (0, IGNORED), strict=True))
+        padded = tuple(F.pad(part, (0, 4), value=v) for part, v in zip(tests, (5, IGNORED), strict=True))
+        wanted = self.with_fisher(method, model, train, options)
+        longer = self.with_fisher(method, model, TensorDataset(x, y), options)
+        same(longer.influence(padded), wanted.influence(tests), 1e-8)
+        same(longer.self_influence(), wanted.self_influence(), 1e-8)
+
+    def test_a_prompt_stays_where_it_is_read(self, tagged):
+        """The first position has no label, and all behind it read it; nothing reads the last two."""
+        model, train, _ = tagged
+        x, y = train.tensors[0][6:9], train.tensors[1][6:9].clone()
+        y[:, 4:] = IGNORED
+        loss = SummedPositions(position=CrossEntropy(), n_positions=LENGTH, n_outputs=N_CLASSES)
+        layers = {model.hidden: "hidden", model.head: "head"}
+        batch = ExampleBatch((x, y), Reading(loss=loss))
+        found = rows_that_count(model, layers, batch, y, loss)
+        assert {name: mask.reshape(3, -1).all(0).tolist() for name, mask in found.items()} == {
+            "hidden": [True] * 4 + [False] * 2,
+            "head": [False] + [True] * 3 + [False] * 2,
+        }
+        assert rows_that_count(model, layers, batch, y.clamp_min(0), loss) == {}
+        model.head.weight.data.zero_()  # a label stays where its unit is dead
+        found = rows_that_count(model, layers, batch, y, loss)
+        assert found["hidden"].reshape(3, -1).all(0).tolist() == [False] + [True] * 3 + [False] * 2
 
     def test_controls_take_positions(self, tagged):
         for method in (Random, Similarity):

@@ -10,6 +10,7 @@ from test_conformance import Honest, products, with_a_one
 from torch import Tensor
 
 from stride_captum import STRIDE, ClosedForm
+from stride_captum.adapters import EKFAC, DiagonalEKFAC
 from stride_captum.conformance import (
     CHECKS,
     Subject,
@@ -39,7 +40,14 @@ def tempered(form: str) -> Subject:
     return Subject(f"STRIDE, tempered {form}", partial(STRIDE, operators=operators), exceptions, "positions")
 
 
-SUBJECTS = [*SHIPPED.values(), tempered("rows"), tempered("matrix")]
+# Labels that are not drawn: what is padded changes nothing.
+SUBJECTS = [
+    *SHIPPED.values(),
+    tempered("rows"),
+    tempered("matrix"),
+    Subject("exact", partial(DiagonalEKFAC, fisher="exact"), without("TRAK"), "positions"),
+    Subject("empirical", partial(EKFAC, fisher="empirical"), without("TRAK"), "positions"),
+]
 #: Methods of which all laws are quick, or those of positions; the others are left to `make conformance`.
 QUICK = {"STRIDE by matrices, positions"}
 OF_POSITIONS = {
