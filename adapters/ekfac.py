@@ -26,6 +26,7 @@ from typing_extensions import override
 
 from ..errors import bad_choice, bad_value
 from ..influence.method import Query
+from ..losses.summed_positions import SummedPositions
 from ..system.devices import float64_device
 from ..system.packages import install_command
 from ._kronfluence import Batch, Kronfluence, spectra
@@ -141,6 +142,8 @@ class EKFAC(GradientMethod):
                 "be None for EKFAC, and so must the weights of classes: kronfluence counts every example once"
             )
             raise bad_value("sample_weight", must, "weights", "Take DiagonalEKFAC.")
+        if isinstance(self.loss, SummedPositions) and not bool(state.loss_residuals.any()):
+            raise bad_value("train_dataset", "have at least one label that is not ignored", "none")
         layers = tracked_layers(model, self.parameters_, self._probe)
         self.parameters_ = [n for n, _ in model.named_parameters() if n.rpartition(".")[0] in layers]
         self.layout_ = self._layout_of(model, layers)

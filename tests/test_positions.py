@@ -691,6 +691,12 @@ class TestBaselines:
         same(longer.influence(padded), wanted.influence(tests), 1e-8)
         same(longer.self_influence(), wanted.self_influence(), 1e-8)
 
+    def test_labels_that_are_all_ignored_are_refused(self, tagged):
+        pytest.importorskip("kronfluence")
+        none = TensorDataset(tagged[1].tensors[0], torch.full((N_TRAIN, LENGTH), IGNORED))
+        with pytest.raises(ValueError, match="`train_dataset` must have at least one label that is not ign"):
+            EKFAC(tagged[0], none).fit()
+
     def test_a_prompt_stays_where_it_is_read(self, tagged):
         """The first position has no label, and all behind it read it; nothing reads the last two."""
         model, train, _ = tagged
