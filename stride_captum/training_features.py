@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ from .layers.probes import check_deterministic
 from .operators import Operators
 from .system.devices import float64_device
 from .system.fingerprints import weights_fingerprint
+
+Self = TypeVar("Self", bound="TrainingFeatures")
 
 
 class TrainingFeatures(InfluenceMethod):
@@ -152,6 +155,12 @@ class TrainingFeatures(InfluenceMethod):
             key["loss"] = f"{self.loss.name}, {outputs}"
         store = self.feature_store if self.checkpoints is None else self.feature_store.for_checkpoint(index)
         return store, key
+
+    def without_store(self: Self) -> Self:
+        """A copy that neither reads the feature store nor writes to it: for runs on a part of the data."""
+        twin = copy.copy(self)
+        twin.feature_store = None
+        return twin
 
     def _placed(self, stored: Tensor) -> Tensor:
         """Stored array as the operators read it: memory-mapped if they stream, else in memory."""

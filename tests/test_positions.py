@@ -6,13 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from stride_captum import STRIDE, Batch, ClosedForm, Features, Trained
 from stride_captum.adapters import EKFAC, TRAK, DiagonalEKFAC, Random, Similarity, TracIn
 from stride_captum.adapters.gradients.dense_sides import rows_that_count
+from stride_captum.closed_form.memory import position_bytes
 from stride_captum.data.batch import ExampleBatch
 from stride_captum.data.reading import Reading
+from stride_captum.influence.estimate import Estimate
 from stride_captum.losses import MSE, BinaryCrossEntropy, CrossEntropy
 from stride_captum.losses.positions import channels_last, position_rows
 from stride_captum.losses.summed_positions import SummedPositions
@@ -231,12 +234,63 @@ class TestClosedForm:
         few = TensorDataset(tagged[1].tensors[0][:, :2], tagged[1].tensors[1][:, 1:3])
         assert fitted(tagged[0], few, "auto").fit().operators_.form == "rows"
 
-    def test_its_cost_is_told_from_small_runs(self, tagged):
+    @pytest.mark.parametrize("form", ["rows", "matrix"])
+    @pytest.mark.parametrize("budget", [2**14, 2**28])
+    @pytest.mark.parametrize("repeats", [5, 40])
+    def test_the_bytes_that_a_fit_keeps_are_those_that_were_counted(self, tagged, form, budget, repeats):
+        model, train, tests = tagged
+        many = TensorDataset(*(part.repeat(repeats, 1) for part in train.tensors))
+        torch.set_default_dtype(torch.float32)
+        method = fitted(model.float(), many, form, memory_budget=budget).fit()
+        method.influence(tests), method.mislabel_scores()
+        positions = method.operators_.positions
+        counted = position_bytes(
+            method.operators,
+            len(many),
+            positions.n_rows,
+            [8, 12],
+            N_CLASSES,
+            in_memory=True,
+            memory_budget=budget,
+        )
+        assert counted.form == form
+        rows = method.operators_.rows
+        parts = [method.operators_, positions, rows, rows.head, rows.curvature, rows.curvature.inverse]
+        kept = [*parts, rows.moments, *([rows._residuals] if form == "rows" else [])]
+        tensors = [t for t in tree_leaves([vars(part) for part in kept]) if torch.is_tensor(t)]
+        measured = sum({t.data_ptr(): t.nbytes for t in tensors if len(t)}.values())
+        assert counted.kept == pytest.approx(measured, rel=0.01)
+
+    @pytest.mark.parametrize(("length", "form"), [(2, "rows"), (LENGTH, "matrix")])
+    def test_its_bytes_are_counted_with_the_number_of_positions(self, tagged, length, form, monkeypatch):
+        seconds = {"fit_seconds": 1.0, "query_seconds": 1.0, "fit_bytes": 0, "query_bytes": 0}
+        monkeypatch.setattr(
+            "stride_captum.closed_form.position_estimate.from_small_runs",
+            lambda method, n_test, k: Estimate(
+                n_train=len(method.train_dataset), n_test=n_test, k=k, **seconds, disk_bytes=0, basis="runs"
+            ),
+        )
         model, train, _ = tagged
-        many = TensorDataset(*(part.repeat(20, 1) for part in train.tensors))
-        estimate = fitted(model, many).estimate(n_test=5)
-        assert estimate.n_train == 20 * N_TRAIN
-        assert estimate.fit_seconds > 0
+        model, few = model.float(), [part[:, :length] for part in train.tensors]
+        few[1] = few[1].clamp_min(0)
+        torch.set_default_dtype(torch.float32)
+        methods = [
+            fitted(model, TensorDataset(*(part.repeat(n, 1) for part in few)), "auto") for n in (2, 40)
+        ]
+        found = [method.estimate(n_test=5) for method in methods]
+        for method, estimate in zip(methods, found, strict=True):
+            n = len(method.train_dataset)
+            counted = position_bytes(method.operators, n, n * length, [8, 12], N_CLASSES, in_memory=True)
+            assert counted.form == method.fit().operators_.form == form
+            assert f"{length} positions an example in the form '{form}'" in estimate.basis
+            assert counted.kept < estimate.fit_bytes < 6 * counted.kept + 2**21
+            assert 4 * 5 * n < estimate.query_bytes
+
+    def test_an_estimate_leaves_a_store_alone(self, tagged, tmp_path):
+        for curvature in ("kronecker", "eigenvalue-corrected"):
+            method = fitted(*tagged[:2], feature_store=tmp_path / "store", operators={"curvature": curvature})
+            assert method.estimate(n_test=5).fit_seconds > 0
+            assert not (tmp_path / "store").exists()
 
     @pytest.mark.parametrize("form", ["rows", "matrix"])
     def test_projected_features(self, tagged, form):

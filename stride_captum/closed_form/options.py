@@ -12,7 +12,8 @@ from ..options import check_choice, check_number
 from ..system.saved_values import saved_as
 from .estimate import estimate_closed_form
 from .fit import fit_closed_form
-from .position_scores import PositionOperators, chosen_form
+from .memory import smaller_form
+from .position_scores import PositionOperators
 
 if TYPE_CHECKING:
     from ..influence.estimate import Estimate
@@ -102,7 +103,8 @@ class ClosedForm(Operators):
         )
         if training.positions is None:
             return form
-        kept = chosen_form(self.form, training.positions, sum(training.widths), form.n_classes)
+        n, n_rows = len(training.positions), training.positions.n_rows
+        kept = smaller_form(self.form, n, n_rows, sum(training.widths), form.n_classes)
         by_rows = PositionOperators(form, training.positions, training.memory_budget)
         return by_rows.in_form(kept)
 

@@ -205,7 +205,7 @@ class PositionOperators(FittedOperators):
         }
         parts = [self.matrices_of(block) for block in self.positions.blocks(self._rows_at_once)]
         few = self.rows.without_features()
-        few = replace(few, labels=few.labels[:0].clone(), weights=None)
+        few = replace(few, labels=few.labels[:0].clone(), weights=None, head=few.head.without_rows())
         return replace(self, rows=few, matrices=torch.cat(parts), known=known)
 
     @override
@@ -313,15 +313,3 @@ def _sizes_and_units(vectors: Tensor, positions: Positions) -> tuple[Tensor, Ten
     examples = positions.examples.to(vectors.device)
     sizes = largest.new_zeros(len(positions)).scatter_reduce_(0, examples, largest, "amax")
     return sizes, vectors / torch.where(sizes > 0, sizes, 1.0)[examples][:, None]
-
-
-def chosen_form(form: str, positions: Positions, n_features: int, n_outputs: int) -> str:
-    """The form that "auto" means: the one that takes less memory.
-
-    >>> chosen_form("auto", Positions(torch.tensor([128] * 10)), 64, 50)
-    'matrix'
-    """
-    if form != "auto":
-        return form
-    rows = positions.n_rows * (n_features + n_outputs)
-    return "rows" if rows <= len(positions) * (n_features + 1) * n_outputs else "matrix"
