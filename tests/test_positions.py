@@ -602,12 +602,8 @@ class TestRefused:
         with pytest.raises(ValueError, match=message):
             fitted(tagged[0], TensorDataset(tagged[1].tensors[0], labels)).fit()
 
-    def test_what_does_not_take_positions(self, tagged, tmp_path):
+    def test_what_does_not_take_positions(self, tagged):
         model, train, tests = tagged
-        with pytest.raises(
-            ValueError, match="`feature_store` must be None for a model with several positions"
-        ):
-            fitted(model, train, feature_store=tmp_path).fit()
         with pytest.raises(
             ValueError, match="`model` must give one row of outputs per example for operators="
         ):

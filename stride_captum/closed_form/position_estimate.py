@@ -30,7 +30,7 @@ def estimate_positions(method: STRIDE, reading: Any, n: int, n_test: int, k: int
         round(n * reading.rows),
         reading.widths,
         reading.n_classes,
-        in_memory=True,
+        in_memory=method.feature_store is None,
         memory_budget=method.memory_budget,
     )
     found = from_small_runs(method.without_store(), n_test, k)
@@ -40,9 +40,19 @@ def estimate_positions(method: STRIDE, reading: Any, n: int, n_test: int, k: int
     return replace(
         found,
         fit_bytes=copies * size.kept + most,
+        disk_bytes=copies * _disk_bytes(method, reading, n),
         query_bytes=_query_bytes(method, reading, size, n_test, n, k),
         basis=basis,
     )
+
+
+def _disk_bytes(method: STRIDE, reading: Any, n: int) -> int:
+    """Bytes of features, logits, labels and places of all rows in the store, and of how many there are."""
+    if method.feature_store is None:
+        return 0
+    per_feature = 4 if method.feature_store.dtype == "float32" else 2
+    each = per_feature * sum(reading.widths) + 4 * reading.n_classes + 8 + 4
+    return round(n * reading.rows) * each + 4 * n
 
 
 def _query_bytes(

@@ -72,6 +72,21 @@ class PositionOperators(FittedOperators):
     known: dict[str, Tensor] | None = None
 
     @property
+    def features(self) -> Tensor:
+        """Of the rows; none in the form "matrix"."""
+        return self.rows.features
+
+    @override
+    def without_features(self) -> PositionOperators:
+        return replace(self, rows=self.rows.without_features())
+
+    @override
+    def with_features(self, features: Tensor, logits: Tensor) -> PositionOperators:
+        return (
+            self if self.form == "matrix" else replace(self, rows=self.rows.with_features(features, logits))
+        )
+
+    @property
     def form(self) -> str:
         """What is kept: "rows" or "matrix"."""
         return "rows" if self.matrices is None else "matrix"

@@ -92,7 +92,10 @@ def check_positions_finite(read: Precomputed) -> None:
     """
     assert read.positions is not None
     for name, values in (("activations", read.features), ("outputs", read.logits)):
-        finite = torch.isfinite(values).all(1)
-        if not bool(finite.all()):
-            example = int(read.positions.examples[int((~finite).nonzero()[0])])
-            raise bad_value("train_dataset", f"give finite {name}", f"NaN or infinity for example {example}")
+        for rows in blocks(len(values), MOST_ROWS):
+            finite = torch.isfinite(values[rows]).all(1)
+            if not bool(finite.all()):
+                row = rows.start + int((~finite).nonzero()[0])
+                example = int(read.positions.examples[row])
+                got = f"NaN or infinity for example {example}"
+                raise bad_value("train_dataset", f"give finite {name}", got)
