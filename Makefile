@@ -20,7 +20,7 @@ demo: $(VENV)/.eval
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not matrix" --cov --cov-report=term
 
-# Every method against every law, for every loss; and the benchmarks at small sizes.
+# Every method against every law, for every loss and for positions; and the benchmarks at small sizes.
 conformance: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m matrix
 

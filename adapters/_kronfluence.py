@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import CrossEntropy, Loss
+from ..losses.summed_positions import SummedPositions
 from ._kronfluence_layers import Grouped, group_rows, replace_modules
+from .gradients.dense_sides import rows_that_count
 from .gradients.traces import process_wide
 from .gradients.working_copies import independent_copy, widened
 
@@ -53,6 +55,8 @@ class Kronfluence:
         from kronfluence.module import TrackedModule
         from kronfluence.utils.state import State
 
+        layers = list(layers)
+        self.plain = model, {model.get_submodule(name): name for name in layers}
         first = next(model.parameters())
         # The wrapper of a layer needs a parent to be put into, also where the model is a layer itself.
         root, names = nn.Sequential(independent_copy(model)), [f"0.{name}".rstrip(".") for name in layers]
@@ -87,7 +91,7 @@ class Kronfluence:
 
         needs, factors = FactorConfig.CONFIGS[self.factor_args.strategy], {}
         if needs.requires_covariance_matrices:
-            loader = Batches(self._pieces(batches(0)))
+            loader = Batches(self._with_rows(self._pieces(batches(0))))
             _, covariances = self._call(fit_covariance_matrices_with_loader, task=self.losses, loader=loader)
             factors = self._call(perform_eigendecomposition, covariance_factors=covariances)
         if needs.requires_lambda_matrices:
@@ -139,6 +143,18 @@ class Kronfluence:
             for batch in batches
             for i in range(len(batch["examples"]))
         )
+
+    def _with_rows(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Batches with the rows of each layer that count in its covariances (`rows_that_count`)."""
+        (model, layers), loss = self.plain, self.losses.loss
+        inside = dict(zip(layers.values(), self.losses.layers, strict=True))
+        linear = {layer: name for layer, name in layers.items() if isinstance(layer, nn.Linear)}
+        for batch in batches:
+            if isinstance(loss, SummedPositions):
+                n, y = len(batch["examples"]), batch["labels"]
+                rows = rows_that_count(model, linear, batch["examples"], y, loss)
+                batch = {**batch, "rows": {inside[name]: mask.reshape(n, -1) for name, mask in rows.items()}}
+            yield batch
 
     def _score(self, function: Callable[..., Any], factors: Factors, **loaders: Any) -> dict[str, Tensor]:
         fixed = {"task": self.losses, "score_args": self.score_args, "tracked_module_names": None}
@@ -215,8 +231,9 @@ class LinearLosses:
         """Names of the layers to wrap."""
         return self.layers
 
-    def get_attention_mask(self, batch: Batch) -> None:
-        """None: the model handles padding."""
+    def get_attention_mask(self, batch: Batch) -> dict[str, Tensor] | None:
+        """Rows of each layer that count in its covariances; None for all rows of all layers."""
+        return batch.get("rows")
 
 
 def _minus_product(logits: Tensor, vectors: Tensor) -> Tensor:

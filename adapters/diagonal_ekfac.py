@@ -3,7 +3,8 @@
     score(x, i) = 1/W (J_x^T g)^T (F + eps)^-1 (J_i^T r_i),    W = n_train without weights
 
 F is diagonal for convolutions, norm layers and biases. For the weights of dense layers, with inputs a and
-output gradients b, it is `E[b b^T] (x) E[a a^T]`, and is inverted in its eigenbasis. (EKFAC as others know
+output gradients b, it is `E[b b^T] (x) E[a a^T]`, and is inverted in its eigenbasis; positions that no label
+depends on, as padding, are not in the mean over a. (EKFAC as others know
 it has Kronecker factors for convolutions too, and corrects the eigenvalues.)
 """
 
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..errors import bad_choice, bad_value
+from ..losses.summed_positions import SummedPositions
 from ..system.devices import as_float64
 from ..system.saved_values import saved_as
-from .gradients.dense_sides import dense_layers, dense_sides, sides_of_examples
+from .gradients.dense_sides import dense_layers, dense_sides, rows_that_count, sides_of_examples
 from .gradients.fisher import FISHERS, fisher_sample, fisher_vectors
 from .gradients.method import GradientMethod
 from .gradients.per_example import example_gradients
@@ -114,16 +116,21 @@ class DiagonalEKFAC(GradientMethod):
             if omega is not None:
                 draws = [v * omega.to(v).sqrt()[:, None] for v in draws]
             size = len(batch) if together else 1
+            weights = logits.new_ones(len(batch)) if omega is None else omega.to(logits)
+            pieces = list(zip(batch.split(size), weights.split(size), labels.split(size), strict=True))
+            counted = [self._rows_that_count(model, layers, piece, y) for piece, _, y in pieces]
             for vectors in draws:
                 dense: set[str] = set()
-                parts = [None] * len(batch) if omega is None else omega.split(size)
-                for piece, rows, of_piece in zip(batch.split(size), vectors.split(size), parts, strict=False):
+                for (piece, of_piece, _), rows, kept in zip(
+                    pieces, vectors.split(size), counted, strict=True
+                ):
                     for name, (a, b) in dense_sides(model, layers, piece, rows).items():
                         # The positions of an example add up in one factor, and are averaged in the other.
-                        n_inputs = n * len(draws) * len(a) / len(rows)
-                        if of_piece is not None:
-                            a = _weighed(a, of_piece)
-                        _add(fisher, name, [b.T @ b / n, a.T @ a / n_inputs])
+                        of_rows = of_piece.repeat_interleave(len(a) // len(rows)).to(a)
+                        if name in kept:
+                            of_rows = of_rows * kept[name]
+                        inputs = a.T @ (a * of_rows[:, None])
+                        _add(fisher, name, [b.T @ b / n, inputs, of_rows.sum()])
                         dense.add(name)
                 others = {name: p for name, p in parameters.items() if name not in dense}
                 if others:
@@ -132,6 +139,14 @@ class DiagonalEKFAC(GradientMethod):
         if not all(bool(torch.isfinite(part).all()) for parts in fisher.values() for part in parts):
             self._find_bad_gradient(model, residuals)
         return self._invert({name: fisher[name] for name in parameters})
+
+    def _rows_that_count(
+        self, model: nn.Module, layers: Any, batch: Any, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """Rows of the inputs of dense layers that belong in a mean; none for all of them."""
+        if not isinstance(self.loss, SummedPositions):
+            return {}
+        return rows_that_count(model, layers, batch, labels, self.loss)
 
     def _fisher_weight(self) -> float:
         """The sum of the weights of the examples that F is estimated from."""
@@ -160,8 +175,10 @@ class DiagonalEKFAC(GradientMethod):
         scales, bases, safe, rounding = {}, {}, [], 0.0
         for name, parts in fisher.items():
             spectrum = parts[0]
-            if len(parts) == 2:
-                (u, left), (v, right) = (torch.linalg.eigh(as_float64(part)) for part in parts)
+            if len(parts) == 3:
+                b, a, n_inputs = parts
+                sides = b, a / torch.where(n_inputs > 0, n_inputs, 1.0)
+                (u, left), (v, right) = (torch.linalg.eigh(as_float64(side)) for side in sides)
                 bases[name] = [left.to(spectrum), right.to(spectrum)]
                 spectrum = (u.clamp_min(0)[:, None] * v.clamp_min(0)).to(spectrum)
             unit = float(spectrum.mean()) if self.relative else 1.0
@@ -194,11 +211,6 @@ class DiagonalEKFAC(GradientMethod):
     def settings(self) -> dict[str, Any]:
         names = ("damping", "relative", "dense", "fisher", "n_fisher", "seed")
         return {**super().settings(), **{name: getattr(self, name) for name in names}}
-
-
-def _weighed(inputs: Tensor, omega: Tensor) -> Tensor:
-    """Inputs of a layer, the positions of an example one after the other, times the root of its weight."""
-    return inputs * omega.to(inputs).sqrt().repeat_interleave(len(inputs) // len(omega))[:, None]
 
 
 def _add(total: dict[str, list[Tensor]], name: str, parts: list[Tensor]) -> None:

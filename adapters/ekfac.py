@@ -8,7 +8,8 @@ squares of gradients in it. kronfluence is asked for products of the gradients o
 
 kronfluence knows Linear and Conv2d layers, each with its bias. Norm layers, embeddings, convolutions that
 are grouped or not padded with zeros, and subclasses of the two (as inside attention) take no part. What it
-makes of the gradients of a few examples is compared with autograd.
+makes of the gradients of a few examples is compared with autograd. Positions that no label depends on, as
+padding, are left out of the Kronecker factors of Linear layers; those of Conv2d layers are over all pixels.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing_extensions import override
 
 from ..errors import bad_choice, bad_value
 from ..influence.method import Query
+from ..losses.summed_positions import SummedPositions
 from ..system.devices import float64_device
 from ..system.packages import install_command
 from ._kronfluence import Batch, Kronfluence, spectra
@@ -140,6 +142,8 @@ class EKFAC(GradientMethod):
                 "be None for EKFAC, and so must the weights of classes: kronfluence counts every example once"
             )
             raise bad_value("sample_weight", must, "weights", "Take DiagonalEKFAC.")
+        if isinstance(self.loss, SummedPositions) and not bool(state.loss_residuals.any()):
+            raise bad_value("train_dataset", "have at least one label that is not ignored", "none")
         layers = tracked_layers(model, self.parameters_, self._probe)
         self.parameters_ = [n for n, _ in model.named_parameters() if n.rpartition(".")[0] in layers]
         self.layout_ = self._layout_of(model, layers)

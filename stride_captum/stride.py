@@ -17,7 +17,7 @@ from .features.options import Features
 from .features.precomputed import Precomputed, PrecomputedNetwork
 from .features.store import FeatureStore
 from .influence.checkpoints import LoadCheckpoint, load_checkpoint
-from .influence.estimate import Estimate
+from .influence.estimate import Estimate, from_small_runs
 from .losses import Loss, loss_of
 from .operators import Operators, operators_of
 from .options import html_table
@@ -180,7 +180,8 @@ class STRIDE(ChangingTrainingSet):
         return method
 
     def _estimate(self, n_test: int, k: int | None) -> Estimate:
-        return self.operators.estimate(self, n_test, k) or super()._estimate(n_test, k)
+        found = self.operators.estimate(self, n_test, k)
+        return from_small_runs(self.without_store(), n_test, k) if found is None else found
 
     def __repr__(self) -> str:
         fitted = "not fitted"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,16 @@ from .errors import bad_value
 from .features.options import Features
 from .features.precomputed import Precomputed, check_positions_finite
 from .features.projection import Projection, fit_projection
-from .features.reader import Rows, Run, TrainingRows, all_weights, read_batch, read_training_set
+from .features.reader import (
+    Rows,
+    Run,
+    TrainingRows,
+    all_weights,
+    check_some_rows,
+    read_batch,
+    read_training_set,
+    weights_of_rows,
+)
 from .features.store import FeatureStore
 from .features.store_writer import Computed
 from .influence.method import InfluenceMethod
@@ -26,6 +36,8 @@ from .layers.probes import check_deterministic
 from .operators import Operators
 from .system.devices import float64_device
 from .system.fingerprints import weights_fingerprint
+
+Self = TypeVar("Self", bound="TrainingFeatures")
 
 
 class TrainingFeatures(InfluenceMethod):
@@ -50,22 +62,24 @@ class TrainingFeatures(InfluenceMethod):
 
         def compute(batch: ExampleBatch) -> Computed:
             rows = self._compute(taps, run, batch)
-            if rows.kept is not None:
-                must = "be None for a model with several positions an example"
-                raise bad_value("feature_store", must, str(store.path))
-            return rows.features, rows.logits, rows.labels
+            return rows.features, rows.logits, rows.labels, rows.kept
 
         with recording(model, taps) as run:
             batches = self._weighed(self._passing(show_progress), weights)
             stored = store.fill(key, taps, batches, compute)
-        labels = stored.labels.to(self._work_device())
-        return stored.taps, Precomputed(
+        labels, positions = stored.labels.to(self._work_device()), stored.positions
+        read = Precomputed(
             self._placed(stored.features),
             self._placed(stored.logits),
             labels,
             [tap.width for tap in stored.taps],
-            self._all_weights(weights, labels),
+            self._all_weights(weights_of_rows(weights, positions), labels),
+            positions,
         )
+        if positions is not None:
+            check_some_rows(len(labels))
+            check_positions_finite(read)
+        return stored.taps, read
 
     def _read(self, model: nn.Module, taps: Sequence[Tap], show_progress: bool) -> Precomputed:
         """One forward pass over the training set."""
@@ -150,8 +164,17 @@ class TrainingFeatures(InfluenceMethod):
         outputs = getattr(self.loss, "outputs", None) or "logits"
         if (self.loss.name, outputs) != ("cross_entropy", "logits"):  # older stores do not have the key
             key["loss"] = f"{self.loss.name}, {outputs}"
+        ignored, class_dim = getattr(self.loss, "ignore_index", -100), self.loss.class_dim
+        if (ignored, class_dim) != (-100, None):
+            key["positions"] = f"ignore_index={ignored}, class_dim={class_dim}"
         store = self.feature_store if self.checkpoints is None else self.feature_store.for_checkpoint(index)
         return store, key
+
+    def without_store(self: Self) -> Self:
+        """A copy that neither reads the feature store nor writes to it: for runs on a part of the data."""
+        twin = copy.copy(self)
+        twin.feature_store = None
+        return twin
 
     def _placed(self, stored: Tensor) -> Tensor:
         """Stored array as the operators read it: memory-mapped if they stream, else in memory."""

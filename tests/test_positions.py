@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from stride_captum import STRIDE, Batch, ClosedForm, Features, Trained
@@ -20,8 +21,14 @@ from stride_captum.adapters import (
     Similarity,
     TracIn,
 )
+from stride_captum.adapters.gradients.dense_sides import rows_that_count
+from stride_captum.closed_form.memory import position_bytes
+from stride_captum.data.batch import ExampleBatch
+from stride_captum.data.reading import Reading
+from stride_captum.influence.estimate import Estimate
 from stride_captum.losses import MSE, BinaryCrossEntropy, CrossEntropy
 from stride_captum.losses.positions import channels_last, position_rows
+from stride_captum.losses.summed_positions import SummedPositions
 from stride_captum.positions import Positions, joined
 from stride_captum.responses import response_gradient, response_value
 
@@ -237,12 +244,66 @@ class TestClosedForm:
         few = TensorDataset(tagged[1].tensors[0][:, :2], tagged[1].tensors[1][:, 1:3])
         assert fitted(tagged[0], few, "auto").fit().operators_.form == "rows"
 
-    def test_its_cost_is_told_from_small_runs(self, tagged):
+    @pytest.mark.parametrize("form", ["rows", "matrix"])
+    @pytest.mark.parametrize("budget", [2**14, 2**28])
+    @pytest.mark.parametrize(("repeats", "residuals"), [(5, "both"), (40, "both"), (40, "temperature")])
+    def test_the_bytes_that_a_fit_keeps_are_those_that_were_counted(
+        self, tagged, form, budget, repeats, residuals
+    ):
+        model, train, tests = tagged
+        many = TensorDataset(*(part.repeat(repeats, 1) for part in train.tensors))
+        torch.set_default_dtype(torch.float32)
+        method = fitted(model.float(), many, form, residuals=residuals, memory_budget=budget).fit()
+        method.influence(tests)
+        positions = method.operators_.positions
+        assert len(positions.examples) == positions.n_rows  # kept from the first sum over positions on
+        counted = position_bytes(
+            method.operators,
+            len(many),
+            positions.n_rows,
+            [8, 12],
+            N_CLASSES,
+            in_memory=True,
+            memory_budget=budget,
+        )
+        assert counted.form == form
+        rows = method.operators_.rows
+        parts = [method.operators_, positions, rows, rows.curvature, rows.curvature.inverse, rows.moments]
+        kept = [*parts, *filter(None, [rows.head]), *([rows._residuals] if form == "rows" else [])]
+        tensors = [t for t in tree_leaves([vars(part) for part in kept]) if torch.is_tensor(t)]
+        measured = sum({t.data_ptr(): t.nbytes for t in tensors if len(t)}.values())
+        assert counted.kept == pytest.approx(measured, rel=0.01)
+
+    @pytest.mark.parametrize(("length", "form"), [(2, "rows"), (LENGTH, "matrix")])
+    def test_its_bytes_are_counted_with_the_number_of_positions(self, tagged, length, form, monkeypatch):
+        seconds = {"fit_seconds": 1.0, "query_seconds": 1.0, "fit_bytes": 0, "query_bytes": 0}
+        monkeypatch.setattr(
+            "stride_captum.closed_form.position_estimate.from_small_runs",
+            lambda method, n_test, k: Estimate(
+                n_train=len(method.train_dataset), n_test=n_test, k=k, **seconds, disk_bytes=0, basis="runs"
+            ),
+        )
         model, train, _ = tagged
-        many = TensorDataset(*(part.repeat(20, 1) for part in train.tensors))
-        estimate = fitted(model, many).estimate(n_test=5)
-        assert estimate.n_train == 20 * N_TRAIN
-        assert estimate.fit_seconds > 0
+        model, few = model.float(), [part[:, :length] for part in train.tensors]
+        few[1] = few[1].clamp_min(0)
+        torch.set_default_dtype(torch.float32)
+        methods = [
+            fitted(model, TensorDataset(*(part.repeat(n, 1) for part in few)), "auto") for n in (2, 40)
+        ]
+        found = [method.estimate(n_test=5) for method in methods]
+        for method, estimate in zip(methods, found, strict=True):
+            n = len(method.train_dataset)
+            counted = position_bytes(method.operators, n, n * length, [8, 12], N_CLASSES, in_memory=True)
+            assert counted.form == method.fit().operators_.form == form
+            assert f"{length} positions an example in the form '{form}'" in estimate.basis
+            assert counted.kept < estimate.fit_bytes < 6 * counted.kept + 2**21
+            assert 4 * 5 * n < estimate.query_bytes
+
+    def test_an_estimate_leaves_a_store_alone(self, tagged, tmp_path):
+        for curvature in ("kronecker", "eigenvalue-corrected"):
+            method = fitted(*tagged[:2], feature_store=tmp_path / "store", operators={"curvature": curvature})
+            assert method.estimate(n_test=5).fit_seconds > 0
+            assert not (tmp_path / "store").exists()
 
     @pytest.mark.parametrize("form", ["rows", "matrix"])
     def test_projected_features(self, tagged, form):
@@ -554,12 +615,8 @@ class TestRefused:
         with pytest.raises(ValueError, match=message):
             fitted(tagged[0], TensorDataset(tagged[1].tensors[0], labels)).fit()
 
-    def test_what_does_not_take_positions(self, tagged, tmp_path):
+    def test_what_does_not_take_positions(self, tagged):
         model, train, tests = tagged
-        with pytest.raises(
-            ValueError, match="`feature_store` must be None for a model with several positions"
-        ):
-            fitted(model, train, feature_store=tmp_path).fit()
         with pytest.raises(
             ValueError, match="`model` must give one row of outputs per example for operators="
         ):
@@ -655,9 +712,21 @@ class TestBaselines:
         plain = self.made(method, Single(), TensorDataset(x, y[:, 0]))
         same(one, plain.influence((tests[0][:, :1], tests[1][:, 0])), 1e-8)
 
-    @pytest.mark.parametrize("method", [DiagonalEKFAC, EKFAC])
-    def test_ignored_positions_draw_no_labels(self, tagged, method):
-        """Positions without a label leave the output side of the Fisher matrix alone."""
+    FISHERS = (
+        (DiagonalEKFAC, {"fisher": "exact"}),
+        (DiagonalEKFAC, {"fisher": "exact", "dense": "diagonal"}),
+        (EKFAC, {"fisher": "empirical"}),
+        (EKFAC, {"fisher": "empirical", "strategy": "kfac"}),
+        (EKFAC, {"fisher": "empirical", "strategy": "diagonal"}),
+    )
+
+    def with_fisher(self, method, model, train, options):
+        if method is EKFAC:
+            pytest.importorskip("kronfluence")
+        return method(model, train, layers=["hidden", "head"], batch_size=7, **options)
+
+    @pytest.mark.parametrize(("method", "options"), FISHERS)
+    def test_ignored_positions_enter_no_side_of_the_fisher_matrix(self, tagged, method, options):
         model, train, tests = tagged
         x, y = train.tensors
         ignored = y.clone()
@@ -667,14 +736,47 @@ class TestBaselines:
         few = [TensorDataset(part, ignored) for part in (x, other)]
         asked = tests[0], tests[1].clone()
         asked[1][:, 3:] = IGNORED
-        options = {"fisher": "exact"} if method is DiagonalEKFAC else {"strategy": "diagonal"}
-        options |= {"dense": "diagonal"} if method is DiagonalEKFAC else {"fisher": "empirical"}
-        if method is EKFAC:
-            pytest.importorskip("kronfluence")
-        one, two = (
-            method(model, data, layers=["hidden", "head"], **options).influence(asked) for data in few
-        )
+        one, two = (self.with_fisher(method, model, data, options).influence(asked) for data in few[:2])
         same(one, two, 1e-8)
+        short = self.with_fisher(method, model, TensorDataset(x[:, :3], ignored[:, :3]), options)
+        same(short.influence(tuple(part[:, :3] for part in asked)), one, 1e-8)
+
+    @pytest.mark.parametrize(("method", "options"), FISHERS)
+    @pytest.mark.parametrize("network", [Tagger, ByTime])
+    def test_padding_changes_no_score(self, tagged, method, options, network):
+        plain, train, tests = tagged
+        model = network()
+        model.load_state_dict(plain.state_dict())
+        x, y = (F.pad(part, (0, 4), value=v) for part, v in zip(train.tensors, (0, IGNORED), strict=True))
+        padded = tuple(F.pad(part, (0, 4), value=v) for part, v in zip(tests, (5, IGNORED), strict=True))
+        wanted = self.with_fisher(method, model, train, options)
+        longer = self.with_fisher(method, model, TensorDataset(x, y), options)
+        same(longer.influence(padded), wanted.influence(tests), 1e-8)
+        same(longer.self_influence(), wanted.self_influence(), 1e-8)
+
+    def test_labels_that_are_all_ignored_are_refused(self, tagged):
+        pytest.importorskip("kronfluence")
+        none = TensorDataset(tagged[1].tensors[0], torch.full((N_TRAIN, LENGTH), IGNORED))
+        with pytest.raises(ValueError, match="`train_dataset` must have at least one label that is not ign"):
+            EKFAC(tagged[0], none).fit()
+
+    def test_a_prompt_stays_where_it_is_read(self, tagged):
+        """The first position has no label, and all behind it read it; nothing reads the last two."""
+        model, train, _ = tagged
+        x, y = train.tensors[0][6:9], train.tensors[1][6:9].clone()
+        y[:, 4:] = IGNORED
+        loss = SummedPositions(position=CrossEntropy(), n_positions=LENGTH, n_outputs=N_CLASSES)
+        layers = {model.hidden: "hidden", model.head: "head"}
+        batch = ExampleBatch((x, y), Reading(loss=loss))
+        found = rows_that_count(model, layers, batch, y, loss)
+        assert {name: mask.reshape(3, -1).all(0).tolist() for name, mask in found.items()} == {
+            "hidden": [True] * 4 + [False] * 2,
+            "head": [False] + [True] * 3 + [False] * 2,
+        }
+        assert rows_that_count(model, layers, batch, y.clamp_min(0), loss) == {}
+        model.head.weight.data.zero_()  # a label stays where its unit is dead
+        found = rows_that_count(model, layers, batch, y, loss)
+        assert found["hidden"].reshape(3, -1).all(0).tolist() == [False] + [True] * 3 + [False] * 2
 
     def test_controls_take_positions(self, tagged):
         for method in (Random, Similarity):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data.batch import ExampleBatch
+from ...losses.summed_positions import SummedPositions
 from .checks import agree
 from .traces import hooked
 from .working_copies import widened
@@ -65,6 +66,47 @@ def dense_sides(
         name: (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs]))
         for name, pairs in positions.items()
     }
+
+
+def rows_that_count(
+    model: nn.Module,
+    layers: Mapping[nn.Module, str],
+    batch: ExampleBatch,
+    labels: Tensor,
+    loss: SummedPositions,
+) -> dict[str, Tensor]:
+    """Which rows of the inputs belong in a mean over positions: all but those that no label depends on.
+
+    A position without a label is left out where outputs with a label do not read it, as padding. A prompt
+    stays, which later positions read.
+
+    Args:
+        model: As for `dense_sides`.
+        layers: As for `dense_sides`.
+        batch: As for `dense_sides`.
+        labels: Of the positions, `(n, P)` or `(n, P, C)`.
+        loss: Of whole examples.
+
+    Returns:
+        `(n_rows,)` bool by name of the weight, for layers with a row for each position; empty if all
+        positions have labels.
+    """
+    counted = loss.position.counted(labels)
+    if bool(counted.all()):
+        return {}
+    # Entries of all kinds: that their products with the Jacobian vanish by chance is out of the question.
+    some = torch.arange(1, counted.numel() * loss.n_outputs + 1, dtype=torch.float64).cos()
+    every = some.to(labels.device).reshape(len(labels), -1)
+    with torch.enable_grad():
+        labeled = dense_sides(model, layers, batch, loss.of_counted(every, labels))
+        read_by_any = dense_sides(model, layers, batch, every)
+    found = {}
+    for name, (_, b) in labeled.items():
+        if len(b) == counted.numel():
+            # The rows may be in another order than the labels, where positions stand before examples.
+            unlabeled = (read_by_any[name][1] != 0).any(1) | ~counted.flatten().to(b.device)
+            found[name] = (b != 0).any(1) | ~unlabeled
+    return found
 
 
 def _rows(values: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ from .fit import fit_closed_form
 from .memory import ClosedFormBytes, block_rows, closed_form_bytes, products_dtype
 from .moments import Moments
 from .operators import ClosedFormOperators
+from .position_estimate import estimate_positions
 from .ridge_head import RidgeHead
 from .training_residuals import readable_widths
 
@@ -68,6 +69,7 @@ class _Reading:
         widths: Of the layers.
         n_classes: C.
         taps: Where features are read.
+        rows: Of an example, on average: its positions that have a label, or 1.
     """
 
     seconds: float
@@ -75,10 +77,11 @@ class _Reading:
     widths: list[int]
     n_classes: int
     taps: list[Tap]
+    rows: float = 1.0
 
 
-def estimate_closed_form(method: STRIDE, n_test: int, k: int | None) -> Estimate | None:
-    """Expected cost of a `STRIDE` with the closed form and one Kronecker term; None with positions.
+def estimate_closed_form(method: STRIDE, n_test: int, k: int | None) -> Estimate:
+    """Expected cost of a `STRIDE` with the closed form and one Kronecker term.
 
     Args:
         method: It is not fitted and not changed.
@@ -90,7 +93,7 @@ def estimate_closed_form(method: STRIDE, n_test: int, k: int | None) -> Estimate
     with method._session() as model:
         reading = _read_a_little(method, model, n)
         if any(tap.per_position for tap in reading.taps):
-            return None  # rows are not examples: small runs tell more
+            return estimate_positions(method, reading, n, n_test, k)
         fingerprint = timed(lambda: weights_fingerprint(model), device)
     d, copies = sum(reading.widths), len(method._checkpoints())
     solving = _solving_seconds(method, reading, n, device)
@@ -135,14 +138,19 @@ def _read_a_little(method: STRIDE, model: nn.Module, n: int) -> _Reading:
                 rows = method._compute(taps, run, batch)
                 return torch.cat([*rows.features, rows.logits], 1)
 
-            warm = read(batches[0].first(64))
-            seconds = statistics.median(timed(lambda b=batch: read(b), device) for batch in batches)  # type: ignore[misc]
+            width, counts = read(batches[0].first(64)).shape[1], []
+            times = [timed(lambda b=batch: counts.append(len(read(b))), device) for batch in batches]  # type: ignore[misc]
     widths = [tap.width for tap in taps]
     count = n / len(batches[0])
     if method.feature_store is not None:
         loading += _storing_seconds(method.feature_store.path, batches[0], sum(widths))
     return _Reading(
-        choosing + count * (seconds + loading), memory.bytes or 0, widths, warm.shape[1] - sum(widths), taps
+        choosing + count * (statistics.median(times) + loading),
+        memory.bytes or 0,
+        widths,
+        width - sum(widths),
+        taps,
+        sum(counts) / sum(map(len, batches)),
     )
 
 

@@ -3,11 +3,18 @@
 Of n examples with d features in n_heads = d minus the last layer's, C classes and products of b bytes:
 
     features, logits     4 n (d + C), unless they are stored or memory-mapped
-    vectors              29 n: label, 1 - leverage, shift, norm, flag
+    vectors              29 n: label, 1 - leverage, shift, norm, flag; 8 n where residuals need no ridge head
     residuals            b n C, if they fit the memory budget
     moments              8 (d + 1) (d + 1 + C)
     factors              b ((d + 1)^2 + C^2) + 8 (n_heads + 1) C
     one block            3 b (d + 1) + 48 C for each of its rows
+
+Of n examples with R positions that have a label, all rows of this table are R, and beside it:
+
+    vectors              12 R + 16 n: which rows are those of an example
+    left-out residuals   4 R C
+    matrices             b n (d + 1) C + 16 n in the form "matrix", without features, logits, residuals and
+                         vectors of rows
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..residuals import OF_A_HEAD
 from ..system.memory import DEFAULT_BUDGET, MOST_ROWS, rows_that_fit
 from ..system.to_device import TrainingBlocks, working_dtype
 from .class_moments import MOST_CLASSES
@@ -73,7 +81,7 @@ def closed_form_bytes(
     """Count the arrays of one Kronecker term.
 
     Args:
-        options: `damping` and `curvature`.
+        options: `damping`, `curvature` and `residuals`.
         n_train: n.
         widths: Widths of the layers.
         n_classes: C.
@@ -93,13 +101,97 @@ def closed_form_bytes(
     rows = min(n_train, block_rows(memory_budget, d - 1, n_classes, dtype))
     return ClosedFormBytes(
         arrays=4 * n_train * (d - 1 + n_classes) * in_memory,
-        vectors=29 * n_train,
+        vectors=(29 if _has_head(options) else 8) * n_train,
         residuals=residuals if residuals <= memory_budget else 0,
         moments=8 * d * (d + n_classes),
         factors=dtype.itemsize * (d * d + (n_classes**2 if whole else n_classes)) + 8 * head * n_classes,
         block=rows * (3 * dtype.itemsize * d + 6 * 8 * n_classes),
         solving=8 * (4 * d * d + d * n_classes + 4 * (n_classes**2 if whole else n_classes)),
     )
+
+
+@dataclass(frozen=True)
+class PositionBytes:
+    """Bytes of a closed form of examples with several positions.
+
+    Attributes:
+        form: "rows" or "matrix": the given one, or for "auto" the one that is chosen.
+        rows: Of all rows, as examples of their own.
+        of_rows: What the form "rows" keeps beside them.
+        of_matrices: What the form "matrix" keeps in the place of both, but for moments and factors.
+    """
+
+    form: str
+    rows: ClosedFormBytes
+    of_rows: int
+    of_matrices: int
+
+    @property
+    def kept(self) -> int:
+        """What a fit keeps."""
+        if self.form == "rows":
+            return self.rows.kept + self.of_rows
+        return self.rows.moments + self.rows.factors + self.of_matrices
+
+    @property
+    def at_the_end(self) -> int:
+        """What a fit needs on top when it gives the form "matrix": the rows, and the matrices in blocks."""
+        return 0 if self.form == "rows" else self.rows.kept + self.of_rows + self.of_matrices
+
+
+def position_bytes(
+    options: ClosedForm,
+    n_train: int,
+    n_rows: int,
+    widths: Sequence[int],
+    n_classes: int,
+    *,
+    in_memory: bool,
+    memory_budget: int = DEFAULT_BUDGET,
+) -> PositionBytes:
+    """Count the arrays of one Kronecker term of examples with several positions.
+
+    Args:
+        options: `form`, `damping`, `curvature` and `residuals`.
+        n_train: n.
+        n_rows: R, positions with a label of all examples.
+        widths: Widths of the layers.
+        n_classes: C.
+        in_memory: Whether features and logits are in memory.
+        memory_budget: Bytes.
+
+    >>> from stride_captum import ClosedForm
+    >>> long = position_bytes(ClosedForm(), 1000, 128_000, [64], 50, in_memory=True)
+    >>> long.form, long.of_matrices < long.rows.arrays
+    ('matrix', True)
+    """
+    rows = closed_form_bytes(
+        options, n_rows, widths, n_classes, in_memory=in_memory, memory_budget=memory_budget
+    )
+    d, which = sum(widths), 12 * n_rows + 16 * n_train
+    itemsize = products_dtype(options, n_rows, d).itemsize
+    return PositionBytes(
+        form=smaller_form(options.form, n_train, n_rows, d, n_classes),
+        rows=rows,
+        of_rows=which + 4 * n_rows * n_classes * _has_head(options),
+        of_matrices=which + itemsize * n_train * (d + 1) * n_classes + 16 * n_train,
+    )
+
+
+def _has_head(options: ClosedForm) -> bool:
+    return options.residuals in (None, *OF_A_HEAD)
+
+
+def smaller_form(form: str, n_train: int, n_rows: int, n_features: int, n_outputs: int) -> str:
+    """The form that "auto" means: the one that takes less memory.
+
+    >>> smaller_form("auto", 10, 1280, 64, 50)
+    'matrix'
+    """
+    if form != "auto":
+        return form
+    rows = n_rows * (n_features + n_outputs)
+    return "rows" if rows <= n_train * (n_features + 1) * n_outputs else "matrix"
 
 
 def products_dtype(options: ClosedForm, n_train: int, n_features: int) -> torch.dtype:

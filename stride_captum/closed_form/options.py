@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 from ..errors import bad_value
 from ..operators import FittedOperators, Operators, TrainingSet
 from ..options import check_choice, check_number
-from ..positions import Positions
 from ..system.saved_values import saved_as
 from .estimate import estimate_closed_form
 from .fit import fit_closed_form
+from .memory import smaller_form
 from .position_scores import PositionOperators
 
 if TYPE_CHECKING:
@@ -103,7 +103,8 @@ class ClosedForm(Operators):
         )
         if training.positions is None:
             return form
-        kept = chosen_form(self.form, training.positions, sum(training.widths), form.n_classes)
+        n, n_rows = len(training.positions), training.positions.n_rows
+        kept = smaller_form(self.form, n, n_rows, sum(training.widths), form.n_classes)
         by_rows = PositionOperators(form, training.memory_budget)
         return by_rows.in_form(kept)
 
@@ -116,16 +117,3 @@ class ClosedForm(Operators):
         """By counting, if there is one Kronecker term and no projection."""
         counted = self.curvature in ("identity", "kronecker") and method.features.projection is None
         return estimate_closed_form(method, n_test, k) if counted else None
-
-
-def chosen_form(form: str, positions: Positions, n_features: int, n_outputs: int) -> str:
-    """The form that "auto" means: the one that takes less memory.
-
-    >>> import torch
-    >>> chosen_form("auto", Positions(torch.tensor([128] * 10)), 64, 50)
-    'matrix'
-    """
-    if form != "auto":
-        return form
-    rows = positions.n_rows * (n_features + n_outputs)
-    return "rows" if rows <= len(positions) * (n_features + 1) * n_outputs else "matrix"

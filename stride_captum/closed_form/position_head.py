@@ -10,7 +10,7 @@ A position left out alone would be predicted by its neighbors, which the model s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,10 @@ class PositionHead(RidgeHead):
         left_out = self.without_example[rows].to(features).clone()
         shifts = self.shifts[rows].to(features)[:, None]
         return self.loss.projected(left_out, labels.to(features.device), shifts)
+
+    @override
+    def without_rows(self) -> RidgeHead:
+        return replace(super().without_rows(), without_example=self.without_example[:0].clone())  # type: ignore[call-arg]
 
     @override
     def left_out(self, features: Tensor, labels: Tensor, rows: slice) -> Tensor:

@@ -70,6 +70,21 @@ class PositionOperators(FittedOperators):
     known: dict[str, Tensor] | None = None
 
     @property
+    def features(self) -> Tensor:
+        """Of the rows; none in the form "matrix"."""
+        return self.rows.features
+
+    @override
+    def without_features(self) -> PositionOperators:
+        return replace(self, rows=self.rows.without_features())
+
+    @override
+    def with_features(self, features: Tensor, logits: Tensor) -> PositionOperators:
+        return (
+            self if self.form == "matrix" else replace(self, rows=self.rows.with_features(features, logits))
+        )
+
+    @property
     def form(self) -> str:
         """What is kept: "rows" or "matrix"."""
         return "rows" if self.matrices is None else "matrix"
@@ -215,7 +230,9 @@ class PositionOperators(FittedOperators):
         }
         parts = [self.matrices_of(block) for block in self.positions.blocks(self._rows_at_once)]
         few = self.rows.without_features()
-        few = replace(few, labels=few.labels[:0].clone(), weights=None)
+        few = replace(
+            few, labels=few.labels[:0].clone(), weights=None, head=self.rows.ridge_head.without_rows()
+        )
         return replace(self, rows=few, matrices=torch.cat(parts), known=known)
 
     @override

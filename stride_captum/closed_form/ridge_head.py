@@ -9,7 +9,7 @@ two numbers per example.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -92,6 +92,11 @@ class RidgeHead:
         labels = labels.to(features.device)
         left_out = self.loss.left_out(fitted_values(features, self.weights), slack.to(features), labels)
         return self.loss.projected(left_out, labels, shifts.to(features)[:, None])
+
+    def without_rows(self) -> RidgeHead:
+        """A copy that predicts, and knows nothing of the training examples."""
+        few = ("slack", "shifts", "delicate", "norms")
+        return replace(self, **{name: getattr(self, name)[:0].clone() for name in few})
 
     def left_out(self, features: Tensor, labels: Tensor, rows: slice) -> Tensor:
         """`e` minus the leave-one-out prediction without projection, `(n_rows, n_classes)` float64."""

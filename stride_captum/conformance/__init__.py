@@ -9,9 +9,9 @@ It runs on planted data, without downloads and without pytest. `python -m stride
 the matrix of the methods that ship.
 """
 
-from .registry import CHECKS, Check
+from .registry import CHECKS, Check, laws_of
 from .runner import ConformanceReport, Subject, check, matrix, run_check
-from .shipped import main, missing_extra, shipped, shipped_for
+from .shipped import main, missing_extra, shipped, shipped_at_positions, shipped_for
 
 __all__ = [
     "CHECKS",
@@ -19,10 +19,12 @@ __all__ = [
     "Check",
     "Subject",
     "check",
+    "laws_of",
     "run_check",
     "main",
     "matrix",
     "missing_extra",
     "shipped",
+    "shipped_at_positions",
     "shipped_for",
 ]

@@ -1,8 +1,9 @@
 """Registry of the laws, and helpers that they share.
 
 A law is a function of `build(model, train_dataset, **options) -> method`, the constructor or a factory of
-the method under test; options are `batch_size` and `checkpoints`. It returns nothing, or raises: a
-`Violation` that says what was found, or whatever the method raised where it should not have.
+the method under test; options are `batch_size`, `checkpoints` and, for positions, `batch`. It returns
+nothing, or raises: a `Violation` that says what was found, or whatever the method raised where it should not
+have.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ ROUNDING = 1e-5
 #: All laws by name, in the order in which they are stated.
 CHECKS: dict[str, Check] = {}
 
+#: Those of examples with several positions, which are added where problems are posed with "positions".
+POSITION_CHECKS: dict[str, Check] = {}
+
 
 class Violation(AssertionError):
     """A law that does not hold, and what was found instead."""
@@ -34,6 +38,21 @@ def law(function: Check) -> Check:
     """Enter a law into `CHECKS` under its name, which states it."""
     CHECKS[function.__name__] = function
     return function
+
+
+def position_law(function: Check) -> Check:
+    """Enter a law into `POSITION_CHECKS`."""
+    POSITION_CHECKS[function.__name__] = function
+    return function
+
+
+def laws_of(loss: str) -> dict[str, Check]:
+    """The laws for problems that are posed with a loss, or with "positions".
+
+    >>> len(laws_of("positions")) - len(laws_of("mse"))
+    6
+    """
+    return CHECKS | POSITION_CHECKS if loss == "positions" else dict(CHECKS)
 
 
 def require(holds: Any, why: str) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from ..errors import bad_choice, bad_value
-from . import invariance_checks, score_checks, usage_checks  # noqa: F401  (they fill CHECKS)
-from .registry import CHECKS, Build, Check, Violation
+from . import invariance_checks, position_checks, score_checks, usage_checks  # noqa: F401  (they hold laws)
+from .registry import Build, Check, Violation, laws_of
 from .toy_problems import posed_with
 
 _PASS, _FAIL, _EXCEPTION, _NEEDLESS = "pass", "fail: ", "exception: ", "needless exception: "
@@ -62,7 +62,8 @@ class Subject:
         name: What the matrix calls it.
         build: `build(model, train_dataset, **options)`.
         exceptions: Laws that it does not keep, and why.
-        loss: Name of the loss that the laws pose their problems with; `build` must have it too.
+        loss: Name of the loss that the laws pose their problems with, which `build` must have too; or
+            "positions", for cross-entropy at several positions of each example.
 
     >>> from stride_captum.adapters import Random
     >>> Subject("Random", Random, {"self_influence_is_not_negative": "scores are random"}).name
@@ -79,13 +80,13 @@ def run_check(law: Check, build: Build, reason: str | None = None, loss: str = "
     """The outcome of one law (see `ConformanceReport.outcomes`).
 
     Args:
-        law: One of `CHECKS`.
+        law: One of `laws_of(loss)`.
         build: `build(model, train_dataset, **options)`.
         reason: Why the law need not hold; None where it must.
-        loss: Name of the loss that it poses its problems with.
+        loss: Name of the loss that it poses its problems with, or "positions".
 
     >>> from stride_captum.adapters import Similarity
-    >>> run_check(CHECKS["the_top_k_are_the_best_of_all"], Similarity)
+    >>> run_check(laws_of("cross_entropy")["the_top_k_are_the_best_of_all"], Similarity)
     'pass'
     """
     try:
@@ -110,12 +111,13 @@ def check(
 
     Args:
         build: The class of the method, or a factory `build(model, train_dataset, **options)`; the options
-            are `batch_size` and `checkpoints`.
+            are `batch_size`, `checkpoints` and, for positions, `batch`.
         exceptions: Laws that the method does not keep, with the reason. They are run all the same: one
             that holds is reported.
         name: What the report calls the method; None takes the name of `build`.
         loss: "cross_entropy", "binary_cross_entropy" or "mse": what the problems are posed with. `build` must
-            have it too, as in `partial(MyMethod, loss="mse")`.
+            have it too, as in `partial(MyMethod, loss="mse")`. Or "positions", for cross-entropy at several
+            positions (tokens, pixels) of each example, with laws of their own beside the others.
 
     Raises:
         ValueError: An exception to a law that does not exist, or without a reason.
@@ -124,15 +126,15 @@ def check(
     >>> check(Similarity).passed
     True
     """
-    exceptions = {} if exceptions is None else exceptions
+    exceptions, laws = {} if exceptions is None else exceptions, laws_of(loss)
     for law, reason in exceptions.items():
-        if law not in CHECKS:
-            raise bad_choice("exceptions", law, list(CHECKS))
+        if law not in laws:
+            raise bad_choice("exceptions", law, list(laws))
         if not reason:
             raise bad_value("exceptions", "give a reason for each law", f"{reason!r} for {law!r}")
     if name is None:
         name = getattr(build.func if isinstance(build, partial) else build, "__name__", repr(build))
-    outcomes = {law: run_check(CHECKS[law], build, exceptions.get(law), loss) for law in CHECKS}
+    outcomes = {law: run_check(function, build, exceptions.get(law), loss) for law, function in laws.items()}
     return ConformanceReport(name, outcomes)
 
 

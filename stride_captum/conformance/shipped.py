@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
 from .registry import Build
@@ -92,6 +93,45 @@ def shipped_for(loss: str) -> list[Subject]:
         for subject in shipped()
         if subject.name not in left_out
     ]
+
+
+def shipped_at_positions() -> list[Subject]:
+    """The methods of this package that take examples with several positions, with their exceptions.
+
+    >>> [subject.name for subject in shipped_at_positions()][:2]
+    ['STRIDE by rows, positions', 'STRIDE by matrices, positions']
+    """
+    from ..closed_form.options import ClosedForm
+    from ..stride import STRIDE
+
+    split = "the_positions_of_one_example_over_two_add_up"
+    padded = "padded_positions_change_no_score"
+    two = "two_inputs_score_as_one_that_holds_both"
+    no_sums = {
+        split: "scores are no sums over positions",
+        "a_response_is_the_sum_over_positions": "scores are no sums over positions",
+        "an_example_without_labels_scores_0": "labels do not enter the scores",
+    }
+    whole = {split: "gradients of whole examples are squared"}
+    by_bits = {two: "inputs are told apart by their bits in order"}
+    own = {
+        "TracIn": {},
+        "DiagonalEKFAC": {**whole, padded: "labels of the Fisher are drawn by place"},
+        "EKFAC": {**whole, **by_bits, padded: "labels of the Fisher are drawn by the bits of the inputs"},
+        "TRAK": whole,
+        "Similarity": {**no_sums, padded: "features are means over all positions"},
+        "Random": {**no_sums, **by_bits, padded: "scores are random in the bits of the inputs"},
+    }
+    closed = {
+        two: "tokens are no features where they are the input, and are where they are a part of it",
+        split: "the positions of an example are left out together",
+    }
+    forms = [
+        Subject("STRIDE by rows", partial(STRIDE, operators=ClosedForm(form="rows")), closed),
+        Subject("STRIDE by matrices", partial(STRIDE, operators=ClosedForm(form="matrix")), closed),
+    ]
+    others = [replace(s, exceptions={**s.exceptions, **own[s.name]}) for s in shipped() if s.name in own]
+    return [replace(s, name=f"{s.name}, positions", loss="positions") for s in (*forms, *others)]
 
 
 def missing_extra(build: Build) -> str | None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,13 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from ..errors import bad_choice
+from .toy_networks import AT_POSITIONS, MLP, N_CLASSES, BatchNormCNN, HuggingFaceLike, TwoInputs
 
-N_TRAIN, N_TEST, N_CLASSES = 48, 7, 3
+N_TRAIN, N_TEST = 48, 7
+#: Positions of an example with several, and the label of those that are padding.
+N_POSITIONS, IGNORED = 4, -100
 
-
-#: The loss that the problems are posed with.
+#: What the problems are posed with.
 _POSED: ContextVar[str] = ContextVar("loss of the toy problems", default="cross_entropy")
 
 
@@ -36,7 +37,8 @@ def posed_with(loss: str) -> Iterator[None]:
     Args:
         loss: "cross_entropy": the class. "binary_cross_entropy": three labels, of which that of the class is
             on, and the next one where the first input is positive. "mse": three numbers, 2 for the class and
-            -1 for the others, plus a third of the first input.
+            -1 for the others, plus a third of the first input. "positions": cross-entropy at several
+            positions of each example, tokens or pixels, of which the last ones may be padding.
 
     >>> with posed_with("mse"):
     ...     print(planted_classes(4).tensors[1].shape)
@@ -65,6 +67,7 @@ _LABELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": lambda inputs, classes: classes,
     "binary_cross_entropy": _several_labels,
     "mse": _numbers,
+    "positions": lambda inputs, classes: classes,
 }
 
 
@@ -73,95 +76,58 @@ def planted_classes(
 ) -> TensorDataset:
     """Inputs `(n, *shape)` around one random centre per class, and their labels: `(n,)` classes, or those of
     the loss that the problem is posed with.
+
+    With positions: tokens `(n, 4, width)` and labels `(n, 4)`, or images and labels `(n, height, width)`.
     """
-    inputs, classes = _planted(n, shape, seed, noise)
+    planted = _planted_positions if _POSED.get() == "positions" else _planted
+    inputs, classes = planted(n, shape, seed, noise)
     return TensorDataset(inputs, _LABELS[_POSED.get()](inputs, classes))
 
 
 def classes_of(n: int, shape: tuple[int, ...] = (6,), seed: int = 0, noise: float = 0.7) -> Tensor:
-    """The class around whose centre each example of `planted_classes` lies, `(n,)`."""
+    """The class around whose centre each example of `planted_classes` lies, or most of it, `(n,)`."""
     return _planted(n, shape, seed, noise)[1]
 
 
+def _centres(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(N_CLASSES, *shape, generator=torch.Generator().manual_seed(1234))
+
+
 def _planted(n: int, shape: tuple[int, ...], seed: int, noise: float) -> tuple[Tensor, Tensor]:
-    centres = torch.randn(N_CLASSES, *shape, generator=torch.Generator().manual_seed(1234))
+    centres = _centres(shape)
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(N_CLASSES, (n,), generator=generator)
     inputs = centres[labels] + noise * torch.randn(n, *shape, generator=generator)
     return inputs, labels
 
 
+def _planted_positions(n: int, shape: tuple[int, ...], seed: int, noise: float) -> tuple[Tensor, Tensor]:
+    """Three positions in four are of the class of the example, the fourth of the next one; then padding."""
+    tokens, grid = len(shape) == 1, shape[1:] or (N_POSITIONS,)
+    places = torch.arange(torch.Size(grid).numel())
+    labels = (classes_of(n, shape, seed)[:, None] + (places % N_POSITIONS == 3)) % N_CLASSES
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(len(places) // 2, len(places) + 1, (n, 1), generator=generator)
+    centres = _centres(shape)
+    inputs = centres[labels] if tokens else centres.flatten(2).transpose(1, 2)[labels, places]
+    inputs = inputs + noise * torch.randn(inputs.shape, generator=generator)
+    inputs[places >= lengths], labels[places >= lengths] = 0.0, IGNORED
+    if not tokens:
+        inputs = inputs.transpose(1, 2).contiguous().reshape(n, *shape)
+    return inputs, labels.reshape(n, *grid)
+
+
+def _of_positions(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of outputs `(n, P, 3)` or `(n, 3, height, width)`."""
+    return F.cross_entropy(outputs if outputs.ndim == 4 else outputs.transpose(1, 2), labels)
+
+
 _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": F.cross_entropy,
     "binary_cross_entropy": F.binary_cross_entropy_with_logits,
     "mse": F.mse_loss,
+    "positions": _of_positions,
 }
-
-
-class MLP(nn.Module):
-    """6-8-5-3 with ReLU modules; `shape` is that of its inputs, as for all networks here."""
-
-    shape: tuple[int, ...] = (6,)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.relu1 = nn.Linear(6, 8), nn.ReLU()
-        self.fc2, self.relu2 = nn.Linear(8, 5), nn.ReLU()
-        self.fc3 = nn.Linear(5, N_CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits `(n, 3)`."""
-        logits: Tensor = self.fc3(self.relu2(self.fc2(self.relu1(self.fc1(x)))))
-        return logits
-
-
-class BatchNormCNN(nn.Module):
-    """Convolution, BatchNorm, in-place ReLU and Dropout: wrong in train mode in every way."""
-
-    shape: tuple[int, ...] = (2, 6, 6)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1, self.relu1 = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(True)
-        self.conv2, self.relu2 = nn.Conv2d(4, 3, 3), nn.ReLU(True)
-        self.dropout, self.fc = nn.Dropout(0.5), nn.Linear(3 * 4 * 4, N_CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits `(n, 3)`."""
-        x = self.relu1(self.bn1(self.conv1(x)))
-        logits: Tensor = self.fc(self.dropout(self.relu2(self.conv2(x)).flatten(1)))
-        return logits
-
-
-class TwoInputs(nn.Module):
-    """A network that reads two tensors; with a list they go in by position, with a dict by name."""
-
-    shape: tuple[int, ...] = (6,)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right, self.head = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(8, N_CLASSES)
-
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Logits `(n, 3)`."""
-        logits: Tensor = self.head(torch.cat([self.left(first), self.right(second)], 1).relu())
-        return logits
-
-
-class HuggingFaceLike(nn.Module):
-    """Token ids and a mask by name, an output object with `.logits`."""
-
-    shape: tuple[int, ...] = (5,)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.encoder = nn.Embedding(11, 6), nn.Linear(6, 6)
-        self.classifier = nn.Linear(6, N_CLASSES)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
-        """An object with logits `(n, 3)`."""
-        hidden = self.encoder(self.embedding(input_ids)).tanh() * attention_mask[..., None]
-        return SimpleNamespace(logits=self.classifier(hidden.mean(1)), hidden_states=hidden)
 
 
 class ListOfDicts(Dataset[dict[str, Tensor]]):
@@ -210,6 +176,8 @@ class Fails(Items):
 
 def built(build: Callable[[], nn.Module], seed: int = 0) -> Any:
     """A network with the initial values of a seed; the global random state stays as it is."""
+    if _POSED.get() == "positions":
+        build = AT_POSITIONS.get(build, build)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
@@ -282,3 +250,26 @@ def trace(model: nn.Module) -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "threads": torch.get_num_threads(),
     }
+
+
+__all__ = [
+    "IGNORED",
+    "MLP",
+    "N_CLASSES",
+    "N_POSITIONS",
+    "N_TEST",
+    "N_TRAIN",
+    "BatchNormCNN",
+    "Fails",
+    "HuggingFaceLike",
+    "Items",
+    "ListOfDicts",
+    "TwoInputs",
+    "built",
+    "classes_of",
+    "planted_classes",
+    "posed_with",
+    "trace",
+    "trained",
+    "unusual",
+]

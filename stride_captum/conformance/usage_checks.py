@@ -73,8 +73,8 @@ class _Halves(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of `x[:, :6]` and `x[:, 6:]`."""
-        logits: Tensor = self.network(x[:, :6], x[:, 6:])
+        """Logits of `x[..., :6]` and `x[..., 6:]`."""
+        logits: Tensor = self.network(x[..., :6], x[..., 6:])
         return logits
 
 
@@ -83,12 +83,12 @@ def two_inputs_score_as_one_that_holds_both(build: Build) -> None:
     """`model(*batch[:-1])`, or by name for a dict."""
     (x, y), (u, v) = planted_classes(20, seed=1).tensors, planted_classes(N_TEST, seed=2).tensors
     model = built(TwoInputs)
-    whole = build(_Halves(model), TensorDataset(torch.cat([x, x.flip(1)], 1), y))
-    wanted = whole.influence((torch.cat([u, u.flip(1)], 1), v))
-    parts = build(model, TensorDataset(x, x.flip(1), y))
-    close(parts.influence((u, u.flip(1), v)), wanted, "a tuple")
-    items = [{"first": a, "second": a.flip(0), "labels": b} for a, b in zip(x, y, strict=True)]
-    named = build(model, Items(items)).influence({"first": u, "second": u.flip(1), "labels": v})
+    whole = build(_Halves(model), TensorDataset(torch.cat([x, x.flip(-1)], -1), y))
+    wanted = whole.influence((torch.cat([u, u.flip(-1)], -1), v))
+    parts = build(model, TensorDataset(x, x.flip(-1), y))
+    close(parts.influence((u, u.flip(-1), v)), wanted, "a tuple")
+    items = [{"first": a, "second": a.flip(-1), "labels": b} for a, b in zip(x, y, strict=True)]
+    named = build(model, Items(items)).influence({"first": u, "second": u.flip(-1), "labels": v})
     close(named, wanted, "a dict")
 
 
@@ -151,7 +151,7 @@ def nan_in_a_training_example_is_never_hidden(build: Build) -> None:
     x, y = train.tensors
     for value in (float("nan"), float("inf"), float("-inf")):
         spoilt = x.clone()
-        spoilt[7, 2] = value
+        spoilt[7].view(-1)[2] = value
         with suppress(ValueError):
             scores = build(model, TensorDataset(spoilt, y)).influence(test.tensors)
             _shows_nan(scores[:, 7], f"the column of {value}")

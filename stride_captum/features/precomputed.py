@@ -92,9 +92,12 @@ def check_positions_finite(read: Precomputed) -> None:
     """
     assert read.positions is not None
     for name, values in (("activations", read.features), ("outputs", read.logits)):
-        if bool(values.sum().isfinite()):  # a single pass; a finite sum has finite terms
-            continue
-        finite = torch.isfinite(values).all(1)
-        if not bool(finite.all()):
-            example = int(read.positions.examples[int((~finite).nonzero()[0])])
-            raise bad_value("train_dataset", f"give finite {name}", f"NaN or infinity for example {example}")
+        for rows in blocks(len(values), MOST_ROWS):
+            if bool(values[rows].sum().isfinite()):  # a single pass; a finite sum has finite terms
+                continue
+            finite = torch.isfinite(values[rows]).all(1)
+            if not bool(finite.all()):
+                row = rows.start + int((~finite).nonzero()[0])
+                example = int(read.positions.examples[row])
+                got = f"NaN or infinity for example {example}"
+                raise bad_value("train_dataset", f"give finite {name}", got)

@@ -118,8 +118,8 @@ def read_training_set(
     if known and len(known) < len(positions):
         must = "return outputs with positions for every batch, or for none"
         raise bad_value("model", must, "both")
-    if known and not features.n_rows:
-        raise bad_value("train_dataset", "have at least one label that is not ignored", "none")
+    if known:
+        check_some_rows(features.n_rows)
     whole = features.whole()
     return Precomputed(
         whole,
@@ -172,3 +172,28 @@ def all_weights(parts: Sequence[Tensor | None]) -> Tensor | None:
     """Weights of all batches behind one another; None where there are none."""
     known = [part for part in parts if part is not None]
     return torch.cat(known) if known else None
+
+
+def check_some_rows(n_rows: int) -> None:
+    """Refuse examples without a position that has a label.
+
+    Raises:
+        ValueError: There is no row.
+    """
+    if not n_rows:
+        raise bad_value("train_dataset", "have at least one label that is not ignored", "none")
+
+
+def weights_of_rows(parts: Sequence[Tensor | None], positions: Positions | None) -> list[Tensor | None]:
+    """Weights of the rows of all batches, given those of their examples, `(n,)` or `(n, P)` each."""
+    if positions is None or any(part is None for part in parts):
+        return list(parts)
+    found, start = [], 0
+    for part in parts:
+        assert part is not None
+        few = positions.of(slice(start, start + len(part)))
+        assert few.places is not None
+        own = few.spread(part)
+        found.append(own if part.ndim == 1 else own[torch.arange(len(own)), few.places.to(own.device).long()])
+        start += len(part)
+    return found

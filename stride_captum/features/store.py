@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..data.digests import STREAM, data_fingerprint
 from ..errors import bad_choice, bad_type, bad_value
 from ..layers.activations import Tap
+from ..positions import Positions
 from ..system.memory import parse_bytes, rows_that_fit
 from .store_files import Manifest, Part, StoreFiles
 from .store_writer import Run, StoreWriter
@@ -35,12 +36,15 @@ class StoredFeatures:
         logits: `(n_train, n_classes)` float32.
         labels: As the loss has them: `(n_train,)` int64, or `(n_train, n_classes)` float64.
         taps: Places that were read.
+        positions: Where all of these have one row for each position: which rows are those of an example, in
+            memory.
     """
 
     features: Tensor
     logits: Tensor
     labels: Tensor
     taps: list[Tap]
+    positions: Positions | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class FeatureStore:
     Measured on the 400 test points of digits (MLP 64-128-64-10): the rank correlation of each point's scores
     with those of float32 is at least .99997 with bfloat16 and .999999 with float16, and the top 100 share at
     least 99 examples. Activations beyond 65,504 do not fit float16 and are refused. The features of a float64
-    model are rounded to float32.
+    model are rounded to float32. Of examples with several positions every position that has a label is a row.
 
     Args:
         path: The folder; created if needed.
@@ -136,8 +140,8 @@ class FeatureStore:
             key: From `key`.
             taps: Places that are read.
             batches: The whole training set in order, on the CPU.
-            run: `f(batch) -> (features, logits, labels)`, called only for batches with examples that are not
-                stored.
+            run: `f(batch) -> (features, logits, labels, kept)`, called only for batches with examples that
+                are not stored.
 
         Raises:
             ValueError: The store has another key, was built from other examples, or is damaged; or
@@ -179,14 +183,17 @@ class FeatureStore:
         return StoreFiles(Path(self.path))
 
     def _new_manifest(
-        self, key: dict[str, Any], taps: Sequence[Tap], logits: Tensor, labels: Tensor
+        self, key: dict[str, Any], taps: Sequence[Tap], logits: Tensor, labels: Tensor, kept: Tensor | None
     ) -> Manifest:
         parts = {
             "features": Part(self.dtype, sum(tap.width for tap in taps)),
             "logits": Part("float32", logits.shape[1]),
             "labels": Part("int64", 1) if labels.ndim == 1 else Part("float64", labels.shape[1]),
         }
-        row_bytes = sum(part.row_bytes for part in parts.values())
+        if kept is not None:
+            parts |= {"places": Part("int32", 1), "counts": Part("int32", 1, per_example=True)}
+        n_positions = 1 if kept is None else kept.shape[1]
+        row_bytes = sum(part.row_bytes * (1 if part.per_example else n_positions) for part in parts.values())
         rows = rows_that_fit(parse_bytes(self.chunk), row_bytes, None)
         return Manifest(key, [asdict(tap) for tap in taps], parts, rows)
 
@@ -194,7 +201,11 @@ class FeatureStore:
         features, logits, labels = (self._files.mapped(manifest, n) for n in ("features", "logits", "labels"))
         if manifest.parts["labels"].dtype == "int64":
             labels = labels[:, 0]
-        return StoredFeatures(features, logits, labels, [Tap(**tap) for tap in manifest.taps])
+        positions = None
+        if "counts" in manifest.parts:
+            counts, places = (self._files.mapped(manifest, n)[:, 0] for n in ("counts", "places"))
+            positions = Positions(counts.long(), places.clone())
+        return StoredFeatures(features, logits, labels, [Tap(**tap) for tap in manifest.taps], positions)
 
 
 def _check_key(there: dict[str, Any], here: dict[str, Any], path: str | Path) -> None:

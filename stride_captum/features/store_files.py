@@ -2,8 +2,11 @@
 
 A store is a folder with `features.bin`, `logits.bin` and `labels.bin`, each a row-major array, and
 `manifest.json`, which holds for each chunk of rows a checksum (CRC-32) of its part of every file and a digest
-(SHA-256) of the examples. A chunk is valid once a manifest that lists it has replaced the previous one; rows
-that a killed process has written after it are truncated.
+(SHA-256) of the examples. Where examples have positions, these arrays have a row for each, `counts.bin` says
+how many rows an example has, and `places.bin` which of its positions each row is.
+
+A chunk is valid once a manifest that lists it has replaced the previous one; rows that a killed process has
+written after it are truncated.
 
 The folder may be a symbolic link. The files in it may not, since links could point to any file.
 """
@@ -45,10 +48,12 @@ class Part:
     Attributes:
         dtype: Name of its torch dtype.
         width: Values per row.
+        per_example: Whether it has a row for each example where the others have one for each position.
     """
 
     dtype: str
     width: int
+    per_example: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -64,17 +69,23 @@ class Part:
 
 @dataclass
 class Chunk:
-    """Rows that were written together.
+    """Examples that were written together.
 
     Attributes:
         rows: How many.
-        examples: SHA-256 of the examples that they come from.
+        examples: SHA-256 of the examples.
         checksums: CRC-32 of the bytes in each file.
+        positions: Rows of their positions; None where each has one row.
     """
 
     rows: int
     examples: str
     checksums: dict[str, int]
+    positions: int | None = None
+
+    def rows_of(self, part: Part) -> int:
+        """Its rows in a file."""
+        return self.rows if self.positions is None or part.per_example else self.positions
 
 
 @dataclass
@@ -85,7 +96,7 @@ class Manifest:
         key: Key of the content, by name; values are text or numbers.
         taps: Places that are read, as plain values.
         parts: The files by name.
-        chunk_rows: Rows of every chunk but the last.
+        chunk_rows: Examples of every chunk but the last.
         chunks: The complete ones.
         complete: Whether the whole training set is stored.
     """
@@ -99,8 +110,12 @@ class Manifest:
 
     @property
     def rows(self) -> int:
-        """Rows in complete chunks."""
+        """Examples in complete chunks."""
         return sum(chunk.rows for chunk in self.chunks)
+
+    def rows_of(self, part: Part) -> int:
+        """Rows of a file in complete chunks."""
+        return sum(chunk.rows_of(part) for chunk in self.chunks)
 
 
 class StoreFiles:
@@ -175,16 +190,18 @@ class StoreFiles:
         """
         checksums = {}
         for name, part in manifest.parts.items():
-            content = bits(values[name]).numpy().data
+            content, start = bits(values[name]).numpy().data, manifest.rows_of(part) * part.row_bytes
             path = self.path(f"{name}.bin")
             with open(path, "r+b" if path.exists() else "w+b") as file:
-                file.truncate(manifest.rows * part.row_bytes)
-                file.seek(manifest.rows * part.row_bytes)
+                file.truncate(start)
+                file.seek(start)
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             checksums[name] = zlib.crc32(content)
-        manifest.chunks.append(Chunk(len(values["labels"]), examples, checksums))
+        rows, counts = len(values["labels"]), values.get("counts")
+        one_row = Chunk(rows, examples, checksums)
+        manifest.chunks.append(one_row if counts is None else Chunk(len(counts), examples, checksums, rows))
         self.write_manifest(manifest)
 
     def verify(self, manifest: Manifest) -> None:
@@ -198,16 +215,19 @@ class StoreFiles:
             path, start = self._whole(manifest, name), 0
             with open(path, "rb") as file:
                 for chunk in manifest.chunks:
-                    content = file.read(chunk.rows * part.row_bytes)
+                    rows_there = chunk.rows_of(part)
+                    content = file.read(rows_there * part.row_bytes)
                     if zlib.crc32(content) != chunk.checksums[name]:
-                        rows = f"{start} to {start + chunk.rows - 1}"
+                        rows = f"{start} to {start + rows_there - 1}"
                         raise _damaged(f"other bytes in {path} for rows {rows}")
-                    start += chunk.rows
+                    start += rows_there
 
     def mapped(self, manifest: Manifest, name: str) -> Tensor:
         """Read-only memory map of a file, `(rows, width)`."""
         part = manifest.parts[name]
-        shape = (manifest.rows, part.width)
+        shape = (manifest.rows_of(part), part.width)
+        if not shape[0]:
+            return torch.empty(shape, dtype=part.torch_dtype, device="cpu")
         integers = _MAPPED[part.torch_dtype.itemsize]
         array = np.memmap(self._whole(manifest, name), mode="r", dtype=integers, shape=shape)
         return as_tensor(array).view(part.torch_dtype)
@@ -216,7 +236,7 @@ class StoreFiles:
         """Path of a file, after checking that it has all rows of the manifest."""
         path = self.path(f"{name}.bin")
         size = path.stat().st_size if path.is_file() else None
-        needed = manifest.rows * manifest.parts[name].row_bytes
+        needed = manifest.rows_of(manifest.parts[name]) * manifest.parts[name].row_bytes
         if size is None or size < needed:
             got = f"no file {path}" if size is None else f"{size:,} of {needed:,} bytes in {path}"
             raise _damaged(got)
@@ -234,6 +254,9 @@ def _manifest(content: dict[str, Any]) -> Manifest:
     manifest = Manifest(**content)
     counts = [manifest.chunk_rows, *(c.rows for c in manifest.chunks)]
     counts += [p.width for p in manifest.parts.values()]
+    of_positions = "counts" in manifest.parts
+    if any(isinstance(chunk.positions, int) != of_positions for chunk in manifest.chunks):
+        raise ValueError("positions")
     sums = [chunk.checksums[name] for chunk in manifest.chunks for name in manifest.parts]
     if not all(isinstance(n, int) for n in sums + counts) or min(counts) < 1:
         raise ValueError("counts")

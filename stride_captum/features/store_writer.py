@@ -10,10 +10,12 @@ from torch import Tensor
 from ..data.batch import ExampleBatch
 from ..data.digests import ExampleDigest
 from ..errors import bad_value
+from ..positions import Positions
 from .store_files import Manifest, StoreFiles
 
-#: Of one batch: the rows of each tap, the logits `(n, n_classes)` and the labels.
-Computed = tuple[Sequence[Tensor], Tensor, Tensor]
+#: Of one batch: the rows of each tap, the logits `(n_rows, n_classes)`, the labels, and which positions have
+#: a row, `(n, P)` bool; None where an example has one row.
+Computed = tuple[Sequence[Tensor], Tensor, Tensor, Tensor | None]
 Run = Callable[[ExampleBatch], Computed]
 
 
@@ -23,18 +25,22 @@ class StoreWriter:
     Args:
         files: Files of the store.
         manifest: Of the stored chunks; None if there are none.
-        new: `f(logits, labels)`, an empty manifest given those of a batch.
+        new: `f(logits, labels, kept)`, an empty manifest given those of a batch.
     """
 
     def __init__(
-        self, files: StoreFiles, manifest: Manifest | None, new: Callable[[Tensor, Tensor], Manifest]
+        self,
+        files: StoreFiles,
+        manifest: Manifest | None,
+        new: Callable[[Tensor, Tensor, Tensor | None], Manifest],
     ) -> None:
         self.files, self.manifest, self.new = files, manifest, new
         self.digest = ExampleDigest()
         self.stored = 0 if manifest is None else manifest.rows
-        self.place = 0  # rows of completed chunks
-        self.filled = 0  # rows of the current chunk
+        self.place = 0  # examples of completed chunks
+        self.filled = 0  # examples of the current chunk
         self.buffers: dict[str, Tensor] = {}
+        self.used: dict[str, int] = {}  # rows of each buffer
 
     def through(self, batches: Iterable[ExampleBatch], run: Run) -> Manifest:
         """Run the pass; returns the complete manifest."""
@@ -63,12 +69,16 @@ class StoreWriter:
     def _prepare(self, computed: Computed) -> None:
         """Allocate what depends on the number of classes, known from the first batch."""
         if self.manifest is None:
-            self.manifest = self.new(computed[1], computed[2])
+            self.manifest = self.new(*computed[1:])
+        if (computed[3] is not None) != ("counts" in self.manifest.parts):
+            must = "return outputs with positions for every batch, or for none"
+            raise bad_value("model", must, "both")
         if not self.buffers:
             for name, part in self.manifest.parts.items():
                 self.buffers[name] = torch.empty(
                     self.manifest.chunk_rows, part.width, dtype=part.torch_dtype, device="cpu"
                 )
+                self.used[name] = 0
 
     def _take(self, batch: ExampleBatch, computed: Computed | None, n: int) -> None:
         """Add the examples of one batch, split at chunk boundaries."""
@@ -88,15 +98,30 @@ class StoreWriter:
         assert self.manifest is not None
         return self.manifest.chunk_rows
 
-    def _copy(self, computed: Computed, rows: slice) -> None:
-        taps, logits, labels = computed
-        to = slice(self.filled, self.filled + rows.stop - rows.start)
+    def _copy(self, computed: Computed, examples: slice) -> None:
+        taps, logits, labels, kept = computed
+        rows = examples
+        if kept is not None:
+            positions = Positions.of_mask(kept)
+            rows, few = positions.rows_of(examples), positions.of(examples)
+            assert few.places is not None
+            self._put("counts", [few.counts[:, None]])
+            self._put("places", [few.places[:, None]])
+        self._put("features", [part[rows] for part in taps])
+        self._put("logits", [logits[rows]])
+        self._put("labels", [labels[rows] if labels.ndim == 2 else labels[rows, None]])
+
+    def _put(self, name: str, parts: Sequence[Tensor]) -> None:
+        """Append rows, given as parts side by side, to a buffer, which grows where they do not fit."""
+        buffer, first = self.buffers[name], self.used[name]
+        last = self.used[name] = first + len(parts[0])
+        if last > len(buffer):
+            more = buffer.new_empty(max(last, 2 * len(buffer)) - first, buffer.shape[1])
+            buffer = self.buffers[name] = torch.cat([buffer[:first], more])
         start = 0
-        for part in taps:
-            self.buffers["features"][to, start : start + part.shape[1]] = part[rows]
+        for part in parts:
+            buffer[first:last, start : start + part.shape[1]] = part
             start += part.shape[1]
-        self.buffers["logits"][to] = logits[rows]
-        self.buffers["labels"][to] = labels[rows].reshape(len(labels[rows]), -1)
 
     def _close_chunk(self) -> None:
         assert self.manifest is not None
@@ -106,7 +131,8 @@ class StoreWriter:
             if chunk.examples != examples or chunk.rows != self.filled:
                 self._refuse(f"others among examples {self.place} to {self.place + self.filled - 1}")
         else:
-            values = {name: buffer[: self.filled] for name, buffer in self.buffers.items()}
+            values = {name: buffer[: self.used[name]] for name, buffer in self.buffers.items()}
+            self.used = dict.fromkeys(self.used, 0)
             _check_range(values["features"])
             self.files.append(self.manifest, values, examples)
         self.place, self.filled = self.place + self.filled, 0
