@@ -19,7 +19,6 @@ import multiprocessing
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,12 @@ from typing import Any
 import torch
 
 from ...errors import bad_choice, bad_value
-from ...system.atomic import atomic_write
 from ...system.devices import existing_device
 from ..system.environment import describe
+from ..system.text_files import write_text
 from .gpu_jobs import Clock, Job
 from .gpu_parts import FULL, JOBS, TOY
-from .scalability.measure import is_out_of_memory
+from .scalability.measure import what_failed
 
 #: Share of the time of each part.
 SHARES = {
@@ -111,7 +110,7 @@ def measure(part: str, device: str, seconds: float, path: Path) -> None:
         for row in within(clock, JOBS[part](torch.device(device), clock, **sizes)):
             file.add(part, row)
     except Exception as error:
-        status, detail = _what_failed(error)
+        status, detail = what_failed(error)
     file.end(part, status, time.monotonic() - started, detail)
 
 
@@ -127,7 +126,7 @@ def within(clock: Clock, jobs: Iterator[Job]) -> Iterator[dict[str, Any]]:
         try:
             figures = job.run()
         except Exception as error:
-            figures = {"skipped": ": ".join(_what_failed(error))}
+            figures = {"skipped": ": ".join(what_failed(error))}
         pace = max(pace, (time.monotonic() - started) / job.work)
         yield {**job.head, **figures}
 
@@ -179,8 +178,7 @@ class Results:
         self._write(found)
 
     def _write(self, found: dict[str, Any]) -> None:
-        text = json.dumps(found, indent=1, allow_nan=False)
-        atomic_write(self.path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+        write_text(self.path, json.dumps(found, indent=1, allow_nan=False))
 
 
 def _in_a_process(part: str, device: str, seconds: float, path: Path) -> None:
@@ -212,11 +210,6 @@ def _child(part: str, device: str, seconds: float, path: Path) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
     measure(part, device, seconds, path)
-
-
-def _what_failed(error: Exception) -> tuple[str, str]:
-    said = " ".join(traceback.format_exception_only(error)).split("\n")[0][:300]
-    return "out of memory" if is_out_of_memory(error) else "failed", said
 
 
 def _properties(device: torch.device) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...stride import STRIDE
+from ..system.process_status import status_bytes
 from .feature_files import mapped, random_points
 
 
@@ -50,11 +51,15 @@ class PeakAnonymous:
 
 
 def rss_anon() -> int:
-    """RssAnon of /proc/self/status in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no RssAnon")
+    """Anonymous memory of this process in bytes.
+
+    Raises:
+        RuntimeError: The system does not report it.
+    """
+    found = status_bytes("RssAnon")
+    if found is None:
+        raise RuntimeError("/proc/self/status has no RssAnon")
+    return found
 
 
 def fit_and_query(options: dict[str, Any]) -> dict[str, Any]:

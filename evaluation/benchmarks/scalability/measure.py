@@ -53,13 +53,19 @@ def measure(case: Case, keep: Callable[[CaseResult], None] = lambda result: None
                 warnings.filterwarnings("ignore", message=".*in no subset")  # as in B.2
                 outcome = next(outcomes)
         except Exception as error:
-            said = " ".join(traceback.format_exception_only(error)).split("\n")[0][:300]
-            outcome = Outcome("out of memory" if is_out_of_memory(error) else "failed", detail=said)
+            status, detail = what_failed(error)
+            outcome = Outcome(status, detail=detail)
         setattr(result, phase, outcome)
         keep(result)
         if not outcome.ok:
             break
     return result
+
+
+def what_failed(error: Exception) -> tuple[str, str]:
+    """Status of a failure, "out of memory" or "failed", and the first line of the error."""
+    said = " ".join(traceback.format_exception_only(error)).split("\n")[0][:300]
+    return "out of memory" if is_out_of_memory(error) else "failed", said
 
 
 def is_out_of_memory(error: BaseException) -> bool:

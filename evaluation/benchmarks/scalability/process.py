@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import signal
-from contextlib import suppress
 from copy import copy
 from pathlib import Path
 
 import torch
 
-from ....system.atomic import atomic_write
 from ....system.memory import parse_bytes
+from ...system.process_status import status_bytes
+from ...system.text_files import write_text
 from .case import PHASES, Case, CaseResult, Outcome
 from .measure import measure
 
@@ -69,7 +69,8 @@ def _child(case: Case, path: Path) -> None:
     if case.memory_limit is not None and torch.device(case.device).type != "cuda":
         import resource  # which Windows does not have
 
-        limit = _data_bytes() + parse_bytes(case.memory_limit)
+        started_with = status_bytes("VmData") or 0  # what RLIMIT_DATA counts: private writable memory
+        limit = started_with + parse_bytes(case.memory_limit)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     # Without a Python handler the alarm ends the process at once, even inside a library call.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -81,15 +82,6 @@ def _child(case: Case, path: Path) -> None:
 
     measure(case, keep)
     signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _data_bytes() -> int:
-    """Private writable memory of this process, which RLIMIT_DATA counts; 0 without /proc."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmData"):
-                return int(line.split()[1]) * 1024
-    return 0
 
 
 def _is_final(result: CaseResult) -> bool:
@@ -105,6 +97,4 @@ def _read(path: Path) -> CaseResult | None:
 
 
 def _write(path: Path, result: CaseResult) -> None:
-    text = json.dumps(result.to_dict(), indent=1, allow_nan=False)
-
-    atomic_write(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(result.to_dict(), indent=1, allow_nan=False))
