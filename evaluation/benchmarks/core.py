@@ -131,7 +131,7 @@ def bench_case(case: Case, repeats: int, device: torch.device = CPU) -> CoreRow:
     method = STRIDE(model, dataset, layers=layers, batch_size=BATCH_SIZE).fit()
     fit_bytes = max(_peak_bytes() - before, 0) if device.type == "cpu" else method.peak_bytes_ or 0
     fit = median(method.fit, repeats)
-    d = sum(tap.width for state in method._states or [] for tap in state.taps)
+    d = method.n_features_
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(case.n_train, d, generator=generator).to(device)
     queries = torch.randn(case.n_test, d, generator=generator).to(device)

@@ -89,7 +89,7 @@ def bench_case(case: Case, repeats: int) -> list[dict[str, Any]]:
     measure = partial(_measure, test=test, k=case.k, repeats=repeats)
     rows = [{"method": "STRIDE", **measure(ours.fit, ours.influence)}]
     layers = [str(tap) for state in ours._states or [] for tap in state.taps]
-    width = sum(tap.width for state in ours._states or [] for tap in state.taps)
+    width = ours.n_features_
     del ours
     alike = Similarity(model, train, layers=layers, batch_size=case.batch_size)
     bar = {"method": "Similarity, the same layers", **measure(alike.fit, alike.influence)}

@@ -13,11 +13,13 @@ from . import completion
 
 TaskName = Annotated[
     str,
-    typer.Option("--task", help="One of: " + ", ".join(TASKS) + ".", autocompletion=completion.tasks),
+    typer.Option("--task", help="One of: " + ", ".join(TASKS) + ".", autocompletion=completion.one_of(TASKS)),
 ]
 Preset = Annotated[
     str,
-    typer.Option(help="Size of the task: " + ", ".join(PRESETS) + ".", autocompletion=completion.presets),
+    typer.Option(
+        help="Size of the task: " + ", ".join(PRESETS) + ".", autocompletion=completion.one_of(PRESETS)
+    ),
 ]
 Models = Annotated[
     int | None,

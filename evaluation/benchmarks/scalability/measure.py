@@ -126,7 +126,7 @@ def _outcomes(case: Case, result: CaseResult) -> Iterator[Outcome]:
     method = build(case, model, TensorDataset(*train))
     yield _outcome(method, method.fit, device)
     if isinstance(method, STRIDE):
-        result.n_features = sum(tap.width for state in method._states or [] for tap in state.taps)
+        result.n_features = method.n_features_
     if case.method == "STRIDE":
         rng = torch.Generator(device).manual_seed(0)
         features = torch.randn(case.n_train, result.n_features, device=device, generator=rng)
