@@ -1,4 +1,4 @@
-"""One harness that measures every method the same way: fidelity, cost, controls and ceilings."""
+"""Evaluation of attribution methods: fidelity, cost, controls and ceilings, in the same way for all."""
 
 from .comparison.compare import compare
 from .comparison.explain import Explanation, explain

@@ -1,7 +1,7 @@
-"""Speed of STRIDE's default settings, as ratios to the floor of the hardware and to TracInCPFast.
+"""Speed of STRIDE's default settings, as ratios to the arithmetic it needs and to Captum's TracInCPFast.
 
-Every ratio compares two things that were timed in one process, a few seconds apart: absolute seconds
-of a shared machine mean little.
+Both sides of a ratio are timed in one process, a few seconds apart: absolute seconds on a shared machine mean
+little.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .peers import BATCH_SIZE, tracin_fast
 
 @dataclass(frozen=True)
 class Case:
-    """One model and training set size.
+    """One network and training set size.
 
     Attributes:
-        name: Name of a network.
+        name: Name of the network.
         n_train: N.
-        layers: Layers that are read; None selects them.
-        n_test: Test points of one call.
+        layers: Layers that are read; None takes those of STRIDE's default.
+        n_test: Test points in one call.
     """
 
     name: str
@@ -49,18 +49,18 @@ CASES = (
 
 @dataclass(frozen=True)
 class CoreRow:
-    """Figures of one case: seconds are medians over repeats.
+    """Results of one case; times are medians in seconds.
 
     Attributes:
-        model: The case.
+        model: Name of the network.
         n_train: N.
         n_features: d, total width of all layers that were read.
-        n_test: Test points of one call.
-        forward: Bare forward pass over the training set.
+        n_test: Test points in one call.
+        forward: Forward pass over the training set.
         product: One float32 N x d x d product.
         fit: `STRIDE.fit`.
         fit_ratio: `fit / (forward + 2 product)`; the goal is at most 1.5.
-        scoring: One float32 n_test x d x N product with its result written.
+        scoring: One float32 n_test x d x N product.
         dense: `influence` of n_test points.
         dense_ratio: `dense / scoring`; the goal is at most 1.5.
         top100: `influence` with k = 100.
@@ -70,8 +70,9 @@ class CoreRow:
         single_speedup: `tracin_single / single`; the goal is at least 50.
         tracin_many: n_test points in one call of TracInCPFast.
         many_speedup: `tracin_many / dense`; the goal is at least 3.
-        fit_bytes: Peak of memory that `fit` added.
-        formula_bytes: Features and residuals (4 N (d + 5C)) and float64 matrices (5 x 8 d^2).
+        fit_bytes: Peak memory that `fit` adds.
+        formula_bytes: Predicted memory: features and residuals (4 N (d + 5C)) and float64 matrices (5 x 8
+            d^2).
     """
 
     model: str
@@ -101,12 +102,17 @@ class CoreRow:
 
 
 def bench_core(cases: Sequence[Case] = CASES, repeats: int = 5) -> list[CoreRow]:
-    """Run all cases, each in a fresh process so that its peak memory is its own."""
+    """Run all cases, each in a new process, so that peak memory is that of the case alone.
+
+    Args:
+        cases: The cases.
+        repeats: Timed repetitions.
+    """
     return [in_a_fresh_process(bench_case, case, repeats) for case in cases]
 
 
 def bench_case(case: Case, repeats: int, device: torch.device = CPU) -> CoreRow:
-    """Measure one case in this process, with the network, the examples and the work on one device."""
+    """Measure one case in this process, with everything on one device."""
     model = network(case.name).to(device)
     dataset, test = examples(case.name, case.n_train, case.n_test)
     dataset = TensorDataset(*(tensor.to(device) for tensor in dataset.tensors))
@@ -125,7 +131,7 @@ def bench_case(case: Case, repeats: int, device: torch.device = CPU) -> CoreRow:
     method = STRIDE(model, dataset, layers=layers, batch_size=BATCH_SIZE).fit()
     fit_bytes = max(_peak_bytes() - before, 0) if device.type == "cpu" else method.peak_bytes_ or 0
     fit = median(method.fit, repeats)
-    d = sum(tap.width for state in method._states or [] for tap in state.taps)
+    d = method.n_features_
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(case.n_train, d, generator=generator).to(device)
     queries = torch.randn(case.n_test, d, generator=generator).to(device)

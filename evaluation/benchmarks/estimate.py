@@ -1,6 +1,6 @@
-"""Table of estimates against measurements: `method.estimate()`, then the same work done.
+"""`method.estimate()` against measurements of the same work.
 
-Each case runs in a process of its own. The estimate is made first. Seconds are medians.
+Each case has its own process, in which the estimate is made first. Measured seconds are medians.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...system.peak_memory import release_free_memory
 from ..measures.cost import in_a_fresh_process
 from .networks import examples, network
 
-#: What is estimated.
+#: Estimated quantities.
 QUANTITIES = ("fit_seconds", "query_seconds", "fit_bytes")
 _REPEATS = 3
 
@@ -55,11 +55,11 @@ CASES = (
 
 @dataclass(frozen=True)
 class Compared:
-    """One quantity.
+    """One quantity, in seconds or bytes.
 
     Attributes:
-        estimated: Before.
-        measured: After.
+        estimated: Before fit and query.
+        measured: During fit and query.
         ratio: estimated / measured.
     """
 
@@ -69,10 +69,10 @@ class Compared:
 
 
 def bench_estimate(cases: Sequence[Case] = (), n_test: int = 100) -> list[dict[str, Any]]:
-    """A row for each case (none: all of `CASES`): estimated, measured and their ratio.
+    """A row for each case: estimated, measured and their ratio.
 
     Args:
-        cases: What is estimated and measured.
+        cases: The cases; none means all of `CASES`.
         n_test: Test points of a query.
     """
     rows = []
@@ -85,7 +85,7 @@ def bench_estimate(cases: Sequence[Case] = (), n_test: int = 100) -> list[dict[s
 
 
 def run_case(case: Case, n_test: int = 100) -> dict[str, Any]:
-    """Estimate, then fit and ask; the case and a `Compared` for each quantity as plain values."""
+    """Estimate, then fit and query; returns the case and a `Compared` for each quantity, as plain values."""
     model = network(case.model)
     dataset, test = examples(case.model, case.n_train, n_test)
     estimate = _method(case.method, model, dataset).estimate(n_test, case.k)

@@ -1,4 +1,4 @@
-"""Files of random features, and reads and writes of the same size without a store."""
+"""Files of random features, and plain reads and writes of the same size to compare with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_features(folder: Path, n_train: int, n_features: int, n_classes: int) 
 
 
 def mapped(folder: Path, n_train: int, n_features: int, n_classes: int) -> list[NDArray[Any]]:
-    """Memory maps of what `write_features` has written."""
+    """Memory maps of the features, logits and labels that `write_features` wrote."""
     return [
         np.memmap(folder / "features", np.float32, "r", shape=(n_train, n_features)),
         np.memmap(folder / "logits", np.float32, "r", shape=(n_train, n_classes)),
@@ -35,7 +35,7 @@ def mapped(folder: Path, n_train: int, n_features: int, n_classes: int) -> list[
 
 
 def stored_as(folder: Path, features: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
-    """The features in another precision, mapped from a file of their own."""
+    """The features in another precision, mapped from a new file."""
     path = folder / str(dtype)
     stored = torch.from_file(str(path), shared=True, size=features.size, dtype=dtype).view(features.shape)
     for start in range(0, len(features), _BLOCK):
@@ -51,7 +51,7 @@ def random_points(n: int, n_features: int, n_classes: int) -> tuple[torch.Tensor
 
 
 def plain_write(path: Path, size: int) -> None:
-    """Write a file of zeros, down to the disk."""
+    """Write a file of zeros and flush it to disk."""
     block = bytes(_READ)
     with open(path, "wb") as file:
         for start in range(0, size, _READ):
@@ -69,7 +69,7 @@ def read_all(path: Path) -> None:
 
 
 def drop_from_cache(path: Path) -> None:
-    """Take a file out of the page cache."""
+    """Remove a file from the page cache."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

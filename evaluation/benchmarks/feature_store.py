@@ -1,15 +1,15 @@
-"""Cost of a feature store: memory of a large training set, speed against the disk's own.
+"""Cost of a feature store: memory for a large training set, and speed against plain reads and writes.
 
-Five measurements. Files go to a temporary folder that is removed.
+There are five parts. Files are in a temporary folder, which is removed.
 
-    large  `STRIDE.from_features` on files of any size: fit and top-k in a process of its own whose data
-           segment is limited. RLIMIT_DATA is the limit that suits memory maps: Linux counts in it the
-           heap and every private writable mapping, so all anonymous memory, but no map of a file that is
-           only read. (RLIMIT_AS would count the map, RLIMIT_RSS does nothing.)
-    build  filling a store against one forward pass plus one plain write of the same bytes.
-    query  top-k from a mapped store against reading the file from start to end, in and out of the page cache.
-    precision  features in bfloat16 and float16 against float32: bytes, time, and whether the ranks agree.
-    example  memory that each further training example takes at C = 1,000, in memory and mapped.
+    large  fit and top-k of `STRIDE.from_features` on files, in a process whose data segment is limited. The
+           limit is RLIMIT_DATA, in which Linux counts all anonymous memory (the heap and private writable
+           mappings), but no read-only map of a file. (RLIMIT_AS would count the map, RLIMIT_RSS has no
+           effect.)
+    build  filling a store, against one forward pass plus one plain write of the same size.
+    query  top-k from a mapped store, against reading the file, with and without the page cache.
+    precision  features in bfloat16 and float16, against float32: bytes, time, and agreement of the scores.
+    example  memory for each additional training example with 1,000 classes, in memory and mapped.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .feature_files import (
 )
 from .limited_process import in_own_process
 
-#: The measurements.
+#: Names of the parts.
 PARTS = ("large", "build", "query", "precision", "example")
 
 
@@ -54,19 +54,19 @@ def bench_store(
     k: int = 100,
     limit: int = 2 * 2**30,
 ) -> list[dict[str, Any]]:
-    """The measurements as rows: which, the figure's name and its value.
+    """Rows with the part, the name of a figure, and its value.
 
     Args:
         parts: From `PARTS`.
-        n_train: N of "large"; the others take a tenth of it, "example" a twentieth and a tenth.
+        n_train: N of "large"; the others use a tenth of it, "example" a twentieth and a tenth.
         n_features: d.
-        n_classes: C, but for "example".
+        n_classes: C, except for "example".
         n_test: Test points of a query.
-        k: Training examples returned for each.
+        k: Training examples returned for each test point.
         limit: RLIMIT_DATA of "large", in bytes.
 
     Raises:
-        ValueError: Another part.
+        ValueError: There is no such part.
     """
     few = max(n_train // 10, 1)
     run = {
@@ -87,15 +87,18 @@ def bench_store(
 
 
 def large(n_train: int, n_features: int, n_classes: int, n_test: int, k: int, limit: int) -> dict[str, Any]:
-    """Fit and query files of the given size under a limit of `limit` bytes; a dict of figures.
+    """Fit and query files of a given size in a process with limited memory.
 
     Args:
         n_train: N.
         n_features: d.
         n_classes: C.
-        n_test: Test points, asked at once.
-        k: Training examples returned for each.
-        limit: RLIMIT_DATA of the process that does it.
+        n_test: Test points of one query.
+        k: Training examples returned for each test point.
+        limit: RLIMIT_DATA of the process, in bytes.
+
+    Returns:
+        The sizes, and the figures of `limited_process.fit_and_query`.
     """
     shape = {"n_train": n_train, "n_features": n_features, "n_classes": n_classes}
     with tempfile.TemporaryDirectory() as folder:
@@ -105,12 +108,12 @@ def large(n_train: int, n_features: int, n_classes: int, n_test: int, k: int, li
 
 
 def example_bytes(n_train: int, n_features: int, n_classes: int, n_test: int, k: int) -> dict[str, Any]:
-    """What each further training example takes of a process's anonymous memory, in a fit and in a query.
+    """Anonymous memory that each additional training example needs, in fit and in query.
 
-    The peak with 2 n examples less that with n, over n.
+    It is the peak with 2 n examples minus that with n, divided by n.
 
     Returns:
-        By where features and logits are, and by `memory_budget`: `fit` and `query`, in bytes.
+        By place of the features and `memory_budget`: `fit` and `query`, in bytes.
     """
     figures: dict[str, Any] = {"n_train": n_train, "n_features": n_features, "n_classes": n_classes}
     ways = {
@@ -133,7 +136,11 @@ def example_bytes(n_train: int, n_features: int, n_classes: int, n_test: int, k:
 
 
 def build(n_train: int, width: int, dtype: str) -> dict[str, Any]:
-    """Fill a store with one layer of `width` features; seconds, and the ratio to forward pass plus write."""
+    """Fill a store with one layer of `width` features.
+
+    Returns:
+        Seconds, and ratios to a forward pass and a plain write.
+    """
     model, dataset = _network(n_train, width)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         store = FeatureStore(Path(folder) / "store", dtype=dtype)
@@ -166,7 +173,11 @@ def build(n_train: int, width: int, dtype: str) -> dict[str, Any]:
 
 
 def query(n_train: int, n_features: int, n_test: int, k: int) -> dict[str, Any]:
-    """Top-k of mapped features against a sequential read of their file; seconds and ratios."""
+    """Top-k from mapped features, against a sequential read of their file.
+
+    Returns:
+        Seconds and their ratio, for one and for `n_test` test points, with and without the page cache.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_features(folder, n_train, n_features, 10)
@@ -188,7 +199,7 @@ def query(n_train: int, n_features: int, n_test: int, k: int) -> dict[str, Any]:
 
 
 def precision(n_train: int, n_features: int, n_test: int, k: int) -> dict[str, Any]:
-    """Fit and query of the same features in three precisions, all mapped from files.
+    """Fit and query on the same features in three precisions, all mapped from files.
 
     Returns:
         By dtype: `bytes`, `fit_seconds`, `query_seconds` (all scores of `n_test` points) and

@@ -1,15 +1,15 @@
-"""All that is worth measuring on a GPU, in one run of a few minutes that keeps what it has measured.
+"""All benchmarks for a GPU, in one run of a few minutes whose results are saved as they come.
 
-    training    operators: Adam in one kernel, TF32 and bfloat16, against float32 as torch does it
-    queries     one point, 1,000 points and the 100 best, against the plain product (`benchmark_core`)
-    retraining  stacks of models against models one by one (`benchmark_retraining`)
-    transfers   blocks of stored features through pinned memory, against plain copies and features in place
+    training    operators with fused Adam, TF32 and bfloat16, against float32 without them
+    queries     one point, 1,000 points and the top 100, against one matrix product (`benchmarks.core`)
+    retraining  stacks of models, against models one by one (`benchmarks.retraining`)
+    transfers   blocks of stored features through pinned memory, against plain copies and features on the GPU
     nccl        a process group of one rank, against no group
-    scaling     models of Table 5 up to 1 B parameters (`scalability_measure`)
+    scaling     models of Table 5 up to 1 B parameters (`benchmarks.scalability`)
 
-Every part has a process of its own and a share of the time: it is ended when that is used up, and what it
-leaves of it goes to the parts after it. A row is in the file as soon as it is measured. A row that does not
-fit the time, or fails, says why. Every figure stands beside what it was compared with, in turns, in one run.
+Every part has its own process and a share of the time. It is ended when its time is over; time that it does
+not need goes to the later parts. A row is written as soon as it is measured. A row that does not fit into the
+time, or fails, has the reason in its place. The two sides of a comparison are timed in turns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import multiprocessing
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,14 @@ from typing import Any
 import torch
 
 from ...errors import bad_choice, bad_value
-from ...system.atomic import atomic_write
 from ...system.devices import existing_device
 from ..system.environment import describe
+from ..system.text_files import write_text
 from .gpu_jobs import Clock, Job
 from .gpu_parts import FULL, JOBS, TOY
-from .scalability.measure import is_out_of_memory
+from .scalability.measure import what_failed
 
-#: Parts, and their shares of the time.
+#: Share of the time of each part.
 SHARES = {
     "training": 0.13,
     "queries": 0.15,
@@ -54,20 +53,20 @@ def bench_gpu(
     minutes: float = 8.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Measure all parts, and write what is measured at once.
+    """Measure all parts, and write every row as soon as it is measured.
 
     Args:
         path: A JSON file: "environment", "settings" and, by part, "status", "seconds", "detail" and "rows".
-        device: None is a GPU where there is one. On the CPU all sizes are toys.
+        device: None takes a GPU if there is one. On the CPU all sizes are tiny.
         parts: From `PARTS`.
-        minutes: For everything.
-        say: Given a line for each part.
+        minutes: Time for everything.
+        say: Called with a line of text for each part.
 
     Returns:
-        What is in the file.
+        The content of the file.
 
     Raises:
-        ValueError: Another part or device, or no time.
+        ValueError: A part or the device does not exist, or `minutes` is not positive.
     """
     for part in parts:
         if part not in PARTS:
@@ -94,13 +93,13 @@ def bench_gpu(
 
 
 def measure(part: str, device: str, seconds: float, path: Path) -> None:
-    """Measure a part in this process, as far as the time goes.
+    """Measure a part in this process, as far as its time allows.
 
     Args:
         part: One of `PARTS`.
-        device: Where.
-        seconds: For it.
-        path: Of the results, which have been started.
+        device: Device to measure on.
+        seconds: Time for the part.
+        path: File of the results, which exists.
     """
     file, clock = Results(path), Clock(seconds)
     sizes = (TOY if torch.device(device).type == "cpu" else FULL)[part]
@@ -111,13 +110,13 @@ def measure(part: str, device: str, seconds: float, path: Path) -> None:
         for row in within(clock, JOBS[part](torch.device(device), clock, **sizes)):
             file.add(part, row)
     except Exception as error:
-        status, detail = _what_failed(error)
+        status, detail = what_failed(error)
     file.end(part, status, time.monotonic() - started, detail)
 
 
 def within(clock: Clock, jobs: Iterator[Job]) -> Iterator[dict[str, Any]]:
-    """The rows of jobs; one that is likely to take longer than what is left, or fails, has only "skipped"."""
-    pace = 0.0  # seconds a unit of work, of the slowest job so far
+    """The rows of jobs. A job that fails, or would take longer than the time left, has "skipped" instead."""
+    pace = 0.0  # seconds for each unit of work, of the slowest job so far
     for job in jobs:
         needed = pace * job.work
         if needed > clock.left or not clock.left:
@@ -127,13 +126,13 @@ def within(clock: Clock, jobs: Iterator[Job]) -> Iterator[dict[str, Any]]:
         try:
             figures = job.run()
         except Exception as error:
-            figures = {"skipped": ": ".join(_what_failed(error))}
+            figures = {"skipped": ": ".join(what_failed(error))}
         pace = max(pace, (time.monotonic() - started) / job.work)
         yield {**job.head, **figures}
 
 
 class Results:
-    """The file that all parts write to, one after the other: it is whole at any moment.
+    """The file of results, to which the parts write in turn; it is complete at any moment.
 
     Args:
         path: The file.
@@ -143,12 +142,12 @@ class Results:
         self.path = path
 
     def read(self) -> dict[str, Any]:
-        """What is in it."""
+        """Its content."""
         found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
         return found
 
     def start(self, device: torch.device, parts: Sequence[str], minutes: float) -> None:
-        """Begin anew."""
+        """Write a new file without rows."""
         environment = {**describe(device), "gpu": _properties(device)}
         settings = {"device": str(device), "minutes": minutes, "parts": list(parts)}
         nothing = {"status": "not run", "seconds": 0.0, "detail": "", "sizes": {}, "rows": []}
@@ -162,15 +161,15 @@ class Results:
         )
 
     def begin(self, part: str, sizes: dict[str, Any]) -> None:
-        """A part has begun."""
+        """Mark a part as running."""
         self._change(part, status="running", sizes=sizes)
 
     def add(self, part: str, row: dict[str, Any]) -> None:
-        """A row has been measured."""
+        """Add a row to a part."""
         self._change(part, rows=[*self.read()["parts"][part]["rows"], row])
 
     def end(self, part: str, status: str, seconds: float, detail: str = "") -> None:
-        """A part has ended."""
+        """Mark a part as ended."""
         self._change(part, status=status, seconds=seconds, detail=detail)
 
     def _change(self, part: str, **values: Any) -> None:
@@ -179,12 +178,11 @@ class Results:
         self._write(found)
 
     def _write(self, found: dict[str, Any]) -> None:
-        text = json.dumps(found, indent=1, allow_nan=False)
-        atomic_write(self.path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+        write_text(self.path, json.dumps(found, indent=1, allow_nan=False))
 
 
 def _in_a_process(part: str, device: str, seconds: float, path: Path) -> None:
-    """Measure a part in a process that is ended when its time is over."""
+    """Measure a part in a process that is killed when its time is over."""
     started = time.monotonic()
     process = multiprocessing.get_context("spawn").Process(target=_child, args=(part, device, seconds, path))
     process.start()
@@ -203,20 +201,15 @@ def _in_a_process(part: str, device: str, seconds: float, path: Path) -> None:
         Results(path).end(part, status, time.monotonic() - started, detail)
 
 
-#: Seconds that a process has to end by itself after its time is over.
+#: Seconds that a process may take to end by itself after its time is over.
 _GRACE = 2.0
 
 
 def _child(part: str, device: str, seconds: float, path: Path) -> None:
-    # Without a handler in Python the alarm ends the process at once, also inside a library.
+    # Without a Python handler the alarm ends the process at once, even inside a library call.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
     measure(part, device, seconds, path)
-
-
-def _what_failed(error: Exception) -> tuple[str, str]:
-    said = " ".join(traceback.format_exception_only(error)).split("\n")[0][:300]
-    return "out of memory" if is_out_of_memory(error) else "failed", said
 
 
 def _properties(device: torch.device) -> dict[str, Any] | None:
@@ -232,7 +225,7 @@ def _properties(device: torch.device) -> dict[str, Any] | None:
 
 
 def tables(found: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """A title, columns and cells for each part that has rows; most sizes are in the file alone."""
+    """Title, columns and cells of a table for each part with rows; most sizes are only in the file."""
     for part, result in found["parts"].items():
         rows = result["rows"]
         if rows:
@@ -242,7 +235,7 @@ def tables(found: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[st
 
 
 def _is_shown(name: str) -> bool:
-    """Whether a figure is for the table; sizes, extremes and parts of a ratio are in the file."""
+    """Whether a figure is in the table; sizes, extremes and parts of a ratio are only in the file."""
     if name.startswith(("smallest", "largest", "product", "fingerprint")):
         return False
     named = ("what", "other", "n_params", "difference", "skipped", "paper_seconds", "setup_bytes")

@@ -1,4 +1,4 @@
-"""Jobs of `bench_gpu`, the clock that they race, and two calls measured side by side."""
+"""Jobs of `bench_gpu`, their time limit, and the comparison of two calls."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Job:
 
     Attributes:
         head: What is measured, and its sizes.
-        run: Measures it.
-        work: How much it is in units of the other jobs of the part.
+        run: Measures it; returns the figures.
+        work: Its work, relative to the other jobs of the part.
     """
 
     head: dict[str, Any]
@@ -29,21 +29,25 @@ class Job:
 
 
 class Clock:
-    """The time that is left of some seconds."""
+    """A time limit of some seconds."""
 
     def __init__(self, seconds: float) -> None:
         self.until = time.monotonic() + seconds
 
     @property
     def left(self) -> float:
-        """Seconds, at least 0."""
+        """Seconds that are left, at least 0."""
         return max(self.until - time.monotonic(), 0.0)
 
 
 def side_by_side(
     run: Callable[[], Any], other: Callable[[], Any], device: torch.device, turns: int = 3
 ) -> dict[str, Any]:
-    """Median seconds of two calls that take turns, after one of each that warms up, and of their ratio."""
+    """Time two calls in turns, after one untimed call of each.
+
+    Returns:
+        Median seconds of both, and the median and extremes of the ratio run / other.
+    """
     times = [(timed(run, device), timed(other, device)) for _ in range(turns + 1)][1:]
     ratios = [own / beside for own, beside in times]
     return {

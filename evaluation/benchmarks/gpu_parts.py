@@ -1,4 +1,4 @@
-"""The parts of `benchmark_gpu`: which rows each has, and how they are measured."""
+"""The parts of `bench_gpu`: the rows of each, and how they are measured."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .scalability.network import channels, n_parameters
 from .scalability.printed import TABLE5
 from .scalability.process import run_case
 
-#: Sizes on a GPU, and on the CPU.
+#: Sizes on a GPU (`FULL`) and on the CPU (`TOY`).
 FULL: dict[str, dict[str, Any]] = {
     "training": {"n_train": 10_000, "n_features": 1024, "n_subsets": 500, "iterations": 50},
     "queries": {
@@ -59,7 +59,7 @@ TOY: dict[str, dict[str, Any]] = {
 def training(
     device: torch.device, clock: Clock, *, n_train: int, n_features: int, n_subsets: int, iterations: int
 ) -> Iterator[Job]:
-    """Training of operators in each precision, with and without a fused Adam, against float32 without it."""
+    """Training of operators in each precision, with and without fused Adam, against float32 without it."""
     draw = torch.Generator().manual_seed(0)
     h = torch.randn(n_train, n_features, generator=draw).to(device)
     z = torch.randn(n_train, 10, generator=draw).to(device)
@@ -76,7 +76,7 @@ def training(
     sizes = {"n_train": n_train, "n_features": n_features, "n_subsets": n_subsets, "steps": iterations}
     weight = torch.randn(n_features, n_features, generator=draw).to(device)
 
-    def products() -> None:  # of the hidden layer of phi, forward and twice backward, for all examples
+    def products() -> None:  # those of the hidden layer of phi for all examples: one forward, two backward
         with full_precision(device):
             for _ in range(3 * iterations):
                 h @ weight
@@ -97,7 +97,7 @@ def training(
 def queries(
     device: torch.device, clock: Clock, *, cases: Sequence[tuple[str, int, int]], repeats: int
 ) -> Iterator[Job]:
-    """Fits and queries against the floor of the hardware and against TracInCPFast."""
+    """Fit and query, against the arithmetic they need and against TracInCPFast."""
     for name, n_train, n_test in cases:
         layers = ("relu",) if name == "width 512" else None
         case = benchmark_core.Case(name, n_train, layers, n_test)
@@ -109,7 +109,7 @@ def queries(
 
 
 def retraining(device: torch.device, clock: Clock, *, cases: Sequence[tuple[str, int]]) -> Iterator[Job]:
-    """Stacks of models that are trained at once."""
+    """Stacks of models that are trained together, against models one by one."""
     for name, size in cases:
 
         def run(name: str = name, size: int = size) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def retraining(device: torch.device, clock: Clock, *, cases: Sequence[tuple[str,
 
 
 def transfers(device: torch.device, clock: Clock, *, n_train: int, n_test: int) -> Iterator[Job]:
-    """Products with features that are mapped from the disk, block by block."""
+    """Products with features that are mapped from disk, block by block."""
     model, (dataset, test) = network("width 512").to(device), examples("width 512", n_train, n_test)
     with tempfile.TemporaryDirectory() as folder:
         store = FeatureStore(Path(folder) / "store")
@@ -166,7 +166,7 @@ def transfers(device: torch.device, clock: Clock, *, n_train: int, n_test: int) 
 
 
 def one_rank(device: torch.device, clock: Clock, *, n_train: int, n_test: int) -> Iterator[Job]:
-    """`DistributedSTRIDE` in a group of this process alone: what its collectives cost, and that they run."""
+    """`DistributedSTRIDE` in a group of one process: the cost of its collectives, and whether they work."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     model, (dataset, test) = network("width 512").to(device), examples("width 512", n_train, n_test)
     points = test[0].to(device), test[1].to(device)
@@ -196,7 +196,7 @@ def one_rank(device: torch.device, clock: Clock, *, n_train: int, n_test: int) -
 def scaling(
     device: torch.device, clock: Clock, *, sizes: Sequence[tuple[int, int]], n_train: int
 ) -> Iterator[Job]:
-    """Setup and queries of the closed form over models of growing size, each in a process of its own."""
+    """Setup and query of the closed form on models of growing size, each in its own process."""
     printed = {(row.depth, row.width): row for row in TABLE5}
     with tempfile.TemporaryDirectory() as folder:
         for depth, width in sizes:
@@ -236,12 +236,12 @@ def scaling(
             yield Job(head, run, work=_START + _operations(depth, width) * n_train)
 
 
-#: Of a case of the smallest model, in operations: starting a process takes what these take.
+#: Operations that take as long as starting a process.
 _START = 3e14
 
 
 def _operations(depth: int, width: int) -> float:
-    """Of the convolutions for one image of 32 x 32, whose maps shrink where channels double."""
+    """Operations of the convolutions for one image of 32 x 32; maps shrink where channels double."""
     counts, side, total = channels(depth, width), 32, 0.0
     for before, count in zip([3, *counts], counts, strict=False):
         if before > 3 and count > before and side > 4:

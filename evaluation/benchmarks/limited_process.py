@@ -1,4 +1,4 @@
-"""A fit and a query in a process of its own whose memory is limited and watched."""
+"""Fit and query in a separate process whose memory is limited and watched."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from typing import Any
 import numpy as np
 
 from ...stride import STRIDE
+from ..system.process_status import status_bytes
 from .feature_files import mapped, random_points
 
 
 def in_own_process(options: dict[str, Any]) -> dict[str, Any]:
-    """What `fit_and_query` finds in a process of its own."""
+    """Run `fit_and_query` in a new process.
+
+    Raises:
+        RuntimeError: The process failed, for instance out of memory.
+    """
     command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, json.dumps(options)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
@@ -26,7 +31,7 @@ def in_own_process(options: dict[str, Any]) -> dict[str, Any]:
 
 
 class PeakAnonymous:
-    """The highest RssAnon of this process inside a `with` block, in `bytes`, read every five milliseconds."""
+    """Highest RssAnon of this process inside a `with` block, in `bytes`; read every 5 milliseconds."""
 
     def __enter__(self) -> PeakAnonymous:
         self.bytes = rss_anon()
@@ -46,15 +51,19 @@ class PeakAnonymous:
 
 
 def rss_anon() -> int:
-    """RssAnon of /proc/self/status in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no RssAnon")
+    """Anonymous memory of this process in bytes.
+
+    Raises:
+        RuntimeError: The system does not report it.
+    """
+    found = status_bytes("RssAnon")
+    if found is None:
+        raise RuntimeError("/proc/self/status has no RssAnon")
+    return found
 
 
 def fit_and_query(options: dict[str, Any]) -> dict[str, Any]:
-    """What a process does that is looked at: the limit first (-1 is none), then fit and query."""
+    """Set the memory limit (-1 for none), then fit and query while memory is watched."""
     import resource  # which Windows does not have
 
     if options["limit"] > 0:

@@ -1,6 +1,6 @@
-"""Networks that speed is measured on, and the random examples that they are given.
+"""Networks for benchmarks, and random examples for them.
 
-Weights and examples are random: what a method costs does not depend on what a network has learned.
+Weights are random too, since the cost of a method does not depend on what a network has learned.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _vit_b_16() -> nn.Module:
     return network
 
 
-#: By name: how it is built, and the shape of one input. The last two need torchvision.
+#: By name: the builder, and the shape of one input. The last two need torchvision.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "MLP of Table 2": (mnist_mlp, (784,)),
     "width 512": (_width_512, (784,)),
@@ -48,13 +48,13 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def network(name: str) -> nn.Module:
-    """A network in eval mode, the same at every call.
+    """A network in eval mode, with the same weights at every call.
 
     Args:
-        name: One of `NETWORKS`. vit_b_16 reads images of 32 x 32 pixels, four patches each.
+        name: One of `NETWORKS`. vit_b_16 reads images of 32 x 32 pixels, as four patches.
 
     Raises:
-        ValueError: Another name.
+        ValueError: There is no such network.
     """
     if name not in NETWORKS:
         raise bad_choice("network", name, list(NETWORKS))

@@ -1,8 +1,8 @@
-"""Speed of STRIDE beside what people use today: feature similarity, TracInCPFast, kronfluence.
+"""Speed of STRIDE next to feature similarity, Captum's TracInCPFast and kronfluence's EKFAC.
 
-All methods of a case are fitted and asked one after another in one process, on the same network, training
-set and test points. Two bars: one forward pass over the training set for a fit, and the time of plain
-`Similarity` on the same layers for a query, which no method that looks at every feature can be much below.
+All methods of a case are fitted and queried one after another in one process, on the same network, training
+set and test points. A fit is compared with one forward pass over the training set. A query is compared with
+`Similarity` on the same layers: no method that reads every feature can be much faster.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Case:
     """A network, a training set and a number of test points.
 
     Attributes:
-        network: Name of a network.
+        network: Name of the network.
         n_train: N.
         n_test: Test points of a query.
-        k: Training examples of a top-k.
-        ekfac: Whether EKFAC takes part: on the larger networks it takes hours.
-        batch_size: Examples a batch.
+        k: Training examples returned for each test point in a top-k query.
+        ekfac: Whether to measure EKFAC, which takes hours on the larger networks.
+        batch_size: Examples in a batch.
     """
 
     network: str
@@ -57,23 +57,23 @@ CASES = (
 
 
 def bench_peers(cases: Sequence[Case] = CASES, repeats: int = 5) -> list[dict[str, Any]]:
-    """A row for each case and method, each case in a process of its own.
+    """A row for each case and method; each case has its own process.
 
     Args:
-        cases: What is measured.
-        repeats: Timed repetitions, of which the median is taken; what takes minutes is timed once.
+        cases: The cases.
+        repeats: Timed repetitions; medians are reported. EKFAC is timed once.
 
     Returns:
         Rows of `network`, `n_train`, `n_features` (d), `n_test` and `method`; seconds `forward` (over the
         training set), `forward_test`, `fit` (0 for TracInCPFast, which has none), `query`, `top_k` and
-        `one_point`; `fit_ratio`, the fit over `forward`; and `query_ratio`, `top_k_ratio` and
-        `one_point_ratio`, each over that of Similarity on the same layers.
+        `one_point`; `fit_ratio`, relative to `forward`; and `query_ratio`, `top_k_ratio` and
+        `one_point_ratio`, relative to Similarity on the same layers.
     """
     return [row for case in cases for row in in_a_fresh_process(bench_case, case, repeats)]
 
 
 def bench_case(case: Case, repeats: int) -> list[dict[str, Any]]:
-    """The rows of one case, measured in this process."""
+    """Measure one case in this process; a row for each method."""
     model = network(case.network)
     train, test = examples(case.network, case.n_train, case.n_test)
     forward = forward_seconds(model, train, batch_size=case.batch_size, repeats=repeats)
@@ -89,7 +89,7 @@ def bench_case(case: Case, repeats: int) -> list[dict[str, Any]]:
     measure = partial(_measure, test=test, k=case.k, repeats=repeats)
     rows = [{"method": "STRIDE", **measure(ours.fit, ours.influence)}]
     layers = [str(tap) for state in ours._states or [] for tap in state.taps]
-    width = sum(tap.width for state in ours._states or [] for tap in state.taps)
+    width = ours.n_features_
     del ours
     alike = Similarity(model, train, layers=layers, batch_size=case.batch_size)
     bar = {"method": "Similarity, the same layers", **measure(alike.fit, alike.influence)}
@@ -114,12 +114,12 @@ def bench_case(case: Case, repeats: int) -> list[dict[str, Any]]:
 
 
 def tracin_fast(model: nn.Module, dataset: TensorDataset, batch_size: int = BATCH_SIZE) -> TracInCPFast:
-    """TracInCPFast at its best: large batches that are sliced, not collated example by example.
+    """TracInCPFast with its fastest data loading: batches are sliced, not collated example by example.
 
     Args:
-        model: Its last linear layer is the one whose gradients are compared.
+        model: The network; gradients are those of its last linear layer.
         dataset: The training set.
-        batch_size: Examples a batch.
+        batch_size: Examples in a batch.
     """
     sampler = BatchSampler(SequentialSampler(dataset), batch_size, drop_last=False)
     loader = DataLoader(dataset, sampler=sampler, batch_size=None)

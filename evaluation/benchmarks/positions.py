@@ -1,7 +1,8 @@
-"""Speed of the closed form on examples with several positions, as ratios to the products that it must do.
+"""Speed of the closed form on examples with several positions, relative to the matrix products it needs.
 
-The floor of `fit` is a bare forward pass and two products of N P x d x d. The floor of a query is the cheaper
-one of the products of the two forms: all pairs of positions, or test matrices with those of the examples.
+The floor of `fit` is a forward pass and two products of N P x d x d. The floor of a query is the cheaper one
+of two
+products: between all pairs of positions, or between the summed matrices of test points and training examples.
 """
 
 from __future__ import annotations
@@ -37,7 +38,15 @@ class TokenModel(nn.Module):
 
 
 def bench_positions(repeats: int = 3, **sizes: int) -> list[dict[str, Any]]:
-    """Each form and residuals, in a process of its own: sizes, medians in seconds, ratios to the floors."""
+    """A row for each form and residuals, measured in its own process.
+
+    Args:
+        repeats: Timed repetitions.
+        **sizes: Values that replace those of `SIZES`.
+
+    Returns:
+        Sizes, median seconds, and ratios to the floors.
+    """
     every = {**SIZES, **sizes}
     return [
         in_a_fresh_process(partial(bench_form, form, residuals, repeats, **every))

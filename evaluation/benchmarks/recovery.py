@@ -1,4 +1,4 @@
-"""Speed comparison of stage 2: our batched Lasso against a loop over scikit-learn's."""
+"""Speed of stage 2: the batched Lasso, against a loop over scikit-learn's."""
 
 from __future__ import annotations
 
@@ -30,25 +30,24 @@ def bench_lasso(
 ) -> list[dict[str, Any]]:
     """Time `lasso` and a loop over `sklearn.linear_model.Lasso` on the same problems, in one run.
 
-    scikit-learn gets the same matrix in CSC form and, for each test point, the `tol` at which its
-    stopping rule is our duality gap. It is timed on `n_reference` test points and its time for all of
-    them is extrapolated; rows say so.
+    scikit-learn gets the same matrix in CSC form and, for each test point, the `tol` at which its stopping
+    rule is the same duality gap. It is timed on `n_reference` test points, and its time for all of them is
+    extrapolated; a field of the row says so.
 
     Args:
         n_test: Test points.
         n_subsets: K.
         n_train: N.
         subset_size: |S_k|, of random subsets.
-        fractions: Of alpha_max.
+        fractions: alpha, relative to alpha_max.
         n_reference: Test points solved by scikit-learn.
         tolerance: Relative duality gap of both.
-        seed: Of subsets and responses.
+        seed: Seed of subsets and responses.
 
     Returns:
-        A row for Gaussian and for planted responses (1,000 influential examples and noise) at each
-        fraction: sizes, seconds, the ratio, the largest relative gap of both (by one formula), and the
+        A row for Gaussian and for planted responses (1,000 influential examples and noise) at each fraction:
+        sizes, seconds, their ratio (scikit-learn / ours), the largest relative duality gap of both, and the
         largest relative difference of the objectives (ours minus scikit-learn's).
-
     """
     membership = random_subsets(n_train, n_subsets, subset_size, seed)
     n_reference = min(n_reference, n_test)
@@ -114,7 +113,7 @@ def _reference(
             alpha=float(alpha[t]) / len(y), fit_intercept=False, tol=stop, max_iter=10_000_000, copy_X=False
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the gap is reported instead
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the duality gap is reported instead
             begin = time.perf_counter()
             model.fit(columns, y)
             seconds += time.perf_counter() - begin
@@ -125,7 +124,7 @@ def _reference(
 def _certificate(
     Y: Tensor, membership: Membership, alpha: Tensor, weights: np.ndarray[Any, np.dtype[np.float64]]
 ) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.float64]]]:
-    """Objective and duality gap at given weights, written out once more so as to be independent."""
+    """Objective and duality gap at given weights, in code of its own, as an independent check."""
     y, penalty = Y.numpy(), alpha.numpy()
     residual = y - (membership @ weights.T).T
     objective = (residual**2).sum(1) / 2 + penalty * np.abs(weights).sum(1)

@@ -1,4 +1,4 @@
-"""Speed of stacked training, as ratios to training one by one on the same device in one run."""
+"""Speed of stacked training, relative to training one model at a time on the same device."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Case:
 
     Attributes:
         build_model: The network.
-        shape: Of an input.
+        shape: Shape of one input.
         n_train: N; a subset is half of it.
-        training: Settings of Table 3, but for the epochs.
+        training: Settings of Table 3, except the epochs.
     """
 
     build_model: Callable[[], nn.Module]
@@ -53,26 +53,26 @@ def bench_retraining(
     n_jobs: int | None = None,
     repeats: int = 3,
 ) -> list[dict[str, Any]]:
-    """Time stacks of models against the same models trained one by one, in turns.
+    """Time stacks of models, in turns with the same models trained one by one.
 
-    Inputs are random numbers of the right shape: the time of a step does not depend on them. Every run
-    has one thread, trains on half of the training set and is evaluated on 300 points.
+    Inputs are random, since the time of a step does not depend on them. Every run uses one thread, trains on
+    half of the training set and is evaluated on 300 points.
 
     Args:
         cases: Names from `CASES`.
         device: Where both are trained.
-        stack_sizes: Models of a stack; None takes 4, 16 and 64 on the CPU and 64, 256 and 512 elsewhere.
+        stack_sizes: Models in a stack; None takes 4, 16 and 64 on the CPU and 64, 256 and 512 on a GPU.
         n_single: Models that are trained one by one in each worker.
-        epochs: Epochs; few will do.
-        n_jobs: Joblib processes, each of which does the same; None is 2 on the CPU and 1 elsewhere.
-        repeats: Turns, after one that warms up.
+        epochs: Epochs of a training.
+        n_jobs: Joblib processes, which all do the same; None takes 2 on the CPU and 1 on a GPU.
+        repeats: Timed turns, after an untimed one.
 
     Returns:
-        A row for each case and stack size: medians of the seconds of a model, with all workers busy, and
-        of their ratio ("ratio", above 1 where the stack is faster), its extremes, and the sizes.
+        A row for each case and stack size: median seconds for each model with all workers busy, the median
+        and the extremes of "ratio" (one by one / stacked: above 1 the stack is faster), and the sizes.
 
     Raises:
-        ValueError: Another case.
+        ValueError: There is no such case.
     """
     for name in cases:
         if name not in CASES:

@@ -129,7 +129,7 @@ def bench_retraining_command(
     case: Annotated[
         list[str] | None,
         typer.Option(
-            help="May be repeated; one of: " + ", ".join(CASES) + ".", autocompletion=completion.cases
+            help="May be repeated; one of: " + ", ".join(CASES) + ".", autocompletion=completion.one_of(CASES)
         ),
     ] = None,
     device: Annotated[
@@ -196,7 +196,7 @@ def bench_store_command(
         list[str] | None,
         typer.Option(
             help="May be repeated; one of: " + ", ".join(PARTS) + ". Default: all.",
-            autocompletion=completion.parts,
+            autocompletion=completion.one_of(PARTS),
         ),
     ] = None,
     n_train: Annotated[

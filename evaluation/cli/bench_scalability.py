@@ -25,7 +25,7 @@ def bench_scalability_command(
         list[str] | None,
         typer.Option(
             help="May be repeated; one of: " + ", ".join(SCALED_METHODS) + ". Default: all.",
-            autocompletion=completion.scalable_methods,
+            autocompletion=completion.one_of(SCALED_METHODS),
         ),
     ] = None,
     size: Annotated[

@@ -9,9 +9,10 @@ import typer
 
 from ..comparison.compare import comparison_sizes
 from ..comparison.plan import MEASURES, settle
-from ..comparison.shared.methods import DEFAULT_METHODS
+from ..comparison.shared.methods import DEFAULT_METHODS, METHODS
 from ..report.html import read_results, write_comparison
 from ..report.terminal import show_comparison
+from ..retraining.plan_files import ENGINES
 from ..tasks.loading import load_task
 from . import completion
 from .comparison_run import models_of, run_question
@@ -47,7 +48,7 @@ def compare_command(
         list[str] | None,
         typer.Option(
             help="A method; may be repeated. Default: " + "; ".join(DEFAULT_METHODS) + ".",
-            autocompletion=completion.methods,
+            autocompletion=completion.one_of(METHODS),
         ),
     ] = None,
     preset: Preset = "small",
@@ -74,7 +75,7 @@ def compare_command(
         list[str] | None,
         typer.Option(
             help="May be repeated; one of: " + ", ".join(MEASURES) + ", all. Default: lds, calibration.",
-            autocompletion=completion.measures,
+            autocompletion=completion.one_of((*MEASURES, "all")),
         ),
     ] = None,
     retrainings: Annotated[
@@ -95,7 +96,7 @@ def compare_command(
         str,
         typer.Option(
             help="How halves are retrained: auto, processes or stacked (many models at once).",
-            autocompletion=completion.engines,
+            autocompletion=completion.one_of(ENGINES),
         ),
     ] = "auto",
     options_from: Annotated[

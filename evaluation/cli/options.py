@@ -14,11 +14,13 @@ from . import completion
 
 TaskName = Annotated[
     str,
-    typer.Option("--task", help="One of: " + ", ".join(TASKS) + ".", autocompletion=completion.tasks),
+    typer.Option("--task", help="One of: " + ", ".join(TASKS) + ".", autocompletion=completion.one_of(TASKS)),
 ]
 Preset = Annotated[
     str,
-    typer.Option(help="Size of the task: " + ", ".join(PRESETS) + ".", autocompletion=completion.presets),
+    typer.Option(
+        help="Size of the task: " + ", ".join(PRESETS) + ".", autocompletion=completion.one_of(PRESETS)
+    ),
 ]
 Models = Annotated[
     int | None,
@@ -45,7 +47,7 @@ LossName = Annotated[
     typer.Option(
         "--loss",
         help="What networks are trained with on --data: " + ", ".join(LOSSES) + " [cross_entropy].",
-        autocompletion=completion.losses,
+        autocompletion=completion.one_of(LOSSES),
     ),
 ]
 Device = Annotated[

@@ -9,10 +9,7 @@ import typer
 
 from ..comparison.recovery_curve import RecoveryCurve, recovery_curve
 from ..measures.linear_datamodeling import LDSResult
-from ..report.terminal import (
-    console,
-    table_of,
-)
+from ..report.terminal import console, table_of
 from ..system.environment import one_line
 from ..tasks.loading import load_task
 from . import completion
@@ -42,7 +39,10 @@ def recovery_curve_command(
     label_key: LabelKey = None,
     paper: Annotated[
         str,
-        typer.Option(help="The paper's preset: mnist or cifar10.", autocompletion=completion.paper_presets),
+        typer.Option(
+            help="The paper's preset: mnist or cifar10.",
+            autocompletion=completion.one_of(("mnist", "cifar10")),
+        ),
     ] = "mnist",
     seeds: Annotated[int, typer.Option(help="Retrainings of each half.")] = 3,
     models: Annotated[int, typer.Option(help="Attributed models.")] = 3,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..comparison.plan import settle
+from ..comparison.shared.methods import METHODS
 from ..report.terminal import show_comparison, show_printed
 from ..tasks.loading import load_task
 from ..tasks.paper_tables import TABLES, find_table
@@ -38,7 +39,8 @@ from .resume import go_on
 def reproduce_command(
     context: typer.Context,
     table: Annotated[
-        str, typer.Argument(help="One of: " + ", ".join(TABLES) + ".", autocompletion=completion.tables)
+        str,
+        typer.Argument(help="One of: " + ", ".join(TABLES) + ".", autocompletion=completion.one_of(TABLES)),
     ],
     preset: Preset = "small",
     data_root: DataRoot = None,
@@ -46,7 +48,7 @@ def reproduce_command(
     label_key: LabelKey = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="Methods; default: those of the table.", autocompletion=completion.methods),
+        typer.Option(help="Methods; default: those of the table.", autocompletion=completion.one_of(METHODS)),
     ] = None,
     subsets: Annotated[int, typer.Option(help="Random halves that models are retrained on, for LDS.")] = 100,
     seeds: Annotated[int, typer.Option(help="Retrainings of each half.")] = 2,

@@ -1,8 +1,8 @@
 """Displays for notebooks: images and texts with their labels and scores.
 
-Functions return a matplotlib figure, or an object with HTML, which a notebook shows where it is the last
-expression of a cell. The plots of `display_plots` can be imported from here too. `train` and `test` are
-anything whose items are `(input, ..., label)`.
+Functions return a matplotlib figure, or an object with HTML, which a notebook displays if it is the last
+expression of a cell. The plots of `plots` can be imported from here too. `train` and `test` are data sets
+whose items are `(input, ..., label)`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ __all__ = [
     "show_values",
 ]
 
-#: Of an example with the class of the test point, and of another.
+#: Colors of examples with the class of the test point, and of another class.
 SAME, OTHER = "#00695c", "#b3261e"
 
 
@@ -62,16 +62,16 @@ def show_images(
     colors: Sequence[str] = (),
     columns: int = 8,
 ) -> Figure:
-    """Images in a grid, each with a line above it.
+    """Images in a grid, each with a title.
 
     Args:
-        images: As for `pictures.picture`: `(1, h, w)`, `(3, h, w)` or `(h, w)` each.
+        images: `(1, h, w)`, `(3, h, w)` or `(h, w)` each (`report.pictures.picture`).
         titles: One for each image, or none.
-        colors: Of the titles; black where there are none.
+        colors: Colors of the titles; black if there are none.
         columns: Images in a row.
 
     Raises:
-        ValueError: No image, not as many titles or colors as images, or something that is not an image.
+        ValueError: There is no image, the number of titles or colors differs, or something is not an image.
     """
     n = len(images)
     if not n:
@@ -94,19 +94,19 @@ def show_top(
     *,
     classes: Sequence[str] | None = None,
 ) -> Figure:
-    """Test images, and beside each the training images with the scores that `influence(test, k)` gave.
+    """Test images, each followed by its most influential training images.
 
-    Labels of the test point's class are green, others red. Above each image: its label and its score.
+    Above each image are its label and its score. Labels of the test point's class are green, others red.
 
     Args:
-        tops: `KMostInfluentialResults` of `(n_test, k)`; or several by name, side by side, for instance
-            proponents and opponents, or two methods.
+        tops: What `influence(test, k)` returns: `KMostInfluentialResults` of `(n_test, k)`; or several of
+            them by name, for instance proponents and opponents, or two methods, which are put side by side.
         test: The test batch `(images, labels)`.
         train: The training set.
         classes: Names of the classes; None shows their numbers.
 
     Raises:
-        ValueError: The results are not those of the test batch, or something is not an image.
+        ValueError: The results have another shape than the test batch, or something is not an image.
 
     >>> images, labels = torch.rand(3, 1, 4, 4), torch.tensor([0, 1, 1])
     >>> top = torch.tensor([[2, 0]]), torch.tensor([[0.5, 0.1]])
@@ -144,13 +144,13 @@ def show_suspects(
     classes: Sequence[str] | None = None,
     columns: int = 8,
 ) -> Figure:
-    """The training images whose labels are most suspect, most suspect first.
+    """The training images with the most suspect labels, most suspect first.
 
     Args:
         scores: `(n_train,)`, high = suspect; ties by lower index.
-        train: The training set with the labels as they are.
-        n: How many.
-        true_labels: `(n_train,)` where they are known: labels that differ are red and followed by the truth.
+        train: The training set, with the labels that the model was trained on.
+        n: Number of images.
+        true_labels: `(n_train,)`, if they are known: wrong labels are red and followed by the true one.
         classes: Names of the classes; None shows their numbers.
         columns: Images in a row.
 
@@ -178,11 +178,11 @@ def show_suspects(
 
 @dataclass(frozen=True)
 class Html:
-    """A piece of HTML that a notebook shows, and the same as plain text.
+    """HTML for a notebook, and the same as plain text.
 
     Attributes:
-        html: What `_repr_html_` gives.
-        text: What `repr` gives.
+        html: Returned by `_repr_html_`.
+        text: Returned by `repr`.
     """
 
     html: str
@@ -203,17 +203,17 @@ def show_texts(
     test_labels: Sequence[str] = (),
     train_labels: Sequence[str] = (),
 ) -> Html:
-    """Test texts, and below each the training texts with the scores that `influence(test, k)` gave.
+    """Test texts, each followed by its most influential training texts and their scores.
 
     Args:
         tops: As for `show_top`.
         test_texts: One for each row of the results.
         train_texts: One for each training example.
-        test_labels: What to call the class of each test text, or nothing.
-        train_labels: The same of the training texts.
+        test_labels: Name of the class of each test text, or none.
+        train_labels: The same for the training texts.
 
     Raises:
-        ValueError: The results are not those of the test texts.
+        ValueError: The results have another shape than the test texts.
 
     >>> top = torch.tensor([[1]]), torch.tensor([[0.5]])
     >>> show_texts({"for": top}, ["a mat"], ["a dog", "a cat"])
@@ -244,7 +244,7 @@ def show_texts(
 
 
 def _blocks(tops: Any, n_test: int) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
-    """Indices and scores by name; one result has no name."""
+    """Indices and scores by name; a single result has the name ""."""
     # A KMostInfluentialResults is a named tuple of indices and scores, as Captum's own methods return it.
     named = tops if isinstance(tops, Mapping) else {"": tops}
     found = {}
@@ -276,7 +276,7 @@ def _grid(n_rows: int, n_columns: int, widths: Sequence[float] = (), heading: bo
 
 
 def _head(figure: Figure, axes: Any, blocks: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> None:
-    """The names of the blocks above the first row, once the layout stands: a long one moves nothing."""
+    """Write the names of the blocks above the first row, after the layout: a long name must move nothing."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     column = 2

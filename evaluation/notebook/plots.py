@@ -1,6 +1,6 @@
 """Plots for notebooks: values with their spread, curves, points, histograms, matrices, drops.
 
-Every function returns a matplotlib figure, which a notebook shows where it is the last expression of a cell.
+Every function returns a matplotlib figure, which a notebook displays if it is the last expression of a cell.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def show_values(
     lines: Mapping[str, float] | None = None,
     log: bool = False,
 ) -> Figure:
-    """Named values, one a row, with what is known of their spread.
+    """Named values, one in each row, with their spread.
 
     Args:
         values: By name: a number; several numbers, shown as ticks with their mean; or a pair of a number and
             its `Interval` (or None).
-        label: What the values are.
-        lines: Values to mark by a vertical line, by name.
+        label: Label of the axis.
+        lines: Vertical lines, by name.
         log: Whether the axis is logarithmic.
 
     >>> figure = show_values({"STRIDE": (0.58, Interval(0.55, 0.61)), "seeds": [0.5, 0.6]}, label="LDS")
@@ -83,10 +83,10 @@ def show_curves(
 
     Args:
         curves: By name: x and y, `(n,)` each.
-        x: What x is.
-        y: What y is.
-        log: Axes that are logarithmic: "x", "y".
-        legend: Whether to name the curves.
+        x: Label of the x axis.
+        y: Label of the y axis.
+        log: Logarithmic axes: "x", "y".
+        legend: Whether to show the names.
     """
     figure = new_figure(7.0, 3.4)
     axes = figure.subplots()
@@ -105,13 +105,13 @@ def show_curves(
 
 
 def show_matrix(matrix: Any, *, x: str, y: str, label: str = "") -> Figure:
-    """A matrix as a picture.
+    """A matrix as an image.
 
     Args:
         matrix: `(n_rows, n_columns)`.
-        x: What columns are.
-        y: What rows are.
-        label: What entries are; a color bar is drawn where it is given.
+        x: Label of the columns.
+        y: Label of the rows.
+        label: Label of the color bar; "" draws none.
     """
     values = np.asarray(matrix)
     figure = new_figure(7.0, 2.6)
@@ -125,13 +125,13 @@ def show_matrix(matrix: Any, *, x: str, y: str, label: str = "") -> Figure:
 
 
 def show_points(points: Mapping[str, tuple[Any, Any]], *, x: str, y: str, share_x: bool = False) -> Figure:
-    """Named sets of points, each in a plot of its own with one axis for y.
+    """Named sets of points, each in its own plot, with a shared y axis.
 
     Args:
         points: By name: x and y, `(n,)` each.
-        x: What x is.
-        y: What y is.
-        share_x: Whether all have one axis for x too.
+        x: Label of the x axes.
+        y: Label of the y axis.
+        share_x: Whether the x axis is shared, too.
     """
     figure = new_figure(2.9 * len(points) + 0.4, 2.9)
     axes = figure.subplots(1, len(points), sharey=True, sharex=share_x, squeeze=False)[0]
@@ -145,11 +145,11 @@ def show_points(points: Mapping[str, tuple[Any, Any]], *, x: str, y: str, share_
 
 
 def show_histograms(values: Mapping[str, Any], *, label: str, bins: int = 40) -> Figure:
-    """Named sets of values, each in a histogram of its own over the same axis, as shares of the set.
+    """Named sets of values, each in its own histogram; bars are shares of the set.
 
     Args:
-        values: By name: any shape.
-        label: What the values are.
+        values: Arrays of any shape, by name.
+        label: Label of the shared axis.
         bins: Number of bins over the common range.
     """
     every = {name: np.ravel(given) for name, given in values.items()}
@@ -165,12 +165,12 @@ def show_histograms(values: Mapping[str, Any], *, label: str, bins: int = 40) ->
 
 
 def show_drops(rows: Sequence[CounterfactualRow]) -> Figure:
-    """How far the probability of the true class drops: against the number removed and the class removed.
+    """Drop of the true class's probability, against the number and against the share of the class removed.
 
-    Where opponents were removed, which are of other classes, against the number alone.
+    If opponents were removed, which are mostly of other classes, the second plot is left out.
 
     Args:
-        rows: What `measure_counterfactual` returns; bands are its intervals.
+        rows: From `measure_counterfactual`; bands are its intervals.
     """
     shares = not any(row.result.opponents for row in rows)  # opponents are of other classes
     figure = new_figure(9.0 if shares else 6.0, 3.4)
@@ -206,7 +206,7 @@ def short(value: float) -> str:
 
 
 def show_budgets(rows: Sequence[BudgetRow]) -> Figure:
-    """LDS against the retraining budget: a line for each method, with its interval as a band.
+    """LDS against the retraining budget: a line for each method, its interval as a band.
 
     Args:
         rows: `Comparison.retrainings`.
@@ -218,11 +218,11 @@ def show_budgets(rows: Sequence[BudgetRow]) -> Figure:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of this size in inches, which a notebook shows once: as the value of its cell."""
+    """An empty figure of this size in inches, which a notebook displays once, as the value of its cell."""
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-    plt.close(figure)  # an open one is shown once more at the end of the cell
+    plt.close(figure)  # an open figure would be displayed again at the end of the cell
     return figure
 
 

@@ -1,4 +1,4 @@
-"""LDS against the retraining budget, as a figure for pages and notebooks."""
+"""Figure of LDS against the retraining budget, for reports and notebooks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 
 def budget_steps(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
-    """Source and cost of each step of the ladder, from the cheapest to the dearest.
+    """Source and cost of each budget, from the cheapest to the most expensive.
+
+    Args:
+        rows: `retrainings` of results.json.
 
     >>> costs = {"cross-fitted": 1.0, "last checkpoint": 0.0}
     >>> budget_steps([{"source": source, "trainings": cost} for source, cost in costs.items()])
@@ -24,7 +27,7 @@ def budget_steps(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
 
 
 def budgets(rows: Sequence[Mapping[str, Any]]) -> str:
-    """LDS against the retraining budget (`draw_budgets`).
+    """The figure as SVG (`draw_budgets`).
 
     Args:
         rows: `retrainings` of results.json.
@@ -38,16 +41,16 @@ def budgets(rows: Sequence[Mapping[str, Any]]) -> str:
 def draw_budgets(
     axes: Axes, rows: Sequence[Mapping[str, Any]], colors: Sequence[str], soft: str, grid: str
 ) -> None:
-    """A line for each method with its interval as a band; refined scores are dashed in the same color.
+    """Draw a line for each method with its interval as a band; refined scores are dashed in the same color.
 
-    Steps are evenly spaced, and the first as many methods are drawn as there are colors.
+    Budgets are evenly spaced. Methods beyond the number of colors are not drawn.
 
     Args:
-        axes: To draw on.
+        axes: Axes to draw on.
         rows: `retrainings` of results.json.
-        colors: Of the methods.
-        soft: Of the ceiling.
-        grid: Of the grid.
+        colors: Colors of the methods.
+        soft: Color of the ceiling.
+        grid: Color of the grid.
     """
     steps = budget_steps(rows)
     names = list(dict.fromkeys(row["name"] for row in rows))

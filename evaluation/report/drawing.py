@@ -1,7 +1,7 @@
-"""Inline SVG for the reports, in colors that follow the page.
+"""Inline SVG for the reports.
 
-Lines and texts take their colors from custom properties of the page (`--ink`, `--series-1`, ...), so that
-they follow it into the dark. Where several series share a plot they differ in color, marker and dash.
+Lines and texts take their colors from CSS custom properties of the page (`--ink`, `--series-1`, ...), so that
+they change with its light and dark scheme. Series in one plot differ in color, marker and dash.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Series that one plot tells apart; the report's style sheet has a color for each in both schemes.
+#: Largest number of series in one plot; the style sheet has a color for each in both schemes.
 N_SERIES = 7
-#: What is drawn in these colors is given the custom properties instead.
+#: Placeholder colors, which are replaced by the custom properties of the page.
 COLORS = {
     "ink": "#000001",
     "soft": "#000002",
@@ -34,7 +34,7 @@ DASHES = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
 def svg_figure(
     name: str, inches: tuple[float, float], layout: Literal["constrained"] | None = "constrained"
 ) -> Iterator[tuple[Figure, list[str]]]:
-    """A figure to draw on, and a list that afterwards holds it as SVG."""
+    """A figure to draw on, and a list that holds its SVG after the `with` block."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -63,7 +63,7 @@ def svg_figure(
 
 
 def _for_a_page(svg: str) -> str:
-    """SVG that can stand in a page beside others: its colors, no names but those it refers to."""
+    """SVG for a page with others: colors of the page, and no ids but those that it refers to."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r" xmlns(:xlink)?=\"[^\"]*\"", "", svg).replace("xlink:href", "href")
@@ -77,10 +77,10 @@ def _for_a_page(svg: str) -> str:
 
 
 def ends_of(interval: Mapping[str, Any] | None) -> tuple[float, float]:
-    """Both ends of an interval, NaN where there is none."""
+    """Both ends of an interval; NaN if there is none."""
     return (math.nan, math.nan) if interval is None else (number(interval["low"]), number(interval["high"]))
 
 
 def number(value: float | None) -> float:
-    """A figure of results.json; NaN where it is None."""
+    """A number of results.json; NaN if it is None."""
     return math.nan if value is None else value

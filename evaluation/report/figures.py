@@ -1,4 +1,4 @@
-"""Figures of the comparison report, as inline SVG made from the content of results.json."""
+"""Figures of the comparison report as inline SVG, drawn from the content of results.json."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def forest(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def cost_against_fidelity(rows: Sequence[Mapping[str, Any]]) -> str:
-    """LDS against the seconds of setup and queries together, on a log axis; every point is named.
+    """LDS against the seconds of setup and queries, on a log axis; every point is labeled.
 
     Args:
         rows: `rows` of results.json.
 
     Returns:
-        The plot, "" where no LDS is defined.
+        The plot; "" if no LDS is defined.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -100,13 +100,13 @@ def cost_against_fidelity(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def counterfactual_curves(rows: Sequence[Mapping[str, Any]], reference: str = "ClassRandom") -> list[str]:
-    """The drop of one arm against the number removed and against the depletion of the class.
+    """The drop against the number removed and against the depletion of the class.
 
-    Every method has a plot of its own with the reference in it, all on the same axes.
+    Every method has its own plot, with the reference in gray; all plots have the same limits.
 
     Args:
-        rows: Rows of `counterfactual` in results.json that removed the same end of the scores.
-        reference: Drawn in grey beside every other method, where it is among the rows.
+        rows: Rows of `counterfactual` in results.json, all of proponents or all of opponents.
+        reference: Name of the reference, if it is among the rows.
 
     Returns:
         A plot for each row.
@@ -144,7 +144,7 @@ def counterfactual_curves(rows: Sequence[Mapping[str, Any]], reference: str = "C
 def roc(rows: Sequence[Mapping[str, Any]]) -> str:
     """ROC curves of flipped labels: the best ranking of each method, at most `N_SERIES` in color.
 
-    Detectors that need no influence are dashed. The others are thin grey lines.
+    Detectors that use no influence are dashed. All other rankings are thin gray lines.
 
     Args:
         rows: `mislabel` of results.json.
@@ -172,7 +172,7 @@ def roc(rows: Sequence[Mapping[str, Any]]) -> str:
                 linewidth=1.8,
                 label=f"{row['name']} ({'no influence' if dashed else row['ranking']})",
             )
-        axes.set_xlabel("share of right labels that are inspected")
+        axes.set_xlabel("share of correct labels that are inspected")
         axes.set_ylabel("share of flipped labels that are found")
         axes.set_xlim(-0.01, 1.01)
         axes.set_ylim(-0.01, 1.03)
@@ -182,7 +182,13 @@ def roc(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def highlighted(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The rows of `mislabel` that the ROC plot tells apart: one a name, by AUC, at most `N_SERIES`.
+    """Indices of the rows of `mislabel` with a color in the ROC plot: the best of each name, by AUC.
+
+    Args:
+        rows: `mislabel` of results.json.
+
+    Returns:
+        At most `N_SERIES`.
 
     >>> result = {"auc": 0.5}
     >>> highlighted([{"name": "a", "result": {"auc": 0.6}}, {"name": "a", "result": {"auc": 0.9}}])
@@ -196,20 +202,20 @@ def highlighted(rows: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places near the values that are at least a gap apart: least squares, then pushed inside the limits.
+    """Positions of labels near the values, at least a gap apart (least squares), and inside the limits.
 
     Args:
-        values: Where labels would like to be.
-        gap: Between neighbors; made smaller where they would not all fit.
-        low: No place is below.
-        high: No place is above.
+        values: The values.
+        gap: Smallest distance of neighbors; smaller if the labels do not fit otherwise.
+        low: Lower limit.
+        high: Upper limit.
 
     >>> spread([0.5, 0.5, 0.9], 0.2, 0.0, 1.0)
     [0.4, 0.6, 0.9]
     """
     gap = min(gap, (high - low) / max(1, len(values) - 1))
     order = sorted(range(len(values)), key=lambda i: values[i])
-    # With z_i = y_i - i * gap the gaps say that z does not fall: pool neighbors that violate it.
+    # With z_i = y_i - i * gap, z must not decrease: pool neighbors that violate this.
     blocks: list[list[float]] = []
     for rank, i in enumerate(order):
         blocks.append([values[i] - rank * gap, 1.0])
@@ -225,7 +231,7 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def _curves(by_count: Axes, by_share: Axes, result: Mapping[str, Any], color: str, dash: Any) -> None:
-    """One method's drop with its band on both axes; removing nothing changes nothing."""
+    """Draw one method's drop with its band on both axes, from (0, 0) on."""
     drop = [0.0, *map(number, result["drop"])]
     ends: NDArray[np.float64] = np.array([(0.0, 0.0), *map(ends_of, result["intervals"] or ())])
     shares = [0.0, *(100 * number(v) for v in result["depletion"])]

@@ -1,7 +1,7 @@
-"""HTML reports: self-contained pages, no network, readable on a phone and in the dark.
+"""HTML reports: self-contained pages without network access, for phones too, with a dark scheme.
 
-The report of `compare` is written from the content of results.json alone. Every figure in it carries its
-value and the place where it lies there: `<span data-path="/rows/0/lds/value" data-value="0.53">`.
+The report of `compare` is written from the content of results.json alone. Every figure carries its value and
+its JSON pointer in that file: `<span data-path="/rows/0/lds/value" data-value="0.53">`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from .budget_figure import budgets
 from .drawing import N_SERIES
 from .pictures import picture
 
-#: Of `Comparison.to_dict()`; increased whenever a reader of results.json must know.
+#: Format of `Comparison.to_dict()`; increased when readers of results.json must change.
 FORMAT = 1
-#: What the drops of the other methods are compared with, as in `measure_counterfactual`.
+#: The method that drops of the others are compared with, as in `measure_counterfactual`.
 _REFERENCE = "ClassRandom"
-#: Of an example that is no picture, so many values are shown.
+#: How many values are shown of an example that is not an image.
 _FIRST_VALUES = 8
-#: Reliability below which nothing stands out among the scores of a test point.
+#: Reliability below which no training example stands out for a test point.
 LEAST_RELIABLE = 0.5
-#: Three digits; thousands are written out.
+#: Three significant digits; from 1,000 on all digits of the integer part.
 _SHORT = "{:.3g}"
 _UNDEFINED = "\u2013"
 
@@ -69,7 +69,7 @@ def write_explanation(results: Mapping[str, Any], train: Tensor, test: Tensor, p
 
 
 def _first_values(inputs: Tensor, index: int) -> str:
-    """What is shown of an example that is no picture."""
+    """The first values of an example that is not an image."""
     flat = inputs[index].reshape(-1)
     shown = " ".join(f"{value:.2g}" for value in flat[:_FIRST_VALUES].tolist())
     return shown + (" …" if len(flat) > _FIRST_VALUES else "")
@@ -143,7 +143,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Figures:
-    """Writes what lies at a path of results.json as a reader sees it, with its value and its place.
+    """Formats the value at a path of results.json, marked with its value and its path.
 
     Attributes:
         results: The content of results.json.
@@ -152,12 +152,12 @@ class Figures:
     results: Mapping[str, Any]
 
     def __call__(self, form: str, path: Sequence[str | int], scale: float | None = None) -> Markup:
-        """A marked-up figure; a dash where it is None.
+        """The formatted value as HTML; a dash if it is None.
 
         Args:
             form: Format, such as "{:.3f}".
             path: Keys and indices.
-            scale: What is shown is the value times this; None shows it as it is.
+            scale: Factor of the value that is shown; None for 1.
         """
         value: Any = self.results
         for key in path:
@@ -186,7 +186,7 @@ def _check(results: Any, name: str) -> None:
             "results",
             f"be the results of `compare` in format {FORMAT}",
             f"{name} with format {found!r}",
-            "Run `stride-captum compare` again: what its store holds is not done twice.",
+            "Run `stride-captum compare` again: what its store holds is not computed again.",
         )
 
 
@@ -197,7 +197,7 @@ def _text(form: str, value: Any) -> str:
 
 
 def _shared(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What the main table needs."""
+    """Values for the main table."""
     intervals = [row["lds"]["interval"] for row in results["rows"] if row["lds"]["interval"] is not None]
     level = intervals[0]["level"] if intervals else 0.95
     figures = {"num": Figures(results), "pointer": pointer, "short": _SHORT}
@@ -205,7 +205,7 @@ def _shared(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _arms(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Counterfactual rows with their places, by what was removed."""
+    """Counterfactual rows with their indices, for proponents and for opponents."""
     for name, opponents in (("proponents", False), ("opponents", True)):
         own = [(i, row) for i, row in enumerate(rows) if row["result"]["opponents"] is opponents]
         if own:
@@ -215,7 +215,7 @@ def _arms(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _leaks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One entry for each method and planted set: the places of its plain and its normalized row."""
+    """One entry for each method and planted set, with the indices of its plain and its normalized row."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for i, row in enumerate(rows):
         key = (row["kind"], row["n_planted"], row["name"])
@@ -227,7 +227,7 @@ def _leaks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _leaves(value: Any, path: list[str]) -> Iterator[list[str]]:
-    """Paths of all settings; models and their fingerprints have a table of their own."""
+    """Paths of all settings, without models and their fingerprints, which have their own table."""
     if path[1:] == ["models"] or path[1:] == ["fingerprints", "models"]:
         return
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Pictures of examples."""
+"""Examples as PNG images."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import io
 import torch
 from torch import Tensor
 
-#: Images are enlarged by a whole factor to about this many pixels, unless told otherwise.
+#: Default size of a picture in pixels: images are enlarged to about this by a whole factor.
 _SIDE = 96
 
 
 def picture(example: Tensor, side: int = _SIDE) -> str | None:
-    """A PNG data URI of one example, or None where it is not an image.
+    """A PNG data URI of one example; None if it is not an image.
 
     Args:
-        example: `(1, h, w)`, `(3, h, w)` or `(h, w)`; values are stretched to the range of the image.
-        side: Pixels are repeated a whole number of times to get near this size; 0 keeps them.
+        example: `(1, h, w)`, `(3, h, w)` or `(h, w)`; its smallest value becomes black, its largest white.
+            One channel of at most 28 pixels, as in MNIST, is inverted.
+        side: Size to enlarge it to, by a whole factor; 0 keeps its size.
     """
     from PIL import Image
 

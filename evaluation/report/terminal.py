@@ -1,4 +1,4 @@
-"""Results in the terminal."""
+"""Tables of results in the terminal."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from ..measures.statistics import Interval
     from ..tasks.paper_tables import PaperTable
 
-#: Characters that the title of a column may have before it is wrapped.
+#: Length of a column title beyond which it is wrapped.
 _WRAPPED = 12
-#: Where nobody looks at it as it is written, a table is as wide as it needs to be.
+#: Width of tables that are not printed to a terminal.
 _FILE_WIDTH = 240
-#: Mean training residual above which a model has not learned its training set.
+#: Mean training residual above which a model does not fit its training set.
 _UNDERFITTED = 0.25
 
 console = Console()
@@ -32,7 +32,7 @@ if not console.is_terminal and "COLUMNS" not in os.environ:
 
 
 def show_explanation(explanation: Explanation) -> None:
-    """Proponents, opponents and suspects of an explanation."""
+    """Print the proponents, opponents and suspects of an explanation."""
     table = Table(title=f"{explanation.task}: training examples, as label #index (score)")
     for column in ("test", "label", "says", "reliability", "proponents", "opponents"):
         table.add_column(column)
@@ -66,7 +66,7 @@ def _named(neighbor: Neighbor) -> str:
 
 
 def show_comparison(result: Comparison) -> None:
-    """One table for each measure, and the summary in sentences."""
+    """Print a table for each measure, and the summary."""
     if result.rows:
         _show_fidelity(result)
     if result.retrainings:
@@ -79,7 +79,7 @@ def show_comparison(result: Comparison) -> None:
             [
                 (
                     row.name,
-                    row.ranking if row.uses_influence else "needs no influence",
+                    row.ranking if row.uses_influence else "uses no influence",
                     f"{row.result.precision:.3f}",
                     _interval(row.result.interval),
                     f"{row.result.average_precision:.3f}",
@@ -116,7 +116,7 @@ def show_comparison(result: Comparison) -> None:
 
 
 def show_printed(table: PaperTable) -> None:
-    """What the paper printed."""
+    """Print a table of the paper as it is printed there."""
     rows = [(name, *figures) for name, figures in table.printed.items()]
     _print(f"Table {table.number} of the paper: {table.title}", ("method", *table.columns), rows)
     if table.differs:
@@ -154,7 +154,7 @@ def _show_fidelity(result: Comparison) -> None:
     if max(protocol["models"].values()) > _UNDERFITTED:
         console.print(
             f"These models hardly fit their training set ({_settings(protocol['training'])}): retrainings "
-            "differ by chance more than by their examples. Train longer or with larger steps (--training)."
+            "differ more by chance than by their examples. Train longer or with larger steps (--training)."
         )
     if any(row.linearized is not None for row in result.rows):
         _print(
@@ -196,7 +196,7 @@ def _show_counterfactual(result: Comparison) -> None:
         arm = "opponents" if opponents else "proponents"
         _print(
             f"Drop of the true class's probability when the top {arm} are removed "
-            "[95%] (share of the class that goes with them)",
+            "[95%] (share of the class that is removed with them)",
             ("method", *(f"k={k}" for k in counts)),
             [
                 (
@@ -217,9 +217,12 @@ def _show_counterfactual(result: Comparison) -> None:
 
 
 def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Group:
-    """A table of cells that are text already.
+    """A table of text cells, in several pieces if the terminal is too narrow.
 
-    Where the terminal is too narrow for all columns it comes in pieces, each with the first column.
+    Args:
+        title: Title.
+        columns: Titles of the columns; every piece has the first one.
+        rows: Cells of each row.
     """
     rows = list(rows)
     widths = [
@@ -245,7 +248,7 @@ def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) 
 def show_measured(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], environment: dict[str, Any]
 ) -> None:
-    """A table, and the machine that it was measured on."""
+    """Print a table, and the machine that it was measured on."""
     _print(title, columns, rows)
     console.print(one_line(environment))
 
@@ -255,7 +258,7 @@ def _print(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, str]:
-    """What a table can show of a row of a measure that is not ours: its single values."""
+    """The single values of a row of a measure that was added to `MEASURES`."""
     return {
         name: _figure(value) if isinstance(value, float) else str(value)
         for name, value in row.items()

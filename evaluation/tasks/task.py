@@ -42,6 +42,7 @@ class Task:
         ValueError: Examples that are not one input with one class label.
         TypeError: A data set that is not a `TensorDataset`, for a loss other than plain cross-entropy.
 
+    >>> from stride_captum.evaluation import load_task
     >>> task = load_task("synthetic", preset="smoke")
     >>> task.name, task.n_train, task.n_classes
     ('synthetic-300', 300, 4)

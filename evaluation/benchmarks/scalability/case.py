@@ -9,36 +9,36 @@ from typing import Any
 from ....errors import bad_choice, bad_value
 from ....system.memory import parse_bytes
 
-#: Closed form, the paper's operators, and the gradient baselines.
+#: The closed form, the paper's trained operators, and the gradient baselines.
 SCALED_METHODS = ("STRIDE", "STRIDE paper", "DiagonalEKFAC", "EKFAC", "TracIn")
 GRADIENT_METHODS = SCALED_METHODS[2:]
-#: In this order.
+#: Phases of a case, in order.
 PHASES = ("forward", "setup", "inference")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is measured, and all that its figures depend on.
+    """One measurement, with everything that its figures depend on.
 
     Attributes:
         method: One of `SCALED_METHODS`.
-        depth: Of `ScalableCNN`; 0 for random features without a model.
+        depth: Depth of `ScalableCNN`; 0 for random features without a model.
         width: Channels of its first convolution, or the number of features.
         n_train: N.
         n_test: Test points of the query.
         n_subsets: K of "STRIDE paper".
-        subset_size: |S_k| of "STRIDE paper"; None covers what subsets of at most 100 can.
-        iterations: T of "STRIDE paper"; None is that of the preset.
-        batch_size: Examples a batch, of the forward pass and of every method.
+        subset_size: |S_k| of "STRIDE paper"; None takes N / K, at most 100.
+        iterations: T of "STRIDE paper"; None takes that of the preset.
+        batch_size: Examples in a batch, for the forward pass and for every method.
         device: Where the work is done.
-        hardware: Name of the device and threads: results of another machine are not taken over.
-        memory_limit: What the process may add to what it starts with, such as "8GiB"; None for no limit.
-            On a GPU its memory is the limit.
+        hardware: Name of the device and threads; stored results of another machine are not used.
+        memory_limit: Memory that the process may allocate after its start, such as "8GiB"; None for no
+            limit. On a GPU the memory of the device is the limit.
         time_limit: Seconds that each phase may take.
-        last_phase: "inference", or an earlier phase to leave out what follows it.
+        last_phase: The last phase to run, "inference" for all.
 
     Raises:
-        ValueError: A value out of its range.
+        ValueError: A value is out of range.
     """
 
     method: str
@@ -72,12 +72,12 @@ class Case:
 
     @property
     def size(self) -> str:
-        """The model in words."""
+        """The model, in words."""
         return f"{self.depth} x {self.width}" if self.depth else f"{self.width} features"
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Name of its file."""
         model = f"cnn-{self.depth}x{self.width}" if self.depth else f"features-{self.width}"
         subsets = f"-K{self.n_subsets}" if self.method == "STRIDE paper" else ""
         return f"{self.method.replace(' ', '-')}-{model}-N{self.n_train}{subsets}"
@@ -85,13 +85,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a phase ended.
+    """Result of a phase.
 
     Attributes:
-        status: "ok", "out of memory", "over time limit", "failed", "not run", or "running" meanwhile.
-        seconds: Median of the repetitions, or of the only run.
-        peak_bytes: Most memory that was added (`PeakMemory`) to that of the model and the data.
-        detail: What was said of a failure, or why it was not run.
+        status: "ok", "out of memory", "over time limit", "failed", "not run" or "running".
+        seconds: Median of the repetitions.
+        peak_bytes: Peak memory (`PeakMemory`) in addition to the model and the data.
+        detail: Message of a failure, or the reason why the phase was not run.
     """
 
     status: str = "not run"
@@ -101,7 +101,7 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
-        """Whether there are figures."""
+        """Whether the phase has figures."""
         return self.status == "ok"
 
 
@@ -115,9 +115,9 @@ class CaseResult:
         n_features: d, the total width of the features of STRIDE; 0 for other methods.
         product_seconds: One product of the size of a Gram matrix, N x d x d in float32; closed form only.
         fingerprint_seconds: Hashing the weights, which is part of every setup.
-        forward: One bare forward pass over the training set.
+        forward: One forward pass over the training set.
         setup: `fit`.
-        inference: `influence` of all test points; its memory is that of setup where that is more.
+        inference: `influence` on all test points; its peak memory is at least that of setup.
     """
 
     case: Case
@@ -131,7 +131,7 @@ class CaseResult:
 
     @property
     def floor_ratio(self) -> float | None:
-        """Setup of the closed form over (forward pass + two products); None where one is not known."""
+        """Setup of the closed form / (forward pass + two products); None if one of them is not known."""
         setup, forward, product = self.setup.seconds, self.forward.seconds, self.product_seconds
         if setup is None or forward is None or product is None:
             return None
@@ -139,7 +139,7 @@ class CaseResult:
 
     @property
     def first_failure(self) -> Outcome | None:
-        """How the first phase without figures ended, or None."""
+        """Outcome of the first phase without figures, or None."""
         outcomes = (getattr(self, phase) for phase in PHASES)
         return next((outcome for outcome in outcomes if not outcome.ok), None)
 

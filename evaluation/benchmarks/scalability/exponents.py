@@ -1,8 +1,7 @@
-"""Growth of costs: power laws in N, d, K and P, beside the exponents that the paper states.
+"""Growth of costs: power laws in N, d, K and P, next to the exponents that the paper states.
 
-N, d and K are each swept alone: STRIDE on random features, so that the forward pass of no model is in the
-way, and the gradient methods (N alone) on one small model. P comes from the sweep over models, where d
-grows with it.
+N, d and K are varied one at a time: for STRIDE on random features, without the forward pass of a model; for
+the gradient methods (N only) on one small model. P is varied with the models, where d grows with it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class PowerLaw:
 
     Attributes:
         exponent: The slope.
-        standard_error: Of the exponent, from the residuals; None for two points, which leave none.
+        standard_error: Standard error of the exponent; None for two points.
         constant: The cost at size 1.
     """
 
@@ -39,10 +38,10 @@ def fit_exponent(sizes: Sequence[float], seconds: Sequence[float]) -> PowerLaw:
 
     Args:
         sizes: Positive numbers, at least two different ones.
-        seconds: As many positive costs.
+        seconds: The cost at each size, positive.
 
     Raises:
-        ValueError: Arguments that are not so.
+        ValueError: A number is not positive and finite, lengths differ, or all sizes are equal.
 
     >>> law = fit_exponent([1, 2, 4], [3, 12, 48])
     >>> round(law.exponent, 6), round(law.constant, 6)
@@ -66,18 +65,19 @@ def fit_exponent(sizes: Sequence[float], seconds: Sequence[float]) -> PowerLaw:
 
 @dataclass(frozen=True, kw_only=True)
 class Ladders:
-    """Sizes of the sweeps.
+    """Sizes that are varied, and those of the other quantities meanwhile.
 
     Attributes:
-        paper: N, d, K, |S_k| and T of "STRIDE paper" where they are not swept; T does not change exponents.
-        paper_n: N.
-        paper_d: d.
-        paper_k: K; `200 K` is below N, or the shared phi sees no more examples with more subsets.
-        closed: N and d of the closed form where they are not swept.
-        closed_n: N.
-        closed_d: d.
-        model: Depth and width of the model of the gradient methods.
-        model_n: N.
+        paper: N, d, K, |S_k| and T of "STRIDE paper"; T does not change exponents.
+        paper_n: Values of N for "STRIDE paper".
+        paper_d: Values of d.
+        paper_k: Values of K. `200 K` is below N; otherwise more subsets would not give the shared phi more
+            examples.
+        closed: N and d of the closed form.
+        closed_n: Values of N for the closed form.
+        closed_d: Values of d.
+        model: Depth and width of the model for the gradient methods.
+        model_n: Values of N for the gradient methods.
     """
 
     paper: tuple[int, int, int, int, int]
@@ -118,15 +118,15 @@ FULL_LADDERS = Ladders(
 def ladder_cases(
     ladders: Ladders, methods: Sequence[str], common: Mapping[str, Any]
 ) -> dict[tuple[str, str], list[tuple[int, Case]]]:
-    """The cases of every sweep but that over models.
+    """The cases that vary N, d and K.
 
     Args:
         ladders: Sizes.
-        methods: Which methods.
+        methods: Names of the methods.
         common: Fields that all cases share.
 
     Returns:
-        By method and quantity, each size with its case. A case may stand in several sweeps.
+        By method and quantity, each size with its case. A case may be there for several quantities.
     """
     n, d, k, size, iterations = ladders.paper
     paper = Case(
@@ -158,11 +158,10 @@ class Growth:
         method: The method.
         quantity: "N", "d", "K" or "P".
         cost: "setup", "setup less forward", "inference" or "memory".
-        sizes: Of the quantity, where the case has figures.
+        sizes: Values of the quantity whose cases have figures.
         values: Seconds, or bytes for "memory".
-        law: Fitted; None for fewer than three sizes.
-        stated: Exponent of Proposition 1 ("-" where it says nothing), of the closed form that of its
-            operations.
+        law: The fitted power law; None for fewer than three sizes.
+        stated: Exponent of Proposition 1 ("-" if it states none); for the closed form that of its operations.
     """
 
     method: str
@@ -179,11 +178,11 @@ class Growth:
 
 
 def growth(method: str, quantity: str, points: Sequence[tuple[int, CaseResult]]) -> list[Growth]:
-    """Fit every cost of one sweep.
+    """Fit a power law to every cost.
 
     Args:
         method: The method.
-        quantity: What was swept.
+        quantity: The quantity that was varied.
         points: Each size with its result; phases without figures are left out.
     """
     stated = CLOSED_FORM if method == "STRIDE" else PROPOSITION1.get(_printed_name(method), {})
@@ -204,7 +203,7 @@ def _printed_name(method: str) -> str:
 
 
 def _cost(result: CaseResult, cost: str) -> float | None:
-    """One cost of a result; None where it has none, or none above 0."""
+    """One cost of a result; None if it is not known or not above 0."""
     setup, forward, peak = result.setup.seconds, result.forward.seconds, result.setup.peak_bytes
     if cost == "memory":
         return float(peak) if peak else None

@@ -1,4 +1,4 @@
-"""Measurement of one case of the scalability benchmark, phase after phase, in this process."""
+"""Measurement of one case of the scalability benchmark in this process, phase by phase."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from .case import GRADIENT_METHODS, PHASES, Case, CaseResult, Outcome
 from .network import ScalableCNN, synthetic_images
 
 _N_CLASSES = 10
-#: Runs after one that warms up, as long as all take less than this together; what takes longer runs once.
+#: Timed runs after a warm-up run; a phase that takes longer than this is run once.
 _REPEATS, _REPEATED_SECONDS = 3, 5.0
 _OUT_OF_MEMORY = ("out of memory", "allocate memory", "alloc_failed", "bad_alloc", "not enough memory")
 
 
 def measure(case: Case, keep: Callable[[CaseResult], None] = lambda result: None) -> CaseResult:
-    """Run a forward pass, setup and queries.
+    """Run the forward pass, setup and query of a case.
 
     Args:
         case: The case.
-        keep: Given the result at the start and at the end of every phase.
+        keep: Called with the result at the start and at the end of every phase.
 
     Returns:
-        Figures up to the first phase that failed: an error is a result here, not an exception.
+        Figures up to the first phase that failed. An error is recorded in the result and not raised.
     """
     result = CaseResult(case)
     outcomes = _outcomes(case, result)
@@ -53,8 +53,8 @@ def measure(case: Case, keep: Callable[[CaseResult], None] = lambda result: None
                 warnings.filterwarnings("ignore", message=".*in no subset")  # as in B.2
                 outcome = next(outcomes)
         except Exception as error:
-            said = " ".join(traceback.format_exception_only(error)).split("\n")[0][:300]
-            outcome = Outcome("out of memory" if is_out_of_memory(error) else "failed", detail=said)
+            status, detail = what_failed(error)
+            outcome = Outcome(status, detail=detail)
         setattr(result, phase, outcome)
         keep(result)
         if not outcome.ok:
@@ -62,8 +62,14 @@ def measure(case: Case, keep: Callable[[CaseResult], None] = lambda result: None
     return result
 
 
+def what_failed(error: Exception) -> tuple[str, str]:
+    """Status of a failure, "out of memory" or "failed", and the first line of the error."""
+    said = " ".join(traceback.format_exception_only(error)).split("\n")[0][:300]
+    return "out of memory" if is_out_of_memory(error) else "failed", said
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: that of a GPU, Python's, or that of a library below.
+    """Whether an error of Python, torch or a library below says that memory ran out.
 
     >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."))
     True
@@ -79,13 +85,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 def build(case: Case, model: nn.Module, dataset: TensorDataset) -> InfluenceMethod:
     """The method of a case, not fitted.
 
-    Gradient methods may hold a quarter of the memory in gradients of single examples. The paper's STRIDE
-    has the preset of CIFAR-10.
+    Gradient methods may use a quarter of the memory for gradients of single examples. "STRIDE paper" is the
+    preset of CIFAR-10.
 
     Args:
         case: The case.
-        model: Its model; not used without one.
-        dataset: Its training set, or features, logits and labels.
+        model: Its model; not used if `case.depth` is 0.
+        dataset: Its training set; features, logits and labels if `case.depth` is 0.
     """
     if case.method in GRADIENT_METHODS:
         kind: type[InfluenceMethod] = getattr(adapters, case.method)
@@ -101,7 +107,7 @@ def build(case: Case, model: nn.Module, dataset: TensorDataset) -> InfluenceMeth
 
 
 def _outcomes(case: Case, result: CaseResult) -> Iterator[Outcome]:
-    """The phases in order; figures that are no outcome go into the result."""
+    """Outcomes of the phases in order; other figures are written into the result."""
     device = torch.device(case.device)
     model, train, test = _model_and_examples(case)
 
@@ -120,7 +126,7 @@ def _outcomes(case: Case, result: CaseResult) -> Iterator[Outcome]:
     method = build(case, model, TensorDataset(*train))
     yield _outcome(method, method.fit, device)
     if isinstance(method, STRIDE):
-        result.n_features = sum(tap.width for state in method._states or [] for tap in state.taps)
+        result.n_features = method.n_features_
     if case.method == "STRIDE":
         rng = torch.Generator(device).manual_seed(0)
         features = torch.randn(case.n_train, result.n_features, device=device, generator=rng)
@@ -130,7 +136,7 @@ def _outcomes(case: Case, result: CaseResult) -> Iterator[Outcome]:
 
 
 def _load_libraries(case: Case) -> None:
-    """Fit and ask the method once on next to nothing: what a process does once is no part of setup."""
+    """Fit and query the method on a tiny case, so that loading of libraries is not part of setup."""
     small = replace(
         case,
         depth=min(case.depth, 1),
@@ -174,9 +180,9 @@ def _memory(case: Case) -> int:
 
 
 def _outcome(method: InfluenceMethod, run: Callable[[], Any], device: torch.device) -> Outcome:
-    """Seconds, and the most memory of all runs: what a first run frees, a second may use unseen."""
+    """Seconds and the highest peak memory of all runs: a later run may reuse freed memory, unseen."""
     release_free_memory()
-    if device.type == "cuda":  # the process is our own, and so are its statistics: peaks are exact
+    if device.type == "cuda":  # no other code uses the statistics of this process, so peaks are exact
         torch.cuda.reset_peak_memory_stats(device)
     peaks: list[int | None] = []
 
@@ -189,7 +195,7 @@ def _outcome(method: InfluenceMethod, run: Callable[[], Any], device: torch.devi
 
 
 def _median(run: Callable[[], Any], device: torch.device) -> float:
-    """Median seconds of a few runs after one that warms up, or the seconds of one that takes long."""
+    """Median seconds of a few runs after a warm-up run, or of a single run if it takes long."""
     seconds: list[float] = []
     while not seconds or (len(seconds) <= _REPEATS and sum(seconds) < _REPEATED_SECONDS):
         seconds.append(timed(run, device))

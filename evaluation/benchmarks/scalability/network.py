@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ....errors import bad_value
 
-#: Channels double until they have reached this.
+#: Channels double until they reach this.
 _WIDE = 2048
 _IMAGE_SIDE = 32
 _SMALLEST_SIDE = 4
@@ -20,8 +20,8 @@ def channels(depth: int, width: int) -> list[int]:
     """Output channels of every convolution: doubled after every two layers while below 2,048.
 
     Args:
-        depth: Convolutions.
-        width: Channels of the first.
+        depth: Number of convolutions.
+        width: Channels of the first one.
 
     >>> channels(6, 768)
     [768, 768, 1536, 1536, 3072, 3072]
@@ -36,22 +36,23 @@ def channels(depth: int, width: int) -> list[int]:
 class ScalableCNN(nn.Sequential):
     """3x3 convolutions with ReLU on images of 3 x 32 x 32, and a linear head to the classes.
 
-    B.3 says "convolutional blocks followed by a linear head". With the channels of `channels`, a bias in
-    every layer and a head on one number a channel, Table 5 has these models: its parameters, as far as it
-    prints digits, are in 9 of its 18 rows those without normalization, and in all 18 those with
-    `batch_norm`, which adds at most .3%. (B.3 says "from 15M"; the table starts at 262K.)
+    B.3 describes "convolutional blocks followed by a linear head". With the channels of `channels`, a bias in
+    every layer and a head on one value per channel, these are the models of Table 5: the printed numbers of
+    parameters agree in all 18 rows with `batch_norm`, which adds at most 0.3%, and in 9 rows without it. (B.3
+    says "from 15M"; the table starts at 262K.)
 
-    The paper leaves open, and here is chosen:
+    Choices that the paper leaves open:
 
-    - Pooling: 2 x 2 maxima wherever channels double, while maps are larger than 4 x 4, and the mean over
-      the map before the head. Any depth fits. (The 0.44 s that Table 5 adds a layer of 2,048 channels is
-      then what one forward pass of 5,000 examples takes at 55 TFLOP/s.)
-    - Weights: normal, of the variance 2 / (9 c_in kept), where `kept` is the share of a map's energy that
-      zero padding leaves; biases 0. Without normalization this holds the scale of activations over depth.
+    - Pooling: 2 x 2 maxima wherever channels double, while maps are larger than 4 x 4, and the mean over the
+      map before the head. Any depth is possible. (In Table 5 each layer of 2,048 channels adds 0.44 s, which
+      is one forward pass of 5,000 examples through it at 55 TFLOP/s.)
+    - Weights: normal with variance 2 / (9 c_in kept), where `kept` is the share of a map's energy that
+    remains
+      after zero padding; biases are 0. This keeps the scale of activations over depth without normalization.
 
     Args:
-        depth: Convolutions, `conv1` to `conv<depth>`.
-        width: Channels of the first.
+        depth: Number of convolutions, `conv1` to `conv<depth>`.
+        width: Channels of the first one.
         n_classes: Outputs of `head`.
         batch_norm: Whether a BatchNorm2d, `norm1` to `norm<depth>`, follows every convolution.
 
@@ -84,7 +85,7 @@ class ScalableCNN(nn.Sequential):
 
 
 def n_parameters(depth: int, width: int, batch_norm: bool = False) -> int:
-    """Parameters of `ScalableCNN`, none of which is allocated.
+    """Number of parameters of `ScalableCNN`, without allocating them.
 
     >>> n_parameters(16, 768)
     1014000394

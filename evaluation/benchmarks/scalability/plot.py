@@ -20,11 +20,11 @@ _MARKERS = dict(zip(SCALED_METHODS, "os^Dv", strict=True))
 def scalability_plot(results: Sequence[CaseResult]) -> str:
     """An SVG of three panels on log axes, with the forward pass and the paper's seconds of setup.
 
-    A model that a method failed on has a cross at the height of its last figure, with the reason's initial
-    beside it: M for memory, T for time.
+    A cross marks a model on which a method failed, at the height of its last figure, with M for memory or T
+    for time.
 
     Args:
-        results: Of the sweep over models, by parameters.
+        results: Results for all models, by number of parameters.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -63,7 +63,7 @@ def _draw(
     value: Callable[[CaseResult], float | None],
     phases: Sequence[str],
 ) -> None:
-    """The line of a method, and crosses where one of the phases failed."""
+    """Draw the line of a method, and crosses where one of the phases failed."""
     color = _COLORS[method]
     known = [(r.n_params, v) for r in results if (v := value(r))]
     sizes, values = [size for size, _ in known], [v for _, v in known]
@@ -78,7 +78,7 @@ def _draw(
 
 
 def _draw_printed(axes: Axes) -> None:
-    """Table 5's seconds, in grey."""
+    """Draw the seconds of Table 5, in gray."""
     sizes = [n_parameters(row.depth, row.width) for row in TABLE5]
     for name, dash in (("stride", "--"), ("ekfac", "-.")):
         known = [

@@ -1,4 +1,4 @@
-"""What the paper prints of scalability: the rows of Table 5 and the exponents of Proposition 1."""
+"""Scalability as the paper prints it: the rows of Table 5 and the exponents of Proposition 1."""
 
 from __future__ import annotations
 
@@ -50,8 +50,9 @@ TABLE5_NOTE = (
     "here; true EKFAC stands beside it). Its text says OOM from depth 8 on; the table has it from 8 x 192 on."
 )
 
-#: Proposition 1: the exponent of each quantity that is swept, the others fixed, for each cost. P stands for
-#: L at fixed d (1) and d at fixed L (d^3 = P^1.5) of EKFAC; STRIDE's counts no forward pass of the model.
+#: Proposition 1: for each method and cost, the exponent of a quantity when the others are fixed. For EKFAC, P
+#: grows with L at fixed d (exponent 1) or with d at fixed L (d^3 = P^1.5). STRIDE's costs do not include the
+#: forward pass of the model.
 PROPOSITION1: dict[str, dict[str, dict[str, str]]] = {
     "STRIDE": {
         "setup": {"N": "0 to 1", "d": "2", "K": "1", "P": "0"},
@@ -70,7 +71,7 @@ PROPOSITION1_NOTE = (
     "O(L d^2), with P = Theta(L d^2). It says nothing of the closed form, whose operations are N d^2 + d^3 "
     "for setup, N d for a query and N d + d^2 numbers."
 )
-#: Of the closed form, from its operations.
+#: Exponents of the closed form, from its operations.
 CLOSED_FORM = {
     "setup": {"N": "0 to 1", "d": "2 to 3", "P": "-"},
     "inference": {"N": "1", "d": "1", "P": "-"},

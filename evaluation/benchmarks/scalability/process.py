@@ -1,7 +1,7 @@
-"""One process for each case of the scalability benchmark, with its limits and its file.
+"""Separate processes for the cases of the scalability benchmark, with limits of memory and time.
 
-What has been measured is on disk before the next phase begins, so that neither running out of memory nor
-being killed loses it, and a benchmark that was interrupted goes on where it was.
+Figures are written to disk before the next phase begins, so that a process that runs out of memory or is
+killed does not lose them, and an interrupted benchmark continues where it stopped.
 """
 
 from __future__ import annotations
@@ -9,24 +9,24 @@ from __future__ import annotations
 import json
 import multiprocessing
 import signal
-from contextlib import suppress
 from copy import copy
 from pathlib import Path
 
 import torch
 
-from ....system.atomic import atomic_write
 from ....system.memory import parse_bytes
+from ...system.process_status import status_bytes
+from ...system.text_files import write_text
 from .case import PHASES, Case, CaseResult, Outcome
 from .measure import measure
 
 
 def run_case(case: Case, folder: Path) -> CaseResult:
-    """Measure a case in a process of its own, unless the folder has its result.
+    """Measure a case in a new process, unless the folder has its result.
 
     Args:
         case: The case.
-        folder: Where its file is kept. A case that failed for another reason than a limit runs again.
+        folder: Folder of its file. A case that failed for another reason than a limit runs again.
     """
     path = folder / f"{case.name}.json"
     known = _read(path)
@@ -47,16 +47,16 @@ def run_case(case: Case, folder: Path) -> CaseResult:
 
 
 def ended(result: CaseResult, exit_code: int) -> CaseResult:
-    """The result of a process that was ended: the phase that it was in gets the reason.
+    """The result of a process that was killed, with the reason in the phase that was running.
 
     Args:
-        result: What was on disk.
-        exit_code: Minus the number of the signal, as `multiprocessing` gives it.
+        result: The result on disk.
+        exit_code: Exit code of `multiprocessing`: minus the number of the signal.
     """
     if exit_code == -signal.SIGALRM:
         outcome = Outcome("over time limit", detail=f"more than {result.case.time_limit:g} s")
     elif exit_code == -signal.SIGKILL:
-        outcome = Outcome("out of memory", detail="killed, as the system does when memory runs out")
+        outcome = Outcome("out of memory", detail="killed, as the system does if memory runs out")
     else:
         outcome = Outcome("failed", detail=f"the process ended with code {exit_code}")
     phase = result.ended_with("running") or PHASES[0]
@@ -69,9 +69,10 @@ def _child(case: Case, path: Path) -> None:
     if case.memory_limit is not None and torch.device(case.device).type != "cuda":
         import resource  # which Windows does not have
 
-        limit = _data_bytes() + parse_bytes(case.memory_limit)
+        started_with = status_bytes("VmData") or 0  # what RLIMIT_DATA counts: private writable memory
+        limit = started_with + parse_bytes(case.memory_limit)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-    # Without a handler in Python the alarm ends the process at once, also inside a library.
+    # Without a Python handler the alarm ends the process at once, even inside a library call.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
     def keep(result: CaseResult) -> None:
@@ -81,15 +82,6 @@ def _child(case: Case, path: Path) -> None:
 
     measure(case, keep)
     signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _data_bytes() -> int:
-    """Private writable memory of this process, which RLIMIT_DATA counts; 0 where there is no /proc."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmData"):
-                return int(line.split()[1]) * 1024
-    return 0
 
 
 def _is_final(result: CaseResult) -> bool:
@@ -105,6 +97,4 @@ def _read(path: Path) -> CaseResult | None:
 
 
 def _write(path: Path, result: CaseResult) -> None:
-    text = json.dumps(result.to_dict(), indent=1, allow_nan=False)
-
-    atomic_write(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(result.to_dict(), indent=1, allow_nan=False))

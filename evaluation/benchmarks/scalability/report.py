@@ -1,4 +1,4 @@
-"""Results of the scalability benchmark: shown and written."""
+"""Results of the scalability benchmark: tables in the terminal, results.json and the plot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLOOR_GOAL, QUERY_GOAL = 1.3, 0.05
 
 
 def show_scalability(found: Scalability) -> None:
-    """Costs by model and method, the first failures, and the exponents."""
+    """Print costs by model and method, the first failures, and the exponents."""
     settings = found.settings
     for table in (_setup, _queries, _memory):
         console.print(table(found))
@@ -45,14 +45,14 @@ def show_scalability(found: Scalability) -> None:
 
 
 def write_scalability(found: Scalability, out: Path) -> list[Path]:
-    """Write results.json, with the command, and the plot beside it.
+    """Write results.json, with the command, and the plot.
 
     Args:
-        found: Results.
-        out: Folder, made where there is none.
+        found: The results.
+        out: Folder, which is created if it does not exist.
 
     Returns:
-        The files.
+        The paths of both files.
     """
     results, plot = out / "results.json", out / "scalability.svg"
     text = json.dumps({"command": sys.argv, **found.to_dict()}, indent=1, allow_nan=False)
@@ -139,7 +139,7 @@ _SHORT = {"out of memory": "OOM", "over time limit": "> limit"}
 
 
 def _seconds(results: Mapping[str, CaseResult], method: str, phase: str) -> str:
-    """The figure, or why there is none; empty for a method that was not asked for."""
+    """Seconds, or the reason why there are none; "" for a method that was not measured."""
     if method not in results:
         return ""
     failed = results[method].first_failure
@@ -150,7 +150,7 @@ def _seconds(results: Mapping[str, CaseResult], method: str, phase: str) -> str:
 
 
 def _forward(results: Mapping[str, CaseResult]) -> str:
-    """The median over methods, each of which has timed it."""
+    """Seconds of the forward pass: the median over methods, each of which has timed it."""
     seconds = [result.forward.seconds for result in results.values() if result.forward.seconds is not None]
     return f"{statistics.median(seconds):.3g}" if seconds else ""
 

@@ -1,6 +1,4 @@
-"""Sweep of the scalability benchmark (B.3, D.1, Table 5, Figure 2, Proposition 1): which models,
-methods and limits, in which order.
-"""
+"""Scalability benchmark (B.3, D.1, Table 5, Figure 2, Proposition 1): models, methods, limits and order."""
 
 from __future__ import annotations
 
@@ -19,19 +17,19 @@ from .network import n_parameters
 from .printed import PROPOSITION1_NOTE, TABLE5, TABLE5_NOTE
 from .process import run_case
 
-#: Models of the default sweep; two of them are rows of Table 5.
+#: Default models as (depth, width); two of them are rows of Table 5.
 CPU_SIZES = ((4, 16), (4, 32), (4, 64), (6, 64), (6, 128), (8, 64))
 CPU_TRAIN, FULL_TRAIN, N_TEST = 500, 5_000, 100
 
 
 @dataclass
 class Scalability:
-    """Everything that the benchmark found.
+    """All results of the benchmark.
 
     Attributes:
-        settings: Sizes, limits and what was left out.
-        environment: Of the machine.
-        results: A result for each method and model, models by their parameters.
+        settings: Sizes and limits.
+        environment: Versions and hardware.
+        results: A result for each method and model, sorted by number of parameters.
         growth: Costs against N, d, K and P.
     """
 
@@ -41,7 +39,7 @@ class Scalability:
     growth: list[Growth] = field(default_factory=list)
 
     def first(self, status: str) -> dict[str, CaseResult]:
-        """By method, its smallest model that ended so ("out of memory", ...)."""
+        """By method, its smallest model with a status such as "out of memory"."""
         found: dict[str, CaseResult] = {}
         for result in self.results:
             if result.ended_with(status):
@@ -78,29 +76,29 @@ def bench_scalability(
     ladders: Ladders | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Scalability:
-    """Measure setup, queries and memory of every method over models of growing size.
+    """Measure setup, query and memory of every method on models of growing size.
 
-    Every case has a process of its own, and a file in `folder`: the same call goes on where it was
-    interrupted. A method that was over the time limit is not tried on larger models; running out of
-    memory is tried on every model.
+    Every case has its own process, and a file in `folder`: the same call continues an interrupted run. A
+    method that exceeds the time limit is not tried on larger models; one that runs out of memory is.
 
     Args:
-        folder: Where the files of the cases are kept.
-        full: The 18 models of Table 5 with 5,000 examples, instead of six small ones with 500.
-        device: None is a GPU where there is one.
-        methods: Some of `SCALED_METHODS`; None is all.
-        sizes: Depth and width of models instead.
-        n_train: Training examples instead.
+        folder: Folder for the files of the cases.
+        full: Whether to take the 18 models of Table 5 with 5,000 examples, instead of six small ones with
+            500.
+        device: None takes a GPU if there is one.
+        methods: Some of `SCALED_METHODS`; None takes all.
+        sizes: Depth and width of the models; None takes those of `full`.
+        n_train: Training examples; None takes those of `full`.
         n_test: Test points of the query.
-        batch_size: Examples a batch.
-        time_limit: Seconds of each phase of a case.
-        memory_limit: What a process may add, on the CPU; None for no limit.
-        exponents: Whether to sweep N, d and K as well.
-        ladders: Their sizes.
-        say: Given a line for each case.
+        batch_size: Examples in a batch.
+        time_limit: Seconds that each phase of a case may take.
+        memory_limit: Memory that a process may allocate, on the CPU; None for no limit.
+        exponents: Whether to vary N, d and K as well.
+        ladders: Sizes for that; None takes `FULL_LADDERS` if `full`, else `CPU_LADDERS`.
+        say: Called with a line of text for each case.
 
     Raises:
-        ValueError: An argument out of its range.
+        ValueError: An argument is out of range.
     """
     methods = list(SCALED_METHODS if methods is None else methods)
     for method in methods:
@@ -146,13 +144,13 @@ def bench_scalability(
 def _run_unless_hopeless(
     case: Case, folder: Path, given_up: dict[str, str], say: Callable[[str], None]
 ) -> CaseResult:
-    """Run a case but for phases that were over the time limit on a smaller model.
+    """Run a case, without the phases that were over the time limit on a smaller model.
 
     Args:
         case: The case.
-        folder: Of files.
-        given_up: Phases that are not tried any more, with the reason; the case may add one.
-        say: For a line.
+        folder: Folder for its file.
+        given_up: Phases that are no longer tried, with the reason; the case may add one.
+        say: Called with a line of text.
     """
     if "forward" in given_up or "setup" in given_up:
         reason = Outcome(detail=given_up.get("forward") or given_up["setup"])
@@ -186,6 +184,9 @@ def _in_words(phase: str, outcome: Outcome) -> str:
 
 def parse_size(text: str) -> tuple[int, int]:
     """Depth and width from "4x64".
+
+    Raises:
+        ValueError: The text has another form.
 
     >>> parse_size("4x64")
     (4, 64)

@@ -24,7 +24,7 @@ from ..shared.methods import METHODS, MethodSpec
 from ..shared.question import Question
 from ..shared.score_cache import Answer
 from ..shared.shared import Shared
-from .lds import forward_pass, retrained
+from .lds import forward_pass, plain_gap, retrained
 from .on_models import Chosen, OnModels, choose
 
 #: Suffix of the rows with out-of-sample residuals.
@@ -69,18 +69,13 @@ class BudgetRow:
             **{k: v for k, v in vars(self).items() if k not in ("lds", "cost", "against_first", "over_last")},
             "lds": self.lds.to_dict(),
             "cost": self.cost.to_dict(),
-            "first_method_less_this": _ends(self.against_first),
-            "this_less_last_checkpoint": _ends(self.over_last),
+            "first_method_less_this": _plain(self.against_first),
+            "this_less_last_checkpoint": _plain(self.over_last),
         }
 
 
-def _ends(gap: LDSDifference | None) -> dict[str, Any] | None:
-    if gap is None:
-        return None
-    return {
-        "value": gap.value,
-        "interval": None if gap.interval is None else [gap.interval.low, gap.interval.high],
-    }
+def _plain(gap: LDSDifference | None) -> dict[str, Any] | None:
+    return None if gap is None else plain_gap(gap.value, gap.interval)
 
 
 def contender(name: str, question: Question) -> MethodSpec:

@@ -55,11 +55,6 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        against = None
-        if self.against_first is not None:
-            value, interval = self.against_first
-            spread = None if interval is None else [interval.low, interval.high]
-            against = {"value": value, "interval": spread}
         parts = {
             name: None if part is None else part.to_dict()
             for name, part in (
@@ -75,8 +70,13 @@ class Row:
             "models": self.models,
             "trainings": self.trainings,
             **parts,
-            "first_row_less_this": against,
+            "first_row_less_this": None if self.against_first is None else plain_gap(*self.against_first),
         }
+
+
+def plain_gap(value: float, interval: Interval | None) -> dict[str, Any]:
+    """A difference and the ends of its interval, as plain values for JSON."""
+    return {"value": value, "interval": None if interval is None else [interval.low, interval.high]}
 
 
 @dataclass(frozen=True)
