@@ -148,7 +148,9 @@ class Kronfluence:
         """Batches with the rows of each layer that count in its covariances (`rows_that_count`)."""
         (model, layers), loss = self.plain, self.losses.loss
         inside = dict(zip(layers.values(), self.losses.layers, strict=True))
-        linear = {layer: name for layer, name in layers.items() if isinstance(layer, nn.Linear)}
+        linear: dict[nn.Module, str] = {
+            layer: name for layer, name in layers.items() if isinstance(layer, nn.Linear)
+        }
         for batch in batches:
             if isinstance(loss, SummedPositions):
                 n, y = len(batch["examples"]), batch["labels"]

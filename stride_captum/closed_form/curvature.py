@@ -223,3 +223,18 @@ def on_raw_features(terms: Sequence[Term], scale: Tensor, weight: float) -> list
 def forms_of(terms: Sequence[Term], phi: Tensor, left: Tensor) -> Tensor:
     """The inner product of each row's terms with its `phi (x) left`, `(n,)`."""
     return torch.stack([(u * phi).sum(1) * (v * left).sum(1) for u, v in terms]).sum(0)
+
+
+@dataclass(frozen=True)
+class ClosedFormQuery:
+    """Preconditioned test points.
+
+    Attributes:
+        terms: Kronecker terms that act on raw training features.
+        phi: Scaled features with the constant, `(n_test, n_features + 1)`.
+        gradients: Of the response, `(n_test, n_classes)`.
+    """
+
+    terms: list[Term]
+    phi: Tensor
+    gradients: Tensor

@@ -24,6 +24,7 @@ from ..system.memory import MOST_ROWS, blocks
 from ..system.saved_values import saved_as
 from ..system.to_device import TrainingBlocks, working_dtype
 from .curvature import (
+    ClosedFormQuery,
     Curvature,
     Term,
     forms_of,
@@ -297,18 +298,3 @@ class ClosedFormOperators(FittedOperators):
     @cached_property
     def _forms(self) -> TrainingForms:
         return TrainingForms(self._data, self.curvature, self.scale, self.moments.weight)
-
-
-@dataclass(frozen=True)
-class ClosedFormQuery:
-    """Preconditioned test points.
-
-    Attributes:
-        terms: Kronecker terms that act on raw training features.
-        phi: Scaled features with the constant, `(n_test, n_features + 1)`.
-        gradients: Of the response, `(n_test, n_classes)`.
-    """
-
-    terms: list[Term]
-    phi: Tensor
-    gradients: Tensor

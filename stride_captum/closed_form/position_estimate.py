@@ -52,7 +52,7 @@ def _disk_bytes(method: STRIDE, reading: Any, n: int) -> int:
         return 0
     per_feature = 4 if method.feature_store.dtype == "float32" else 2
     each = per_feature * sum(reading.widths) + 4 * reading.n_classes + 8 + 4
-    return round(n * reading.rows) * each + 4 * n
+    return int(round(n * reading.rows) * each + 4 * n)
 
 
 def _query_bytes(
@@ -66,6 +66,7 @@ def _query_bytes(
     prepared = min(int(points * each * itemsize), method.memory_budget) + reading.bytes
     if size.form == "rows":
         prepared += min(int(n * each * itemsize), method.memory_budget)
-    if k is None:
-        return 4 * n_test * n + prepared
-    return 4 * 3 * min(2**22, method.memory_budget // 16, points * n) + 12 * n_test * k + prepared
+    scores = 4 * n_test * n
+    if k is not None:
+        scores = 4 * 3 * min(2**22, method.memory_budget // 16, points * n) + 12 * n_test * k
+    return int(scores + prepared)

@@ -1,14 +1,32 @@
-"""Sums over the positions of each example: outer products, and units in which squares do not underflow."""
+"""Test points with positions, and sums over the positions of each example."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..positions import Positions
-from .curvature import Term
+from .curvature import ClosedFormQuery, Term
+
+
+@dataclass(frozen=True)
+class PositionQuery:
+    """Test points as the closed form scores them.
+
+    Attributes:
+        rows: Their positions, as test points of their own.
+        positions: Rows of each test point.
+        matrices: `sum_s U_s (x) V_s` of each, flat, `(n_test, (n_features + 1) n_outputs)`.
+        n_positions: P, those without a row too.
+    """
+
+    rows: ClosedFormQuery
+    positions: Positions
+    matrices: Tensor
+    n_positions: int = 0
 
 
 def matrices_of_rows(terms: list[Term], positions: Positions) -> Tensor:

@@ -24,31 +24,14 @@ from ..recovery import soft_threshold
 from ..system.memory import blocks, rows_that_fit
 from ..system.saved_values import saved_as
 from ..system.to_device import working_dtype
-from .curvature import score_block
+from .curvature import ClosedFormQuery, score_block
 from .forms import in_range, norms_of
 from .moments import scaled_features
-from .operators import ClosedFormOperators, ClosedFormQuery
-from .position_products import matrices_of_rows, sizes_and_units_of_examples, summed_products
+from .operators import ClosedFormOperators
+from .position_products import PositionQuery, matrices_of_rows, sizes_and_units_of_examples, summed_products
 
 #: Products of pairs of positions that are held at a time.
 _PAIRS = 2**22
-
-
-@dataclass(frozen=True)
-class PositionQuery:
-    """Test points as the closed form scores them.
-
-    Attributes:
-        rows: Their positions, as test points of their own.
-        positions: Rows of each test point.
-        matrices: `sum_s U_s (x) V_s` of each, flat, `(n_test, (n_features + 1) n_outputs)`.
-        n_positions: P, those without a row too.
-    """
-
-    rows: ClosedFormQuery
-    positions: Positions
-    matrices: Tensor
-    n_positions: int = 0
 
 
 @saved_as("closed-form.positions")

@@ -92,7 +92,8 @@ class PixelCNN(BatchNormCNN):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv2, self.fc = nn.Conv2d(4, 3, 3, padding=1), nn.Conv2d(3, N_CLASSES, 1)
+        self.conv2 = nn.Conv2d(4, 3, 3, padding=1)
+        self.fc = nn.Conv2d(3, N_CLASSES, 1)  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `(n, 3, 6, 6)`."""

@@ -188,7 +188,8 @@ def weights_of_rows(parts: Sequence[Tensor | None], positions: Positions | None)
     """Weights of the rows of all batches, given those of their examples, `(n,)` or `(n, P)` each."""
     if positions is None or any(part is None for part in parts):
         return list(parts)
-    found, start = [], 0
+    found: list[Tensor | None] = []
+    start = 0
     for part in parts:
         assert part is not None
         few = positions.of(slice(start, start + len(part)))
