@@ -301,7 +301,7 @@ class TestEveryOption:
         x, y = blobs(10, noise=2.0, seed=5)
         own = method.self_influence((x, y))
         form = method._states[0].operators
-        early = [*range(len(form.head.weights) - 1), -1]
+        early = [*range(len(form.ridge_head.weights) - 1), -1]
         assert len(early) < len(form.scale)
         phi_train = scaled_features(form.features, form.scale)[:, early]
         penalty = 0.1 * phi_train.square().mean() * len(x_train) * torch.eye(phi_train.shape[1])
@@ -387,7 +387,7 @@ class TestMislabels:
         model, x, y = network
         method = stride(model, x, y)
         form = method.fit()._states[0].operators
-        early = [*range(len(form.head.weights) - 1), -1]  # all layers but the last, and the constant
+        early = [*range(len(form.ridge_head.weights) - 1), -1]  # all layers but the last, and the constant
         phi = scaled_features(mlp_features(model, x)[0], form.scale)[:, early]
         penalty = 0.1 * phi.square().mean() * len(x) * torch.eye(phi.shape[1], dtype=torch.float64)
         for i in (3, 40):
