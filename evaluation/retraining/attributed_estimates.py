@@ -16,7 +16,7 @@ from .attributed_models import FIRST_SPIKED, SPIKE, TRIES, attributed_path, chec
 from .estimate import RetrainingEstimate
 from .task_parts import HALVES, Split, cross_fit_paths
 from .training import mean_residual
-from .workers import count, seconds_per_example
+from .workers import arguments_of, count, seconds_per_example
 
 
 def estimate_attributed(
@@ -146,16 +146,7 @@ def _estimate(
 
 
 def _seconds_per_example(task: Task, device: torch.device | str) -> float:
-    x, y = (t.numpy() for t in task.train.tensors)
+    whole = np.arange(task.n_train)
     return seconds_per_example(
-        build_model=task.build_model,
-        training=task.training,
-        loss=task.loss,
-        x=x,
-        y=y,
-        subsets=[np.arange(task.n_train)],
-        seeds=[0],
-        x_test=task.test.tensors[0].numpy(),
-        device=str(device),
-        stacked=False,
+        **arguments_of(task), subsets=[whole], seeds=[0], device=str(device), stacked=False
     )

@@ -218,17 +218,14 @@ class RetrainingPlan:
 
     def _arguments(self, file: RunFile, device: torch.device | str) -> dict[str, Any]:
         """Arguments of `train_and_evaluate` for the runs of a file."""
+        of_task = retraining_workers.arguments_of(self.task)
         return {
-            "build_model": self.task.build_model,
-            "training": self.task.training,
-            "x": self.task.train.tensors[0].numpy(),
-            "y": self.task.train.tensors[1].numpy(),
+            **of_task,
             "subsets": [members(self.membership, k) for k, _ in file.runs],
             "seeds": [self._seed(*run) for run in file.runs],
-            "x_test": self.task.test.tensors[0][: file.n_test].numpy(),
+            "x_test": of_task["x_test"][: file.n_test],
             "device": str(device),
             "stacked": file.stacked,
-            "loss": self.task.loss,
         }
 
     def _seconds_per_example(self, file: RunFile, device: torch.device | str) -> float:

@@ -17,6 +17,7 @@ from torch import nn
 
 from ...losses import Loss
 from ..tasks.networks import TrainingSettings
+from ..tasks.task import Task
 from . import store as run_store
 from .files import RunFile, named_few
 from .stacked import train_stacked
@@ -65,6 +66,18 @@ def _done(file: RunFile, arguments: dict[str, Any]) -> int:
 def write_runs(path: Path, **arguments: Any) -> None:
     """Train and evaluate the runs of one file, and write it."""
     run_store.write_array(path, train_and_evaluate(**arguments))
+
+
+def arguments_of(task: Task) -> dict[str, Any]:
+    """Those arguments of `train_and_evaluate` that the task decides."""
+    return {
+        "build_model": task.build_model,
+        "training": task.training,
+        "x": task.train.tensors[0].numpy(),
+        "y": task.train.tensors[1].numpy(),
+        "x_test": task.test.tensors[0].numpy(),
+        "loss": task.loss,
+    }
 
 
 def train_and_evaluate(

@@ -14,7 +14,7 @@ from ..residuals import RIDGE_SHARE
 from ..system.memory import DEFAULT_BUDGET
 from ..system.to_device import TrainingBlocks, working_dtype
 from .class_moments import class_moments
-from .damping import check_damping, head_dtype
+from .damping import LEAST_OF_HEAD, check_damping, needs_float64
 from .memory import blocks_within
 from .moments import feature_moments
 from .ridge_head import RidgeHead, fit_ridge_head
@@ -61,7 +61,7 @@ def out_of_sample_residuals(
     check_damping(head_damping, features, "head_damping")
     read = readable_widths(widths)
     features = features[:, : sum(read)]
-    exact = head_dtype(head_damping, len(labels), sum(read), torch.float32) == torch.float64
+    exact = needs_float64(head_damping, len(labels), sum(read), LEAST_OF_HEAD)
     data = blocks_within(memory_budget, features, logits, labels, exact, weights)
     dtype = torch.float64 if exact else None
     moments = feature_moments(features, labels, logits.shape[1], read, data.block_rows, dtype, loss, weights)
