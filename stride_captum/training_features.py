@@ -16,14 +16,13 @@ from .data import inputs as data
 from .data.batch import ExampleBatch
 from .errors import bad_value
 from .features.options import Features
-from .features.precomputed import Precomputed, check_positions_finite
+from .features.precomputed import Precomputed, check_positions_finite, check_some_rows
 from .features.projection import Projection, fit_projection
 from .features.reader import (
     Rows,
     Run,
     TrainingRows,
     all_weights,
-    check_some_rows,
     read_batch,
     read_training_set,
     weights_of_rows,

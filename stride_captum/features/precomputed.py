@@ -101,3 +101,18 @@ def check_positions_finite(read: Precomputed) -> None:
                 example = int(read.positions.examples[row])
                 got = f"NaN or infinity for example {example}"
                 raise bad_value("train_dataset", f"give finite {name}", got)
+
+
+def check_some_rows(n_rows: int) -> None:
+    """Refuse examples without a position that has a label.
+
+    Raises:
+        ValueError: There is no row.
+    """
+    if not n_rows:
+        raise bad_value("train_dataset", "have at least one label that is not ignored", "none")
+
+
+def positions_in_some() -> ValueError:
+    """The error for outputs with positions for some batches, and without for others."""
+    return bad_value("model", "return outputs with positions for every batch, or for none", "both")

@@ -14,7 +14,7 @@ from ..data.batch import ExampleBatch
 from ..errors import bad_value
 from ..layers.activations import Tap, at_positions, recording
 from ..positions import Positions, joined
-from .precomputed import Precomputed
+from .precomputed import Precomputed, check_some_rows, positions_in_some
 
 if TYPE_CHECKING:
     from ..influence.reading import BatchReader
@@ -116,8 +116,7 @@ def read_training_set(
     logits, labels, weights, positions = zip(*read, strict=True)
     known = [part for part in positions if part is not None]
     if known and len(known) < len(positions):
-        must = "return outputs with positions for every batch, or for none"
-        raise bad_value("model", must, "both")
+        raise positions_in_some()
     if known:
         check_some_rows(features.n_rows)
     whole = features.whole()
@@ -172,16 +171,6 @@ def all_weights(parts: Sequence[Tensor | None]) -> Tensor | None:
     """Weights of all batches behind one another; None where there are none."""
     known = [part for part in parts if part is not None]
     return torch.cat(known) if known else None
-
-
-def check_some_rows(n_rows: int) -> None:
-    """Refuse examples without a position that has a label.
-
-    Raises:
-        ValueError: There is no row.
-    """
-    if not n_rows:
-        raise bad_value("train_dataset", "have at least one label that is not ignored", "none")
 
 
 def weights_of_rows(parts: Sequence[Tensor | None], positions: Positions | None) -> list[Tensor | None]:

@@ -11,6 +11,7 @@ from ..data.batch import ExampleBatch
 from ..data.digests import ExampleDigest
 from ..errors import bad_value
 from ..positions import Positions
+from .precomputed import positions_in_some
 from .store_files import Manifest, StoreFiles
 
 #: Of one batch: the rows of each tap, the logits `(n_rows, n_classes)`, the labels, and which positions have
@@ -71,8 +72,7 @@ class StoreWriter:
         if self.manifest is None:
             self.manifest = self.new(*computed[1:])
         if (computed[3] is not None) != ("counts" in self.manifest.parts):
-            must = "return outputs with positions for every batch, or for none"
-            raise bad_value("model", must, "both")
+            raise positions_in_some()
         if not self.buffers:
             for name, part in self.manifest.parts.items():
                 self.buffers[name] = torch.empty(
