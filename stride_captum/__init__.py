@@ -4,7 +4,7 @@ from .closed_form.options import ClosedForm
 from .data.reading import Batch
 from .designs import LeftRegular, Partition, RandomSubsets
 from .features.options import Features
-from .influence.checkpoints import Checkpoint, along_training
+from .influence.checkpoints.checkpoint import Checkpoint, along_training
 from .influence.method import InfluenceMethod
 from .influence.rows import result_rows
 from .recovery.estimators import Lasso, Ridge

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from .errors import bad_value, not_fitted
 from .features.precomputed import Precomputed
-from .influence.checkpoints import unseen_by
+from .influence.checkpoints.checkpoint import unseen_by
 from .influence.method import Query
 from .influence.temperature import choose_temperature
 from .layers.activations import Tap

@@ -16,7 +16,7 @@ from .errors import bad_type
 from .features.options import Features
 from .features.precomputed import Precomputed, PrecomputedNetwork
 from .features.store import FeatureStore
-from .influence.checkpoints import LoadCheckpoint, load_checkpoint
+from .influence.checkpoints.checkpoint import LoadCheckpoint, load_checkpoint
 from .influence.estimate import Estimate, from_small_runs
 from .losses import Loss, loss_of
 from .operators import Operators, operators_of

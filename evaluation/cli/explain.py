@@ -11,8 +11,8 @@ from torch import nn
 
 from ...errors import bad_value
 from ...features.options import Features
-from ...influence.checkpoints import load_checkpoint
-from ...influence.weight_files import files_like
+from ...influence.checkpoints.checkpoint import load_checkpoint
+from ...influence.checkpoints.weight_files import files_like
 from ...operators import Operators, operators_of
 from ...system.devices import existing_device
 from ...system.processes import is_first

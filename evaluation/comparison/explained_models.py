@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...closed_form.options import ClosedForm
 from ...errors import bad_value, whole_number
-from ...influence.checkpoints import load_checkpoint
+from ...influence.checkpoints.checkpoint import load_checkpoint
 from ...score_agreement import reliability
 from ...stride import STRIDE
 from ...system.preserve_state import preserve_state

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...errors import bad_value
-from ...influence.checkpoints import log_positions
+from ...influence.checkpoints.checkpoint import log_positions
 from ..tasks.new_network import checked_network
 from ..tasks.task import Task
 from . import store as run_store

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ... import __version__
 from ...errors import bad_type, bad_value, whole_number
-from ...influence.checkpoints import Checkpoint, load_checkpoint
+from ...influence.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from ...responses import response_value
 from ...subsets import Membership, members, membership_from_indices, partition
 from ...system.preserve_state import preserve_state

@@ -12,7 +12,7 @@ from ..system.fingerprints import weights_fingerprint
 from ..system.locks import exclusive
 from ..system.peak_memory import PeakMemory
 from ..system.processes import SINGLE_PROCESS, SingleProcess
-from .checkpoints import warn_of_equal
+from .checkpoints.checkpoint import warn_of_equal
 from .scoring import ScoringLoop
 
 Self = TypeVar("Self", bound="FittedMethod")

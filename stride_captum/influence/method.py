@@ -31,7 +31,7 @@ from ..errors import bad_choice, whole_number
 from ..losses import Loss
 from ..subsets import membership_from_indices
 from ..system.locks import exclusive
-from .checkpoints import LoadCheckpoint, load_checkpoint
+from .checkpoints.checkpoint import LoadCheckpoint, load_checkpoint
 from .estimate import Estimate, from_small_runs
 from .per_position import check_whole, position_scores
 from .query import DEFAULT, Default, Query, check_query, checked_target

@@ -23,7 +23,7 @@ from ..losses.positions import PositionRows, channels_last, has_positions
 from ..losses.positions import position_rows as as_position_rows
 from ..losses.summed_positions import SummedPositions
 from ..system.devices import float64_device, on_device
-from .checkpoints import LoadCheckpoint
+from .checkpoints.checkpoint import LoadCheckpoint
 from .query import Query
 from .session import ModelSession
 

@@ -18,8 +18,8 @@ from ..system.fingerprints import weights_fingerprint, weights_version
 from ..system.locks import exclusive
 from ..system.memory import parse_bytes
 from ..system.preserve_state import preserve_state
-from .checkpoints import LoadCheckpoint, apart_from, checkpoint_list, weights_of
-from .load_functions import load_with
+from .checkpoints.checkpoint import LoadCheckpoint, apart_from, checkpoint_list, weights_of
+from .checkpoints.load_functions import load_with
 
 
 class ModelSession(DataInfluence):  # type: ignore[misc]

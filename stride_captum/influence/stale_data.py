@@ -15,8 +15,8 @@ from ..data.batch import ExampleBatch
 from ..data.digests import Digests, n_bytes, row_digests
 from ..data.passes import digests_of
 from ..errors import bad_value
-from ..influence.state_dicts import first_few
 from ..system.random_states import draws_put_back
+from .checkpoints.state_dicts import first_few
 
 if TYPE_CHECKING:
     from ..influence.method import InfluenceMethod

@@ -16,7 +16,7 @@ from ..residuals import (
     match_temperature,
     residual_sums,
 )
-from .checkpoints import Checkpoint, unseen_by
+from .checkpoints.checkpoint import Checkpoint, unseen_by
 
 if TYPE_CHECKING:
     from .method import InfluenceMethod

@@ -21,7 +21,7 @@ from planted import (
 from torch import Tensor, nn
 
 from stride_captum import STRIDE, InfluenceMethod, Trained
-from stride_captum.influence.checkpoints import load_checkpoint
+from stride_captum.influence.checkpoints.checkpoint import load_checkpoint
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader
 
 from stride_captum import STRIDE, ClosedForm
 from stride_captum.adapters import TRAK, Similarity, TracIn
-from stride_captum.influence.checkpoints import (
+from stride_captum.influence.checkpoints.checkpoint import (
     checkpoint_list,
     load_checkpoint,
     warn_of_equal,
 )
-from stride_captum.influence.load_functions import learning_rate_of, load_with
+from stride_captum.influence.checkpoints.load_functions import learning_rate_of, load_with
 
 State = dict[str, Tensor]
 

@@ -15,8 +15,8 @@ from stride_captum.evaluation import load_task
 from stride_captum.evaluation.cli.app import app
 from stride_captum.evaluation.comparison.shared.methods import METHODS, find_method
 from stride_captum.evaluation.retraining.attributed_models import even_epochs, log_epochs
-from stride_captum.influence.checkpoints import log_positions
-from stride_captum.influence.weight_files import files_like
+from stride_captum.influence.checkpoints.checkpoint import log_positions
+from stride_captum.influence.checkpoints.weight_files import files_like
 from stride_captum.residuals import mean_residual
 
 

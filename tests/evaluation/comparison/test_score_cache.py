@@ -19,7 +19,7 @@ from stride_captum.evaluation.comparison.shared.methods import MethodSpec
 from stride_captum.evaluation.comparison.shared.score_cache import CachedMethod
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.evaluation.tasks.task import Task
-from stride_captum.influence.checkpoints import load_checkpoint
+from stride_captum.influence.checkpoints.checkpoint import load_checkpoint
 from stride_captum.losses import CrossEntropy
 from stride_captum.options import Options
 

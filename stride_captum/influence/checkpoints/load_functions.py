@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import bad_type, bad_value
-from .checkpoints import LoadCheckpoint, load_checkpoint, named
+from ...errors import bad_type, bad_value
+from .checkpoint import LoadCheckpoint, load_checkpoint, named
 from .state_dicts import first_few
 
 

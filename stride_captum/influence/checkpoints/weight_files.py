@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from ..errors import bad_value
+from ...errors import bad_value
 
 #: The files of a Hugging Face model, the best one first: they all hold the same weights.
 _HUGGING_FACE = (

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.places import places
-from ..errors import bad_type, bad_value
+from ...data.places import places
+from ...errors import bad_type, bad_value
 from .state_dicts import first_few, load_fitting
 from .weight_files import model_folders, read_weights, weight_files
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import bad_value
+from ...errors import bad_value
 
 State = Mapping[str, Any]
 _SHOWN = 3
