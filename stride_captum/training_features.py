@@ -56,6 +56,8 @@ class TrainingFeatures(InfluenceMethod):
             taps = self._choose_taps(model)
             return taps, self._read(model, taps, show_progress)
         store, key = self._store(self._checkpoint_index, weights_fingerprint(model))
+        if self.batch.sample_weight is not None:  # which the store does not hold
+            store = replace(store, check_examples=True)
         taps = store.taps(key) or self._choose_taps(model)
         weights: list[Tensor | None] = []
 

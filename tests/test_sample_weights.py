@@ -9,6 +9,7 @@ from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE, Batch, ClosedForm, RandomSubsets, Trained
 from stride_captum.adapters import EKFAC, TRAK, DiagonalEKFAC, TracIn
+from stride_captum.features.store import FeatureStore
 from stride_captum.losses import BinaryCrossEntropy, CrossEntropy
 from stride_captum.responses import response_gradient
 
@@ -218,6 +219,23 @@ class TestWhereWeightsStand:
         for _ in range(2):  # filled, then read
             found = STRIDE(model, TensorDataset(x, y), feature_store=tmp_path / "store", **options)
             torch.testing.assert_close(found.influence(test).double(), wanted, rtol=1e-3, atol=1e-6)
+
+    @pytest.mark.parametrize("part", [False, True])
+    def test_a_whole_store_that_checks_no_examples_keeps_the_weights(self, problem, tmp_path, part):
+        model, x, labels, xt, yt = problem
+        y, w, test = labels["cross_entropy"], torch.rand(N).double(), (xt, yt["cross_entropy"])
+        wanted = stride(model, x, y, "cross_entropy", weights=w).influence(test)
+        data = TensorDataset(x, w, y) if part else TensorDataset(x, y)
+        asked = (xt, torch.ones(N_TEST), test[1]) if part else test
+        for check in (True, False):
+            found = STRIDE(
+                model,
+                data,
+                layers=["fc1:input", "act"],
+                batch=Batch(sample_weight=1 if part else w),
+                feature_store=FeatureStore(tmp_path / "store", check_examples=check),
+            )
+            torch.testing.assert_close(found.influence(asked).double(), wanted, rtol=1e-3, atol=1e-6)
 
     def test_examples_that_go_take_their_weights_along(self, problem):
         model, x, labels, xt, yt = problem
