@@ -290,6 +290,7 @@ def both(tmp_path_factory):
 
 
 class TestTwoRanks:
+    @pytest.mark.slow
     def test_each_reads_its_share(self, both):
         assert both[0]["read"] == (list(range(23)), (0, 23))
         assert both[1]["read"] == (list(range(23, 47)), (23, 47))
@@ -300,6 +301,7 @@ class TestTwoRanks:
         for rank, found in both.items():
             assert f"other.rank{rank}-of-2'. Use as many, or fit again." in found["no file"]
 
+    @pytest.mark.slow
     def test_queries_are_those_of_rank_0(self, both):
         model, train, test = data_and_model()
         wanted = STRIDE(model, train).influence(test.tensors)[0, :3]
@@ -376,6 +378,7 @@ def with_a_loss(rank, how, lost=1):
 
 
 class TestALostRank:
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["file", "tcp"])
     def test_is_named_by_the_others(self, tmp_path, free_port, kind):
         method = f"tcp://127.0.0.1:{free_port}" if kind == "tcp" else None
@@ -398,6 +401,7 @@ class TestALostRank:
                 "The store of the group does not answer: its keeper, in general rank 0, is gone." in message
             )
 
+    @pytest.mark.slow
     def test_that_hangs_is_named_within_the_timeout(self, tmp_path):
         found = start(2, with_a_loss, "hangs", folder=tmp_path, timeout=3, survivors=1)
         message, _ = found[0]
@@ -411,6 +415,7 @@ class TestALostRank:
         for scores in start(2, dense, folder=tmp_path).values():
             assert torch.allclose(torch.from_numpy(scores), wanted, atol=1e-5 * float(wanted.abs().max()))
 
+    @pytest.mark.slow
     def test_with_a_store_finished_chunks_are_not_computed_again(self, tmp_path):
         start(2, with_a_store, str(tmp_path), "dies", folder=tmp_path, survivors=1, timeout=20)
         model, train, test = data_and_model()
@@ -493,6 +498,7 @@ def torchrun(size, port, out, *arguments):
     return said, [process.exitcode for process in processes]
 
 
+@pytest.mark.slow
 def test_explain_under_torchrun(tmp_path, free_port):
     alone = CliRunner().invoke(app, [*EXPLAIN, f"{tmp_path}/a", "--out", f"{tmp_path}/one", "--quiet"])
     assert alone.exit_code == 0, alone.output

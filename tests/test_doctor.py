@@ -56,6 +56,7 @@ class TestMethods:
             ]
         )
 
+    @pytest.mark.slow
     def test_a_method_that_keeps_its_laws_is_ok(self, mixed):
         (finding,) = [f for f in mixed.findings if f.what == "Similarity"]
         assert finding.status == "ok"
@@ -199,6 +200,7 @@ class TestTheCommand:
 
         return replace
 
+    @pytest.mark.slow
     def test_it_returns_0_and_prints_versions(self, subjects, capsys):
         subjects(Subject("Similarity", Similarity))
         assert doctor.main([]) == 0

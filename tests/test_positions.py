@@ -244,6 +244,7 @@ class TestClosedForm:
         few = TensorDataset(tagged[1].tensors[0][:, :2], tagged[1].tensors[1][:, 1:3])
         assert fitted(tagged[0], few, "auto").fit().operators_.form == "rows"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("form", ["rows", "matrix"])
     @pytest.mark.parametrize("budget", [2**14, 2**28])
     @pytest.mark.parametrize(("repeats", "residuals"), [(5, "both"), (40, "both"), (40, "temperature")])
@@ -274,6 +275,7 @@ class TestClosedForm:
         measured = sum({t.data_ptr(): t.nbytes for t in tensors if len(t)}.values())
         assert counted.kept == pytest.approx(measured, rel=0.01)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("length", "form"), [(2, "rows"), (LENGTH, "matrix")])
     def test_its_bytes_are_counted_with_the_number_of_positions(self, tagged, length, form, monkeypatch):
         seconds = {"fit_seconds": 1.0, "query_seconds": 1.0, "fit_bytes": 0, "query_bytes": 0}
@@ -299,6 +301,7 @@ class TestClosedForm:
             assert counted.kept < estimate.fit_bytes < 6 * counted.kept + 2**21
             assert 4 * 5 * n < estimate.query_bytes
 
+    @pytest.mark.slow
     def test_an_estimate_leaves_a_store_alone(self, tagged, tmp_path):
         for curvature in ("kronecker", "eigenvalue-corrected"):
             method = fitted(*tagged[:2], feature_store=tmp_path / "store", operators={"curvature": curvature})
@@ -725,6 +728,7 @@ class TestBaselines:
             pytest.importorskip("kronfluence")
         return method(model, train, layers=["hidden", "head"], batch_size=7, **options)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("method", "options"), FISHERS)
     def test_ignored_positions_enter_no_side_of_the_fisher_matrix(self, tagged, method, options):
         model, train, tests = tagged
@@ -741,6 +745,7 @@ class TestBaselines:
         short = self.with_fisher(method, model, TensorDataset(x[:, :3], ignored[:, :3]), options)
         same(short.influence(tuple(part[:, :3] for part in asked)), one, 1e-8)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("method", "options"), FISHERS)
     @pytest.mark.parametrize("network", [Tagger, ByTime])
     def test_padding_changes_no_score(self, tagged, method, options, network):

@@ -70,9 +70,9 @@ class FeatureStore:
         check_examples: Whether to read every training example, to compare it with what the store was built
             from (SHA-256, 1.3 GB a second, and what the data set takes to give them). Without it a change is
             seen only in the length and in 64 examples spread evenly over the set; an iterable data set needs
-            it, because nothing of it can be looked at alone. Sample weights stand with the examples, so that all
-            are read where there are any. Examples that differ from one reading to the
-            next (random augmentation) cannot be stored.
+            it, because nothing of it can be looked at alone. Sample weights stand with the examples, so all
+            are read where there are any. Examples that differ from one reading to the next (random
+            augmentation) cannot be stored.
     """
 
     path: str | Path

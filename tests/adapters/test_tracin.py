@@ -383,6 +383,7 @@ class TestBoth:
         wanted = products(model, self.names(model, fast), whole, batch)
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("size", [1, 5, 100])
     def test_a_loader_and_its_batches_change_nothing(self, mlp, fast, size):
         model, train, test = mlp
@@ -495,6 +496,7 @@ class TestTheModelComesBack:
     def attributes(self, model: nn.Module) -> list[list[str]]:
         return [sorted(vars(parameter)) for parameter in model.parameters()]
 
+    @pytest.mark.slow
     def test_after_everything_that_it_can_do(self, fast, build, checkpoints):
         model, train, test, states = self.planted(build, checkpoints)
         before = self.attributes(model)

@@ -58,6 +58,7 @@ class Counted(nn.Module):
         return self.network(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("options", [{}, {"residuals": "temperature", "curvature": "gauss-newton"}])
 def test_scores_are_those_of_features_in_memory(tokens, tmp_path, form, options):
@@ -84,6 +85,7 @@ def test_a_second_fit_runs_no_training_example_and_gives_the_same_bits(tokens, t
     assert again.operators_.features.shape == (int((train.tensors[1] != IGNORED).sum()), 21 - 6 - 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [8, 20, 40])
 def test_an_interrupted_store_resumes(tokens, tmp_path, most):
     network, train, test = tokens
@@ -177,6 +179,7 @@ class TestRefused:
                 stored(model, TensorDataset(x, train.tensors[1]), tmp_path).fit()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_disk_that_a_store_takes(tokens, tmp_path, dtype, monkeypatch):
     seconds = {"fit_seconds": 1.0, "query_seconds": 1.0, "fit_bytes": 0, "query_bytes": 0, "basis": "runs"}

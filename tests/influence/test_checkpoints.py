@@ -496,6 +496,7 @@ class TestUnitDeviation:
             states[1][name] *= 3  # scores of another size
         return built(MLP), planted_classes(40), planted_classes(6, seed=9), states
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("cls", [STRIDE, TracIn, TRAK])
     @pytest.mark.parametrize("budget", ["256MiB", 4 * 6 * 4 * 16])
     def test_it_is_the_mean_of_scaled_scores(self, planted, cls, budget):

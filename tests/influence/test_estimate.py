@@ -121,6 +121,7 @@ def test_the_bytes_that_a_fit_keeps_are_those_that_were_counted(n_classes, optio
     assert counted.block <= (2**16 if small else 2**28)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_disk_that_a_store_takes(tmp_path, dtype):
     model, train = network(500)
@@ -241,6 +242,7 @@ def test_it_reads_as_a_table():
     ]
 
 
+@pytest.mark.slow
 def test_checkpoints_multiply_what_is_kept(monkeypatch):
     model, train, _ = trained(MLP)
     method = STRIDE(model, train).fit()
@@ -260,6 +262,7 @@ def test_checkpoints_multiply_what_is_kept(monkeypatch):
     assert three.estimate(3).fit_bytes - method.estimate(3).fit_bytes == 2 * kept
 
 
+@pytest.mark.slow
 def test_checkpoints_multiply_the_disk(tmp_path):
     model, train, _ = trained(MLP)
     one, three = (

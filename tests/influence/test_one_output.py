@@ -117,6 +117,7 @@ def with_probabilities(classes: int, binary: Any) -> tuple[Any, Any]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [1, 3])
 @pytest.mark.parametrize("name", [*GRADIENTS, *OTHERS])
 def test_probabilities_that_are_said_to_be_such_give_the_scores_of_the_logits(binary, name, classes) -> None:

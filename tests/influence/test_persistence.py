@@ -70,6 +70,7 @@ def no_pass_over_the_training_set(
 
 
 class TestRoundTrip:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", CONFIGS)
     def test_stride_gives_the_same_bits(self, planted, tmp_path, monkeypatch, name):
         model, train, test = planted
@@ -384,6 +385,7 @@ class TestDamage:
         with pytest.raises(ValueError, match=f"{must}'{path}', which {what}. Fit, and save it again"):
             STRIDE.load(path, *planted[:2])
 
+    @pytest.mark.slow
     def test_a_flipped_bit_anywhere(self, path):
         content = path.read_bytes()
         header = 8 + int.from_bytes(content[:8], "little")

@@ -170,6 +170,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [STRIDE, Similarity, Random])
 @pytest.mark.parametrize("groups", [False, True])
 def test_the_scores_of_a_large_training_set_are_never_held_at_once(method, groups):

@@ -200,6 +200,7 @@ class TestLaws:
         permuted = lasso(Y, matrix[:, order], 0.3, tolerance=1e-13).weights
         torch.testing.assert_close(permuted, plain[:, order], rtol=0, atol=1e-6)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["gaussian", "half subsets", "partition"])
     def test_rows_solved_together_equal_rows_solved_alone(self, monkeypatch, name):
         matrix, Y = DESIGNS[name], responses(DESIGNS[name], 7)
@@ -318,6 +319,7 @@ class TestPath:
 
 
 class TestChoice:
+    @pytest.mark.slow
     @pytest.mark.parametrize("rule", ["bic", "aic", "cross-validation"])
     @pytest.mark.parametrize("center", [False, True])
     def test_the_planted_support_is_recovered(self, rule, center):
@@ -336,6 +338,7 @@ class TestChoice:
             assert np.array_equal(np.sign(found[largest]), np.sign(row[largest]))
             assert (found != 0).sum() <= (100 if rule == "cross-validation" else 50)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("rule", "price"), [("bic", np.log(40)), ("aic", 2.0)])
     def test_a_criterion_is_minimised_with_its_own_price(self, rule, price):
         matrix, Y = DESIGNS["half subsets"], responses(DESIGNS["half subsets"], n_test=25)
@@ -354,6 +357,7 @@ class TestChoice:
         for other in {2.0, np.log(40), np.log(60)} - {price}:  # AIC's, BIC's, and of the number of examples
             assert (best(other) != best(price)).any()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("center", [False, True])
     def test_cross_validation_minimises_the_held_out_error(self, center):
         matrix = DESIGNS["more subsets than examples"]  # predictions of the Lasso are unique there
@@ -535,6 +539,7 @@ class TestRefusals:
 
 
 class TestMemory:
+    @pytest.mark.slow
     @pytest.mark.parametrize("center", [False, True])
     def test_sparse_memberships_are_never_made_dense(self, monkeypatch, center):
         """The dense array would take 0.8 GB: no NumPy allocation and no tensor may come near it."""

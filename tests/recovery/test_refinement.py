@@ -228,6 +228,7 @@ class TestCalibration:
             )
         assert np.mean(covered) == pytest.approx(0.9, abs=0.02)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("shared", [0, 3])
     @pytest.mark.parametrize("design", ["random", "complementary"])
     def test_the_interval_of_the_slope_has_its_coverage(self, shared, design):

@@ -177,6 +177,7 @@ def test_the_same_seed_gives_the_same_bits_and_the_global_state_is_untouched(dat
     assert data.head.weight.grad is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("encoder", "steering"), EVERY_FORM)
 def test_an_operator_improves_the_fidelity_of_its_own_subset_most(data, encoder, steering):
     membership = partition(N, 4)

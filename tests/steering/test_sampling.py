@@ -34,6 +34,7 @@ def test_batches_are_distinct_members_and_distinct_outsiders(width):
                 assert set(found) <= allowed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "width"), [(15, 10), (40, 7), (10, 10), (1000, 3)])
 def test_every_position_is_equally_likely(size, width):
     counts = torch.zeros(size)

@@ -107,6 +107,7 @@ class TestKilledWriters:
         assert left.name.endswith(".part")
         return left
 
+    @pytest.mark.slow
     def test_what_they_leave_goes_with_a_later_write_to_the_folder(self, left, tmp_path, monkeypatch):
         monkeypatch.setattr(whole_files, "_swept", set())
         old = left.stat().st_mtime - ABANDONED_SECONDS - 60
@@ -117,6 +118,7 @@ class TestKilledWriters:
         atomic_write(tmp_path / "another", "text")
         assert names(tmp_path) == ["another", "file.0123.part", "notes.part"]
 
+    @pytest.mark.slow
     def test_a_writer_that_may_still_be_at_work_is_left_alone(self, left, tmp_path, monkeypatch):
         monkeypatch.setattr(whole_files, "_swept", set())
         atomic_write(tmp_path / "file", "text")

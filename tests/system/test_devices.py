@@ -192,6 +192,7 @@ class TestEveryMethod:
             found = every_call(METHODS[name](moved(model), train), on(DEVICE, *test.tensors))
             assert_same_answers(found, wanted)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", METHODS)
     def test_autocast_of_the_caller_changes_nothing(self, name: str, expected: Any) -> None:
         model, train, test = trained(MLP)

@@ -20,6 +20,7 @@ MIB = 2**20
 told = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell")
 
 
+@pytest.mark.slow
 @told
 def test_memory_that_is_freed_again_counts_and_earlier_memory_does_not() -> None:
     before = torch.ones(32 * MIB, dtype=torch.uint8)

@@ -59,6 +59,7 @@ class Slow(nn.Module):
         return self.last(h)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "shared"),
     [
@@ -131,6 +132,7 @@ def states() -> list[Any]:
 
 
 class TestRandomNumbersOfOthers:
+    @pytest.mark.slow
     @pytest.mark.parametrize("library", ["torch", "numpy"])
     def test_draws_of_another_thread_are_not_rewound(self, planted, library):
         model, train, test = planted

@@ -94,6 +94,7 @@ class TestExplainCrossFitted:
 
 
 class TestRetrainings:
+    @pytest.mark.slow
     def test_budgets_are_numbers_with_commas(self, tmp_path):
         how = ["compare", "--preset", "smoke", "--store", tmp_path, "--out", tmp_path / "out"]
         refused = invoke(*how, "--retrainings", "one,2")

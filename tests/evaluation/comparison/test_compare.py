@@ -759,6 +759,7 @@ class TestSilence:
         found = compare([silent, "Random"], task, store=tmp_path, measures=["lds"], **FEW)
         assert found.summary() == ["silent ranks nothing: its LDS is undefined for all 20 test points."]
 
+    @pytest.mark.slow
     def test_of_all_rows_still_makes_a_report(self, task, tmp_path):
         other = MethodSpec("other", adapter(Silent))
         found = compare([silent, other], task, store=tmp_path, measures=["lds", "calibration"], **FEW)

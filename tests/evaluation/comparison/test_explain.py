@@ -222,6 +222,7 @@ class TestReliability:
         show_explanation(replace(found, points=points))
         assert "Nothing stands out for #0: estimates" in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_trained_operators_of_one_model_have_none(self, task):
         found, _ = explain(task, indices=[0], operators=Trained(iterations=2))
         assert found.points[0].reliability is None

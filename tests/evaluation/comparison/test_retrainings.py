@@ -136,6 +136,7 @@ class TestTrainings:
 
 
 class TestRows:
+    @pytest.mark.slow
     def test_budgets_sources_and_costs(self, found):
         rows = found[1].retrainings
         steps = [(row.source, row.trainings, row.n_models) for row in rows if row.name == "STRIDE"]
@@ -172,6 +173,7 @@ class TestRows:
         wanted = lds(better, plan.membership, margins, n_resamples=0).value
         assert refined.lds.value == pytest.approx(wanted, abs=1e-6)
 
+    @pytest.mark.slow
     def test_scores_are_refined_by_the_models_that_were_paid(self, found, task, monkeypatch):
         store, given = found[0], []
 

@@ -283,6 +283,7 @@ class TestSchema:
         assert found["rows"][2]["first_row_less_this"]["value"] is None
         jsonschema.validate(json.loads(json.dumps(found, allow_nan=False)), SCHEMA)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "path", [("rows", 0, "lds", "value"), ("format",), ("gallery",), ("rows", 1, "cost")]
     )
@@ -305,6 +306,7 @@ class TestSchema:
 
 
 class TestFigures:
+    @pytest.mark.slow
     def test_every_marked_figure_is_the_one_in_results(self, results, parsed):
         marked = [e for e in parsed.elements if "data-value" in e]
         assert len(marked) > 300
@@ -352,6 +354,7 @@ class TestFigures:
             assert residual == 0.01
         assert expected <= shown
 
+    @pytest.mark.slow
     def test_the_summary_comes_first_and_word_for_word(self, results, parsed):
         sentences = [e["text"] for e in parsed.all("p") if e.get("data-path", "").startswith("/summary/")]
         assert sentences == results["summary"]
@@ -362,6 +365,7 @@ class TestFigures:
         tables = [e for e in parsed.all("span") if e.get("class") == "mark" and "td" in e["inside"]]
         assert len(tables) == sum(not row["uses_influence"] for row in results["mislabel"])
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("images", [True, False])
     def test_undefined_figures_are_dashes(self, images, tmp_path):
         found = comparison(images=images, n_resamples=0, constant=True).to_dict()
@@ -426,6 +430,7 @@ class TestPanels:
 
 
 class TestRebuilding:
+    @pytest.mark.slow
     def test_from_the_file_it_is_the_same_page(self, results, page, tmp_path):
         (tmp_path / "results.json").write_text(json.dumps(results))
         done = runner.invoke(app, ["report", str(tmp_path / "results.json")])

@@ -260,6 +260,7 @@ class TestTasks:
 class TestComparison:
     ROWS = ("STRIDE", "STRIDE, cross-fitted", "TracIn, cross-fitted")
 
+    @pytest.mark.slow
     def test_a_row_is_averaged_over_models_of_halves_that_are_trained_as_planned(self, tmp_path):
         task = load_task("synthetic", preset="smoke")
         few = {"n_subsets": 8, "n_seeds": 1, "n_models": 2, "n_test": 12, "store": tmp_path}

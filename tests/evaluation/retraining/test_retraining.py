@@ -759,6 +759,7 @@ class TestFingerprint:
         with pytest.warns(UserWarning, match="are not reused"):
             assert plan._path(0, 0) != one
 
+    @pytest.mark.slow
     def test_names_are_those_of_another_process(self, tmp_path):
         found = {
             subprocess.run(

@@ -40,6 +40,7 @@ def expected(make_plan, request):
     return request.param, make_plan().execute(n_jobs=1, show_progress=False, engine=request.param)
 
 
+@pytest.mark.slow
 def test_worker_processes(make_plan, expected):
     engine, logits = expected
     assert np.array_equal(make_plan().execute(n_jobs=2, show_progress=False, engine=engine), logits)

@@ -87,6 +87,7 @@ def subsets(size):
     return [np.sort(np.random.default_rng(i).choice(60, size, replace=False)) for i in range(len(SEEDS))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [ADAM, SGD], ids=["adam", "sgd"])
 @pytest.mark.parametrize("build_model", [mlp, batch_norm_cnn, dropout_twice, everything_dropped, tied])
 @pytest.mark.parametrize("size", [29, 24, 17, 5], ids=["last of 5", "even", "last of 1", "one batch"])

@@ -32,6 +32,7 @@ def tasks():
 
 @pytest.mark.parametrize("name", WITHOUT_CLASSES)
 class TestEach:
+    @pytest.mark.slow
     def test_data_and_network_go_together(self, tasks, name):
         task = tasks[name]
         outputs = logits_of(task.build_model(), task.train.tensors[0][:3], loss=task.loss)
@@ -42,6 +43,7 @@ class TestEach:
         for one, other in zip(task.train.tensors, again.train.tensors, strict=True):
             assert torch.equal(one, other)
 
+    @pytest.mark.slow
     def test_training_lowers_the_loss(self, tasks, name):
         task = tasks[name]
         x, y = task.train.tensors
@@ -54,6 +56,7 @@ class TestEach:
         trained = train_model(task.build_model, x, y, replace(SHORT, epochs=4), 0, loss=task.loss)
         assert loss_of(trained) < loss_of(fresh)
 
+    @pytest.mark.slow
     def test_methods_are_compared(self, tasks, name, tmp_path):
         methods = ["STRIDE", "STRIDE, checkpoints", "TracIn", "Random"]
         sizes = {"n_subsets": 4, "n_seeds": 1, "n_models": 1, "n_test": 12, "n_jobs": 1, "n_resamples": 0}
@@ -76,6 +79,7 @@ class TestEach:
         with pytest.raises(ValueError, match="`measures` must be read off retrained halves, or leakage"):
             settle(["STRIDE"], tasks[name], store=tmp_path, measures=["mislabel"], n_subsets=4, n_test=12)
 
+    @pytest.mark.slow
     def test_leaked_examples_are_found(self, tasks, name, tmp_path):
         options = {"leakage": {"counts": (3,), "kinds": ("exact",)}}
         sizes = {"n_models": 1, "n_test": 12, "n_jobs": 1, "n_resamples": 0}
