@@ -14,9 +14,11 @@ from typing_extensions import override
 
 from .data import inputs as data
 from .data.batch import is_batch
+from .data.reading import Batch
 from .errors import bad_type, bad_value
 from .features.precomputed import Precomputed
 from .influence.method import Query
+from .influence.rows import checked_ids
 from .influence.top_k import Collector, ColumnSums, DenseScores, GroupSums, StreamedTopK, merge_top_k
 from .operators import STRIDEState, TestPoints
 from .stride import STRIDE
@@ -81,8 +83,14 @@ class DistributedSTRIDE(STRIDE):
     ) -> None:
         self.ranks = Ranks(process_group)
         n, share = _share(train_dataset, self.ranks)
-        super().__init__(model, share, **options)
-        self._n_whole, self.columns = n, self.ranks.shard(n)
+        self._n_whole, self.columns, self._whole_dataset = n, self.ranks.shard(n), train_dataset
+        ids = checked_ids(options.pop("ids", None), train_dataset)
+        batch = options.pop("batch", None)
+        if isinstance(batch, Batch):
+            batch.check_weights_of(n)
+            batch = batch.with_weights_of(self.columns)
+        super().__init__(model, share, batch=batch, **options)
+        self.ids = ids
         self.operators.check_shared()
         if self.features.projection is not None:
             raise bad_value("projection", "be None in a process group", repr(self.features.projection))
@@ -164,6 +172,10 @@ class DistributedSTRIDE(STRIDE):
     @override
     def _own_columns(self) -> slice:
         return self.columns
+
+    @override
+    def _every_example(self) -> Any:
+        return self._whole_dataset
 
     def _collect(
         self, inputs: Any, collector: Callable[[], Collector], show_progress: bool, *args: Any

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from typer.testing import CliRunner
 
-from stride_captum import STRIDE, ClosedForm, Features, Trained
+from stride_captum import STRIDE, Batch, ClosedForm, Features, Trained, result_rows
 from stride_captum.__main__ import main
 from stride_captum.distributed import DistributedSTRIDE
 from stride_captum.evaluation.cli.app import app
@@ -100,6 +100,28 @@ def of_dicts(cls):
     return {"dense": cls(built(HuggingFaceLike), train).influence(test)}
 
 
+def of_weights(cls):
+    model, train, test = data_and_model()
+    weights = torch.linspace(0.1, 2, N_TRAIN)
+    return answers(cls(model, train, batch=Batch(sample_weight=weights)), test.tensors)
+
+
+def of_weights_in_the_data(cls):
+    model, train, test = data_and_model()
+    x, y = train.tensors
+    method = cls(model, TensorDataset(x, torch.linspace(0.1, 2, N_TRAIN), y), batch=Batch(sample_weight=1))
+    return {"dense": method.influence((test.tensors[0], torch.ones(7), test.tensors[1]))}
+
+
+def of_ids(cls):
+    model, train, test = data_and_model()
+    method = cls(model, train, ids=[f"image {i}" for i in range(N_TRAIN)])
+    rows = result_rows(method, method.influence(test.tensors, N_TRAIN), as_frame=False)
+    named = [(int(row["id"].split()[1]), row["train"], row["label"]) for row in rows]
+    assert all(name == train for name, train, _ in named)
+    return {"named": torch.tensor(sorted(named))}
+
+
 def of_checkpoints(cls):
     model, train, test = data_and_model()
     weights = [model.state_dict(), built(MLP, seed=2).state_dict()]
@@ -123,6 +145,9 @@ CASES = {
     "held-out": of_held_out,
     "loaders": of_loaders,
     "dicts": of_dicts,
+    "weights": of_weights,
+    "weights in the data": of_weights_in_the_data,
+    "ids": of_ids,
     "checkpoints": of_checkpoints,
     "features": of_features,
 }
@@ -202,7 +227,7 @@ def differences(single, found):
 def test_all_ranks_have_the_answers_of_one_process(single, tmp_path, size):
     worst = differences(single, start(size, all_cases, folder=tmp_path))
     assert worst.pop("double") < 1e-12
-    assert worst.keys() == CASES.keys() - {"double"}
+    assert worst.keys() == CASES.keys() - {"double", "ids"}
     assert max(worst.values()) < 5e-6, worst
 
 
@@ -289,8 +314,8 @@ def both(tmp_path_factory):
     return start(2, one_after_the_other, folder, folder=folder)
 
 
+@pytest.mark.slow
 class TestTwoRanks:
-    @pytest.mark.slow
     def test_each_reads_its_share(self, both):
         assert both[0]["read"] == (list(range(23)), (0, 23))
         assert both[1]["read"] == (list(range(23, 47)), (23, 47))

@@ -295,7 +295,13 @@ class TestWhereWeightsStand:
     def test_weights_that_do_not_fit(self, problem):
         model, x, labels, *_ = problem
         with pytest.raises(ValueError, match=r"`sample_weight` must hold one for each .*; got 7"):
-            stride(model, x, labels["mse"], "mse", weights=torch.ones(7)).fit()
+            stride(model, x, labels["mse"], "mse", weights=torch.ones(7))
+        with pytest.raises(ValueError, match=f"must hold one for each of {N} training examples; got {N + 1}"):
+            stride(model, x, labels["mse"], "mse", weights=torch.ones(N + 1))
+        rows = list(zip(x, labels["mse"], strict=True))
+        found = STRIDE(model, Stream(rows), loss="mse", batch=Batch(sample_weight=torch.ones(N + 1)))
+        with pytest.raises(ValueError, match=f"must hold one for each of {N} training examples; got {N + 1}"):
+            found.fit()
         with pytest.raises(ValueError, match="`sample_weight` must be above 0 for one training example"):
             stride(model, x, labels["mse"], "mse", weights=torch.zeros(N)).fit()
 
@@ -307,6 +313,14 @@ class Named(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
 
 
 class Items(torch.utils.data.Dataset):

@@ -62,7 +62,21 @@ class Batch:
         if self.sample_weight is not None and not isinstance(self.sample_weight, str | int):
             object.__setattr__(self, "sample_weight", checked_weights(self.sample_weight, "sample_weight"))
 
-    def with_weights_of(self, rows: Tensor) -> Batch:
+    def check_weights_of(self, n_train: int | None) -> None:
+        """Refuse weights that are given by number where there are more or fewer than the training examples.
+
+        Args:
+            n_train: Number of training examples; None while it is not known.
+
+        Raises:
+            ValueError: There is not one for each.
+        """
+        weights = self.sample_weight
+        if isinstance(weights, Tensor) and n_train not in (None, len(weights)):
+            must = f"hold one for each of {n_train} training examples"
+            raise bad_value("sample_weight", must, len(weights))
+
+    def with_weights_of(self, rows: Tensor | slice) -> Batch:
         """Options for a subset of the training examples."""
         weights = self.sample_weight
         return replace(self, sample_weight=weights[rows]) if isinstance(weights, Tensor) else self

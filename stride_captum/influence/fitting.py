@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
+from ..data import inputs as data
 from ..data.digests import Digests
 from ..system.fingerprints import weights_fingerprint
 from ..system.locks import exclusive
@@ -52,6 +53,8 @@ class FittedMethod(ScoringLoop):
                         states.append(self._fit_one(model, show_progress))
                 finally:
                     passes.release()
+            if data.count_examples(self.train_dataset) is None:  # it was not known before
+                self.batch.check_weights_of(self.n_train_)
             warn_of_equal(self._checkpoints(), fingerprints)
             self._states, self._weights = states, self.combine_weights(rates)
             self._mark_fitted(" ".join(fingerprints))

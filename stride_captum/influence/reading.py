@@ -74,6 +74,7 @@ class BatchReader(ModelSession):
         self.loss = loss_of(loss)
         self.check_loss(self.loss)
         self.batch = Batch() if batch is None else batch
+        self.batch.check_weights_of(data.count_examples(train_dataset))
         self._passes: Passes | None = None
         self._output_check: OutputCheck | None = None
 
@@ -110,6 +111,10 @@ class BatchReader(ModelSession):
     def _own_columns(self) -> slice:
         """Places of the training examples that this process reads."""
         return slice(None)
+
+    def _every_example(self) -> Any:
+        """The training set of all processes together."""
+        return self.train_dataset
 
     def max_rows(self) -> int | None:
         """Examples that the method takes at a time, None for as many as a batch has."""

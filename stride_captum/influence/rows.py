@@ -49,7 +49,8 @@ def result_rows(method: InfluenceMethod, result: Any, *, as_frame: bool | None =
     installed = find_spec("pandas") is not None
     if as_frame and not installed:
         raise bad_value("as_frame", "be False or None without pandas", True, "pip install pandas.")
-    ids, labels = checked_ids(method.ids, method.train_dataset), own_labels(method.train_dataset)
+    examples = method._every_example()
+    ids, labels = checked_ids(method.ids, examples), own_labels(examples)
     rows = []
     for test, (places, values) in enumerate(zip(indices.tolist(), scores.tolist(), strict=True)):
         for rank, (train, score) in enumerate(zip(places, values, strict=True), 1):

@@ -135,8 +135,8 @@ class TestTrainings:
         assert abs(row.lds.value) < 0.15
 
 
+@pytest.mark.slow
 class TestRows:
-    @pytest.mark.slow
     def test_budgets_sources_and_costs(self, found):
         rows = found[1].retrainings
         steps = [(row.source, row.trainings, row.n_models) for row in rows if row.name == "STRIDE"]
@@ -173,7 +173,6 @@ class TestRows:
         wanted = lds(better, plan.membership, margins, n_resamples=0).value
         assert refined.lds.value == pytest.approx(wanted, abs=1e-6)
 
-    @pytest.mark.slow
     def test_scores_are_refined_by_the_models_that_were_paid(self, found, task, monkeypatch):
         store, given = found[0], []
 
@@ -192,7 +191,6 @@ class TestRows:
             assert np.array_equal(membership.toarray(), models.membership[:n].toarray())
             np.testing.assert_allclose(measured, wanted[:, :n])
 
-    @pytest.mark.slow
     def test_all_methods_have_the_same_models(self, task, tmp_path):
         given: dict[str, list[list[bytes]]] = {"a": [], "b": []}
 
@@ -211,7 +209,6 @@ class TestRows:
         assert given["a"] == given["b"]
         assert {len(states) for states in given["a"]} >= {0, 4, 2}
 
-    @pytest.mark.slow
     def test_options_are_chosen_once_for_averages_and_once_for_one_model(self, task, tmp_path):
         measures = {"lds": {}, "retrainings": {"methods": ["DiagonalEKFAC"], "budgets": [0, 1, 2]}}
         rows = compare(["Random"], task, store=tmp_path, measures=measures, n_resamples=0, **FEW).retrainings
@@ -221,13 +218,11 @@ class TestRows:
         assert len(averaged) == 1
         assert rows[1].options["residuals"] == "temperature"
 
-    @pytest.mark.slow
     def test_a_method_that_takes_long_stops_at_its_budget(self, task, tmp_path):
         measures = {"retrainings": {"methods": ["TracIn"], "budgets": [1, 2], "up_to": {"TracIn": 1}}}
         rows = compare(["Random"], task, store=tmp_path, measures=measures, n_resamples=0, **FEW).retrainings
         assert [row.trainings for row in rows] == [1.0]
 
-    @pytest.mark.slow
     def test_tables_count_trainings(self, task, tmp_path):
         names = ["STRIDE", "STRIDE, cross-fitted"]
         rows = compare(names, task, store=tmp_path, measures=["lds"], n_resamples=0, **FEW).rows
@@ -247,6 +242,7 @@ def _margins(plan: RetrainingPlan, task):
     return margins(logits, task.test.tensors[1][: plan.n_test].numpy())[0]
 
 
+@pytest.mark.slow
 class TestReport:
     def test_results_conform_and_the_page_has_the_picture(self, found, tmp_path):
         results = json.loads(json.dumps(found[1].to_dict(), allow_nan=False))
