@@ -173,9 +173,9 @@ class OperatorScores(TrainingFeatures):
             mask = unseen.to(scores)
             total = scores * mask if total is None else total + scores * mask
             counts = mask if counts is None else counts + mask
-        if total is None or counts is None or not bool((counts > 0).all()):
-            return None
-        return total / counts
+        judged = counts is not None and bool((counts > 0).all())
+        ranks, able = self.ranks.sums("examples that a model has not seen", 1, int(judged))
+        return total / counts if ranks == able and total is not None and counts is not None else None
 
     @property
     def operators_(self) -> FittedOperators:

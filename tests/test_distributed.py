@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from typer.testing import CliRunner
 
-from stride_captum import STRIDE, Batch, ClosedForm, Features, Trained, result_rows
+from stride_captum import STRIDE, Batch, Checkpoint, ClosedForm, Features, Trained, result_rows
 from stride_captum.__main__ import main
 from stride_captum.distributed import DistributedSTRIDE
 from stride_captum.evaluation.cli.app import app
@@ -128,6 +128,21 @@ def of_checkpoints(cls):
     return answers(cls(model, train, checkpoints=weights), test.tensors)
 
 
+def of_halves(cls):
+    """`mislabel_scores` where every example is unseen by a model, and where those of one share are not."""
+    model, train, _ = data_and_model()
+    states = [model.state_dict(), built(MLP, seed=2).state_dict()]
+    found = {}
+    for name, halves in {
+        "all unseen": [range(0, N_TRAIN, 2), range(1, N_TRAIN, 2)],
+        "some seen by all": [range(0, N_TRAIN - 3), range(3, N_TRAIN)],
+        "a share seen by all": [range(20, N_TRAIN), [*range(19), *range(20, N_TRAIN)]],
+    }.items():
+        halves = [Checkpoint(state, seen=list(half)) for state, half in zip(states, halves, strict=True)]
+        found[name] = cls(model, train, checkpoints=halves).mislabel_scores()
+    return found
+
+
 def of_features(cls):
     model, train, test = data_and_model()
     x, y = train.tensors
@@ -149,6 +164,7 @@ CASES = {
     "weights in the data": of_weights_in_the_data,
     "ids": of_ids,
     "checkpoints": of_checkpoints,
+    "halves": of_halves,
     "features": of_features,
 }
 
