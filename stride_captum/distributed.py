@@ -139,6 +139,11 @@ class DistributedSTRIDE(STRIDE):
         with self.ranks.call("mislabel_scores"):
             return self.ranks.all_gather(super().mislabel_scores(per_label), "mislabel scores")
 
+    def compute_intermediate_quantities(self, *args: Any, **options: Any) -> Tensor:
+        """As `STRIDE.compute_intermediate_quantities`, the vectors of all training examples on every rank."""
+        with self.ranks.call("compute_intermediate_quantities"):
+            return super().compute_intermediate_quantities(*args, **options)
+
     def save(self, path: str | Path) -> None:
         """Write what this rank has learned to a file of its own, `path.rank0-of-4` and so on."""
         super().save(_file_of_rank(path, self.ranks))

@@ -143,6 +143,18 @@ def of_halves(cls):
     return found
 
 
+def of_vectors(cls):
+    model, train, test = data_and_model()
+    method = cls(model, train, checkpoints=[model.state_dict(), built(MLP, seed=2).state_dict()])
+    few, many = [40, 0, 23], range(N_TRAIN)
+    return {
+        "test": method.compute_intermediate_quantities(test.tensors),
+        "few": method.compute_intermediate_quantities(few, side="train"),
+        "many": method.compute_intermediate_quantities(many, aggregate=True, side="train"),
+        "last": method.compute_intermediate_quantities([46], side="train"),
+    }
+
+
 def of_features(cls):
     model, train, test = data_and_model()
     x, y = train.tensors
@@ -165,6 +177,7 @@ CASES = {
     "ids": of_ids,
     "checkpoints": of_checkpoints,
     "halves": of_halves,
+    "vectors": of_vectors,
     "features": of_features,
 }
 

@@ -179,7 +179,7 @@ class ClosedFormOperators(FittedOperators):
             for block, few in blocks_of_rows
             if len(few)
         ]
-        residuals = torch.cat(parts)
+        residuals = torch.cat([self._residuals.of(slice(0, 0)), *parts])
         h = matching(self.features[rows.to(self.features.device)], residuals).to(self.dtype)
         return outer(torch.nn.functional.pad(h, (0, 1), value=1.0), residuals.to(h))
 
