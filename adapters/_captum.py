@@ -118,9 +118,12 @@ class Examples(IterableDataset[Any]):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Context manager that silences Captum's warnings about reductions, memory, bars and gradients."""
+    """Context manager that silences Captum's warnings about reductions, memory, bars and gradients.
+
+    Warnings about the user's data come from our own reading of them, and are shown.
+    """
     with process_wide, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"captum\.")
         yield
 
 

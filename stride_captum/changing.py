@@ -17,9 +17,10 @@ from .data import inputs as data
 from .data.batch import is_batch
 from .data.digests import Digests
 from .data.places import places
-from .data.reading import Batch
 from .errors import bad_type, bad_value
 from .features.precomputed import Precomputed
+from .influence.checkpoints.checkpoint import seen_among
+from .influence.rows import checked_ids
 from .operator_scores import OperatorScores
 from .operators import Changed, STRIDEState
 
@@ -34,7 +35,7 @@ class ChangingTrainingSet(OperatorScores):
 
         The result equals a fit of the longer training set, up to rounding. From then on the method holds its
         features in memory; the store is not changed. The model must be the fitted one: if it has been trained
-        further, fit again.
+        further, fit again. Ids are kept if the examples have the attribute `ids`.
 
         Args:
             examples: Dataset, DataLoader or tensors `(inputs..., labels)`.
@@ -50,12 +51,14 @@ class ChangingTrainingSet(OperatorScores):
         if isinstance(self.batch.sample_weight, Tensor):
             must = "be a part of the batch for examples that come later"
             raise bad_value("sample_weight", must, "a tensor", "Name the part, or fit again.")
-        reader = self._reader_of(examples)
-        return self._change(
+        reader, own_ids = self._reader_of(examples), checked_ids(None, examples)
+        self._change(
             lambda state, model: state.operators.with_examples(*reader._read_as_fitted(state, model)),
             lambda dataset: data.joined(dataset, examples),
             lambda digests: Digests.joined([digests, reader._digests_read()]),
         )
+        self.ids = None if self.ids is None or own_ids is None else [*self.ids, *own_ids]
+        return self
 
     def remove_examples(self: Self, indices: Sequence[int] | Tensor) -> Self:
         """Remove training examples, without a pass through the model; the others keep their order.
@@ -72,13 +75,22 @@ class ChangingTrainingSet(OperatorScores):
         """
         if self._states is None:
             self.fit()
-        keep = rows_to_keep(indices, self.n_train_)
-        return self._change(
-            lambda state, model: state.operators.without_examples(keep),
-            lambda dataset: data.some_examples(dataset, keep),
-            lambda digests: digests.rows(keep),
-            self.batch.with_weights_of(keep),
-        )
+        keep, n = rows_to_keep(indices, self.n_train_), self.n_train_
+        before = self.checkpoints
+        if before is not None:  # what each has seen has other places now
+            self.checkpoints = [seen_among(checkpoint, keep, n) for checkpoint in before]
+        try:
+            self._change(
+                lambda state, model: state.operators.without_examples(keep),
+                lambda dataset: data.some_examples(dataset, keep),
+                lambda digests: digests.rows(keep),
+            )
+        except BaseException:
+            self.checkpoints = before
+            raise
+        self.batch = self.batch.with_weights_of(keep)
+        self.ids = None if self.ids is None else [self.ids[i] for i in keep.tolist()]
+        return self
 
     def _read_again(self: Self, rows: Tensor) -> Self:
         """Update the training examples at these places, which have changed in `train_dataset`."""
@@ -122,6 +134,9 @@ class ChangingTrainingSet(OperatorScores):
         if not self.operators.changeable:
             must = "be ClosedForm() for adding or removing examples"
             raise bad_value("operators", must, repr(self.operators.name), "Fit again.")
+        if self.features.projection and self._precomputed is not None:
+            must = "be None for adding or removing examples of precomputed features"
+            raise bad_value("projection", must, repr(self.features.projection), "Fit again.")
         if self.features.projection == "pca":
             must = "be None or 'random' for adding or removing examples"
             raise bad_value("projection", must, "'pca', which depends on them", "Fit again.")
@@ -131,7 +146,6 @@ class ChangingTrainingSet(OperatorScores):
         change: Callable[[STRIDEState, nn.Module], Changed],
         dataset: Callable[[Any], Any],
         digests: Callable[[Digests], Digests],
-        batch: Batch | None = None,
     ) -> Self:
         """Fit the changed training set incrementally; the method is unchanged if that fails."""
         self._check_changeable()
@@ -140,8 +154,9 @@ class ChangingTrainingSet(OperatorScores):
         states: list[Any] = []
         with self._session() as model:
             self._check_unchanged()
-            for checkpoint, state, _ in self._fitted():
-                self._load(model, checkpoint)
+            for index, (checkpoint, state, _) in enumerate(self._fitted()):
+                self._checkpoint_index = index
+                self._load_fitted(model, checkpoint)
                 if isinstance(state.operators, PositionOperators):
                     must = "have one row of outputs per example for adding or removing examples"
                     raise bad_value("model", must, "several positions", "Fit again.")
@@ -152,7 +167,7 @@ class ChangingTrainingSet(OperatorScores):
         seen: Digests | None = getattr(self, "digests_", None)
         self.digests_ = None if seen is None else digests(seen)
         self._states, self.train_dataset = states, dataset(self.train_dataset)
-        self.batch = self.batch if batch is None else batch
+        self._mark_data()
         self._learned(states[-1])
         self._changed = True
         if self._precomputed is not None:

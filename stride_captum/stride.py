@@ -173,7 +173,9 @@ class STRIDE(ChangingTrainingSet):
         Raises:
             ValueError: Shapes that do not fit one another, or probabilities that are not declared.
         """
-        known, dataset = Precomputed.checked(features, logits, labels, widths, loss_of(loss))
+        batch = options.get("batch")
+        weights = batch.sample_weight if isinstance(batch, Batch) else None
+        known, dataset = Precomputed.checked(features, logits, labels, widths, loss_of(loss), weights)
         options = {"loss": loss, "features": projection, "layers": ["features"], **options}
         method = cls(PrecomputedNetwork(), dataset, **options)
         method._precomputed = known

@@ -34,7 +34,7 @@ from .layers.activations import Tap, default_taps, named_taps, recording
 from .layers.probes import check_deterministic
 from .operators import Operators
 from .system.devices import float64_device
-from .system.fingerprints import weights_fingerprint
+from .system.fingerprints import code_fingerprint, weights_fingerprint
 
 Self = TypeVar("Self", bound="TrainingFeatures")
 
@@ -168,6 +168,10 @@ class TrainingFeatures(InfluenceMethod):
         ignored, class_dim = getattr(self.loss, "ignore_index", -100), self.loss.class_dim
         if (ignored, class_dim) != (-100, None):
             key["positions"] = f"ignore_index={ignored}, class_dim={class_dim}"
+        if self.batch.label_key is not None:
+            key["labels"] = f"label_key={self.batch.label_key!r}"
+        if self.batch.forward is not None:
+            key["forward"] = code_fingerprint(self.batch.forward)
         store = self.feature_store if self.checkpoints is None else self.feature_store.for_checkpoint(index)
         return store, key
 

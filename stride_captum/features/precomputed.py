@@ -52,12 +52,18 @@ class Precomputed:
 
     @classmethod
     def checked(
-        cls, features: Any, logits: Any, labels: Any, widths: Sequence[int] | None, loss: Loss
+        cls,
+        features: Any,
+        logits: Any,
+        labels: Any,
+        widths: Sequence[int] | None,
+        loss: Loss,
+        sample_weight: Any = None,
     ) -> tuple[Precomputed, TensorDataset]:
         """Validate the arrays of the user; also returns a data set of them.
 
         Raises:
-            ValueError: Shapes do not match, or undeclared probabilities.
+            ValueError: Shapes do not match, undeclared probabilities, or sample weights that are no tensor.
         """
         features, logits, labels = (as_tensor(a) for a in (features, logits, labels))
         for name, value, dims in (
@@ -80,7 +86,15 @@ class Precomputed:
         check.finish()
         rows_of_outputs = loss.logits(logits)
         known = loss.labels(labels, rows_of_outputs.shape[1], "labels")
-        every = cls(features, rows_of_outputs, known, widths, loss.weights(known))
+        weights = loss.weights(known)
+        if sample_weight is not None:
+            if not isinstance(sample_weight, Tensor) or sample_weight.shape != (len(features),):
+                must = f"be a tensor of shape ({len(features)},), where features are given"
+                got = sample_weight.shape if isinstance(sample_weight, Tensor) else repr(sample_weight)
+                raise bad_value("sample_weight", must, got)
+            own = sample_weight.to(known.device)
+            weights = own if weights is None else own * weights
+        every = cls(features, rows_of_outputs, known, widths, weights)
         return every, TensorDataset(features, logits, labels)
 
 

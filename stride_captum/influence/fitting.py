@@ -58,6 +58,7 @@ class FittedMethod(ScoringLoop):
             warn_of_equal(self._checkpoints(), fingerprints)
             self._states, self._weights = states, self.combine_weights(rates)
             self._mark_fitted(" ".join(fingerprints))
+            self._mark_data()
             self.digests_ = passes.digests
             self.fit_seconds_, self._fit_bytes = time.perf_counter() - started, memory.bytes
             self.peak_bytes_ = memory.bytes

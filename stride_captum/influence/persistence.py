@@ -18,6 +18,7 @@ from ..losses import loss_of
 from ..system.random_states import draws_put_back, same_random_state
 from ..system.saved_files import not_ours, read_file, write_file
 from ..system.saved_values import decode, encode, saved_as
+from .checkpoints.checkpoint import Checkpoint
 from .stale_data import batch_layout, changed_data, check_length, compare, read_digests
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def save_method(method: SavedMethod, path: str | Path) -> None:
         "batch": batch_layout(method),
         "batch_options": _said(method.batch),
         "checkpoint_weights": method._weights,
+        "seen": encode(_seen(method), "seen", tensors),
         "states": encode(method._states_to_save(), "states", tensors),
         "learned": encode(learned, "learned", tensors),
     }
@@ -118,11 +120,37 @@ def load_method(
             "other weights",
             "Pass the same `checkpoints`, if there were any, or fit again.",
         )
+    if "seen" in description:
+        _restore_seen(method, _decoded(path, description, tensors, ("seen",))[0])
     for name, value in defaults.items():
         if name not in options:
             setattr(method, name, value)
     _restore(method, path, description, tensors, changed)
     return method
+
+
+def _seen(method: SavedMethod) -> list[Tensor | None]:
+    """Places of the training examples that each checkpoint has seen; None for all."""
+    return [
+        None
+        if getattr(checkpoint, "seen", None) is None
+        else torch.as_tensor(list(checkpoint.seen)).sort()[0]
+        for checkpoint in method._checkpoints()
+    ]
+
+
+def _restore_seen(method: SavedMethod, saved: Sequence[Tensor | None]) -> None:
+    """Let checkpoints know what they have seen; refuse those that say something else."""
+    if method.checkpoints is None:
+        return
+    whole = []
+    for checkpoint, seen, given in zip(method.checkpoints, saved, _seen(method), strict=True):
+        if given is not None and (seen is None or not torch.equal(given, seen)):
+            must = "have seen the examples that those of the saved method have seen"
+            raise bad_value("checkpoints", must, "other examples", "Pass the same `seen`, or fit again.")
+        known = seen is not None and given is None
+        whole.append(Checkpoint(checkpoint, seen=seen.tolist()) if known else checkpoint)  # type: ignore
+    method.checkpoints = whole
 
 
 def _said(batch: Batch) -> dict[str, Any]:
@@ -170,6 +198,7 @@ def _restore(
     method._states = method._loaded_states(states, description["weights"].split())
     method._weights = description["checkpoint_weights"]
     method._mark_fitted(description["weights"])
+    method._mark_data()
     for name, value in learned.items():
         setattr(method, name, value)
     if found is not None and len(found.rows):

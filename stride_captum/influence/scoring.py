@@ -152,7 +152,7 @@ class ScoringLoop(MethodHooks):
     def _prepared(self, model: nn.Module, batch: Any, query: Query) -> Iterator[_AtCheckpoint]:
         """A batch of test points at each checkpoint, which is loaded."""
         for checkpoint, state, weight in self._fitted():
-            self._load(model, checkpoint)
+            self._load_fitted(model, checkpoint)
             yield _AtCheckpoint(checkpoint, state, self.prepare_query(state, model, batch, query), weight)
 
     def _score_blocks(
@@ -233,7 +233,7 @@ class ScoringLoop(MethodHooks):
             for checkpoint, state, weight in self._fitted():
                 part = self.train_self_influence(state) if inputs is None else None
                 if part is None:
-                    self._load(model, checkpoint)
+                    self._load_fitted(model, checkpoint)
                     part = self._self_influence_of(state, model, inputs, show_progress)
                 total = part * weight if total is None else total + part * weight
         assert total is not None, "there is at least one checkpoint"

@@ -14,11 +14,11 @@ from torch import nn
 
 from ..errors import bad_type, bad_value
 from ..system.devices import check_placed, device_of, existing_device, full_precision
-from ..system.fingerprints import weights_fingerprint, weights_version
+from ..system.fingerprints import weights_fingerprint, weights_sums, weights_version
 from ..system.locks import exclusive
 from ..system.memory import parse_bytes
 from ..system.preserve_state import preserve_state
-from .checkpoints.checkpoint import LoadCheckpoint, apart_from, checkpoint_list, weights_of
+from .checkpoints.checkpoint import LoadCheckpoint, apart_from, checkpoint_list, named, weights_of
 from .checkpoints.load_functions import load_with
 
 
@@ -66,6 +66,7 @@ class ModelSession(DataInfluence):  # type: ignore[misc]
         self.memory_budget = parse_bytes(memory_budget, self._work_device())
         self._device_copy: tuple[Any, nn.Module] | None = None
         self._fitted_on: tuple[Any, str, torch.device] | None = None
+        self._loaded_before: dict[int, tuple[int, ...]] = {}
 
     @contextmanager
     def _session(self) -> Iterator[nn.Module]:
@@ -104,6 +105,28 @@ class ModelSession(DataInfluence):  # type: ignore[misc]
         model.eval()
         return rate
 
+    def _load_fitted(self, model: nn.Module, checkpoint: Any) -> None:
+        """Load a checkpoint that the method was fitted on.
+
+        Raises:
+            ValueError: It has other weights now, such as a file that a running training overwrites.
+        """
+        self._load(model, checkpoint)
+        if checkpoint is None or self._fitted_on is None:
+            return
+        index = next(i for i, known in enumerate(self._checkpoints()) if known is checkpoint)
+        sums = weights_sums(model)
+        if self._loaded_before.get(index) == sums:
+            return
+        if weights_fingerprint(model) != self._fitted_on[1].split()[index]:
+            raise bad_value(
+                "checkpoints",
+                "have the weights that the method was fitted on",
+                f"other weights in {named(checkpoint)}",
+                "Call fit() again, and keep files that nothing overwrites.",
+            )
+        self._loaded_before[index] = sums
+
     def _fingerprint(self) -> str:
         """Fingerprints of the weights of `model`, or of all checkpoints."""
         with self._session() as model:
@@ -115,6 +138,7 @@ class ModelSession(DataInfluence):  # type: ignore[misc]
 
     def _mark_fitted(self, fingerprint: str) -> None:
         self._fitted_on = (weights_version(self.model), fingerprint, self._work_device())
+        self._loaded_before = {}
 
     def _check_unchanged(self) -> None:
         if self._fitted_on is None:

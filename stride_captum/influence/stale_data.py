@@ -173,8 +173,12 @@ def _batches(method: InfluenceMethod, rows: Tensor | None, size: int | None = No
     examples = source if rows is None else data.some_examples(source, rows)
     if size is not None and isinstance(source, DataLoader):
         examples = DataLoader(examples.dataset, size, collate_fn=source.collate_fn)
+    start = 0
     for content in data.raw_batches(examples, size or method.batch_size, "train_dataset"):
-        yield method._example_batch(content, "train_dataset")
+        batch = method._example_batch(content, "train_dataset")
+        stop = start + len(batch)
+        yield batch.with_weights_of(slice(start, stop) if rows is None else rows[start:stop])
+        start = stop
 
 
 def _spread(n: int, k: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -57,16 +58,27 @@ def train_vectors(method: InfluenceMethod, indices: Any, aggregate: bool) -> Ten
     with exclusive(method):
         if method._states is None:
             method.fit()
-        order = torch.as_tensor(places(indices, method.n_train_, "inputs"), device="cpu")
-        given = torch.as_tensor(indices, device="cpu") if isinstance(indices, list | tuple | range) else order
+        order = torch.as_tensor(places(indices, method.n_train_, "inputs").copy(), device="cpu")
+        given = _as_given(indices, order)
+        order = order.sort().values
         with method._session() as model:
             method._check_unchanged()
             parts = []
             for checkpoint, state, _ in method._fitted():
-                method._load(model, checkpoint)
+                method._load_fitted(model, checkpoint)
                 parts.append(_of_rows(method, state, model, order))
     whole = torch.cat(parts, 1)[torch.searchsorted(order, given).to(parts[0].device)]
     return as_float64(whole).sum(0, keepdim=True).to(whole) if aggregate else whole
+
+
+def _as_given(indices: Any, order: Tensor) -> Tensor:
+    """Places in the order in which they were given; those of a slice or a mask are in `order`."""
+    if isinstance(indices, slice):
+        return order
+    given = torch.as_tensor(
+        np.asarray(indices.cpu() if isinstance(indices, Tensor) else list(indices)), device="cpu"
+    )
+    return order if given.dtype == torch.bool else given.reshape(-1).long()
 
 
 def _of_rows(method: InfluenceMethod, state: Any, model: Any, rows: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from planted import (
 from torch import nn
 from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDataset
 
-from stride_captum import STRIDE
+from stride_captum import STRIDE, Checkpoint, Features, result_rows
 
 CURVATURES = ("identity", "kronecker", "eigenvalue-corrected", "gauss-newton")
 REMOVED = [0, 17, 41, 5]
@@ -38,6 +39,17 @@ class Counting(nn.Module):
     def forward(self, *inputs):
         self.seen += len(inputs[0])
         return self.model(*inputs)
+
+
+def of_half(x, y, steps):
+    """Weights of a model that has learned some examples by heart, more or less."""
+    model = built(MLP, seed=steps)
+    adam = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(steps):
+        adam.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        adam.step()
+    return model.state_dict()
 
 
 def some(dataset, rows):
@@ -125,6 +137,57 @@ class TestEqualToARefit:
         with expect_untouched(model):
             method.add_examples(some(train, slice(40, 48)))
         same(method, STRIDE(model, train, checkpoints=weights).fit(), test.tensors, 1e-5)
+
+    def test_checkpoints_that_have_seen_a_part(self, planted, tmp_path):
+        model, train, test = planted
+        x, y = train.tensors[0], torch.arange(48) * 7 % 4 % 3  # labels that say little of the inputs
+        halves = [list(range(0, 20)), [*range(18, 40)]]
+        states = [of_half(x[half], y[half], steps) for half, steps in zip(halves, (20, 40), strict=True)]
+
+        def fitted(rows, halves):
+            data = TensorDataset(x[rows], y[rows])
+            checkpoints = [Checkpoint(s, seen=h) for s, h in zip(states, halves, strict=True)]
+            return STRIDE(model, data, checkpoints=checkpoints).fit()
+
+        def temperatures(method):
+            return [state.operators.temperature for state in method._states]
+
+        method, wanted = fitted(slice(0, 40), halves), fitted(slice(0, 48), halves)
+        method.add_examples((x[40:], y[40:]))
+        assert temperatures(method) == pytest.approx(temperatures(wanted), rel=1e-5)
+        assert len(set(temperatures(method))) == 2
+        torch.testing.assert_close(method.mislabel_scores(), wanted.mislabel_scores(), rtol=1e-4, atol=1e-5)
+
+        moved = [[KEPT.index(i) for i in half if i in KEPT] for half in halves]
+        wanted = fitted(KEPT, moved)
+        method.remove_examples(REMOVED)
+        assert temperatures(method) == pytest.approx(temperatures(wanted), rel=1e-5)
+        assert [list(c.seen) for c in method.checkpoints] == moved
+        torch.testing.assert_close(method.mislabel_scores(), wanted.mislabel_scores(), rtol=1e-4, atol=1e-5)
+        same(method, wanted, test.tensors, 1e-4)
+
+    def test_ids_go_and_come_with_their_examples(self, planted):
+        class Named(TensorDataset):
+            ids: ClassVar = ["new", "newer"]
+
+        model, train, test = planted
+        x, y = train.tensors
+        method = STRIDE(model, train, ids=[f"image-{i}" for i in range(48)]).fit().remove_examples(REMOVED)
+        assert method.ids == [f"image-{i}" for i in KEPT]
+        assert method.add_examples(Named(x[:2], y[:2])).ids == [f"image-{i}" for i in KEPT] + ["new", "newer"]
+        assert method.add_examples((x[:2], y[:2])).ids is None
+        result_rows(method, method.influence(test, 1), as_frame=False)
+
+    def test_a_change_that_fails_leaves_what_checkpoints_have_seen(self, planted):
+        model, train, test = planted
+        state = built(MLP, seed=1).state_dict()
+        method = STRIDE(model, train, checkpoints=[Checkpoint(state, seen=range(4, 48))], ids=range(48)).fit()
+        before = method.influence(test.tensors)
+        with pytest.raises(ValueError, match="`seen` must leave out some training examples"):
+            method.remove_examples([0, 1, 2, 3])
+        assert method.influence(test.tensors).equal(before)
+        assert list(method.checkpoints[0].seen) == list(range(4, 48))
+        assert list(method.ids) == list(range(48))
 
     def test_features_without_a_model(self, planted):
         model, train, test = planted
@@ -243,6 +306,13 @@ class TestStore:
             loaded.fit()
         other = STRIDE(counting, train, **options).fit()
         assert other.n_train_ == 48
+
+    def test_given_features_that_are_projected_are_refused(self, planted):
+        x, y = planted[1].tensors
+        z = planted[0](x).detach()
+        method = STRIDE.from_features(x, z, y, projection=Features(projection="random", projection_width=3))
+        with pytest.raises(ValueError, match="`projection` must be None for adding or removing examples of"):
+            method.fit().remove_examples([0])
 
     def test_principal_directions_depend_on_the_examples(self, planted):
         model, train, _ = planted

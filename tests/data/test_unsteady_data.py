@@ -135,6 +135,18 @@ def test_views_that_change_are_spoken_of_once(problem, name) -> None:
     assert scores.shape == (7, N_TRAIN)
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in GRADIENTS if "TRAK" not in name]
+)  # which keeps what it needs
+def test_inputs_that_change_after_the_fit_are_spoken_of(problem, name) -> None:
+    model, train, test = problem
+    x, y = train.tensors[0].clone(), train.tensors[1]
+    method = GRADIENTS[name](model, TensorDataset(x, y), batch_size=16).fit()
+    x[30] += 1
+    with pytest.warns(UserWarning, match="gives other inputs when an example is read again"):
+        method.influence(test)
+
+
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_detectors_speak_of_views_that_change(problem, detector) -> None:
     model, train, _ = problem

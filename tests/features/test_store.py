@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from stride_captum import STRIDE
+from stride_captum import STRIDE, Batch
 from stride_captum.data.batch import ExampleBatch
 from stride_captum.data.reading import Reading
 from stride_captum.features.store import FeatureStore
@@ -146,6 +146,17 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+class Rows(Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[i]
+
+
 class TestMismatch:
     def refused(self, model, train, folder, match, **options):
         with Counting(model) as counted, pytest.raises(ValueError, match=match):
@@ -175,6 +186,26 @@ class TestMismatch:
         train = TensorDataset(torch.randn(20, 6), torch.arange(20) % 3)
         stored(network(nn.ReLU()), train, tmp_path).fit()
         self.refused(network(nn.Tanh()), train, tmp_path, "with other modules")
+
+    def test_labels_under_another_key_and_another_forward(self, tmp_path):
+        model, train, _ = trained(MLP)
+        x, y = train.tensors
+        data = [{"x": a, "a": b, "b": (b + 1) % 3} for a, b in zip(x, y, strict=True)]
+
+        def scaled(by):
+            return lambda network, batch: network(by * batch["x"])
+
+        def method(label_key, forward):
+            batch = Batch(label_key=label_key, forward=forward)
+            return STRIDE(model, Rows(data), batch=batch, feature_store=FeatureStore(tmp_path)).fit()
+
+        method("a", scaled(1.0))
+        method("a", scaled(1.0))
+        with pytest.raises(ValueError, match=r"other labels \(label_key='a' there, label_key='b' here\)"):
+            method("b", scaled(1.0))
+        for other in (scaled(2.0), lambda network, batch: network(batch["x"])):
+            with pytest.raises(ValueError, match="with other forward"):
+                method("a", other)
 
     def test_one_changed_example_that_the_samples_of_the_fingerprint_miss(self, tmp_path):
         model, _, _ = trained(MLP)

@@ -522,3 +522,66 @@ class TestUnitDeviation:
                 return torch.full((6, columns.stop - columns.start), 0.1)
 
         assert not Constant(model, train).influence(test.tensors, normalize="deviation").any()
+
+
+class TestChangedAfterTheFit:
+    """Scores of weights that are gone are never mixed with those that are there."""
+
+    MATCH = "`checkpoints` must have the weights that the method was fitted on; got other weights in"
+
+    @pytest.mark.parametrize("cls", [STRIDE, TracIn, TRAK])
+    def test_a_file_that_is_written_again(self, planted, tmp_path, cls):
+        model, train, test = planted
+        path = tmp_path / "last.pt"
+        torch.save(built(MLP, 1).state_dict(), path)
+        method = cls(model, train, checkpoints=[path, built(MLP, 3).state_dict()])
+        before = method.influence(test.tensors)
+        torch.save(built(MLP, 2).state_dict(), path)
+        for ask in (
+            lambda: method.influence(test.tensors),
+            lambda: method.self_influence(test.tensors),
+            lambda: method.influence(test.tensors, 3),
+        ):
+            with pytest.raises(ValueError, match=f"{self.MATCH} .*last.pt"):
+                ask()
+        torch.save(built(MLP, 1).state_dict(), path)
+        assert torch.equal(method.influence(test.tensors), before)
+        torch.save(built(MLP, 2).state_dict(), path)
+        wanted = cls(model, train, checkpoints=[path, built(MLP, 3).state_dict()]).influence(test.tensors)
+        assert torch.equal(method.fit().influence(test.tensors), wanted)
+
+    def test_a_state_dict_in_place(self, planted):
+        model, train, test = planted
+        state = built(MLP, 1).state_dict()
+        method = STRIDE(model, train, checkpoints=[state]).fit()
+        method.influence(test.tensors)
+        next(iter(state.values())).add_(1)
+        with pytest.raises(ValueError, match=self.MATCH):
+            method.compute_intermediate_quantities(test.tensors)
+        with pytest.raises(ValueError, match=self.MATCH):
+            method.remove_examples([0])
+
+    def test_the_rest_of_the_model_where_a_checkpoint_holds_a_part(self, planted):
+        train, test = planted[1:]
+        model = built(MLP, 1)
+        model.fc1.requires_grad_(False)
+        model.fc3.requires_grad_(False)
+        state = built(MLP, 2).state_dict()
+        part = {key: value for key, value in state.items() if key.startswith("fc2")}
+
+        def load(network, weights):
+            network.load_state_dict(weights, strict=False)
+            return 1.0
+
+        method = STRIDE(model, train, checkpoints=[part], checkpoints_load_func=load).fit()
+        with torch.no_grad():
+            model.fc1.weight.mul_(2)
+        with pytest.raises(ValueError, match=self.MATCH):
+            method.influence(test.tensors)
+
+    def test_another_list(self, planted):
+        model, train, test = planted
+        method = STRIDE(model, train, checkpoints=[built(MLP, 1).state_dict()]).fit()
+        method.checkpoints = [built(MLP, 2).state_dict()]
+        with pytest.raises(ValueError, match=self.MATCH):
+            method.influence(test.tensors)

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from planted import MLP, N_TEST, N_TRAIN, loader, trained
-from torch.utils.data import TensorDataset
+from torch import nn
+from torch.utils.data import Subset, TensorDataset
 
 from stride_captum import STRIDE, ClosedForm, Trained, adapters
 from stride_captum.conformance.shipped import shipped
 from stride_captum.influence.rows import result_rows
+from stride_captum.losses import CrossEntropy
 
 SUBJECTS = {subject.name: subject.build for subject in shipped()}
 WITH_VECTORS = ["STRIDE", "Similarity", "DiagonalEKFAC", "TRAK"]
@@ -71,6 +73,12 @@ class TestVectors:
         every = method.compute_intermediate_quantities(range(N_TRAIN), side="train")
         few = method.compute_intermediate_quantities([7, 0, 41], side="train")
         torch.testing.assert_close(few, every[[7, 0, 41]])
+        for kind in (torch.tensor([7, 0, 41]), np.array([7, 0, 41], dtype=np.uint8), (7, 0, 41)):
+            assert method.compute_intermediate_quantities(kind, side="train").equal(few)
+        back = method.compute_intermediate_quantities(slice(None, None, -1), side="train")
+        assert back.equal(every.flip(0))
+        bools = [i in (7, 0, 41) for i in range(N_TRAIN)]
+        assert method.compute_intermediate_quantities(bools, side="train").equal(few[[1, 0, 2]])
         mask = torch.zeros(N_TRAIN, dtype=torch.bool)
         mask[[7, 0, 41]] = True
         found = method.compute_intermediate_quantities(mask, side="train")
@@ -148,6 +156,47 @@ class TestIds:
         rows = result_rows(method, method.influence(planted[2], 1), as_frame=False)
         assert all(row["id"] == row["train"] + 1000 for row in rows)
 
+    def test_a_subset_has_those_of_its_examples(self, planted):
+        class Named(TensorDataset):
+            ids: ClassVar = [f"image-{i}.png" for i in range(N_TRAIN)]
+
+        order = torch.randperm(N_TRAIN, generator=torch.Generator().manual_seed(0)).tolist()
+        method = STRIDE(planted[0], Subset(Subset(Named(*planted[1].tensors), order), range(5, N_TRAIN)))
+        rows = result_rows(method, method.influence(planted[2], 2), as_frame=False)
+        assert all(row["id"] == f"image-{order[row['train'] + 5]}.png" for row in rows)
+
+    def test_a_series_is_read_by_place(self, planted):
+        pandas = pytest.importorskip("pandas")
+        names = pandas.Series(self.NAMES, index=range(N_TRAIN - 1, -1, -1))
+        method = STRIDE(*planted[:2], ids=names)
+        rows = result_rows(method, method.influence(planted[2], 2), as_frame=False)
+        assert all(row["id"] == self.NAMES[row["train"]] for row in rows)
+
+    @pytest.mark.parametrize("whole", [True, False])
+    def test_labels_are_shown_where_they_are_sure_to_be_those(self, planted, whole):
+        class Chosen(torch.utils.data.Dataset):
+            def __init__(self, x, labels, places):
+                self.x, self.labels, self.places = x, labels, places
+
+            def __len__(self):
+                return len(self.x)
+
+            def __getitem__(self, i):
+                return self.x[self.places[i]], self.labels[self.places[i]]
+
+        x, y = planted[1].tensors
+        places = list(range(N_TRAIN)) if whole else [*range(1, N_TRAIN), 0]
+        method = STRIDE(planted[0], Chosen(x, y.tolist(), places))
+        rows = result_rows(method, method.influence(planted[2], 3), as_frame=False)
+        assert all(row.get("label") == (int(y[row["train"]]) if whole else None) for row in rows)
+
+    def test_labels_that_are_no_classes_are_shown_as_they_are(self):
+        x, y = torch.randn(20, 3), torch.randn(20)
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+        method = STRIDE(model, TensorDataset(x, y), layers=["1"], loss="mse")
+        rows = result_rows(method, method.influence((x[:2], y[:2]), 3), as_frame=False)
+        assert all(row["label"] == pytest.approx(float(y[row["train"]])) for row in rows)
+
     def test_wrong_ones(self, planted):
         with pytest.raises(ValueError, match="`ids` must hold one for each of 48 training examples; got 3"):
             STRIDE(*planted[:2], ids=["a", "b", "c"])
@@ -155,6 +204,26 @@ class TestIds:
             adapters.Similarity(*planted[:2], ids="abc")
         with pytest.raises(TypeError, match=r"`result` must be what influence\(inputs, k\) has returned"):
             result_rows(STRIDE(*planted[:2]), torch.zeros(2, 3))
+
+
+class TestReplacedAfterTheFit:
+    @pytest.mark.parametrize("name", ["STRIDE", "TracIn", "DiagonalEKFAC", "Similarity"])
+    def test_another_training_set(self, planted, name):
+        model, train, test = planted
+        method = SUBJECTS[name](model, train).fit()
+        method.train_dataset = TensorDataset(*train[:30])
+        with pytest.raises(TypeError, match="`train_dataset` must be the data set that the method was fit"):
+            method.influence(test)
+        wanted = SUBJECTS[name](model, TensorDataset(*train[:30])).influence(test)
+        assert method.fit().influence(test).equal(wanted)
+
+    @pytest.mark.parametrize("name", ["STRIDE", "TracIn", "DiagonalEKFAC"])
+    def test_another_loss(self, planted, name):
+        model, train, test = planted
+        method = SUBJECTS[name](model, train).fit()
+        method.loss = CrossEntropy(label_smoothing=0.5)
+        with pytest.raises(ValueError, match="`loss` must be 'cross_entropy' as it was when the method was"):
+            method.influence(test)
 
 
 class TestDefaults:

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from stride_captum import STRIDE, ClosedForm, InfluenceMethod
+from stride_captum import STRIDE, Checkpoint, ClosedForm, InfluenceMethod
 from stride_captum.adapters import TRAK, Random, Similarity
 from stride_captum.data.reading import Batch
 from stride_captum.influence import persistence
@@ -480,6 +480,63 @@ class TestCheckpoints:
             ValueError, match=r"`model` must have .* Pass the same `checkpoints`, if there were any"
         ):
             STRIDE.load(tmp_path / "method", model, train)
+
+    def test_what_they_have_seen_is_kept(self, planted, tmp_path):
+        model, train = planted[:2]
+        states = [built(MLP, 1).state_dict(), built(MLP, 2).state_dict()]
+        halves = [range(0, 48, 2), range(1, 48, 2)]
+        checkpoints = [Checkpoint(state, seen=half) for state, half in zip(states, halves, strict=True)]
+        method = STRIDE(model, train, checkpoints=checkpoints).fit()
+        method.save(tmp_path / "m")
+        for given in (checkpoints, states, [checkpoints[0], states[1]]):
+            found = STRIDE.load(tmp_path / "m", model, train, checkpoints=given)
+            assert torch.equal(found.mislabel_scores(), method.mislabel_scores())
+            assert [list(c.seen) for c in found.checkpoints] == [list(half) for half in halves]
+        other = [Checkpoint(state, seen=range(10)) for state in states]
+        with pytest.raises(ValueError, match="`checkpoints` must have seen the examples that those of the"):
+            STRIDE.load(tmp_path / "m", model, train, checkpoints=other)
+
+
+class TestWeightsByNumber:
+    @pytest.mark.parametrize("size", [1024, 16])
+    def test_they_are_compared_whatever_the_batches(self, planted, tmp_path, size):
+        model, train, test = planted
+        x, y = train.tensors
+        weights = torch.linspace(0.5, 2, 48)
+        method = STRIDE(model, train, batch=Batch(sample_weight=weights)).fit()
+        method.save(tmp_path / "m")
+
+        def load(data, given):
+            batch = Batch(sample_weight=given)
+            return STRIDE.load(tmp_path / "m", model, data, batch=batch, batch_size=size)
+
+        assert torch.equal(load(train, weights).influence(test.tensors), method.influence(test.tensors))
+        changed = x.clone()
+        changed[3] += 5
+        with pytest.raises(ValueError, match=r"other inputs in 1 of 48 examples \(rows 3\)"):
+            load(TensorDataset(changed, y), weights)
+        with pytest.raises(ValueError, match="`train_dataset` must be the data of the saved method"):
+            load(train, weights.flip(0))
+
+    def test_given_features_have_them_too(self, planted):
+        model, train, test = planted
+        x, y = train.tensors
+        tx, ty = test.tensors
+        with torch.no_grad():
+            z, tz = model(x), model(tx)
+        many = torch.tensor([0] * 5 + list(range(1, 48)))  # a weight of 5 is five copies
+        weights = torch.ones(48)
+        weights[0] = 5
+        copies = STRIDE.from_features(x[many], z[many], y[many], operators=ClosedForm(residuals="training"))
+        weighed = STRIDE.from_features(
+            x, z, y, batch=Batch(sample_weight=weights), operators=ClosedForm(residuals="training")
+        )
+        found, wanted = (m.influence((tx, tz, ty)) for m in (weighed, copies))
+        torch.testing.assert_close(found[:, 1:], wanted[:, 5:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[:, 0], 5 * wanted[:, 0], rtol=1e-4, atol=1e-5)
+        for wrong in (Batch(sample_weight=1), Batch(sample_weight=torch.ones(7))):
+            with pytest.raises(ValueError, match="`sample_weight` must be a tensor of shape"):
+                STRIDE.from_features(x, z, y, batch=wrong)
 
 
 class TestWhereItIsWritten:

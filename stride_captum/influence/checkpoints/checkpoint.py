@@ -52,6 +52,19 @@ def unseen_by(checkpoint: Any, n_train: int) -> Tensor:
     return unseen
 
 
+def seen_among(checkpoint: Any, keep: Tensor, n_train: int) -> Any:
+    """The checkpoint of a training set of which only some examples are kept.
+
+    Args:
+        checkpoint: As given.
+        keep: Places of the examples that stay, `(n_kept,)` int64.
+        n_train: Number of examples before.
+    """
+    if not isinstance(checkpoint, Checkpoint) or checkpoint.seen is None:
+        return checkpoint
+    return replace(checkpoint, seen=(~unseen_by(checkpoint, n_train))[keep].nonzero()[:, 0].tolist())
+
+
 def weights_of(checkpoint: Any) -> Any:
     """Weights of a `Checkpoint`, or the checkpoint itself."""
     return checkpoint.weights if isinstance(checkpoint, Checkpoint) else checkpoint
