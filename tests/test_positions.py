@@ -470,6 +470,13 @@ class TestSplitScores:
             method.influence(tagged[2], per_position=True, normalize="cosine")
         with pytest.raises(ValueError, match="`form` must be 'rows'"):
             method.positions_of(tagged[2], 0)
+        with pytest.raises(ValueError, match="`normalize` must be None in the constructor for positions_of"):
+            fitted(*tagged[:2], normalize="cosine").positions_of(tagged[2], 0)
+        thresholded = fitted(*tagged[:2], operators={"threshold": 0.01})
+        with pytest.raises(ValueError, match=r"`threshold` must be 0 for scores of positions.*got 0.01"):
+            thresholded.influence(tagged[2], per_position=True)
+        with pytest.raises(ValueError, match=r"`threshold` must be 0 for scores of positions.*got 0.01"):
+            thresholded.positions_of(tagged[2], 0)
         with pytest.raises(ValueError, match="`per_position` must be a method"):
             Random(*tagged[:2]).influence(tagged[2], per_position=True)
 
