@@ -90,6 +90,11 @@ class CrossEntropy(Loss):
         """Without class weights and smoothing."""
         return self.weight is None and not self.label_smoothing
 
+    @property
+    def has_weights(self) -> bool:
+        """With class weights."""
+        return self.weight is not None
+
     # Outputs and labels.
 
     def logits(self, outputs: Tensor) -> Tensor:
