@@ -8,7 +8,16 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE, Batch, ClosedForm, RandomSubsets, Trained
-from stride_captum.adapters import EKFAC, TRAK, DiagonalEKFAC, TracIn
+from stride_captum.adapters import (
+    EKFAC,
+    TRAK,
+    ClassSimilarity,
+    ConfidentLearning,
+    DiagonalEKFAC,
+    KNNShapley,
+    Similarity,
+    TracIn,
+)
 from stride_captum.features.store import FeatureStore
 from stride_captum.losses import BinaryCrossEntropy, CrossEntropy
 from stride_captum.responses import response_gradient
@@ -291,6 +300,14 @@ class TestWhereWeightsStand:
     def test_weights_that_are_none(self, weights, error, message):
         with pytest.raises(error, match=f"`sample_weight` {message}"):
             Batch(sample_weight=weights)
+
+    @pytest.mark.parametrize("method", [STRIDE, TracIn, Similarity])
+    def test_labels_are_no_weights(self, problem, method):
+        model, x, labels, *_ = problem
+        train = TensorDataset(x, labels["cross_entropy"])
+        for key in (-1, 1):
+            with pytest.raises(ValueError, match=f"`sample_weight` must be .* not of its labels; got {key}"):
+                method(model, train, batch=Batch(sample_weight=key)).fit()
 
     def test_weights_that_do_not_fit(self, problem):
         model, x, labels, *_ = problem
