@@ -394,10 +394,20 @@ class TestBaselines:
 @pytest.mark.parametrize(
     "options", [{"batch": Batch(sample_weight=torch.ones(N))}, {"loss": CrossEntropy(weight=[1, 2, 3])}]
 )
-def test_ekfac_refuses_weights(problem, options):
+@pytest.mark.parametrize("method", [EKFAC, KNNShapley, ConfidentLearning])
+def test_methods_that_count_every_example_once_refuse_weights(problem, method, options):
     model, x, labels, *_ = problem
-    with pytest.raises(ValueError, match="`sample_weight` must be None for EKFAC"):
-        EKFAC(model, TensorDataset(x, labels["cross_entropy"]), **options).fit()
+    must = f"`sample_weight` must be None for {method.__name__}, and so must the weights of classes"
+    with pytest.raises(ValueError, match=must):
+        method(model, TensorDataset(x, labels["cross_entropy"]), **options)
+
+
+@pytest.mark.parametrize("method", [Similarity, ClassSimilarity])
+def test_similarities_do_not_depend_on_weights(problem, method):
+    model, x, labels, xt, yt = problem
+    data, test = TensorDataset(x, labels["cross_entropy"]), (xt, yt["cross_entropy"])
+    weighed = method(model, data, batch=Batch(sample_weight=torch.rand(N)))
+    assert weighed.influence(test).equal(method(model, data).influence(test))
 
 
 class TestClassWeightsThatAreNone:
