@@ -19,6 +19,9 @@ Captum's classes score a test point by minus the change of its loss, or by its s
 
     * "none", or "sum" with `sample_wise_grads_per_batch=True`.
 
+Weights of examples and of classes multiply residuals, so that they need the answers "every" and a class
+without a Hessian; a similarity does not depend on them.
+
 All of them give `(n_test, n_train)`, other subclasses of `DataInfluence` may not: see `orientation`.
 TracInCPFast and TracInCPFastRandProj read the last linear layer without its bias, and the latter uses its
 test loss on training examples too: with losses of your own, give it one. SimilarityInfluence reads the
@@ -39,6 +42,7 @@ from typing import Any
 
 import torch
 from captum.influence import DataInfluence, SimilarityInfluence
+from captum.influence._core.influence_function import InfluenceFunctionBase
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -60,6 +64,7 @@ from ._captum import (
     squared_norms,
     traceless,
 )
+from ._weights import refuse_weights
 from .gradients.method import GradientMethod, GradientState
 from .gradients.working_copies import check_copy, independent_copy, widened
 
@@ -133,6 +138,9 @@ class CaptumInfluence(GradientMethod):
         if answers != "every" and self.residuals != "training":
             raise bad_value("residuals", "be 'training' unless answers='every'", repr(self.residuals))
         self.build, self.answers, self.sign, self.orientation = build, answers, sign, orientation
+        if answers in responses:
+            why = "the loss of `build` stands for the residuals that they multiply"
+            refuse_weights(f"answers={answers!r}", self.batch, self.loss, why, "Take answers='every'.")
 
     def _check_gradients(self, model: nn.Module) -> None:
         if self.answers != "similarity":  # which takes no gradients
@@ -148,6 +156,9 @@ class CaptumInfluence(GradientMethod):
             raise bad_value("build", "give Captum's object the model that `build` is given", "another one")
         if self.answers == "every":
             check_losses(captum, self.loss)
+        if isinstance(captum, InfluenceFunctionBase):
+            name, why = type(captum).__name__, "its Hessian counts every example once"
+            refuse_weights(name, self.batch, self.loss, why, "Take a TracIn class, or DiagonalEKFAC.")
         if isinstance(captum, SimilarityInfluence):
             mend_similarity(captum, len(residuals))
         return captum
@@ -226,7 +237,7 @@ class CaptumInfluence(GradientMethod):
             return InfluenceMethod.batch_self_influence(self, state, model, batch, rows)
         left, right = self._both_residuals(state, model, batch, rows)
         inputs = parts_by_position(batch)
-        if self.residuals == "training":
+        if left is right:
             return squared_norms(state.kernel, (*inputs, left))
         plus, minus = (squared_norms(state.kernel, (*inputs, v)) for v in (left + right, left - right))
         return (plus - minus) / 4  # the kernel is bilinear in the two residuals

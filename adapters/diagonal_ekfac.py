@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..errors import bad_choice, bad_value
+from ..losses import Loss
 from ..losses.summed_positions import SummedPositions
 from ..system.devices import as_float64
 from ..system.saved_values import saved_as
+from ._weights import refuse_weights_of_positions
 from .gradients.dense_sides import dense_layers, dense_sides, rows_that_count, sides_of_examples
 from .gradients.fisher import FISHERS, fisher_sample, fisher_vectors
 from .gradients.method import GradientMethod
@@ -99,6 +101,11 @@ class DiagonalEKFAC(GradientMethod):
             raise bad_value("n_fisher", "be an integer of at least 1", repr(n_fisher))
         self.damping, self.relative, self.dense = float(damping), bool(relative), dense
         self.fisher, self.n_fisher, self.seed = fisher, n_fisher, seed
+
+    @override
+    def check_loss(self, loss: Loss) -> None:
+        super().check_loss(loss)
+        refuse_weights_of_positions(type(self).__name__, loss)
 
     def _fit_kernel(self, model: nn.Module, residuals: Tensor, show_progress: bool) -> DiagonalKernel:
         self._n_outputs = residuals.shape[1]

@@ -31,6 +31,7 @@ from ..system.devices import float64_device
 from ..system.packages import install_command
 from ._kronfluence import Batch, Kronfluence, spectra
 from ._kronfluence_layers import LAYOUTS, tracked_layers
+from ._weights import refuse_weights
 from .controls import input_keys
 from .gradients.checks import agree, check_gradients
 from .gradients.method import GradientMethod, GradientState
@@ -69,7 +70,7 @@ class EKFAC(GradientMethod):
 
     Raises:
         ImportError: kronfluence is not installed.
-        ValueError: A device without float64, such as mps; in `fit`, weights of examples or classes.
+        ValueError: A device without float64, such as mps, or weights of examples or classes.
 
     >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
@@ -93,6 +94,8 @@ class EKFAC(GradientMethod):
         **options: Any,
     ) -> None:
         super().__init__(model, train_dataset, **options)
+        why = "kronfluence counts every example once"
+        refuse_weights("EKFAC", self.batch, self.loss, why, "Take DiagonalEKFAC.")
         try:
             import kronfluence  # noqa: F401
         except ImportError as error:
@@ -137,11 +140,6 @@ class EKFAC(GradientMethod):
     @override
     def fit_checkpoint(self, model: nn.Module, show_progress: bool) -> GradientState:
         state = super().fit_checkpoint(model, show_progress)
-        if self._omega is not None:
-            must = (
-                "be None for EKFAC, and so must the weights of classes: kronfluence counts every example once"
-            )
-            raise bad_value("sample_weight", must, "weights", "Take DiagonalEKFAC.")
         if isinstance(self.loss, SummedPositions) and not bool(state.loss_residuals.any()):
             raise bad_value("train_dataset", "have at least one label that is not ignored", "none")
         layers = tracked_layers(model, self.parameters_, self._probe)

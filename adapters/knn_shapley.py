@@ -13,6 +13,7 @@ from ..errors import bad_value
 from ..influence.method import Query
 from ..losses import Loss
 from ..system.devices import as_float64
+from ._weights import refuse_weights
 from .similarity import Similarity, SimilarityQuery, SimilarityState, check_classes
 
 
@@ -42,7 +43,8 @@ class KNNShapley(Similarity):
     otherwise, as in Jia et al., "Efficient task-specific data valuation for nearest neighbor algorithms"
     (VLDB 2019), Theorem 1.
 
-    It does not depend on the response, but its sign does: what helps the class lowers the "loss". The
+    It does not depend on the response, but its sign does: what helps the class lowers the "loss". Weights of
+    examples or of classes, which the Shapley value does not know, are refused. The
     values of a batch of test points are held at once, `(n_batch, n_train)`.
 
     Args:
@@ -63,6 +65,8 @@ class KNNShapley(Similarity):
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise bad_value("k", "be an integer of at least 1", repr(k))
         self.k = k
+        why = "each neighbor has one vote"
+        refuse_weights("KNNShapley", self.batch, self.loss, why, "Take another method, or leave them out.")
 
     @override
     def check_loss(self, loss: Loss) -> None:

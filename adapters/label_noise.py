@@ -1,7 +1,8 @@
 """Label-noise detectors that need no influence.
 
 All have `mislabel_scores() -> (n_train,)`, high for a suspect label, as every `InfluenceMethod` has, and
-take `(model, train_dataset, *, layers, batch_size)`.
+take `(model, train_dataset, *, layers, batch_size)`. How suspect a label is does not depend on the weight of
+its example or class.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..losses import Loss, loss_of
 from ..system.devices import device_of, full_precision
 from ..system.packages import install_command
 from ..system.preserve_state import preserve_state
+from ._weights import refuse_weights
 from .gradients.working_copies import widened
 
 #: Probabilities `(n_test_rows, n_classes)` for some rows of the training set from a fit on others.
@@ -161,6 +163,10 @@ class ConfidentLearning(LabelNoiseDetector):
         self.loss.refuse(type(self).__name__, "which fits a classifier")
         if quality not in QUALITIES:
             raise bad_choice("quality", quality, QUALITIES)
+        if fit_predict is None:
+            why = "its logistic regression counts every example once"
+            name, remedy = type(self).__name__, "Give `fit_predict`, which may weigh them."
+            refuse_weights(name, self.batch, self.loss, why, remedy)
         self._quality_scores = _cleanlab_quality_scores()
         self.fit_predict = fit_predict
         self.n_folds = n_folds

@@ -50,7 +50,8 @@ class SimilarityQuery:
 class Similarity(InfluenceMethod):
     """Cosine similarity of features; of the penultimate layer unless `layers` says otherwise.
 
-    It does not depend on the response, but its sign does: similar examples lower the "loss".
+    It does not depend on the response, but its sign does: similar examples lower the "loss". Nor does it
+    depend on weights of examples or of classes.
 
     >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)

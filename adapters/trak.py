@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..errors import bad_value
+from ..losses import Loss
 from ..system.devices import as_float64, float64_device
 from ..system.memory import MOST_ROWS
 from ..system.saved_values import saved_as
+from ._weights import refuse_weights_of_positions
 from .gradients.checks import check_gradients
 from .gradients.count_sketch import count_sketch, random_places
 from .gradients.method import GradientMethod, GradientState
@@ -104,6 +106,11 @@ class TRAK(GradientMethod):
         if not 0 <= damping < float("inf"):
             raise bad_value("damping", "be a number of at least 0", damping)
         self.projection_dim, self.damping, self.seed = projection_dim, damping, seed
+
+    @override
+    def check_loss(self, loss: Loss) -> None:
+        super().check_loss(loss)
+        refuse_weights_of_positions(type(self).__name__, loss)
 
     def _fit_kernel(self, model: nn.Module, residuals: Tensor, show_progress: bool) -> TRAKKernel:
         n_parameters = sum(p.numel() for p in chosen_parameters(model, self.layers).values())

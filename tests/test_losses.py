@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE
-from stride_captum.adapters import EKFAC, TRAK, DiagonalEKFAC, KNNShapley, LossDetector, Random, TracIn
+from stride_captum.adapters import (
+    EKFAC,
+    TRAK,
+    DiagonalEKFAC,
+    KNNShapley,
+    LossDetector,
+    Random,
+    Similarity,
+    TracIn,
+)
 from stride_captum.losses import CrossEntropy, loss_of
 
 #: The random controls do not ask the model in `fit`.
@@ -133,6 +142,20 @@ def test_rounded_probabilities_are_seen(dtype):
     p = torch.randn(64, 1000).mul(3).softmax(1).to(dtype)
     with pytest.raises(ValueError, match="`model` must return logits"):
         STRIDE.from_features(x, p, torch.arange(64))
+
+
+@pytest.mark.parametrize("method", [STRIDE, TracIn, Similarity])
+def test_a_class_that_is_ignored_is_no_label_of_an_example(planted, method):
+    model, train, test = planted
+    made = method(model, train, loss=CrossEntropy(ignore_index=2))
+    with pytest.raises(ValueError, match=r"`train_dataset` must hold no label that is `ignore_index` \(2\)"):
+        made.fit()
+    few = TensorDataset(*(part[train.tensors[1] != 2] for part in train.tensors))
+    made = method(model, few, loss=CrossEntropy(ignore_index=2))
+    with pytest.raises(ValueError, match=r"`inputs` must hold no label that is `ignore_index` \(2\)"):
+        made.influence(test)
+    x = test.tensors[0]
+    assert made.influence((x,), target=1).equal(method(model, few).influence((x,), target=1))
 
 
 def test_losses_by_name_and_by_object():

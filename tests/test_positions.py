@@ -470,6 +470,13 @@ class TestSplitScores:
             method.influence(tagged[2], per_position=True, normalize="cosine")
         with pytest.raises(ValueError, match="`form` must be 'rows'"):
             method.positions_of(tagged[2], 0)
+        with pytest.raises(ValueError, match="`normalize` must be None in the constructor for positions_of"):
+            fitted(*tagged[:2], normalize="cosine").positions_of(tagged[2], 0)
+        thresholded = fitted(*tagged[:2], operators={"threshold": 0.01})
+        with pytest.raises(ValueError, match=r"`threshold` must be 0 for scores of positions.*got 0.01"):
+            thresholded.influence(tagged[2], per_position=True)
+        with pytest.raises(ValueError, match=r"`threshold` must be 0 for scores of positions.*got 0.01"):
+            thresholded.positions_of(tagged[2], 0)
         with pytest.raises(ValueError, match="`per_position` must be a method"):
             Random(*tagged[:2]).influence(tagged[2], per_position=True)
 
@@ -714,6 +721,46 @@ class TestBaselines:
 
         plain = self.made(method, Single(), TensorDataset(x, y[:, 0]))
         same(one, plain.influence((tests[0][:, :1], tests[1][:, 0])), 1e-8)
+
+    @pytest.mark.parametrize("residuals", ["training", "temperature"])
+    def test_class_weights_multiply_positions_of_the_training_side(self, tagged, residuals):
+        model, train, tests = tagged
+        weight = torch.tensor([1.0, 2.0, 10.0, 0.0])
+        made = self.made(TracIn, model, train, loss=CrossEntropy(weight=weight), residuals=residuals)
+        scores = made.influence(tests)
+        same(made.self_influence(), -made.influence(train.tensors, response="loss").diagonal(), 1e-12)
+        parts = []  # of one class after the other
+        for c in range(N_CLASSES):
+            labels = torch.where(train.tensors[1] == c, c, IGNORED)
+            alone = self.made(TracIn, model, TensorDataset(train.tensors[0], labels), residuals=residuals)
+            parts.append(weight[c] * alone.influence(tests))
+        same(sum(parts), scores, 1e-12)
+
+    @pytest.mark.parametrize("method", [TRAK, DiagonalEKFAC, EKFAC])
+    def test_class_weights_are_refused_by_kernels_that_weigh_whole_examples(self, tagged, method):
+        with pytest.raises(ValueError, match=rf"`\w*weight` must be None for {method.__name__}"):
+            self.made(method, *tagged[:2], loss=CrossEntropy(weight=[1, 2, 10, 1])).fit()
+
+    @pytest.mark.parametrize("method", [TracIn, TRAK])
+    @pytest.mark.parametrize("target", [0, 1, "predicted", "label"])
+    @pytest.mark.parametrize("response", ["margin", "loss"])
+    def test_the_ignored_index_may_be_a_class(self, tagged, method, target, response):
+        """It hides labels, not the class that a response is about."""
+        model, train, tests = tagged
+        sets, loss = [], CrossEntropy(ignore_index=0)
+        for ignored in (0, IGNORED):
+            rows = (train.tensors, tests)
+            sets.append([(x, torch.where(y <= 0, ignored, y)) for x, y in rows])
+        (train_0, test_0), (train_1, test_1) = sets
+        options = {"residuals": "temperature"}
+        found = self.made(method, model, TensorDataset(*train_0), loss=loss, held_out=test_0, **options)
+        wanted = self.made(method, model, TensorDataset(*train_1), held_out=test_1, **options)
+        asked = {"target": target, "response": response}
+        scores = wanted.influence(test_1, **asked)
+        same(found.influence(test_0, **asked), scores, 1e-12)
+        assert scores.any()
+        same(found.self_influence(test_0), wanted.self_influence(test_1), 1e-12)
+        assert found._states[0].temperature == wanted._states[0].temperature
 
     FISHERS = (
         (DiagonalEKFAC, {"fisher": "exact"}),

@@ -8,7 +8,16 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE, Batch, ClosedForm, RandomSubsets, Trained
-from stride_captum.adapters import EKFAC, TRAK, DiagonalEKFAC, TracIn
+from stride_captum.adapters import (
+    EKFAC,
+    TRAK,
+    ClassSimilarity,
+    ConfidentLearning,
+    DiagonalEKFAC,
+    KNNShapley,
+    Similarity,
+    TracIn,
+)
 from stride_captum.features.store import FeatureStore
 from stride_captum.losses import BinaryCrossEntropy, CrossEntropy
 from stride_captum.responses import response_gradient
@@ -292,6 +301,14 @@ class TestWhereWeightsStand:
         with pytest.raises(error, match=f"`sample_weight` {message}"):
             Batch(sample_weight=weights)
 
+    @pytest.mark.parametrize("method", [STRIDE, TracIn, Similarity])
+    def test_labels_are_no_weights(self, problem, method):
+        model, x, labels, *_ = problem
+        train = TensorDataset(x, labels["cross_entropy"])
+        for key in (-1, 1):
+            with pytest.raises(ValueError, match=f"`sample_weight` must be .* not of its labels; got {key}"):
+                method(model, train, batch=Batch(sample_weight=key)).fit()
+
     def test_weights_that_do_not_fit(self, problem):
         model, x, labels, *_ = problem
         with pytest.raises(ValueError, match=r"`sample_weight` must hold one for each .*; got 7"):
@@ -377,10 +394,20 @@ class TestBaselines:
 @pytest.mark.parametrize(
     "options", [{"batch": Batch(sample_weight=torch.ones(N))}, {"loss": CrossEntropy(weight=[1, 2, 3])}]
 )
-def test_ekfac_refuses_weights(problem, options):
+@pytest.mark.parametrize("method", [EKFAC, KNNShapley, ConfidentLearning])
+def test_methods_that_count_every_example_once_refuse_weights(problem, method, options):
     model, x, labels, *_ = problem
-    with pytest.raises(ValueError, match="`sample_weight` must be None for EKFAC"):
-        EKFAC(model, TensorDataset(x, labels["cross_entropy"]), **options).fit()
+    must = f"`sample_weight` must be None for {method.__name__}, and so must the weights of classes"
+    with pytest.raises(ValueError, match=must):
+        method(model, TensorDataset(x, labels["cross_entropy"]), **options)
+
+
+@pytest.mark.parametrize("method", [Similarity, ClassSimilarity])
+def test_similarities_do_not_depend_on_weights(problem, method):
+    model, x, labels, xt, yt = problem
+    data, test = TensorDataset(x, labels["cross_entropy"]), (xt, yt["cross_entropy"])
+    weighed = method(model, data, batch=Batch(sample_weight=torch.rand(N)))
+    assert weighed.influence(test).equal(method(model, data).influence(test))
 
 
 class TestClassWeightsThatAreNone:

@@ -89,6 +89,8 @@ class WithResiduals(OnWorkingCopy):
             return residuals, loss_residuals, temperature
         given = 1.0 if self.residuals == "training" else temperature
         residuals = loss_residuals if given == 1.0 else self.loss.residuals(z, y, given)
+        if isinstance(self.loss, SummedPositions):
+            residuals = self.loss.weighed(residuals, y)
         if self._omega is not None:
             residuals = residuals * self._omega.to(residuals)[:, None]
         return residuals, loss_residuals, temperature

@@ -156,6 +156,8 @@ class PositionOperators(FittedOperators):
 
     @override
     def position_scores(self, prepared: PositionQuery, example: int | None) -> Tensor:
+        if self.rows.threshold:
+            raise bad_value("threshold", "be 0 for scores of positions, which add up", self.rows.threshold)
         if example is None:
             n_rows = prepared.positions.n_rows
             parts = [self._of_each(prepared, rows) for rows in blocks(n_rows, self._rows_at_once)]

@@ -78,6 +78,11 @@ class ExampleBatch:
             return None
         return label_tensor(self.content[self._label_path[0]], self.argument)
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether weights stand in the batch, and not in the place of its labels."""
+        return self._weight_path not in (None, self._label_path)
+
     @cached_property
     def weights(self) -> Tensor | None:
         """Weight of each training example, `(n,)` float64; None if all are 1.
@@ -93,8 +98,8 @@ class ExampleBatch:
                 return None
             found = said[self.columns]
             got = str(len(said))
-        elif self._weight_path is None:
-            raise bad_value("sample_weight", "be a key or place in a batch", repr(said))
+        elif self._weight_path is None or not self.has_weights:
+            raise bad_value("sample_weight", "be a key or place in a batch, not of its labels", repr(said))
         else:
             found = checked_weights(self.content[self._weight_path[0]], self.argument)
             got = str(len(found))
@@ -108,12 +113,8 @@ class ExampleBatch:
         if labels is not None:
             if labels.ndim:
                 return len(labels)
-            raise bad_value(
-                self.argument,
-                "hold a batch of examples",
-                "one label without a batch dimension",
-                "Write x[:1] and y[:1] instead of x[0] and y[0].",
-            )
+            must, got = "hold a batch of examples", "one label without a batch dimension"
+            raise bad_value(self.argument, must, got, "Write x[:1] and y[:1] instead of x[0] and y[0].")
         for path, part in self.parts():
             if isinstance(part, Tensor) and part.ndim and self.declared(path) is not False:
                 return len(part)
@@ -238,9 +239,8 @@ class ExampleBatch:
 
     def copied(self) -> ExampleBatch:
         """Copy whose tensors a model may overwrite."""
-        return ExampleBatch(
-            rebuilt(self.content, lambda path, part: copied(part)), self.reading, self.columns, self.argument
-        )
+        content = rebuilt(self.content, lambda path, part: copied(part))
+        return ExampleBatch(content, self.reading, self.columns, self.argument)
 
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of the model."""

@@ -33,7 +33,7 @@ from ..subsets import membership_from_indices
 from ..system.locks import exclusive
 from .checkpoints.checkpoint import LoadCheckpoint, load_checkpoint
 from .estimate import Estimate, from_small_runs
-from .per_position import check_whole, position_scores
+from .per_position import check_plain, check_whole, position_scores
 from .query import DEFAULT, Default, Query, check_query, checked_target
 from .rows import checked_ids
 from .saving import SavedMethod
@@ -244,6 +244,9 @@ class InfluenceMethod(SavedMethod):
 
         Returns:
             `(n_test, P)`, whose rows add up to column `train_index` of `influence(inputs)`.
+
+        Raises:
+            ValueError: A method without scores of positions, or one that normalizes or thresholds scores.
         """
         return position_scores(self, inputs, train_index, response, target)
 
@@ -291,6 +294,9 @@ class InfluenceMethod(SavedMethod):
     ) -> Tensor:
         """Predicted effect of whole groups of training examples: the sum of their scores.
 
+        These are plain scores, in units of the response, whatever `normalize` of the constructor is: cosines
+        of several examples do not add up to an effect.
+
         Args:
             inputs: As for `influence`.
             groups: One for each group, which may overlap: indices, a boolean mask over the training set, or
@@ -334,8 +340,10 @@ class InfluenceMethod(SavedMethod):
 
         Raises:
             ValueError: Scores of this method are no products of vectors (trained operators, a threshold,
-                KNNShapley, wrapped methods), or a vector does not fit `memory_budget`.
+                KNNShapley, wrapped methods), they are normalized by default, or a vector does not fit
+                `memory_budget`.
         """
+        check_plain("compute_intermediate_quantities", self.normalize)
         if side not in ("test", "train"):
             raise bad_choice("side", side, ("test", "train"))
         if side == "train":

@@ -32,6 +32,8 @@ def position_scores(
     Returns:
         `(n_test, P, n_train)`, or `(n_test, P)` for an example; 0 at positions without a label.
     """
+    if example is not None:
+        check_plain("positions_of", method.normalize)
     response, target = response or method.response, method.target if target is None else target
 
     def of_batch(model: nn.Module, batch: Any, query: Query) -> Tensor:
@@ -46,6 +48,21 @@ def position_scores(
     most = max(part.shape[1] for part in found)
     behind = (0, 0) * (found[0].ndim - 2)
     return torch.cat([F.pad(part, (*behind, 0, most - part.shape[1])) for part in found])
+
+
+def check_plain(name: str, normalize: str | None) -> None:
+    """Refuse a default normalization for a call whose results are parts of plain scores.
+
+    Args:
+        name: Of the call.
+        normalize: Of the constructor.
+
+    Raises:
+        ValueError: It is not None.
+    """
+    if normalize is not None:
+        must = f"be None in the constructor for {name}, whose results are parts of plain scores"
+        raise bad_value("normalize", must, repr(normalize), "Build a method without it.")
 
 
 def check_whole(k: int | None, aggregate: bool, normalize: Any) -> None:

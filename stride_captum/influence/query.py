@@ -109,9 +109,12 @@ def checked_target(target: Any) -> str | Tensor:
     if isinstance(target, bool) or not numeric:
         raise bad_type("target", "be 'label', 'predicted' or class indices", target)
     try:
-        return torch.as_tensor(target)
+        found = torch.as_tensor(target)
     except (TypeError, ValueError) as error:
         raise bad_value("target", "be 'label', 'predicted' or class indices", repr(target)) from error
+    if found.dtype == torch.bool:
+        raise bad_value("target", "be 'label', 'predicted' or class indices", repr(target), "Write 0 and 1.")
+    return found
 
 
 def slice_target(target: str | Tensor, start: int, n: int) -> str | Tensor:

@@ -172,15 +172,15 @@ class BatchReader(ModelSession):
         return on_device(self.loss.labels(labels, n_classes, "train_dataset"), self._work_device())
 
     def train_weights(self, batch: ExampleBatch, labels: Tensor, kept: Tensor | None = None) -> Tensor | None:
-        """Weights omega of a batch of training examples, `(n,)` float64 where the device has it; None for 1.
+        """Weights omega of a batch of examples, `(n,)` float64 where the device has it; None for 1.
 
         Args:
-            batch: Of the training set.
+            batch: Of the training set, or of others, whose own weights are 1 unless they stand in it.
             labels: Its labels (`train_labels`).
             kept: Which positions of its examples have a row, `(n, P)` bool; the weight of an example is that
                 of each of them.
         """
-        own = batch.weights
+        own = batch.weights if batch.columns is not None or batch.has_weights else None
         if own is not None and own.ndim == 2 and (kept is None or own.shape != kept.shape):
             must = "hold one for each example" + ("" if kept is None else f", or {tuple(kept.shape)}")
             raise bad_value("sample_weight", must, f"the shape {tuple(own.shape)}")
@@ -236,15 +236,17 @@ class BatchReader(ModelSession):
             self.loss = together
             self._training_passes().read_with(self.loss)
 
-    def labeled_rows(self, model: nn.Module, batch: ExampleBatch) -> tuple[Tensor, Tensor]:
-        """Logits and labels of a batch, one row for each example or position."""
+    def labeled_rows(self, model: nn.Module, batch: ExampleBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits, labels and weights (None for 1) of a batch, one row for each example or position."""
         outputs = batch.outputs(model)
         found = self.position_rows(outputs, batch)
         if found is None:
             logits = self._as_logits(outputs, batch)
-            return logits, Query("loss", "label").asked(logits, batch)
-        logits = self.loss.logits(found.outputs)
-        return logits, self.loss.asked(logits, found.labels, "label", "loss")
+            labels, kept = Query("loss", "label").asked(logits, batch), None
+        else:
+            logits, kept = self.loss.logits(found.outputs), found.kept
+            labels = self.loss.asked(logits, found.labels, "label", "loss")
+        return logits, labels, self.train_weights(batch, labels, kept)
 
     def _test_rows(self) -> int:
         """Test points of one batch, at most."""

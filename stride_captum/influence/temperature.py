@@ -35,7 +35,7 @@ def choose_temperature(
 
     - as given;
     - for a `Checkpoint` that has not seen all examples, matched to the mean residual of the others;
-    - with `held_out`, matched to the mean residual there;
+    - with `held_out`, matched to the mean residual there (weighted, as that of the training set is);
     - for one of several checkpoints, such that the mean residual of the training set is at least
       `CHECKPOINT_RESIDUAL`, but at most `CHECKPOINT_TEMPERATURE`: a network that has hardly learned needs no
       temperature, and one that has learned everything by heart needs 2;
@@ -115,8 +115,10 @@ def _matched_to_held_out(
 ) -> float:
     residual, seen = 0.0, 0.0
     for batch in method._batches(method.held_out, "held_out", False, ""):
-        outputs, asked = method.labeled_rows(model, batch)
-        total, size = residual_sums(outputs, asked, each=method.loss.mean_residuals)
+        outputs, asked, own = method.labeled_rows(model, batch)
+        total, size = residual_sums(outputs, asked, each=method.loss.mean_residuals, weights=own)
         residual, seen = residual + total, seen + size
     whole, n = method.ranks.sums("held-out residual", residual, seen)
+    if n == 0:
+        raise bad_value("held_out", "hold an example with a weight above 0", "weights that are all 0")
     return match_temperature(_mean_residual_at(method, logits, labels, weights), whole / n)

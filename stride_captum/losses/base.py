@@ -61,6 +61,11 @@ class Loss(ABC):
         """Whether it is the cross-entropy that trained operators are trained with."""
         return False
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether it weighs terms by their label (`weights`)."""
+        return type(self).weights is not Loss.weights
+
     # Outputs and labels.
 
     @abstractmethod

@@ -54,8 +54,8 @@ class CrossEntropy(Loss):
             log-probabilities are logits. "probabilities": what comes after it, of which the logarithm is
             taken. None: logits, and a model whose outputs are probabilities for the whole training set is
             refused. What is said is believed.
-        ignore_index: Positions with this label count for nothing, as in `torch.nn.CrossEntropyLoss`. It is
-            for models with several positions an example, of which each has a label `(n, P)` or `(n, H, W)`.
+        ignore_index: Positions with this label count for nothing, as in `torch.nn.CrossEntropyLoss`, where an
+            example has several, with labels `(n, P)` or `(n, H, W)`. One label an example must be another.
         class_dim: Where the classes stand in outputs with several positions; None: `(n, P, C)` or
             `(n, C, H, W)`.
 
@@ -90,6 +90,11 @@ class CrossEntropy(Loss):
         """Without class weights and smoothing."""
         return self.weight is None and not self.label_smoothing
 
+    @property
+    def has_weights(self) -> bool:
+        """With class weights."""
+        return self.weight is not None
+
     # Outputs and labels.
 
     def logits(self, outputs: Tensor) -> Tensor:
@@ -98,11 +103,10 @@ class CrossEntropy(Loss):
         Raises:
             ValueError: Outputs of another shape, or probabilities of exactly 0 or 1.
         """
-        if self.outputs != "probabilities":
-            return multiclass_logits(outputs)
-        if outputs.ndim == 1 or outputs.shape[-1] == 1:
-            return multiclass_logits(torch.log(outputs) - torch.log1p(-outputs))
-        return multiclass_logits(torch.log(outputs))
+        if self.outputs == "probabilities":
+            single = outputs.ndim == 1 or outputs.shape[-1] == 1
+            outputs = torch.log(outputs) - torch.log1p(-outputs) if single else torch.log(outputs)
+        return multiclass_logits(outputs)
 
     def counted(self, labels: Tensor) -> Tensor:
         """Not `ignore_index`; of soft labels, all."""
@@ -117,15 +121,17 @@ class CrossEntropy(Loss):
         if self.weight is not None and len(self.weight) != n_outputs:
             raise bad_value("weight", f"hold one for each of {n_outputs} classes", len(self.weight))
         if labels.ndim != 2 or labels.shape[1] == 1 or labels.shape[1] != n_outputs or labels.is_complex():
-            return class_labels(labels, n_outputs, argument)
+            classes, ignored = class_labels(labels, n_outputs, argument), self.ignore_index
+            if 0 <= ignored < n_outputs and bool((classes == ignored).any()):
+                must = f"hold no label that is `ignore_index` ({ignored}) where an example has one label"
+                raise bad_value(argument, must, ignored, "Leave these examples out.")
+            return classes
         rows = labels if labels.dtype == torch.float64 else labels.float()
         wrong = ~((rows >= 0).all(1) & ((rows.sum(1) - 1).abs() <= _ROUNDING))
         if bool(wrong.any()):
             row = rows[wrong][0]
             must = f"hold class indices (n,), or distributions (n, {n_outputs}), each with the sum 1"
-            remedy = (
-                "Several labels for an example need loss='binary_cross_entropy', a regression loss='mse'."
-            )
+            remedy = "Several labels an example need loss='binary_cross_entropy', a regression loss='mse'."
             raise bad_value(argument, must, f"a row with the sum {float(row.sum()):g}", remedy)
         return rows / rows.sum(1, keepdim=True)
 
@@ -290,6 +296,5 @@ class CrossEntropy(Loss):
 
     def doubts(self, logits: Tensor, labels: Tensor) -> Tensor | None:
         """`1 - p_y`: the residual is this times the gradient of the margin; None for soft labels."""
-        if not self._is_hard(labels):
-            return None
-        return tempered_residuals(logits, labels).gather(1, labels[:, None])
+        hard = self._is_hard(labels)
+        return tempered_residuals(logits, labels).gather(1, labels[:, None]) if hard else None

@@ -54,6 +54,11 @@ class SummedPositions(Loss):
         """As for a position."""
         return self.position.tempered
 
+    @property
+    def has_weights(self) -> bool:
+        """As for a position."""
+        return self.position.has_weights
+
     # Outputs and labels.
 
     @override
@@ -85,6 +90,18 @@ class SummedPositions(Loss):
     def output_check(self, model: nn.Module | None) -> OutputCheck:
         return _EachPosition(self, self.position.output_check(model))
 
+    @property
+    def _no_class(self) -> int:
+        """Mark of positions without a label in what is `asked`: `ignore_index`, or -1 where it is a class."""
+        ignored: int = getattr(self.position, "ignore_index", -1)
+        return -1 if 0 <= ignored < self.n_outputs else ignored
+
+    def _counted(self, labels: Tensor) -> Tensor:
+        """Which positions have a label, `(n, P)` bool, for labels and for what is `asked` with them."""
+        counted = self.position.counted(labels)
+        classes = self.position.has_classes and labels.ndim == 2
+        return counted & (labels != self._no_class) if classes else counted
+
     def _rows(self, logits: Tensor) -> Tensor:
         return logits.reshape(len(logits) * self.n_positions, -1)
 
@@ -92,16 +109,27 @@ class SummedPositions(Loss):
         self, function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor
     ) -> Tensor:
         """A function of z and y, with 0 for positions without a label: `(n, P)`, or `(n, P C)`."""
-        counted = self.position.counted(labels).flatten()
+        return self._of_counted(function, logits, labels, self._counted(labels).flatten())
+
+    def _of_counted(
+        self, function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor, counted: Tensor
+    ) -> Tensor:
         rows, y = self._rows(logits)[counted], labels.flatten(0, 1)[counted.to(labels.device)]
         part = function(rows, y)
         whole = part.new_zeros(len(counted), *part.shape[1:])
         whole[counted.to(part.device)] = part
         return whole.reshape(len(logits), -1)
 
-    def _omega(self, values: Tensor, labels: Tensor) -> Tensor:
-        omega = self.position.weights(labels)
-        return values if omega is None else values * omega.to(values).reshape(-1, *[1] * (values.ndim - 1))
+    def weighed(self, residuals: Tensor, labels: Tensor) -> Tensor:
+        """Residuals `(n, P C)`, those of each position times what its loss weighs its label with."""
+        if not self.has_weights:
+            return residuals
+
+        def each(r: Tensor, y: Tensor) -> Tensor:
+            omega = self.position.weights(y)
+            return r if omega is None else r * omega.to(r)[:, None]
+
+        return self._of_rows(each, residuals, labels)
 
     # Responses.
 
@@ -125,7 +153,7 @@ class SummedPositions(Loss):
         if isinstance(target, Tensor):
             target = target.to(rows.device)[:, None].expand(-1, self.n_positions).flatten()[counted]
         found = self.position.asked(rows[counted], given, target, response)
-        fill = getattr(self.position, "ignore_index", 0) if found.ndim == 1 else float("nan")
+        fill = self._no_class if found.ndim == 1 else float("nan")
         whole = found.new_full((len(rows), *found.shape[1:]), fill)
         whole[counted] = found
         return whole.reshape(len(logits), self.n_positions, *found.shape[1:])
@@ -134,7 +162,7 @@ class SummedPositions(Loss):
         self, function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, asked: Tensor
     ) -> Tensor:
         if asked.ndim == 2:
-            return self._of_rows(function, logits, asked)
+            return self._of_counted(function, logits, asked, (asked != self._no_class).flatten())
         return function(self._rows(logits), asked.flatten(0, 1)).reshape(len(logits), -1)
 
     @override
@@ -147,17 +175,14 @@ class SummedPositions(Loss):
 
     @override
     def values(self, logits: Tensor, labels: Tensor) -> Tensor:
-        def each(z: Tensor, y: Tensor) -> Tensor:
-            return self._omega(self.position.values(z, y), y)
-
-        return self._of_rows(each, logits, labels).sum(1)
+        return self._of_rows(self.position.values, logits, labels).sum(1)
 
     # Residuals.
 
     @override
     def residuals(self, logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
         def each(z: Tensor, y: Tensor) -> Tensor:
-            return self._omega(self.position.residuals(z, y, temperature), y)
+            return self.position.residuals(z, y, temperature)
 
         return self._of_rows(each, logits, labels)
 
@@ -166,7 +191,7 @@ class SummedPositions(Loss):
         def each(z: Tensor, y: Tensor) -> Tensor:
             return self.position.mean_residuals(z, y, temperature)
 
-        counts = self.position.counted(labels).sum(1).clamp_min(1)
+        counts = self._counted(labels).sum(1).clamp_min(1)
         return self._of_rows(each, logits, labels).sum(1) / counts.to(logits)
 
     @override

@@ -40,8 +40,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from stride_captum import STRIDE
+from stride_captum import STRIDE, Batch
+from stride_captum.adapters import TracIn
 from stride_captum.adapters.captum_influence import CaptumInfluence, NoIndex, ResidualLoss, keep_weights
+from stride_captum.losses import CrossEntropy
 from stride_captum.residuals import tempered_residuals
 from stride_captum.responses import RESPONSES, response_gradient, response_value
 
@@ -202,6 +204,44 @@ class TestOfALoss:
             ours.self_influence()
             ours.subset_influence(test.tensors, [[0, 1], [2]])
         assert not any(vars(parameter) for parameter in model.parameters())
+
+
+class TestWeights:
+    weights = torch.linspace(0, 3, 24)
+
+    @pytest.mark.parametrize("kind", ["TracInCP", "TracInCPFast"])
+    @pytest.mark.parametrize(
+        "options", [{"batch": Batch(sample_weight=weights)}, {"loss": CrossEntropy(weight=[1, 2, 5])}]
+    )
+    def test_they_stand_on_the_training_side_alone(self, exact, kind, options):
+        model, train, test = exact
+        found = CaptumInfluence(model, train, build=with_residuals(kind), **options)
+        if kind == "TracInCP":
+            wanted = TracIn(model, train, **options)
+            torch.testing.assert_close(found.influence(test.tensors), wanted.influence(test.tensors))
+            torch.testing.assert_close(found.self_influence(), wanted.self_influence())
+        own = -found.influence(train.tensors, response="loss").diagonal()
+        torch.testing.assert_close(found.self_influence(), own, rtol=1e-6, atol=1e-9 * float(own.max()))
+
+    @pytest.mark.parametrize(
+        "options", [{"batch": Batch(sample_weight=weights)}, {"loss": CrossEntropy(weight=[1, 2, 5])}]
+    )
+    def test_what_would_not_see_them_refuses_them(self, exact, options):
+        model, train, _ = exact
+        build = with_cross_entropy("TracInCP")
+        with pytest.raises(ValueError, match="`sample_weight` must be None for answers='log-probability'"):
+            CaptumInfluence(model, train, build=build, answers="log-probability", **options)
+        for kind in ("NaiveInfluenceFunction", "ArnoldiInfluenceFunction"):
+            with pytest.raises(ValueError, match=f"`sample_weight` must be None for {kind}, .* Hessian"):
+                CaptumInfluence(model, train, build=with_residuals(kind), **options).fit()
+
+    def test_a_similarity_does_not_depend_on_them(self, exact):
+        model, train, test = exact
+        plain, weighed = (
+            CaptumInfluence(model, train, build=similarity(), answers="similarity", batch=batch)
+            for batch in (None, Batch(sample_weight=self.weights))
+        )
+        assert torch.equal(weighed.influence(test.tensors), plain.influence(test.tensors))
 
 
 class TestAnExplicitSolve:

@@ -245,6 +245,10 @@ class TestRefusedArguments:
         for wrong in (1.5, True):
             with pytest.raises(TypeError, match="`target` must be 'label', 'predicted' or class indices"):
                 method.influence((x,), target=wrong)
+        mask = [True, False] * 3 + [True]
+        for wrong in (mask, torch.tensor(mask), np.array(mask)):
+            with pytest.raises(ValueError, match=r"`target` must be .* class indices; got .*Write 0 and 1"):
+                method.influence((x,), target=wrong)
         with pytest.raises(
             ValueError, match=r"`target` must be 'label', 'predicted' or class indices; got .'a'"
         ):

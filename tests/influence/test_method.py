@@ -126,6 +126,12 @@ class TestVectors:
         with pytest.raises(ValueError, match="`inputs` must"):
             method.compute_intermediate_quantities([N_TRAIN], side="train")
 
+    def test_a_default_normalization_is_refused(self, planted):
+        method = STRIDE(*planted[:2], normalize="cosine")
+        for side, inputs in (("test", planted[2]), ("train", [0])):
+            with pytest.raises(ValueError, match="`normalize` must be None in the constructor for compute_"):
+                method.compute_intermediate_quantities(inputs, side=side)
+
 
 class TestIds:
     NAMES: ClassVar[list[str]] = [f"image-{i}.png" for i in range(N_TRAIN)]
@@ -234,6 +240,8 @@ class TestDefaults:
         plain, cosine = build(model, train), build(model, train, normalize="cosine")
         assert torch.equal(cosine.influence(test), plain.influence(test, normalize="cosine"))
         assert torch.equal(cosine.influence(test, normalize=None), plain.influence(test))
+        groups = [[0, 1], [5]]  # effects are sums of plain scores in any case
+        assert torch.equal(cosine.subset_influence(test, groups), plain.subset_influence(test, groups))
 
     @pytest.mark.parametrize("name", SUBJECTS)
     def test_repr_names_the_class_and_whether_it_is_fitted(self, planted, name):

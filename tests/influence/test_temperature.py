@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from planted import MLP, N_TRAIN, built, trained
@@ -9,7 +11,7 @@ from safetensors.torch import save_file
 from torch.utils.data import TensorDataset
 from typer.testing import CliRunner
 
-from stride_captum import STRIDE, Checkpoint, ClosedForm, along_training
+from stride_captum import STRIDE, Batch, Checkpoint, ClosedForm, along_training
 from stride_captum.adapters import DiagonalEKFAC
 from stride_captum.evaluation import load_task
 from stride_captum.evaluation.cli.app import app
@@ -17,6 +19,7 @@ from stride_captum.evaluation.comparison.shared.methods import METHODS, find_met
 from stride_captum.evaluation.retraining.attributed_models import even_epochs, log_epochs
 from stride_captum.influence.checkpoints.checkpoint import log_positions
 from stride_captum.influence.checkpoints.weight_files import files_like
+from stride_captum.losses import CrossEntropy
 from stride_captum.residuals import mean_residual
 
 
@@ -125,6 +128,43 @@ class TestExamplesThatACheckpointHasNotSeen:
         ]
         wanted = sum(one.influence(test) for one in alone) / 2
         torch.testing.assert_close(method.influence(test), wanted)
+
+    @pytest.mark.parametrize("loss", ["cross_entropy", CrossEntropy(weight=[1.0, 2.0, 50.0])])
+    @pytest.mark.parametrize("weighed", [False, True])
+    @pytest.mark.parametrize("method", [STRIDE, partial(DiagonalEKFAC, residuals="temperature")])
+    def test_they_are_weighed_as_held_out_data_are(self, planted, loss, weighed, method):
+        """Of the same seen and unseen examples, both give the same temperature."""
+        model, (x, y), half = planted[0], planted[1].tensors, N_TRAIN // 2
+        y = torch.where((torch.arange(N_TRAIN) >= half) & (torch.arange(N_TRAIN) % 3 == 0), (y + 1) % 3, y)
+        rows = (x, torch.linspace(1, 9, N_TRAIN), y) if weighed else (x, y)
+        checkpoints = [Checkpoint(sharper(model.state_dict(), 20.0), seen=range(half))]
+        options = {"loss": loss, "batch": Batch(sample_weight=1) if weighed else None}
+        by_seen = method(model, TensorDataset(*rows), checkpoints=checkpoints, **options).fit()
+        by_held_out = method(
+            model,
+            TensorDataset(*(part[:half] for part in rows)),
+            checkpoints=[checkpoints[0].weights],
+            held_out=TensorDataset(*(part[half:] for part in rows)),
+            **options,
+        ).fit()
+        found, wanted = (self.temperature(each) for each in (by_held_out, by_seen))
+        assert found == wanted
+        assert 1 < found < 100
+
+    def temperature(self, method):
+        state = method._states[0]
+        return state.operators.temperature if isinstance(method, STRIDE) else state.temperature
+
+    def test_held_out_examples_without_weights_count_once(self, planted):
+        model, (x, y), test = planted[0], planted[1].tensors, planted[2]
+        weights = torch.linspace(1, 9, N_TRAIN)
+        given = STRIDE(model, planted[1], held_out=test, batch=Batch(sample_weight=weights))
+        placed = STRIDE(model, TensorDataset(x, weights, y), held_out=test, batch=Batch(sample_weight=1))
+        assert temperatures(given) == temperatures(placed)
+        nothing = TensorDataset(test.tensors[0], torch.zeros(len(test)), test.tensors[1])
+        placed.held_out = nothing
+        with pytest.raises(ValueError, match="`held_out` must hold an example with a weight above 0"):
+            placed.fit()
 
     def test_all_or_none_of_them_is_refused(self, planted):
         model, train, _ = planted

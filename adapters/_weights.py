@@ -1,0 +1,41 @@
+"""Refusals of weights of examples and classes, by methods whose numbers they would not change."""
+
+from __future__ import annotations
+
+from ..data.reading import Batch
+from ..errors import bad_value
+from ..losses import Loss
+from ..losses.summed_positions import SummedPositions
+
+
+def refuse_weights(name: str, batch: Batch, loss: Loss, why: str, remedy: str) -> None:
+    """Refuse weights for a method that counts every training example once.
+
+    Args:
+        name: Of the method.
+        batch: Which may weigh examples.
+        loss: Which may weigh classes.
+        why: Why they would change nothing.
+        remedy: What to do instead.
+
+    Raises:
+        ValueError: There are weights.
+    """
+    if batch.sample_weight is not None or loss.has_weights:
+        must = f"be None for {name}, and so must the weights of classes: {why}"
+        raise bad_value("sample_weight", must, "weights", remedy)
+
+
+def refuse_weights_of_positions(name: str, loss: Loss) -> None:
+    """Refuse class weights of positions for a kernel that knows one weight for each example.
+
+    Args:
+        name: Of the method.
+        loss: What the model was trained with.
+
+    Raises:
+        ValueError: There are several positions an example, and classes have weights.
+    """
+    if isinstance(loss, SummedPositions) and loss.has_weights:
+        must = f"be None for {name} and several positions an example, which would have different weights"
+        raise bad_value("weight", must, "weights of classes", "Take STRIDE or TracIn.")
