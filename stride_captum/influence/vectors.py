@@ -75,9 +75,8 @@ def _as_given(indices: Any, order: Tensor) -> Tensor:
     """Places in the order in which they were given; those of a slice or a mask are in `order`."""
     if isinstance(indices, slice):
         return order
-    given = torch.as_tensor(
-        np.asarray(indices.cpu() if isinstance(indices, Tensor) else list(indices)), device="cpu"
-    )
+    values = np.asarray(indices.cpu() if isinstance(indices, Tensor) else list(indices))
+    given: Tensor = torch.as_tensor(values, device="cpu")
     return order if given.dtype == torch.bool else given.reshape(-1).long()
 
 
