@@ -93,9 +93,19 @@ class TrainingFeatures(InfluenceMethod):
 
     @staticmethod
     def _weighed(batches: Iterable[ExampleBatch], weights: list[Tensor | None]) -> Iterator[ExampleBatch]:
-        """Yield the batches, and collect their sample weights in a list."""
+        """Yield the batches, and collect their sample weights in a list.
+
+        Raises:
+            ValueError: Weights `(n, P)` of another P than that of labels that are class indices.
+        """
         for batch in batches:
-            weights.append(batch.weights)
+            own, labels = batch.weights, batch.labels
+            if own is not None and own.ndim == 2 and labels is not None and not labels.is_floating_point():
+                shape = tuple(labels.flatten(1).shape) if labels.ndim > 1 else None
+                if shape not in (None, tuple(own.shape)):
+                    must = f"hold one for each example, or {shape}"
+                    raise bad_value("sample_weight", must, f"the shape {tuple(own.shape)}")
+            weights.append(own)
             yield batch
 
     def _all_weights(self, weights: list[Tensor | None], labels: Tensor) -> Tensor | None:

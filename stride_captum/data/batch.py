@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -228,14 +227,6 @@ class ExampleBatch:
         """Copy of the batch with some parts replaced."""
         content = rebuilt(self.content, lambda path, part: parts.get(path, part))
         return ExampleBatch(content, self.reading, argument=self.argument)
-
-    def with_weights_of(self, rows: slice | Tensor) -> ExampleBatch:
-        """The batch with the weights of these training examples, where weights are given by number."""
-        options = self.reading.options
-        if not isinstance(options.sample_weight, Tensor):
-            return self
-        reading = replace(self.reading, options=options.with_weights_of(rows))
-        return ExampleBatch(self.content, reading, slice(0, len(self)), self.argument)
 
     def copied(self) -> ExampleBatch:
         """Copy whose tensors a model may overwrite."""

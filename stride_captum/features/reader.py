@@ -174,7 +174,14 @@ def all_weights(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def weights_of_rows(parts: Sequence[Tensor | None], positions: Positions | None) -> list[Tensor | None]:
-    """Weights of the rows of all batches, given those of their examples, `(n,)` or `(n, P)` each."""
+    """Weights of the rows of all batches, given those of their examples, `(n,)` or `(n, P)` each.
+
+    Raises:
+        ValueError: Weights `(n, P)` for examples without positions.
+    """
+    wide = next((part for part in parts if part is not None and part.ndim == 2), None)
+    if positions is None and wide is not None:
+        raise bad_value("sample_weight", "hold one for each example", f"the shape {tuple(wide.shape)}")
     if positions is None or any(part is None for part in parts):
         return list(parts)
     found: list[Tensor | None] = []

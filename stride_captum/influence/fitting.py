@@ -9,6 +9,8 @@ from torch import nn
 
 from ..data import inputs as data
 from ..data.digests import Digests
+from ..errors import bad_type, bad_value
+from ..losses import Loss
 from ..system.fingerprints import weights_fingerprint
 from ..system.locks import exclusive
 from ..system.peak_memory import PeakMemory
@@ -27,6 +29,7 @@ class FittedMethod(ScoringLoop):
     #: The processes that share the training set.
     ranks: SingleProcess = SINGLE_PROCESS
     digests_: Digests | None
+    _fitted_data: tuple[Any, Loss] | None = None  # what it has learned from
     _checkpoint_index: int  # of the checkpoint that is being fitted
 
     def fit(self: Self, show_progress: bool = False) -> Self:
@@ -75,3 +78,19 @@ class FittedMethod(ScoringLoop):
         finally:
             self._output_check = None
         return state
+
+    def _mark_data(self) -> None:
+        """Remember what the method has learned from."""
+        self._fitted_data = self.train_dataset, self.loss
+
+    def _check_unchanged(self) -> None:
+        super()._check_unchanged()
+        if self._fitted_data is None:
+            return
+        train_dataset, loss = self._fitted_data
+        if train_dataset is not self.train_dataset:
+            must, got = "be the data set that the method was fitted on", self.train_dataset
+            raise bad_type("train_dataset", must, got, "Call fit() again, or build a new object.")
+        if loss != self.loss:
+            must, got = f"be {loss.name!r} as it was when the method was fitted", repr(self.loss)
+            raise bad_value("loss", must, got, "Call fit() again, or build a new object.")

@@ -76,7 +76,6 @@ class BatchReader(ModelSession):
         self.batch = Batch() if batch is None else batch
         self.batch.check_weights_of(data.count_examples(train_dataset))
         self._passes: Passes | None = None
-        self._fitted_data: tuple[Any, Loss] | None = None
         self._output_check: OutputCheck | None = None
 
     def check_loss(self, loss: Loss) -> None:
@@ -112,22 +111,6 @@ class BatchReader(ModelSession):
     def _own_columns(self) -> slice:
         """Places of the training examples that this process reads."""
         return slice(None)
-
-    def _mark_data(self) -> None:
-        """Remember what the method has learned from."""
-        self._fitted_data = self.train_dataset, self.loss
-
-    def _check_unchanged(self) -> None:
-        super()._check_unchanged()
-        if self._fitted_data is None:
-            return
-        train_dataset, loss = self._fitted_data
-        if train_dataset is not self.train_dataset:
-            must, got = "be the data set that the method was fitted on", self.train_dataset
-            raise bad_type("train_dataset", must, got, "Call fit() again, or build a new object.")
-        if loss != self.loss:
-            must, got = f"be {loss.name!r} as it was when the method was fitted", repr(self.loss)
-            raise bad_value("loss", must, got, "Call fit() again, or build a new object.")
 
     def _every_example(self) -> Any:
         """The training set of all processes together."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -177,8 +177,17 @@ def _batches(method: InfluenceMethod, rows: Tensor | None, size: int | None = No
     for content in data.raw_batches(examples, size or method.batch_size, "train_dataset"):
         batch = method._example_batch(content, "train_dataset")
         stop = start + len(batch)
-        yield batch.with_weights_of(slice(start, stop) if rows is None else rows[start:stop])
+        yield _with_weights_of(batch, slice(start, stop) if rows is None else rows[start:stop])
         start = stop
+
+
+def _with_weights_of(batch: ExampleBatch, rows: slice | Tensor) -> ExampleBatch:
+    """The batch with the weights of these training examples, where weights are given by number."""
+    options = batch.reading.options
+    if not isinstance(options.sample_weight, Tensor):
+        return batch
+    reading = replace(batch.reading, options=options.with_weights_of(rows))
+    return ExampleBatch(batch.content, reading, slice(0, len(batch)), batch.argument)
 
 
 def _spread(n: int, k: int) -> Tensor:

@@ -84,8 +84,8 @@ def _of_rows(method: InfluenceMethod, state: Any, model: Any, rows: Tensor) -> T
     if not method.reads_training_data:
         own = range(method.n_train_)[method._own_columns()]
         mine = rows[(rows >= own.start) & (rows < own.stop)] - own.start
-        vectors = _checked(method, method.train_vectors(state, mine))
-        return method.ranks.all_gather(vectors, "vectors of training examples")
+        own_rows = _checked(method, method.train_vectors(state, mine))
+        return method.ranks.all_gather(own_rows, "vectors of training examples")
     found = []
     for columns, batch in method.train_blocks(method.n_train_, False):
         chosen = rows[(rows >= columns.start) & (rows < columns.stop)] - columns.start

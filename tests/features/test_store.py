@@ -227,6 +227,17 @@ class TestMismatch:
             stored(model, OneByOne(changed, y), tmp_path, check_examples=False).fit()
         assert counted.passes == 0
 
+    def test_weights_with_columns(self, planted, tmp_path):
+        model, train, _ = planted
+        for _ in range(2):  # an empty store, and a whole one
+            weighed = stored(model, train, tmp_path)
+            weighed.batch = Batch(sample_weight=torch.ones(len(train), 1))
+            with pytest.raises(
+                ValueError, match="`sample_weight` must hold one for each example; got the sh"
+            ):
+                weighed.fit()
+            stored(model, train, tmp_path).fit()
+
     def test_what_a_store_cannot_be(self, planted, tmp_path):
         model, train, _ = planted
         file = tmp_path / "file"

@@ -85,6 +85,17 @@ def test_a_second_fit_runs_no_training_example_and_gives_the_same_bits(tokens, t
     assert again.operators_.features.shape == (int((train.tensors[1] != IGNORED).sum()), 21 - 6 - 2)
 
 
+@pytest.mark.parametrize("shape", [(N_TRAIN, 5), (N_TRAIN, 1)])
+def test_weights_of_another_shape_are_refused_by_a_whole_store(tokens, tmp_path, shape):
+    model, train, _ = tokens
+    assert train.tensors[1].shape == (N_TRAIN, 4)
+    STRIDE(model, train, feature_store=tmp_path / "store").fit()
+    for store in (None, tmp_path / "store"):
+        batch = Batch(sample_weight=torch.ones(shape))
+        with pytest.raises(ValueError, match="`sample_weight` must hold one for each example, or"):
+            STRIDE(model, train, feature_store=store, batch=batch).fit()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("most", [8, 20, 40])
 def test_an_interrupted_store_resumes(tokens, tmp_path, most):
