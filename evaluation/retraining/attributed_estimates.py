@@ -70,7 +70,7 @@ def estimate_cross_fitted(
     missing = [path for path in paths if run_store.read_states(path)[0] is None]
     workers = min(count(n_jobs, device), len(missing))
     epochs = split.epochs or task.training.epochs
-    network = checked_network(task.build_model)
+    network = checked_network(task.build_model, task.train.tensors[0][:2])
     per_example = _seconds_per_example(task, device) if missing else 0.0
     return RetrainingEstimate(
         task=task.name,
@@ -94,7 +94,8 @@ def estimate_spiked(
     Returns:
         The estimate, and the seed of each model: if the store does not tell it, the first that is tried.
     """
-    names, network = run_store.Fingerprints(task), checked_network(task.build_model)
+    names = run_store.Fingerprints(task)
+    network = checked_network(task.build_model, task.train.tensors[0][:2])
     paths: list[Path] = []
     chosen, first, at_most = [], FIRST_SPIKED, ""
     for _ in range(n_models):
@@ -121,7 +122,7 @@ def _estimate(
     n_runs = n_missing = n_damaged = n_examples = n_bytes = 0
     name, per_example = "", 0.0
     for task, paths in runs:
-        network = checked_network(task.build_model)
+        network = checked_network(task.build_model, task.train.tensors[0][:2])
         found = [run_store.read_state(path, network) for path in paths]
         n_runs, name = n_runs + 1, name or task.name
         if all(state is not None for state, _ in found):

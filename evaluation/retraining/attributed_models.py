@@ -63,7 +63,7 @@ def train_attributed(
     """
     task.check_inputs()
     x, y = task.train.tensors
-    network = checked_network(task.build_model)
+    network = checked_network(task.build_model, task.train.tensors[0][:2])
     path = None
     if store is not None:
         path = attributed_path(run_store.Fingerprints(task), seed, store, spike, device)
@@ -174,7 +174,7 @@ def train_checkpoints(
         if epoch in kept:
             run_store.write_state(paths[kept.index(epoch)], model.state_dict())
 
-    network = checked_network(task.build_model)
+    network = checked_network(task.build_model, task.train.tensors[0][:2])
     if any(run_store.read_state(path, network)[0] is None for path in paths):
         with single_thread():
             x, y = task.train.tensors
