@@ -18,15 +18,16 @@ from ..tasks.checks import check_task
 from ..tasks.new_network import built
 from ..tasks.task import Task
 from ..tasks.task_loss import loss_of_methods
-from .method_choice import grids, impossible, plain_numbers, specs_of
+from .method_choice import impossible, specs_of
 from .runs.counterfactual import Counterfactual
 from .runs.ladder import OUT_OF_SAMPLE
 from .runs.lds import READINGS
 from .runs.leakage import Leakage
 from .runs.mislabel import Mislabel
 from .runs.retrainings import Retrainings
+from .shared.grids import grids, plain_numbers
 from .shared.measure import Measure
-from .shared.methods import MethodSpec
+from .shared.methods import METHODS, MethodSpec
 from .shared.question import Question, halves
 
 #: Measures by name. `compare` also takes a measure of your own once you have added it here.
@@ -90,6 +91,7 @@ def settle(
         on_halves=on_halves,
         store=Path(store),
         device=device,
+        options=plain_numbers(options or {}),
         skipped=skipped,
         **how,
     )
@@ -115,8 +117,12 @@ def _with_budgets(
     given = dict(measures) if isinstance(measures, Mapping) else {name: {} for name in measures}
     own: dict[str, Any] = {"budgets": list(retrainings), "parts": parts}
     if methods is not None:
-        alone = [spec.name for spec in specs_of(methods) if spec.uses_model_alone]
-        own["methods"] = list(dict.fromkeys(name.removesuffix(OUT_OF_SAMPLE) for name in alone))
+        alone = [
+            spec.name.removesuffix(OUT_OF_SAMPLE) if METHODS.get(spec.name) == spec else spec.name
+            for spec in specs_of(methods)
+            if spec.uses_model_alone
+        ]
+        own["methods"] = list(dict.fromkeys(alone))
     return {**given, Retrainings.name: {**own, **given.get(Retrainings.name, {})}}
 
 

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from ... import __version__
 from ...errors import bad_type, bad_value, whole_number
 from ...influence.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from ...responses import response_value
+from ...losses import Loss
 from ...subsets import Membership, members, membership_from_indices, partition
 from ...system.preserve_state import preserve_state
 from ...system.random_states import same_random_state
 from ..system.stable_digest import NoStableDigest, stable_digest
-from ..tasks.class_logits import class_logits
+from ..tasks.task_loss import output_rows, response_of
 from . import store as run_store
 from .store import State
 from .training import single_thread
@@ -60,14 +60,20 @@ class CrossFitted:
     trainings: float
 
     def measured(
-        self, model: nn.Module, batch: tuple[Tensor, Tensor], response: str = "margin"
+        self,
+        model: nn.Module,
+        batch: tuple[Tensor, Tensor],
+        response: str | None = None,
+        *,
+        loss: Loss | None = None,
     ) -> NDArray[np.float64]:
         """Responses of the models at test points, `(n_test, n_models)`, for `refine`.
 
         Args:
             model: A network of the same architecture; its weights do not change.
             batch: Inputs and labels of the test points.
-            response: One of `stride_captum.responses`.
+            response: One of `stride_captum.responses`; None for the first of the loss, "margin" for classes.
+            loss: What the models were trained with; None for cross-entropy.
         """
         found = []
         x, y = batch
@@ -75,10 +81,8 @@ class CrossFitted:
         with preserve_state(model, weights=True) as network, torch.no_grad():
             for place in self.last:
                 load_checkpoint(network, self.checkpoints[place].weights)
-                network.eval()
-                found.append(
-                    response_value(class_logits(network(x.to(device))).cpu(), y, response).double().numpy()
-                )
+                outputs = output_rows(loss, network.eval()(x.to(device))).cpu()
+                found.append(response_of(loss, outputs, y, response).double().numpy())
         return np.stack(found, axis=1)
 
 

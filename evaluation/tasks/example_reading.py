@@ -185,7 +185,7 @@ _HOW = (
 
 
 def holds_pairs(dataset: Any) -> bool:
-    """Whether the examples are the rows of two tensors: a subclass with its own `__getitem__` changes them."""
+    """Whether examples are the rows of two tensors: a subclass with its own `__getitem__` changes them."""
     return (
         isinstance(dataset, TensorDataset)
         and len(dataset.tensors) == 2

@@ -235,7 +235,7 @@ def _of_key(key: str, model: nn.Module, task: Task, options: Mapping[str, Any]) 
 
 
 def _loaded(method: InfluenceMethod) -> list[tuple[float, str, list[int] | None]]:
-    """Learning rate and weights of each checkpoint, as the method's own function loads them, and its `seen`."""
+    """Learning rate, weights (as the method's own function loads them) and `seen` of each checkpoint."""
     with method._session() as model:
         return [
             (method._load(model, checkpoint), weights_fingerprint(model), _seen(checkpoint))

@@ -372,8 +372,11 @@ class TestWeightsRestoreTheNetwork:
         monkeypatch.setattr(
             attributed_training, "train_model", lambda *args, **kwargs: pytest.fail("trained")
         )
-        with pytest.raises(ValueError, match=r"that its state_dict restores; got one with random values "
-                           r"outside of it: '0\.features'\. Register them as a persistent buffer"):  # fmt: skip
+        sentence = (
+            r"that its state_dict restores; got one with random values outside of it: '0\.features'\. "
+            "Register them as a persistent buffer"
+        )
+        with pytest.raises(ValueError, match=sentence):
             train_attributed(task_of(build), 0)
         with pytest.raises(ValueError, match="that its state_dict restores"):
             cross_fit(task_of(build), 0, 1, None)
