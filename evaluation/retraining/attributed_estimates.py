@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +12,10 @@ import torch
 from ..tasks.new_network import checked_network
 from ..tasks.task import Task
 from . import store as run_store
-from .attributed_models import FIRST_SPIKED, SPIKE, TRIES, attributed_path, checkpoint_paths
+from .attributed_models import FIRST_SPIKED, TRIES, attributed_path, checkpoint_paths
 from .estimate import RetrainingEstimate
+from .spikes import SPIKE, read_spike
 from .task_parts import HALVES, Split, cross_fit_paths
-from .training import mean_residual
 from .workers import arguments_of, count, seconds_per_example
 
 
@@ -39,15 +39,16 @@ def estimate_attributed(
 
 def estimate_checkpoints(
     task: Task,
-    seeds: Sequence[int],
+    epochs: Mapping[int, Sequence[int]],
     store: str | Path,
-    epochs: Sequence[int],
     *,
     device: torch.device | str = "cpu",
 ) -> RetrainingEstimate:
-    """What `train_checkpoints` would train for the attributed models with these seeds."""
+    """What `train_checkpoints` would train; `epochs` are those of the attributed model with each seed."""
     names = run_store.Fingerprints(task)
-    files = ((task, checkpoint_paths(names, epochs, seed, store, device)) for seed in seeds)
+    files = (
+        (task, checkpoint_paths(names, kept, seed, store, device)) for seed, kept in epochs.items() if kept
+    )
     return _estimate(files, "checkpoints of attributed models", device)
 
 
@@ -101,18 +102,18 @@ def estimate_spiked(
     for _ in range(n_models):
         for seed in range(first, first + TRIES):
             paths.append(attributed_path(names, seed, store, True, device))
-            state, _ = run_store.read_state(paths[-1], network)
-            if state is not None:
-                network.load_state_dict(state)
-                x, y = task.train.tensors
-                if mean_residual(network.eval(), x, y, task.loss) > SPIKE:
-                    break
+            spike, told = read_spike(paths[-1])
+            if told and spike is None:
+                paths.pop()  # trained before, without a spike
+            high = spike is not None and spike.residual > SPIKE
+            if high and run_store.read_state(paths[-1], network)[0] is not None:
+                break
         else:
             seed, at_most = first, "each search ends at the first model with a spike of its loss"
         chosen.append(seed)
         first = seed + 1 if not at_most else first + TRIES
     found = _estimate(((task, [path]) for path in paths), "models stopped on a spike", device)
-    return replace(found, at_most=at_most), chosen
+    return replace(found, task=task.name, at_most=at_most), chosen
 
 
 def _estimate(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..tasks.networks import TrainingSettings
-from ..tasks.new_network import check_restored
+from ..tasks.new_network import built, check_restored
 from ..tasks.task import Task
 from . import store as run_store
 from .attributed_models import log_epochs
@@ -79,6 +79,11 @@ class TaskTraining:
         if kind != "cpu":
             facts.append(f"device={kind}")
         return run_store.Fingerprints(self.task).of(0, None, " ".join(["cross-fitted", *facts]))
+
+    @property
+    def buffers(self) -> frozenset[str]:
+        """Names of the buffers of the network, which may be infinite."""
+        return frozenset(name for name, _ in built(self.task).named_buffers())
 
     def __call__(self, indices: NDArray[np.int64], seed: int) -> list[State]:
         """Train on some examples of the task; returns the state dicts, the last one last."""

@@ -1,5 +1,6 @@
 """The protocol of a comparison: who is tuned on what, what is refused first, what is said afterwards."""
 
+import itertools
 import json
 import re
 import warnings
@@ -23,7 +24,7 @@ from stride_captum.evaluation.comparison.shared.methods import DEFAULT_METHODS, 
 from stride_captum.evaluation.comparison.shared.question import halves
 from stride_captum.evaluation.report.html import write_comparison
 from stride_captum.evaluation.report.terminal import console, show_comparison
-from stride_captum.evaluation.retraining import attributed_models, workers
+from stride_captum.evaluation.retraining import attributed_models, spikes, workers
 from stride_captum.evaluation.retraining.attributed_models import (
     even_epochs,
     train_attributed,
@@ -563,6 +564,14 @@ class Figure(dict):
     to_dict = dict.copy
 
 
+@pytest.fixture
+def always_spiked(monkeypatch):
+    """Every training ends on a spike."""
+    rising = itertools.count(1)
+    monkeypatch.setattr(spikes, "mean_residual", lambda *args: float(next(rising)))
+    monkeypatch.setattr(spikes, "FACTOR", 0.1)
+
+
 class TestPlannedTrainings:
     @pytest.fixture
     def trained(self, monkeypatch):
@@ -609,7 +618,7 @@ class TestPlannedTrainings:
         assert sum(e.n_missing for e in again) == len(trained) == sum(e.seconds for e in again) == 0
 
     @pytest.mark.slow
-    def test_of_counterfactuals_are_at_most_those(self, task, tmp_path, trained):
+    def test_of_counterfactuals_are_at_most_those(self, task, tmp_path, trained, always_spiked):
         few = {**FEW, "n_models": 2, "n_spiked": 1}
         measures = {"counterfactual": DROPS}
         question = settle(["Random", "ClassRandom"], task, store=tmp_path, measures=measures, **few)
@@ -626,7 +635,7 @@ class TestPlannedTrainings:
         assert (models.n_missing, spiked.n_missing, spiked.n_runs, spiked.at_most) == (0, 0, 1, "")
 
     @pytest.mark.slow
-    def test_of_stopped_models_go_on_behind_the_last(self, task, tmp_path, trained):
+    def test_of_stopped_models_go_on_behind_the_last(self, task, tmp_path, trained, always_spiked):
         _, seed = train_spiked(task, tmp_path)
         train_checkpoints(task, seed, tmp_path, even_epochs(task.training.epochs, 3))
         few = {**FEW, "n_spiked": 2}

@@ -454,7 +454,7 @@ class TestAttributed:
         def first_fails(task, seed, store, **options):
             if seed == 100:
                 raise DivergedError
-            return train(task, seed, store, **options)
+            return train(task, seed, store)
 
         monkeypatch.setattr(attributed_training, "train_attributed", first_fails)
         assert train_spiked(task_of(), threshold=0.0)[1] == 101
