@@ -322,6 +322,15 @@ class TestReport:
         assert frame["trainings"].tolist() == [0, 0, 1, 2, 2, 0, 0, 1, 2]
 
 
+def test_the_summary_of_budgets_alone_names_the_highest(task, tmp_path):
+    measures = {"retrainings": {"methods": ["Random", "STRIDE"], "budgets": [0]}}
+    found = compare(["STRIDE"], task, store=tmp_path, measures=measures, n_resamples=0, **FEW)
+    best = max(found.retrainings, key=lambda row: row.lds.value)
+    (sentence,) = found.summary()
+    assert sentence.startswith("LDS was measured against the retraining budget alone: it is highest, ")
+    assert f"{best.lds.value:.3f}, for {best.name} with " in sentence
+
+
 class TestReach:
     def test_partitions_that_no_method_reaches_are_not_trained(self, task, tmp_path, trained):
         measures = {"retrainings": {"methods": ["TracIn"], "budgets": [1, 6], "up_to": {"TracIn": 1}}}
