@@ -60,7 +60,8 @@ class SpikeWatch:
 
     def __call__(self, epoch: int, model: nn.Module) -> None:
         """Look at the model after an epoch."""
-        residual = mean_residual(model, *self.task.train.tensors, self.task.loss)
+        x, y = self.task.train.tensors
+        residual = mean_residual(model, x, y, self.task.loss)
         late = epoch > self.task.training.epochs - LAST
         highest = 0.0 if self.found is None else self.found.residual
         if late and residual > max(highest, FACTOR * self._lowest):

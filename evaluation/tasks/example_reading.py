@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -184,7 +184,7 @@ _HOW = (
 )
 
 
-def holds_pairs(dataset: Any) -> bool:
+def holds_pairs(dataset: Any) -> TypeGuard[TensorDataset]:
     """Whether examples are the rows of two tensors: a subclass with its own `__getitem__` changes them."""
     return (
         isinstance(dataset, TensorDataset)

@@ -145,7 +145,7 @@ def _check_restored(first: nn.Module, second: nn.Module, inputs: Tensor) -> None
     with seeded(0), torch.no_grad():
         for parameter in first.parameters():
             if parameter.is_floating_point():
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter.add_(0.1 * torch.randn_like(parameter))
     try:
         second.load_state_dict(first.state_dict())
     except RuntimeError as error:
@@ -196,7 +196,7 @@ def _same(one: Any, other: Any) -> bool:
 
 def _same_outputs(first: nn.Module, second: nn.Module, inputs: Tensor) -> bool:
     """Whether two networks return the same for some inputs; also if they cannot read them."""
-    found = []
+    found: list[Any] = []
     for network in (first, second):
         own = next((p.device for p in network.parameters()), inputs.device)
         try:
@@ -205,9 +205,10 @@ def _same_outputs(first: nn.Module, second: nn.Module, inputs: Tensor) -> bool:
         except Exception:  # of the user's network: other checks say what is wrong
             return True
         found.append(getattr(outputs, "logits", outputs))
-    if all(isinstance(outputs, Tensor) for outputs in found) and found[0].shape == found[1].shape:
-        return torch.allclose(*found, rtol=1e-4, atol=1e-6, equal_nan=True)
-    return _same(*found)
+    one, other = found
+    if isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape:
+        return torch.allclose(one, other, rtol=1e-4, atol=1e-6, equal_nan=True)
+    return _same(one, other)
 
 
 def _built(build_model: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, dict[str, Any]]:
