@@ -14,8 +14,9 @@ from ..report.html import read_results, write_comparison
 from ..report.terminal import show_comparison
 from ..retraining.plan_files import ENGINES
 from ..tasks.loading import load_task
+from ..tasks.task import Task
 from . import completion
-from .comparison_run import models_of, run_question
+from .comparison_run import run_question
 from .options import (
     AsJSON,
     Data,
@@ -138,7 +139,8 @@ def compare_command(
     voice = Console(quiet, as_json)
     with one_sentence_errors(store):
         if resume:
-            go_on(compare_command, context, out, out=out, yes=yes, quiet=quiet, as_json=as_json)
+            anew = {"out": out, "dry_run": dry_run, "yes": yes, "quiet": quiet, "as_json": as_json}
+            go_on(compare_command, context, out, **anew)
             return
         loaded = load_task(
             task,
@@ -156,19 +158,22 @@ def compare_command(
         every = [name for name in MEASURES if name in possible - {"retrainings"}]  # it has its own option
         wanted = every if measure and "all" in measure else tuple(measure or ("lds", "calibration"))
         given = {"n_subsets": subsets, "n_seeds": seeds, "n_models": models, "n_test": test_points}
+        if models is not None:  # then also of the measures that train models of their own
+            measures = {name: {**found, "n_models": models} if "n_models" in found else found
+                        for name, found in measures.items()}  # fmt: skip
         plan: dict[str, Any] = {
             **sizes,
             **{name: value for name, value in given.items() if value is not None},
+            **({} if options_from is None else _options_of(options_from, loaded)),
             "store": store,
             "measures": {
-                name: {**measures.get(name, {}), **models_of(name, models), **own.get(name, {})}
+                name: {**measures.get(name, {}), **own.get(name, {})}
                 for name in dict.fromkeys((*wanted, *own))
             },
         }
         question = settle(
             method,
             loaded,
-            options=None if options_from is None else read_results(options_from)["protocol"]["options"],
             retrainings=None if retrainings is None else numbers("retrainings", retrainings),
             parts=parts,
             n_spiked=spiked,
@@ -184,6 +189,15 @@ def compare_command(
     result, results = found
     voice.results(results, lambda: show_comparison(result))
     voice.note(f"Report: {out / 'report.html'}")
+
+
+def _options_of(path: Path, task: Task) -> dict[str, Any]:
+    """The options in a results.json, and on how many test points of the same data they were chosen."""
+    results = read_results(path)
+    protocol = results["protocol"]
+    chosen_on = max(protocol["n_test_tuning"], protocol.get("options_chosen_on", 0))
+    same = results["task"].rpartition("-")[0] == task.name.rpartition("-")[0]  # of another size, perhaps
+    return {"options": protocol["options"], "chosen_on": chosen_on if same else 0}
 
 
 def report_command(

@@ -10,7 +10,6 @@ import typer
 
 from ...errors import bad_value
 from ..comparison.compare import answer, planned_trainings
-from ..comparison.plan import MEASURES
 from ..comparison.results import Comparison
 from ..comparison.shared.question import Question
 from ..report.html import write_comparison
@@ -69,9 +68,3 @@ def _affordable(question: Question, dry_run: bool, yes: bool, voice: Console) ->
             "--yes", "be given for more than two hours of retraining", f"{hours:.1f} h without it"
         )
     return True
-
-
-def models_of(measure: str, models: int | None) -> dict[str, int]:
-    """The option `n_models` of a measure that trains models of its own, if a number was given."""
-    trains = measure in MEASURES and "n_models" in MEASURES[measure].defaults
-    return {"n_models": models} if trains and models is not None else {}

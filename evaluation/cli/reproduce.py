@@ -14,7 +14,7 @@ from ..report.terminal import show_comparison, show_printed
 from ..tasks.loading import load_task
 from ..tasks.paper_tables import TABLES, find_table
 from . import completion
-from .comparison_run import models_of, run_question
+from .comparison_run import run_question
 from .options import (
     AsJSON,
     Data,
@@ -82,12 +82,13 @@ def reproduce_command(
         printed = find_table(table)
         folder = out / f"{table}-{preset}"
         if resume:
-            go_on(reproduce_command, context, folder, out=out, yes=yes, quiet=quiet, as_json=as_json)
+            anew = {"out": out, "dry_run": dry_run, "yes": yes, "quiet": quiet, "as_json": as_json}
+            go_on(reproduce_command, context, folder, **anew)
             return
         loaded = load_task(printed.task, preset=preset, data_root=data_root, data=data, label_key=label_key)
         rows = method or printed.methods
         own = {} if settings is None else json_object("settings", settings)
-        defaults = {**printed.settings_for(loaded.n_train), **models_of(printed.measure, models)}
+        defaults = printed.settings_for(loaded.n_train)
         question = settle(
             rows,
             loaded,
@@ -95,7 +96,7 @@ def reproduce_command(
             measures={printed.measure: {**defaults, **own}},
             n_subsets=subsets,
             n_seeds=seeds,
-            n_models=3 if models is None else models,
+            n_models=models,
             n_test=test_points,
             n_jobs=jobs,
             device=device,

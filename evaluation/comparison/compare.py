@@ -39,7 +39,7 @@ def compare(
     parts: int = 2,
     n_subsets: int = 100,
     n_seeds: int = 2,
-    n_models: int = 3,
+    n_models: int | None = None,
     n_spiked: int = 0,
     n_test: int = 300,
     n_jobs: int = -1,
@@ -76,7 +76,8 @@ def compare(
         parts: Parts of each partition, for `retrainings`.
         n_subsets: Number of random halves.
         n_seeds: Retrainings of each half; the ceiling needs at least 2.
-        n_models: Attributed models, trained with seeds 0, 1, ...
+        n_models: Attributed models, trained with seeds 0, 1, ...; by default 3. A number is also that of the
+            measures that train models of their own, "mislabel" and "leakage", whose default is 1.
         n_spiked: Additional attributed models, stopped on a spike of their training loss.
         n_test: Test points, both halves together.
         n_jobs: Processes for the retrainings; -1 takes all cores.
@@ -140,7 +141,7 @@ def answer(question: Question) -> Comparison:
     ours = {part: measured.pop(part) for part in _FIELDS if part in measured}
     return Comparison(
         task=task.name,
-        note=" ".join(part for part in (task.note, *_learned_nothing(shared)) if part),
+        note=" ".join(part for part in (task.note, question.note, *_learned_nothing(shared)) if part),
         protocol=_protocol(shared),
         environment=environment.describe(question.device),
         skipped=shared.skipped,
@@ -166,7 +167,7 @@ def comparison_sizes(preset: str) -> tuple[dict[str, int], dict[str, dict[str, A
     "smoke" shows in minutes that everything runs; its intervals are wide.
     """
     if preset != "smoke":
-        return {"n_subsets": 100, "n_seeds": 2, "n_models": 3, "n_test": 300}, {}
+        return {"n_subsets": 100, "n_seeds": 2, "n_test": 300}, {}
     sizes = {"n_subsets": 50, "n_seeds": 2, "n_models": 2, "n_test": 120}
     few = ("STRIDE", "EKFAC", "TracIn", "Similarity", "ClassRandom")
     measures: dict[str, dict[str, Any]] = {
@@ -177,8 +178,8 @@ def comparison_sizes(preset: str) -> tuple[dict[str, int], dict[str, dict[str, A
             "methods": few,
             "arms": ("proponents", "opponents"),
         },
-        "mislabel": {"n_held_out": 100},
-        "leakage": {"counts": (10,), "kinds": ("exact",)},
+        "mislabel": {"n_held_out": 100, "n_models": 1},
+        "leakage": {"counts": (10,), "kinds": ("exact",), "n_models": 1},
     }
     return sizes, measures
 
@@ -200,6 +201,7 @@ def _protocol(shared: Shared) -> dict[str, Any]:
         "left_out": left_out,
         "subset_size": task.n_train // 2,
         "options": chosen_options(shared),
+        **({"options_chosen_on": question.chosen_on} if question.chosen_on else {}),
         "response": response_in_words(task.loss),
         "models": {name: mean_residual(model, x, y, task.loss) for name, model in models.items()},
         "n_resamples": question.n_resamples,

@@ -55,12 +55,12 @@ class ExplainedModels:
         found = self.cross_fitted
         if self.own or found is None:
             return logits_of(self.model, x)
-        total: Any = 0.0
+        logs = []
         with preserve_state(self.model, weights=True) as network:
             for place in found.last:
                 load_checkpoint(network, found.checkpoints[place].weights)
-                total = total + logits_of(network.eval(), x).softmax(1)
-        return torch.log(total / len(found.last))
+                logs.append(logits_of(network.eval(), x).log_softmax(1))
+        return torch.logsumexp(torch.stack(logs), dim=0) - math.log(len(logs))
 
     def to_dict(self) -> dict[str, Any]:
         """Which models are explained, as plain values for JSON."""

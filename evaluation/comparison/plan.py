@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +19,16 @@ from ..tasks.checks import check_task
 from ..tasks.new_network import built
 from ..tasks.task import Task
 from ..tasks.task_loss import loss_of_methods
-from .method_choice import grids, impossible, plain_numbers, specs_of
+from .method_choice import impossible, specs_of
 from .runs.counterfactual import Counterfactual
 from .runs.ladder import OUT_OF_SAMPLE
 from .runs.lds import READINGS
 from .runs.leakage import Leakage
 from .runs.mislabel import Mislabel
 from .runs.retrainings import Retrainings
+from .shared.grids import grids, plain_numbers
 from .shared.measure import Measure
-from .shared.methods import MethodSpec
+from .shared.methods import METHODS, MethodSpec
 from .shared.question import Question, halves
 
 #: Measures by name. `compare` also takes a measure of your own once you have added it here.
@@ -46,6 +48,7 @@ def settle(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     n_subsets: int = 100,
     n_seeds: int = 2,
+    n_models: int | None = None,
     n_test: int = 300,
     device: torch.device | str = "cpu",
     **how: Any,
@@ -62,6 +65,7 @@ def settle(
         options: See there; NumPy's numbers become Python's, in `measures` too.
         n_subsets: See there.
         n_seeds: See there.
+        n_models: See there.
         n_test: See there.
         device: See there.
         **how: Fields of `Question`.
@@ -73,6 +77,9 @@ def settle(
     """
     device = existing_device(device)
     wanted = wanted_measures(_with_budgets(measures, retrainings, parts, methods))
+    for name, given in wanted.items():
+        if n_models is not None and "n_models" in MEASURES[name].defaults:
+            given.setdefault("n_models", n_models)
     on_halves = any(MEASURES[name].on_halves for name in wanted)
     every = specs_of(methods)
     skipped = impossible(every, task, on_halves) if methods is None else {}
@@ -89,7 +96,9 @@ def settle(
         halves=halves(task, store, n_subsets, n_seeds, n_test),
         on_halves=on_halves,
         store=Path(store),
+        n_models=3 if n_models is None else n_models,
         device=device,
+        options=plain_numbers(options or {}),
         skipped=skipped,
         **how,
     )
@@ -100,7 +109,25 @@ def settle(
         for split, n in measure.partitions(question).items():
             cross_fitted[split] = max(n, cross_fitted.get(split, 0))
     along = any(measure.wants_checkpoints(question) for measure in chosen)
-    return replace(question, cross_fitted=cross_fitted, along=along)
+    note = _chosen_on_reported(question)
+    if note:
+        warnings.warn(note, stacklevel=2)
+    return replace(question, cross_fitted=cross_fitted, along=along, note=note)
+
+
+def _chosen_on_reported(question: Question) -> str:
+    """A warning if options that were given were chosen on test points that are reported here; else ""."""
+    reported = [question.reported.start] if question.on_halves else []
+    if Counterfactual.name in question.measures:
+        points = MEASURES[Counterfactual.name].settings(question)["test_points"]
+        reported.append(min(points, default=question.reported.start))
+    if min(reported, default=question.chosen_on) >= question.chosen_on:
+        return ""
+    return (
+        f"The options that were given were chosen on the first {question.chosen_on} test points, and test "
+        f"points from {min(reported)} on are reported here: the figures are too good. Take at least "
+        f"{2 * question.chosen_on} test points (--test-points, in Python n_test=)."
+    )
 
 
 def _with_budgets(
@@ -109,14 +136,33 @@ def _with_budgets(
     parts: int,
     methods: Sequence[str | MethodSpec] | None,
 ) -> Any:
-    """The measures, and "retrainings" with the budgets if any are given, for the methods that are named."""
-    if retrainings is None or isinstance(measures, str):
+    """The measures, and "retrainings" with its budgets and parts, for the methods that are named."""
+    if isinstance(measures, str):
         return measures
     given = dict(measures) if isinstance(measures, Mapping) else {name: {} for name in measures}
-    own: dict[str, Any] = {"budgets": list(retrainings), "parts": parts}
-    if methods is not None:
-        alone = [spec.name for spec in specs_of(methods) if spec.uses_model_alone]
-        own["methods"] = list(dict.fromkeys(name.removesuffix(OUT_OF_SAMPLE) for name in alone))
+    named, default = given.get(Retrainings.name, {}), Retrainings.defaults["parts"]
+    if retrainings is None and Retrainings.name not in given:
+        if parts != default:
+            remedy = "Name budgets, with --retrainings (in Python: retrainings=)."
+            raise bad_value("parts", "be given with `retrainings`", f"{parts} alone", remedy)
+        return measures
+    for argument, option, value in (
+        ("retrainings", "budgets", None if retrainings is None else list(retrainings)),
+        ("parts", "parts", None if parts == default else parts),
+    ):
+        if option in named and value not in (None, named[option]):
+            came = f"{value}, and measures['retrainings'] with {option!r} = {named[option]}"
+            raise bad_value(argument, "be given once", came)
+    own: dict[str, Any] = {"parts": parts}
+    if retrainings is not None:
+        own["budgets"] = list(retrainings)
+    if retrainings is not None and methods is not None:
+        alone = [
+            spec.name.removesuffix(OUT_OF_SAMPLE) if METHODS.get(spec.name) == spec else spec.name
+            for spec in specs_of(methods)
+            if spec.uses_model_alone
+        ]
+        own["methods"] = list(dict.fromkeys(alone))
     return {**given, Retrainings.name: {**own, **given.get(Retrainings.name, {})}}
 
 

@@ -87,6 +87,13 @@ class Comparison:
 
     def summary(self) -> list[str]:
         """Sentences that sum up; a method is called better only if the paired interval excludes zero."""
+        if not self.rows and self.retrainings:
+            best = max(self.retrainings, key=lambda row: row.lds.undefined_as_zero)
+            return [
+                "LDS was measured against the retraining budget alone: "
+                f"it is highest, {best.lds.undefined_as_zero:.3f}, for {best.name} with "
+                f"{_SOURCES[best.source]} at a budget of {best.trainings:g}."
+            ]
         if not self.rows:
             return ["No halves were retrained: LDS was not measured, and no options were chosen."]
         first = self.rows[0]
@@ -138,6 +145,15 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         return comparison_table(self.to_dict())
+
+
+#: What the scores of a row at a retraining budget are averaged over.
+_SOURCES = {
+    "last checkpoint": "the attributed model",
+    "checkpoints": "checkpoints",
+    "cross-fitted": "models of parts",
+    "refined": "models of parts (refined)",
+}
 
 
 def _against_first(others: Sequence[Row]) -> list[str]:

@@ -39,8 +39,8 @@ class LeakageResult:
         sd_rank: Standard deviation over test points and models, the ± of the paper.
         median_rank: Median over test points and models.
         top1: Share of test points whose duplicate comes first.
-        rates: Leakage rate by k. For k above 1 it also counts duplicates of *other* test points. A test point
-            has only one of its own, so a perfect detector can have a rate of 1 / k.
+        rates: Leakage rate by k. It also counts duplicates of *other* test points, for k = 1 too (`top1` does
+            not). A test point has only one of its own, so a perfect detector can have a rate of 1 / k.
         chance_rank: Mean rank in a random order.
         ranks: `(n_models, n_planted)`.
         interval: Bootstrap interval of `mean_rank` over test points, for these models; None for a single test
@@ -169,12 +169,13 @@ def near_duplicate(x: Tensor, kind: str, *, scale: float, seed: int = 0) -> Tens
         x: `(n, ...)`; for "shift" and "flip" images `(n, channels, height, width)`.
         kind: "exact"; "shift" (one pixel to the right, the left column repeated); "noise" (Gaussian, with a
             standard deviation of `scale / 10`); "brightness" (`scale / 10` added); "flip" (left and right
-            exchanged, which is no duplicate for digits and letters).
+            exchanged, which is no duplicate for digits and letters). uint8 is rounded and stays in [0, 255].
         scale: Standard deviation of the inputs of the training set.
         seed: Seed of the noise.
 
     Raises:
-        ValueError: The kind does not exist, or is for images and the inputs are none.
+        ValueError: The kind does not exist, is for images and the inputs are none, or is for floats and the
+            inputs are integers.
     """
     if kind not in KINDS:
         raise bad_choice("kind", kind, KINDS)
@@ -182,6 +183,12 @@ def near_duplicate(x: Tensor, kind: str, *, scale: float, seed: int = 0) -> Tens
         raise bad_value(
             "kind", "be 'exact', 'noise' or 'brightness' for inputs that are not images", repr(kind)
         )
+    if kind in ("noise", "brightness"):
+        if x.dtype == torch.uint8:
+            return near_duplicate(x.float(), kind, scale=scale, seed=seed).round().clamp(0, 255).to(x.dtype)
+        if not x.is_floating_point():
+            must = "be 'exact', 'shift' or 'flip' for inputs that are integers"
+            raise bad_value("kind", must, f"{kind!r} for {str(x.dtype).removeprefix('torch.')}")
     if kind == "shift":
         return F.pad(x, (1, 0, 0, 0), mode="replicate")[..., :-1]
     if kind == "noise":

@@ -69,7 +69,7 @@ def draw_budgets(
                 marker=marker,
                 markersize=5,
                 linewidth=1.8,
-                label=f"{name}, refined" if refined else name,
+                label=f"{name}, refined" if refined else name.replace(", ", ",\n"),
             )
             if not refined and all(row["lds"]["interval"] for row in own):
                 low, high = zip(*(ends_of(row["lds"]["interval"]) for row in own), strict=True)

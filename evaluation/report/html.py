@@ -27,7 +27,7 @@ from .pictures import picture
 
 #: Format of `Comparison.to_dict()`; increased when readers of results.json must change.
 FORMAT = 1
-#: The method that drops of the others are compared with, as in `measure_counterfactual`.
+#: The method that drops of the others are compared with by default, as in `measure_counterfactual`.
 _REFERENCE = "ClassRandom"
 #: How many values are shown of an example that is not an image.
 _FIRST_VALUES = 8
@@ -104,8 +104,9 @@ def write_comparison(results: Mapping[str, Any], path: str | Path) -> Path:
         names=", ".join(f"{row['name']} ({_text('{:.3f}', row['lds']['value'])})" for row in rows),
         told=", ".join(mislabel[i]["name"] for i in plots.highlighted(mislabel)),
         n_series=N_SERIES,
-        arms=_arms(results["counterfactual"]),
-        reference=_REFERENCE,
+        arms=_arms(results["counterfactual"], _reference(results)),
+        reference=_reference(results),
+        of_the_class=_REFERENCE,
         leaks=_leaks(results["leakage"]),
         settings=[
             *_leaves(results["protocol"], ["protocol"]),
@@ -204,13 +205,19 @@ def _shared(results: Mapping[str, Any]) -> dict[str, Any]:
     return {"results": results, "level": level, **figures}
 
 
-def _arms(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def _reference(results: Mapping[str, Any]) -> str:
+    """Name of the method that drops of the others are compared with."""
+    asked = results["protocol"].get("measures", {}).get("counterfactual", {})
+    return str(asked.get("reference", _REFERENCE))
+
+
+def _arms(rows: Sequence[Mapping[str, Any]], reference: str) -> Iterator[dict[str, Any]]:
     """Counterfactual rows with their indices, for proponents and for opponents."""
     for name, opponents in (("proponents", False), ("opponents", True)):
         own = [(i, row) for i, row in enumerate(rows) if row["result"]["opponents"] is opponents]
         if own:
-            drawn = plots.counterfactual_curves([row for _, row in own], _REFERENCE)
-            known = any(row["name"] == _REFERENCE for _, row in own)
+            drawn = plots.counterfactual_curves([row for _, row in own], reference)
+            known = any(row["name"] == reference for _, row in own)
             yield {"name": name, "rows": own, "plots": drawn, "reference": known}
 
 

@@ -100,7 +100,7 @@ def show_comparison(result: Comparison) -> None:
                     row.normalize or "no",
                     f"{row.result.mean_rank:.1f}",
                     f"{row.result.median_rank:.1f}",
-                    f"{row.result.rates[1]:.2f}",
+                    f"{row.result.top1:.2f}",
                 )
                 for row in result.leakage
             ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +12,10 @@ import torch
 from ..tasks.new_network import checked_network
 from ..tasks.task import Task
 from . import store as run_store
-from .attributed_models import FIRST_SPIKED, SPIKE, TRIES, attributed_path, checkpoint_paths
+from .attributed_models import FIRST_SPIKED, TRIES, attributed_path, checkpoint_paths
 from .estimate import RetrainingEstimate
+from .spikes import SPIKE, read_spike
 from .task_parts import HALVES, Split, cross_fit_paths
-from .training import mean_residual
 from .workers import arguments_of, count, seconds_per_example
 
 
@@ -39,15 +39,16 @@ def estimate_attributed(
 
 def estimate_checkpoints(
     task: Task,
-    seeds: Sequence[int],
+    epochs: Mapping[int, Sequence[int]],
     store: str | Path,
-    epochs: Sequence[int],
     *,
     device: torch.device | str = "cpu",
 ) -> RetrainingEstimate:
-    """What `train_checkpoints` would train for the attributed models with these seeds."""
+    """What `train_checkpoints` would train; `epochs` are those of the attributed model with each seed."""
     names = run_store.Fingerprints(task)
-    files = ((task, checkpoint_paths(names, epochs, seed, store, device)) for seed in seeds)
+    files = (
+        (task, checkpoint_paths(names, kept, seed, store, device)) for seed, kept in epochs.items() if kept
+    )
     return _estimate(files, "checkpoints of attributed models", device)
 
 
@@ -70,7 +71,7 @@ def estimate_cross_fitted(
     missing = [path for path in paths if run_store.read_states(path)[0] is None]
     workers = min(count(n_jobs, device), len(missing))
     epochs = split.epochs or task.training.epochs
-    network = checked_network(task.build_model)
+    network = checked_network(task.build_model, task.train.tensors[0][:2])
     per_example = _seconds_per_example(task, device) if missing else 0.0
     return RetrainingEstimate(
         task=task.name,
@@ -94,24 +95,25 @@ def estimate_spiked(
     Returns:
         The estimate, and the seed of each model: if the store does not tell it, the first that is tried.
     """
-    names, network = run_store.Fingerprints(task), checked_network(task.build_model)
+    names = run_store.Fingerprints(task)
+    network = checked_network(task.build_model, task.train.tensors[0][:2])
     paths: list[Path] = []
     chosen, first, at_most = [], FIRST_SPIKED, ""
     for _ in range(n_models):
         for seed in range(first, first + TRIES):
             paths.append(attributed_path(names, seed, store, True, device))
-            state, _ = run_store.read_state(paths[-1], network)
-            if state is not None:
-                network.load_state_dict(state)
-                x, y = task.train.tensors
-                if mean_residual(network.eval(), x, y, task.loss) > SPIKE:
-                    break
+            spike, told = read_spike(paths[-1])
+            if told and spike is None:
+                paths.pop()  # trained before, without a spike
+            high = spike is not None and spike.residual > SPIKE
+            if high and run_store.read_state(paths[-1], network)[0] is not None:
+                break
         else:
             seed, at_most = first, "each search ends at the first model with a spike of its loss"
         chosen.append(seed)
         first = seed + 1 if not at_most else first + TRIES
     found = _estimate(((task, [path]) for path in paths), "models stopped on a spike", device)
-    return replace(found, at_most=at_most), chosen
+    return replace(found, task=task.name, at_most=at_most), chosen
 
 
 def _estimate(
@@ -121,7 +123,7 @@ def _estimate(
     n_runs = n_missing = n_damaged = n_examples = n_bytes = 0
     name, per_example = "", 0.0
     for task, paths in runs:
-        network = checked_network(task.build_model)
+        network = checked_network(task.build_model, task.train.tensors[0][:2])
         found = [run_store.read_state(path, network) for path in paths]
         n_runs, name = n_runs + 1, name or task.name
         if all(state is not None for state, _ in found):

@@ -14,10 +14,9 @@ from ...influence.checkpoints.checkpoint import log_positions
 from ..tasks.new_network import checked_network
 from ..tasks.task import Task
 from . import store as run_store
+from .spikes import FACTOR, LAST, SPIKE, NoSpikeError, SpikeWatch, no_spike, read_spike, write_spike
 from .training import mean_residual, single_thread, train_model
 
-#: Mean training residual above which a model counts as stopped on a spike of its training loss.
-SPIKE = 0.005
 #: The first seed that is tried for such a model, and how many seeds are.
 FIRST_SPIKED, TRIES = 100, 30
 
@@ -44,8 +43,9 @@ def train_attributed(
         seed: Seed of the training.
         store: Folder for the weights; None keeps nothing. If a file is damaged, its model is trained again,
             with a warning.
-        spike: Return the weights after the epoch with the highest mean training residual among the last six,
-            instead of the last epoch: a model that was stopped at a bad moment.
+        spike: Return the weights on the highest spike of the training loss, instead of those after the last
+            epoch: a model that was stopped at a bad moment. A spike is one of the last six epochs, with a
+            mean training residual of more than twice the lowest one before.
         device: Where it is trained, and where it is returned. Weights from the CPU and from a GPU differ.
 
     Raises:
@@ -53,6 +53,7 @@ def train_attributed(
         ValueError: As for `train_model`; or inputs are not finite; or `build_model` returns the same weights
             twice, or different ones for the same seed.
         DivergedError: The trained weights are not finite.
+        NoSpikeError: There is no spike.
 
     >>> from stride_captum.evaluation import load_task
     >>> from stride_captum.evaluation.tasks.networks import TrainingSettings
@@ -63,22 +64,19 @@ def train_attributed(
     """
     task.check_inputs()
     x, y = task.train.tensors
-    network = checked_network(task.build_model)
+    network = checked_network(task.build_model, task.train.tensors[0][:2])
     path = None
     if store is not None:
         path = attributed_path(run_store.Fingerprints(task), seed, store, spike, device)
+        found, told = read_spike(path) if spike else (None, True)
+        if spike and told and found is None:
+            raise no_spike(task, seed)
         state, damage = run_store.read_state(path, network)
-        if state is not None:
+        if state is not None and told:
             network.load_state_dict(state)
             return network.to(device).eval()
         run_store.say_damaged(path, damage)
-    worst: dict[str, Any] = {"residual": -1.0, "state": {}}
-
-    def keep_worst(epoch: int, model: nn.Module) -> None:
-        residual = mean_residual(model, x, y, task.loss)
-        if epoch > task.training.epochs - 6 and residual > worst["residual"]:
-            worst.update(residual=residual, state=run_store.whole_state(model.state_dict()))
-
+    watch = SpikeWatch(task) if spike else None
     with single_thread():
         model = train_model(
             task.build_model,
@@ -87,18 +85,24 @@ def train_attributed(
             task.training,
             seed,
             loss=task.loss,
-            after_epoch=keep_worst if spike else None,
+            after_epoch=watch,
             device=device,
         )
-    if not all(torch.isfinite(p).all() for p in model.parameters()):
+    if not run_store.is_finite(model.state_dict(), {name for name, _ in model.named_buffers()}):
         raise DivergedError(
             f"The training of {task.name} with seed {seed} diverged: weights are not finite. Take a lower "
             "`learning_rate`, and look for very large values of the inputs."
         )
-    if spike:
-        model.load_state_dict(worst["state"])
+    if watch is not None:
+        if path is not None and watch.found is None:
+            write_spike(path, None)
+        if watch.found is None:
+            raise no_spike(task, seed)
+        model.load_state_dict(watch.state)
     if path is not None:
         run_store.write_state(path, model.state_dict())
+        if watch is not None:
+            write_spike(path, watch.found)
     return model
 
 
@@ -113,7 +117,7 @@ def train_spiked(
 ) -> tuple[nn.Module, int]:
     """A model stopped on a spike of its training loss; seeds are tried one by one.
 
-    A seed whose training diverges is skipped.
+    A seed whose training diverges, or has no spike, is skipped.
 
     Args:
         task: What is trained.
@@ -133,11 +137,20 @@ def train_spiked(
     for seed in range(first_seed, first_seed + tries):
         try:
             model = train_attributed(task, seed, store, spike=True, device=device)
-        except DivergedError:
+        except (DivergedError, NoSpikeError):
             continue
         if mean_residual(model, x, y, task.loss) > threshold:
             return model, seed
-    raise RuntimeError(f"None of {tries} trainings of {task.name} had a mean residual above {threshold}.")
+    raise RuntimeError(
+        f"None of {tries} trainings of {task.name} had a spike with a mean residual above {threshold}: more "
+        f"than {FACTOR:g} times the lowest one before, in its last {LAST} epochs. Leave out `n_spiked`."
+    )
+
+
+def spiked_epoch(task: Task, seed: int, store: str | Path, device: torch.device | str = "cpu") -> int | None:
+    """The epoch at which a model was stopped on a spike; None if the store does not tell."""
+    spike, _ = read_spike(attributed_path(run_store.Fingerprints(task), seed, store, True, device))
+    return None if spike is None else spike.epoch
 
 
 def train_checkpoints(
@@ -174,7 +187,7 @@ def train_checkpoints(
         if epoch in kept:
             run_store.write_state(paths[kept.index(epoch)], model.state_dict())
 
-    network = checked_network(task.build_model)
+    network = checked_network(task.build_model, task.train.tensors[0][:2])
     if any(run_store.read_state(path, network)[0] is None for path in paths):
         with single_thread():
             x, y = task.train.tensors

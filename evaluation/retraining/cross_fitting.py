@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from ... import __version__
 from ...errors import bad_type, bad_value, whole_number
 from ...influence.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from ...responses import response_value
+from ...losses import Loss
 from ...subsets import Membership, members, membership_from_indices, partition
 from ...system.preserve_state import preserve_state
 from ...system.random_states import same_random_state
 from ..system.stable_digest import NoStableDigest, stable_digest
-from ..tasks.class_logits import class_logits
+from ..tasks.new_network import seeded
+from ..tasks.task_loss import output_rows, response_of
 from . import store as run_store
 from .store import State
 from .training import single_thread
@@ -60,14 +61,20 @@ class CrossFitted:
     trainings: float
 
     def measured(
-        self, model: nn.Module, batch: tuple[Tensor, Tensor], response: str = "margin"
+        self,
+        model: nn.Module,
+        batch: tuple[Tensor, Tensor],
+        response: str | None = None,
+        *,
+        loss: Loss | None = None,
     ) -> NDArray[np.float64]:
         """Responses of the models at test points, `(n_test, n_models)`, for `refine`.
 
         Args:
             model: A network of the same architecture; its weights do not change.
             batch: Inputs and labels of the test points.
-            response: One of `stride_captum.responses`.
+            response: One of `stride_captum.responses`; None for the first of the loss, "margin" for classes.
+            loss: What the models were trained with; None for cross-entropy.
         """
         found = []
         x, y = batch
@@ -75,10 +82,8 @@ class CrossFitted:
         with preserve_state(model, weights=True) as network, torch.no_grad():
             for place in self.last:
                 load_checkpoint(network, self.checkpoints[place].weights)
-                network.eval()
-                found.append(
-                    response_value(class_logits(network(x.to(device))).cpu(), y, response).double().numpy()
-                )
+                outputs = output_rows(loss, network.eval()(x.to(device))).cpu()
+                found.append(response_of(loss, outputs, y, response).double().numpy())
         return np.stack(found, axis=1)
 
 
@@ -106,7 +111,8 @@ def retrain(
         n_train: Number of training examples.
         parts: Number of parts of a partition; each model is trained on one part.
         repeats: Number of partitions.
-        seed: Seed of the partitions; model i is trained with `seed + i`.
+        seed: Seed of the partitions, and of torch, NumPy and Python's `random`: those of model i are
+            `seed + i`.
         store: Folder for the weights: what is there is not trained again. None keeps nothing.
         version: Name for what `train_function` does: stored trainings with the same version are reused. None
             names them by a digest of the code and of everything that it reads.
@@ -184,7 +190,8 @@ def part_trainings(n_train: int, parts: int, repeats: int, seed: int) -> list[Pa
         raise bad_value("parts", f"be at most n_train = {n_train}", parts)
     found = []
     for repeat in range(repeats):
-        split = partition(n_train, parts, seed=seed + repeat)
+        drawn = np.random.SeedSequence((seed, repeat)).generate_state(1)[0]  # none shared with another seed
+        split = partition(n_train, parts, seed=int(drawn))
         for k in range(parts):
             number = repeat * parts + k
             found.append(PartTraining(number, parts, members(split, k), seed + number))
@@ -228,30 +235,34 @@ def stored_trainings(
 
 def _train(function: TrainFunction, job: PartTraining, path: Path | None) -> list[State]:
     """Train one model, and write it."""
-    with same_random_state(), single_thread():
-        torch.manual_seed(job.seed)
+    with same_random_state(), seeded(job.seed), single_thread():
+        torch.manual_seed(job.seed)  # of GPUs too
         try:
             returned = function(job.rows, job.seed)
         except Exception as error:
             raise RuntimeError(f"{job} failed with {type(error).__name__}: {error}") from error
-        states = _states(returned)
+        states, buffers = _states(returned)
+        buffers |= getattr(function, "buffers", set())
     for state in states:
-        if not all(bool(t.isfinite().all()) for t in state.values() if t.is_floating_point()):
+        if not run_store.is_finite(state, buffers):
             raise bad_value(
                 "train_function",
                 "return models with finite weights",
                 f"NaN or infinity in training {job.number} (seed {job.seed})",
+                "If it is a buffer that is meant to be infinite, return the model itself.",
             )
     if path is not None:
         run_store.write_states(path, states)
     return states
 
 
-def _states(returned: Any) -> list[State]:
-    """The result of a training function, as state dicts."""
+def _states(returned: Any) -> tuple[list[State], set[str]]:
+    """The result of a training function, as state dicts, and the names of the buffers of its models."""
     several = isinstance(returned, Sequence) and not isinstance(returned, str | nn.Module)
-    found = []
+    found: list[State] = []
+    buffers: set[str] = set()
     for model in returned if several else [returned]:
+        buffers |= {name for name, _ in model.named_buffers()} if isinstance(model, nn.Module) else set()
         state = model.state_dict() if isinstance(model, nn.Module) else model
         if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
             must = "return a model, or the models or state dicts along its training"
@@ -259,7 +270,7 @@ def _states(returned: Any) -> list[State]:
         found.append(run_store.whole_state(state))
     if not found:
         raise bad_value("train_function", "return at least one model", "none")
-    return found
+    return found, buffers
 
 
 def check_apart(judges: Membership, used: Membership) -> None:

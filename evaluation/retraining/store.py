@@ -11,7 +11,7 @@ import hashlib
 import json
 import secrets
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,13 @@ def whole_state(state: Mapping[str, Tensor]) -> State:
     }
 
 
+def is_finite(state: Mapping[str, Tensor], buffers: Container[str] = ()) -> bool:
+    """Whether no value is NaN, and none is infinite; buffers may be, such as a mask with -inf."""
+    return not any(
+        bool(t.isnan().any()) or (name not in buffers and bool(t.isinf().any())) for name, t in state.items()
+    )
+
+
 def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write the weights of a model as .safetensors, atomically."""
     from safetensors.torch import save_file
@@ -167,6 +174,8 @@ def read_state(path: Path, model: nn.Module) -> tuple[State | None, str | None]:
         return None, damage
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in model.state_dict().items()}:
         return None, "of another network"
+    if not is_finite(state, {name for name, _ in model.named_buffers()}):
+        return None, "not finite"
     return state, None
 
 
@@ -194,7 +203,7 @@ def _read_weights(path: Path) -> tuple[State | None, str | None]:
         return None, None
     except (SafetensorError, OSError):
         return None, "cut off or not a file of weights"
-    if not all(torch.isfinite(v).all() for v in state.values()):
+    if not is_finite(state, state):  # which names are those of buffers, the file does not tell
         return None, "not finite"
     return state, None
 

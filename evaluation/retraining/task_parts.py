@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..tasks.networks import TrainingSettings
+from ..tasks.new_network import built, check_restored
 from ..tasks.task import Task
 from . import store as run_store
 from .attributed_models import log_epochs
@@ -79,6 +80,11 @@ class TaskTraining:
             facts.append(f"device={kind}")
         return run_store.Fingerprints(self.task).of(0, None, " ".join(["cross-fitted", *facts]))
 
+    @property
+    def buffers(self) -> frozenset[str]:
+        """Names of the buffers of the network, which may be infinite."""
+        return frozenset(name for name, _ in built(self.task).named_buffers())
+
     def __call__(self, indices: NDArray[np.int64], seed: int) -> list[State]:
         """Train on some examples of the task; returns the state dicts, the last one last."""
         settings: TrainingSettings = self.task.training
@@ -107,7 +113,12 @@ def cross_fit(
     n_jobs: int = 1,
     device: torch.device | str = "cpu",
 ) -> CrossFitted:
-    """Models on the parts of `repeats` partitions; each attributed model, by `number`, has its own ones."""
+    """Models on the parts of `repeats` partitions; each attributed model, by `number`, has its own ones.
+
+    Raises:
+        ValueError: As for `retrain`; or the `state_dict` of the network does not restore it.
+    """
+    check_restored(task.build_model, task.train.tensors[0][:2])
     function = TaskTraining(task, epochs=split.epochs, device=str(device))
     found = retrain(
         function,

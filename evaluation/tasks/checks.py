@@ -6,7 +6,7 @@ import torch
 
 from ...errors import bad_value
 from .class_logits import first_logits
-from .new_network import built
+from .new_network import built, check_restored
 from .task import Task
 from .task_loss import check_outputs
 
@@ -16,12 +16,14 @@ def check_task(task: Task) -> None:
 
     Raises:
         TypeError: The network does not return a tensor.
-        ValueError: Inputs are not finite, the network cannot read them, or a label has no logit.
+        ValueError: Inputs are not finite, the network cannot read them, a label has no logit, or the
+            `state_dict` of the network does not restore it.
     """
     task.check_inputs()
     network = built(task).eval()
+    few = task.train.tensors[0][:2]
+    check_restored(task.build_model, few)
     with torch.no_grad():
-        few = task.train.tensors[0][:2]
         if not task.has_classes:
             outputs = network(few)
             for which, dataset in (("train", task.train), ("test", task.test)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class Reader:
             ValueError: An example is not one input with one label, inputs differ in shape, or there are no
                 examples.
         """
-        if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2 and len(dataset):
+        if holds_pairs(dataset) and len(dataset):
             inputs, labels = dataset.tensors
             return self._input(inputs), self._label(labels)
         return self._stacked(self._items(dataset))
@@ -54,7 +54,11 @@ class Reader:
             dataset: The data set.
             inputs: What the first reading gave, `(n, ...)`.
         """
-        if isinstance(dataset, TensorDataset | IterableDataset) or not hasattr(dataset, "__getitem__"):
+        if (
+            holds_pairs(dataset)
+            or isinstance(dataset, IterableDataset)
+            or not hasattr(dataset, "__getitem__")
+        ):
             return False
         items = (dataset[i] for i in range(min(_FEW, len(inputs))))
         again = (self._pair(x if isinstance(x, Mapping) else x[:2])[0] for x in items)
@@ -178,6 +182,16 @@ _HOW = (
     "For instance TensorDataset(torch.as_tensor(x), torch.as_tensor(y)), with x of shape (n, ...) and y of "
     "shape (n,)."
 )
+
+
+def holds_pairs(dataset: Any) -> TypeGuard[TensorDataset]:
+    """Whether examples are the rows of two tensors: a subclass with its own `__getitem__` changes them."""
+    return (
+        isinstance(dataset, TensorDataset)
+        and len(dataset.tensors) == 2
+        and type(dataset).__getitem__ is TensorDataset.__getitem__
+        and type(dataset).__len__ is TensorDataset.__len__
+    )
 
 
 def check_finite(inputs: Tensor, argument: str, source: str = "") -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ...errors import bad_type, bad_value
 from ...system.fingerprints import weights_fingerprint
 from ...system.random_states import same_random_state
+from ..system.stable_digest import NoStableDigest, stable_digest
 
 #: Two unlikely seeds, to check what a factory does with a seed.
 _SEEDS = (314_159_265, 271_828_182)
@@ -75,20 +76,23 @@ def new_network(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
     return model
 
 
-def checked_network(build_model: Callable[[], nn.Module]) -> nn.Module:
+def checked_network(build_model: Callable[[], nn.Module], inputs: Tensor | None = None) -> nn.Module:
     """Build the network under a fixed seed, and check that its initial weights follow the seed alone.
 
     It warns if the factory seeds itself, so that all seeds give the same initial weights.
 
+    Args:
+        build_model: The factory.
+        inputs: A few inputs `(n, ...)`, for `check_restored`; None leaves that check out.
+
     Raises:
         TypeError: As for `new_network`.
-        ValueError: As for `new_network`; or two calls return the same weights in memory, or different
-            weights for the same seed.
+        ValueError: As for `new_network` and `check_restored`; or two calls return the same weights in
+            memory, or different weights for the same seed.
     """
     first, states = _built(build_model, _SEEDS[0])
     again, _ = _built(build_model, _SEEDS[0])
-    places = {p.data_ptr() for p in first.parameters() if p.numel()}
-    if any(p.data_ptr() in places for p in again.parameters() if p.numel()):
+    if _places(first) & _places(again):
         raise bad_value(
             "build_model",
             "return a new network at each call",
@@ -103,7 +107,7 @@ def checked_network(build_model: Callable[[], nn.Module]) -> nn.Module:
             "Draw them from the global random state of torch, NumPy or Python, which is seeded for each "
             "training, not from a generator without a seed.",
         )
-    _, other = _built(build_model, _SEEDS[1])
+    second, other = _built(build_model, _SEEDS[1])
     own = [name for name in states if states[name] == other[name]]
     if own:
         warnings.warn(
@@ -112,7 +116,99 @@ def checked_network(build_model: Callable[[], nn.Module]) -> nn.Module:
             "too high. Take the seed out of build_model.",
             stacklevel=2,
         )
+    if inputs is not None:
+        _check_restored(again, second, inputs)
     return first
+
+
+def check_restored(build_model: Callable[[], nn.Module], inputs: Tensor) -> None:
+    """Check that the `state_dict` of a network restores it, in a network that was built under another seed.
+
+    It does not if the network draws a plain attribute or a buffer with `persistent=False` at random.
+
+    Args:
+        build_model: The factory.
+        inputs: A few inputs `(n, ...)`.
+
+    Raises:
+        TypeError: As for `new_network`.
+        ValueError: As for `new_network`; or something that outputs depend on is not in the `state_dict`.
+    """
+    first, second = (_built(build_model, seed)[0] for seed in _SEEDS)
+    _check_restored(first, second, inputs)
+
+
+def _check_restored(first: nn.Module, second: nn.Module, inputs: Tensor) -> None:
+    """`check_restored` for two networks, whose parameters change: at first some outputs may all be zero."""
+    if _places(first) & _places(second):  # the caller's own weights, which must not change
+        return
+    with seeded(0), torch.no_grad():
+        for parameter in first.parameters():
+            if parameter.is_floating_point():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    try:
+        second.load_state_dict(first.state_dict())
+    except RuntimeError as error:
+        must = "return networks of one architecture for all seeds"
+        raise bad_value("build_model", must, str(error).strip().split("\n")[-1].strip()) from error
+    names = list(_differences(first, second))
+    if names and not _same_outputs(first, second, inputs):
+        raise bad_value(
+            "build_model",
+            "return a network that its state_dict restores",
+            f"one with random values outside of it: {', '.join(map(repr, names[:3]))}",
+            "Register them as a persistent buffer: self.register_buffer(name, values).",
+        )
+
+
+def _places(network: nn.Module) -> set[int]:
+    """Where the parameters are in memory."""
+    return {p.data_ptr() for p in network.parameters() if p.numel()}
+
+
+def _differences(first: nn.Module, second: nn.Module) -> Iterator[str]:
+    """Names of attributes and buffers that differ, without what is in the `state_dict`."""
+    others = dict(second.named_modules())
+    for path, one in first.named_modules():
+        theirs = _outside(others[path]) if path in others else {}
+        for name, value in _outside(one).items():
+            if name not in theirs or not _same(value, theirs[name]):
+                yield f"{path}.{name}".lstrip(".")
+
+
+def _outside(module: nn.Module) -> dict[str, Any]:
+    """The attributes of one module that its `state_dict` does not hold."""
+    held = ("_parameters", "_buffers", "_modules", "training")
+    found = {name: value for name, value in vars(module).items() if name not in held}
+    for name, value in found.items():
+        if "_hooks" in name and isinstance(value, dict):
+            found[name] = list(value.values())  # numbered by a counter of the process
+    return {**found, **{name: module._buffers[name] for name in module._non_persistent_buffers_set}}
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values are equal; a value whose content cannot be read counts as equal."""
+    try:
+        return one is other or stable_digest(one) == stable_digest(other)
+    except NoStableDigest:
+        return True
+
+
+def _same_outputs(first: nn.Module, second: nn.Module, inputs: Tensor) -> bool:
+    """Whether two networks return the same for some inputs; also if they cannot read them."""
+    found: list[Any] = []
+    for network in (first, second):
+        own = next((p.device for p in network.parameters()), inputs.device)
+        try:
+            with seeded(0, own), torch.no_grad():
+                outputs = network.eval()(inputs.to(own))
+        except Exception:  # of the user's network: other checks say what is wrong
+            return True
+        found.append(getattr(outputs, "logits", outputs))
+    one, other = found
+    if isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape:
+        return torch.allclose(one, other, rtol=1e-4, atol=1e-6, equal_nan=True)
+    return _same(one, other)
 
 
 def _built(build_model: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, dict[str, Any]]:

@@ -13,7 +13,7 @@ from ...errors import bad_type, bad_value
 from ...influence.rows import checked_ids
 from ...losses import CrossEntropy, Loss, loss_of
 from .class_labels import class_indices
-from .example_reading import Reader, check_finite
+from .example_reading import Reader, check_finite, holds_pairs
 from .networks import TrainingSettings
 from .task_loss import is_plain
 
@@ -108,10 +108,10 @@ def _examples(dataset: Any, name: str, loss: Loss) -> TensorDataset:
     if not is_plain(loss):
         if not isinstance(dataset, TensorDataset) or len(dataset.tensors) != 2:
             raise bad_type(name, f"be a TensorDataset of inputs and labels for loss={loss.name!r}", dataset)
-        return dataset
+        return dataset if holds_pairs(dataset) else TensorDataset(*Reader(name).tensors(dataset))
     inputs, labels = Reader(name).tensors(dataset)
     classes = class_indices(labels, name)
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+    if holds_pairs(dataset):
         x, y = dataset.tensors
         if x is inputs and y is classes:
             return dataset

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ...errors import bad_type, bad_value
 from ...losses import Loss
 from ...losses.summed_positions import SummedPositions
+from ...responses import response_value
 from .class_logits import class_logits
 
 
@@ -73,6 +74,21 @@ def responses(loss: Loss, outputs: Any, labels: Tensor) -> NDArray[Any]:
     found = torch.stack([loss.response_value(rows, asked, response) for rows in flat])
     values: NDArray[Any] = found.reshape(z.shape[:-1]).numpy()
     return values
+
+
+def response_of(loss: Loss | None, rows: Tensor, labels: Tensor, response: str | None = None) -> Tensor:
+    """A response at each test point, `(n,)`.
+
+    Args:
+        loss: Of the task; None for cross-entropy.
+        rows: From `output_rows`, `(n, width)`.
+        labels: As the task has them, `(n, ...)`.
+        response: Its name; None for the first of the loss.
+    """
+    if loss is None or loss.plain:
+        return response_value(rows, labels, response or "margin")
+    response = response or loss.responses[0]
+    return loss.response_value(rows, loss.asked(rows, labels, "label", response), response)
 
 
 def check_outputs(loss: Loss, outputs: Any, labels: Tensor, which: str) -> None:

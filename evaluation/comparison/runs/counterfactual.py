@@ -223,6 +223,9 @@ class Counterfactual(Measure):
         """Refuse names that do not exist, and test points on which options are chosen."""
         settings, given = self.settings(question), question.measures[self.name]
         resolve_counts(settings["counts"], question.task.n_train)
+        if settings["methods"] is not None and not settings["methods"]:
+            must = "name at least one method"
+            raise bad_value("measures['counterfactual']['methods']", must, "none", "Leave it out for all.")
         named, kept = settings["methods"] or (), list(self.methods(question))
         for option, values, choices in (
             ("arms", settings["arms"], ARMS),

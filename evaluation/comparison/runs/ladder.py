@@ -2,12 +2,13 @@
 
 A method that has out-of-sample residuals uses those of `ClosedForm`. Its damping, and whether the scores of
 each checkpoint are divided by their standard deviation, are chosen by LDS on the first half of the test
-points: once for the model alone, and once for averages, with the models of the first partition.
+points: once for the model alone, once for checkpoints along the training, and once for models of parts, with
+those of the first partition. Options that were given are taken as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,6 +21,8 @@ from ...measures.cost import Cost, median_cost
 from ...measures.linear_datamodeling import LDSDifference, LDSResult, lds
 from ...retraining.attributed_models import log_epochs
 from ...retraining.task_parts import Split
+from ...tasks.task_loss import loss_of_methods
+from ..shared.grids import for_loss, plain_numbers
 from ..shared.methods import METHODS, MethodSpec
 from ..shared.question import Question
 from ..shared.score_cache import Answer
@@ -38,7 +41,7 @@ class BudgetRow:
     """One method at one budget.
 
     Attributes:
-        name: The method.
+        name: The method; with its suffix if it has out-of-sample residuals in place of the published ones.
         source: What its scores are averaged over: "last checkpoint", "checkpoints", "cross-fitted" or
             "refined" (cross-fitted, and corrected by the responses of the same models).
         trainings: The budget: cost of the further models, in trainings on the whole training set.
@@ -79,15 +82,51 @@ def _plain(gap: LDSDifference | None) -> dict[str, Any] | None:
 
 
 def contender(name: str, question: Question) -> MethodSpec:
-    """The spec of a method, with out-of-sample residuals if it has any, and a grid over its damping alone."""
+    """The method that is measured for a name, with its grid for one model.
+
+    A spec of your own is measured as it is. A known method has out-of-sample residuals if it can have them,
+    and a grid over its damping alone. Options that were given, for the method that is measured or for
+    `name`, are its only grid.
+    """
     own = question.usable.get(name)
-    if own is not None and name not in METHODS:
+    if own is not None and _is_of_the_user(own, question):
         return own
     tuned = {"STRIDE": "STRIDE (tuned)"}.get(name, name + OUT_OF_SAMPLE)
     spec = METHODS.get(tuned, METHODS[name])
+    given = question.options.get(tuned, question.options.get(name))
     dampings = list(dict.fromkeys(point["damping"] for point in spec.grid if "damping" in point))
     own_grid = [{}] if tuned in METHODS else spec.grid
-    return replace(spec, name=name, grid=[{"damping": d} for d in dampings] or own_grid)
+    grid = [{"damping": d} for d in dampings] or own_grid if given is None else [given]
+    return replace(
+        spec,
+        name=spec.name if spec.name.endswith(OUT_OF_SAMPLE) else name,
+        grid=for_loss([dict(point) for point in grid], question.task.loss),
+    )
+
+
+def _is_of_the_user(spec: MethodSpec, question: Question) -> bool:
+    """Whether a spec differs from the known one of its name, other than by options that were given."""
+    known = METHODS.get(spec.name)
+    if known is None or replace(spec, grid=()) != replace(known, grid=()):
+        return True
+    grid = for_loss([plain_numbers(point) for point in known.grid], question.task.loss)
+    return spec.name not in question.options and list(spec.grid) != grid
+
+
+def grid_for(spec: MethodSpec, question: Question, *, averages: bool) -> list[dict[str, Any]]:
+    """The grid of a contender with the residuals of one model, or of averages over models.
+
+    Args:
+        spec: From `contender`.
+        question: Residuals are those that the loss of its task has.
+        averages: Whether the method is given checkpoints.
+    """
+    known = METHODS.get(spec.name)
+    if known is None or known.build is not spec.build or not spec.name.endswith(OUT_OF_SAMPLE):
+        return [dict(point) for point in spec.grid]
+    tempered = loss_of_methods(question.task.loss).tempered
+    residuals = "temperature" if averages and tempered else "both"
+    return [{"residuals": residuals, **point} for point in spec.grid]
 
 
 def repeats_for(budget: float, split: Split, epochs: int) -> int:
@@ -108,16 +147,15 @@ class Ladder:
     def rows(self) -> Iterator[BudgetRow]:
         """From the cheapest budget to the most expensive."""
         epochs = self.shared.question.task.training.epochs
-        averages: tuple[Chosen, str | None] | None = None
         if 0 in self.budgets:
             yield self._alone()
             if log_epochs(epochs):
-                averages, n = self._chosen_for_averages(), len(log_epochs(epochs)) + 1
-                yield self._row("checkpoints", 0.0, n, averages, [self._answers(self._along, averages)])
+                along, n = self._chosen_for_averages(self._along), len(log_epochs(epochs)) + 1
+                yield self._row("checkpoints", 0.0, n, along, [self._answers(self._along, along)])
         paid = [repeats_for(b, self.split, epochs) for b in self.budgets if b]
         if not paid:
             return
-        averages = averages or self._chosen_for_averages()
+        averages = self._chosen_for_averages(partial(self._partition, 0))
         answers: list[list[Answer]] = []
         for repeats in paid:
             for i in range(len(answers), repeats):
@@ -139,21 +177,17 @@ class Ladder:
         spec = replace(self.spec, grid=grid)
         return OnModels(spec, self.shared, forward_pass(self.shared), checkpoints, normalize)
 
-    def _grid(self, residuals: str) -> list[dict[str, Any]]:
-        """The grid with these residuals, for a method that has them: one model and averages need others."""
-        takes = f"{self.spec.name}{OUT_OF_SAMPLE}" in METHODS
-        return [{**point, **({"residuals": residuals} if takes else {})} for point in self.spec.grid]
-
     def _alone(self) -> BudgetRow:
-        method = self._method(lambda name: None, None, self._grid("both"))
+        method = self._method(
+            lambda name: None, None, grid_for(self.spec, self.shared.question, averages=False)
+        )
         chosen = choose(method, retrained(self.shared))
         answers = method.answers(chosen.methods, self.shared.question.reported)
         return self._row("last checkpoint", 0.0, 1, (chosen, None), [answers])
 
-    def _chosen_for_averages(self) -> tuple[Chosen, str | None]:
-        """Options for averages, chosen with the models of the first partition, or with checkpoints."""
-        source = partial(self._partition, 0) if any(self.budgets) else self._along
-        grid = self._grid("temperature")
+    def _chosen_for_averages(self, source: Callable[[str], list[Any]]) -> tuple[Chosen, str | None]:
+        """Options for averages over the models of a source."""
+        grid = grid_for(self.spec, self.shared.question, averages=True)
         found: list[tuple[Chosen, str | None]] = []
         for normalize in (None, "deviation"):
             method = self._method(source, normalize, grid)
@@ -179,7 +213,7 @@ class Ladder:
     def _refined(self, name: str, scores: NDArray[Any], n_models: int) -> NDArray[Any]:
         question, models = self.shared.question, self.shared.cross_fitted[self.split][name]
         x, y = (t[question.reported.start : question.reported.stop] for t in question.task.test.tensors)
-        measured = models.measured(self.shared.models[name], (x, y))
+        measured = models.measured(self.shared.models[name], (x, y), loss=question.task.loss)
         return refine(scores, models.membership[:n_models], measured[:, :n_models]).scores.numpy()
 
     def _row(

@@ -92,9 +92,8 @@ def plant(task: Task, n_planted: int, *, kind: str = "exact", seed: int = 0) -> 
     check_planting(task, (n_planted,), (kind,), "n_planted")
     chosen = np.random.default_rng(seed).permutation(len(y_test))[:n_planted]
     x, y = task.train.tensors
-    copies = near_duplicate(
-        x_test[chosen], kind, scale=float(x.std() if x.is_floating_point() else 1.0), seed=seed
-    )
+    spread = x.std() if x.is_floating_point() else x.float().std()
+    copies = near_duplicate(x_test[chosen], kind, scale=float(spread), seed=seed)
     train = TensorDataset(torch.cat([x, copies]), torch.cat([y, y_test[chosen]]))
     ids = None if task.ids is None else (*task.ids, *(f"copy of test point {i}" for i in chosen))
     leaked = replace(task, name=f"{task.name} with {n_planted} leaked ({kind})", train=train, ids=ids)

@@ -112,13 +112,14 @@ def choose(method: OnModels, halves: Retrained, *, always: bool = False) -> Chos
     spec, tuning = method.spec, halves.margins[..., : halves.n_tuning]
     best: Chosen | None = None
     methods: list[CachedMethod] = []
-    built: Mapping[str, Any] | None = None
+    built: tuple[Mapping[str, Any], frozenset[str]] | None = None
     refused: ValueError | None = None
     for options in spec.grid:
         fixed = {name: value for name, value in options.items() if name not in spec.settable}
+        wanted = fixed, spec.settable & options.keys()  # what a point does not set keeps its own default
         try:
-            if fixed != built:
-                methods, built = method.build(options), fixed
+            if wanted != built:
+                methods, built = method.build(options), wanted
             method.set(methods, options)
             measured = always or len(spec.grid) > 1
             scores = [a.values for a in method.answers(methods, range(halves.n_tuning))] if measured else []

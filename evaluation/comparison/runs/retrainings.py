@@ -17,11 +17,12 @@ from ...measures.linear_datamodeling import difference
 from ...retraining.estimate import RetrainingEstimate
 from ...retraining.task_parts import Split
 from ...tasks.new_network import built
+from ...tasks.task_loss import loss_of_methods
 from ..shared.measure import Measure
-from ..shared.methods import METHODS
+from ..shared.methods import METHODS, MethodSpec
 from ..shared.question import Question
 from ..shared.shared import Shared
-from .ladder import BudgetRow, Ladder, contender, repeats_for
+from .ladder import BudgetRow, Ladder, contender, grid_for, repeats_for
 from .lds import halves_estimate
 
 #: Compared unless methods are named.
@@ -49,7 +50,7 @@ class Retrainings(Measure):
     fewest_subsets = 3
 
     def check(self, question: Question) -> None:
-        """Refuse budgets that are no whole number of partitions, and methods that do not exist."""
+        """Refuse budgets that are no whole number of partitions, and methods that cannot be built."""
         settings, epochs = self.settings(question), question.task.training.epochs
         at = f"measures[{self.name!r}]"
         whole_number(f"{at}['parts']", settings["parts"], 2)
@@ -73,20 +74,26 @@ class Retrainings(Measure):
         for name in (*settings["methods"], *settings["refined"], *settings["up_to"]):
             if name not in METHODS and name not in question.usable:
                 raise bad_choice(f"{at}['methods']", name, list(METHODS))
-        network = built(question.task).eval()
-        for name in set(settings["methods"]) - METHODS.keys():
-            spec, kept = contender(name, question), {"checkpoints": [network.state_dict()] * 2}
-            try:
-                spec(network, question.task.train, {**spec.grid[0], **kept})
-            except TypeError as error:
-                must = "hold methods whose `build` takes the option `checkpoints`"
-                raise bad_value(f"{at}['methods']", must, f"{name!r} ({error})") from error
+        if "methods" in question.measures[self.name]:
+            for name in settings["methods"]:
+                error = _refusal(contender(name, question), question, settings)
+                if isinstance(error, TypeError):
+                    must = "hold methods whose `build` takes the option `checkpoints`"
+                    raise bad_value(f"{at}['methods']", must, f"{name!r} ({error})") from error
+                if error is not None:
+                    raise error
 
     def partitions(self, question: Question) -> dict[Split, int]:
-        """The partitions of the highest budget."""
+        """The partitions of the highest budget that a method reaches."""
         settings, epochs = self.settings(question), question.task.training.epochs
         split = _split(settings, epochs)
-        return {split: repeats_for(max(settings["budgets"]), split, epochs)}
+        reached = [
+            budget
+            for name in settings["methods"]
+            if contender(name, question).available
+            for budget in _budgets(name, settings)
+        ]
+        return {split: repeats_for(max(reached, default=0), split, epochs)}
 
     def wants_checkpoints(self, question: Question) -> bool:
         """Yes, for a budget of 0."""
@@ -102,11 +109,16 @@ class Retrainings(Measure):
         rows: list[BudgetRow] = []
         for name in settings["methods"]:
             spec = contender(name, question)
-            if not spec.available:
-                shared.skipped[name] = f"needs {spec.needs}"
+            error = _refusal(spec, question, settings) if spec.available else None
+            if error is not None or not spec.available:
+                shared.skipped[name] = (
+                    f"needs {spec.needs}" if error is None else f"does not take this task: {error}"
+                )
                 continue
-            most = settings["up_to"].get(name, math.inf)
-            budgets = sorted({b for b in settings["budgets"] if b <= most})
+            budgets = _budgets(name, settings)
+            for budget in sorted(set(settings["budgets"]) - set(budgets)):
+                why = f"is beyond its highest budget, {settings['up_to'][name]:g} (`up_to`)"
+                shared.skipped[f"{spec.name} at {budget:g}"] = why
             split = _split(settings, question.task.training.epochs)
             ladder = Ladder(spec, shared, split, budgets, name in settings["refined"])
             first = {(row.source, row.trainings): row for row in rows if row.name == rows[0].name}
@@ -121,6 +133,30 @@ class Retrainings(Measure):
                 last = last or (row if row.source == "last checkpoint" else None)
                 rows.append(row)
         return rows
+
+
+def _budgets(name: str, settings: Mapping[str, Any]) -> list[float]:
+    """The budgets at which a method is measured, from the lowest to the highest."""
+    most = settings["up_to"].get(name, math.inf)
+    return sorted({budget for budget in settings["budgets"] if budget <= most})
+
+
+def _refusal(spec: MethodSpec, question: Question, settings: Mapping[str, Any]) -> Exception | None:
+    """Why a method cannot be built with a point of its grids; None if it can be, or needs an extra."""
+    if not spec.available:
+        return None
+    task, network = question.task, built(question.task).eval()
+    given = {} if task.has_classes else {"loss": loss_of_methods(task.loss)}
+    kept = {"checkpoints": [network.state_dict()] * 2}
+    budgets = settings["budgets"]
+    averages = [{**point, **kept} for point in grid_for(spec, question, averages=True)]
+    alone = grid_for(spec, question, averages=False) if 0 in budgets else []
+    for options in (*alone, *averages):
+        try:
+            spec(network, task.train, {**options, **given}).check_loss(task.loss)
+        except (TypeError, KeyError, ValueError) as error:
+            return error
+    return None
 
 
 def _split(settings: Mapping[str, Any], epochs: int) -> Split:

@@ -36,6 +36,9 @@ class Question:
         device: Where models are trained and methods are run.
         n_resamples: Bootstrap draws.
         show_progress: Whether to show bars.
+        options: By name of a method, options that were given instead of a grid.
+        chosen_on: On how many of the first test points these were chosen, if it is known.
+        note: A warning that a report shows, or "".
         skipped: By name of a method that is left out, the reason.
         cross_fitted: By `Split`, the number of partitions that measures need.
         along: Whether a measure needs checkpoints along the training of every attributed model.
@@ -54,6 +57,9 @@ class Question:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     n_resamples: int = 1000
     show_progress: bool = False
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    chosen_on: int = 0
+    note: str = ""
     skipped: Mapping[str, str] = field(default_factory=dict)
     cross_fitted: Mapping[Split, int] = field(default_factory=dict)
     along: bool = False

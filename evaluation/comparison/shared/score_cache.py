@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .... import adapters, errors
 from ....data.batch import is_batch
+from ....influence.checkpoints.checkpoint import Checkpoint
 from ....influence.method import InfluenceMethod
 from ....system.atomic import atomic_write
 from ....system.fingerprints import weights_fingerprint
@@ -233,10 +234,18 @@ def _of_key(key: str, model: nn.Module, task: Task, options: Mapping[str, Any]) 
     }
 
 
-def _loaded(method: InfluenceMethod) -> list[tuple[float, str]]:
-    """Learning rate and weights of each checkpoint, as the method's own function loads them."""
+def _loaded(method: InfluenceMethod) -> list[tuple[float, str, list[int] | None]]:
+    """Learning rate, weights (as the method's own function loads them) and `seen` of each checkpoint."""
     with method._session() as model:
-        return [(method._load(model, c), weights_fingerprint(model)) for c in method._checkpoints()]
+        return [
+            (method._load(model, checkpoint), weights_fingerprint(model), _seen(checkpoint))
+            for checkpoint in method._checkpoints()
+        ]
+
+
+def _seen(checkpoint: Any) -> list[int] | None:
+    seen = checkpoint.seen if isinstance(checkpoint, Checkpoint) else None
+    return None if seen is None else [int(place) for place in seen]
 
 
 @cache

@@ -13,7 +13,13 @@ from ...retraining.attributed_estimates import (
     estimate_cross_fitted,
     estimate_spiked,
 )
-from ...retraining.attributed_models import FIRST_SPIKED, train_attributed, train_checkpoints, train_spiked
+from ...retraining.attributed_models import (
+    FIRST_SPIKED,
+    spiked_epoch,
+    train_attributed,
+    train_checkpoints,
+    train_spiked,
+)
 from ...retraining.cross_fitting import CrossFitted, check_apart
 from ...retraining.estimate import RetrainingEstimate
 from ...retraining.task_parts import Split, cross_fit
@@ -59,9 +65,12 @@ class Shared:
         return self.once(_checkpoints)
 
     def along(self, name: str, epochs: Sequence[int]) -> list[Any]:
-        """State dicts of an attributed model after some epochs, its final one last."""
+        """State dicts of an attributed model after some epochs, its final one last.
+
+        A model that was stopped on a spike has none of later epochs.
+        """
         kept = self.checkpoints[name]
-        return [*(kept[epoch] for epoch in epochs), self.models[name].state_dict()]
+        return [*(kept[epoch] for epoch in epochs if epoch in kept), self.models[name].state_dict()]
 
     @property
     def cross_fitted(self) -> dict[Split, dict[str, CrossFitted]]:
@@ -95,9 +104,10 @@ def _attributed(shared: Shared) -> dict[str, tuple[nn.Module, int]]:
 
 
 def _checkpoints(shared: Shared) -> dict[str, dict[int, Any]]:
-    question, epochs = shared.question, shared.question.epochs
+    question = shared.question
     found: dict[str, dict[int, Any]] = {}
     for name, (_, seed) in shared.once(_attributed).items():
+        epochs = _epochs_before(question, seed)
         states = (
             train_checkpoints(question.task, seed, question.store, epochs, device=question.device)
             if epochs
@@ -105,6 +115,14 @@ def _checkpoints(shared: Shared) -> dict[str, dict[int, Any]]:
         )
         found[name] = dict(zip(epochs, states, strict=True))
     return found
+
+
+def _epochs_before(question: Question, seed: int) -> list[int]:
+    """Epochs after which checkpoints of an attributed model are needed: those before it was stopped."""
+    if seed < question.n_models:
+        return question.epochs
+    last = spiked_epoch(question.task, seed, question.store, question.device)
+    return [epoch for epoch in question.epochs if last is None or epoch < last]
 
 
 def _cross_fitted(shared: Shared) -> dict[Split, dict[str, CrossFitted]]:
@@ -134,7 +152,8 @@ def _estimates(shared: Shared) -> list[RetrainingEstimate]:
         how: dict[str, Any] = {"n_jobs": question.n_jobs, "device": device}
         found.append(estimate_cross_fitted(task, numbers, repeats, store, split, **how))
     if question.epochs:
-        found.append(estimate_checkpoints(task, seeds, store, question.epochs, device=device))
+        epochs = {seed: _epochs_before(question, seed) for seed in seeds}
+        found.append(estimate_checkpoints(task, epochs, store, device=device))
     return found
 
 

@@ -331,6 +331,35 @@ class TestWholeFiles:
         assert {path.read_text() for path in tmp_path.iterdir()} == {"old"}
 
 
+@pytest.mark.parametrize("command", [("compare",), ("reproduce", "table1-mnist")])
+def test_a_dry_run_of_a_run_that_goes_on_trains_nothing(tmp_path, monkeypatch, command):
+    monkeypatch.setattr(reproduce, "load_task", lambda *_, **__: load_task("synthetic", preset="smoke"))
+    folder = tmp_path / "table1-mnist-small" if command[0] == "reproduce" else tmp_path
+    folder.mkdir(exist_ok=True)
+    asked = {"preset": "smoke"} if command[0] == "compare" else {"table": "table1-mnist"}
+    asked |= {"method": ["Random"], "subsets": 6, "seeds": 1, "store": str(tmp_path / "store")}
+    (folder / "asked.json").write_text(json.dumps(asked))
+    monkeypatch.setattr(comparison_run, "answer", lambda question: pytest.fail("trained"))
+    result = invoke(*command, "--resume", "--dry-run", "--out", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["estimates"]
+
+
+def test_options_from_tuned_points_that_are_reported_are_told(tmp_path):
+    protocol = {"options": {"STRIDE": {}}, "n_test_tuning": 150}
+    results = {"format": 1, "task": "digits-1397", "protocol": protocol}
+    (tmp_path / "other.json").write_text(json.dumps(results))
+    asked = (
+        "compare", "--preset", "smoke", "--method", "STRIDE", "--options-from", tmp_path / "other.json",
+        "--measure", "lds", "--store", tmp_path, "--out", tmp_path / "out", "--dry-run",
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="chosen on the first 150 test points, and test points from 60 on"):
+        assert invoke(*asked).exit_code == 0
+    results["task"] = "synthetic-300"  # other test points
+    (tmp_path / "other.json").write_text(json.dumps(results))
+    assert invoke(*asked).exit_code == 0
+
+
 def test_what_a_run_was_asked_may_be_damaged(tmp_path):
     (tmp_path / "asked.json").write_text('{"task": ')
     result = invoke("compare", "--resume", "--out", tmp_path)

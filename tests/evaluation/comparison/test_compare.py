@@ -1,5 +1,6 @@
 """The protocol of a comparison: who is tuned on what, what is refused first, what is said afterwards."""
 
+import itertools
 import json
 import re
 import warnings
@@ -23,7 +24,7 @@ from stride_captum.evaluation.comparison.shared.methods import DEFAULT_METHODS, 
 from stride_captum.evaluation.comparison.shared.question import halves
 from stride_captum.evaluation.report.html import write_comparison
 from stride_captum.evaluation.report.terminal import console, show_comparison
-from stride_captum.evaluation.retraining import attributed_models, workers
+from stride_captum.evaluation.retraining import attributed_models, spikes, workers
 from stride_captum.evaluation.retraining.attributed_models import (
     even_epochs,
     train_attributed,
@@ -31,6 +32,7 @@ from stride_captum.evaluation.retraining.attributed_models import (
     train_spiked,
 )
 from stride_captum.evaluation.retraining.plan import RetrainingPlan
+from stride_captum.evaluation.retraining.task_parts import Split
 from stride_captum.evaluation.tasks.checks import check_task
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.evaluation.tasks.task import Task
@@ -242,6 +244,41 @@ class TestCounterfactualPoints:
         assert asked[0]["methods"] == ["STRIDE", "Similarity", "ClassRandom"]
 
 
+class TestOptionsOfAnotherComparison:
+    """Options that are given may have been chosen on test points that are reported here."""
+
+    WHERE = "The options that were given were chosen on the first 30 test points"
+
+    @pytest.mark.parametrize(
+        ("measures", "n_test", "start"),
+        [
+            (["lds"], 40, 20),
+            ({"counterfactual": {"counts": (5,), "test_points": [7, 50]}}, 60, 7),
+            ({"counterfactual": {"counts": (5,)}}, 40, 20),
+        ],
+    )
+    def test_are_told_in_the_report(self, task, tmp_path, measures, n_test, start):
+        few = {**FEW, "n_test": n_test}
+        with pytest.warns(UserWarning, match=f"{self.WHERE}, and test points from {start} on are reported"):
+            question = settle(["Similarity"], task, store=tmp_path, measures=measures, chosen_on=30, **few)
+        assert self.WHERE in question.note
+        assert "at least 60 test points" in question.note
+
+    def test_are_no_reason_to_warn_on_other_points(self, task, tmp_path):
+        few = {**FEW, "n_test": 60}
+        measures = {"lds": {}, "leakage": {"counts": (5,)}}
+        assert settle(["Similarity"], task, store=tmp_path, measures=measures, chosen_on=30, **few).note == ""
+        alone = settle(["Similarity"], task, store=tmp_path, measures=["mislabel"], chosen_on=50, **FEW)
+        assert alone.note == ""
+
+    def test_and_are_in_the_protocol(self, task, tmp_path):
+        with pytest.warns(UserWarning, match=self.WHERE):
+            question = settle(["Similarity"], task, store=tmp_path, measures=["lds"], chosen_on=30, **FEW)
+        found = answer(question).to_dict()
+        assert found["protocol"]["options_chosen_on"] == 30
+        assert self.WHERE in found["note"]
+
+
 class TestCheckpoints:
     @pytest.mark.slow
     def test_are_those_of_the_training_and_the_attributed_model_last(self, task, tmp_path):
@@ -297,6 +334,22 @@ class TestDefaults:
         many = MethodSpec("many", adapter(Random), [{"seed": 1}, {"seed": 2}], default={"seed": 5})
         asked = settled([one, many], task, {"leakage": {"counts": (3,)}})
         assert [c.grid for c in asked.specs] == [[{"seed": 3}], [{"seed": 5}]]
+
+    @pytest.mark.parametrize(
+        ("given", "own", "counts"),
+        [({}, {}, (3, 1)), ({"n_models": 3}, {}, (3, 3)), ({"n_models": 3}, {"n_models": 2}, (3, 2))],
+    )
+    def test_a_number_of_models_is_also_that_of_measures_that_train_their_own(self, task, given, own, counts):
+        measures = {"mislabel": own, "leakage": {"counts": (3,), **own}, "lds": {}}
+        asked = settle(["STRIDE"], task, store="unused", measures=measures, n_test=40, **given)
+        assert asked.n_models == counts[0]
+        assert {MEASURES[name].settings(asked)["n_models"] for name in ("mislabel", "leakage")} == {counts[1]}
+        assert asked.measures["lds"] == {}
+
+    def test_parts_reach_budgets_that_the_measures_name(self, task):
+        measures = {"retrainings": {"budgets": [1], "methods": ["STRIDE"]}}
+        asked = settle(["STRIDE"], task, store="unused", measures=measures, parts=3, n_test=40)
+        assert asked.partitions == {Split(3): 1}
 
     def test_give_way_to_given_options(self, task):
         given = {"TRAK": {"damping": np.float32(0.5)}, "EKFAC": {"damping": 0.1}}
@@ -406,6 +459,26 @@ REFUSED = {
         {"measures": {"counterfactual": {"counts": (5,), "methods": ("Stride",)}}},
         ValueError,
         r"`measures\['counterfactual'\]\['methods'\]` must be one of .*; got 'Stride'",
+    ),
+    "no method of the counterfactual": (
+        {"measures": {"counterfactual": {"counts": (5,), "methods": []}}},
+        ValueError,
+        r"`measures\['counterfactual'\]\['methods'\]` must name at least one method; got none\. Leave it out",
+    ),
+    "parts without budgets": (
+        {"parts": 3},
+        ValueError,
+        r"`parts` must be given with `retrainings`; got 3 alone\. Name budgets, with --retrainings",
+    ),
+    "budgets twice": (
+        {"retrainings": [1], "measures": {"retrainings": {"budgets": [2]}}},
+        ValueError,
+        r"`retrainings` must be given once; got \[1\], and measures\['retrainings'\] with 'budgets' = \[2\]",
+    ),
+    "parts twice": (
+        {"parts": 3, "measures": {"retrainings": {"budgets": [1], "parts": 5}}},
+        ValueError,
+        r"`parts` must be given once; got 3, and measures\['retrainings'\] with 'parts' = 5",
     ),
     "a method that is not compared": (
         {"methods": ["STRIDE"], "measures": {"counterfactual": {"counts": (5,), "methods": ("TRAK",)}}},
@@ -563,6 +636,14 @@ class Figure(dict):
     to_dict = dict.copy
 
 
+@pytest.fixture
+def always_spiked(monkeypatch):
+    """Every training ends on a spike."""
+    rising = itertools.count(1)
+    monkeypatch.setattr(spikes, "mean_residual", lambda *args: float(next(rising)))
+    monkeypatch.setattr(spikes, "FACTOR", 0.1)
+
+
 class TestPlannedTrainings:
     @pytest.fixture
     def trained(self, monkeypatch):
@@ -609,7 +690,7 @@ class TestPlannedTrainings:
         assert sum(e.n_missing for e in again) == len(trained) == sum(e.seconds for e in again) == 0
 
     @pytest.mark.slow
-    def test_of_counterfactuals_are_at_most_those(self, task, tmp_path, trained):
+    def test_of_counterfactuals_are_at_most_those(self, task, tmp_path, trained, always_spiked):
         few = {**FEW, "n_models": 2, "n_spiked": 1}
         measures = {"counterfactual": DROPS}
         question = settle(["Random", "ClassRandom"], task, store=tmp_path, measures=measures, **few)
@@ -626,7 +707,7 @@ class TestPlannedTrainings:
         assert (models.n_missing, spiked.n_missing, spiked.n_runs, spiked.at_most) == (0, 0, 1, "")
 
     @pytest.mark.slow
-    def test_of_stopped_models_go_on_behind_the_last(self, task, tmp_path, trained):
+    def test_of_stopped_models_go_on_behind_the_last(self, task, tmp_path, trained, always_spiked):
         _, seed = train_spiked(task, tmp_path)
         train_checkpoints(task, seed, tmp_path, even_epochs(task.training.epochs, 3))
         few = {**FEW, "n_spiked": 2}

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE, Trained, reliability
 from stride_captum.evaluation import Task, explain, load_task, train_attributed
-from stride_captum.evaluation.comparison.explained_models import planned_models
+from stride_captum.evaluation.comparison.explained_models import ExplainedModels, planned_models
 from stride_captum.evaluation.comparison.runs.leakage import plant
 from stride_captum.evaluation.comparison.shared.gallery import Gallery
 from stride_captum.evaluation.report.html import write_explanation
@@ -147,6 +147,30 @@ class TestCrossFitted:
         assert found.models == answered
         assert "explain the training procedure, not one file of weights" in found.note
         assert "Predictions are those of the mean of these models" in found.note
+
+    def test_models_that_are_certain_have_finite_logits(self):
+        class Certain(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(5, 3)
+
+            def forward(self, x):
+                return 300 * self.linear(x)
+
+        x = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+        data = TensorDataset(x, torch.arange(40) % 3)
+        task = Task("certain", data, data, Certain, replace(SETTINGS, epochs=1))
+        models = cross_fit(task, 0, 1, None)
+        logits = ExplainedModels(Certain(), models, False, 2).logits(x)
+        p = 0.0
+        for checkpoint in models.checkpoints:
+            network = Certain()
+            network.load_state_dict(checkpoint.weights)
+            p = p + network(x).double().softmax(1) / 2
+        assert (p.float() == 0).any()  # whose log is not finite
+        assert torch.isfinite(logits).all()
+        torch.testing.assert_close(logits.double(), p.log(), rtol=1e-3, atol=1e-3)
+        assert explain(task, indices=[0], k=1, retrainings=1)[0].points
 
     def test_predictions_are_those_of_a_model_that_is_given(self, task, tmp_path):
         model = train_attributed(task, 0)

@@ -8,7 +8,7 @@ import torch
 from planted import MLP, trained
 
 from stride_captum import STRIDE, ClosedForm, Partition, Trained, adapters
-from stride_captum.evaluation import MethodSpec
+from stride_captum.evaluation import MethodSpec, compare, load_task
 from stride_captum.evaluation.comparison.shared.methods import (
     DEFAULT_METHODS,
     GRID_SIZE,
@@ -17,6 +17,7 @@ from stride_captum.evaluation.comparison.shared.methods import (
     grid,
     stride,
 )
+from stride_captum.evaluation.tasks.networks import TrainingSettings
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,30 @@ def test_options_that_are_settable_need_no_new_fit(planted):
             _, _, test = trained(MLP)
             expected = built(name, planted, **{option: 0.1}).influence(test.tensors)
             torch.testing.assert_close(method.influence(test.tensors), expected, rtol=1e-4, atol=1e-6)
+
+
+class Signed(STRIDE):
+    """Scores times an option that can be set."""
+
+    def __init__(self, *args, sign=1.0, **options):
+        super().__init__(*args, **options)
+        self.sign = sign
+
+    def influence(self, *args, **options):
+        return self.sign * super().influence(*args, **options)
+
+
+@pytest.mark.parametrize("grid", [[{}, {"sign": -1.0}], [{"sign": -1.0}, {}, {"sign": -1.0}]])
+def test_a_point_that_leaves_a_settable_option_out_has_its_default(grid, tmp_path):
+    training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
+    task = load_task("synthetic", preset="smoke", training=training)
+    few = {"n_subsets": 8, "n_seeds": 1, "n_models": 1, "n_test": 20, "n_jobs": 1, "n_resamples": 0}
+    found = []
+    for settable in (frozenset({"sign"}), frozenset()):
+        spec = MethodSpec("signed", lambda m, d, o: Signed(m, d, **o), grid, settable=settable)
+        (row,) = compare([spec], task, store=tmp_path / str(len(settable)), measures=["lds"], **few).rows
+        found.append((row.options, row.lds.value))
+    assert found[0] == found[1]
 
 
 def test_a_row_of_your_own_is_called_as_its_build_is(planted):

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from scipy import sparse
+from torch import nn
+from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE, refine
 from stride_captum.adapters import Random
@@ -17,8 +19,9 @@ from stride_captum.evaluation import MethodSpec, TaskTraining, compare, load_tas
 from stride_captum.evaluation.comparison.compare import answer, planned_trainings
 from stride_captum.evaluation.comparison.plan import settle
 from stride_captum.evaluation.comparison.runs import ladder
+from stride_captum.evaluation.comparison.runs.ladder import OUT_OF_SAMPLE, contender, grid_for
 from stride_captum.evaluation.comparison.runs.retrainings import Retrainings
-from stride_captum.evaluation.comparison.shared.methods import adapter
+from stride_captum.evaluation.comparison.shared.methods import METHODS, adapter
 from stride_captum.evaluation.comparison.shared.shared import Shared
 from stride_captum.evaluation.measures.linear_datamodeling import lds
 from stride_captum.evaluation.report.budget_figure import budget_steps
@@ -28,9 +31,12 @@ from stride_captum.evaluation.retraining.attributed_models import train_attribut
 from stride_captum.evaluation.retraining.plan import RetrainingPlan
 from stride_captum.evaluation.retraining.task_parts import HALVES, Split, cross_fit
 from stride_captum.evaluation.tasks.networks import TrainingSettings
+from stride_captum.evaluation.tasks.task import Task
+from stride_captum.evaluation.tasks.task_loss import responses
 
 EPOCHS = 4
 FEW = {"n_subsets": 8, "n_seeds": 1, "n_models": 1, "n_test": 20, "n_jobs": 1, "engine": "processes"}
+GIVEN = {"temperature": 9.0, "damping": 5.0}
 SCHEMA = json.loads(
     (resources.files("stride_captum.evaluation.report") / "templates/results.schema.json").read_text("utf-8")
 )
@@ -147,7 +153,9 @@ class TestRows:
             ("cross-fitted", 2.0, 4),
             ("refined", 2.0, 4),
         ]
-        assert [(r.source, r.trainings) for r in rows if r.name == "TracIn"] == [s[:2] for s in steps[:4]]
+        assert [(r.source, r.trainings) for r in rows if r.name == "TracIn" + OUT_OF_SAMPLE] == [
+            s[:2] for s in steps[:4]
+        ]
         assert all(row.against_first is None for row in rows[:5])
         assert all(row.against_first is not None for row in rows[5:])
         assert [row.over_last is None for row in rows] == [True, *[False] * 4, True, *[False] * 3]
@@ -209,12 +217,30 @@ class TestRows:
         assert given["a"] == given["b"]
         assert {len(states) for states in given["a"]} >= {0, 4, 2}
 
+    def test_options_of_checkpoints_do_not_depend_on_the_budgets_that_are_paid(
+        self, task, tmp_path, monkeypatch
+    ):
+        chosen = []
+
+        def spied(method, *args, **options):
+            name = next(iter(method.shared.models))
+            chosen.append(len(method.checkpoints(name) or []))
+            return choose(method, *args, **options)
+
+        choose = ladder.choose
+        monkeypatch.setattr(ladder, "choose", spied)
+        measures = {"retrainings": {"methods": ["TracIn"], "budgets": [0, 1]}}
+        question = settle(["Random"], task, store=tmp_path, measures=measures, n_resamples=0, **FEW)
+        Retrainings().run(Shared(question))
+        assert chosen == [0, 4, 4, 2, 2]
+
     def test_options_are_chosen_once_for_averages_and_once_for_one_model(self, task, tmp_path):
         measures = {"lds": {}, "retrainings": {"methods": ["DiagonalEKFAC"], "budgets": [0, 1, 2]}}
         rows = compare(["Random"], task, store=tmp_path, measures=measures, n_resamples=0, **FEW).retrainings
         assert rows[0].options["residuals"] == "both"
         assert rows[0].normalize is None
-        averaged = {(*row.options.items(), row.normalize) for row in rows[1:]}
+        assert rows[0].name == "DiagonalEKFAC" + OUT_OF_SAMPLE
+        averaged = {(*row.options.items(), row.normalize) for row in rows[2:]}
         assert len(averaged) == 1
         assert rows[1].options["residuals"] == "temperature"
 
@@ -222,6 +248,29 @@ class TestRows:
         measures = {"retrainings": {"methods": ["TracIn"], "budgets": [1, 2], "up_to": {"TracIn": 1}}}
         rows = compare(["Random"], task, store=tmp_path, measures=measures, n_resamples=0, **FEW).retrainings
         assert [row.trainings for row in rows] == [1.0]
+
+    @pytest.mark.parametrize("options", [{"STRIDE": GIVEN}, {"STRIDE (tuned)": GIVEN}])
+    def test_options_that_are_given_are_not_chosen(self, task, tmp_path, options):
+        question = settle(
+            ["STRIDE"], task, store=tmp_path, retrainings=[0], n_resamples=0, options=options, **FEW
+        )
+        rows = Retrainings().run(Shared(question))
+        assert [(row.name, row.options) for row in rows] == [("STRIDE", GIVEN)] * 2
+
+    @pytest.mark.parametrize(
+        "spec",
+        [
+            MethodSpec("TRAK", adapter(Random)),
+            MethodSpec("TRAK" + OUT_OF_SAMPLE, adapter(Random)),
+            MethodSpec("STRIDE", METHODS["STRIDE"].build, [{"damping": 7.0}]),
+        ],
+        ids=["a known name", "a known name of ours", "a grid"],
+    )
+    def test_a_spec_of_the_user_is_measured_as_it_is(self, task, tmp_path, spec):
+        question = settle([spec], task, store=tmp_path, retrainings=[1], n_resamples=0, **FEW)
+        (row,) = Retrainings().run(Shared(question))
+        assert (row.name, row.options) == (spec.name, spec.grid[0])
+        assert contender(spec.name, question).build is spec.build
 
     def test_tables_count_trainings(self, task, tmp_path):
         names = ["STRIDE", "STRIDE, cross-fitted"]
@@ -271,6 +320,76 @@ class TestReport:
     def test_a_frame_has_a_row_for_each_budget(self, found):
         frame = found[1].frame("retrainings")
         assert frame["trainings"].tolist() == [0, 0, 1, 2, 2, 0, 0, 1, 2]
+
+
+def test_the_summary_of_budgets_alone_names_the_highest(task, tmp_path):
+    measures = {"retrainings": {"methods": ["Random", "STRIDE"], "budgets": [0]}}
+    found = compare(["STRIDE"], task, store=tmp_path, measures=measures, n_resamples=0, **FEW)
+    best = max(found.retrainings, key=lambda row: row.lds.value)
+    (sentence,) = found.summary()
+    assert sentence.startswith("LDS was measured against the retraining budget alone: it is highest, ")
+    assert f"{best.lds.value:.3f}, for {best.name} with " in sentence
+
+
+class TestReach:
+    def test_partitions_that_no_method_reaches_are_not_trained(self, task, tmp_path, trained):
+        measures = {"retrainings": {"methods": ["TracIn"], "budgets": [1, 6], "up_to": {"TracIn": 1}}}
+        question = settle(["Random"], task, store=tmp_path, measures=measures, n_resamples=0, **FEW)
+        assert question.partitions == {HALVES: 1}
+        measures["retrainings"]["methods"] = ["TracIn", "STRIDE"]
+        question = settle(["Random"], task, store=tmp_path, measures=measures, n_resamples=0, **FEW)
+        assert question.partitions == {HALVES: 6}
+
+    def test_budgets_that_are_left_out_are_told(self, task, tmp_path):
+        measures = {
+            "retrainings": {"methods": ["TracIn"], "budgets": [0.5, 1], "epochs": 2, "up_to": {"TracIn": 0.5}}
+        }
+        question = settle(["Random"], task, store=tmp_path, measures=measures, n_resamples=0, **FEW)
+        shared = Shared(question)
+        assert [row.trainings for row in Retrainings().run(shared)] == [0.5]
+        why = "is beyond its highest budget, 0.5 (`up_to`)"
+        assert shared.skipped["TracIn, out-of-sample residuals at 1"] == why
+
+
+class TestOtherLosses:
+    """A loss without classes, and without a temperature."""
+
+    @pytest.fixture
+    def values(self):
+        def network():
+            return nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2))
+
+        generator = torch.Generator().manual_seed(0)
+        x, y = torch.randn(40, 5, generator=generator), torch.randn(40, 2, generator=generator)
+        training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
+        return Task("values", TensorDataset(x, y), TensorDataset(x + 0.1, y), network, training, loss="mse")
+
+    def test_averages_have_residuals_that_the_loss_has(self, values, tmp_path):
+        question = settle(["TRAK"], values, store=tmp_path, retrainings=[0, 2], n_resamples=0, **FEW)
+        spec = contender("TRAK", question)
+        assert {point["residuals"] for point in grid_for(spec, question, averages=True)} == {"both"}
+
+    def test_rows_are_measured_and_refined(self, values, tmp_path):
+        question = settle(
+            ["STRIDE", "TracIn"], values, store=tmp_path, retrainings=[0, 2], n_resamples=0, **FEW
+        )
+        rows = Retrainings().run(Shared(question))
+        assert [row.source for row in rows if row.name == "STRIDE"] == [
+            "last checkpoint", "checkpoints", "cross-fitted", "refined",
+        ]  # fmt: skip
+        models, model = cross_fit(values, 0, 2, tmp_path), train_attributed(values, 0, tmp_path)
+        x, y = (t[10:20] for t in values.test.tensors)
+        measured = models.measured(model, (x, y), loss=values.loss)
+        model.load_state_dict(models.checkpoints[3].weights)
+        with torch.no_grad():
+            wanted = responses(values.loss, model(x), y)
+        np.testing.assert_allclose(measured[:, 3], wanted, rtol=1e-5)
+
+    def test_options_that_the_loss_does_not_take_are_refused_before_training(self, values, tmp_path, trained):
+        options = {"TRAK": {"residuals": "temperature"}}
+        with pytest.raises(ValueError, match="which has no temperature"):
+            settle(["TRAK"], values, store=tmp_path, retrainings=[1], options=options, **FEW)
+        assert not trained
 
 
 class TestRefusals:

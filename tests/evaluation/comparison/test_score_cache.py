@@ -19,7 +19,7 @@ from stride_captum.evaluation.comparison.shared.methods import MethodSpec
 from stride_captum.evaluation.comparison.shared.score_cache import CachedMethod
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.evaluation.tasks.task import Task
-from stride_captum.influence.checkpoints.checkpoint import load_checkpoint
+from stride_captum.influence.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from stride_captum.losses import CrossEntropy
 from stride_captum.options import Options
 
@@ -346,6 +346,18 @@ class TestContent:
         names = [name({"weights": state, "learning_rate": rate}, load) for rate in (0.1, 0.2, 0.1)]
         assert names[0] == names[2] != names[1]
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+    def test_the_examples_that_a_checkpoint_has_seen(self, task, model, batch, tmp_path):
+        def of(seen):
+            checkpoints = [Checkpoint(model.state_dict(), seen=seen)]
+            return kept(task, model, tmp_path, STRIDE, operators=ClosedForm(), checkpoints=checkpoints)
+
+        every, half = (of(seen).margins(batch).values for seen in (None, range(0, 30, 2)))
+        assert not np.array_equal(every, half)
+        assert len(list((tmp_path / "answers").iterdir())) == 2
+        again = of(list(range(0, 30, 2)))
+        np.testing.assert_array_equal(again.margins(batch).values, half)
+        assert not hasattr(again.method, "fit_seconds_")
 
     def test_checkpoints_on_disk(self, task, model, tmp_path):
         path = tmp_path / "checkpoint.pt"

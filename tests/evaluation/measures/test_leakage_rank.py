@@ -199,6 +199,28 @@ class TestPlanting:
         assert torch.equal(x, before)
         assert all(copy.data_ptr() != x.data_ptr() for copy in copies.values())
 
+    @pytest.mark.parametrize("kind", ["noise", "brightness"])
+    def test_pictures_of_bytes_stay_bytes(self, kind):
+        task = task_of(MLP)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randint(0, 256, (400, 1, 4, 4), generator=generator, dtype=torch.uint8)
+        data = TensorDataset(x, torch.arange(400) % 3)
+        planted = plant(replace(task, train=data, test=data), 300, kind=kind)
+        inputs = planted.task.train.tensors[0]
+        assert inputs.dtype == torch.uint8
+        inside = (x[planted.test_points] > 50) & (x[planted.test_points] < 205)
+        changes = (inputs[planted.positions].float() - x[planted.test_points].float())[inside]
+        tenth = float(x.float().std()) / 10
+        size = changes.mean() if kind == "brightness" else changes.std()
+        assert size.item() == pytest.approx(tenth, rel=0.05)
+
+    @pytest.mark.parametrize("kind", ["noise", "brightness"])
+    def test_tokens_have_no_noise(self, kind):
+        task = task_of(MLP)
+        data = TensorDataset(torch.arange(80).reshape(20, 4), torch.arange(20) % 3)
+        with pytest.raises(ValueError, match=f"`kind` must be 'exact', .* integers; got '{kind}' for int64"):
+            plant(replace(task, train=data, test=data), 1, kind=kind)
+
     def test_what_is_wrong_is_said(self):
         with pytest.raises(
             ValueError, match="`n_planted` must be between 1 and the 60 test examples; got 61"

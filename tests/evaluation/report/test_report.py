@@ -50,6 +50,7 @@ from stride_captum.evaluation.report.drawing import N_SERIES
 from stride_captum.evaluation.report.figures import counterfactual_curves, spread
 from stride_captum.evaluation.report.html import comparison_table, pointer, read_results, write_comparison
 from stride_captum.evaluation.report.pictures import picture
+from stride_captum.evaluation.report.terminal import console, show_comparison
 from stride_captum.evaluation.system.environment import describe
 from stride_captum.evaluation.tasks.networks import DIGITS_TRAINING
 from stride_captum.evaluation.tasks.task import Task
@@ -679,6 +680,44 @@ class TestPlots:
         rows = [row for row in results["counterfactual"] if not row["result"]["opponents"]]
         for row, svg in zip(rows, counterfactual_curves(rows), strict=True):
             assert svg.count("stroke-dasharray") == (0 if row["name"] == "ClassRandom" else 2)
+
+
+class TestReference:
+    """The method that drops of the others are compared with is that of the question."""
+
+    def test_is_named_and_drawn(self, results, tmp_path):
+        found = json.loads(json.dumps(results))
+        found["protocol"]["measures"]["counterfactual"] = {"reference": "Similarity"}
+        text = write_comparison(found, tmp_path / "report.html").read_text(encoding="utf-8")
+        assert "less Similarity at equal depletion" in text
+        assert "the difference at equal depletion is to Similarity." in text
+        assert "dashed: Similarity" in text
+        assert "less ClassRandom" not in text
+        assert "random examples of the class" not in text
+        rows = [row for row in found["counterfactual"] if not row["result"]["opponents"]]
+        (own,) = [i for i, row in enumerate(rows) if row["name"] == "Similarity"]
+        assert counterfactual_curves(rows, "Similarity")[own].count("stroke-dasharray") == 0
+
+    def test_is_random_examples_of_the_class_by_default(self, page):
+        text = page.read_text(encoding="utf-8")
+        assert "less ClassRandom at equal depletion" in text
+        assert "ClassRandom, which removes random examples of the class" in text
+
+
+class TestLeaks:
+    def test_the_terminal_shows_how_often_the_copy_comes_first(self):
+        row = next(row for row in full().leakage if row.n_planted == 4)
+        odd = replace(row, result=replace(row.result, top1=0.125, rates={1: 0.875}))
+        with console.capture() as captured:
+            show_comparison(replace(full(), leakage=[odd]))
+        assert "0.12 " in captured.get()
+        assert "0.88" not in captured.get()
+
+    def test_every_row_of_the_page_has_its_chance(self, results, page):
+        shown = {e["data-path"] for e in Page(page.read_text("utf-8")).elements if "data-value" in e}
+        plain = [i for i, row in enumerate(results["leakage"]) if row["normalize"] is None]
+        assert {results["leakage"][i]["n_planted"] for i in plain} == {1, 4}
+        assert {f"/leakage/{i}/result/chance_rank" for i in plain} <= shown
 
 
 class TestSummary:

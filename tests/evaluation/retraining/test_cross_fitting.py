@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from stride_captum import STRIDE, refine
 from stride_captum.evaluation import TaskTraining, load_task, retrain
 from stride_captum.evaluation.comparison.compare import answer, planned_trainings
 from stride_captum.evaluation.comparison.plan import settle
-from stride_captum.evaluation.retraining.cross_fitting import check_apart
+from stride_captum.evaluation.retraining.cross_fitting import check_apart, part_trainings
 from stride_captum.evaluation.retraining.task_parts import cross_fit
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.responses import response_value
@@ -56,6 +57,31 @@ class TestModels:
         for i, checkpoint in enumerate(found.checkpoints):
             assert list(checkpoint.seen) == found.membership[i].indices.tolist()
         assert not np.array_equal(found.membership[0].indices, found.membership[3].indices)
+
+    def test_seeds_that_follow_one_another_share_no_part(self):
+        def keys(seed):
+            return {job.rows.tobytes() for job in part_trainings(N, 2, 5, seed)}
+
+        assert not any(keys(seed) & keys(seed + 1) for seed in range(20))
+        jobs = part_trainings(N, 2, 5, 7)
+        fewer = part_trainings(N, 2, 3, 7)
+        assert all(np.array_equal(a.rows, b.rows) for a, b in zip(jobs, fewer, strict=False))
+
+    @pytest.mark.parametrize("draw", [np.random.rand, random.random], ids=["NumPy", "random"])
+    def test_what_numpy_and_python_draw_follows_the_seed(self, draw):
+        def drawn(indices, seed):
+            return {"value": torch.tensor(draw())}
+
+        found = []
+        for _ in range(2):
+            models = retrain(drawn, N, repeats=2, seed=3).checkpoints
+            found.append([float(c.weights["value"]) for c in models])
+            draw()
+        assert found[0] == found[1]
+        assert len(set(found[0])) == 4
+        before = np.random.get_state()[1].tolist(), random.getstate()
+        retrain(drawn, N)
+        assert (np.random.get_state()[1].tolist(), random.getstate()) == before
 
     def test_a_training_may_return_checkpoints_along_it(self):
         def along(indices, seed):

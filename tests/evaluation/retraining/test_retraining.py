@@ -19,14 +19,23 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from stride_captum.evaluation.comparison.plan import settle
+from stride_captum.evaluation.comparison.shared.shared import Shared
 from stride_captum.evaluation.retraining import attributed_models as attributed_training
+from stride_captum.evaluation.retraining import cross_fitting, plan_files, spikes
 from stride_captum.evaluation.retraining import files as retraining_files
-from stride_captum.evaluation.retraining import plan_files
 from stride_captum.evaluation.retraining import workers as retraining_workers
-from stride_captum.evaluation.retraining.attributed_models import train_attributed, train_spiked
+from stride_captum.evaluation.retraining.attributed_estimates import estimate_spiked
+from stride_captum.evaluation.retraining.attributed_models import (
+    spiked_epoch,
+    train_attributed,
+    train_spiked,
+)
 from stride_captum.evaluation.retraining.estimate import RetrainingEstimate
 from stride_captum.evaluation.retraining.plan import RetrainingPlan, without_diverged
 from stride_captum.evaluation.retraining.plan_files import files_for
+from stride_captum.evaluation.retraining.spikes import NoSpikeError
+from stride_captum.evaluation.retraining.task_parts import cross_fit
 from stride_captum.evaluation.retraining.training import logits_of, mean_residual, train_model
 from stride_captum.evaluation.tasks.loading import load_task
 from stride_captum.evaluation.tasks.networks import TrainingSettings
@@ -823,8 +832,7 @@ class TestAttributed:
         assert torch.equal(again[0].weight, trained[0].weight)
         assert path.read_bytes() == whole
 
-    @pytest.mark.parametrize("spike", [False, True])
-    def test_has_one_thread_and_gives_the_threads_back(self, task, monkeypatch, spike):
+    def test_has_one_thread_and_gives_the_threads_back(self, task, monkeypatch):
         seen, train = [], attributed_training.train_model
 
         def watched(*arguments, **options):
@@ -833,7 +841,7 @@ class TestAttributed:
 
         monkeypatch.setattr(attributed_training, "train_model", watched)
         torch.set_num_threads(2)
-        train_attributed(task, 0, spike=spike)
+        train_attributed(task, 0)
         assert seen == [1]
         assert torch.get_num_threads() == 2
 
@@ -841,33 +849,122 @@ class TestAttributed:
         expected = train_model(small_network, *task.train.tensors, SETTINGS, 3)
         assert torch.equal(train_attributed(task, 3)[0].weight, expected[0].weight)
 
-    def test_a_spike_is_the_worst_of_the_last_six_epochs(self, task):
-        task = replace(task, training=replace(SETTINGS, epochs=9))
+    def test_no_spike_is_said(self, task, tmp_path):
+        with pytest.raises(
+            RuntimeError, match=r"None of 2 trainings of small had a spike with a mean residual above 1\.0"
+        ):
+            train_spiked(task, tmp_path, threshold=1.0, tries=2)
+
+
+#: Mean residuals after nine epochs.
+FALLS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+RISES = (0.9, 0.1, 0.1, 0.1, 0.1, 0.3, 0.2, 0.1, 0.1)
+
+
+class TestSpikes:
+    """The mean residual after each epoch is given here; the trainings are real."""
+
+    @pytest.fixture
+    def task(self, task):
+        return replace(task, training=replace(SETTINGS, epochs=9))
+
+    @pytest.fixture
+    def residuals(self, monkeypatch):
+        """Mean residuals by epoch, of one training after the other."""
+        found: list[float] = []
+        monkeypatch.setattr(spikes, "mean_residual", lambda *args: found.pop(0))
+        return found
+
+    def test_is_the_highest_of_the_last_six_epochs(self, task, residuals, tmp_path):
+        residuals += RISES
         seen = {}
 
         def look(epoch, model):
-            seen[epoch] = mean_residual(model, *task.train.tensors)
+            seen[epoch] = {name: t.clone() for name, t in model.state_dict().items()}
 
         train_model(small_network, *task.train.tensors, task.training, 0, after_epoch=look)
-        spiked = train_attributed(task, 0, spike=True)
-        assert mean_residual(spiked, *task.train.tensors) == max(v for e, v in seen.items() if e >= 4)
-        assert max(seen, key=seen.get) < 4
+        spiked = train_attributed(task, 0, tmp_path, spike=True)
+        assert all(torch.equal(t, seen[6][name]) for name, t in spiked.state_dict().items())
+        assert spiked_epoch(task, 0, tmp_path) == 6
+        assert not residuals
+        again = train_attributed(task, 0, tmp_path, spike=True)  # from the store
+        assert all(torch.equal(t, seen[6][name]) for name, t in again.state_dict().items())
 
-    def test_the_first_seed_above_the_threshold_is_taken(self, task, tmp_path):
-        residuals = [
-            mean_residual(train_attributed(task, seed, tmp_path, spike=True), *task.train.tensors)
-            for seed in range(4)
-        ]
-        threshold = sorted(residuals)[1]
-        model, seed = train_spiked(task, tmp_path, threshold=threshold, first_seed=0, tries=4)
-        assert seed == next(i for i, r in enumerate(residuals) if r > threshold)
-        assert mean_residual(model, *task.train.tensors) == residuals[seed]
+    @pytest.mark.parametrize(
+        "given",
+        [FALLS, [0.9, 0.1, 0.1, 0.1, 0.15, 0.2, 0.2, 0.1, 0.1], [0.1, 0.9, 0.1, *[0.1] * 6]],
+        ids=["falls", "less than twice", "too early"],
+    )
+    def test_a_training_without_one_is_refused_and_not_repeated(self, task, residuals, given, tmp_path):
+        residuals += given
+        for _ in range(2):
+            with pytest.raises(NoSpikeError, match="training of small with seed 0 has no spike: after none"):
+                train_attributed(task, 0, tmp_path, spike=True)
+        assert not residuals
+        assert spiked_epoch(task, 0, tmp_path) is None
 
-    def test_no_spike_is_said(self, task, tmp_path):
-        with pytest.raises(
-            RuntimeError, match=r"None of 2 trainings of small had a mean residual above 1\.0"
-        ):
-            train_spiked(task, tmp_path, threshold=1.0, tries=2)
+    def test_seeds_without_one_are_passed_over(self, task, residuals, tmp_path, monkeypatch):
+        residuals += [*FALLS, *RISES]
+        monkeypatch.setattr(attributed_training, "mean_residual", lambda *args: 0.3)
+        assert train_spiked(task, tmp_path, first_seed=3)[1] == 4
+        found, seeds = estimate_spiked(task, tmp_path, 1)
+        assert (found.n_runs, found.n_missing, seeds) == (30, 30, [100])
+
+    def test_the_estimate_knows_what_the_store_tells(self, task, residuals, tmp_path, monkeypatch):
+        residuals += [*FALLS, *RISES]
+        monkeypatch.setattr(attributed_training, "mean_residual", lambda *args: 0.3)
+        train_spiked(task, tmp_path)
+        found, seeds = estimate_spiked(task, tmp_path, 1)
+        assert (found.n_runs, found.n_missing, found.at_most, seeds) == (1, 0, "", [101])
+
+    def test_a_model_that_was_stopped_has_no_later_checkpoints(self, task, residuals, tmp_path, monkeypatch):
+        residuals += RISES
+        monkeypatch.setattr(attributed_training, "mean_residual", lambda *args: 0.3)
+        few = {"n_subsets": 4, "n_seeds": 1, "n_models": 1, "n_test": 10, "n_spiked": 1}
+        question = settle(["STRIDE, checkpoints"], task, store=tmp_path, measures=["lds"], **few)
+        assert question.epochs == [1, 2, 3, 5, 8]
+        shared = Shared(question)
+        name = "seed 100, stopped on a spike"
+        states = shared.along(name, question.epochs)
+        assert len(shared.along("seed 0", question.epochs)) == 6
+        assert list(shared.checkpoints[name]) == [1, 2, 3, 5]
+        assert len(states) == 5
+        assert all(torch.equal(t, states[-1][k]) for k, t in shared.models[name].state_dict().items())
+        assert sum(e.n_missing for e in Shared(question).model_estimates) == 0
+
+
+def masked():
+    network = small_network()
+    network.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    return network
+
+
+class TestInfiniteBuffers:
+    """A mask with -inf is no sign of a training that diverged."""
+
+    def test_of_attributed_models_are_found_in_the_store(self, task, tmp_path):
+        task = replace(task, build_model=masked)
+        one = train_attributed(task, 0, tmp_path)
+        (path,) = tmp_path.iterdir()
+        before = path.stat().st_mtime_ns
+        two = train_attributed(task, 0, tmp_path)
+        assert torch.equal(one.mask, two.mask)
+        assert path.stat().st_mtime_ns == before
+
+    def test_of_models_of_parts_are_kept(self, task, tmp_path):
+        task = replace(task, build_model=masked)
+        found = [cross_fit(task, 0, 1, tmp_path).checkpoints[0].weights["mask"] for _ in range(2)]
+        assert torch.equal(*found)
+        assert cross_fitting.retrain(lambda rows, seed: masked(), 10).last == [0, 1]
+
+    def test_weights_that_are_infinite_are_refused(self):
+        def diverged(rows, seed):
+            network = masked()
+            network[0].weight.data[0, 0] = torch.inf
+            return network
+
+        with pytest.raises(ValueError, match="must return models with finite weights"):
+            cross_fitting.retrain(diverged, 10)
 
 
 NAMED = """

@@ -24,7 +24,9 @@ from stride_captum.evaluation.retraining.attributed_models import (
     train_spiked,
 )
 from stride_captum.evaluation.retraining.stacked import train_stacked
+from stride_captum.evaluation.retraining.task_parts import cross_fit
 from stride_captum.evaluation.retraining.training import logits_of, train_model
+from stride_captum.evaluation.tasks.checks import check_task
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.evaluation.tasks.new_network import checked_network, new_network, seeded
 from stride_captum.evaluation.tasks.task import Task
@@ -339,6 +341,78 @@ class TestFactories:
             train_attributed(task_of(build), 0)
 
 
+class RandomFeatures(nn.Module):
+    """Random features that are drawn in the constructor and kept by `keep`."""
+
+    def __init__(self, keep, head=nn.init.xavier_uniform_):
+        super().__init__()
+        keep(self, "features", torch.randn(6, 8))
+        self.linear = nn.Linear(8, 3)
+        head(self.linear.weight)
+
+    def forward(self, x):
+        return self.linear(torch.cos(x @ self.features))
+
+
+def as_buffer(module, name, value, persistent=True):
+    module.register_buffer(name, value, persistent=persistent)
+
+
+class TestWeightsRestoreTheNetwork:
+    """Stored weights are loaded into a network that was built under another seed."""
+
+    @pytest.mark.parametrize("head", [nn.init.xavier_uniform_, nn.init.zeros_], ids=["", "zero head"])
+    @pytest.mark.parametrize(
+        "keep", [setattr, functools.partial(as_buffer, persistent=False)], ids=["attribute", "buffer"]
+    )
+    def test_random_values_outside_of_the_state_are_refused_before_training(self, keep, head, monkeypatch):
+        def build():
+            return nn.Sequential(RandomFeatures(keep, head))
+
+        monkeypatch.setattr(
+            attributed_training, "train_model", lambda *args, **kwargs: pytest.fail("trained")
+        )
+        sentence = (
+            r"that its state_dict restores; got one with random values outside of it: '0\.features'\. "
+            "Register them as a persistent buffer"
+        )
+        with pytest.raises(ValueError, match=sentence):
+            train_attributed(task_of(build), 0)
+        with pytest.raises(ValueError, match="that its state_dict restores"):
+            cross_fit(task_of(build), 0, 1, None)
+        with pytest.raises(ValueError, match="that its state_dict restores"):
+            check_task(task_of(build))
+
+    def test_a_persistent_buffer_comes_back(self, tmp_path):
+        task = task_of(functools.partial(RandomFeatures, as_buffer))
+        one, two = (train_attributed(task, 0, tmp_path) for _ in range(2))
+        assert torch.equal(one(X), two(X))
+
+    def test_values_that_outputs_do_not_depend_on_may_differ(self):
+        def build():
+            model = torch.nn.utils.weight_norm(nn.Linear(6, 3))
+            model.name = f"network {torch.rand(())}"
+            return model
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch prefers its parametrizations
+            checked_network(build, X[:2])
+
+    def test_another_architecture_for_each_seed_is_refused(self):
+        def build():
+            width = 8 + int(torch.randint(1000, ()))
+            return nn.Sequential(nn.Linear(6, width), nn.Linear(width, 3))
+
+        with pytest.raises(ValueError, match="return networks of one architecture for all seeds; got size"):
+            checked_network(build, X[:2])
+
+    def test_the_callers_weights_do_not_change(self):
+        model = mlp()
+        before = weights(model)
+        check_task(task_of(lambda: model))
+        assert torch.equal(weights(model), before)
+
+
 class TestSettings:
     @pytest.mark.parametrize(
         ("changes", "sentence"),
@@ -380,7 +454,7 @@ class TestAttributed:
         def first_fails(task, seed, store, **options):
             if seed == 100:
                 raise DivergedError
-            return train(task, seed, store, **options)
+            return train(task, seed, store)
 
         monkeypatch.setattr(attributed_training, "train_attributed", first_fails)
         assert train_spiked(task_of(), threshold=0.0)[1] == 101

@@ -526,6 +526,15 @@ class TestTorchvisionClasses:
         assert torch.equal(load(Table).train.tensors[0], xy(True)[0])
 
 
+def test_augmentation_in_a_subclass_of_a_tensor_dataset_is_noted(load):
+    class Noisy(TensorDataset):
+        def __getitem__(self, i):
+            x, y = super().__getitem__(i)
+            return x + torch.randn(x.shape), y
+
+    assert "Inputs change whenever they are read" in load(lambda train: Noisy(*xy(train))).note
+
+
 def test_examples_are_named_by_the_ids_of_the_data_set(load):
     class Named(TensorDataset):
         ids = tuple(f"{i}.png" for i in range(N))

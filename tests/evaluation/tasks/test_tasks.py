@@ -126,6 +126,21 @@ class TestTask:
         task = Task("own", data, data, models.synthetic_mlp, models.DIGITS_TRAINING)
         assert task.train is data
 
+    @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+    def test_a_subclass_that_changes_its_examples_is_read_as_methods_read_it(self, loss):
+        class Doubled(TensorDataset):
+            def __getitem__(self, i):
+                x, y = super().__getitem__(i)
+                return 2 * x, y
+
+        labels = self.Y if loss == "cross_entropy" else self.Y[:, None].float()
+        data = Doubled(self.X, labels)
+        task = Task("own", data, data, models.synthetic_mlp, models.DIGITS_TRAINING, loss=loss)
+        for dataset in (task.train, task.test):
+            assert torch.equal(dataset.tensors[0], 2 * self.X)
+            assert torch.equal(dataset[3][0], data[3][0])
+            assert torch.equal(dataset.tensors[1], labels)
+
     @pytest.mark.parametrize(
         "labels",
         [
