@@ -34,7 +34,8 @@ class Retrainings(Measure):
 
     Its options are `budgets` in trainings on the whole training set, `parts` of each partition, `epochs` of
     a training on a part (None for those of the task), `methods` by name, `up_to` (by method, the highest
-    budget at which it is measured) and `refined` (methods whose scores are also corrected by `refine`).
+    budget at which it is measured; `Comparison.skipped` names the rest) and `refined` (methods whose scores
+    are also corrected by `refine`).
     """
 
     name = "retrainings"

@@ -382,7 +382,9 @@ def test_numbers_of_numpy_are_numbers(task, tmp_path):
         **FEW,
     ).to_dict()
     written = json.loads(json.dumps(found, allow_nan=False))
-    assert written["protocol"]["measures"] == {"mislabel": {"rate": 0.25, "n_held_out": 20, "detectors": []}}
+    assert written["protocol"]["measures"] == {
+        "mislabel": {"rate": 0.25, "n_held_out": 20, "detectors": [], "n_models": 1}
+    }
     assert written["protocol"]["options"] == {
         "TRAK": {"damping": 0.5}, "KNNShapley": {"k": 5}, "STRIDE": {"damping": 0.5}
     }  # fmt: skip
