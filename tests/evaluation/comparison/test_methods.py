@@ -80,12 +80,10 @@ def test_our_residuals_are_out_of_sample_and_the_published_row_has_those_of_trai
     assert (published.residuals, ours.residuals) == ("training", "both")
     for point in METHODS[name].grid:
         assert built(name, planted, **point).residuals == "training"
-    for point in METHODS[f"{name}, out-of-sample residuals"].grid:
-        assert built(f"{name}, out-of-sample residuals", planted, **point).residuals in (
-            "both",
-            "temperature",
-        )
-        assert point["temperature"] > 1
+    grid = METHODS[f"{name}, out-of-sample residuals"].grid
+    kinds = [built(f"{name}, out-of-sample residuals", planted, **point).residuals for point in grid]
+    assert sorted(kinds) == ["both"] * 3 + ["temperature"] * 3  # each may be the better one
+    assert all(point.get("temperature", 2.0) > 1 for point in grid)
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n.startswith("STRIDE")])
