@@ -159,8 +159,8 @@ def compare_command(
         wanted = every if measure and "all" in measure else tuple(measure or ("lds", "calibration"))
         given = {"n_subsets": subsets, "n_seeds": seeds, "n_models": models, "n_test": test_points}
         if models is not None:  # then also of the measures that train models of their own
-            measures = {name: {**found, "n_models": models} if "n_models" in found else found
-                        for name, found in measures.items()}  # fmt: skip
+            for found in measures.values():
+                found.update({"n_models": models} if "n_models" in found else {})
         plan: dict[str, Any] = {
             **sizes,
             **{name: value for name, value in given.items() if value is not None},

@@ -18,7 +18,7 @@ from ..losses import loss_of
 from ..system.random_states import draws_put_back, same_random_state
 from ..system.saved_files import not_ours, read_file, write_file
 from ..system.saved_values import decode, encode, saved_as
-from .checkpoints.checkpoint import Checkpoint
+from .checkpoints.checkpoint import Checkpoint, seen_by, weights_of
 from .stale_data import batch_layout, changed_data, check_length, compare, read_digests
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def save_method(method: SavedMethod, path: str | Path) -> None:
         "batch": batch_layout(method),
         "batch_options": _said(method.batch),
         "checkpoint_weights": method._weights,
-        "seen": encode(_seen(method), "seen", tensors),
+        "seen": encode([seen_by(c, method.n_train_) for c in method._checkpoints()], "seen", tensors),
         "states": encode(method._states_to_save(), "states", tensors),
         "learned": encode(learned, "learned", tensors),
     }
@@ -120,8 +120,6 @@ def load_method(
             "other weights",
             "Pass the same `checkpoints`, if there were any, or fit again.",
         )
-    if "seen" in description:
-        _restore_seen(method, _decoded(path, description, tensors, ("seen",))[0])
     for name, value in defaults.items():
         if name not in options:
             setattr(method, name, value)
@@ -129,27 +127,17 @@ def load_method(
     return method
 
 
-def _seen(method: SavedMethod) -> list[Tensor | None]:
-    """Places of the training examples that each checkpoint has seen; None for all."""
-    return [
-        None
-        if getattr(checkpoint, "seen", None) is None
-        else torch.as_tensor(list(checkpoint.seen)).sort()[0]
-        for checkpoint in method._checkpoints()
-    ]
-
-
 def _restore_seen(method: SavedMethod, saved: Sequence[Tensor | None]) -> None:
     """Let checkpoints know what they have seen; refuse those that say something else."""
     if method.checkpoints is None:
         return
     whole = []
-    for checkpoint, seen, given in zip(method.checkpoints, saved, _seen(method), strict=True):
+    for checkpoint, seen in zip(method.checkpoints, saved, strict=True):
+        given = seen_by(checkpoint, method.n_train_)
         if given is not None and (seen is None or not torch.equal(given, seen)):
             must = "have seen the examples that those of the saved method have seen"
             raise bad_value("checkpoints", must, "other examples", "Pass the same `seen`, or fit again.")
-        known = seen is not None and given is None
-        whole.append(Checkpoint(checkpoint, seen=seen.tolist()) if known else checkpoint)  # type: ignore
+        whole.append(checkpoint if seen is None else Checkpoint(weights_of(checkpoint), seen=seen.tolist()))
     method.checkpoints = whole
 
 
@@ -201,6 +189,8 @@ def _restore(
     method._mark_data()
     for name, value in learned.items():
         setattr(method, name, value)
+    if "seen" in description:
+        _restore_seen(method, _decoded(path, description, tensors, ("seen",))[0])
     if found is not None and len(found.rows):
         method._read_again(found.rows)
 

@@ -492,6 +492,14 @@ class TestCheckpoints:
             found = STRIDE.load(tmp_path / "m", model, train, checkpoints=given)
             assert torch.equal(found.mislabel_scores(), method.mislabel_scores())
             assert [list(c.seen) for c in found.checkpoints] == [list(half) for half in halves]
+        mask = [i % 2 == 0 for i in range(48)]
+        for given in ([Checkpoint(state) for state in states], [Checkpoint(states[0], seen=mask), states[1]]):
+            found = STRIDE.load(tmp_path / "m", model, train, checkpoints=given)
+            assert torch.equal(found.mislabel_scores(), method.mislabel_scores())
+        masked = [Checkpoint(states[0], seen=mask), checkpoints[1]]
+        STRIDE(model, train, checkpoints=masked).fit().save(tmp_path / "masked")
+        found = STRIDE.load(tmp_path / "masked", model, train, checkpoints=states)
+        assert torch.equal(found.mislabel_scores(), method.mislabel_scores())
         other = [Checkpoint(state, seen=range(10)) for state in states]
         with pytest.raises(ValueError, match="`checkpoints` must have seen the examples that those of the"):
             STRIDE.load(tmp_path / "m", model, train, checkpoints=other)

@@ -52,6 +52,13 @@ def unseen_by(checkpoint: Any, n_train: int) -> Tensor:
     return unseen
 
 
+def seen_by(checkpoint: Any, n_train: int) -> Tensor | None:
+    """Places of the training examples that the model has seen, in order, `(n_seen,)`; None for all."""
+    if not isinstance(checkpoint, Checkpoint) or checkpoint.seen is None:
+        return None
+    return (~unseen_by(checkpoint, n_train)).nonzero()[:, 0]
+
+
 def seen_among(checkpoint: Any, keep: Tensor, n_train: int) -> Any:
     """The checkpoint of a training set of which only some examples are kept.
 
