@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from .data import inputs as data
 from .data.batch import ExampleBatch
+from .data.reading import check_weight_shape
 from .errors import bad_value
 from .features.options import Features
 from .features.precomputed import Precomputed, check_positions_finite, check_some_rows
@@ -99,13 +100,10 @@ class TrainingFeatures(InfluenceMethod):
             ValueError: Weights `(n, P)` of another P than that of labels that are class indices.
         """
         for batch in batches:
-            own, labels = batch.weights, batch.labels
-            if own is not None and own.ndim == 2 and labels is not None and not labels.is_floating_point():
-                shape = tuple(labels.flatten(1).shape) if labels.ndim > 1 else None
-                if shape not in (None, tuple(own.shape)):
-                    must = f"hold one for each example, or {shape}"
-                    raise bad_value("sample_weight", must, f"the shape {tuple(own.shape)}")
-            weights.append(own)
+            labels = batch.labels
+            if labels is not None and labels.ndim > 1 and not labels.is_floating_point():
+                check_weight_shape(batch.weights, tuple(labels.flatten(1).shape))
+            weights.append(batch.weights)
             yield batch
 
     def _all_weights(self, weights: list[Tensor | None], labels: Tensor) -> Tensor | None:

@@ -13,7 +13,16 @@ from ..errors import bad_type, bad_value
 
 
 def places(chosen: Any, n_train: int, name: str) -> NDArray[np.int64]:
-    """Places as sorted indices, each once, `(n,)`.
+    """Places as sorted indices, each once, `(n,)`; arguments and errors are those of `places_in_order`.
+
+    >>> places([2, 0], 5, "indices").tolist()
+    [0, 2]
+    """
+    return np.sort(places_in_order(chosen, n_train, name))
+
+
+def places_in_order(chosen: Any, n_train: int, name: str) -> NDArray[np.int64]:
+    """Places as indices, each once, in the order in which they are given, `(n,)`.
 
     Args:
         chosen: Integers of any kind (a list, a set, a range, an array or a tensor), a boolean mask of length
@@ -25,8 +34,10 @@ def places(chosen: Any, n_train: int, name: str) -> NDArray[np.int64]:
         TypeError: Another type, such as a single number or floats.
         ValueError: Out of range, twice the same, or a mask of another length.
 
-    >>> places(slice(1, 3), 5, "indices").tolist(), places([True, False, True], 3, "indices").tolist()
-    ([1, 2], [0, 2])
+    >>> places_in_order(slice(1, 3), 5, "indices").tolist(), places_in_order([2, 0], 3, "indices").tolist()
+    ([1, 2], [2, 0])
+    >>> places_in_order([True, False, True], 3, "indices").tolist()
+    [0, 2]
     """
     must = "hold places in the training set: integers, a boolean mask or a slice"
     if isinstance(chosen, slice):
@@ -52,7 +63,7 @@ def places(chosen: Any, n_train: int, name: str) -> NDArray[np.int64]:
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if twice.size:
         raise bad_value(name, "hold every place once", f"{twice[0]} twice")
-    return ordered
+    return found.astype(np.int64)
 
 
 def groups_of_places(groups: Any, n_train: int) -> list[NDArray[np.int64]]:

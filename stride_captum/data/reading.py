@@ -101,6 +101,21 @@ class Reading:
         return replace(self, shared=frozenset(shared_parts(first, second)))
 
 
+def check_weight_shape(weights: Tensor | None, positions: tuple[int, ...] | None) -> None:
+    """Refuse weights of positions that do not fit the positions of the examples.
+
+    Args:
+        weights: `(n,)`, or `(n, P)`.
+        positions: `(n, P)` of the examples; None for examples without positions.
+
+    Raises:
+        ValueError: They have two axes, and another shape.
+    """
+    if weights is not None and weights.ndim == 2 and weights.shape != positions:
+        must = "hold one for each example" + ("" if positions is None else f", or {positions}")
+        raise bad_value("sample_weight", must, f"the shape {tuple(weights.shape)}")
+
+
 def checked_weights(weights: Any, argument: str) -> Tensor:
     """Weights as `(n,)` float64, or `(n, P)` for positions.
 

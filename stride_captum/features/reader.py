@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import ExampleBatch
+from ..data.reading import check_weight_shape
 from ..errors import bad_value
 from ..layers.activations import Tap, at_positions, recording
 from ..positions import Positions, joined
@@ -179,9 +180,9 @@ def weights_of_rows(parts: Sequence[Tensor | None], positions: Positions | None)
     Raises:
         ValueError: Weights `(n, P)` for examples without positions.
     """
-    wide = next((part for part in parts if part is not None and part.ndim == 2), None)
-    if positions is None and wide is not None:
-        raise bad_value("sample_weight", "hold one for each example", f"the shape {tuple(wide.shape)}")
+    if positions is None:
+        for part in parts:
+            check_weight_shape(part, None)
     if positions is None or any(part is None for part in parts):
         return list(parts)
     found: list[Tensor | None] = []

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..data import inputs as data
 from ..data.batch import ExampleBatch, is_batch
 from ..data.passes import Passes
-from ..data.reading import Batch, Reading
+from ..data.reading import Batch, Reading, check_weight_shape
 from ..errors import bad_type, bad_value, whole_number
 from ..layers.activations import token_mask
 from ..layers.probes import check_deterministic
@@ -164,9 +164,7 @@ class BatchReader(ModelSession):
                 of each of them.
         """
         own = batch.weights if batch.columns is not None or batch.has_weights else None
-        if own is not None and own.ndim == 2 and (kept is None or own.shape != kept.shape):
-            must = "hold one for each example" + ("" if kept is None else f", or {tuple(kept.shape)}")
-            raise bad_value("sample_weight", must, f"the shape {tuple(own.shape)}")
+        check_weight_shape(own, None if kept is None else tuple(kept.shape))
         if own is not None and kept is not None:
             own = (own if own.ndim == 2 else own[:, None].expand(kept.shape))[kept.to(own.device)]
         weights = [w for w in (own, self.loss.weights(labels)) if w is not None]

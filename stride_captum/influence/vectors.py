@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.places import places
+from ..data.places import places_in_order
 from ..errors import bad_value
 from ..system.devices import as_float64
 from ..system.locks import exclusive
@@ -58,9 +57,8 @@ def train_vectors(method: InfluenceMethod, indices: Any, aggregate: bool) -> Ten
     with exclusive(method):
         if method._states is None:
             method.fit()
-        order = torch.as_tensor(places(indices, method.n_train_, "inputs").copy(), device="cpu")
-        given = _as_given(indices, order)
-        order = order.sort().values
+        given = torch.from_numpy(places_in_order(indices, method.n_train_, "inputs").copy())
+        order = given.sort().values
         with method._session() as model:
             method._check_unchanged()
             parts = []
@@ -69,15 +67,6 @@ def train_vectors(method: InfluenceMethod, indices: Any, aggregate: bool) -> Ten
                 parts.append(_of_rows(method, state, model, order))
     whole = torch.cat(parts, 1)[torch.searchsorted(order, given).to(parts[0].device)]
     return as_float64(whole).sum(0, keepdim=True).to(whole) if aggregate else whole
-
-
-def _as_given(indices: Any, order: Tensor) -> Tensor:
-    """Places in the order in which they were given; those of a slice or a mask are in `order`."""
-    if isinstance(indices, slice):
-        return order
-    values = np.asarray(indices.cpu() if isinstance(indices, Tensor) else list(indices))
-    given: Tensor = torch.as_tensor(values, device="cpu")
-    return order if given.dtype == torch.bool else given.reshape(-1).long()
 
 
 def _of_rows(method: InfluenceMethod, state: Any, model: Any, rows: Tensor) -> Tensor:
