@@ -35,7 +35,8 @@ from .layers.activations import Tap, default_taps, named_taps, recording
 from .layers.probes import check_deterministic
 from .operators import Operators
 from .system.devices import float64_device
-from .system.fingerprints import code_fingerprint, weights_fingerprint
+from .system.fingerprints import weights_fingerprint
+from .system.stable_digest import NoStableDigest, stable_digest
 
 Self = TypeVar("Self", bound="TrainingFeatures")
 
@@ -179,7 +180,7 @@ class TrainingFeatures(InfluenceMethod):
         if self.batch.label_key is not None:
             key["labels"] = f"label_key={self.batch.label_key!r}"
         if self.batch.forward is not None:
-            key["forward"] = code_fingerprint(self.batch.forward)
+            key["forward"] = _digest_of(self.batch.forward)
         store = self.feature_store if self.checkpoints is None else self.feature_store.for_checkpoint(index)
         return store, key
 
@@ -225,3 +226,11 @@ class TrainingFeatures(InfluenceMethod):
             else:  # saved after an incremental update
                 self._changed = True
         return states
+
+
+def _digest_of(function: Any) -> str:
+    """Digest of a function with all that it reads, or of its code where some of that has no content."""
+    try:
+        return stable_digest(function, "forward")
+    except NoStableDigest:
+        return stable_digest(getattr(function, "__code__", type(function)), "forward")

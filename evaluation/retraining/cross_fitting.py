@@ -27,7 +27,7 @@ from ...losses import Loss
 from ...subsets import Membership, members, membership_from_indices, partition
 from ...system.preserve_state import preserve_state
 from ...system.random_states import same_random_state
-from ..system.stable_digest import NoStableDigest, stable_digest
+from ...system.stable_digest import NoStableDigest, stable_digest
 from ..tasks.new_network import seeded
 from ..tasks.task_loss import output_rows, response_of
 from . import store as run_store

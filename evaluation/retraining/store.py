@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ...system.atomic import atomic_write
 from ...system.fingerprints import bits
-from ..system.stable_digest import NoStableDigest, stable_digest
+from ...system.stable_digest import NoStableDigest, stable_digest
 from ..tasks.new_network import built
 from ..tasks.task import Task
 

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from ...errors import bad_type, bad_value
 from ...system.fingerprints import weights_fingerprint
 from ...system.random_states import same_random_state
-from ..system.stable_digest import NoStableDigest, stable_digest
+from ...system.stable_digest import NoStableDigest, stable_digest
 
 #: Two unlikely seeds, to check what a factory does with a seed.
 _SEEDS = (314_159_265, 271_828_182)

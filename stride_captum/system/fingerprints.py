@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterator
-from functools import partial
-from types import CodeType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,39 +20,6 @@ def weights_fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(bits(tensor).numpy().data)
     return digest.hexdigest()
-
-
-def code_fingerprint(function: Any) -> str:
-    """Digest of what a function does, as far as its code, constants, defaults and enclosed values tell.
-
-    Of other callables, the code of `__call__` and their `repr` count.
-    """
-    code = getattr(function, "__code__", None)
-    if code is None and isinstance(function, partial):
-        return f"{code_fingerprint(function.func)} {function.args!r} {function.keywords!r}"
-    if code is None:
-        code = getattr(type(function).__call__, "__code__", None)
-        said = [repr(function)]
-    else:
-        cells = getattr(function, "__closure__", None) or ()
-        said = [repr(function.__defaults__), repr(function.__kwdefaults__)]
-        said += [repr(cell.cell_contents) for cell in cells]
-    digest = hashlib.sha256()
-    for part in (*said, *_of_code(code)):
-        digest.update(re.sub(r"0x[0-9a-f]+", "", part).encode())  # addresses are not content
-    return digest.hexdigest()
-
-
-def _of_code(code: CodeType | None) -> Iterator[str]:
-    """Instructions, names and constants of a function, and of those inside of it."""
-    if code is None:
-        return
-    yield f"{code.co_code.hex()} {code.co_names}"
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _of_code(constant)
-        else:
-            yield repr(constant)
 
 
 def weights_version(model: nn.Module) -> tuple[tuple[int, ...], ...]:

@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 from .... import adapters
 from ....errors import bad_choice, bad_value
 from ....influence.method import InfluenceMethod
+from ....system.stable_digest import stable_digest
 from ...measures.cost import Build, forward_seconds
 from ...measures.linear_datamodeling import finite_array
 from ...measures.mislabel_precision import MislabelResult, flip_labels, mislabel
@@ -30,7 +31,6 @@ from ...measures.statistics import Array
 from ...retraining.attributed_estimates import estimate_attributed
 from ...retraining.attributed_models import train_attributed
 from ...retraining.estimate import RetrainingEstimate
-from ...system.stable_digest import stable_digest
 from ...tasks.checks import check_task
 from ...tasks.task import Task
 from ..shared.measure import Measure, defaults_of

@@ -30,10 +30,10 @@ from ....influence.method import InfluenceMethod
 from ....system.atomic import atomic_write
 from ....system.fingerprints import weights_fingerprint
 from ....system.peak_memory import release_free_memory
+from ....system.stable_digest import Examples, NoStableDigest, stable_digest
 from ...measures.cost import Build, Cost
 from ...retraining import store as run_store
 from ...system import environment
-from ...system.stable_digest import Examples, NoStableDigest, stable_digest
 from ...tasks.task import Task
 from ...tasks.task_loss import loss_of_methods
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from ...system.fingerprints import bits
-from ...system.random_states import same_random_state
 from .code_digest import CodeParts, Parts
+from .fingerprints import bits
+from .random_states import same_random_state
 
 
 class NoStableDigest(TypeError):

@@ -16,7 +16,7 @@ from scipy import sparse
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from stride_captum.evaluation.system.stable_digest import Examples, NoStableDigest, stable_digest
+from stride_captum.system.stable_digest import Examples, NoStableDigest, stable_digest
 
 SCALE = 2.0
 STORED = {0: [1.0, 2.0], 1: [1.0, 3.0]}
@@ -315,7 +315,7 @@ import functools, numpy as np, torch
 from torch import nn
 from torch.utils.data import TensorDataset
 from stride_captum.evaluation.tasks.networks import cifar10_cnn
-from stride_captum.evaluation.system.stable_digest import stable_digest
+from stride_captum.system.stable_digest import stable_digest
 
 class Net(nn.Module):
     names = frozenset({"a", "bb", "ccc"})
