@@ -159,8 +159,8 @@ def compare_command(
         wanted = every if measure and "all" in measure else tuple(measure or ("lds", "calibration"))
         given = {"n_subsets": subsets, "n_seeds": seeds, "n_models": models, "n_test": test_points}
         if models is not None:  # then also of the measures that train models of their own
-            for found in measures.values():
-                found.update({"n_models": models} if "n_models" in found else {})
+            for its_own in measures.values():
+                its_own.update({"n_models": models} if "n_models" in its_own else {})
         plan: dict[str, Any] = {
             **sizes,
             **{name: value for name, value in given.items() if value is not None},
