@@ -41,6 +41,8 @@ _COPIES = {_aten.copy_.default, _aten._to_copy.default}
 _INDEXING = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default}
 #: Operations that are not elementwise and take numbers of the processor all the same.
 _TAKE_NUMBERS = {_aten.fill_.Tensor, _aten.masked_fill.Tensor, _aten.masked_fill_.Tensor, *_INDEXING}
+#: Operations that only look at the kinds of their tensors.
+_ONLY_COMPARE = {_aten._has_compatible_shallow_copy_type.default}
 #: Operations that are waited for without saying so in their tags.
 _WAITED_FOR = {_aten._linalg_check_errors.default, _aten._linalg_eigh.default, _aten._linalg_svd.default}
 #: Folders of the package.
@@ -174,7 +176,7 @@ class StrictDevice(TorchDispatchMode):
             others = [t for t in others if id(t) not in moved]
             if moved:
                 self.copies[_place()] += len(moved)
-        if not strict or not others:
+        if not strict or not others or func in _ONLY_COMPARE:
             return
         takes_numbers = torch.Tag.pointwise in func.tags or func in _TAKE_NUMBERS
         writes_to_other = func._schema.is_mutable and not isinstance(args[0], StrictTensor)

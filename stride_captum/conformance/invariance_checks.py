@@ -97,10 +97,11 @@ def a_saved_method_gives_the_same_bits(build: Build) -> None:
     """`type(method).load(path, model, train)` after `method.save(path)`."""
     model, train, test = trained(MLP)
     method = build(model, train).fit()
+    elsewhere = {} if getattr(method, "device", None) is None else {"device": method.device}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "method"
         method.save(path)
-        loaded = type(method).load(path, model, train)
+        loaded = type(method).load(path, model, train, **elsewhere)
         same_bits(loaded.influence(test.tensors), method.influence(test.tensors), "scores")
         same_bits(loaded.self_influence(), method.self_influence(), "self-influence")
 

@@ -73,8 +73,8 @@ class ModelSession(DataInfluence):  # type: ignore[misc]
         """Context manager: the model on the working device, in eval mode, locked and restored on exit."""
         with (
             exclusive(self, self.model),
+            torch.inference_mode(False),  # first: a copy on a device must have weights with gradients
             preserve_state(self._model_on_device(), weights=self.checkpoints is not None) as model,
-            torch.inference_mode(False),
             torch.set_grad_enabled(self.needs_gradients),
             full_precision(self._work_device()),
         ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from stride_captum.adapters import (
     Similarity,
     TracIn,
 )
+from stride_captum.conformance import laws_of, run_check, shipped, shipped_at_positions
 from stride_captum.evaluation import compare, load_task
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.influence.top_k import GroupSums, StreamedTopK
@@ -117,6 +119,20 @@ class TestEveryMethod:
         finally:
             torch.set_default_dtype(torch.float32)
         assert torch.equal(scores, expected(name)["influence"])
+
+    @pytest.mark.matrix
+    @pytest.mark.parametrize("name", ["STRIDE", "TracIn", "EKFAC", "TracIn, positions"])
+    def test_laws(self, name: str) -> None:
+        (subject,) = (s for s in (*shipped(), *shipped_at_positions()) if s.name == name)
+        build = partial(subject.build, device=DEVICE)
+        laws = dict(laws_of(subject.loss))
+        del laws["float64_models_give_float64_scores"]  # the strict device has no products of two vectors
+        with strict_device():
+            outcomes = {
+                law: run_check(function, build, subject.exceptions.get(law), subject.loss)
+                for law, function in laws.items()
+            }
+        assert not {law: said for law, said in outcomes.items() if said.startswith(("fail", "needless"))}
 
     def test_ekfac_refuses_a_device_without_float64(self) -> None:
         model, train, _ = trained(MLP)
