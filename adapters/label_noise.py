@@ -21,6 +21,14 @@ from ..data.passes import Passes
 from ..data.reading import Batch, Reading
 from ..errors import bad_choice, bad_type, bad_value, whole_number
 from ..features.options import Features
+from ..influence.checkpoints.checkpoint import (
+    Checkpoint,
+    apart_from,
+    checkpoint_list,
+    load_checkpoint,
+    unseen_by,
+    weights_of,
+)
 from ..layers.activations import Tap, check_finite, default_taps, named_taps, recording
 from ..losses import Loss, loss_of
 from ..system.devices import device_of, full_precision
@@ -127,9 +135,13 @@ class ConfidentLearning(LabelNoiseDetector):
     read, without the last one: these features have memorized the labels least. A network with a single
     such place keeps it. Raw images are never read, a flat float input is.
 
+    With `checkpoints` of models that have seen a part of the data each (`retrain`), nothing is fitted: the
+    probabilities of an example are the mean of those of the models that have not seen it.
+
     Args:
         model: As for every detector.
         train_dataset: As for every detector.
+        checkpoints: `Checkpoint`s with `seen`: each example is unseen by one of them, at least.
         fit_predict: `f(train_rows, test_rows) -> (len(test_rows), n_classes)` probabilities, both index
             arrays into the training set; None for the logistic regression.
         n_folds: Folds, from 2 to n_train.
@@ -140,6 +152,7 @@ class ConfidentLearning(LabelNoiseDetector):
 
     Raises:
         ImportError: Cleanlab is not installed.
+        ValueError: Both `checkpoints` and `fit_predict` are given, or all checkpoints have seen an example.
 
     >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
@@ -153,6 +166,7 @@ class ConfidentLearning(LabelNoiseDetector):
         model: nn.Module,
         train_dataset: Any,
         *,
+        checkpoints: Sequence[Checkpoint] | None = None,
         fit_predict: FitPredict | None = None,
         n_folds: int = 5,
         seed: int = 0,
@@ -163,11 +177,14 @@ class ConfidentLearning(LabelNoiseDetector):
         self.loss.refuse(type(self).__name__, "which fits a classifier")
         if quality not in QUALITIES:
             raise bad_choice("quality", quality, QUALITIES)
-        if fit_predict is None:
+        if checkpoints is not None and fit_predict is not None:
+            raise bad_value("checkpoints", "be given without `fit_predict`", "both")
+        if fit_predict is None and checkpoints is None:
             why = "its logistic regression counts every example once"
             name, remedy = type(self).__name__, "Give `fit_predict`, which may weigh them."
             refuse_weights(name, self.batch, self.loss, why, remedy)
         self._quality_scores = _cleanlab_quality_scores()
+        self.checkpoints = None if checkpoints is None else apart_from(model, checkpoint_list(checkpoints))
         self.fit_predict = fit_predict
         self.n_folds = n_folds
         self.seed = seed
@@ -175,18 +192,37 @@ class ConfidentLearning(LabelNoiseDetector):
 
     def mislabel_scores(self) -> Tensor:
         """One minus cleanlab's label quality, `(n_train,)` float64 in [0, 1]."""
-        features, logits, classes = self._read(self._taps() if self.fit_predict is None else ())
+        from_features = self.fit_predict is None and self.checkpoints is None
+        features, logits, classes = self._read(self._taps() if from_features else ())
         if classes.ndim != 1:
             must = "hold class indices for ConfidentLearning, which fits a classifier"
             raise bad_value("train_dataset", must, "distributions over classes", "Write labels.argmax(1).")
         labels = classes.cpu().numpy()
         fit_predict = self.fit_predict
-        if fit_predict is None:
-            check_finite(features)
-            fit_predict = logistic_regression(features.cpu().numpy(), labels, logits.shape[1])
-        probabilities = out_of_sample_probabilities(fit_predict, labels, self.n_folds, self.seed)
+        if self.checkpoints is not None:
+            probabilities = self._of_models_of_parts(self.checkpoints, len(labels))
+        else:
+            if fit_predict is None:
+                check_finite(features)
+                fit_predict = logistic_regression(features.cpu().numpy(), labels, logits.shape[1])
+            probabilities = out_of_sample_probabilities(fit_predict, labels, self.n_folds, self.seed)
         quality = self._quality_scores(labels, probabilities, method=self.quality)
         return 1 - torch.from_numpy(np.asarray(quality, dtype=np.float64))
+
+    def _of_models_of_parts(self, checkpoints: Sequence[Checkpoint], n: int) -> NDArray[np.float64]:
+        """Mean probabilities `(n, n_classes)` of the models that have not seen an example."""
+        unseen = torch.stack([unseen_by(checkpoint, n) for checkpoint in checkpoints])
+        if not bool(unseen.any(0).all()):
+            must = "leave every example unseen by one of them"
+            example = f"example {int(unseen.any(0).int().argmin())}, which all have seen"
+            raise bad_value("checkpoints", must, example, "Pass models of parts, as `retrain` gives them.")
+        total: Any = 0.0
+        with preserve_state(self.model, weights=True) as model:
+            for checkpoint, rows in zip(checkpoints, unseen, strict=True):
+                load_checkpoint(model, weights_of(checkpoint))
+                probabilities = self._read()[1].double().softmax(1).cpu()
+                total = total + probabilities * rows[:, None]
+        return np.asarray(total / unseen.sum(0)[:, None])
 
     def _taps(self) -> list[Tap]:
         with preserve_state(self.model), torch.no_grad():

@@ -35,13 +35,12 @@ def specs_of(methods: Sequence[str | MethodSpec] | None) -> list[MethodSpec]:
     return every
 
 
-def impossible(every: Sequence[MethodSpec], task: Task, on_halves: bool) -> dict[str, str]:
+def impossible(every: Sequence[MethodSpec], task: Task) -> dict[str, str]:
     """The methods that cannot be run on a task, and why.
 
     Args:
         every: The methods.
         task: The task.
-        on_halves: Whether methods that want checkpoints along the training are given them.
 
     Returns:
         By name of a method, the reason: the end of a sentence that begins with the name.
@@ -56,7 +55,7 @@ def impossible(every: Sequence[MethodSpec], task: Task, on_halves: bool) -> dict
                 continue
         if not spec.available:
             skipped[spec.name] = f"needs {spec.needs}"
-        elif on_halves and task.training.epochs < spec.fewest_epochs:
+        elif task.training.epochs < spec.fewest_epochs:
             skipped[spec.name] = f"needs at least {spec.fewest_epochs} epochs"
     return skipped
 

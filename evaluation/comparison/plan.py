@@ -82,19 +82,16 @@ def settle(
             given.setdefault("n_models", n_models)
     on_halves = any(MEASURES[name].on_halves for name in wanted)
     every = specs_of(methods)
-    skipped = impossible(every, task, on_halves) if methods is None else {}
+    skipped = impossible(every, task) if methods is None else {}
     tried = grids(every, task, options or {}, on_halves)
     specs = [replace(c, grid=tried[c.name]) for c in every if c.name not in skipped]
-    elsewhere = ", ".join(name for name in wanted if not MEASURES[name].on_halves)
-    if elsewhere:
-        why = f"is not measured by {elsewhere}: those train models of their own"
-        skipped |= {spec.name: why for spec in specs if not spec.uses_model_alone}
     question = Question(
         task=task,
         specs=specs,
         measures=wanted,
         halves=halves(task, store, n_subsets, n_seeds, n_test),
         on_halves=on_halves,
+        on_models=any(MEASURES[name].on_models for name in wanted),
         store=Path(store),
         n_models=3 if n_models is None else n_models,
         device=device,
@@ -232,7 +229,7 @@ def _check_builds(spec: MethodSpec, question: Question, network: nn.Module) -> N
     """Build a method with each of its option sets, on an untrained network."""
     task, extra = question.task, {}
     if spec.n_checkpoints != 1:
-        if question.on_halves and task.training.epochs < spec.fewest_epochs:
+        if task.training.epochs < spec.fewest_epochs:
             must = f"be at least {spec.fewest_epochs} for {spec.name!r}"
             raise bad_value("epochs", must, task.training.epochs, "Its checkpoints are of different epochs.")
         extra = {"checkpoints": [network.state_dict()] * spec.fewest_epochs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def spiked_epoch(task: Task, seed: int, store: str | Path, device: torch.device 
 def train_checkpoints(
     task: Task,
     seed: int,
-    store: str | Path,
+    store: str | Path | None,
     epochs: Sequence[int],
     *,
     device: torch.device | str = "cpu",
@@ -166,7 +167,7 @@ def train_checkpoints(
     Args:
         task: What is trained.
         seed: Seed of the training of the attributed model.
-        store: Folder for the weights.
+        store: Folder for the weights; None keeps nothing.
         epochs: Epochs after which a checkpoint is kept (`even_epochs`, `log_epochs`), in order.
         device: Where the attributed model was trained.
 
@@ -181,6 +182,9 @@ def train_checkpoints(
     kept = list(epochs)
     if any(not 0 < epoch <= task.training.epochs for epoch in kept):
         raise bad_value("epochs", f"lie between 1 and {task.training.epochs}", kept)
+    if store is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return train_checkpoints(task, seed, folder, epochs, device=device)
     paths = checkpoint_paths(run_store.Fingerprints(task), kept, seed, store, device)
 
     def keep(epoch: int, model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from stride_captum import Checkpoint
 from stride_captum.adapters import ConfidentLearning, LossDetector
 from stride_captum.adapters.label_noise import (
     QUALITIES,
@@ -278,3 +280,49 @@ def test_without_cleanlab_there_is_a_hint(noisy, monkeypatch):
     monkeypatch.setitem(sys.modules, "cleanlab.rank", None)
     with pytest.raises(ImportError, match=r'ConfidentLearning needs cleanlab: pip install "cleanlab>=\S+"'):
         ConfidentLearning(*noisy)
+
+
+@needs_cleanlab
+class TestModelsOfParts:
+    """Confident learning with models that have seen a part of the data each."""
+
+    @pytest.fixture
+    def parts(self):
+        model, train, _ = trained(MLP)
+        other = trained(MLP, steps=7)[0]
+        rows = torch.arange(48)
+        seen = [rows[rows % 3 == 0], rows[rows % 3 != 0], rows[rows % 3 == 1]]
+        return (
+            model,
+            train,
+            [
+                Checkpoint(net.state_dict(), seen=part.tolist())
+                for net, part in zip((model, other, model), seen, strict=True)
+            ],
+        )
+
+    def test_each_example_is_judged_by_those_that_have_not_seen_it(self, parts):
+        model, train, kept = parts
+        x, y = train.tensors
+        networks = [copy.deepcopy(model) for _ in kept]
+        wanted = torch.empty(48, dtype=torch.float64)
+        for network, checkpoint in zip(networks, kept, strict=True):
+            network.load_state_dict(checkpoint.weights)
+        for i in range(48):
+            unseen = [n for n, c in zip(networks, kept, strict=True) if i not in c.seen]
+            p = [network(x[i : i + 1]).double().softmax(1)[0, y[i]] for network in unseen]
+            wanted[i] = 1 - torch.stack(p).mean()
+        before = copy.deepcopy(model.state_dict())
+        found = ConfidentLearning(model, train, checkpoints=kept, batch_size=7).mislabel_scores()
+        torch.testing.assert_close(found, wanted.detach(), rtol=1e-6, atol=1e-7)
+        assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
+
+    def test_what_all_have_seen_is_refused(self, parts):
+        model, train, kept = parts
+        must = r"`checkpoints` must leave every example unseen by one of them; got example 0, which all have"
+        with pytest.raises(ValueError, match=must):
+            ConfidentLearning(model, train, checkpoints=kept[:1]).mislabel_scores()
+        with pytest.raises(ValueError, match=must):
+            ConfidentLearning(model, train, checkpoints=[model.state_dict()]).mislabel_scores()
+        with pytest.raises(ValueError, match="`checkpoints` must be given without `fit_predict`; got both"):
+            ConfidentLearning(model, train, checkpoints=kept, fit_predict=lambda a, b: None)

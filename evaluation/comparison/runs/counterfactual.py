@@ -7,7 +7,7 @@ that all models of one seed, with and without removed examples, are paired.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from ...tasks.checks import check_task
 from ...tasks.task import Task
 from ..shared.measure import Measure, defaults_of
 from ..shared.methods import METHODS, MethodSpec
+from ..shared.one_training import with_checkpoints
 from ..shared.question import Question
 from ..shared.score_cache import CachedMethod
 from ..shared.shared import Shared
@@ -84,6 +85,7 @@ def measure_counterfactual(
     n_seeds: int = 3,
     opponents: bool = False,
     reference: str = "ClassRandom",
+    checkpoints: Callable[[Build, str], Sequence[Any] | None] = lambda method, name: None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     n_jobs: int = -1,
     engine: str = "processes",
@@ -104,6 +106,8 @@ def measure_counterfactual(
         n_seeds: Retrainings of the whole training set and of each reduced one.
         opponents: Remove the lowest scores instead; the probability should then rise.
         reference: Name of the method that the others are compared with, if it is among them.
+        checkpoints: Called with a builder and the name of a model, gives the option `checkpoints` of the
+            method; None for the model alone.
         options: By name of a method, the options that its builder is given.
         n_jobs: Workers for the retrainings; as for `RetrainingPlan.execute`, as are `engine` and `device`.
         engine: See there.
@@ -153,7 +157,8 @@ def measure_counterfactual(
     for model_name, model in models.items():
         forward = forward_seconds(model, task.train)
         for name, build in methods.items():
-            method = CachedMethod(build, model, task, (options or {}).get(name, {}), store, forward)
+            given = with_checkpoints((options or {}).get(name, {}), checkpoints(build, model_name))
+            method = CachedMethod(build, model, task, given, store, forward)
             answer = method.margins((x, y))
             scores = finite_array("scores", answer.values)
             costs[name].append(answer.cost(len(points)))
@@ -199,6 +204,7 @@ class Counterfactual(Measure):
     """`measure_counterfactual` for one arm or both, by default at the first reported test points."""
 
     name = "counterfactual"
+    on_models = True
     defaults: Mapping[str, Any] = {
         **defaults_of(measure_counterfactual),
         "methods": None,
@@ -212,12 +218,12 @@ class Counterfactual(Measure):
         found = super().settings(question)
         if found["test_points"] is None:
             found["test_points"] = question.reported[: found["n_points"]]
-        return {**found, "n_jobs": question.measures[self.name].get("n_jobs", question.n_jobs)}
+        return found
 
     def methods(self, question: Question) -> dict[str, MethodSpec]:
         """The methods whose top examples are removed, and the controls."""
-        chosen = self.settings(question)["methods"] or list(question.usable)
-        return {n: c for n, c in question.usable.items() if n in {*chosen, "ClassRandom", "Similarity"}}
+        chosen = self.settings(question)["methods"] or list(question.methods)
+        return {n: c for n, c in question.methods.items() if n in {*chosen, "ClassRandom", "Similarity"}}
 
     def check(self, question: Question) -> None:
         """Refuse names that do not exist, and test points on which options are chosen."""
@@ -229,8 +235,8 @@ class Counterfactual(Measure):
         named, kept = settings["methods"] or (), list(self.methods(question))
         for option, values, choices in (
             ("arms", settings["arms"], ARMS),
-            ("methods", named, list(dict.fromkeys([*question.usable, *METHODS]))),
-            ("methods", () if set(named) & set(kept) else named[:1], list(question.usable)),
+            ("methods", named, list(dict.fromkeys([*question.methods, *METHODS]))),
+            ("methods", () if set(named) & set(kept) else named[:1], list(question.methods)),
             ("reference", [given["reference"]] if "reference" in given else (), kept),
             ("engine", [settings["engine"]], ENGINES),
         ):
@@ -283,6 +289,7 @@ class Counterfactual(Measure):
                 self.methods(question),
                 shared.models,
                 opponents=arm == "opponents",
+                checkpoints=shared.checkpoints_of,
                 show_progress=question.show_progress,
                 **given(shared),
                 **settings,

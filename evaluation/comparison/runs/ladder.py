@@ -88,8 +88,8 @@ def contender(name: str, question: Question) -> MethodSpec:
     and a grid over its damping alone. Options that were given, for the method that is measured or for
     `name`, are its only grid.
     """
-    own = question.usable.get(name)
-    if own is not None and _is_of_the_user(own, question):
+    own = question.methods.get(name)
+    if own is not None and own.uses_model_alone and _is_of_the_user(own, question):
         return own
     tuned = {"STRIDE": "STRIDE (tuned)"}.get(name, name + OUT_OF_SAMPLE)
     spec = METHODS.get(tuned, METHODS[name])

@@ -5,7 +5,7 @@ The options of a method are chosen by LDS on the first half of the test points; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,6 @@ from ...retraining.plan import without_diverged
 from ...retraining.task_parts import HALVES
 from ...tasks.task_loss import is_plain, responses
 from ..shared.measure import Measure
-from ..shared.methods import MethodSpec
 from ..shared.shared import Shared
 from .on_models import OnModels, Retrained, choose
 
@@ -90,7 +89,7 @@ class Reading(Measure):
 
     name: str
     fewest_subsets: int
-    on_halves = True
+    on_halves = on_models = True
 
     @property
     def part(self) -> str:
@@ -165,18 +164,9 @@ def _rows(shared: Shared) -> list[Row]:
     bar = tqdm(question.specs, desc="methods", disable=not question.show_progress)
     for spec in bar:
         bar.set_postfix_str(spec.name)
-        method = OnModels(spec, shared, forward, partial(_checkpoints_of, spec, shared))
+        method = OnModels(spec, shared, forward, partial(shared.checkpoints_of, spec))
         rows.append(_row(method, halves, rows[0] if rows else None))
     return rows
-
-
-def _checkpoints_of(spec: MethodSpec, shared: Shared, name: str) -> Sequence[Any] | None:
-    """The `checkpoints` of a row for an attributed model; None for the model alone."""
-    if spec.partitions:
-        return shared.cross_fitted[HALVES][name].checkpoints[: HALVES.parts * spec.partitions]
-    if spec.n_checkpoints != 1:
-        return shared.along(name, spec.epochs(shared.question.task.training.epochs))
-    return None
 
 
 def _row(method: OnModels, halves: Retrained, first: Row | None) -> Row:

@@ -21,12 +21,11 @@ from ...measures.cost import Build, Cost, forward_seconds, median_cost
 from ...measures.leakage_rank import LeakageResult, leakage, near_duplicate
 from ...measures.linear_datamodeling import finite_array
 from ...measures.statistics import Array
-from ...retraining.attributed_estimates import estimate_attributed
-from ...retraining.attributed_models import train_attributed
 from ...retraining.estimate import RetrainingEstimate
 from ...tasks.checks import check_task
 from ...tasks.task import Task
 from ..shared.measure import Measure, defaults_of
+from ..shared.one_training import OneTraining, estimates, with_checkpoints
 from ..shared.question import Question
 from ..shared.score_cache import Answer, CachedMethod
 from ..shared.shared import Shared
@@ -146,6 +145,7 @@ def measure_leakage(
     kinds: Sequence[str] = ("exact",),
     n_models: int = 1,
     device: torch.device | str = "cpu",
+    n_jobs: int = 1,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     n_resamples: int = 1000,
     seed: int = 0,
@@ -160,6 +160,7 @@ def measure_leakage(
         kinds: As for `near_duplicate`; each is a training set of its own.
         n_models: Models for each training set, trained with the seeds 0, 1, ...
         device: Where models are trained and methods are run.
+        n_jobs: Workers for models of halves, which cross-fitted methods need.
         options: By name of a method, the options that its builder is given.
         n_resamples: Bootstrap draws; 0 leaves the intervals out.
         seed: Seed of the choice of test examples and of the bootstrap.
@@ -193,12 +194,12 @@ def measure_leakage(
             scores: dict[tuple[str, str | None], list[Array]] = defaultdict(list)
             costs: dict[tuple[str, str | None], list[Cost]] = defaultdict(list)
             for i in range(n_models):
-                model = train_attributed(planted.task, i, store, device=device)
+                trained = OneTraining(planted.task, i, store, device=device, n_jobs=n_jobs)
+                model = trained.model
                 forward = forward_seconds(model, planted.task.train)
                 for name, build in methods.items():
-                    method = CachedMethod(
-                        build, model, planted.task, (options or {}).get(name, {}), store, forward
-                    )
+                    given = with_checkpoints((options or {}).get(name, {}), trained.checkpoints(build))
+                    method = CachedMethod(build, model, planted.task, given, store, forward)
                     for way in (None, "cosine"):
                         answer = answer_if_defined(method, (x, y), way)
                         if answer is not None:
@@ -264,9 +265,10 @@ class Leakage(Measure):
             for planted in [plant(question.task, n_planted, kind=kind, seed=settings["seed"])]
             for seed in range(settings["n_models"])
         )
-        return [estimate_attributed(runs, question.store, purpose=self.name, device=question.device)]
+        how: dict[str, Any] = {"device": question.device, "n_jobs": settings["n_jobs"]}
+        return estimates(runs, question.specs, question.store, self.name, **how)
 
     def run(self, shared: Shared) -> list[LeakageRow]:
         """A row for each kind, count, method and normalization."""
         question = shared.question
-        return measure_leakage(question.task, question.usable, **given(shared), **self.settings(question))
+        return measure_leakage(question.task, question.methods, **given(shared), **self.settings(question))

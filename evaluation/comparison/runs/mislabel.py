@@ -28,12 +28,11 @@ from ...measures.cost import Build, forward_seconds
 from ...measures.linear_datamodeling import finite_array
 from ...measures.mislabel_precision import MislabelResult, flip_labels, mislabel
 from ...measures.statistics import Array
-from ...retraining.attributed_estimates import estimate_attributed
-from ...retraining.attributed_models import train_attributed
 from ...retraining.estimate import RetrainingEstimate
 from ...tasks.checks import check_task
 from ...tasks.task import Task
 from ..shared.measure import Measure, defaults_of
+from ..shared.one_training import OneTraining, estimates, with_checkpoints
 from ..shared.question import Question
 from ..shared.score_cache import Answer, CachedMethod
 from ..shared.shared import Shared
@@ -41,12 +40,35 @@ from ..shared.suspects import Suspect, most_suspect
 from .lds import given
 
 #: `detector(model, train_dataset)` returns `(n_train,)`: high = the label is suspect.
-Detector = Callable[[nn.Module, Any], Any]
+Detector = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class DetectorSpec:
+    """A detector of label noise that uses no influence.
+
+    Attributes:
+        build: Its class.
+        partitions: Partitions of the training set into halves whose models it is given as `checkpoints`.
+        needs: Module of an extra that it needs.
+    """
+
+    build: Callable[..., adapters.LabelNoiseDetector]
+    partitions: int = 0
+    needs: str | None = None
+
+    def __call__(self, model: nn.Module, train_dataset: Any, **options: Any) -> Any:
+        """Scores `(n_train,)`, high = the label is suspect."""
+        return self.build(model, train_dataset, **options).mislabel_scores()
+
 
 #: Detectors of label noise that use no influence.
 DETECTORS = {
-    "loss": adapters.LossDetector,
-    "confident learning": adapters.ConfidentLearning,
+    "loss": DetectorSpec(adapters.LossDetector),
+    "confident learning": DetectorSpec(adapters.ConfidentLearning, needs="cleanlab"),
+    "confident learning, cross-fitted": DetectorSpec(
+        adapters.ConfidentLearning, partitions=1, needs="cleanlab"
+    ),
 }
 _HELD_OUT_BATCH = 100
 
@@ -133,6 +155,7 @@ def measure_mislabel(
     n_models: int = 1,
     n_held_out: int = 1000,
     device: torch.device | str = "cpu",
+    n_jobs: int = 1,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     n_resamples: int = 1000,
     seed: int = 0,
@@ -149,6 +172,7 @@ def measure_mislabel(
         n_models: Models. Model i is trained with seed i on labels flipped with `seed + i`.
         n_held_out: Held-out points: at most so many of the first test points, whose labels are clean.
         device: Where models are trained and methods are run.
+        n_jobs: Workers for models of halves, which cross-fitted methods and detectors need.
         options: By name of a method, the options that its builder is given.
         n_resamples: Bootstrap draws; 0 leaves the intervals out.
         seed: Seed of the flips and of the bootstrap.
@@ -186,17 +210,22 @@ def measure_mislabel(
         noisy, flipped = flipped_task(task, rate, kind=kind, seed=seed + i)
         flips.append(flipped)
         noisy_labels.append(noisy.train.tensors[1])
-        model = train_attributed(noisy, i, store, device=device)
+        trained = OneTraining(noisy, i, store, device=device, n_jobs=n_jobs)
+        model = trained.model
         forward = forward_seconds(model, noisy.train)
         for name, build in methods.items():
-            method = CachedMethod(build, model, noisy, (options or {}).get(name, {}), store, forward)
+            given = with_checkpoints((options or {}).get(name, {}), trained.checkpoints(build))
+            method = CachedMethod(build, model, noisy, given, store, forward)
             for ranking, answer in rankings(method, (held_out[0], held_out[1])):
                 fits[name].append(answer.fit_seconds)
                 scores[name, ranking].append(finite_array("scores", answer.values))
                 seconds[name, ranking].append(answer.seconds)
         for name, detector in detectors.items():
+            halves = detector.partitions if isinstance(detector, DetectorSpec) else 0
+            more = {"checkpoints": trained.halves(halves).checkpoints} if halves else {}
             started = time.perf_counter()
-            scores[name, "detector"].append(finite_array("scores", detector(model, noisy.train)))
+            found = detector(model, noisy.train, **more)
+            scores[name, "detector"].append(finite_array("scores", found))
             seconds[name, "detector"].append(time.perf_counter() - started)
     return [
         MislabelRow(
@@ -224,7 +253,7 @@ class Mislabel(Measure):
         for name in settings["detectors"]:
             if name not in DETECTORS:
                 raise bad_choice("measures['mislabel']['detectors']", name, list(DETECTORS))
-            if name in question.usable:
+            if name in question.methods:
                 raise bad_value("methods", "have names that no detector has", repr(name))
         flip_labels(task.train.tensors[1].numpy(), settings["rate"], task.n_classes, kind=settings["kind"])
 
@@ -236,24 +265,27 @@ class Mislabel(Measure):
             for i in range(settings["n_models"])
         )
         runs = ((task, i) for i, (task, _) in enumerate(noisy))
-        return [estimate_attributed(runs, question.store, purpose=self.name, device=question.device)]
+        partitions = max((DETECTORS[name].partitions for name in self._available(settings)), default=0)
+        how: dict[str, Any] = {"device": question.device, "n_jobs": settings["n_jobs"]}
+        return estimates(runs, question.specs, question.store, self.name, partitions=partitions, **how)
+
+    @staticmethod
+    def _available(settings: Mapping[str, Any]) -> list[str]:
+        """The detectors whose extra is installed."""
+        names = settings["detectors"]
+        return [n for n in names if DETECTORS[n].needs is None or find_spec(DETECTORS[n].needs) is not None]
 
     def run(self, shared: Shared) -> list[MislabelRow]:
         """A row for each ranking; the most suspect examples go into the gallery."""
         settings = self.settings(shared.question)
-        usable = settings.pop("detectors")
-        if "confident learning" in usable and find_spec("cleanlab") is None:
-            shared.skipped["confident learning"] = "needs cleanlab"
-            usable = [name for name in usable if name != "confident learning"]
-        detectors = {name: _detector(DETECTORS[name]) for name in usable}
-        question = shared.question
+        question, available = shared.question, self._available(settings)
+        for name in settings.pop("detectors"):
+            if name not in available:
+                shared.skipped[name] = f"needs {DETECTORS[name].needs}"
+        detectors = {name: DETECTORS[name] for name in available}
         rows = measure_mislabel(
-            question.task, question.usable, detectors=detectors, **given(shared), **settings
+            question.task, question.methods, detectors=detectors, **given(shared), **settings
         )
         for row in rows:
             shared.gallery.add_flips(row.name, row.ranking, row.suspects)
         return rows
-
-
-def _detector(cls: Any) -> Detector:
-    return lambda model, dataset: cls(model, dataset).mislabel_scores()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ....subsets import Membership
 from ...measures.linear_datamodeling import lds
 from ..shared.methods import MethodSpec
+from ..shared.one_training import with_checkpoints
 from ..shared.score_cache import Answer, CachedMethod
 from ..shared.shared import Shared
 
@@ -61,8 +62,7 @@ class OnModels:
         """The method with these options on every model."""
         question, found = self.shared.question, []
         for name, model in self.shared.models.items():
-            kept = self.checkpoints(name)
-            every = {**options, **({} if kept is None else {"checkpoints": list(kept)})}
+            every = with_checkpoints(options, self.checkpoints(name))
             found.append(CachedMethod(self.spec, model, question.task, every, question.store, self.forward))
         return found
 

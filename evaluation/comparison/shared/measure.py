@@ -14,7 +14,7 @@ from .question import Question
 from .shared import Shared
 
 #: Arguments that `compare` itself passes to the functions behind measures.
-_GIVEN = frozenset({"store", "options", "n_resamples", "show_progress", "opponents", "device"})
+_GIVEN = frozenset({"store", "options", "n_resamples", "show_progress", "opponents", "device", "checkpoints"})
 
 
 class Measure(ABC):
@@ -28,6 +28,7 @@ class Measure(ABC):
         defaults: Its options, with their default values.
         on_halves: Whether it needs the retrained halves. If a measure does, the options of every method with
             a grid are chosen by LDS on them.
+        on_models: Whether it builds every method on the attributed models, with `Shared.checkpoints_of`.
         fewest_subsets: Smallest number of halves.
 
     >>> from types import SimpleNamespace
@@ -51,6 +52,7 @@ class Measure(ABC):
     name: str
     defaults: Mapping[str, Any] = {}
     on_halves: bool = False
+    on_models: bool = False
     fewest_subsets: int = 1
 
     @property
@@ -59,8 +61,9 @@ class Measure(ABC):
         return self.name
 
     def settings(self, question: Question) -> dict[str, Any]:
-        """Its options: those of the question, and defaults for the rest."""
-        return {**self.defaults, **question.measures[self.name]}
+        """Its options: those of the question, and defaults for the rest; `n_jobs` is that of the question."""
+        jobs = {"n_jobs": question.n_jobs} if "n_jobs" in self.defaults else {}
+        return {**self.defaults, **jobs, **question.measures[self.name]}
 
     def takes(self, task: Task) -> bool:
         """Whether it can be measured on a task. By default a task without classes needs `on_halves`."""

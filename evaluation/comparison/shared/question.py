@@ -28,6 +28,7 @@ class Question:
         measures: By name of the measure, the options that were given.
         halves: The retrained halves that LDS is measured on; they are trained only if `on_halves`.
         on_halves: Whether a measure needs them.
+        on_models: Whether a measure builds every method on the attributed models.
         store: Folder of the retrainings, the trained models and the scores.
         n_models: Number of attributed models.
         n_spiked: Number of additional ones, stopped on a spike of their training loss.
@@ -49,6 +50,7 @@ class Question:
     measures: Mapping[str, Mapping[str, Any]]
     halves: RetrainingPlan
     on_halves: bool
+    on_models: bool
     store: Path
     n_models: int = 3
     n_spiked: int = 0
@@ -70,15 +72,15 @@ class Question:
         return range(self.halves.n_test // 2, self.halves.n_test)
 
     @property
-    def usable(self) -> dict[str, MethodSpec]:
-        """Methods by name that use a model alone: only these can be measured on models of a measure's own."""
-        return {spec.name: spec for spec in self.specs if spec.uses_model_alone}
+    def methods(self) -> dict[str, MethodSpec]:
+        """The methods by name."""
+        return {spec.name: spec for spec in self.specs}
 
     @property
     def partitions(self) -> dict[Split, int]:
         """By `Split`, the number of partitions that measures and methods need for every attributed model."""
         wanted = dict(self.cross_fitted)
-        if self.on_halves:
+        if self.on_models:
             of_rows = max((spec.partitions for spec in self.specs), default=0)
             wanted[HALVES] = max(wanted.get(HALVES, 0), of_rows)
         return {split: n for split, n in wanted.items() if n}
@@ -87,7 +89,7 @@ class Question:
     def epochs(self) -> list[int]:
         """Epochs before the last after which checkpoints of every attributed model are needed."""
         epochs = self.task.training.epochs
-        wanted = [spec.epochs(epochs) for spec in self.specs] if self.on_halves else []
+        wanted = [spec.epochs(epochs) for spec in self.specs] if self.on_models else []
         return sorted(
             {epoch for kept in (*wanted, log_epochs(epochs) if self.along else []) for epoch in kept}
         )

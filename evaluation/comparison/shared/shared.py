@@ -22,8 +22,9 @@ from ...retraining.attributed_models import (
 )
 from ...retraining.cross_fitting import CrossFitted, check_apart
 from ...retraining.estimate import RetrainingEstimate
-from ...retraining.task_parts import Split, cross_fit
+from ...retraining.task_parts import HALVES, Split, cross_fit
 from .gallery import Gallery
+from .one_training import further_models
 from .question import Question
 
 T = TypeVar("T")
@@ -76,6 +77,21 @@ class Shared:
     def cross_fitted(self) -> dict[Split, dict[str, CrossFitted]]:
         """Models of parts of the training set, by `Split` and name of an attributed model."""
         return self.once(_cross_fitted)
+
+    def checkpoints_of(self, method: Any, name: str) -> Sequence[Any] | None:
+        """The `checkpoints` of a method for an attributed model: models of halves, those along its training,
+        or None.
+
+        Args:
+            method: A `MethodSpec`; other builders get None.
+            name: Name of the attributed model.
+        """
+        return further_models(
+            method,
+            self.question.task.training.epochs,
+            lambda n: self.cross_fitted[HALVES][name].checkpoints[: HALVES.parts * n],
+            lambda epochs: self.along(name, epochs),
+        )
 
     @property
     def gallery(self) -> Gallery:

@@ -13,12 +13,13 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE
-from stride_captum.adapters import Random, TracIn
+from stride_captum.adapters import Random, Similarity, TracIn
 from stride_captum.evaluation import MethodSpec, compare
 from stride_captum.evaluation.comparison.compare import answer, comparison_sizes, planned_trainings
 from stride_captum.evaluation.comparison.plan import MEASURES, settle, wanted_measures
 from stride_captum.evaluation.comparison.runs import counterfactual as counterfactual_runs
-from stride_captum.evaluation.comparison.runs.mislabel import DETECTORS
+from stride_captum.evaluation.comparison.runs.leakage import plant
+from stride_captum.evaluation.comparison.runs.mislabel import DETECTORS, flipped_task
 from stride_captum.evaluation.comparison.shared.measure import Measure
 from stride_captum.evaluation.comparison.shared.methods import DEFAULT_METHODS, METHODS, adapter
 from stride_captum.evaluation.comparison.shared.question import halves
@@ -27,12 +28,13 @@ from stride_captum.evaluation.report.terminal import console, show_comparison
 from stride_captum.evaluation.retraining import attributed_models, spikes, workers
 from stride_captum.evaluation.retraining.attributed_models import (
     even_epochs,
+    log_epochs,
     train_attributed,
     train_checkpoints,
     train_spiked,
 )
 from stride_captum.evaluation.retraining.plan import RetrainingPlan
-from stride_captum.evaluation.retraining.task_parts import Split
+from stride_captum.evaluation.retraining.task_parts import Split, cross_fit
 from stride_captum.evaluation.tasks.checks import check_task
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.evaluation.tasks.task import Task
@@ -310,13 +312,56 @@ class TestCheckpoints:
             compare(["TracIn, 4 checkpoints"], short, store=tmp_path, **FEW)
         assert settled(None, short, ["lds"]).skipped["TracIn, 4 checkpoints"] == "needs at least 4 epochs"
 
-    def test_a_row_with_checkpoints_is_said_to_be_left_out_of_other_measures(self, task):
-        asked = settled(["TracIn, 4 checkpoints", "TracIn"], task, {"lds": {}, "leakage": {"counts": (3,)}})
-        assert [c.name for c in asked.specs] == ["TracIn, 4 checkpoints", "TracIn"]
-        assert list(asked.usable) == ["TracIn"]
-        assert asked.skipped == {
-            "TracIn, 4 checkpoints": "is not measured by leakage: those train models of their own"
-        }
+    def test_every_measure_gives_them_those_of_its_own_trainings(self, task, tmp_path):
+        seen = []
+
+        class Watched(Similarity):
+            def fit(self, *args, **kwargs):
+                seen.append([self.model, *self.checkpoints])
+                return super().fit(*args, **kwargs)
+
+        rows = [
+            MethodSpec("along", adapter(Watched), n_checkpoints="log"),
+            MethodSpec("halves", adapter(Watched), partitions=1),
+        ]
+        measures = {"mislabel": {"detectors": (), "n_held_out": 4}, "leakage": {"counts": (3,)}}
+        compare(rows, task, store=tmp_path, measures=measures, **FEW)
+        noisy, _ = flipped_task(task)
+        planted = plant(task, 3).task
+        own = [noisy, noisy, planted, planted]
+        assert len(seen) == len(own)
+        for (model, *given), trained_on, of_halves in zip(seen, own, [False, True] * 2, strict=True):
+            last = train_attributed(trained_on, 0, tmp_path).state_dict()
+            assert all(torch.equal(v, last[name]) for name, v in model.state_dict().items())
+            if of_halves:
+                wanted = [c.weights for c in cross_fit(trained_on, 0, 1, tmp_path).checkpoints]
+                assert sorted(i for c in given for i in c.seen) == list(range(trained_on.n_train))
+                given = [c.weights for c in given]
+            else:
+                epochs = log_epochs(task.training.epochs)
+                wanted = [*train_checkpoints(trained_on, 0, tmp_path, epochs), last]
+            for state, expected in zip(given, wanted, strict=True):
+                assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+    def test_of_the_counterfactual_drop_are_those_of_the_attributed_models(self, task, tmp_path):
+        seen = {}
+
+        class Watched(Similarity):
+            def fit(self, *args, **kwargs):
+                seen[len(self.checkpoints)] = list(self.checkpoints)
+                return super().fit(*args, **kwargs)
+
+        rows = [
+            MethodSpec("along", adapter(Watched), n_checkpoints=4),
+            MethodSpec("halves", adapter(Watched), partitions=1),
+        ]
+        measures = {"counterfactual": {"counts": (3,), "n_points": 1, "n_seeds": 1, "reference": "halves"}}
+        found = compare(rows, task, store=tmp_path, measures=measures, **FEW)
+        assert [row.name for row in found.counterfactual] == ["along", "halves"]
+        parts = cross_fit(task, 0, 1, tmp_path).checkpoints
+        for given, wanted in zip(seen[2], parts, strict=True):
+            assert all(torch.equal(given.weights[name], v) for name, v in wanted.weights.items())
+        assert len(seen[4]) == 4
 
 
 # What a method takes where nothing chooses.
@@ -564,10 +609,10 @@ class TestRefusals:
             "test_points",
         ]  # fmt: skip
         leakage, mislabel = MEASURES["leakage"].defaults, MEASURES["mislabel"].defaults
-        assert leakage == {"counts": (1, 10, 100), "kinds": ("exact",), "n_models": 1, "seed": 0}
+        assert leakage == {"counts": (1, 10, 100), "kinds": ("exact",), "n_jobs": 1, "n_models": 1, "seed": 0}
         assert mislabel == {
-            "detectors": tuple(DETECTORS), "kind": "symmetric", "n_held_out": 1000, "n_models": 1,
-            "rate": 0.1, "seed": 0,
+            "detectors": tuple(DETECTORS), "kind": "symmetric", "n_held_out": 1000, "n_jobs": 1,
+            "n_models": 1, "rate": 0.1, "seed": 0,
         }  # fmt: skip
 
     def test_every_default_method_can_be_built_before_training(self, task):
@@ -672,9 +717,9 @@ class TestPlannedTrainings:
         [
             ({"lds": {}}, 12 * 2 + 2 + 2, "processes"),
             ({"lds": {}, "calibration": {}, "linearized": {}}, 12 * 2 + 2 + 2, "stacked"),
-            ({"mislabel": FLIPS}, 2, "auto"),
-            ({"leakage": LEAKS}, 2 * 2 * 2, "auto"),
-            ({"lds": {}, "mislabel": FLIPS, "leakage": LEAKS}, 28 + 2 + 8, "auto"),
+            ({"mislabel": FLIPS}, 2 + 2, "auto"),
+            ({"leakage": LEAKS}, 2 * 2 * 2 + 8, "auto"),
+            ({"lds": {}, "mislabel": FLIPS, "leakage": LEAKS}, 28 + 4 + 16, "auto"),
         ],
     )
     def test_are_those_that_are_done(self, task, tmp_path, trained, measures, n, engine):
@@ -731,7 +776,10 @@ class TestPlannedTrainings:
             "models stopped on a spike: 30 trainings of",
             "checkpoints of attributed models: 2 trainings of",
             "mislabel: 1 training of",
+            "mislabel, checkpoints of attributed models: 1 training of",
+            "mislabel, cross-fitted halves: 2 trainings of",
             "leakage: 1 training of",
+            "leakage, checkpoints of attributed models: 1 training of",
         ]
         assert said[2].endswith(
             " with 1 worker: each search ends at the first model with a spike of its loss."
@@ -872,7 +920,7 @@ class TestSilence:
 
 
 def test_detectors_are_known_by_name():
-    assert set(DETECTORS) == {"loss", "confident learning"}
+    assert set(DETECTORS) == {"loss", "confident learning", "confident learning, cross-fitted"}
 
 
 @pytest.mark.slow

@@ -303,13 +303,36 @@ class TestComparison:
         apart = [cross_fit(task, number, 1, tmp_path).membership for number in (0, 1)]
         assert not np.array_equal(apart[0][0].indices, apart[1][0].indices)
 
-    def test_it_is_left_out_of_measures_that_train_models_of_their_own(self, tmp_path):
-        task = load_task("synthetic", preset="smoke")
-        asked = settle(
-            self.ROWS[:2], task, store=tmp_path, measures={"lds": {}, "leakage": {}}, n_subsets=8, n_test=12
-        )
-        assert list(asked.usable) == ["STRIDE"]
-        assert "STRIDE, cross-fitted" in asked.skipped
+    @pytest.mark.slow
+    def test_measures_with_models_of_their_own_train_what_is_planned(self, tmp_path):
+        training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=3)
+        task = load_task("synthetic", preset="smoke", training=training)
+        measures = {
+            "mislabel": {"n_held_out": 4, "n_models": 2, "detectors": ("confident learning, cross-fitted",)},
+            "leakage": {"counts": (3, 5)},
+        }
+        few = {"n_subsets": 8, "n_test": 12, "store": tmp_path, "n_jobs": 1}
+        question = settle(("STRIDE", "STRIDE, checkpoints", *self.ROWS[1:2]), task, measures=measures, **few)
+        planned = {estimate.purpose: estimate.n_missing for estimate in planned_trainings(question)}
+        assert planned == {
+            "mislabel": 2,
+            "mislabel, checkpoints of attributed models": 1,
+            "mislabel, cross-fitted halves": 2,
+            "leakage": 2,
+            "leakage, checkpoints of attributed models": 1,
+            "leakage, cross-fitted halves": 2,
+        }
+        assert sum(e.n_missing for e in planned_trainings(question)) == 2 + 2 + 4 + 2 + 2 + 4
+        found = answer(question)
+        assert not sum(e.n_missing for e in planned_trainings(question))
+        names = {(row.name, row.ranking) for row in found.mislabel}
+        assert ("STRIDE, cross-fitted", "mislabel scores") in names
+        assert ("confident learning, cross-fitted", "detector") in names
+        assert {row.name for row in found.leakage} == {
+            "STRIDE",
+            "STRIDE, checkpoints",
+            "STRIDE, cross-fitted",
+        }
 
 
 class TestRefusals:
