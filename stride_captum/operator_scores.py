@@ -135,8 +135,8 @@ class OperatorScores(TrainingFeatures):
         features: the distance of the label from its prediction by the other examples. With trained operators
         it is the self-influence.
 
-        If every example is unseen by some of the checkpoints (`Checkpoint(seen=...)`, as from `retrain`), it
-        is the mean of `|e_y - p|` over those checkpoints.
+        Several checkpoints are averaged. If every example is unseen by some of them
+        (`Checkpoint(seen=...)`, as from `retrain`), those alone judge it.
 
         Args:
             per_label: Whether to return the absolute residual of each output, `(n_train, n_outputs)`, which
@@ -154,28 +154,27 @@ class OperatorScores(TrainingFeatures):
                 must = f"be False for operators={self.operators.name!r}"
                 raise bad_value("per_label", must, True, "Take the closed form.")
             return torch.stack(whole).sum(0)
-        judged = self._judged_out_of_sample()
-        if judged is not None:
-            return judged
         parts = [state.operators.mislabel_scores() for state in self._states or []]
-        known = [part * w for part, w in zip(parts, self._weights, strict=True) if part is not None]
-        return torch.stack(known).sum(0) if len(known) == len(parts) else self.self_influence()
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            return self.self_influence()
+        weights = self._judges().to(known[0])
+        return (torch.stack(known) * weights).sum(0)
 
-    def _judged_out_of_sample(self) -> Tensor | None:
-        """`mislabel_scores` by models that have not seen the example; None if some example has none."""
-        total: Tensor | None = None
-        counts: Tensor | None = None
-        for checkpoint, state, _ in self._fitted():
-            unseen = unseen_by(checkpoint, self.n_train_)[self._own_columns()]
-            scores = state.operators.out_of_sample_mislabel_scores() if bool(unseen.any()) else None
-            if scores is None:
-                continue
-            mask = unseen.to(scores)
-            total = scores * mask if total is None else total + scores * mask
-            counts = mask if counts is None else counts + mask
-        judged = counts is not None and bool((counts > 0).all())
-        ranks, able = self.ranks.sums("examples that a model has not seen", 1, int(judged))
-        return total / counts if ranks == able and total is not None and counts is not None else None
+    def _judges(self) -> Tensor:
+        """Weight of each checkpoint for each example, `(n_checkpoints, n_train)`.
+
+        Those that have not seen an example share its weight; where some example has none of them, anywhere
+        in a process group, each has the weight that it has for scores.
+        """
+        unseen = torch.stack(
+            [unseen_by(checkpoint, self.n_train_)[self._own_columns()] for checkpoint in self._checkpoints()]
+        ).double()
+        counts = unseen.sum(0)
+        ranks, able = self.ranks.sums("examples that a model has not seen", 1, int(bool((counts > 0).all())))
+        if ranks == able:
+            return unseen / counts
+        return torch.tensor(self._weights, dtype=torch.float64)[:, None].expand_as(unseen)
 
     @property
     def operators_(self) -> FittedOperators:

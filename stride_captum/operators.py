@@ -239,10 +239,6 @@ class FittedOperators(ABC):
         """How suspect each training label is, `(n_train,)`; None: the self-influence."""
         return None
 
-    def out_of_sample_mislabel_scores(self) -> Tensor | None:
-        """As `mislabel_scores`, for examples that the model has not seen; None: the operators do not know."""
-        return None
-
     def mislabel_scores_of_outputs(self) -> Tensor | None:
         """How suspect the label of each output is, `(n_train, n_classes)`; None: it is not known."""
         return None

@@ -34,6 +34,10 @@ class Positions:
     counts: Tensor
     places: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "counts", self.counts.cpu())  # what is loaded for a GPU lies there
+        object.__setattr__(self, "places", None if self.places is None else self.places.cpu())
+
     @classmethod
     def of_mask(cls, kept: Tensor) -> Positions:
         """Of positions that have a row, `(n, P)` bool."""

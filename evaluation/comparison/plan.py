@@ -234,7 +234,7 @@ def _check_builds(spec: MethodSpec, question: Question, network: nn.Module) -> N
             raise bad_value("epochs", must, task.training.epochs, "Its checkpoints are of different epochs.")
         extra = {"checkpoints": [network.state_dict()] * spec.fewest_epochs}
     if spec.partitions:
-        extra = {"checkpoints": [network.state_dict()] * 2}
+        extra = {"checkpoints": [*extra.get("checkpoints", ()), *[network.state_dict()] * 2]}
     for point in spec.grid:
         try:
             loss = {} if task.has_classes else {"loss": loss_of_methods(task.loss)}

@@ -26,7 +26,6 @@ from ...influence.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from ...losses import Loss
 from ...subsets import Membership, members, membership_from_indices, partition
 from ...system.preserve_state import preserve_state
-from ...system.random_states import same_random_state
 from ...system.stable_digest import NoStableDigest, stable_digest
 from ..tasks.new_network import seeded
 from ..tasks.task_loss import output_rows, response_of
@@ -235,8 +234,8 @@ def stored_trainings(
 
 def _train(function: TrainFunction, job: PartTraining, path: Path | None) -> list[State]:
     """Train one model, and write it."""
-    with same_random_state(), seeded(job.seed), single_thread():
-        torch.manual_seed(job.seed)  # of GPUs too
+    with seeded(job.seed, _drawn_on()), single_thread():
+        torch.manual_seed(job.seed)  # also of a GPU that is not in use yet
         try:
             returned = function(job.rows, job.seed)
         except Exception as error:
@@ -254,6 +253,13 @@ def _train(function: TrainFunction, job: PartTraining, path: Path | None) -> lis
     if path is not None:
         run_store.write_states(path, states)
     return states
+
+
+def _drawn_on() -> str:
+    """The kind of device, beside the processor, whose random state is in use."""
+    if torch.cuda.is_initialized():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _states(returned: Any) -> tuple[list[State], set[str]]:

@@ -219,11 +219,6 @@ class ClosedFormOperators(FittedOperators):
         """Norm of the leave-one-out residual of the ridge head: how far a label is from its prediction."""
         return self.ridge_head.norms
 
-    def out_of_sample_mislabel_scores(self) -> Tensor:
-        """`|e_y - p|`, for examples that the model has not seen."""
-        norms: Tensor = torch.linalg.vector_norm(self.loss_residuals, dim=1)
-        return norms
-
     def mislabel_scores_of_outputs(self) -> Tensor:
         """Absolute leave-one-out residual of each output, `(n_train, n_classes)`."""
         head = self.ridge_head

@@ -43,7 +43,7 @@ class PositionOperators(FittedOperators):
         rows: Those of all positions, each as an example of its own; without features in the form "matrix".
         most_bytes: Of what is held at a time.
         matrices: M_i, `(n_train, (n_features + 1) n_outputs)`; None in the form "rows".
-        known: In the form "matrix", what needs rows: "norms", "self_influence", "suspects" and "doubts",
+        known: In the form "matrix", what needs rows: "norms", "self_influence" and "suspects",
             `(n_train,)` each.
     """
 
@@ -211,7 +211,6 @@ class PositionOperators(FittedOperators):
             "norms": self.train_norms(),
             "self_influence": self.self_influence(),
             "suspects": self.mislabel_scores(),
-            "doubts": self.out_of_sample_mislabel_scores(),
         }
         parts = [self.matrices_of(block) for block in self.positions.blocks(self._rows_at_once)]
         few = self.rows.without_features()
@@ -292,9 +291,3 @@ class PositionOperators(FittedOperators):
         if self.known is not None:
             return self.known["suspects"]
         return self.positions.mean(self.rows.mislabel_scores())
-
-    @override
-    def out_of_sample_mislabel_scores(self) -> Tensor:
-        if self.known is not None:
-            return self.known["doubts"]
-        return self.positions.mean(self.rows.out_of_sample_mislabel_scores())

@@ -58,7 +58,8 @@ class InfluenceMethod(SavedMethod):
         device: Where the work is done; None takes the device of the model. For another device the
             model is copied.
         checkpoints: State dicts or paths, or a folder of them: scores are averaged over these instead of
-            the weights in `model`. They may be checkpoints of one training or independent models.
+            the weights in `model`. They may be checkpoints of one training, models of parts of the training
+            set (`retrain`), or both, which then have half of the weight each.
         checkpoints_load_func: `f(model, checkpoint)` loads one and returns a learning rate.
         held_out: Labeled data that the model has not seen, for methods that can use it.
         response: Default response; None takes the first of the loss ("margin", or "output" of a regression).

@@ -121,7 +121,7 @@ class TestEveryMethod:
         assert torch.equal(scores, expected(name)["influence"])
 
     @pytest.mark.matrix
-    @pytest.mark.parametrize("name", ["STRIDE", "TracIn", "EKFAC", "TracIn, positions"])
+    @pytest.mark.parametrize("name", ["STRIDE", "TracIn", "EKFAC", "STRIDE by rows, positions"])
     def test_laws(self, name: str) -> None:
         (subject,) = (s for s in (*shipped(), *shipped_at_positions()) if s.name == name)
         build = partial(subject.build, device=DEVICE)

@@ -39,7 +39,8 @@ class MethodSpec:
             `build` is given as the option `checkpoints`. 1 gives none; "log" gives those after epochs 1, 2,
             3, 5, 8, 12, 20, ... and the last.
         partitions: Number of partitions of the training set into halves. `build` is given the models of these
-            halves as `checkpoints`, in place of the attributed model. Each partition costs one training.
+            halves as `checkpoints`, behind those along the training if it has any, otherwise in place of the
+            attributed model. Each partition costs one training.
         needs: Module of an extra that the method needs.
         settable: Options that can be set on a fitted method, so that a grid over them needs one fit.
         cache_key: Says that the scores depend on this key, the options, the weights and the training set
@@ -262,8 +263,8 @@ DEFAULT_METHODS = (
 def find_method(method: str | MethodSpec) -> MethodSpec:
     """A spec by name; a spec is returned unchanged.
 
-    "X, checkpoints" is the method X with checkpoints along the training, and "X, cross-fitted" the method X
-    with models of two complementary halves.
+    "X, checkpoints" is the method X with checkpoints along the training, "X, cross-fitted" the method X with
+    models of two complementary halves, and "X, checkpoints and halves" has both.
 
     Raises:
         ValueError: There is no such name.
@@ -273,6 +274,7 @@ def find_method(method: str | MethodSpec) -> MethodSpec:
     wanted: dict[str, dict[str, Any]] = {
         "checkpoints": {"n_checkpoints": "log"},
         "cross-fitted": {"partitions": 1},
+        "checkpoints and halves": {"n_checkpoints": "log", "partitions": 1},
     }
     row, _, what = method.rpartition(", ")
     if what in wanted and row in METHODS and method not in METHODS:

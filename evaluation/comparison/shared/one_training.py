@@ -93,7 +93,10 @@ def further_models(
     """
     if not isinstance(method, MethodSpec) or method.uses_model_alone:
         return None
-    return halves(method.partitions) if method.partitions else along(method.epochs(epochs))
+    return [
+        *(along(method.epochs(epochs)) if method.n_checkpoints != 1 else ()),
+        *(halves(method.partitions) if method.partitions else ()),
+    ]
 
 
 def with_checkpoints(options: Mapping[str, Any], checkpoints: Sequence[Any] | None) -> dict[str, Any]:

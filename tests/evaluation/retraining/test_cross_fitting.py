@@ -13,10 +13,19 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from stride_captum import STRIDE, refine
+from stride_captum import STRIDE, Checkpoint, refine
+from stride_captum.adapters import Similarity
 from stride_captum.evaluation import TaskTraining, load_task, retrain
 from stride_captum.evaluation.comparison.compare import answer, planned_trainings
 from stride_captum.evaluation.comparison.plan import settle
+from stride_captum.evaluation.comparison.runs.lds import retrained
+from stride_captum.evaluation.comparison.shared.shared import Shared
+from stride_captum.evaluation.measures.linear_datamodeling import lds
+from stride_captum.evaluation.retraining.attributed_models import (
+    log_epochs,
+    train_attributed,
+    train_checkpoints,
+)
 from stride_captum.evaluation.retraining.cross_fitting import check_apart, part_trainings
 from stride_captum.evaluation.retraining.task_parts import cross_fit
 from stride_captum.evaluation.tasks.networks import TrainingSettings
@@ -221,6 +230,17 @@ class TestScores:
         parts = [STRIDE(built(MLP), data, checkpoints=[c] * 2).influence(TEST) for c in found.checkpoints]
         torch.testing.assert_close(scores, (parts[0] + parts[1]) / 2)
 
+    @pytest.mark.parametrize("build", [STRIDE, Similarity])
+    def test_checkpoints_and_models_of_parts_have_half_of_the_weight_each(self, build):
+        data, halves = TensorDataset(X, Y), retrain(train, N, parts=4).checkpoints
+        along = [{name: (1 + i) * v for name, v in built(MLP).state_dict().items()} for i in (0.0, 0.1)]
+
+        def scores(checkpoints):
+            return build(built(MLP), data, checkpoints=checkpoints).influence(TEST)
+
+        wanted = (scores(along) + scores(halves)) / 2
+        torch.testing.assert_close(scores([*halves[:2], *along, *halves[2:]]), wanted)
+
     def test_labels_are_judged_by_the_models_that_have_not_seen_them(self):
         found = retrain(train, N, parts=3)
         flipped = Y.clone()
@@ -229,13 +249,10 @@ class TestScores:
         scores = method.mislabel_scores()
         wanted = torch.zeros(N)
         for checkpoint in found.checkpoints:
-            network = built(MLP)
-            network.load_state_dict(checkpoint.weights)
-            with torch.no_grad():
-                residuals = nn.functional.one_hot(flipped, 3) - network(X).softmax(1)
+            alone = STRIDE(built(MLP), TensorDataset(X, flipped), checkpoints=[checkpoint.weights])
             unseen = torch.ones(N)
             unseen[list(checkpoint.seen)] = 0
-            wanted += residuals.norm(dim=1) * unseen / 2
+            wanted += alone.mislabel_scores() * unseen / 2
         torch.testing.assert_close(scores, wanted)
         whole = STRIDE(
             built(MLP), TensorDataset(X, flipped), checkpoints=[c.weights for c in found.checkpoints]
@@ -284,7 +301,7 @@ class TestTasks:
 
 
 class TestComparison:
-    ROWS = ("STRIDE", "STRIDE, cross-fitted", "TracIn, cross-fitted")
+    ROWS = ("STRIDE", "STRIDE, cross-fitted", "TracIn, cross-fitted", "STRIDE, checkpoints and halves")
 
     @pytest.mark.slow
     def test_a_row_is_averaged_over_models_of_halves_that_are_trained_as_planned(self, tmp_path):
@@ -294,13 +311,24 @@ class TestComparison:
         planned = [e for e in planned_trainings(question) if e.purpose == "cross-fitted halves"]
         assert [e.n_missing for e in planned] == [4]
         found = answer(question)
-        assert [e.n_missing for e in planned_trainings(question)] == [0, 0, 0]
+        assert [e.n_missing for e in planned_trainings(question)] == [0, 0, 0, 0]
         folder = tmp_path / "cross-fitted"
         assert len(list(folder.iterdir())) == 4
         rows = {row.name: row for row in found.rows}
         values = [rows[name].lds.per_model for name in self.ROWS]
-        assert len({tuple(v) for v in values}) == 3
+        assert len({tuple(v) for v in values}) == 4
         apart = [cross_fit(task, number, 1, tmp_path).membership for number in (0, 1)]
+        truth = retrained(Shared(question))
+        for number, name in enumerate(rows[self.ROWS[-1]].models):
+            along = train_checkpoints(task, number, tmp_path, log_epochs(task.training.epochs))
+            model = train_attributed(task, number, tmp_path)
+            parts = cross_fit(task, number, 1, tmp_path).checkpoints
+            every = [*along, model.state_dict(), *parts]
+            points = tuple(t[6:12] for t in task.test.tensors)
+            scores = STRIDE(model, task.train, checkpoints=every).influence(points)
+            assert name == f"seed {number}"
+            value = lds([scores.numpy()], truth.membership, truth.reported, n_resamples=0).value
+            assert value == pytest.approx(rows[self.ROWS[-1]].lds.per_model[number], abs=1e-6)
         assert not np.array_equal(apart[0][0].indices, apart[1][0].indices)
 
     @pytest.mark.slow
@@ -333,6 +361,26 @@ class TestComparison:
             "STRIDE, checkpoints",
             "STRIDE, cross-fitted",
         }
+
+
+def test_the_random_state_of_a_gpu_in_use_is_seeded_and_put_back(monkeypatch):
+    state, seen = {"seed": torch.tensor([5])}, []
+    for name, fake in (
+        ("is_initialized", lambda: True),
+        ("device_count", lambda: 1),
+        ("get_rng_state", lambda device: state["seed"].clone()),
+        ("set_rng_state", lambda value, device: state.update(seed=value)),
+        ("manual_seed_all", lambda seed: state.update(seed=torch.tensor([seed]))),
+    ):
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def watched(indices, seed):
+        seen.append((seed, int(state["seed"])))
+        return nn.Linear(2, 2)
+
+    retrain(watched, 10, seed=30)
+    assert seen == [(30, 30), (31, 31)]
+    assert int(state["seed"]) == 5
 
 
 class TestRefusals:
