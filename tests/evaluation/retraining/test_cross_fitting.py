@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from stride_captum import STRIDE, Checkpoint, refine
+from stride_captum import STRIDE, refine
 from stride_captum.adapters import Similarity
 from stride_captum.evaluation import TaskTraining, load_task, retrain
 from stride_captum.evaluation.comparison.compare import answer, planned_trainings
