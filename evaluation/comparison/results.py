@@ -152,6 +152,7 @@ _SOURCES = {
     "last checkpoint": "the attributed model",
     "checkpoints": "checkpoints",
     "cross-fitted": "models of parts",
+    "checkpoints and parts": "checkpoints and models of parts",
     "refined": "models of parts (refined)",
 }
 

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+#: Sources that share the places of "cross-fitted", and how their lines are drawn.
+_BESIDE = {"checkpoints and parts": DASHES[2], "refined": DASHES[1]}
+_LABELS = {"checkpoints and parts": "with checkpoints", "refined": "refined"}
+
+
 def budget_steps(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
     """Source and cost of each budget, from the cheapest to the most expensive.
 
@@ -22,7 +27,7 @@ def budget_steps(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
     [('last checkpoint', 0.0), ('cross-fitted', 1.0)]
     """
     order = {"last checkpoint": 0, "checkpoints": 1}
-    found = {(row["source"], row["trainings"]) for row in rows if row["source"] != "refined"}
+    found = {(row["source"], row["trainings"]) for row in rows if row["source"] not in _BESIDE}
     return sorted(found, key=lambda step: (step[1], order.get(step[0], 2)))
 
 
@@ -41,7 +46,9 @@ def budgets(rows: Sequence[Mapping[str, Any]]) -> str:
 def draw_budgets(
     axes: Axes, rows: Sequence[Mapping[str, Any]], colors: Sequence[str], soft: str, grid: str
 ) -> None:
-    """Draw a line for each method with its interval as a band; refined scores are dashed in the same color.
+    """Draw a line for each method with its interval as a band, and lines of the same color beside it.
+
+    Dotted are models of parts together with the checkpoints, dashed are refined scores.
 
     Budgets are evenly spaced. Methods beyond the number of colors are not drawn.
 
@@ -55,23 +62,23 @@ def draw_budgets(
     steps = budget_steps(rows)
     names = list(dict.fromkeys(row["name"] for row in rows))
     for name, color, marker in zip(names, colors, MARKERS, strict=False):
-        for refined in (False, True):
-            own = [r for r in rows if r["name"] == name and (r["source"] == "refined") is refined]
+        for beside in ("", *_BESIDE):
+            own = [r for r in rows if r["name"] == name and beside == _beside(r["source"])]
             if not own:
                 continue
-            kinds = [("cross-fitted" if refined else row["source"], row["trainings"]) for row in own]
+            kinds = [("cross-fitted" if beside else row["source"], row["trainings"]) for row in own]
             places = [steps.index(kind) for kind in kinds]
             axes.plot(
                 places,
                 [number(row["lds"]["value"]) for row in own],
                 color=color,
-                linestyle=DASHES[1] if refined else "-",
+                linestyle=_BESIDE.get(beside, "-"),
                 marker=marker,
                 markersize=5,
                 linewidth=1.8,
-                label=f"{name}, refined" if refined else name.replace(", ", ",\n"),
+                label=f"{name}, {_LABELS[beside]}" if beside else name.replace(", ", ",\n"),
             )
-            if not refined and all(row["lds"]["interval"] for row in own):
+            if not beside and all(row["lds"]["interval"] for row in own):
                 low, high = zip(*(ends_of(row["lds"]["interval"]) for row in own), strict=True)
                 axes.fill_between(places, low, high, color=color, alpha=0.12, linewidth=0)
     ceiling = rows[0]["lds"]["ceiling"]
@@ -83,3 +90,8 @@ def draw_budgets(
     axes.set_ylabel("LDS")
     axes.grid(color=grid, linewidth=0.6)
     axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, handlelength=3, fontsize=9)
+
+
+def _beside(source: str) -> str:
+    """A source with a line of its own; "" for the others."""
+    return source if source in _BESIDE else ""

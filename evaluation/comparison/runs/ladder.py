@@ -42,8 +42,9 @@ class BudgetRow:
 
     Attributes:
         name: The method; with its suffix if it has out-of-sample residuals in place of the published ones.
-        source: What its scores are averaged over: "last checkpoint", "checkpoints", "cross-fitted" or
-            "refined" (cross-fitted, and corrected by the responses of the same models).
+        source: What its scores are averaged over: "last checkpoint", "checkpoints", "cross-fitted" (models of
+            parts), "checkpoints and parts" (half of the weight each) or "refined" (cross-fitted, and
+            corrected by the responses of the same models).
         trainings: The budget: cost of the further models, in trainings on the whole training set.
         n_models: Models or checkpoints whose scores are averaged.
         options: The options that were chosen.
@@ -156,11 +157,12 @@ class Ladder:
         if not paid:
             return
         averages = self._chosen_for_averages(partial(self._partition, 0))
+        beside = self._answers(self._along, averages) if 0 in self.budgets and log_epochs(epochs) else None
         answers: list[list[Answer]] = []
         for repeats in paid:
             for i in range(len(answers), repeats):
                 answers.append(self._answers(partial(self._partition, i), averages))
-            yield from self._cross_fitted(repeats, averages, answers)
+            yield from self._cross_fitted(repeats, averages, answers[:repeats], beside)
 
     @property
     def _names(self) -> list[str]:
@@ -199,14 +201,29 @@ class Ladder:
         return method.answers(method.build(averages[0].options), self.shared.question.reported)
 
     def _cross_fitted(
-        self, repeats: int, averages: tuple[Chosen, str | None], answers: list[list[Answer]]
+        self,
+        repeats: int,
+        averages: tuple[Chosen, str | None],
+        answers: list[list[Answer]],
+        beside: list[Answer] | None,
     ) -> Iterator[BudgetRow]:
-        trainings = self.split.trainings(repeats, self.shared.question.task.training.epochs)
-        n_models = repeats * self.split.parts
-        row = self._row("cross-fitted", trainings, n_models, averages, answers[:repeats])
+        """Rows of one budget, from the answers of its partitions and of the checkpoints beside them."""
+        epochs = self.shared.question.task.training.epochs
+        trainings, n_models = self.split.trainings(repeats, epochs), repeats * self.split.parts
+        row = self._row("cross-fitted", trainings, n_models, averages, answers)
         yield row
+        if beside is not None:
+            both = self._row(
+                "checkpoints and parts",
+                trainings,
+                n_models + len(log_epochs(epochs)) + 1,
+                averages,
+                [*answers, beside],
+            )
+            halves = zip(_means(answers), _means([beside]), strict=True)
+            yield replace(both, lds=self._lds([(one + other) / 2 for one, other in halves]))
         if self.refined and n_models >= _FEWEST_MEASURED:
-            scores = _means(answers[:repeats])
+            scores = _means(answers)
             better = [self._refined(*pair, n_models) for pair in zip(self._names, scores, strict=True)]
             yield replace(row, source="refined", lds=self._lds(better))
 

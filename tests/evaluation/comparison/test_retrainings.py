@@ -27,7 +27,11 @@ from stride_captum.evaluation.measures.linear_datamodeling import lds
 from stride_captum.evaluation.report.budget_figure import budget_steps
 from stride_captum.evaluation.report.html import write_comparison
 from stride_captum.evaluation.retraining import attributed_models, cross_fitting, task_parts, workers
-from stride_captum.evaluation.retraining.attributed_models import train_attributed
+from stride_captum.evaluation.retraining.attributed_models import (
+    log_epochs,
+    train_attributed,
+    train_checkpoints,
+)
 from stride_captum.evaluation.retraining.plan import RetrainingPlan
 from stride_captum.evaluation.retraining.task_parts import HALVES, Split, cross_fit
 from stride_captum.evaluation.tasks.networks import TrainingSettings
@@ -150,19 +154,21 @@ class TestRows:
             ("last checkpoint", 0.0, 1),
             ("checkpoints", 0.0, 4),  # epochs 1, 2, 3 and the last
             ("cross-fitted", 1.0, 2),
+            ("checkpoints and parts", 1.0, 6),
             ("cross-fitted", 2.0, 4),
+            ("checkpoints and parts", 2.0, 8),
             ("refined", 2.0, 4),
         ]
         assert [(r.source, r.trainings) for r in rows if r.name == "TracIn" + OUT_OF_SAMPLE] == [
-            s[:2] for s in steps[:4]
+            s[:2] for s in steps[:6]
         ]
-        assert all(row.against_first is None for row in rows[:5])
-        assert all(row.against_first is not None for row in rows[5:])
-        assert [row.over_last is None for row in rows] == [True, *[False] * 4, True, *[False] * 3]
-        last, two = rows[0], rows[3]
+        assert all(row.against_first is None for row in rows[:7])
+        assert all(row.against_first is not None for row in rows[7:])
+        assert [row.over_last is None for row in rows] == [True, *[False] * 6, True, *[False] * 5]
+        last, two = rows[0], rows[4]
         assert two.over_last.value == pytest.approx(two.lds.undefined_as_zero - last.lds.undefined_as_zero)
-        assert rows[8].against_first.value == pytest.approx(
-            two.lds.undefined_as_zero - rows[8].lds.undefined_as_zero
+        assert rows[11].against_first.value == pytest.approx(
+            two.lds.undefined_as_zero - rows[11].lds.undefined_as_zero
         )
         assert two.cost.fit_seconds > rows[2].cost.fit_seconds
 
@@ -177,6 +183,13 @@ class TestRows:
         plan = settle(["STRIDE"], task, store=store, **FEW).halves
         margins = _margins(plan, task)[:, 10:]
         assert row.lds.value == pytest.approx(lds(scores, plan.membership, margins, n_resamples=0).value)
+        both = next(r for r in result.retrainings if r.source == "checkpoints and parts" and r.trainings == 2)
+        along = train_checkpoints(task, 0, store, log_epochs(task.training.epochs))
+        every = [*along, model.state_dict(), *models.checkpoints]
+        whole = STRIDE(model, task.train, checkpoints=every, operators=_operators(both))
+        found_with_all = whole.influence(batch, normalize=both.normalize)
+        wanted = lds(found_with_all, plan.membership, margins, n_resamples=0).value
+        assert both.lds.value == pytest.approx(wanted, abs=1e-6)
         better = refine(scores, models.membership, models.measured(model, batch)).scores
         wanted = lds(better, plan.membership, margins, n_resamples=0).value
         assert refined.lds.value == pytest.approx(wanted, abs=1e-6)
@@ -300,6 +313,7 @@ class TestReport:
         assert "How much retraining is worth it?" in page
         assert "cost in trainings on everything" in page
         assert "STRIDE, refined" in page
+        assert "STRIDE, with checkpoints" in page
         for i, row in enumerate(results["retrainings"]):
             for key in ("trainings", "n_models"):
                 assert f'data-path="/retrainings/{i}/{key}" data-value="{row[key]}"' in page
@@ -319,7 +333,7 @@ class TestReport:
 
     def test_a_frame_has_a_row_for_each_budget(self, found):
         frame = found[1].frame("retrainings")
-        assert frame["trainings"].tolist() == [0, 0, 1, 2, 2, 0, 0, 1, 2]
+        assert frame["trainings"].tolist() == [0, 0, 1, 1, 2, 2, 2, 0, 0, 1, 1, 2, 2]
 
 
 def test_the_summary_of_budgets_alone_names_the_highest(task, tmp_path):
@@ -375,7 +389,7 @@ class TestOtherLosses:
         )
         rows = Retrainings().run(Shared(question))
         assert [row.source for row in rows if row.name == "STRIDE"] == [
-            "last checkpoint", "checkpoints", "cross-fitted", "refined",
+            "last checkpoint", "checkpoints", "cross-fitted", "checkpoints and parts", "refined",
         ]  # fmt: skip
         models, model = cross_fit(values, 0, 2, tmp_path), train_attributed(values, 0, tmp_path)
         x, y = (t[10:20] for t in values.test.tensors)
