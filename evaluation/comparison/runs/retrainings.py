@@ -2,7 +2,7 @@
 
 A budget of 0 is the attributed model alone, and the checkpoints along its training. A budget of B is spent on
 models of the parts of random partitions (cross-fitting): together they see as many examples times epochs as B
-trainings on the whole training set.
+trainings on the whole training set. With a budget of 0, these models are also averaged with the checkpoints.
 """
 
 from __future__ import annotations
