@@ -57,6 +57,11 @@ def reliability(
     they share its outputs, and their agreement says nothing of fidelity, only whether the scores depend on
     which features are read.
 
+    On MNIST (5,000 examples, 300 test points, three trainings) it is .21 for seven checkpoints, -.09 for two
+    models of halves and .16 for both. There the limit of .5 does not separate test points by fidelity: with
+    two halves the LDS of those below it is .59 in the mean, and of the others .60. Checkpoints of one
+    training always agree by more (.79 and up).
+
     Args:
         method: Fitted here, if it is not.
         inputs: Test points, as for `influence`.
