@@ -216,12 +216,15 @@ class ConfidentLearning(LabelNoiseDetector):
             must = "leave every example unseen by one of them"
             example = f"example {int(unseen.any(0).int().argmin())}, which all have seen"
             raise bad_value("checkpoints", must, example, "Pass models of parts, as `retrain` gives them.")
-        total: Any = 0.0
+        total: Any = None
         with preserve_state(self.model, weights=True) as model:
             for checkpoint, rows in zip(checkpoints, unseen, strict=True):
+                if not bool(rows.any()):
+                    continue
                 load_checkpoint(model, weights_of(checkpoint))
-                probabilities = self._read()[1].double().softmax(1).cpu()
-                total = total + probabilities * rows[:, None]
+                probabilities = self._read()[1].cpu().double().softmax(1)
+                total = torch.zeros_like(probabilities) if total is None else total
+                total[rows] += probabilities[rows]
         return np.asarray(total / unseen.sum(0)[:, None])
 
     def _taps(self) -> list[Tap]:

@@ -169,6 +169,7 @@ class ChangingTrainingSet(OperatorScores):
         self._states, self.train_dataset = states, dataset(self.train_dataset)
         self._mark_data()
         self._learned(states[-1])
+        self._weights = self.combine_weights([1.0] * len(states))
         self._changed = True
         if self._precomputed is not None:
             self._precomputed = known

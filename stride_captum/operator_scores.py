@@ -149,11 +149,11 @@ class OperatorScores(TrainingFeatures):
             self.fit()
         if per_label:
             outputs = [state.operators.mislabel_scores_of_outputs() for state in self._states or []]
-            whole = [part * w for part, w in zip(outputs, self._weights, strict=True) if part is not None]
+            whole = [part for part in outputs if part is not None]
             if len(whole) != len(outputs):
                 must = f"be False for operators={self.operators.name!r}"
                 raise bad_value("per_label", must, True, "Take the closed form.")
-            return torch.stack(whole).sum(0)
+            return (torch.stack(whole) * self._judges().to(whole[0])[:, :, None]).sum(0)
         parts = [state.operators.mislabel_scores() for state in self._states or []]
         known = [part for part in parts if part is not None]
         if len(known) < len(parts):

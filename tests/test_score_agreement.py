@@ -8,12 +8,33 @@ import torch
 from planted import MLP, built, planted_classes, trained
 from torch.utils.data import TensorDataset
 
-from stride_captum import STRIDE, ClosedForm, Trained, reliability
+from stride_captum import STRIDE, Checkpoint, ClosedForm, Trained, reliability
 from stride_captum.adapters import TRAK, Random, Similarity, TracIn
 from stride_captum.score_agreement import feature_halves
 
 N = 2_000
 STRENGTHS = torch.tensor([0.0, 0.5, 1.0, 4.0])
+
+
+def test_checkpoints_count_by_their_weights():
+    model, train, test = trained(MLP)
+    draw = torch.Generator().manual_seed(0)
+    states = [
+        {name: v + 0.1 * i * torch.randn(v.shape, generator=draw) for name, v in model.state_dict().items()}
+        for i in range(3)
+    ]
+    seen = [None, None, range(0, 48, 2)]
+    kept = [Checkpoint(state, seen=rows) for state, rows in zip(states, seen, strict=True)]
+    how = {"operators": ClosedForm(residuals="temperature", temperature=2.0)}
+    found = reliability(STRIDE(model, train, checkpoints=kept, **how), test.tensors)
+    each = torch.stack([STRIDE(model, train, checkpoints=[c], **how).influence(test.tensors) for c in kept])
+    w = [0.25, 0.25, 0.5]
+    for t in range(len(found)):
+        r = np.corrcoef(each[:, t].double().numpy())
+        pairs = [(w[i] * w[j], r[i, j]) for i in range(3) for j in range(3) if i != j]
+        mean = sum(a * b for a, b in pairs) / sum(a for a, _ in pairs)
+        k = 1 / sum(v**2 for v in w)
+        assert float(found[t]) == pytest.approx(k * mean / (1 + (k - 1) * mean), abs=1e-5)
 
 
 class Planted(Random):

@@ -153,7 +153,7 @@ def planned_models(
     cost = f"This costs {retrainings} training{'s' * (retrainings > 1)} on the whole training set."
     if train_function is None:
         split = Split(parts)
-        found = estimate_cross_fitted(task, [seed], retrainings, store, split, n_jobs=n_jobs, device=device)
+        found = estimate_cross_fitted([(task, seed)], retrainings, store, split, n_jobs=n_jobs, device=device)
         return [str(found), cost]
     jobs = part_trainings(task.n_train, parts, retrainings, seed)
     n_stored = stored_trainings(train_function, jobs, store)

@@ -14,7 +14,7 @@ from torch import nn
 from ...errors import bad_choice, bad_type, bad_value, whole_number
 from ...system.devices import existing_device
 from ..retraining.plan_files import ENGINES
-from ..retraining.task_parts import Split
+from ..retraining.task_parts import HALVES, Split
 from ..tasks.checks import check_task
 from ..tasks.new_network import built
 from ..tasks.task import Task
@@ -91,7 +91,6 @@ def settle(
         measures=wanted,
         halves=halves(task, store, n_subsets, n_seeds, n_test),
         on_halves=on_halves,
-        on_models=any(MEASURES[name].on_models for name in wanted),
         store=Path(store),
         n_models=3 if n_models is None else n_models,
         device=device,
@@ -109,7 +108,8 @@ def settle(
     note = _chosen_on_reported(question)
     if note:
         warnings.warn(note, stacklevel=2)
-    return replace(question, cross_fitted=cross_fitted, along=along, note=note)
+    on_models = list({spec.name: spec for m in chosen for spec in m.on_models(question)}.values())
+    return replace(question, cross_fitted=cross_fitted, along=along, on_models=on_models, note=note)
 
 
 def _chosen_on_reported(question: Question) -> str:
@@ -234,7 +234,8 @@ def _check_builds(spec: MethodSpec, question: Question, network: nn.Module) -> N
             raise bad_value("epochs", must, task.training.epochs, "Its checkpoints are of different epochs.")
         extra = {"checkpoints": [network.state_dict()] * spec.fewest_epochs}
     if spec.partitions:
-        extra = {"checkpoints": [*extra.get("checkpoints", ()), *[network.state_dict()] * 2]}
+        models = [network.state_dict()] * (HALVES.parts * spec.partitions)
+        extra = {"checkpoints": [*extra.get("checkpoints", ()), *models]}
     for point in spec.grid:
         try:
             loss = {} if task.has_classes else {"loss": loss_of_methods(task.loss)}

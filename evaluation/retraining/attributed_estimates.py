@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,23 +38,22 @@ def estimate_attributed(
 
 
 def estimate_checkpoints(
-    task: Task,
-    epochs: Mapping[int, Sequence[int]],
+    runs: Iterable[tuple[Task, int, Sequence[int]]],
     store: str | Path,
     *,
     device: torch.device | str = "cpu",
 ) -> RetrainingEstimate:
-    """What `train_checkpoints` would train; `epochs` are those of the attributed model with each seed."""
-    names = run_store.Fingerprints(task)
+    """What `train_checkpoints` would train; `runs` have task, seed and epochs of each attributed model."""
     files = (
-        (task, checkpoint_paths(names, kept, seed, store, device)) for seed, kept in epochs.items() if kept
+        (task, checkpoint_paths(run_store.Fingerprints(task), kept, seed, store, device))
+        for task, seed, kept in runs
+        if kept
     )
     return _estimate(files, "checkpoints of attributed models", device)
 
 
 def estimate_cross_fitted(
-    task: Task,
-    numbers: Iterable[int],
+    runs: Iterable[tuple[Task, int]],
     repeats: int,
     store: str | Path,
     split: Split = HALVES,
@@ -62,29 +61,38 @@ def estimate_cross_fitted(
     n_jobs: int = 1,
     device: torch.device | str = "cpu",
 ) -> RetrainingEstimate:
-    """What `cross_fit` would train for attributed models with these numbers."""
-    paths = [
-        path
-        for number in numbers
-        for path in cross_fit_paths(task, number, repeats, store, split, device=device)
-    ]
-    missing = [path for path in paths if run_store.read_states(path)[0] is None]
-    workers = min(count(n_jobs, device), len(missing))
-    epochs = split.epochs or task.training.epochs
-    network = checked_network(task.build_model, task.train.tensors[0][:2])
-    per_example = _seconds_per_example(task, device) if missing else 0.0
+    """What `cross_fit` would train for the tasks and numbers of some attributed models."""
+    n_runs = n_missing = n_damaged = n_examples = n_bytes = 0
+    name, per_example = "", 0.0
+    for task, number in runs:
+        paths = cross_fit_paths(task, number, repeats, store, split, device=device)
+        missing = [path for path in paths if run_store.read_states(path)[0] is None]
+        n_runs, n_missing, name = n_runs + len(paths), n_missing + len(missing), name or task.name
+        if not missing:
+            continue
+        n_damaged += sum(path.exists() for path in missing)
+        n_examples += len(missing) * (split.epochs or task.training.epochs) * task.n_train // split.parts
+        n_bytes += len(missing) * _state_bytes(task)
+        per_example = per_example or _seconds_per_example(task, device)
+    workers = min(count(n_jobs, device), n_missing)
     return RetrainingEstimate(
-        task=task.name,
+        task=name,
         n_subsets=1,
-        n_seeds=len(paths),
+        n_seeds=n_runs,
         engine="processes",
-        n_stored=len(paths) - len(missing),
-        n_damaged=sum(path.exists() for path in missing),
+        n_stored=n_runs - n_missing,
+        n_damaged=n_damaged,
         n_workers=workers,
-        seconds=per_example * len(missing) * epochs * task.n_train / split.parts / max(workers, 1),
-        n_bytes=len(missing) * sum(t.numel() * t.element_size() for t in network.state_dict().values()),
+        seconds=per_example * n_examples / max(workers, 1),
+        n_bytes=n_bytes,
         purpose="cross-fitted halves" if split.parts == 2 else f"cross-fitted parts, {split.parts} of each",
     )
+
+
+def _state_bytes(task: Task) -> int:
+    """Bytes of the weights of a model."""
+    network = checked_network(task.build_model, task.train.tensors[0][:2])
+    return sum(t.numel() * t.element_size() for t in network.state_dict().values())
 
 
 def estimate_spiked(

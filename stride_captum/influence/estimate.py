@@ -24,6 +24,7 @@ from ..data.passes import Passes
 from ..errors import bad_value
 from ..system.devices import synchronize
 from ..system.peak_memory import PeakMemory, release_free_memory
+from .checkpoints.checkpoint import weights_of
 
 if TYPE_CHECKING:
     from .method import InfluenceMethod
@@ -197,6 +198,8 @@ def shortened(method: Method, n: int) -> Method:
     """A copy of a method, not fitted, whose training set is the first n examples."""
     twin = copy.copy(method)
     twin._states, twin.train_dataset = None, first_examples(method.train_dataset, n)
+    if method.checkpoints is not None:
+        twin.checkpoints = [weights_of(checkpoint) for checkpoint in method.checkpoints]
     return twin
 
 

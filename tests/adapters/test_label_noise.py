@@ -317,6 +317,12 @@ class TestModelsOfParts:
         torch.testing.assert_close(found, wanted.detach(), rtol=1e-6, atol=1e-7)
         assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
 
+    def test_models_that_have_seen_everything_are_not_asked(self, parts):
+        model, train, kept = parts
+        broken = Checkpoint({name: torch.full_like(v, torch.nan) for name, v in model.state_dict().items()})
+        found = ConfidentLearning(model, train, checkpoints=[broken, *kept]).mislabel_scores()
+        assert torch.equal(found, ConfidentLearning(model, train, checkpoints=kept).mislabel_scores())
+
     def test_what_all_have_seen_is_refused(self, parts):
         model, train, kept = parts
         must = r"`checkpoints` must leave every example unseen by one of them; got example 0, which all have"

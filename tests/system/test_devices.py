@@ -19,7 +19,7 @@ from strict_device import DEVICE, StrictDevice, strict_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stride_captum import STRIDE, Trained
+from stride_captum import STRIDE, Checkpoint, Trained
 from stride_captum.adapters import (
     EKFAC,
     TRAK,
@@ -62,6 +62,12 @@ def expected() -> Callable[[str], dict[str, Any]]:
         return found[name]
 
     return answers
+
+
+def judged_by_halves(model: nn.Module, train: Any) -> ConfidentLearning:
+    weights, halves = model.state_dict(), (range(0, 48, 2), range(1, 48, 2))
+    kept = [Checkpoint({k: v.cpu() for k, v in weights.items()}, seen=half) for half in halves]
+    return ConfidentLearning(model, train, checkpoints=kept)
 
 
 def on(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -142,7 +148,7 @@ class TestEveryMethod:
         ):
             EKFAC(moved(model), train)
 
-    @pytest.mark.parametrize("kind", [LossDetector, ConfidentLearning])
+    @pytest.mark.parametrize("kind", [LossDetector, ConfidentLearning, judged_by_halves])
     @pytest.mark.parametrize("float64", [True, False])
     def test_detectors_of_label_noise(self, kind: Any, float64: bool) -> None:
         model, train, _ = trained(MLP)

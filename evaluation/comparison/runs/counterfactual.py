@@ -204,7 +204,6 @@ class Counterfactual(Measure):
     """`measure_counterfactual` for one arm or both, by default at the first reported test points."""
 
     name = "counterfactual"
-    on_models = True
     defaults: Mapping[str, Any] = {
         **defaults_of(measure_counterfactual),
         "methods": None,
@@ -224,6 +223,10 @@ class Counterfactual(Measure):
         """The methods whose top examples are removed, and the controls."""
         chosen = self.settings(question)["methods"] or list(question.methods)
         return {n: c for n, c in question.methods.items() if n in {*chosen, "ClassRandom", "Similarity"}}
+
+    def on_models(self, question: Question) -> list[MethodSpec]:
+        """The methods whose top examples are removed."""
+        return list(self.methods(question).values())
 
     def check(self, question: Question) -> None:
         """Refuse names that do not exist, and test points on which options are chosen."""

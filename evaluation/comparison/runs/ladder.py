@@ -3,7 +3,8 @@
 A method that has out-of-sample residuals uses those of `ClosedForm`. Its damping, and whether the scores of
 each checkpoint are divided by their standard deviation, are chosen by LDS on the first half of the test
 points: once for the model alone, once for checkpoints along the training, and once for models of parts, with
-those of the first partition. Options that were given are taken as they are.
+those of the first partition. The checkpoints that stand beside models of parts have the options of those
+models. Options that were given are taken as they are.
 """
 
 from __future__ import annotations
@@ -213,15 +214,14 @@ class Ladder:
         row = self._row("cross-fitted", trainings, n_models, averages, answers)
         yield row
         if beside is not None:
-            both = self._row(
-                "checkpoints and parts",
-                trainings,
-                n_models + len(log_epochs(epochs)) + 1,
-                averages,
-                [*answers, beside],
+            pairs = zip(_means(answers), _means([beside]), strict=True)
+            yield replace(
+                row,
+                source="checkpoints and parts",
+                n_models=n_models + len(log_epochs(epochs)) + 1,
+                lds=self._lds([(parts + along) / 2 for parts, along in pairs]),
+                cost=self._cost([*answers, beside]),
             )
-            halves = zip(_means(answers), _means([beside]), strict=True)
-            yield replace(both, lds=self._lds([(one + other) / 2 for one, other in halves]))
         if self.refined and n_models >= _FEWEST_MEASURED:
             scores = _means(answers)
             better = [self._refined(*pair, n_models) for pair in zip(self._names, scores, strict=True)]
@@ -242,10 +242,6 @@ class Ladder:
         answers: Sequence[Sequence[Answer]],
     ) -> BudgetRow:
         """A row from the answers for each partition (or for one source), one per attributed model."""
-        n_queries = len(self.shared.question.reported)
-        costs = [
-            _total([answer.cost(n_queries) for answer in of_one]) for of_one in zip(*answers, strict=True)
-        ]
         return BudgetRow(
             name=self.spec.name,
             source=source,
@@ -256,8 +252,13 @@ class Ladder:
             lds=self._lds(_means(answers)),
             against_first=None,
             over_last=None,
-            cost=median_cost(costs),
+            cost=self._cost(answers),
         )
+
+    def _cost(self, answers: Sequence[Sequence[Answer]]) -> Cost:
+        """Of all answers together, the median over the attributed models."""
+        n = len(self.shared.question.reported)
+        return median_cost([_total([a.cost(n) for a in of_one]) for of_one in zip(*answers, strict=True)])
 
     def _lds(self, scores: Sequence[NDArray[Any]]) -> LDSResult:
         halves = retrained(self.shared)

@@ -89,7 +89,7 @@ class Reading(Measure):
 
     name: str
     fewest_subsets: int
-    on_halves = on_models = True
+    on_halves = True
 
     @property
     def part(self) -> str:

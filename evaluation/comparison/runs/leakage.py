@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,8 @@ def measure_leakage(
             scores: dict[tuple[str, str | None], list[Array]] = defaultdict(list)
             costs: dict[tuple[str, str | None], list[Cost]] = defaultdict(list)
             for i in range(n_models):
-                trained = OneTraining(planted.task, i, store, device=device, n_jobs=n_jobs)
+                how: dict[str, Any] = {"device": device, "n_jobs": n_jobs}
+                trained = OneTraining(planted.task, i, store, methods.values(), **how)
                 model = trained.model
                 forward = forward_seconds(model, planted.task.train)
                 for name, build in methods.items():
@@ -258,13 +259,13 @@ class Leakage(Measure):
     def trainings(self, shared: Shared) -> list[RetrainingEstimate]:
         """The models of each planted set."""
         question, settings = shared.question, self.settings(shared.question)
-        runs = (
-            (planted.task, seed)
-            for kind in settings["kinds"]
-            for n_planted in settings["counts"]
-            for planted in [plant(question.task, n_planted, kind=kind, seed=settings["seed"])]
-            for seed in range(settings["n_models"])
-        )
+
+        def runs() -> Iterator[tuple[Task, int]]:
+            for kind in settings["kinds"]:
+                for n_planted in settings["counts"]:
+                    planted = plant(question.task, n_planted, kind=kind, seed=settings["seed"])
+                    yield from ((planted.task, seed) for seed in range(settings["n_models"]))
+
         how: dict[str, Any] = {"device": question.device, "n_jobs": settings["n_jobs"]}
         return estimates(runs, question.specs, question.store, self.name, **how)
 

@@ -202,6 +202,7 @@ def measure_mislabel(
     if set(methods) & set(detectors):
         raise bad_value("detectors", "have names of their own", sorted(set(methods) & set(detectors)))
     held_out = tuple(t[:n_held_out] for t in task.test.tensors)
+    partitions = max(map(_partitions, detectors.values()), default=0)
     flips, noisy_labels = [], []
     scores: dict[tuple[str, str], list[Array]] = defaultdict(list)
     fits: dict[str, list[float]] = defaultdict(list)
@@ -210,7 +211,9 @@ def measure_mislabel(
         noisy, flipped = flipped_task(task, rate, kind=kind, seed=seed + i)
         flips.append(flipped)
         noisy_labels.append(noisy.train.tensors[1])
-        trained = OneTraining(noisy, i, store, device=device, n_jobs=n_jobs)
+        trained = OneTraining(
+            noisy, i, store, methods.values(), partitions=partitions, device=device, n_jobs=n_jobs
+        )
         model = trained.model
         forward = forward_seconds(model, noisy.train)
         for name, build in methods.items():
@@ -221,8 +224,8 @@ def measure_mislabel(
                 scores[name, ranking].append(finite_array("scores", answer.values))
                 seconds[name, ranking].append(answer.seconds)
         for name, detector in detectors.items():
-            halves = detector.partitions if isinstance(detector, DetectorSpec) else 0
-            more = {"checkpoints": trained.halves(halves).checkpoints} if halves else {}
+            halves = _partitions(detector)
+            more = {"checkpoints": trained.halves(halves)} if halves else {}
             started = time.perf_counter()
             found = detector(model, noisy.train, **more)
             scores[name, "detector"].append(finite_array("scores", found))
@@ -239,6 +242,11 @@ def measure_mislabel(
         )
         for (name, ranking), found in scores.items()
     ]
+
+
+def _partitions(detector: Detector) -> int:
+    """Partitions into halves whose models a detector is given."""
+    return detector.partitions if isinstance(detector, DetectorSpec) else 0
 
 
 class Mislabel(Measure):
@@ -260,11 +268,12 @@ class Mislabel(Measure):
     def trainings(self, shared: Shared) -> list[RetrainingEstimate]:
         """The models of the flipped labels."""
         question, settings = shared.question, self.settings(shared.question)
-        noisy = (
-            flipped_task(question.task, settings["rate"], kind=settings["kind"], seed=settings["seed"] + i)
-            for i in range(settings["n_models"])
-        )
-        runs = ((task, i) for i, (task, _) in enumerate(noisy))
+
+        def runs() -> Iterator[tuple[Task, int]]:
+            rate, kind = settings["rate"], settings["kind"]
+            for i in range(settings["n_models"]):
+                yield flipped_task(question.task, rate, kind=kind, seed=settings["seed"] + i)[0], i
+
         partitions = max((DETECTORS[name].partitions for name in self._available(settings)), default=0)
         how: dict[str, Any] = {"device": question.device, "n_jobs": settings["n_jobs"]}
         return estimates(runs, question.specs, question.store, self.name, partitions=partitions, **how)

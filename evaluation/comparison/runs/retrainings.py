@@ -47,7 +47,7 @@ class Retrainings(Measure):
         "up_to": {"EKFAC": 5},
         "refined": ("STRIDE",),
     }
-    on_halves = on_models = True
+    on_halves = True
     fewest_subsets = 3
 
     def check(self, question: Question) -> None:
@@ -73,7 +73,8 @@ class Retrainings(Measure):
         if not settings["methods"]:
             raise bad_value(f"{at}['methods']", "name at least one method", "none")
         for name in (*settings["methods"], *settings["refined"], *settings["up_to"]):
-            if name not in METHODS and name not in question.methods:
+            own = question.methods.get(name)
+            if name not in METHODS and (own is None or not own.uses_model_alone):
                 raise bad_choice(f"{at}['methods']", name, list(METHODS))
         if "methods" in question.measures[self.name]:
             for name in settings["methods"]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ....errors import bad_choice
+from ....errors import bad_choice, bad_value
 from ....losses import Loss
 from ....losses.summed_positions import SummedPositions
 from ...tasks.task import Task
@@ -31,12 +31,15 @@ def grids(
             its `default` alone.
 
     Raises:
-        ValueError: Options for a method that does not exist.
+        ValueError: Options for a method that does not exist, or checkpoints among them.
     """
     known = list(dict.fromkeys([*(c.name for c in every), *METHODS]))
     for name in options:
         if name not in known:
             raise bad_choice("options", name, known)
+        if "checkpoints" in options[name]:
+            must = "leave `checkpoints` to the comparison, which trains them"
+            raise bad_value(f"options[{name!r}]", must, "some", "Name the row 'STRIDE, checkpoints'.")
     found = {}
     for spec in every:
         grid: Sequence[Mapping[str, Any]] = spec.grid

@@ -10,6 +10,7 @@ from typing import Any
 from ...retraining.estimate import RetrainingEstimate
 from ...retraining.task_parts import Split
 from ...tasks.task import Task
+from .methods import MethodSpec
 from .question import Question
 from .shared import Shared
 
@@ -28,7 +29,6 @@ class Measure(ABC):
         defaults: Its options, with their default values.
         on_halves: Whether it needs the retrained halves. If a measure does, the options of every method with
             a grid are chosen by LDS on them.
-        on_models: Whether it builds every method on the attributed models, with `Shared.checkpoints_of`.
         fewest_subsets: Smallest number of halves.
 
     >>> from types import SimpleNamespace
@@ -52,7 +52,6 @@ class Measure(ABC):
     name: str
     defaults: Mapping[str, Any] = {}
     on_halves: bool = False
-    on_models: bool = False
     fewest_subsets: int = 1
 
     @property
@@ -76,6 +75,13 @@ class Measure(ABC):
             ValueError: An option is out of range.
         """
         return
+
+    def on_models(self, question: Question) -> Sequence[MethodSpec]:
+        """The methods that it builds on the attributed models, with `Shared.checkpoints_of`.
+
+        By default all of them if it is measured on the retrained halves, and otherwise none.
+        """
+        return question.specs if self.on_halves else ()
 
     def partitions(self, question: Question) -> Mapping[Split, int]:
         """How many partitions it needs of each `Split`, whose models are then in `Shared.cross_fitted`."""

@@ -1,8 +1,8 @@
-"""One training on data of a measure's own, and the further models that a method is given beside it."""
+"""One training on data of a measure's own, and the further models that methods are given beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,8 @@ class OneTraining:
         task: The task, with the data of the measure.
         seed: Seed of the training; it is also the number of the partitions.
         store: Folder of trained models; None keeps nothing.
+        methods: Those that will ask for `checkpoints`; builders that are no `MethodSpec` ask for none.
+        partitions: Partitions into halves that are needed beside those of the methods.
         device: Where models are trained.
         n_jobs: Workers for the models of halves.
     """
@@ -40,27 +42,38 @@ class OneTraining:
         task: Task,
         seed: int,
         store: str | Path | None,
+        methods: Iterable[Any],
         *,
+        partitions: int = 0,
         device: torch.device | str = "cpu",
         n_jobs: int = 1,
     ) -> None:
         self.task, self.seed, self.store, self.device, self.n_jobs = task, seed, store, device, n_jobs
-        self._halves: dict[int, CrossFitted] = {}
+        self.epochs, self.partitions = needs(methods, task.training.epochs, partitions)
 
     @cached_property
     def model(self) -> nn.Module:
         """The model after the last epoch."""
         return train_attributed(self.task, self.seed, self.store, device=self.device)
 
-    def halves(self, partitions: int) -> CrossFitted:
+    @cached_property
+    def _along(self) -> dict[int, Any]:
+        """Checkpoints by epoch, of all epochs that a method asks for."""
+        kept = train_checkpoints(self.task, self.seed, self.store, self.epochs, device=self.device)
+        return dict(zip(self.epochs, kept, strict=True))
+
+    @cached_property
+    def _halves(self) -> CrossFitted:
+        """The models of all halves that a method asks for."""
+        how: dict[str, Any] = {"n_jobs": self.n_jobs, "device": self.device}
+        return cross_fit(self.task, self.seed, self.partitions, self.store, HALVES, **how)
+
+    def halves(self, partitions: int) -> Sequence[Any]:
         """Models of the halves of so many partitions."""
-        if partitions not in self._halves:
-            how: dict[str, Any] = {"n_jobs": self.n_jobs, "device": self.device}
-            self._halves[partitions] = cross_fit(self.task, self.seed, partitions, self.store, HALVES, **how)
-        return self._halves[partitions]
+        return self._halves.checkpoints[: HALVES.parts * partitions]
 
     def checkpoints(self, method: Any) -> Sequence[Any] | None:
-        """The `checkpoints` of a method: models of halves, those along the training, or None.
+        """The `checkpoints` of a method: those along the training, models of halves, both or None.
 
         Args:
             method: A `MethodSpec`; other builders get None.
@@ -68,13 +81,9 @@ class OneTraining:
         return further_models(
             method,
             self.task.training.epochs,
-            lambda partitions: self.halves(partitions).checkpoints,
-            self._along,
+            self.halves,
+            lambda epochs: [*(self._along[epoch] for epoch in epochs), self.model.state_dict()],
         )
-
-    def _along(self, epochs: Sequence[int]) -> list[Any]:
-        before = train_checkpoints(self.task, self.seed, self.store, epochs, device=self.device)
-        return [*before, self.model.state_dict()]
 
 
 def further_models(
@@ -104,9 +113,25 @@ def with_checkpoints(options: Mapping[str, Any], checkpoints: Sequence[Any] | No
     return {**options, **({} if checkpoints is None else {"checkpoints": list(checkpoints)})}
 
 
+def needs(methods: Iterable[Any], epochs: int, partitions: int = 0) -> tuple[list[int], int]:
+    """Epochs of all checkpoints, and partitions into halves, that some methods are given.
+
+    Args:
+        methods: Only a `MethodSpec` is given some.
+        epochs: Epochs of the training.
+        partitions: Partitions that are needed at least.
+
+    >>> needs([MethodSpec("A", lambda *_: None, n_checkpoints="log", partitions=2)], 6)
+    ([1, 2, 3, 5], 2)
+    """
+    specs = [method for method in methods if isinstance(method, MethodSpec)]
+    kept = sorted({epoch for spec in specs for epoch in spec.epochs(epochs)})
+    return kept, max([partitions, *(spec.partitions for spec in specs)])
+
+
 def estimates(
-    runs: Iterable[tuple[Task, int]],
-    methods: Iterable[MethodSpec],
+    runs: Callable[[], Iterable[tuple[Task, int]]],
+    methods: Iterable[Any],
     store: str | Path,
     purpose: str,
     *,
@@ -117,34 +142,21 @@ def estimates(
     """What `OneTraining` would train for some methods.
 
     Args:
-        runs: Task and seed of each training, at least one.
-        methods: The methods that are given its models.
-        store: Folder of trained models; it is only read.
+        runs: Gives task and seed of each training, at least one, one after the other.
+        methods: As for `OneTraining`, as are all others.
+        store: See there; it is only read.
         purpose: What the models are for.
-        partitions: Partitions into halves that are needed beside those of the methods.
-        device: Where models are trained.
-        n_jobs: Workers for the models of halves.
+        partitions: See there.
+        device: See there.
+        n_jobs: See there.
     """
-    known, chosen = list(runs), list(methods)
-    found = [estimate_attributed(known, store, purpose=purpose, device=device)]
-    found += _further(known, chosen, store, partitions, device, n_jobs)
-    return [found[0], *(replace(e, purpose=f"{purpose}, {e.purpose}") for e in found[1:])]
-
-
-def _further(
-    runs: Sequence[tuple[Task, int]],
-    methods: Sequence[MethodSpec],
-    store: str | Path,
-    partitions: int,
-    device: torch.device | str,
-    n_jobs: int,
-) -> Iterator[RetrainingEstimate]:
-    """Checkpoints and models of halves, for each task."""
-    partitions = max([partitions, *(method.partitions for method in methods)])
-    for task, seed in runs:
-        epochs = sorted({e for method in methods for e in method.epochs(task.training.epochs)})
-        if epochs:
-            yield estimate_checkpoints(task, {seed: epochs}, store, device=device)
-        if partitions:
-            how: dict[str, Any] = {"n_jobs": n_jobs, "device": device}
-            yield estimate_cross_fitted(task, [seed], partitions, store, HALVES, **how)
+    epochs, partitions = needs(methods, next(iter(runs()))[0].training.epochs, partitions)
+    found = [estimate_attributed(runs(), store, purpose=purpose, device=device)]
+    if epochs:
+        along = estimate_checkpoints(((*run, epochs) for run in runs()), store, device=device)
+        found.append(replace(along, purpose=f"{purpose}, {along.purpose}"))
+    if partitions:
+        how: dict[str, Any] = {"n_jobs": n_jobs, "device": device}
+        halves = estimate_cross_fitted(runs(), partitions, store, HALVES, **how)
+        found.append(replace(halves, purpose=f"{purpose}, {halves.purpose}"))
+    return found

@@ -28,7 +28,7 @@ class Question:
         measures: By name of the measure, the options that were given.
         halves: The retrained halves that LDS is measured on; they are trained only if `on_halves`.
         on_halves: Whether a measure needs them.
-        on_models: Whether a measure builds every method on the attributed models.
+        on_models: The methods that measures build on the attributed models.
         store: Folder of the retrainings, the trained models and the scores.
         n_models: Number of attributed models.
         n_spiked: Number of additional ones, stopped on a spike of their training loss.
@@ -50,7 +50,6 @@ class Question:
     measures: Mapping[str, Mapping[str, Any]]
     halves: RetrainingPlan
     on_halves: bool
-    on_models: bool
     store: Path
     n_models: int = 3
     n_spiked: int = 0
@@ -65,6 +64,7 @@ class Question:
     skipped: Mapping[str, str] = field(default_factory=dict)
     cross_fitted: Mapping[Split, int] = field(default_factory=dict)
     along: bool = False
+    on_models: Sequence[MethodSpec] = ()
 
     @property
     def reported(self) -> range:
@@ -80,16 +80,15 @@ class Question:
     def partitions(self) -> dict[Split, int]:
         """By `Split`, the number of partitions that measures and methods need for every attributed model."""
         wanted = dict(self.cross_fitted)
-        if self.on_models:
-            of_rows = max((spec.partitions for spec in self.specs), default=0)
-            wanted[HALVES] = max(wanted.get(HALVES, 0), of_rows)
+        of_rows = max((spec.partitions for spec in self.on_models), default=0)
+        wanted[HALVES] = max(wanted.get(HALVES, 0), of_rows)
         return {split: n for split, n in wanted.items() if n}
 
     @property
     def epochs(self) -> list[int]:
         """Epochs before the last after which checkpoints of every attributed model are needed."""
         epochs = self.task.training.epochs
-        wanted = [spec.epochs(epochs) for spec in self.specs] if self.on_models else []
+        wanted = [spec.epochs(epochs) for spec in self.on_models]
         return sorted(
             {epoch for kept in (*wanted, log_epochs(epochs) if self.along else []) for epoch in kept}
         )

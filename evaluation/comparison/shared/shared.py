@@ -79,8 +79,8 @@ class Shared:
         return self.once(_cross_fitted)
 
     def checkpoints_of(self, method: Any, name: str) -> Sequence[Any] | None:
-        """The `checkpoints` of a method for an attributed model: models of halves, those along its training,
-        or None.
+        """The `checkpoints` of a method for an attributed model: those along its training, models of halves,
+        both or None.
 
         Args:
             method: A `MethodSpec`; other builders get None.
@@ -166,10 +166,10 @@ def _estimates(shared: Shared) -> list[RetrainingEstimate]:
     for split, repeats in question.partitions.items():
         numbers = range(question.n_models + question.n_spiked)
         how: dict[str, Any] = {"n_jobs": question.n_jobs, "device": device}
-        found.append(estimate_cross_fitted(task, numbers, repeats, store, split, **how))
+        found.append(estimate_cross_fitted([(task, n) for n in numbers], repeats, store, split, **how))
     if question.epochs:
-        epochs = {seed: _epochs_before(question, seed) for seed in seeds}
-        found.append(estimate_checkpoints(task, epochs, store, device=device))
+        of_each = [(task, seed, _epochs_before(question, seed)) for seed in seeds]
+        found.append(estimate_checkpoints(of_each, store, device=device))
     return found
 
 

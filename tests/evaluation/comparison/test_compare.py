@@ -343,6 +343,28 @@ class TestCheckpoints:
             for state, expected in zip(given, wanted, strict=True):
                 assert all(torch.equal(state[name], value) for name, value in expected.items())
 
+    def test_a_measure_that_leaves_a_row_out_trains_nothing_for_it(self, task, tmp_path):
+        rows = ["STRIDE", "STRIDE, checkpoints", "STRIDE, cross-fitted"]
+        measures = {"counterfactual": {"methods": ["STRIDE"], "counts": (3,), "n_points": 1, "n_seeds": 1}}
+        question = settle(rows, task, store=tmp_path, measures=measures, **FEW)
+        assert [e.purpose for e in planned_trainings(question)] == [
+            "attributed models",
+            "counterfactual drop, proponents",
+        ]
+
+    def test_are_not_an_option(self, task, tmp_path):
+        options = {"STRIDE": {"checkpoints": ["weights.pt"]}}
+        with pytest.raises(
+            ValueError, match=r"`options\['STRIDE'\]` must leave `checkpoints` to the comparison"
+        ):
+            compare(["STRIDE"], task, store=tmp_path, options=options, **FEW)
+
+    @pytest.mark.parametrize("name", ["STRIDE, checkpoints and halves", "TRAK, cross-fitted"])
+    def test_budgets_are_measured_for_methods_that_use_a_model_alone(self, task, tmp_path, name):
+        measures = {"retrainings": {"methods": (name,)}}
+        with pytest.raises(ValueError, match="methods"):
+            settle(["STRIDE", name], task, store=tmp_path, measures=measures, **FEW)
+
     def test_of_the_counterfactual_drop_are_those_of_the_attributed_models(self, task, tmp_path):
         seen = {}
 

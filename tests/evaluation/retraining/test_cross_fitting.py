@@ -13,14 +13,17 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from stride_captum import STRIDE, refine
-from stride_captum.adapters import Similarity
+from stride_captum import STRIDE, Checkpoint, ClosedForm, refine
+from stride_captum.adapters import TRAK, Similarity
 from stride_captum.evaluation import TaskTraining, load_task, retrain
 from stride_captum.evaluation.comparison.compare import answer, planned_trainings
 from stride_captum.evaluation.comparison.plan import settle
 from stride_captum.evaluation.comparison.runs.lds import retrained
+from stride_captum.evaluation.comparison.runs.leakage import measure_leakage
+from stride_captum.evaluation.comparison.shared.methods import MethodSpec, adapter
 from stride_captum.evaluation.comparison.shared.shared import Shared
 from stride_captum.evaluation.measures.linear_datamodeling import lds
+from stride_captum.evaluation.retraining import attributed_models, task_parts
 from stride_captum.evaluation.retraining.attributed_models import (
     log_epochs,
     train_attributed,
@@ -259,6 +262,30 @@ class TestScores:
         )
         assert not torch.allclose(whole.mislabel_scores(), wanted)
 
+    def test_of_each_output_too(self):
+        found, data = retrain(train, N).checkpoints, TensorDataset(X, Y)
+        every = STRIDE(built(MLP), data, checkpoints=[built(MLP).state_dict(), *found])
+        scores = every.mislabel_scores(per_label=True)
+        for checkpoint, other in zip(found, found[::-1], strict=True):
+            alone = STRIDE(built(MLP), data, checkpoints=[other.weights]).mislabel_scores(per_label=True)
+            torch.testing.assert_close(scores[list(checkpoint.seen)], alone[list(checkpoint.seen)])
+
+    @pytest.mark.parametrize("build", [STRIDE, Similarity, TRAK])
+    def test_cost_is_known_before(self, build):
+        method = build(built(MLP), TensorDataset(X, Y), checkpoints=retrain(train, N).checkpoints)
+        assert method.estimate(5).n_train == N
+
+    def test_weights_follow_the_examples_that_are_left(self):
+        states = [train(np.arange(n), n).state_dict() for n in (30, 40, N)]
+        seen = [None, range(40), None]
+        kept = [Checkpoint(state, seen=rows) for state, rows in zip(states, seen, strict=True)]
+        how = {"operators": ClosedForm(temperature=2.0)}
+        method = STRIDE(built(MLP), TensorDataset(X, Y), checkpoints=kept, **how).fit()
+        method.remove_examples(range(40, N))
+        wanted = STRIDE(built(MLP), TensorDataset(X[:40], Y[:40]), checkpoints=states, **how).influence(TEST)
+        found = method.influence(TEST)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
     def test_examples_that_every_model_has_seen_are_judged_as_by_one_model(self):
         (one, _) = retrain(train, N).checkpoints
         data = TensorDataset(X, Y)
@@ -300,6 +327,21 @@ class TestTasks:
         assert len(found.checkpoints) == 10
 
 
+#: With checkpoints at other epochs, and more halves.
+FURTHER = (
+    "TracIn, 4 checkpoints",
+    MethodSpec("two partitions", adapter(Similarity), partitions=2),
+)
+
+
+def counted(train_model, seen):
+    def train(*args, **options):
+        seen.append(args)
+        return train_model(*args, **options)
+
+    return train
+
+
 class TestComparison:
     ROWS = ("STRIDE", "STRIDE, cross-fitted", "TracIn, cross-fitted", "STRIDE, checkpoints and halves")
 
@@ -332,35 +374,40 @@ class TestComparison:
         assert not np.array_equal(apart[0][0].indices, apart[1][0].indices)
 
     @pytest.mark.slow
-    def test_measures_with_models_of_their_own_train_what_is_planned(self, tmp_path):
-        training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=3)
+    @pytest.mark.parametrize("stored", [True, False])
+    def test_measures_with_models_of_their_own_train_what_is_planned(self, tmp_path, monkeypatch, stored):
+        training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=5)
         task = load_task("synthetic", preset="smoke", training=training)
         measures = {
             "mislabel": {"n_held_out": 4, "n_models": 2, "detectors": ("confident learning, cross-fitted",)},
             "leakage": {"counts": (3, 5)},
         }
         few = {"n_subsets": 8, "n_test": 12, "store": tmp_path, "n_jobs": 1}
-        question = settle(("STRIDE", "STRIDE, checkpoints", *self.ROWS[1:2]), task, measures=measures, **few)
+        methods = ("STRIDE", "STRIDE, checkpoints", *self.ROWS[1:2], *FURTHER)
+        question = settle(methods, task, measures=measures, **few)
         planned = {estimate.purpose: estimate.n_missing for estimate in planned_trainings(question)}
         assert planned == {
             "mislabel": 2,
-            "mislabel, checkpoints of attributed models": 1,
-            "mislabel, cross-fitted halves": 2,
+            "mislabel, checkpoints of attributed models": 2,
+            "mislabel, cross-fitted halves": 8,
             "leakage": 2,
-            "leakage, checkpoints of attributed models": 1,
-            "leakage, cross-fitted halves": 2,
+            "leakage, checkpoints of attributed models": 2,
+            "leakage, cross-fitted halves": 8,
         }
-        assert sum(e.n_missing for e in planned_trainings(question)) == 2 + 2 + 4 + 2 + 2 + 4
+        trained = []
+        for module in (attributed_models, task_parts):
+            monkeypatch.setattr(module, "train_model", counted(module.train_model, trained))
         found = answer(question)
+        assert len(trained) == sum(planned.values())
         assert not sum(e.n_missing for e in planned_trainings(question))
         names = {(row.name, row.ranking) for row in found.mislabel}
         assert ("STRIDE, cross-fitted", "mislabel scores") in names
         assert ("confident learning, cross-fitted", "detector") in names
-        assert {row.name for row in found.leakage} == {
-            "STRIDE",
-            "STRIDE, checkpoints",
-            "STRIDE, cross-fitted",
-        }
+        assert {row.name for row in found.leakage} == {spec.name for spec in question.specs}
+        if not stored:
+            trained.clear()
+            measure_leakage(task, question.methods, store=None, counts=(3, 5), n_resamples=0)
+            assert len(trained) == 2 + 2 + 8
 
 
 def test_the_random_state_of_a_gpu_in_use_is_seeded_and_put_back(monkeypatch):
