@@ -57,6 +57,11 @@ class DetectorSpec:
     partitions: int = 0
     needs: str | None = None
 
+    @property
+    def available(self) -> bool:
+        """Whether the extra that it needs is installed."""
+        return self.needs is None or find_spec(self.needs) is not None
+
     def __call__(self, model: nn.Module, train_dataset: Any, **options: Any) -> Any:
         """Scores `(n_train,)`, high = the label is suspect."""
         return self.build(model, train_dataset, **options).mislabel_scores()
@@ -281,8 +286,7 @@ class Mislabel(Measure):
     @staticmethod
     def _available(settings: Mapping[str, Any]) -> list[str]:
         """The detectors whose extra is installed."""
-        names = settings["detectors"]
-        return [n for n in names if DETECTORS[n].needs is None or find_spec(DETECTORS[n].needs) is not None]
+        return [name for name in settings["detectors"] if DETECTORS[name].available]
 
     def run(self, shared: Shared) -> list[MislabelRow]:
         """A row for each ranking; the most suspect examples go into the gallery."""
