@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ def estimate_attributed(
         device: Where they are trained.
     """
     files = (
-        (task, [attributed_path(run_store.Fingerprints(task), seed, store, False, device)])
+        (task, [[attributed_path(run_store.Fingerprints(task), seed, store, False, device)]])
         for task, seed in runs
     )
     return _estimate(files, purpose, device)
@@ -45,7 +46,7 @@ def estimate_checkpoints(
 ) -> RetrainingEstimate:
     """What `train_checkpoints` would train; `runs` have task, seed and epochs of each attributed model."""
     files = (
-        (task, checkpoint_paths(run_store.Fingerprints(task), kept, seed, store, device))
+        (task, [checkpoint_paths(run_store.Fingerprints(task), kept, seed, store, device)])
         for task, seed, kept in runs
         if kept
     )
@@ -62,37 +63,12 @@ def estimate_cross_fitted(
     device: torch.device | str = "cpu",
 ) -> RetrainingEstimate:
     """What `cross_fit` would train for the tasks and numbers of some attributed models."""
-    n_runs = n_missing = n_damaged = n_examples = n_bytes = 0
-    name, per_example = "", 0.0
-    for task, number in runs:
-        paths = cross_fit_paths(task, number, repeats, store, split, device=device)
-        missing = [path for path in paths if run_store.read_states(path)[0] is None]
-        n_runs, n_missing, name = n_runs + len(paths), n_missing + len(missing), name or task.name
-        if not missing:
-            continue
-        n_damaged += sum(path.exists() for path in missing)
-        n_examples += len(missing) * (split.epochs or task.training.epochs) * task.n_train // split.parts
-        n_bytes += len(missing) * _state_bytes(task)
-        per_example = per_example or _seconds_per_example(task, device)
-    workers = min(count(n_jobs, device), n_missing)
-    return RetrainingEstimate(
-        task=name,
-        n_subsets=1,
-        n_seeds=n_runs,
-        engine="processes",
-        n_stored=n_runs - n_missing,
-        n_damaged=n_damaged,
-        n_workers=workers,
-        seconds=per_example * n_examples / max(workers, 1),
-        n_bytes=n_bytes,
-        purpose="cross-fitted halves" if split.parts == 2 else f"cross-fitted parts, {split.parts} of each",
+    files = (
+        (task, [[path] for path in cross_fit_paths(task, number, repeats, store, split, device=device)])
+        for task, number in runs
     )
-
-
-def _state_bytes(task: Task) -> int:
-    """Bytes of the weights of a model."""
-    network = checked_network(task.build_model, task.train.tensors[0][:2])
-    return sum(t.numel() * t.element_size() for t in network.state_dict().values())
+    purpose = "cross-fitted halves" if split.parts == 2 else f"cross-fitted parts, {split.parts} of each"
+    return _estimate(files, purpose, device, split, n_jobs)
 
 
 def estimate_spiked(
@@ -120,27 +96,47 @@ def estimate_spiked(
             seed, at_most = first, "each search ends at the first model with a spike of its loss"
         chosen.append(seed)
         first = seed + 1 if not at_most else first + TRIES
-    found = _estimate(((task, [path]) for path in paths), "models stopped on a spike", device)
+    found = _estimate([(task, [[path] for path in paths])], "models stopped on a spike", device)
     return replace(found, task=task.name, at_most=at_most), chosen
 
 
 def _estimate(
-    runs: Iterable[tuple[Task, Sequence[Path]]], purpose: str, device: torch.device | str
+    runs: Iterable[tuple[Task, Sequence[Sequence[Path]]]],
+    purpose: str,
+    device: torch.device | str,
+    split: Split | None = None,
+    n_jobs: int = 1,
 ) -> RetrainingEstimate:
-    """Estimate for trainings and the files of each; some batches of the first missing one are timed."""
-    n_runs = n_missing = n_damaged = n_examples = n_bytes = 0
-    name, per_example = "", 0.0
-    for task, paths in runs:
+    """Estimate for trainings of tasks; some batches of the first missing one are timed.
+
+    Args:
+        runs: Each task, with the files of each of its trainings.
+        purpose: What the models are for.
+        device: Where they are trained.
+        split: How the parts are made that models are trained on; None for the whole training set.
+        n_jobs: Workers.
+    """
+    n_runs = n_missing = n_damaged = n_bytes = 0
+    name, per_example, n_examples = "", 0.0, 0.0
+    for task, trainings in runs:
         network = checked_network(task.build_model, task.train.tensors[0][:2])
-        found = [run_store.read_state(path, network) for path in paths]
-        n_runs, name = n_runs + 1, name or task.name
-        if all(state is not None for state, _ in found):
-            continue
-        n_missing += 1
-        n_damaged += any(damage is not None for _, damage in found)
-        n_examples += task.n_train * task.training.epochs
-        n_bytes += len(paths) * sum(t.numel() * t.element_size() for t in network.state_dict().values())
-        per_example = per_example or _seconds_per_example(task, device)
+        size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
+        part = split or Split(parts=1)
+        examples = (part.epochs or task.training.epochs) * task.n_train / part.parts
+        n_runs, name = n_runs + len(trainings), name or task.name
+        for paths in trainings:
+            found: list[tuple[Any, str | None]] = [
+                run_store.read_state(path, network) if split is None else run_store.read_states(path)
+                for path in paths
+            ]
+            if all(state is not None for state, _ in found):
+                continue
+            n_missing += 1
+            n_damaged += any(damage is not None for _, damage in found)
+            n_examples += examples
+            n_bytes += len(paths) * size
+            per_example = per_example or _seconds_per_example(task, device)
+    workers = min(count(n_jobs, device), n_missing)
     return RetrainingEstimate(
         task=name,
         n_subsets=1,
@@ -148,8 +144,8 @@ def _estimate(
         engine="processes",
         n_stored=n_runs - n_missing,
         n_damaged=n_damaged,
-        n_workers=min(1, n_missing),
-        seconds=per_example * n_examples,
+        n_workers=workers,
+        seconds=per_example * n_examples / max(workers, 1),
         n_bytes=n_bytes,
         purpose=purpose,
     )

@@ -27,7 +27,7 @@ from ...losses import Loss
 from ...subsets import Membership, members, membership_from_indices, partition
 from ...system.preserve_state import preserve_state
 from ...system.stable_digest import NoStableDigest, stable_digest
-from ..tasks.new_network import seeded
+from ..tasks.new_network import drawn_on, seeded
 from ..tasks.task_loss import output_rows, response_of
 from . import store as run_store
 from .store import State
@@ -234,7 +234,7 @@ def stored_trainings(
 
 def _train(function: TrainFunction, job: PartTraining, path: Path | None) -> list[State]:
     """Train one model, and write it."""
-    with seeded(job.seed, _drawn_on()), single_thread():
+    with seeded(job.seed, drawn_on()), single_thread():
         torch.manual_seed(job.seed)  # also of a GPU that is not in use yet
         try:
             returned = function(job.rows, job.seed)
@@ -253,13 +253,6 @@ def _train(function: TrainFunction, job: PartTraining, path: Path | None) -> lis
     if path is not None:
         run_store.write_states(path, states)
     return states
-
-
-def _drawn_on() -> str:
-    """The kind of device, beside the processor, whose random state is in use."""
-    if torch.cuda.is_initialized():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _states(returned: Any) -> tuple[list[State], set[str]]:

@@ -44,6 +44,13 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
         yield
 
 
+def drawn_on() -> str:
+    """The kind of device, beside the processor, whose random state is in use."""
+    if torch.cuda.is_initialized():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def new_network(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
     """Build an untrained network inside `seeded(seed)`.
 

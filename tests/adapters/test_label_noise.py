@@ -14,11 +14,10 @@ from torch.utils.data import TensorDataset
 
 from stride_captum import Checkpoint
 from stride_captum.adapters import ConfidentLearning, LossDetector
+from stride_captum.adapters.folds import logistic_regression, out_of_sample_probabilities
 from stride_captum.adapters.label_noise import (
     QUALITIES,
     LabelNoiseDetector,
-    logistic_regression,
-    out_of_sample_probabilities,
 )
 from stride_captum.losses import CrossEntropy
 

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import TensorDataset
 
-from .... import adapters
 from ....errors import bad_choice, bad_value
 from ....influence.method import InfluenceMethod
 from ....system.stable_digest import stable_digest
@@ -31,6 +28,7 @@ from ...measures.statistics import Array
 from ...retraining.estimate import RetrainingEstimate
 from ...tasks.checks import check_task
 from ...tasks.task import Task
+from ..shared.detectors import DETECTORS, Detector, partitions_of
 from ..shared.measure import Measure, defaults_of
 from ..shared.one_training import OneTraining, estimates, with_checkpoints
 from ..shared.question import Question
@@ -39,42 +37,6 @@ from ..shared.shared import Shared
 from ..shared.suspects import Suspect, most_suspect
 from .lds import given
 
-#: `detector(model, train_dataset)` returns `(n_train,)`: high = the label is suspect.
-Detector = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class DetectorSpec:
-    """A detector of label noise that uses no influence.
-
-    Attributes:
-        build: Its class.
-        partitions: Partitions of the training set into halves whose models it is given as `checkpoints`.
-        needs: Module of an extra that it needs.
-    """
-
-    build: Callable[..., adapters.LabelNoiseDetector]
-    partitions: int = 0
-    needs: str | None = None
-
-    @property
-    def available(self) -> bool:
-        """Whether the extra that it needs is installed."""
-        return self.needs is None or find_spec(self.needs) is not None
-
-    def __call__(self, model: nn.Module, train_dataset: Any, **options: Any) -> Any:
-        """Scores `(n_train,)`, high = the label is suspect."""
-        return self.build(model, train_dataset, **options).mislabel_scores()
-
-
-#: Detectors of label noise that use no influence.
-DETECTORS = {
-    "loss": DetectorSpec(adapters.LossDetector),
-    "confident learning": DetectorSpec(adapters.ConfidentLearning, needs="cleanlab"),
-    "confident learning, cross-fitted": DetectorSpec(
-        adapters.ConfidentLearning, partitions=1, needs="cleanlab"
-    ),
-}
 _HELD_OUT_BATCH = 100
 
 
@@ -207,7 +169,7 @@ def measure_mislabel(
     if set(methods) & set(detectors):
         raise bad_value("detectors", "have names of their own", sorted(set(methods) & set(detectors)))
     held_out = tuple(t[:n_held_out] for t in task.test.tensors)
-    partitions = max(map(_partitions, detectors.values()), default=0)
+    partitions = max(map(partitions_of, detectors.values()), default=0)
     flips, noisy_labels = [], []
     scores: dict[tuple[str, str], list[Array]] = defaultdict(list)
     fits: dict[str, list[float]] = defaultdict(list)
@@ -229,7 +191,7 @@ def measure_mislabel(
                 scores[name, ranking].append(finite_array("scores", answer.values))
                 seconds[name, ranking].append(answer.seconds)
         for name, detector in detectors.items():
-            halves = _partitions(detector)
+            halves = partitions_of(detector)
             more = {"checkpoints": trained.halves(halves)} if halves else {}
             started = time.perf_counter()
             found = detector(model, noisy.train, **more)
@@ -247,11 +209,6 @@ def measure_mislabel(
         )
         for (name, ranking), found in scores.items()
     ]
-
-
-def _partitions(detector: Detector) -> int:
-    """Partitions into halves whose models a detector is given."""
-    return detector.partitions if isinstance(detector, DetectorSpec) else 0
 
 
 class Mislabel(Measure):

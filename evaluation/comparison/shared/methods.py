@@ -9,7 +9,7 @@ larger choice. TracIn as published, the similarities and the controls have nothi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import product
@@ -90,6 +90,22 @@ class MethodSpec:
     def available(self) -> bool:
         """Whether the extra that it needs is installed."""
         return self.needs is None or find_spec(self.needs) is not None
+
+
+def models_needed(methods: Iterable[Any], epochs: int, partitions: int = 0) -> tuple[list[int], int]:
+    """Epochs of all checkpoints, and partitions into halves, that some methods are given.
+
+    Args:
+        methods: Only a `MethodSpec` is given some.
+        epochs: Epochs of the training.
+        partitions: Partitions that are needed at least.
+
+    >>> models_needed([MethodSpec("A", lambda *_: None, n_checkpoints="log", partitions=2)], 6)
+    ([1, 2, 3, 5], 2)
+    """
+    specs = [method for method in methods if isinstance(method, MethodSpec)]
+    kept = sorted({epoch for spec in specs for epoch in spec.epochs(epochs)})
+    return kept, max([partitions, *(spec.partitions for spec in specs)])
 
 
 def stride(

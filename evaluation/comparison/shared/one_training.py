@@ -21,7 +21,7 @@ from ...retraining.cross_fitting import CrossFitted
 from ...retraining.estimate import RetrainingEstimate
 from ...retraining.task_parts import HALVES, cross_fit
 from ...tasks.task import Task
-from .methods import MethodSpec
+from .methods import MethodSpec, models_needed
 
 
 class OneTraining:
@@ -49,7 +49,7 @@ class OneTraining:
         n_jobs: int = 1,
     ) -> None:
         self.task, self.seed, self.store, self.device, self.n_jobs = task, seed, store, device, n_jobs
-        self.epochs, self.partitions = needs(methods, task.training.epochs, partitions)
+        self.epochs, self.partitions = models_needed(methods, task.training.epochs, partitions)
 
     @cached_property
     def model(self) -> nn.Module:
@@ -113,22 +113,6 @@ def with_checkpoints(options: Mapping[str, Any], checkpoints: Sequence[Any] | No
     return {**options, **({} if checkpoints is None else {"checkpoints": list(checkpoints)})}
 
 
-def needs(methods: Iterable[Any], epochs: int, partitions: int = 0) -> tuple[list[int], int]:
-    """Epochs of all checkpoints, and partitions into halves, that some methods are given.
-
-    Args:
-        methods: Only a `MethodSpec` is given some.
-        epochs: Epochs of the training.
-        partitions: Partitions that are needed at least.
-
-    >>> needs([MethodSpec("A", lambda *_: None, n_checkpoints="log", partitions=2)], 6)
-    ([1, 2, 3, 5], 2)
-    """
-    specs = [method for method in methods if isinstance(method, MethodSpec)]
-    kept = sorted({epoch for spec in specs for epoch in spec.epochs(epochs)})
-    return kept, max([partitions, *(spec.partitions for spec in specs)])
-
-
 def estimates(
     runs: Callable[[], Iterable[tuple[Task, int]]],
     methods: Iterable[Any],
@@ -150,7 +134,7 @@ def estimates(
         device: See there.
         n_jobs: See there.
     """
-    epochs, partitions = needs(methods, next(iter(runs()))[0].training.epochs, partitions)
+    epochs, partitions = models_needed(methods, next(iter(runs()))[0].training.epochs, partitions)
     found = [estimate_attributed(runs(), store, purpose=purpose, device=device)]
     if epochs:
         along = estimate_checkpoints(((*run, epochs) for run in runs()), store, device=device)

@@ -15,7 +15,7 @@ from ...retraining.attributed_models import log_epochs
 from ...retraining.plan import RetrainingPlan
 from ...retraining.task_parts import HALVES, Split
 from ...tasks.task import Task
-from .methods import MethodSpec
+from .methods import MethodSpec, models_needed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,18 +80,15 @@ class Question:
     def partitions(self) -> dict[Split, int]:
         """By `Split`, the number of partitions that measures and methods need for every attributed model."""
         wanted = dict(self.cross_fitted)
-        of_rows = max((spec.partitions for spec in self.on_models), default=0)
-        wanted[HALVES] = max(wanted.get(HALVES, 0), of_rows)
+        _, wanted[HALVES] = models_needed(self.on_models, self.task.training.epochs, wanted.get(HALVES, 0))
         return {split: n for split, n in wanted.items() if n}
 
     @property
     def epochs(self) -> list[int]:
         """Epochs before the last after which checkpoints of every attributed model are needed."""
         epochs = self.task.training.epochs
-        wanted = [spec.epochs(epochs) for spec in self.on_models]
-        return sorted(
-            {epoch for kept in (*wanted, log_epochs(epochs) if self.along else []) for epoch in kept}
-        )
+        of_methods, _ = models_needed(self.on_models, epochs)
+        return sorted({*of_methods, *(log_epochs(epochs) if self.along else ())})
 
 
 def halves(task: Task, store: str | Path, n_subsets: int, n_seeds: int, n_test: int) -> RetrainingPlan:

@@ -19,7 +19,8 @@ from stride_captum.evaluation.comparison.compare import answer, comparison_sizes
 from stride_captum.evaluation.comparison.plan import MEASURES, settle, wanted_measures
 from stride_captum.evaluation.comparison.runs import counterfactual as counterfactual_runs
 from stride_captum.evaluation.comparison.runs.leakage import plant
-from stride_captum.evaluation.comparison.runs.mislabel import DETECTORS, flipped_task
+from stride_captum.evaluation.comparison.runs.mislabel import flipped_task
+from stride_captum.evaluation.comparison.shared.detectors import DETECTORS
 from stride_captum.evaluation.comparison.shared.measure import Measure
 from stride_captum.evaluation.comparison.shared.methods import DEFAULT_METHODS, METHODS, adapter
 from stride_captum.evaluation.comparison.shared.question import halves
