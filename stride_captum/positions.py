@@ -112,10 +112,21 @@ class Positions:
 
     def padded(self, rows: Tensor) -> Tensor:
         """`(n, most positions, ...)`: rows of an example in front, 0 behind them."""
+        if self.all_filled:
+            return rows.reshape(len(self), -1, *rows.shape[1:])
         filled = self.filled(rows.device)
         found = rows.new_zeros(*filled.shape, *rows.shape[1:])
         found[filled] = rows
         return found
+
+    def unpadded(self, values: Tensor) -> Tensor:
+        """The rows of what `padded` gave, `(n, most positions, ...)` to `(n_rows, ...)`."""
+        return values.flatten(0, 1) if self.all_filled else values[self.filled(values.device)]
+
+    @property
+    def all_filled(self) -> bool:
+        """Whether every example has as many rows, and some."""
+        return self.n_rows > 0 and self.n_rows == len(self) * int(self.counts.max())
 
     def filled(self, device: torch.device | None = None) -> Tensor:
         """Which places of `padded` hold a row, `(n, most positions)` bool."""

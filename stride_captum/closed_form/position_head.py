@@ -140,4 +140,4 @@ def _left_out(
     squares = as_float64(blocks @ blocks.transpose(1, 2)) / weight * positions.padded(omega)[:, None, :]
     eye = torch.eye(squares.shape[1], dtype=squares.dtype, device=squares.device)
     solved: Tensor = torch.linalg.solve(eye - squares, positions.padded(errors))
-    return solved[positions.filled(squares.device)]
+    return positions.unpadded(solved)

@@ -40,8 +40,8 @@ def matrices_of_rows(terms: list[Term], positions: Positions) -> Tensor:
 def summed_products(left: Tensor, right: Tensor, positions: Positions) -> Tensor:
     """`sum_t left_t (x) right_t` over the positions of each example, flat, `(n, n_left n_right)`."""
     right, n = right.to(left), len(positions)
-    if positions.n_rows and positions.n_rows == n * int(positions.counts.max()):  # as many for each example
-        a, b = (side.reshape(n, -1, side.shape[1]) for side in (left, right))
+    if positions.all_filled:
+        a, b = positions.padded(left), positions.padded(right)
         return (a.transpose(1, 2) @ b).flatten(1)
     found = left.new_zeros(n, left.shape[1], right.shape[1])
     for i in range(n):
