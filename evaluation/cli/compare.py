@@ -12,7 +12,7 @@ from ..comparison.plan import MEASURES, settle
 from ..comparison.shared.methods import DEFAULT_METHODS, METHODS
 from ..report.html import read_results, write_comparison
 from ..report.terminal import show_comparison
-from ..retraining.plan_files import ENGINES
+from ..retraining.engines import ENGINES
 from ..tasks.loading import load_task
 from ..tasks.task import Task
 from . import completion

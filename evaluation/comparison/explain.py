@@ -21,7 +21,7 @@ from ...stride import STRIDE
 from ...system.devices import existing_device
 from ...system.preserve_state import preserve_state
 from ...system.processes import first_rank_first, in_group
-from ..retraining.cross_fitting import TrainFunction
+from ..retraining.parts import TrainFunction
 from ..system import environment
 from ..tasks.class_logits import check_logits
 from ..tasks.task import Task

@@ -20,7 +20,8 @@ from ...system.preserve_state import preserve_state
 from ...system.processes import in_group
 from ..retraining.attributed_estimates import estimate_attributed, estimate_cross_fitted
 from ..retraining.attributed_models import train_attributed
-from ..retraining.cross_fitting import CrossFitted, TrainFunction, part_trainings, retrain, stored_trainings
+from ..retraining.cross_fitting import CrossFitted, retrain
+from ..retraining.parts import TrainFunction, part_trainings, stored_trainings
 from ..retraining.task_parts import Split, cross_fit
 from ..retraining.training import logits_of
 from ..tasks.task import Task

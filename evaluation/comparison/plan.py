@@ -13,7 +13,7 @@ from torch import nn
 
 from ...errors import bad_choice, bad_type, bad_value, whole_number
 from ...system.devices import existing_device
-from ..retraining.plan_files import ENGINES
+from ..retraining.engines import ENGINES
 from ..retraining.task_parts import HALVES, Split
 from ..tasks.checks import check_task
 from ..tasks.new_network import built

@@ -14,9 +14,10 @@ from ..tasks.new_network import checked_network
 from ..tasks.task import Task
 from . import store as run_store
 from .attributed_models import FIRST_SPIKED, TRIES, attributed_path, checkpoint_paths
+from .engines import largest_stack
 from .estimate import RetrainingEstimate
 from .spikes import SPIKE, read_spike
-from .task_parts import HALVES, Split, cross_fit_paths
+from .task_parts import HALVES, Split, cross_fit_training
 from .workers import arguments_of, count, seconds_per_example
 
 
@@ -59,16 +60,19 @@ def estimate_cross_fitted(
     store: str | Path,
     split: Split = HALVES,
     *,
+    engine: str = "auto",
     n_jobs: int = 1,
     device: torch.device | str = "cpu",
 ) -> RetrainingEstimate:
     """What `cross_fit` would train for the tasks and numbers of some attributed models."""
-    files = (
-        (task, [[path] for path in cross_fit_paths(task, number, repeats, store, split, device=device)])
-        for task, number in runs
-    )
+    files, stacked = [], False
+    for task, number in runs:
+        how: dict[str, Any] = {"engine": engine, "device": device}
+        function, paths = cross_fit_training(task, number, repeats, store, split, **how)
+        files.append((task, [[path] for path in paths]))
+        stacked |= function.stacked
     purpose = "cross-fitted halves" if split.parts == 2 else f"cross-fitted parts, {split.parts} of each"
-    return _estimate(files, purpose, device, split, n_jobs)
+    return _estimate(files, purpose, device, split, n_jobs, stacked=stacked)
 
 
 def estimate_spiked(
@@ -106,8 +110,10 @@ def _estimate(
     device: torch.device | str,
     split: Split | None = None,
     n_jobs: int = 1,
+    *,
+    stacked: bool = False,
 ) -> RetrainingEstimate:
-    """Estimate for trainings of tasks; some batches of the first missing one are timed.
+    """Estimate for trainings of tasks; some batches of the first missing one, or of its stack, are timed.
 
     Args:
         runs: Each task, with the files of each of its trainings.
@@ -115,6 +121,7 @@ def _estimate(
         device: Where they are trained.
         split: How the parts are made that models are trained on; None for the whole training set.
         n_jobs: Workers.
+        stacked: Whether the parts are trained in stacks.
     """
     n_runs = n_missing = n_damaged = n_bytes = 0
     name, per_example, n_examples = "", 0.0, 0.0
@@ -135,13 +142,15 @@ def _estimate(
             n_damaged += any(damage is not None for _, damage in found)
             n_examples += examples
             n_bytes += len(paths) * size
-            per_example = per_example or _seconds_per_example(task, device)
-    workers = min(count(n_jobs, device), n_missing)
+            n_alike = min(len(trainings), largest_stack(device)) if stacked else 1
+            per_example = per_example or _seconds_per_example(task, device, n_alike, part.parts)
+    n_workers = count(n_jobs, device)
+    workers = min(n_workers, -(-n_missing // largest_stack(device)) if stacked else n_missing)
     return RetrainingEstimate(
         task=name,
         n_subsets=1,
         n_seeds=n_runs,
-        engine="processes",
+        engine="stacked" if stacked else "processes",
         n_stored=n_runs - n_missing,
         n_damaged=n_damaged,
         n_workers=workers,
@@ -151,8 +160,13 @@ def _estimate(
     )
 
 
-def _seconds_per_example(task: Task, device: torch.device | str) -> float:
-    whole = np.arange(task.n_train)
+def _seconds_per_example(task: Task, device: torch.device | str, n_alike: int, parts: int) -> float:
+    """Seconds for each example and model; above one model, of a stack of so many."""
+    rows, stacked = np.arange(task.n_train // parts), n_alike > 1
     return seconds_per_example(
-        **arguments_of(task), subsets=[whole], seeds=[0], device=str(device), stacked=False
+        **arguments_of(task),
+        subsets=[rows] * n_alike,
+        seeds=list(range(n_alike)),
+        device=str(device),
+        stacked=stacked,
     )

@@ -7,12 +7,9 @@ set.
 
 from __future__ import annotations
 
-import secrets
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import joblib
 import numpy as np
@@ -20,23 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ... import __version__
-from ...errors import bad_type, bad_value, whole_number
+from ...errors import bad_value
 from ...influence.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from ...losses import Loss
-from ...subsets import Membership, members, membership_from_indices, partition
+from ...subsets import Membership, members, membership_from_indices
 from ...system.preserve_state import preserve_state
-from ...system.stable_digest import NoStableDigest, stable_digest
-from ..tasks.new_network import drawn_on, seeded
 from ..tasks.task_loss import output_rows, response_of
 from . import store as run_store
+from .parts import PartTraining, TrainFunction, part_trainings, train_part, training_paths
 from .store import State
-from .training import single_thread
 from .workers import count
-
-_PACKAGE = "stride_captum"
-#: `train_function(indices, seed)`: a model, or the checkpoints along its training, the last one last.
-TrainFunction = Callable[[NDArray[np.int64], int], Any]
 
 
 @dataclass(frozen=True)
@@ -135,6 +125,31 @@ def retrain(
     """
     jobs = part_trainings(n_train, parts, repeats, seed)
     paths = training_paths(train_function, jobs, store, version)
+
+    def one_by_one(todo: Sequence[PartTraining]) -> list[list[State]]:
+        parallel = joblib.Parallel(n_jobs=count(n_jobs, "cpu"))
+        done: list[list[State]] = parallel(
+            joblib.delayed(train_part)(train_function, job, paths[job.number]) for job in todo
+        )
+        return done
+
+    return cross_fitted(jobs, paths, one_by_one, n_train)
+
+
+def cross_fitted(
+    jobs: Sequence[PartTraining],
+    paths: Sequence[Path | None],
+    train: Callable[[Sequence[PartTraining]], Sequence[list[State]]],
+    n_train: int,
+) -> CrossFitted:
+    """Read the trainings that are in the store, do the others, and put all of them together.
+
+    Args:
+        jobs: All trainings.
+        paths: The file of each, or None.
+        train: Does some of them and writes their files; returns the checkpoints of each.
+        n_train: Number of training examples.
+    """
     states: dict[int, list[State]] = {}
     for job, path in zip(jobs, paths, strict=True):
         found, damage = (None, None) if path is None else run_store.read_states(path)
@@ -143,133 +158,13 @@ def retrain(
         elif path is not None:
             run_store.say_damaged(path, damage)
     todo = [job for job in jobs if job.number not in states]
-    parallel = joblib.Parallel(n_jobs=count(n_jobs, "cpu"))
-    done = parallel(joblib.delayed(_train)(train_function, job, paths[job.number]) for job in todo)
-    states |= {job.number: found for job, found in zip(todo, done, strict=True)}
+    states |= {job.number: found for job, found in zip(todo, train(todo), strict=True)}
     checkpoints, last = [], []
     for job in jobs:
         checkpoints += [Checkpoint(state, seen=job.rows.tolist()) for state in states[job.number]]
         last.append(len(checkpoints) - 1)
     membership = membership_from_indices([job.rows for job in jobs], n_train)
-    return CrossFitted(checkpoints, membership, last, float(repeats))
-
-
-@dataclass(frozen=True)
-class PartTraining:
-    """One training of `retrain`.
-
-    Attributes:
-        number: Its number among all trainings.
-        parts: Parts of each partition.
-        rows: Indices of the training examples.
-        seed: Seed of the training.
-
-    >>> print(part_trainings(10, 2, 1, seed=7)[1])
-    Training 1, part 2 of 2 with 5 examples and seed 8,
-    """
-
-    number: int
-    parts: int
-    rows: NDArray[np.int64]
-    seed: int
-
-    def __str__(self) -> str:
-        part = f"part {self.number % self.parts + 1} of {self.parts}"
-        return f"Training {self.number}, {part} with {len(self.rows)} examples and seed {self.seed},"
-
-
-def part_trainings(n_train: int, parts: int, repeats: int, seed: int) -> list[PartTraining]:
-    """The trainings of `retrain` with these arguments. Larger `repeats` only append trainings.
-
-    Raises:
-        ValueError: A count is out of range.
-    """
-    parts, repeats = whole_number("parts", parts, 2), whole_number("repeats", repeats)
-    if whole_number("n_train", n_train) < parts:
-        raise bad_value("parts", f"be at most n_train = {n_train}", parts)
-    found = []
-    for repeat in range(repeats):
-        drawn = np.random.SeedSequence((seed, repeat)).generate_state(1)[0]  # none shared with another seed
-        split = partition(n_train, parts, seed=int(drawn))
-        for k in range(parts):
-            number = repeat * parts + k
-            found.append(PartTraining(number, parts, members(split, k), seed + number))
-    return found
-
-
-def training_paths(
-    function: TrainFunction, jobs: Sequence[PartTraining], store: str | Path | None, version: str | None
-) -> list[Path | None]:
-    """The file of each training, named by everything that determines its result; None without a store.
-
-    Args:
-        function: `train_function` of `retrain`; `store` and `version` are those of `retrain`, too.
-        jobs: The trainings.
-        store: See there.
-        version: See there.
-    """
-    if store is None:
-        return [None] * len(jobs)
-    try:
-        digest = stable_digest(function, "train_function", packages=(_PACKAGE,)) if version is None else ""
-        what = digest or f"version {version}"
-    except NoStableDigest as error:
-        warnings.warn(
-            f"Stored trainings are not reused: {error}. Give `version`, a name for what the function does.",
-            stacklevel=3,
-        )
-        what = secrets.token_hex()
-    shared = {"function": what, "torch": torch.__version__, _PACKAGE: __version__}
-    names = [run_store.name_of({**shared, "seed": job.seed}, job.rows) for job in jobs]
-    return [Path(store) / "cross-fitted" / f"{name}.safetensors" for name in names]
-
-
-def stored_trainings(
-    function: TrainFunction, jobs: Sequence[PartTraining], store: str | Path, version: str | None = None
-) -> int:
-    """Number of the trainings that the store holds."""
-    paths = training_paths(function, jobs, store, version)
-    return sum(path is not None and run_store.read_states(path)[0] is not None for path in paths)
-
-
-def _train(function: TrainFunction, job: PartTraining, path: Path | None) -> list[State]:
-    """Train one model, and write it."""
-    with seeded(job.seed, drawn_on()), single_thread():
-        torch.manual_seed(job.seed)  # also of a GPU that is not in use yet
-        try:
-            returned = function(job.rows, job.seed)
-        except Exception as error:
-            raise RuntimeError(f"{job} failed with {type(error).__name__}: {error}") from error
-        states, buffers = _states(returned)
-        buffers |= getattr(function, "buffers", set())
-    for state in states:
-        if not run_store.is_finite(state, buffers):
-            raise bad_value(
-                "train_function",
-                "return models with finite weights",
-                f"NaN or infinity in training {job.number} (seed {job.seed})",
-                "If it is a buffer that is meant to be infinite, return the model itself.",
-            )
-    if path is not None:
-        run_store.write_states(path, states)
-    return states
-
-
-def _states(returned: Any) -> tuple[list[State], set[str]]:
-    """The result of a training function, as state dicts, and the names of the buffers of its models."""
-    several = isinstance(returned, Sequence) and not isinstance(returned, str | nn.Module)
-    found: list[State] = []
-    buffers: set[str] = set()
-    for model in returned if several else [returned]:
-        buffers |= {name for name, _ in model.named_buffers()} if isinstance(model, nn.Module) else set()
-        state = model.state_dict() if isinstance(model, nn.Module) else model
-        if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
-            must = "return a model, or the models or state dicts along its training"
-            raise bad_type("train_function", must, model)
-        found.append(run_store.whole_state(state))
-    if not found:
-        raise bad_value("train_function", "return at least one model", "none")
-    return found, buffers
+    return CrossFitted(checkpoints, membership, last, len(jobs) / jobs[0].parts)
 
 
 def check_apart(judges: Membership, used: Membership) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import joblib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,10 +18,13 @@ from ..tasks.new_network import built, check_restored
 from ..tasks.task import Task
 from . import store as run_store
 from .attributed_models import log_epochs
-from .cross_fitting import CrossFitted, part_trainings, retrain, training_paths
+from .cross_fitting import CrossFitted, cross_fitted
+from .engines import STACK_RECIPE, check_engine, largest_stack, stacks_are_faster
+from .parts import PartTraining, keep_states, part_trainings, stacks_of, train_part, training_paths
+from .stacked import StackedModels, train_stacked
 from .store import State
-from .training import train_model
-from .workers import count
+from .training import single_thread, train_model
+from .workers import ONE_AT_A_TIME, count
 
 #: Seed of the first partition for attributed model 0; for model i it is `_FIRST + _APART * i`.
 _FIRST, _APART = 50_000, 1_000
@@ -57,6 +63,7 @@ class TaskTraining:
         epochs: Epochs; None for those of the task.
         along: Whether to return checkpoints along the training, after epochs 1, 2, 3, 5, 8, 12, ...
         device: Where models are trained.
+        stacked: Whether several models are trained at once, by `stack`.
 
     >>> from stride_captum.evaluation import load_task
     >>> from stride_captum.evaluation.tasks.networks import TrainingSettings
@@ -70,6 +77,7 @@ class TaskTraining:
     epochs: int | None = None
     along: bool = False
     device: str = "cpu"
+    stacked: bool = False
 
     @property
     def version(self) -> str:
@@ -78,6 +86,8 @@ class TaskTraining:
         kind = torch.device(self.device).type
         if kind != "cpu":
             facts.append(f"device={kind}")
+        if self.stacked:
+            facts.append(f"stacked={STACK_RECIPE}")
         return run_store.Fingerprints(self.task).of(0, None, " ".join(["cross-fitted", *facts]))
 
     @property
@@ -85,11 +95,15 @@ class TaskTraining:
         """Names of the buffers of the network, which may be infinite."""
         return frozenset(name for name, _ in built(self.task).named_buffers())
 
+    @property
+    def settings(self) -> TrainingSettings:
+        """Those of the task, with the epochs of a part."""
+        settings: TrainingSettings = self.task.training
+        return settings if self.epochs is None else replace(settings, epochs=self.epochs)
+
     def __call__(self, indices: NDArray[np.int64], seed: int) -> list[State]:
         """Train on some examples of the task; returns the state dicts, the last one last."""
-        settings: TrainingSettings = self.task.training
-        if self.epochs is not None:
-            settings = replace(settings, epochs=self.epochs)
+        settings = self.settings
         x, y = (t[torch.from_numpy(indices)] for t in self.task.train.tensors)
         kept = log_epochs(settings.epochs) if self.along else []
         states: list[State] = []
@@ -102,6 +116,12 @@ class TaskTraining:
         model = train_model(self.task.build_model, x, y, settings, seed, **how)  # type: ignore[arg-type]
         return [*states, dict(model.state_dict())]
 
+    def stack(self, jobs: Sequence[PartTraining]) -> StackedModels:
+        """Train models on parts of one size at once."""
+        x, y = self.task.train.tensors
+        rows, seeds = [job.rows for job in jobs], [job.seed for job in jobs]
+        return train_stacked(self.task.build_model, x, y, rows, self.settings, seeds, device=self.device)
+
 
 def cross_fit(
     task: Task,
@@ -110,40 +130,104 @@ def cross_fit(
     store: str | Path | None,
     split: Split = HALVES,
     *,
+    engine: str = "auto",
     n_jobs: int = 1,
     device: torch.device | str = "cpu",
 ) -> CrossFitted:
     """Models on the parts of `repeats` partitions; each attributed model, by `number`, has its own ones.
 
+    Args:
+        task: What is trained.
+        number: Of the attributed model.
+        repeats: Number of partitions.
+        store: Folder for the weights; None keeps nothing.
+        split: How the training set is split, and for how many epochs a part is trained.
+        engine: As for `RetrainingPlan.execute`: "stacked" trains up to 16 models at once (256 on a GPU) in
+            each worker. Each has a file of its own, so that a call with more partitions trains the new ones
+            only; in which stack it is trained changes a model by rounding, which training amplifies.
+        n_jobs: Workers; -1 takes all cores on the CPU, and one worker on another device.
+        device: Where models are trained.
+
     Raises:
-        ValueError: As for `retrain`; or the `state_dict` of the network does not restore it.
+        ValueError: As for `retrain`; the `state_dict` of the network does not restore it, or the engine
+            cannot train it.
     """
+    check_engine(engine, task)
     check_restored(task.build_model, task.train.tensors[0][:2])
-    function = TaskTraining(task, epochs=split.epochs, device=str(device))
-    found = retrain(
-        function,
-        task.n_train,
-        parts=split.parts,
-        repeats=repeats,
-        seed=_FIRST + _APART * number,
-        store=store,
-        version=function.version,
-        n_jobs=count(n_jobs, device),
-    )
+    jobs = part_trainings(task.n_train, split.parts, repeats, _FIRST + _APART * number)
+    function = part_training(task, jobs, store, split, engine, device)
+    paths = training_paths(function, jobs, store, function.version)
+    one_by_one = not function.stacked
+
+    def train(todo: Sequence[PartTraining]) -> list[list[State]]:
+        groups = [[job] for job in todo] if one_by_one else stacks_of(todo, largest_stack(device))
+        parallel = joblib.Parallel(n_jobs=max(min(count(n_jobs, device), len(groups)), 1))
+        done = parallel(
+            joblib.delayed(_train_group)(function, group, [paths[job.number] for job in group])
+            for group in groups
+        )
+        of_number = {
+            job.number: states
+            for group, found in zip(groups, done, strict=True)
+            for job, states in zip(group, found, strict=True)
+        }
+        return [of_number[job.number] for job in todo]
+
+    found = cross_fitted(jobs, paths, train, task.n_train)
     return replace(found, trainings=split.trainings(repeats, task.training.epochs))
 
 
-def cross_fit_paths(
+def part_training(
+    task: Task,
+    jobs: Sequence[PartTraining],
+    store: str | Path | None,
+    split: Split,
+    engine: str,
+    device: torch.device | str,
+) -> TaskTraining:
+    """How `cross_fit` trains: "auto" takes the engine that did most of these trainings before."""
+    ways = [
+        TaskTraining(task, epochs=split.epochs, device=str(device), stacked=stacked)
+        for stacked in (False, True)
+    ]
+    if engine == "auto":
+        stored = [
+            sum(path is not None and path.exists() for path in training_paths(way, jobs, store, way.version))
+            for way in ways
+        ]
+        alike = max(Counter(len(job.rows) for job in jobs).values())
+        faster = not any(stored) and stacks_are_faster(task, alike, device)
+        engine = "stacked" if faster or stored[1] > stored[0] else "processes"
+    return ways[engine == "stacked"]
+
+
+def _train_group(
+    function: TaskTraining, jobs: Sequence[PartTraining], paths: Sequence[Path | None]
+) -> list[list[State]]:
+    """Do the trainings of one stack, or a single one, and write them."""
+    if not function.stacked:
+        return [train_part(function, job, path) for job, path in zip(jobs, paths, strict=True)]
+    with ONE_AT_A_TIME, single_thread():
+        models = function.stack(jobs)
+    found = [[run_store.whole_state(models.state_dict(i))] for i in range(len(jobs))]
+    for states, job, path in zip(found, jobs, paths, strict=True):
+        keep_states(states, function.buffers, job, path)
+    return found
+
+
+def cross_fit_training(
     task: Task,
     number: int,
     repeats: int,
     store: str | Path,
     split: Split = HALVES,
     *,
+    engine: str = "auto",
     device: torch.device | str = "cpu",
-) -> list[Path]:
-    """The files that `cross_fit` writes, one for each model."""
-    function = TaskTraining(task, epochs=split.epochs, device=str(device))
+) -> tuple[TaskTraining, list[Path]]:
+    """How `cross_fit` trains, and the files that it writes, one for each model."""
+    check_engine(engine, task)
     jobs = part_trainings(task.n_train, split.parts, repeats, _FIRST + _APART * number)
+    function = part_training(task, jobs, store, split, engine, device)
     paths = training_paths(function, jobs, store, function.version)
-    return [path for path in paths if path is not None]
+    return function, [path for path in paths if path is not None]

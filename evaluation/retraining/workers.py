@@ -23,7 +23,8 @@ from .files import RunFile, named_few
 from .stacked import train_stacked
 from .training import logits_of, single_thread, train_model
 
-_ALONE = threading.Lock()
+#: Threads share the random state.
+ONE_AT_A_TIME = threading.Lock()
 
 
 def count(n_jobs: int, device: torch.device | str) -> int:
@@ -109,7 +110,7 @@ def train_and_evaluate(
         stacked: Whether `train_stacked` does it.
         loss: What it is trained with; None for cross-entropy.
     """
-    with _ALONE, single_thread():
+    with ONE_AT_A_TIME, single_thread():
         points = torch.tensor(x_test).to(device)
         if stacked:
             data = torch.tensor(x), torch.tensor(y)

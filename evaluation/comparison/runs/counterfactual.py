@@ -30,9 +30,9 @@ from ...measures.counterfactual_drop import (
     resolve_counts,
 )
 from ...measures.linear_datamodeling import finite_array, margins
+from ...retraining.engines import ENGINES
 from ...retraining.estimate import RetrainingEstimate
 from ...retraining.plan import without_diverged
-from ...retraining.plan_files import ENGINES
 from ...tasks.checks import check_task
 from ...tasks.task import Task
 from ..shared.measure import Measure, defaults_of

@@ -143,7 +143,11 @@ def _epochs_before(question: Question, seed: int) -> list[int]:
 
 def _cross_fitted(shared: Shared) -> dict[Split, dict[str, CrossFitted]]:
     question = shared.question
-    how: dict[str, Any] = {"n_jobs": question.n_jobs, "device": question.device}
+    how: dict[str, Any] = {
+        "n_jobs": question.n_jobs,
+        "device": question.device,
+        "engine": question.engine,
+    }
     found: dict[Split, dict[str, CrossFitted]] = {}
     for split, repeats in question.partitions.items():
         found[split] = {}
@@ -165,7 +169,7 @@ def _estimates(shared: Shared) -> list[RetrainingEstimate]:
         seeds += chosen
     for split, repeats in question.partitions.items():
         numbers = range(question.n_models + question.n_spiked)
-        how: dict[str, Any] = {"n_jobs": question.n_jobs, "device": device}
+        how: dict[str, Any] = {"n_jobs": question.n_jobs, "device": device, "engine": question.engine}
         found.append(estimate_cross_fitted([(task, n) for n in numbers], repeats, store, split, **how))
     if question.epochs:
         of_each = [(task, seed, _epochs_before(question, seed)) for seed in seeds]

@@ -313,6 +313,7 @@ class TestCheckpoints:
             compare(["TracIn, 4 checkpoints"], short, store=tmp_path, **FEW)
         assert settled(None, short, ["lds"]).skipped["TracIn, 4 checkpoints"] == "needs at least 4 epochs"
 
+    @pytest.mark.slow
     def test_every_measure_gives_them_those_of_its_own_trainings(self, task, tmp_path):
         seen = []
 

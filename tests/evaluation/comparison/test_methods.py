@@ -152,6 +152,7 @@ class Signed(STRIDE):
 
 
 @pytest.mark.parametrize("grid", [[{}, {"sign": -1.0}], [{"sign": -1.0}, {}, {"sign": -1.0}]])
+@pytest.mark.slow
 def test_a_point_that_leaves_a_settable_option_out_has_its_default(grid, tmp_path):
     training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
     task = load_task("synthetic", preset="smoke", training=training)

@@ -26,7 +26,7 @@ from stride_captum.evaluation.comparison.shared.shared import Shared
 from stride_captum.evaluation.measures.linear_datamodeling import lds
 from stride_captum.evaluation.report.budget_figure import budget_steps
 from stride_captum.evaluation.report.html import write_comparison
-from stride_captum.evaluation.retraining import attributed_models, cross_fitting, task_parts, workers
+from stride_captum.evaluation.retraining import attributed_models, cross_fitting, parts, task_parts, workers
 from stride_captum.evaluation.retraining.attributed_models import (
     log_epochs,
     train_attributed,
@@ -109,9 +109,7 @@ class TestTrainings:
         question = settle(["STRIDE"], task, store=tmp_path, retrainings=[1], **FEW)
         judge = question.halves.membership[3]
         rest = sparse.csr_matrix(1 - judge.toarray())
-        monkeypatch.setattr(
-            cross_fitting, "partition", lambda *args, **options: sparse.vstack([judge, rest]).tocsr()
-        )
+        monkeypatch.setattr(parts, "partition", lambda *args, **options: sparse.vstack([judge, rest]).tocsr())
         with pytest.raises(ValueError, match="hold subsets whose models have not entered the scores; got 1"):
             answer(question)
 
@@ -336,6 +334,7 @@ class TestReport:
         assert frame["trainings"].tolist() == [0, 0, 1, 1, 2, 2, 2, 0, 0, 1, 1, 2, 2]
 
 
+@pytest.mark.slow
 def test_the_summary_of_budgets_alone_names_the_highest(task, tmp_path):
     measures = {"retrainings": {"methods": ["Random", "STRIDE"], "budgets": [0]}}
     found = compare(["STRIDE"], task, store=tmp_path, measures=measures, n_resamples=0, **FEW)
@@ -354,6 +353,7 @@ class TestReach:
         question = settle(["Random"], task, store=tmp_path, measures=measures, n_resamples=0, **FEW)
         assert question.partitions == {HALVES: 6}
 
+    @pytest.mark.slow
     def test_budgets_that_are_left_out_are_told(self, task, tmp_path):
         measures = {
             "retrainings": {"methods": ["TracIn"], "budgets": [0.5, 1], "epochs": 2, "up_to": {"TracIn": 0.5}}
@@ -383,6 +383,7 @@ class TestOtherLosses:
         spec = contender("TRAK", question)
         assert {point["residuals"] for point in grid_for(spec, question, averages=True)} == {"both"}
 
+    @pytest.mark.slow
     def test_rows_are_measured_and_refined(self, values, tmp_path):
         question = settle(
             ["STRIDE", "TracIn"], values, store=tmp_path, retrainings=[0, 2], n_resamples=0, **FEW

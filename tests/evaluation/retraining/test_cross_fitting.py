@@ -24,13 +24,15 @@ from stride_captum.evaluation.comparison.shared.methods import MethodSpec, adapt
 from stride_captum.evaluation.comparison.shared.shared import Shared
 from stride_captum.evaluation.measures.linear_datamodeling import lds
 from stride_captum.evaluation.retraining import attributed_models, task_parts
+from stride_captum.evaluation.retraining.attributed_estimates import estimate_cross_fitted
 from stride_captum.evaluation.retraining.attributed_models import (
     log_epochs,
     train_attributed,
     train_checkpoints,
 )
-from stride_captum.evaluation.retraining.cross_fitting import check_apart, part_trainings
-from stride_captum.evaluation.retraining.task_parts import cross_fit
+from stride_captum.evaluation.retraining.cross_fitting import check_apart
+from stride_captum.evaluation.retraining.parts import part_trainings
+from stride_captum.evaluation.retraining.task_parts import cross_fit, cross_fit_training
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.responses import response_value
 from stride_captum.subsets import membership_from_indices, partition, random_subsets
@@ -271,6 +273,7 @@ class TestScores:
             torch.testing.assert_close(scores[list(checkpoint.seen)], alone[list(checkpoint.seen)])
 
     @pytest.mark.parametrize("build", [STRIDE, Similarity, TRAK])
+    @pytest.mark.slow
     def test_cost_is_known_before(self, build):
         method = build(built(MLP), TensorDataset(X, Y), checkpoints=retrain(train, N).checkpoints)
         assert method.estimate(5).n_train == N
@@ -459,3 +462,103 @@ class TestRefusals:
 
         with pytest.raises(ValueError, match=r"finite weights; got NaN or infinity in training 0 \(seed 4\)"):
             retrain(diverged, N, seed=4)
+
+
+class TestStacks:
+    @pytest.fixture
+    def task(self):
+        training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=3)
+        return load_task("synthetic", preset="smoke", training=training)
+
+    @pytest.fixture
+    def stacks(self, monkeypatch):
+        """Sizes of the stacks that are trained."""
+        sizes = []
+        train = task_parts.train_stacked
+
+        def counted(build, x, y, rows, *args, **options):
+            sizes.append(len(rows))
+            return train(build, x, y, rows, *args, **options)
+
+        monkeypatch.setattr(task_parts, "train_stacked", counted)
+        return sizes
+
+    def test_their_models_are_those_of_single_trainings(self, task, stacks):
+        alone = cross_fit(task, 1, 2, None, engine="processes")
+        assert stacks == []
+        together = cross_fit(task, 1, 2, None, engine="stacked")
+        assert stacks == [4]
+        assert together.last == alone.last
+        assert together.trainings == alone.trainings == 2
+        for one, other in zip(together.checkpoints, alone.checkpoints, strict=True):
+            assert one.seen == other.seen
+            assert one.weights.keys() == other.weights.keys()
+            for name, weight in one.weights.items():
+                torch.testing.assert_close(weight, other.weights[name], rtol=1e-3, atol=1e-4)
+
+    def test_parts_of_two_sizes_and_fewer_epochs(self, task, stacks):
+        few = task_parts.Split(parts=7, epochs=1)
+        sizes = [len(job.rows) for job in part_trainings(task.n_train, 7, 2, 0)]
+        alone = cross_fit(task, 0, 2, None, few, engine="processes")
+        together = cross_fit(task, 0, 2, None, few, engine="stacked")
+        assert sorted(stacks) == sorted(sizes.count(size) for size in set(sizes))
+        for one, other in zip(together.checkpoints, alone.checkpoints, strict=True):
+            for name, weight in one.weights.items():
+                torch.testing.assert_close(weight, other.weights[name], rtol=1e-3, atol=1e-4)
+
+    def test_more_partitions_train_only_the_new_ones(self, task, stacks, tmp_path):
+        few = cross_fit(task, 0, 2, tmp_path, engine="stacked")
+        more = cross_fit(task, 0, 3, tmp_path, engine="stacked")
+        assert stacks == [4, 2]
+        assert len(list((tmp_path / "cross-fitted").iterdir())) == 6
+        for one, other in zip(few.checkpoints, more.checkpoints, strict=False):
+            assert all(torch.equal(weight, other.weights[name]) for name, weight in one.weights.items())
+        cross_fit(task, 0, 3, tmp_path, engine="processes")
+        assert len(list((tmp_path / "cross-fitted").iterdir())) == 12
+
+    @pytest.mark.parametrize("repeats", [3, 4])
+    def test_auto_stacks_small_networks_from_eight_models_on(self, task, stacks, repeats):
+        cross_fit(task, 0, repeats, None)
+        assert stacks == ([8] if repeats == 4 else [])
+
+    def test_auto_goes_on_with_the_engine_that_the_store_knows(self, task, stacks, tmp_path):
+        cross_fit(task, 0, 1, tmp_path)
+        cross_fit(task, 0, 4, tmp_path)
+        assert stacks == []
+        cross_fit(task, 1, 4, tmp_path)
+        cross_fit(task, 1, 1, tmp_path)
+        assert stacks == [8]
+        assert len(list((tmp_path / "cross-fitted").iterdir())) == 16
+
+    @pytest.mark.parametrize(("engine", "n_workers"), [("auto", 1), ("stacked", 1), ("processes", 2)])
+    def test_the_estimate_knows_the_engine(self, task, tmp_path, engine, n_workers):
+        runs, how = [(task, 0)], {"engine": engine, "n_jobs": 2}
+        before = estimate_cross_fitted(runs, 4, tmp_path, **how)
+        assert before.engine == ("processes" if engine == "processes" else "stacked")
+        assert (before.n_missing, before.n_workers) == (8, n_workers)
+        assert before.seconds > 0
+        cross_fit(task, 0, 4, tmp_path, **how)
+        assert estimate_cross_fitted(runs, 4, tmp_path, **how).n_missing == 0
+
+    @pytest.mark.parametrize("engine", ["stacked", "batched"])
+    def test_an_engine_that_cannot_train_the_task_is_refused(self, engine, tmp_path):
+        task = load_task("diabetes", preset="smoke")
+        for call in (cross_fit, cross_fit_training):
+            with pytest.raises(ValueError, match="`engine` must be"):
+                call(task, 0, 1, tmp_path, engine=engine)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_diverged_models_are_refused_and_not_kept(self, tmp_path):
+        training = TrainingSettings(optimizer="sgd", learning_rate=1e30, epochs=3)
+        task = load_task("synthetic", preset="smoke", training=training)
+        with pytest.raises(ValueError, match="NaN or infinity in training 0"):
+            cross_fit(task, 0, 1, tmp_path, engine="stacked")
+        assert not any(tmp_path.rglob("*.safetensors"))
+
+    def test_compare_passes_its_engine(self, task, stacks, tmp_path):
+        few = {"n_subsets": 8, "n_seeds": 1, "n_models": 1, "n_test": 12, "n_resamples": 0}
+        question = settle(("STRIDE, cross-fitted",), task, store=tmp_path, engine="stacked", **few)
+        planned = {e.purpose: (e.engine, e.n_missing) for e in planned_trainings(question)}
+        assert planned["cross-fitted halves"] == ("stacked", 2)
+        answer(question)
+        assert stacks == [2]
