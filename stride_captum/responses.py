@@ -88,7 +88,7 @@ def multiclass_logits(outputs: Tensor) -> Tensor:
     and the margin of class 1 is z.
 
     Raises:
-        ValueError: Sequence or scalar outputs, which are not supported.
+        ValueError: Outputs with several rows an example, or none.
     """
     if outputs.ndim == 1:
         outputs = outputs[:, None]
@@ -138,7 +138,7 @@ def class_labels(labels: Tensor, n_classes: int, argument: str) -> Tensor:
     if bool(outside.any()):
         wrong = flat[outside][0].item()
         remedy = None
-        if real:
+        if real or (n_classes <= 2 and len(flat[outside].unique()) > 1):
             remedy = "Whole numbers that are no classes look like a regression, which needs loss='mse'."
         elif wrong < 0:
             remedy = "Leave out examples without a label (-1, -100, ...)."
@@ -151,7 +151,7 @@ def _labels_of_another_kind(labels: Tensor) -> str:
     if labels.ndim == 0:
         return "Write y[:1] instead of y[0]."
     if labels.ndim > 2:
-        return "Labels of a sequence or a map (segmentation) are not supported."
+        return "Labels of positions need outputs (n, positions, classes), or (n, classes, height, width)."
     if not labels.is_floating_point() or bool(((labels == 0) | (labels == 1)).all()):
         if bool((labels.sum(1) == 1).all()):
             return "One-hot labels: write labels.argmax(1)."

@@ -123,14 +123,27 @@ def test_sequence_and_scalar_outputs_are_refused(shape):
     ("labels", "message"),
     [
         (torch.zeros(4, 3), r"`held_out` must hold one class index .*shape \(4, 3\). Several"),
-        (torch.zeros(4, 3, 1), r"`held_out` must hold one class index .*shape \(4, 3, 1\)"),
+        (torch.zeros(4, 3, 1), r"`held_out` must hold one class index .*shape \(4, 3, 1\).*outputs \(n, pos"),
         (torch.tensor(1), r"`held_out` must hold one class index per example, shape \(n,\); got shape \(\)"),
         (torch.tensor([0.0, 0.5]), "`held_out` must hold class indices; got the value 0.5. Targets"),
         (torch.tensor([0.0, float("nan")]), "got the value nan. Targets"),
         (torch.tensor([0, 3]), r"`held_out` must hold class indices in \[0, 3\); got 3"),
-        (torch.tensor([0, -1]), r"`held_out` must hold class indices in \[0, 3\); got -1"),
+        (torch.tensor([0, -1]), r"`held_out` must hold class indices in \[0, 3\); got -1. Leave out"),
     ],
 )
 def test_labels_of_other_tasks_are_refused(labels, message):
     with pytest.raises(ValueError, match=message):
         class_labels(labels, 3, "held_out")
+
+
+@pytest.mark.parametrize(
+    ("labels", "remedy"),
+    [
+        ([29, 3, -14], "Whole numbers that are no classes look like a regression, which needs loss='mse'."),
+        ([0, 1, -1], "Leave out examples without a label"),
+        ([0, -100, -100], "Leave out examples without a label"),
+    ],
+)
+def test_whole_numbers_for_one_or_two_outputs_look_like_a_regression(labels, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        class_labels(torch.tensor(labels), 2, "train_dataset")
