@@ -57,6 +57,7 @@ def stride(model, x, y, loss, kind="both", curvature="kronecker", **options):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.slow
 def test_several_labels_score_what_as_many_binary_models_score(several, kind, curvature):
     model, x, y, xt, yt = several
     whole = stride(model, x, y, "binary_cross_entropy", kind, curvature)

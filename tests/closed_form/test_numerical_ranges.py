@@ -214,12 +214,14 @@ def check(problem: Problem, dtype: torch.dtype, damping: float, temperature: flo
 class TestGrid:
     @pytest.mark.parametrize("sizes", SIZES, ids=str)
     @pytest.mark.parametrize("damping", DAMPINGS)
+    @pytest.mark.slow
     def test_dampings_and_sizes_of_features(self, dtype, sizes, damping):
         assert check(Problem(3.0, sizes, dtype), dtype, damping, 2.0, "both") == []
 
     @pytest.mark.parametrize("kind", ["training", "temperature", "leave-one-out", "both"])
     @pytest.mark.parametrize("margin", MARGINS)
     @pytest.mark.parametrize("wrong", [False, True])
+    @pytest.mark.slow
     def test_margins_and_residuals(self, dtype, margin, kind, wrong):
         temperature = 1.0 if kind == "training" else 2.0
         refused = check(Problem(margin, dtype=dtype, wrong=wrong), dtype, 0.3, temperature, kind)

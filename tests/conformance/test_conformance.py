@@ -79,13 +79,18 @@ def missing() -> dict[str, str | None]:
 
 
 #: Methods whose laws are quick; those of others are left to `make conformance`.
-QUICK = {"STRIDE", "Similarity", "ClassSimilarity", "KNNShapley", "ClassRandom", "Random"}
+QUICK = {"Similarity", "ClassSimilarity", "KNNShapley", "ClassRandom", "Random"}
+
+
+def speed_of(name):
+    """The marks of a method's tests."""
+    return [] if name == "STRIDE" else pytest.mark.slow if name in QUICK else pytest.mark.matrix
 
 
 @pytest.mark.parametrize("law", CHECKS)
 @pytest.mark.parametrize(
     "subject",
-    [pytest.param(s, marks=[] if s.name in QUICK else pytest.mark.matrix, id=s.name) for s in METHODS],
+    [pytest.param(s, marks=speed_of(s.name), id=s.name) for s in METHODS],
 )
 def test_every_method_keeps_every_law(subject, law, missing):
     if missing[subject.name]:
@@ -461,6 +466,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("honest", [Honest, HasVectors])
+@pytest.mark.slow
 def test_an_honest_method_of_a_few_functions_passes(honest):
     report = check(honest)
     assert report.failures == {}

@@ -73,6 +73,7 @@ def missing(name: str) -> str | None:
     ("subject", "law"),
     [pytest.param(s, law, marks=marks(s, law), id=f"{s.name}-{law}") for s in SUBJECTS for law in LAWS],
 )
+@pytest.mark.slow
 def test_every_method_keeps_every_law(subject, law):
     if missing(subject.name):
         pytest.skip(missing(subject.name))
@@ -209,6 +210,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 def test_an_honest_method_passes():
     report = check(HonestAtPositions, loss="positions")
     assert report.failures == {}

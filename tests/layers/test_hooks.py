@@ -85,6 +85,7 @@ class TestCompiledModels:
             model(BATCH[0])
         return model
 
+    @pytest.mark.slow
     def test_are_read_as_they_were_before(self, model):
         taps = default_taps(model, BATCH, 4096)
         outputs, rows = read(model, taps, BATCH)

@@ -163,6 +163,7 @@ class WritesToItsInput(nn.Module):
 
 @pytest.mark.parametrize("batch_size", [4, 100])
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "TracIn"])
+@pytest.mark.slow
 def test_data_stay_as_they_are_under_a_network_that_writes_to_them(name, batch_size) -> None:
     x, y = planted_classes(9).tensors
     u, v = planted_classes(3, seed=1).tensors

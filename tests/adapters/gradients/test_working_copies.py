@@ -170,6 +170,7 @@ def in_inference_mode(what: str) -> tuple[nn.Module, nn.Module]:
 
 @pytest.mark.parametrize("method", METHODS, ids=name_of)
 @pytest.mark.parametrize("what", ["model", "head"])
+@pytest.mark.slow
 def test_a_model_made_under_inference_mode_has_the_scores_of_an_ordinary_one(method, what) -> None:
     model, plain = in_inference_mode(what)
     assert any(p.is_inference() for p in model.parameters())

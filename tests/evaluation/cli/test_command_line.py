@@ -49,6 +49,7 @@ network = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 
 
 class TestExplainCrossFitted:
+    @pytest.mark.slow
     def test_its_models_are_counted_and_then_trained(self, tmp_path):
         how = [
             "explain",
@@ -163,6 +164,7 @@ class TestExplain:
         assert f"#{results['points'][0]['proponents'][0]['index']}" in result.output
         assert "Forward pass" in result.output
 
+    @pytest.mark.slow
     def test_a_checkpoint_replaces_the_training(self, store, tmp_path):
         task = load_task("digits", preset="smoke")
         model = train_attributed(task, 5)

@@ -64,6 +64,7 @@ class TestHelp:
             assert tuple(shlex.split(example)[1 : 1 + len(path)]) == path
 
     @pytest.mark.parametrize("example", [e.strip() for _, command in COMMANDS for e in examples_of(command)])
+    @pytest.mark.slow
     def test_every_example_can_be_parsed(self, example):
         command, words = get_command(app), shlex.split(example)[1:]
         context = command.make_context("stride-captum", list(words))

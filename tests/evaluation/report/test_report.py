@@ -685,6 +685,7 @@ class TestPlots:
 class TestReference:
     """The method that drops of the others are compared with is that of the question."""
 
+    @pytest.mark.slow
     def test_is_named_and_drawn(self, results, tmp_path):
         found = json.loads(json.dumps(results))
         found["protocol"]["measures"]["counterfactual"] = {"reference": "Similarity"}
