@@ -28,7 +28,13 @@ from .curvature import ClosedFormQuery, score_block
 from .forms import in_range, norms_of
 from .moments import scaled_features
 from .operators import ClosedFormOperators
-from .position_products import PositionQuery, matrices_of_rows, sizes_and_units_of_examples, summed_products
+from .position_products import (
+    PositionQuery,
+    forms_of_examples,
+    matrices_of_rows,
+    sizes_and_units_of_examples,
+    summed_products,
+)
 
 #: Products of pairs of positions that are held at a time.
 _PAIRS = 2**22
@@ -200,8 +206,9 @@ class PositionOperators(FittedOperators):
         """`[h_t, 1] (x) omega_t r_t` summed over the positions of some examples, flat."""
         rows = self.positions.rows_of(examples)
         h = self.rows._data.features_of(rows)
-        phi = torch.nn.functional.pad(h, (0, 1), value=1.0)
-        return summed_products(phi, self.rows._residuals.of(rows), self.positions.of(examples))
+        residuals, few = self.rows._residuals.of(rows), self.positions.of(examples)
+        of_features = summed_products(h, residuals, few)
+        return torch.cat([of_features, few.sum(residuals).to(of_features)], 1)
 
     def in_form(self, form: str) -> PositionOperators:
         """These operators in the form "matrix" (the rows are let go), or as they are."""
@@ -234,10 +241,10 @@ class PositionOperators(FittedOperators):
             rows, few = self.positions.rows_of(block), self.positions.of(block)
             phi = scaled_features(self.rows._data.features_of(rows), self.rows.scale)
             sizes, units = sizes_and_units_of_examples(self.rows._residuals.of(rows), few)
-            solved = matrices_of_rows(self.rows.curvature.solve(phi, units.to(phi)), few) / weight
-            norms.append(norms_of((summed_products(phi, units, few) * solved).sum(1), sizes))
             own_sizes, own = sizes_and_units_of_examples(self.rows._residuals.of_loss(rows), few)
-            forms = (summed_products(phi, own, few) * solved).sum(1)
+            terms = self.rows.curvature.solve(phi, units.to(phi))
+            squares, forms = (f / weight for f in forms_of_examples(terms, phi, [units, own], few))
+            norms.append(norms_of(squares, sizes))
             selves.append(own_sizes * sizes.to(own_sizes) * forms.to(own_sizes))
         return torch.cat(norms).to(working_dtype(self.rows.features)), self._in_range(torch.cat(selves))
 
@@ -252,8 +259,8 @@ class PositionOperators(FittedOperators):
 
     def _form(self, phi: Tensor, left: Tensor, right: Tensor, positions: Positions) -> Tensor:
         """`<sum_t phi_t (x) left_t, (F + lambda)^-1 sum_t phi_t (x) right_t>` in units of 1/s, `(n,)`."""
-        solved = matrices_of_rows(self.rows.curvature.solve(phi, right.to(phi)), positions)
-        return (summed_products(phi, left, positions) * solved).sum(1)
+        terms = self.rows.curvature.solve(phi, right.to(phi))
+        return forms_of_examples(terms, phi, [left], positions)[0]
 
     @override
     def query_vectors(self, prepared: PositionQuery) -> Tensor | None:
