@@ -176,14 +176,16 @@ def _show_fidelity(result: Comparison) -> None:
 
 def _show_retrainings(result: Comparison) -> None:
     first = result.retrainings[0].name
-    columns = ("method", "answers", "retrainings", "LDS", "95%", f"{first} - this", "over the last", "chosen")
+    gap_names = (f"{first} - this", "over the last")
+    columns = ("method", "answers", "retrainings", "LDS", "95%", *gap_names, "slope", "chosen")
     rows = []
     for row in result.retrainings:
         gaps = (g and _gap(g.value, g.interval) for g in (row.against_first, row.over_last))
         chosen = {**row.options, **({"normalize": row.normalize} if row.normalize else {})}
         lds = (_figure(row.lds.value), _interval(row.lds.interval))
         what = ", ".join(f"{k}={v}" for k, v in chosen.items())
-        rows.append((row.name, row.source, f"{row.trainings:g}", *lds, *(g or "" for g in gaps), what))
+        slope = "" if row.calibration is None else _figure(row.calibration.slope, 2)
+        rows.append((row.name, row.source, f"{row.trainings:g}", *lds, *(g or "" for g in gaps), slope, what))
     _print("LDS against the retraining budget, in trainings on the whole training set", columns, rows)
 
 

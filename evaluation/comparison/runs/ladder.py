@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ....recovery import refine
+from ...measures.calibration import CalibrationResult, calibration
 from ...measures.cost import Cost, median_cost
 from ...measures.linear_datamodeling import LDSDifference, LDSResult, lds
 from ...retraining.attributed_models import log_epochs
@@ -35,6 +36,8 @@ from .on_models import Chosen, OnModels, choose
 OUT_OF_SAMPLE = ", out-of-sample residuals"
 #: Smallest number of models that `refine` takes.
 _FEWEST_MEASURED = 3
+#: Attributes of a row that are not plain values.
+_NESTED = ("lds", "calibration", "cost", "against_first", "over_last")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class BudgetRow:
         options: The options that were chosen.
         normalize: As for `influence`, chosen likewise.
         lds: Linear datamodeling score.
+        calibration: Whether predicted effects have the right size on the same halves; None for scores
+            without a unit (`normalize="deviation"`).
         against_first: LDS of the first method with the same models minus this one's; None for the first.
         over_last: This LDS minus that of the same method on the last checkpoint; None for the last
             checkpoint.
@@ -64,6 +69,7 @@ class BudgetRow:
     options: Mapping[str, Any]
     normalize: str | None
     lds: LDSResult
+    calibration: CalibrationResult | None
     against_first: LDSDifference | None
     over_last: LDSDifference | None
     cost: Cost
@@ -71,8 +77,9 @@ class BudgetRow:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
-            **{k: v for k, v in vars(self).items() if k not in ("lds", "cost", "against_first", "over_last")},
+            **{k: v for k, v in vars(self).items() if k not in _NESTED},
             "lds": self.lds.to_dict(),
+            "calibration": None if self.calibration is None else self.calibration.to_dict(),
             "cost": self.cost.to_dict(),
             "first_method_less_this": _plain(self.against_first),
             "this_less_last_checkpoint": _plain(self.over_last),
@@ -219,13 +226,13 @@ class Ladder:
                 row,
                 source="checkpoints and parts",
                 n_models=n_models + len(log_epochs(epochs)) + 1,
-                lds=self._lds([(parts + along) / 2 for parts, along in pairs]),
+                **self._judged([(parts + along) / 2 for parts, along in pairs], averages[1]),
                 cost=self._cost([*answers, beside]),
             )
         if self.refined and n_models >= _FEWEST_MEASURED:
             scores = _means(answers)
             better = [self._refined(*pair, n_models) for pair in zip(self._names, scores, strict=True)]
-            yield replace(row, source="refined", lds=self._lds(better))
+            yield replace(row, source="refined", **self._judged(better, None))
 
     def _refined(self, name: str, scores: NDArray[Any], n_models: int) -> NDArray[Any]:
         question, models = self.shared.question, self.shared.cross_fitted[self.split][name]
@@ -249,7 +256,7 @@ class Ladder:
             n_models=n_models,
             options=dict(chosen[0].options),
             normalize=chosen[1],
-            lds=self._lds(_means(answers)),
+            **self._judged(_means(answers), chosen[1]),
             against_first=None,
             over_last=None,
             cost=self._cost(answers),
@@ -260,10 +267,13 @@ class Ladder:
         n = len(self.shared.question.reported)
         return median_cost([_total([a.cost(n) for a in of_one]) for of_one in zip(*answers, strict=True)])
 
-    def _lds(self, scores: Sequence[NDArray[Any]]) -> LDSResult:
+    def _judged(self, scores: Sequence[NDArray[Any]], normalize: str | None) -> dict[str, Any]:
+        """`lds` and `calibration` of the scores of each attributed model."""
         halves = retrained(self.shared)
+        on = (list(scores), halves.membership, halves.reported)
         n_resamples = self.shared.question.n_resamples
-        return lds(list(scores), halves.membership, halves.reported, n_resamples=n_resamples)
+        slope = calibration(*on, n_resamples=n_resamples) if normalize is None else None
+        return {"lds": lds(*on, n_resamples=n_resamples), "calibration": slope}
 
 
 def _means(answers: Sequence[Sequence[Answer]]) -> list[NDArray[Any]]:

@@ -23,6 +23,7 @@ from stride_captum.evaluation.comparison.runs.ladder import OUT_OF_SAMPLE, conte
 from stride_captum.evaluation.comparison.runs.retrainings import Retrainings
 from stride_captum.evaluation.comparison.shared.methods import METHODS, adapter
 from stride_captum.evaluation.comparison.shared.shared import Shared
+from stride_captum.evaluation.measures.calibration import calibration
 from stride_captum.evaluation.measures.linear_datamodeling import lds
 from stride_captum.evaluation.report.budget_figure import budget_steps
 from stride_captum.evaluation.report.html import write_comparison
@@ -191,6 +192,14 @@ class TestRows:
         better = refine(scores, models.membership, models.measured(model, batch)).scores
         wanted = lds(better, plan.membership, margins, n_resamples=0).value
         assert refined.lds.value == pytest.approx(wanted, abs=1e-6)
+        size = calibration(better, plan.membership, margins, n_resamples=0).slope
+        assert refined.calibration.slope == pytest.approx(size, rel=1e-4)
+        assert refined.calibration.interval.low < size < refined.calibration.interval.high
+        if row.normalize is not None:  # scores of unit deviation have no unit to compare
+            assert row.calibration is None
+        else:
+            size = calibration(scores, plan.membership, margins, n_resamples=0).slope
+            assert row.calibration.slope == pytest.approx(size, rel=1e-4)
 
     def test_scores_are_refined_by_the_models_that_were_paid(self, found, task, monkeypatch):
         store, given = found[0], []
