@@ -431,6 +431,10 @@ class TestClassWeightsThatAreNone:
         with pytest.raises(ValueError, match="`weight` must hold one for each of 3 classes; got 2"):
             stride(model, x, labels["cross_entropy"], CrossEntropy(weight=[1.0, 2.0])).fit()
 
+    def test_of_hundreds_of_classes(self):
+        labels = torch.arange(300)
+        assert CrossEntropy(weight=torch.ones(300)).labels(labels, 300, "labels").equal(labels)
+
     def test_distributions(self, problem):
         model, x, *_ = problem
         with pytest.raises(ValueError, match=r"must hold class indices \(n,\), or distributions \(n, 3\)"):

@@ -125,6 +125,26 @@ class TestWhereTheStateDictIs:
         assert torch.equal(model.head.weight, weight)
         assert model.head.weight is model.embedding.weight
 
+    def test_empty_buffers_and_extra_states_share_nothing(self):
+        class Extra(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc = nn.Linear(2, 2)
+                for name in ("first", "second"):
+                    self.register_buffer(name, torch.empty(0))
+
+            def get_extra_state(self):
+                return {"steps": 3}
+
+            def set_extra_state(self, state):
+                pass
+
+        whole = Extra().state_dict()
+        for key in ("second", "_extra_state"):
+            kept = {name: value for name, value in whole.items() if name != key}
+            with pytest.raises(ValueError, match=rf"`checkpoint` must hold the weights of `model`.*{key}"):
+                load_checkpoint(Extra(), kept)
+
     def test_what_a_module_did_not_have_yet_is_filled_in_by_torch(self):
         state = built(BatchNormCNN, 7).state_dict()
         model = built(BatchNormCNN)

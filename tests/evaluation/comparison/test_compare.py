@@ -24,6 +24,7 @@ from stride_captum.evaluation.comparison.shared.detectors import DETECTORS
 from stride_captum.evaluation.comparison.shared.measure import Measure
 from stride_captum.evaluation.comparison.shared.methods import DEFAULT_METHODS, METHODS, adapter
 from stride_captum.evaluation.comparison.shared.question import halves
+from stride_captum.evaluation.measures.counterfactual_drop import resolve_counts
 from stride_captum.evaluation.report.html import write_comparison
 from stride_captum.evaluation.report.terminal import console, show_comparison
 from stride_captum.evaluation.retraining import attributed_models, spikes, workers
@@ -625,6 +626,9 @@ class TestRefusals:
         sizes, measures = comparison_sizes(preset)
         assert wanted_measures({measure: {} for measure in MEASURES} | measures)
         assert sizes["n_subsets"] >= 6
+        for name in measures.keys() & {"counterfactual", "leakage"}:
+            counts = measures[name]["counts"]
+            assert len(resolve_counts(counts, 1000)) == len(counts)
 
     def test_every_option_of_a_measure_is_known(self):
         assert MEASURES["lds"].defaults == {}

@@ -178,6 +178,13 @@ class TestFigures:
         assert result.interval_auc.low < result.auc < result.interval_auc.high
         assert result.interval_average_precision.low < result.average_precision
 
+    def test_samples_of_flipped_or_of_other_labels_alone_are_left_out(self):
+        result = mislabel(np.array([0.0, 1.0]), np.array([True, False]), n_resamples=200)
+        drawn = np.isfinite(result.draws[:, 0])
+        assert 60 < drawn.sum() < 140  # half of them
+        assert not result.draws[drawn].any()
+        assert (result.interval.low, result.interval.high) == (0, 0)
+
     def test_result_is_read_at_a_glance_and_written_as_json(self, scores, flipped):
         result = mislabel(scores, flipped, n_resamples=10)
         assert repr(result).startswith(f"Precision {result.precision:.3f} [{result.interval.low:.3f}, ")
