@@ -143,7 +143,7 @@ def _fitted_halves(method: InfluenceMethod, n_splits: int, seed: int) -> list[li
     if not isinstance(known, ClosedFormOperators) or not isinstance(kind, ClosedForm):
         raise bad_value(
             "method",
-            "have several checkpoints, or closed-form operators",
+            "have several checkpoints, or closed-form operators of one row an example",
             repr(method),
             "Agreement is between checkpoints, or between halves of the features of STRIDE's closed form.",
         )

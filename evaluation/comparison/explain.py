@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from ...distributed import DistributedSTRIDE
 from ...errors import bad_value
 from ...features.options import Features
-from ...influence.chance import at_chance
+from ...losses import Loss
 from ...operators import Operators
-from ...responses import class_labels, response_value
 from ...stride import STRIDE
 from ...system.devices import existing_device
 from ...system.preserve_state import preserve_state
@@ -24,8 +23,10 @@ from ...system.processes import first_rank_first, in_group
 from ..retraining.parts import TrainFunction
 from ..system import environment
 from ..tasks.class_logits import check_logits
+from ..tasks.in_words import label_in_words, output_in_words
 from ..tasks.task import Task
-from .explained_models import models_to_explain, reliabilities
+from ..tasks.task_loss import is_plain, loss_of_methods, objective, response_of
+from .explained_models import learned_nothing, models_to_explain, reliabilities
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,13 @@ class Neighbor:
 
     Attributes:
         index: Index in the training set.
-        label: Its class.
+        label: Its class; in words if the loss has none (`evaluation.tasks.in_words`).
         score: Predicted change of the response when it is in the training set.
         id: Its name (`Task.ids`); None if examples have none.
     """
 
     index: int
-    label: int
+    label: int | str
     score: float
     id: str | None = None
 
@@ -51,10 +52,10 @@ class ExplainedPoint:
 
     Attributes:
         index: Index in the test set.
-        label: True class.
-        predicted: Predicted class.
-        probability: Probability of the true class.
-        response: Value of the response, by default the margin of the true class.
+        label: True class; in words if the loss has none, or if there are several positions.
+        predicted: Predicted class, or what the model says in the unit of the label, in words.
+        probability: Probability of the true class; None if the loss is not plain cross-entropy.
+        response: Value of the response, by default the first of the loss: the margin of the true class.
         proponents: The highest scores, descending.
         opponents: The lowest scores, ascending.
         reliability: From 0 to 1, how well independent estimates of the scores agree
@@ -62,9 +63,9 @@ class ExplainedPoint:
     """
 
     index: int
-    label: int
-    predicted: int
-    probability: float
+    label: int | str
+    predicted: int | str
+    probability: float | None
     response: float
     proponents: list[Neighbor]
     opponents: list[Neighbor]
@@ -81,7 +82,8 @@ class Explanation:
         points: The explained test points.
         suspects: Training examples with the most suspect labels, most suspect first; their `score` is that
             of `STRIDE.mislabel_scores`.
-        accuracy: On the sets "train" and "test".
+        accuracy: On the sets "train" and "test"; empty if the loss is not plain cross-entropy.
+        mean_loss: Mean over examples, and over positions if there are several, on "train" and "test".
         seconds: "forward" (a forward pass over the training set), "fit" and "query".
         settings: Options of the method.
         layers: Where features were read.
@@ -107,6 +109,7 @@ class Explanation:
     layers: list[str]
     environment: dict[str, Any]
     models: dict[str, Any] = field(default_factory=dict)
+    mean_loss: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -159,8 +162,8 @@ def explain(
 
     Raises:
         IndexError: A test point that does not exist.
-        ValueError: `k` is below 1, the device does not exist, the task has no classes, inputs are not
-            finite, or the model does not return finite logits for all classes.
+        ValueError: `k` is below 1, the device does not exist, inputs are not finite, or the model does not
+            return finite outputs that the loss takes.
 
     >>> from stride_captum.evaluation import load_task
     >>> from stride_captum.evaluation.tasks.networks import TrainingSettings
@@ -173,7 +176,6 @@ def explain(
     """
     if k < 1:
         raise bad_value("k", "be at least 1", k)
-    task.need_classes("explain")
     device = None if device is None else existing_device(device)
     with first_rank_first():
         models = models_to_explain(
@@ -191,13 +193,13 @@ def explain(
     x, y = task.train.tensors
     x_test, y_test = task.test.tensors
     with preserve_state(models.model):
-        test_logits = _checked(models.logits(x_test), y_test, "test")
+        test_outputs = _checked(task.loss, models.outputs(x_test), y_test, "test")
         started = time.perf_counter()
-        train_logits = models.logits(x)
+        train_outputs = models.outputs(x)
         forward_seconds = time.perf_counter() - started
-    _checked(train_logits, y, "train")
+    _checked(task.loss, train_outputs, y, "train")
     if indices is None:
-        hardest = response_value(test_logits, y_test, "loss").argsort(descending=True)[:3].tolist()
+        hardest = response_of(task.loss, test_outputs, y_test, "loss").argsort(descending=True)[:3].tolist()
         indices = list(dict.fromkeys([*hardest, *range(min(3, len(y_test)))]))
     for index in indices:
         if not 0 <= index < len(y_test):
@@ -210,6 +212,7 @@ def explain(
         operators=operators,
         features=features,
         device=device,
+        loss=loss_of_methods(task.loss),
         ids=None if in_group() else task.ids,  # a rank has a share of the examples
     )
     method.fit(show_progress)
@@ -218,29 +221,33 @@ def explain(
     best = [part.cpu() for part in method.influence(batch, k, True, show_progress)]
     seconds = {"forward": forward_seconds, "fit": method.fit_seconds_, "query": method.query_seconds_}
     worst = [part.cpu() for part in method.influence(batch, k, False, show_progress)]
-    response = response_value(test_logits[rows], y_test[rows], method.response)
-    agreement = reliabilities(method, batch)
+    response = response_of(task.loss, test_outputs[rows], y_test[rows], method.response)
+    width = test_outputs.shape[1]
+    probabilities = _probabilities(task, test_outputs, y_test)
+    agreement = reliabilities(method, batch, task.loss)
     points = [
         ExplainedPoint(
             index=index,
-            label=int(y_test[index]),
-            predicted=int(test_logits[index].argmax()),
-            probability=float(test_logits[index].softmax(0)[y_test[index]]),
+            label=label_in_words(task.loss, y_test[index], width),
+            predicted=output_in_words(task.loss, test_outputs[index], y_test[index]),
+            probability=probabilities and probabilities[index],
             response=float(response[i]),
-            proponents=_neighbors(task, best[0][i], best[1][i]),
-            opponents=_neighbors(task, worst[0][i], worst[1][i]),
+            proponents=_neighbors(task, width, best[0][i], best[1][i]),
+            opponents=_neighbors(task, width, worst[0][i], worst[1][i]),
             reliability=agreement[i],
         )
         for i, index in enumerate(indices)
     ]
     flags = method.mislabel_scores().cpu()
     suspects = flags.argsort(descending=True, stable=True)[:n_suspects]
+    sets = {"train": (train_outputs, y), "test": (test_outputs, y_test)}
     explanation = Explanation(
         task=task.name,
-        note=" ".join(s for s in (task.note, models.note(), _learned_nothing(train_logits, y)) if s),
+        note=" ".join(s for s in (task.note, models.note(), learned_nothing(task, train_outputs)) if s),
         points=points,
-        suspects=_neighbors(task, suspects, flags[suspects]),
-        accuracy={"train": _accuracy(train_logits, y), "test": _accuracy(test_logits, y_test)},
+        suspects=_neighbors(task, width, suspects, flags[suspects]),
+        accuracy={k: _accuracy(*v) for k, v in sets.items()} if task.has_classes else {},
+        mean_loss={k: float(objective(task.loss, *v)) for k, v in sets.items()},
         seconds=seconds,
         settings={
             "response": method.response,
@@ -255,31 +262,30 @@ def explain(
     return explanation, method
 
 
-def _neighbors(task: Task, indices: Tensor, scores: Tensor) -> list[Neighbor]:
+def _neighbors(task: Task, width: int, indices: Tensor, scores: Tensor) -> list[Neighbor]:
     labels, ids = task.train.tensors[1], task.ids
     return [
-        Neighbor(i, int(labels[i]), s, None if ids is None else ids[i])
+        Neighbor(i, label_in_words(task.loss, labels[i], width), s, None if ids is None else ids[i])
         for i, s in zip(indices.tolist(), scores.tolist(), strict=True)
     ]
 
 
-def _checked(logits: Tensor, labels: Tensor, argument: str) -> Tensor:
-    """Logits `(n, n_classes)` that can be explained."""
-    class_labels(labels, logits.shape[1], argument)
-    check_logits(logits, len(labels), 0, "model")
-    if not bool(torch.isfinite(logits).all()):
+def _checked(loss: Loss, outputs: Tensor, labels: Tensor, argument: str) -> Tensor:
+    """Output rows `(n, width)` that can be explained."""
+    loss.labels(labels, outputs.shape[1], argument)
+    if is_plain(loss):
+        check_logits(outputs, len(labels), 0, "model")
+    if not bool(torch.isfinite(outputs).all()):
         raise bad_value("model", "give finite logits", f"NaN or infinity for `{argument}`")
-    return logits
+    return outputs
 
 
-def _learned_nothing(logits: Tensor, labels: Tensor) -> str:
-    why = at_chance(logits.argmax(1), labels)
-    if why is None:
-        return ""
-    return (
-        f"The model has learned nothing: {why}. Its scores mean nothing: train it longer or with other "
-        "settings, and check its data."
-    )
+def _probabilities(task: Task, logits: Tensor, labels: Tensor) -> list[float] | None:
+    """Of the true class of each example; None if the loss is not plain cross-entropy."""
+    if not task.has_classes:
+        return None
+    found: list[float] = logits.softmax(1).gather(1, labels[:, None]).squeeze(1).tolist()
+    return found
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:

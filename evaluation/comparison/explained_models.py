@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from ...closed_form.options import ClosedForm
 from ...errors import bad_value, whole_number
+from ...influence.chance import at_chance
 from ...influence.checkpoints.checkpoint import load_checkpoint
+from ...losses import Loss
+from ...losses.summed_positions import SummedPositions
 from ...score_agreement import reliability
 from ...stride import STRIDE
 from ...system.preserve_state import preserve_state
@@ -25,6 +28,7 @@ from ..retraining.parts import TrainFunction, part_trainings, stored_trainings
 from ..retraining.task_parts import Split, cross_fit
 from ..retraining.training import logits_of
 from ..tasks.task import Task
+from ..tasks.task_loss import is_plain
 
 #: Largest n_train * n_features for which reliability is computed from halves of the features.
 _LARGEST_FEATURES = 2**28
@@ -39,29 +43,37 @@ class ExplainedModels:
         cross_fitted: Models of parts of the training set, whose scores are averaged.
         own: Whether predictions are those of `model`; otherwise they are the mean of `cross_fitted`.
         parts: Parts of each partition.
+        loss: What they were trained with.
     """
 
     model: nn.Module
     cross_fitted: CrossFitted | None
     own: bool
     parts: int
+    loss: Loss
 
     @property
     def checkpoints(self) -> list[Any] | None:
         """The argument `checkpoints` of a method."""
         return None if self.cross_fitted is None else self.cross_fitted.checkpoints
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Logits of the model, or the log of the mean probability of all models, `(n, n_classes)`."""
+    def outputs(self, x: Tensor) -> Tensor:
+        """Output rows of the model, `(n, width)`; of several models, their mean.
+
+        With plain cross-entropy that is the log of the mean probability, `(n, n_classes)`.
+        """
         found = self.cross_fitted
         if self.own or found is None:
-            return logits_of(self.model, x)
-        logs = []
+            return logits_of(self.model, x, loss=self.loss)
+        every = []
         with preserve_state(self.model, weights=True) as network:
             for place in found.last:
                 load_checkpoint(network, found.checkpoints[place].weights)
-                logs.append(logits_of(network.eval(), x).log_softmax(1))
-        return torch.logsumexp(torch.stack(logs), dim=0) - math.log(len(logs))
+                every.append(logits_of(network.eval(), x, loss=self.loss))
+        rows = torch.stack(every)
+        if is_plain(self.loss):
+            return torch.logsumexp(rows.log_softmax(2), dim=0) - math.log(len(every))
+        return rows.mean(0)
 
     def to_dict(self) -> dict[str, Any]:
         """Which models are explained, as plain values for JSON."""
@@ -116,14 +128,14 @@ def models_to_explain(
     check_retrainings(retrainings, train_function)
     if not retrainings:
         model = train_attributed(task, seed, store, device=device) if model is None else model
-        return ExplainedModels(model, None, True, parts)
+        return ExplainedModels(model, None, True, parts, task.loss)
     if train_function is None:
         found = cross_fit(task, seed, retrainings, store, Split(parts), n_jobs=n_jobs, device=device)
     else:
         n, how = task.n_train, {"parts": parts, "repeats": retrainings, "seed": seed}
         found = retrain(train_function, n, store=store, n_jobs=n_jobs, **how)  # type: ignore[arg-type]
     network = task.build_model().to(device).eval() if model is None else model
-    return ExplainedModels(network, found, model is not None, parts)
+    return ExplainedModels(network, found, model is not None, parts, task.loss)
 
 
 def check_retrainings(retrainings: int, train_function: TrainFunction | None) -> None:
@@ -165,11 +177,26 @@ def planned_models(
     ]
 
 
-def reliabilities(method: STRIDE, batch: tuple[Tensor, Tensor]) -> list[float | None]:
-    """Reliability of each test point; None if undefined, too large to compute, or in a process group."""
+def reliabilities(method: STRIDE, batch: tuple[Tensor, Tensor], loss: Loss) -> list[float | None]:
+    """Reliability of each test point; None if undefined, or if it is not computed.
+
+    That of one model is computed from halves of its features: for the closed form, one row an example,
+    features that are not too large, and outside of process groups.
+    """
     n = len(batch[1])
-    closed = isinstance(method.operators, ClosedForm)
+    closed = isinstance(method.operators, ClosedForm) and not isinstance(loss, SummedPositions)
     large = method.n_train_ * method.n_features_ > _LARGEST_FEATURES
     if in_group() or (len(method._checkpoints()) == 1 and (large or not closed)):
         return [None] * n
     return [None if math.isnan(value) else value for value in reliability(method, batch).tolist()]
+
+
+def learned_nothing(task: Task, logits: Tensor) -> str:
+    """A warning where the predictions of classes are at the level of chance, or ""."""
+    why = at_chance(logits.argmax(1), task.train.tensors[1]) if task.has_classes else None
+    if why is None:
+        return ""
+    return (
+        f"The model has learned nothing: {why}. Its scores mean nothing: train it longer or with other "
+        "settings, and check its data."
+    )

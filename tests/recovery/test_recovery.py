@@ -389,6 +389,8 @@ class TestChoice:
             choose_alpha(Y, matrix, "bix")
         with pytest.raises(ValueError, match=r"`folds` must be between 2 and n_subsets = 30; got 31"):
             choose_alpha(Y, matrix, "cross-validation", folds=31)
+        for rule in ("aic", "bic"):
+            assert choose_alpha(Y, matrix, rule, folds=31).equal(choose_alpha(Y, matrix, rule))
         with pytest.raises(ValueError, match="`fractions` must be positive numbers; got"):
             choose_alpha(Y, matrix, "bic", fractions=[])
         with pytest.raises(ValueError, match="`tolerance` must be positive; got 0"):

@@ -161,7 +161,7 @@ class TestCrossFitted:
         data = TensorDataset(x, torch.arange(40) % 3)
         task = Task("certain", data, data, Certain, replace(SETTINGS, epochs=1))
         models = cross_fit(task, 0, 1, None)
-        logits = ExplainedModels(Certain(), models, False, 2).logits(x)
+        logits = ExplainedModels(Certain(), models, False, 2, task.loss).outputs(x)
         p = 0.0
         for checkpoint in models.checkpoints:
             network = Certain()

@@ -9,16 +9,27 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from stride_captum import STRIDE
 from stride_captum.evaluation import compare, load_task
 from stride_captum.evaluation.comparison.explain import explain
 from stride_captum.evaluation.comparison.plan import settle
+from stride_captum.evaluation.report.html import write_explanation
+from stride_captum.evaluation.report.terminal import show_explanation
 from stride_captum.evaluation.retraining.store import Fingerprints
+from stride_captum.evaluation.retraining.task_parts import cross_fit
 from stride_captum.evaluation.retraining.training import logits_of, mean_residual, train_model
 from stride_captum.evaluation.tasks.built_in import WITHOUT_CLASSES
 from stride_captum.evaluation.tasks.bundled_data import IGNORED, TAGS, digit_pairs, source_lines
+from stride_captum.evaluation.tasks.in_words import label_in_words, output_in_words
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.evaluation.tasks.task import Task
-from stride_captum.evaluation.tasks.task_loss import objective, response_in_words, responses
+from stride_captum.evaluation.tasks.task_loss import (
+    loss_of_methods,
+    objective,
+    response_in_words,
+    response_of,
+    responses,
+)
 from stride_captum.losses import MSE, BinaryCrossEntropy, CrossEntropy
 from stride_captum.losses.summed_positions import SummedPositions
 
@@ -87,9 +98,49 @@ class TestEach:
         ranks = {(row.name, row.normalize): row.result.mean_rank for row in result.leakage}
         assert ranks["STRIDE", "cosine"] < ranks["Random", None]
 
-    def test_what_shows_classes_is_refused(self, tasks, name):
-        with pytest.raises(ValueError, match="`task` must have one class for each example for explain"):
-            explain(tasks[name])
+    def test_test_points_are_explained(self, tasks, name, tmp_path):
+        task = tasks[name]
+        model = train_model(task.build_model, *task.train.tensors, SHORT, 0, loss=task.loss)
+        found, _ = explain(task, model=model, k=3, n_suspects=5)
+        x, y = task.test.tensors
+        rows = logits_of(model, x, loss=task.loss)
+        values = task.loss.values(rows, task.loss.labels(y, rows.shape[1], "labels"))
+        hardest = [point.index for point in found.points[:3]]
+        assert values[hardest].tolist() == values.topk(3).values.tolist()
+        method = STRIDE(model, task.train, loss=loss_of_methods(task.loss))
+        few = [point.index for point in found.points]
+        scores = method.influence((x[few], y[few]))
+        for point, row in zip(found.points, scores, strict=True):
+            best, worst = row.topk(3), row.topk(3, largest=False)
+            assert [n.index for n in point.proponents] == best.indices.tolist()
+            assert [n.score for n in point.opponents] == pytest.approx(worst.values.tolist(), rel=1e-4)
+            assert point.probability is None
+            value = response_of(task.loss, rows[[point.index]], y[[point.index]])
+            assert point.response == pytest.approx(float(value), rel=1e-5)
+        flags = method.mislabel_scores()
+        assert [n.index for n in found.suspects] == flags.topk(5).indices.tolist()
+        assert found.accuracy == {}
+        assert found.mean_loss["test"] == pytest.approx(float(objective(task.loss, rows, y)))
+        page = write_explanation(
+            found.to_dict(), task.train.tensors[0], x, tmp_path / "report.html"
+        ).read_text()
+        assert f"<b>{found.mean_loss['train']:.3g}</b> mean training loss" in page
+        assert "p(label)" not in page
+        show_explanation(found)
+
+    @pytest.mark.slow
+    def test_models_of_halves_are_explained_with_their_mean_prediction(self, tasks, name):
+        task = tasks[name]
+        found, method = explain(task, indices=[1], k=2, n_suspects=2, retrainings=1)
+        models = cross_fit(task, 0, 1, None)
+        rows = []
+        for checkpoint in models.checkpoints:
+            model = task.build_model()
+            model.load_state_dict(checkpoint.weights)
+            rows.append(logits_of(model.eval(), task.test.tensors[0][1:2], loss=task.loss))
+        label = task.test.tensors[1][1]
+        assert found.points[0].predicted == output_in_words(task.loss, torch.stack(rows).mean(0)[0], label)
+        assert len(method.checkpoints) == 2
 
     def test_data_of_another_kind_are_refused(self, tasks, name):
         with pytest.raises(ValueError, match="`data` must be left out for the task"):
@@ -168,3 +219,41 @@ class TestTheLossOfATask:
         with torch.no_grad():
             wanted = (y - model(x)).abs().mean()
         assert mean_residual(model, x, y, task.loss) == pytest.approx(float(wanted), rel=1e-5)
+
+
+class TestInWords:
+    """Labels and predictions of one example, as reports show them."""
+
+    @pytest.mark.parametrize(
+        ("loss", "label", "output", "words"),
+        [
+            (CrossEntropy(), torch.tensor(2), [0.0, 3.0, 1.0], (2, 1)),
+            (CrossEntropy(), torch.tensor([0.1, 0.7, 0.2]), [4.0, 3.0, 1.0], (1, 0)),
+            (MSE(), torch.tensor(1.5), [-0.25], ("1.5", "-0.25")),
+            (MSE(), torch.arange(6.0), [9.0, 8, 7, 6, 5, 4], ("0 1 2 3 … of 6", "9 8 7 6 … of 6")),
+            (MSE(), torch.tensor([0.0, 1.0]), [0.2, 0.7], ("0 1", "0.2 0.7")),
+            (BinaryCrossEntropy(), torch.tensor([1.0, 0, 1]), [-1.0, 0.5, 2.0], ("0, 2", "1, 2")),
+            (BinaryCrossEntropy(), torch.tensor([0.0, 0, 0]), [-1.0, -0.5, -2.0], ("none", "none")),
+            (
+                SummedPositions(position=CrossEntropy(), n_positions=4, n_outputs=2),
+                torch.tensor([1, 1, -100, 0]),
+                [0.0, 1, 1, 0, 0, 1, 2, 0],
+                ("1x2 0", "1 0x2 (2 of 3 right)"),
+            ),
+            (
+                SummedPositions(position=CrossEntropy(), n_positions=8, n_outputs=2),
+                torch.tensor([0, 1, 0, 1, 0, 1, 0, 1]),
+                [1.0, 0] * 8,
+                ("0 1 0 1 0 1 … of 8", "0x8 (4 of 8 right)"),
+            ),
+            (
+                SummedPositions(position=MSE(), n_positions=3, n_outputs=1),
+                torch.tensor([1.0, 2.0, 3.0]),
+                [0.5, 0.25, 0.125],
+                ("1 2 3", "0.5 0.25 0.125"),
+            ),
+        ],
+    )
+    def test_label_and_prediction(self, loss, label, output, words):
+        row = torch.tensor(output)
+        assert (label_in_words(loss, label, len(row)), output_in_words(loss, row, label)) == words
