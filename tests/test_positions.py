@@ -300,6 +300,10 @@ class TestClosedForm:
             assert f"{length} positions an example in the form '{form}'" in estimate.basis
             assert counted.kept < estimate.fit_bytes < 6 * counted.kept + 2**21
             assert 4 * 5 * n < estimate.query_bytes
+        more = len(methods[1].train_dataset) - len(methods[0].train_dataset)
+        each = 4 * (length * 4 * (8 + 12 + N_CLASSES) + 2 * (8 + 12 + 1) * N_CLASSES)
+        grown = (found[1].query_bytes - found[0].query_bytes) / (more * each)
+        assert (grown > 0.9) if form == "rows" else (grown < 0.5)  # matrices are not made again
 
     @pytest.mark.slow
     def test_an_estimate_leaves_a_store_alone(self, tagged, tmp_path):

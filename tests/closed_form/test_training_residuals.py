@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from stride_captum import STRIDE, ClosedForm
+from stride_captum.closed_form import moments
 from stride_captum.closed_form.training_residuals import out_of_sample_residuals
 from stride_captum.residuals import RIDGE_SHARE, project_on_simplex, tempered_residuals
 
@@ -78,6 +79,17 @@ def test_residuals_that_need_no_head_are_fitted_without_one(kind, tmp_path):
     for asked in (without, loaded):  # a head is fitted when it is asked for
         torch.testing.assert_close(asked.mislabel_scores(), method("both").mislabel_scores(), rtol=0, atol=0)
     assert without.operators_.head is None
+
+
+def test_a_small_damping_takes_products_in_float64(monkeypatch):
+    monkeypatch.setattr(moments, "_CHEAP", 0)  # or all would be float64
+    features, logits, labels = problem()
+    features = (features + 30).float()
+    exact, rounded = (
+        out_of_sample_residuals(given, logits, labels, WIDTHS, "leave-one-out", head_damping=1e-5)
+        for given in (features.double(), features)
+    )
+    torch.testing.assert_close(rounded.double(), exact, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("budget", [1, 2**20])

@@ -226,6 +226,12 @@ def test_what_cannot_be_estimated(planted):
         Similarity(model, DataLoader(Stream(), batch_size=4)).estimate(3)
 
 
+def test_the_scores_of_many_points_are_counted():
+    model, train, _ = trained(MLP)
+    few, many = (STRIDE(model, train).estimate(n_test).query_bytes for n_test in (100_000, 300_000))
+    assert many - few == pytest.approx(4 * 200_000 * len(train), rel=0.01)
+
+
 def test_it_reads_as_a_table():
     numbers = {
         "fit_seconds": 12.34,
