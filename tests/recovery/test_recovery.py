@@ -567,6 +567,18 @@ class TestMemory:
         assert peak < 80e6
         assert largest < 2_000 * 50_000 / 20
 
+    @pytest.mark.parametrize("center", [False, True])
+    def test_gram_matrices_of_any_number_of_columns_are_those_of_the_dense_ones(self, center):
+        columns = Design(random_subsets(60, 30, 5, seed=3), center, CPU)
+        index = torch.tensor([[4, 1, 9], [0, 7, 3], [8, 2, 5]])  # of three test points, three columns each
+        rows, own = torch.tensor([1, 2]), torch.tensor([[2, 0], [1, 2]])
+        valid = torch.tensor([[True, True], [True, False]])
+        found = columns.restrict(index).gram(rows, own, valid)
+        (_, every), *_ = columns.blocks(columns.n_columns)
+        for gram, row, few, kept in zip(found, rows, own, valid, strict=True):
+            dense = every[:, index[row, few]] * kept
+            torch.testing.assert_close(gram, dense.T @ dense)
+
     def test_products_on_a_device_equal_those_of_scipy(self, monkeypatch):
         matrix, Y = DESIGNS["small subsets"], responses(DESIGNS["small subsets"])
         expected = lasso(Y, matrix, 0.3, center=True).objective
