@@ -47,6 +47,10 @@ CASES = (
 )
 
 
+#: Whose scores are averaged.
+_CHECKPOINTS = 4
+
+
 @dataclass(frozen=True)
 class CoreRow:
     """Results of one case; times are medians in seconds.
@@ -65,6 +69,8 @@ class CoreRow:
         dense_ratio: `dense / scoring`; the goal is at most 1.5.
         top100: `influence` with k = 100.
         top100_ratio: `top100 / scoring`; the goal is at most 2.
+        ensemble: `influence` of n_test points with four checkpoints.
+        ensemble_ratio: `ensemble / (4 dense)`; the goal is at most 1.1.
         single: `influence` of one point.
         tracin_single: The same by TracInCPFast.
         single_speedup: `tracin_single / single`; the goal is at least 50.
@@ -88,6 +94,8 @@ class CoreRow:
     dense_ratio: float
     top100: float
     top100_ratio: float
+    ensemble: float
+    ensemble_ratio: float
     single: float
     tracin_single: float
     single_speedup: float
@@ -143,6 +151,12 @@ def bench_case(case: Case, repeats: int, device: torch.device = CPU) -> CoreRow:
     dense = median(lambda: method.influence(test), repeats)
     top100 = median(lambda: method.influence(test, 100), repeats)
     single = median(lambda: method.influence(one), 2 * repeats)
+    states = [
+        {name: t * (1 + 1e-3 * i) for name, t in model.state_dict().items()} for i in range(_CHECKPOINTS)
+    ]
+    averaged = STRIDE(model, dataset, layers=layers, batch_size=BATCH_SIZE, checkpoints=states).fit()
+    ensemble = median(lambda: averaged.influence(test), repeats)
+    del averaged
     tracin = tracin_fast(model, dataset)
     tracin_single = median(lambda: tracin.influence(one), max(repeats // 2, 2))
     tracin_many = median(lambda: tracin.influence(test), 2)
@@ -160,6 +174,8 @@ def bench_case(case: Case, repeats: int, device: torch.device = CPU) -> CoreRow:
         dense_ratio=dense / scoring,
         top100=top100,
         top100_ratio=top100 / scoring,
+        ensemble=ensemble,
+        ensemble_ratio=ensemble / (_CHECKPOINTS * dense),
         single=single,
         tracin_single=tracin_single,
         single_speedup=tracin_single / single,

@@ -18,7 +18,7 @@ def show_core(rows: Sequence[CoreRow], environment: dict[str, Any]) -> None:
     title = "Medians of one run; in the titles the goal of each ratio: at most (<) or at least (>)"
     columns = (
         "model", "N", "d", "n_test", "fit / floor (<1.5)", "dense / floor (<1.5)", "top-100 / floor (<2)",
-        "one point: x TracInCPFast (>50)", "n_test points: x TracInCPFast (>3)", "fit MiB", "formula MiB",
+        "4 checkpoints / 4 queries (<1.1)", "one point: x TracInCPFast (>50)", "n_test points: x TracInCPFast (>3)", "fit MiB", "formula MiB",
     )  # fmt: skip
     cells = [
         (
@@ -29,6 +29,7 @@ def show_core(rows: Sequence[CoreRow], environment: dict[str, Any]) -> None:
             f"{row.fit_ratio:.2f} ({row.fit:.3f} s)",
             f"{row.dense_ratio:.2f} ({row.dense:.3f} s)",
             f"{row.top100_ratio:.2f} ({row.top100:.3f} s)",
+            f"{row.ensemble_ratio:.2f} ({row.ensemble:.3f} s)",
             f"{row.single_speedup:.0f} ({1e3 * row.single:.1f} ms, {1e3 * row.tracin_single:.0f} ms)",
             f"{row.many_speedup:.1f} ({row.tracin_many:.2f} s)",
             f"{row.fit_bytes / 2**20:.0f}",

@@ -569,7 +569,7 @@ def test_bench_core_divides_what_it_measures(monkeypatch):
 
     seconds = {
         "forward": 2.0, "fit": 30.0, "product": 4.0, "scoring": 5.0, "dense": 10.0, "top100": 15.0,
-        "single": 2.0, "tracin_single": 100.0, "tracin_many": 40.0,
+        "single": 2.0, "ensemble": 60.0, "tracin_single": 100.0, "tracin_many": 40.0,
     }  # fmt: skip
     times = iter(seconds.values())
 
@@ -584,6 +584,7 @@ def test_bench_core_divides_what_it_measures(monkeypatch):
     assert row["fit_ratio"] == 3
     assert row["dense_ratio"] == 2
     assert row["top100_ratio"] == 3
+    assert row["ensemble_ratio"] == 1.5
     assert row["single_speedup"] == 50
     assert row["many_speedup"] == 4
 
