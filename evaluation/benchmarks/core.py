@@ -155,7 +155,7 @@ def bench_case(case: Case, repeats: int, device: torch.device = CPU) -> CoreRow:
         {name: t * (1 + 1e-3 * i) for name, t in model.state_dict().items()} for i in range(_CHECKPOINTS)
     ]
     averaged = STRIDE(model, dataset, layers=layers, batch_size=BATCH_SIZE, checkpoints=states).fit()
-    ensemble = median(lambda: averaged.influence(test), repeats)
+    ensemble = median(partial(averaged.influence, test), repeats)
     del averaged
     tracin = tracin_fast(model, dataset)
     tracin_single = median(lambda: tracin.influence(one), max(repeats // 2, 2))

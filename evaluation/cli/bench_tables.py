@@ -18,7 +18,8 @@ def show_core(rows: Sequence[CoreRow], environment: dict[str, Any]) -> None:
     title = "Medians of one run; in the titles the goal of each ratio: at most (<) or at least (>)"
     columns = (
         "model", "N", "d", "n_test", "fit / floor (<1.5)", "dense / floor (<1.5)", "top-100 / floor (<2)",
-        "4 checkpoints / 4 queries (<1.1)", "one point: x TracInCPFast (>50)", "n_test points: x TracInCPFast (>3)", "fit MiB", "formula MiB",
+        "4 checkpoints / 4 queries (<1.1)",
+        "one point: x TracInCPFast (>50)", "n_test points: x TracInCPFast (>3)", "fit MiB", "formula MiB",
     )  # fmt: skip
     cells = [
         (
