@@ -35,6 +35,12 @@ class TestTheGrammarOfCaptum:
             assert [p.default for p in ours[1:n]] == [p.default for p in theirs[1:n]]
             assert all(p.kind is p.KEYWORD_ONLY for p in ours[n:])
 
+    def test_options_are_given_by_name(self, method):
+        first, second, *options = inspect.signature(method).parameters.values()
+        assert (first.name, second.name) == ("model", "train_dataset")
+        assert first.kind is second.kind is first.POSITIONAL_OR_KEYWORD
+        assert all(option.kind in (option.KEYWORD_ONLY, option.VAR_KEYWORD) for option in options)
+
     def test_progress_is_shown_where_asked_for_and_only_there(self, planted, method, capsys):
         model, train, test = planted
         found = method(model, train)
