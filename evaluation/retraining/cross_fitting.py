@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from ...errors import bad_value
 from ...influence.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from ...losses import Loss
+from ...losses import Loss, loss_of
 from ...subsets import Membership, members, membership_from_indices
 from ...system.preserve_state import preserve_state
-from ..tasks.task_loss import output_rows, response_of
+from ..tasks.task_loss import loss_of_outputs, output_rows, response_of
 from . import store as run_store
 from .parts import PartTraining, TrainFunction, part_trainings, train_part, training_paths
 from .store import State
@@ -55,7 +55,7 @@ class CrossFitted:
         batch: tuple[Tensor, Tensor],
         response: str | None = None,
         *,
-        loss: Loss | None = None,
+        loss: Loss | str | None = None,
     ) -> NDArray[np.float64]:
         """Responses of the models at test points, `(n_test, n_models)`, for `refine`.
 
@@ -63,16 +63,19 @@ class CrossFitted:
             model: A network of the same architecture; its weights do not change.
             batch: Inputs and labels of the test points.
             response: One of `stride_captum.responses`; None for the first of the loss, "margin" for classes.
-            loss: What the models were trained with; None for cross-entropy.
+            loss: What the models were trained with, or its name; None for cross-entropy.
         """
         found = []
+        trained_with = loss_of("cross_entropy" if loss is None else loss)
         x, y = batch
         device = next((p.device for p in model.parameters()), x.device)
         with preserve_state(model, weights=True) as network, torch.no_grad():
             for place in self.last:
                 load_checkpoint(network, self.checkpoints[place].weights)
-                outputs = output_rows(loss, network.eval()(x.to(device))).cpu()
-                found.append(response_of(loss, outputs, y, response).double().numpy())
+                outputs = network.eval()(x.to(device))
+                own = loss_of_outputs(trained_with, outputs)
+                rows = output_rows(own, outputs).cpu()
+                found.append(response_of(own, rows, y, response).double().numpy())
         return np.stack(found, axis=1)
 
 

@@ -29,6 +29,8 @@ from ..tasks.task import Task
 
 #: Increased whenever `train_model` changes what it computes.
 _RECIPE = 2
+#: The same for losses with class weights.
+_WEIGHTED_RECIPE = 1
 #: Weights by name, as `state_dict` gives them.
 State = dict[str, Tensor]
 
@@ -53,6 +55,8 @@ class Fingerprints:
         }
         if not task.has_classes:
             self._state["loss"] = stable_digest(task.loss, "loss")
+        if task.loss.has_weights:
+            self._state["class weights"] = _WEIGHTED_RECIPE
 
     def of(self, seed: int, rows: NDArray[np.int64] | None, extra: str) -> str:
         """Digest (24 hex digits of SHA-256) of everything that determines a training.

@@ -116,7 +116,7 @@ def logits_of(model: nn.Module, x: Tensor, batch_size: int = 1024, loss: Loss | 
 def mean_residual(model: nn.Module, x: Tensor, y: Tensor, loss: Loss | None = None) -> float:
     """Mean residual, in [0, 1] for classes, of a model on a data set (see `stride_captum.residuals`)."""
     rows = logits_of(model, x, loss=loss)
-    if loss is None or loss.plain:
+    if loss is None or is_plain(loss):
         return residuals.mean_residual(rows, y)
     return float(loss.mean_residuals(rows, loss.labels(y, rows.shape[1], "labels"), 1.0).mean())
 

@@ -16,8 +16,6 @@ from torch.utils.data import TensorDataset
 from ...errors import bad_value
 from ...influence.rows import checked_ids
 from ...losses import Loss
-from ...losses.positions import channels_last, has_positions
-from ...losses.summed_positions import SummedPositions
 from ...system.fingerprints import bits
 from .class_labels import class_indices, is_one_hot
 from .class_logits import check_logits, class_logits, unreadable
@@ -26,7 +24,7 @@ from .example_reading import Reader, check_finite
 from .factories import import_factory
 from .image_data import holds_raw_images, image_tensors
 from .new_network import new_network, seeded
-from .task_loss import check_outputs, is_plain
+from .task_loss import check_outputs, is_plain, loss_of_outputs
 
 Pair = tuple[Tensor, Tensor]
 
@@ -122,10 +120,7 @@ def _of_loss(loss: Loss, outputs: Any, labels: Pair) -> tuple[Loss, Pair]:
     outputs = getattr(outputs, "logits", outputs)
     if isinstance(outputs, Tensor):
         labels = _cast(labels[0], outputs.dtype), _cast(labels[1], outputs.dtype)
-        if has_positions(outputs):
-            last = channels_last(outputs, loss.class_dim)
-            n_positions = last[0, ..., 0].numel()
-            loss = SummedPositions(position=loss, n_positions=n_positions, n_outputs=last.shape[-1])
+        loss = loss_of_outputs(loss, outputs)
     for part in labels:
         if part.is_floating_point() and not bool(part.isfinite().all()):
             row = int((~part.reshape(len(part), -1).isfinite().all(1)).nonzero()[0])

@@ -15,19 +15,33 @@ from torch.nn import functional as F
 
 from ...errors import bad_type, bad_value
 from ...losses import Loss
+from ...losses.positions import channels_last, has_positions
 from ...losses.summed_positions import SummedPositions
 from ...responses import response_value
 from .class_logits import class_logits
 
+#: Of the mean class weight that divides an objective: a batch of classes of weight 0 has none.
+_LEAST_WEIGHT = 1e-12
+
 
 def is_plain(loss: Loss | None) -> bool:
-    """Whether the loss is cross-entropy without options, so that every example has one class."""
-    return loss is None or loss.plain
+    """Whether the loss is cross-entropy of logits without options, so that every example has one class."""
+    return loss is None or (loss.plain and getattr(loss, "outputs", None) != "probabilities")
 
 
 def loss_of_methods(loss: Loss) -> Loss:
     """The loss that methods are given: for examples with several positions, that of one position."""
     return loss.position if isinstance(loss, SummedPositions) else loss
+
+
+def loss_of_outputs(loss: Loss, outputs: Any) -> Loss:
+    """The loss of whole examples: the sum over positions where the outputs have several an example."""
+    outputs = getattr(outputs, "logits", outputs)
+    if isinstance(loss, SummedPositions) or not isinstance(outputs, Tensor) or not has_positions(outputs):
+        return loss
+    last = channels_last(outputs, loss.class_dim)
+    n_outputs = loss.logits(last.reshape(-1, last.shape[-1])).shape[1]
+    return SummedPositions(position=loss, n_positions=last[0, ..., 0].numel(), n_outputs=n_outputs)
 
 
 def output_rows(loss: Loss | None, outputs: Any) -> Tensor:
@@ -37,7 +51,7 @@ def output_rows(loss: Loss | None, outputs: Any) -> Tensor:
         TypeError: The outputs are not a tensor.
         ValueError: The tensor has a shape that the loss does not take.
     """
-    if loss is None or loss.plain:
+    if loss is None or is_plain(loss):
         return class_logits(outputs)
     outputs = getattr(outputs, "logits", outputs)
     if not isinstance(outputs, Tensor):
@@ -48,15 +62,32 @@ def output_rows(loss: Loss | None, outputs: Any) -> Tensor:
 def objective(loss: Loss | None, rows: Tensor, labels: Tensor) -> Tensor:
     """What training minimizes: the mean over examples, and over positions if examples have several.
 
+    Class weights multiply its terms, and their mean divides it, as `torch.nn.CrossEntropyLoss` does without
+    label smoothing.
+
     Args:
         loss: Of the task.
         rows: From `output_rows`, `(n, width)`.
         labels: As the task has them.
     """
-    if loss is None or loss.plain:
+    if loss is None or is_plain(loss):
         return F.cross_entropy(rows, labels)
-    values = loss.values(rows, loss.labels(labels, rows.shape[1], "labels"))
-    return values.mean() / (loss.n_positions if isinstance(loss, SummedPositions) else 1)
+    y = loss.labels(labels, rows.shape[1], "labels")
+    n_positions = loss.n_positions if isinstance(loss, SummedPositions) else 1
+    if not loss.has_weights:
+        return loss.values(rows, y).mean() / n_positions
+    each, n = loss, len(rows)
+    if isinstance(loss, SummedPositions):
+        counted = loss.position.counted(y).flatten()
+        each, y = loss.position, y.flatten(0, 1)[counted]
+        rows = rows.reshape(n * n_positions, -1)[counted]
+    omega = each.weights(y)
+    values = each.values(rows, y)
+    if omega is None:
+        return values.sum() / (n * n_positions)
+    omega = omega.to(values)
+    weighed: Tensor = (values * omega).sum() / omega.mean().clamp_min(_LEAST_WEIGHT)
+    return weighed / (n * n_positions)
 
 
 def responses(loss: Loss, outputs: Any, labels: Tensor) -> NDArray[Any]:
@@ -85,7 +116,7 @@ def response_of(loss: Loss | None, rows: Tensor, labels: Tensor, response: str |
         labels: As the task has them, `(n, ...)`.
         response: Its name; None for the first of the loss.
     """
-    if loss is None or loss.plain:
+    if loss is None or (is_plain(loss) and labels.ndim == 1):
         return response_value(rows, labels, response or "margin")
     response = response or loss.responses[0]
     return loss.response_value(rows, loss.asked(rows, labels, "label", response), response)

@@ -34,6 +34,7 @@ from stride_captum.evaluation.retraining.cross_fitting import check_apart
 from stride_captum.evaluation.retraining.parts import part_trainings
 from stride_captum.evaluation.retraining.task_parts import cross_fit, cross_fit_training
 from stride_captum.evaluation.tasks.networks import TrainingSettings
+from stride_captum.losses import CrossEntropy
 from stride_captum.responses import response_value
 from stride_captum.subsets import membership_from_indices, partition, random_subsets
 
@@ -562,3 +563,38 @@ class TestStacks:
         assert planned["cross-fitted halves"] == ("stacked", 2)
         answer(question)
         assert stacks == [2]
+
+
+class TestMeasured:
+    """Responses of the models, for models and losses of every kind."""
+
+    def test_probabilities_that_are_declared_are_no_logits(self):
+        found = retrain(lambda *_: softmax(), 8)
+        x, y = torch.randn(3, 6), torch.tensor([0, 1, 2])
+        loss = CrossEntropy(outputs="probabilities")
+        measured = found.measured(softmax(), (x, y), "log-probability", loss=loss)
+        for values, place in zip(measured.T, found.last, strict=True):
+            model = softmax()
+            model.load_state_dict(found.checkpoints[place].weights)
+            np.testing.assert_allclose(values, model(x).log()[range(3), y].detach(), rtol=1e-5)
+
+    def test_a_loss_by_name(self):
+        found = retrain(lambda *_: nn.Linear(6, 2), 8)
+        x, y = torch.randn(3, 6), torch.randn(3, 2)
+        measured = found.measured(nn.Linear(6, 2), (x, y), "loss", loss="mse")
+        weights = found.checkpoints[found.last[1]].weights
+        outputs = x @ weights["weight"].T + weights["bias"]
+        np.testing.assert_allclose(measured[:, 1], (outputs - y).square().sum(1) / 2, rtol=1e-5)
+
+    def test_soft_labels_and_positions(self):
+        found = retrain(lambda *_: nn.Linear(6, 3), 8)
+        x, y = torch.randn(4, 5, 6), torch.randint(3, (4, 5))
+        y[:, 3:] = -100
+        by_position = found.measured(nn.Linear(6, 3), (x, y), "loss")
+        soft = nn.functional.one_hot(y[:, :3], 3).float()
+        by_row = [found.measured(nn.Linear(6, 3), (x[:, t], soft[:, t]), "loss") for t in range(3)]
+        np.testing.assert_allclose(by_position, sum(by_row), rtol=1e-5)
+
+
+def softmax():
+    return nn.Sequential(nn.Linear(6, 3), nn.Softmax(1))

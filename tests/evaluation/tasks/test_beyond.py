@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
@@ -15,6 +16,7 @@ from stride_captum.evaluation.comparison.explain import explain
 from stride_captum.evaluation.comparison.plan import settle
 from stride_captum.evaluation.report.html import write_explanation
 from stride_captum.evaluation.report.terminal import show_explanation
+from stride_captum.evaluation.retraining import store
 from stride_captum.evaluation.retraining.store import Fingerprints
 from stride_captum.evaluation.retraining.task_parts import cross_fit
 from stride_captum.evaluation.retraining.training import logits_of, mean_residual, train_model
@@ -219,6 +221,56 @@ class TestTheLossOfATask:
         with torch.no_grad():
             wanted = (y - model(x)).abs().mean()
         assert mean_residual(model, x, y, task.loss) == pytest.approx(float(wanted), rel=1e-5)
+
+
+class TestClassWeights:
+    """A network is trained with them, as torch does: a mean over the weights of the labels."""
+
+    def test_of_rows_the_objective_is_that_of_torch(self):
+        rows, y = torch.randn(7, 3), torch.tensor([0, 1, 2, 0, 0, 1, 2])
+        weight = torch.tensor([0.2, 1.0, 5.0])
+        for smoothing in (0.0, 0.1):
+            found = objective(CrossEntropy(weight=weight, label_smoothing=smoothing), rows, y)
+            if not smoothing:
+                torch.testing.assert_close(found, F.cross_entropy(rows, y, weight))
+            assert not torch.isclose(found, objective(CrossEntropy(label_smoothing=smoothing), rows, y))
+        assert objective(CrossEntropy(weight=torch.tensor([0.0, 1.0, 1.0])), rows[:1], y[:1]) == 0
+
+    def test_of_positions_those_without_a_label_do_not_count(self):
+        rows, y = torch.randn(2, 12), torch.tensor([[0, 1, 2, -100], [-100, 2, 2, 0]])
+        weight = torch.tensor([0.2, 1.0, 5.0])
+        loss = SummedPositions(position=CrossEntropy(weight=weight), n_positions=4, n_outputs=3)
+        mean = F.cross_entropy(rows.reshape(8, 3), y.flatten(), weight)
+        torch.testing.assert_close(objective(loss, rows, y), mean * 6 / 8)
+
+    def test_a_network_is_trained_with_them(self):
+        x, y = torch.randn(20, 3), torch.arange(20) % 3
+        weight = torch.tensor([9.0, 1.0, 0.5])
+        settings = TrainingSettings(optimizer="sgd", learning_rate=0.1, epochs=3, batch_size=20)
+        found = train_model(linear, x, y, settings, 4, loss=CrossEntropy(weight=weight))
+        torch.manual_seed(4)
+        model = linear()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=settings.momentum)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y, weight).backward()
+            optimizer.step()
+        torch.testing.assert_close(found.weight, model.weight)
+
+    def test_they_are_part_of_the_name_in_the_store(self, monkeypatch):
+        data = TensorDataset(torch.randn(6, 3), torch.arange(6) % 3)
+        names = {}
+        for recipe in (1, 2):
+            monkeypatch.setattr(store, "_WEIGHTED_RECIPE", recipe)
+            for weight in (None, [1.0, 2.0, 3.0]):
+                task = Task("t", data, data, linear, SHORT, loss=CrossEntropy(weight=weight))
+                names[recipe, weight is None] = Fingerprints(task).of(0, None, "")
+        assert names[1, True] == names[2, True]
+        assert len(set(names.values())) == 3
+
+
+def linear():
+    return nn.Linear(3, 3)
 
 
 class TestInWords:
