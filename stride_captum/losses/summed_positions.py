@@ -27,7 +27,7 @@ from .positions import channels_last, position_rows
 class SummedPositions(Loss):
     """`sum_t loss(z_t, y_t)` over the positions t of an example that have a label.
 
-    Labels are `(n, P)` or `(n, P, C)`, and outputs z `(n, P C)`. A response is the sum over positions.
+    Labels are `(n, P)` for classes, else `(n, P, C)`, and outputs z `(n, P C)`. A response is the sum over positions.
 
     Attributes:
         position: The loss of one position.
@@ -80,8 +80,8 @@ class SummedPositions(Loss):
             y = channels_last(labels, self.position.class_dim).flatten(1, -2)
         counted = self.position.counted(y)
         checked = self.position.labels(y[counted], self.n_outputs, argument)
-        if checked.shape[1:] != y.shape[2:]:
-            return y
+        if checked.ndim > y.ndim - 1:  # one number each, of a loss with one output
+            y = y[..., None]
         found = y.to(checked.dtype).clone()
         found[counted] = checked
         return found
