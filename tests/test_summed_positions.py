@@ -1,4 +1,4 @@
-"""Examples with several positions as one row of outputs: labels, targets and temperatures of gradient methods."""
+"""Examples with several positions as one row of outputs, for methods that read one row an example."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from stride_captum import STRIDE
 from stride_captum.adapters import EKFAC, TRAK, DiagonalEKFAC, TracIn
+from stride_captum.losses import MSE, CrossEntropy
+from stride_captum.losses.summed_positions import SummedPositions
 
 METHODS = (TracIn, TRAK, DiagonalEKFAC, EKFAC)
 
@@ -92,3 +95,59 @@ class TestOneOutput:
         x, y = draw(6, 2, 3, 4), self.labels(loss, 6, 3, 4)
         plain, channel = (made(TracIn, model, x, labels, loss=loss) for labels in (y, y[:, None]))
         same(plain.influence((x[:2], y[:2])), channel.influence((x[:2], y[:2, None])))
+
+
+def segmenter() -> nn.Module:
+    """Maps of two channels to three classes for each pixel, in float64."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 1)).double()
+
+
+def classes(*shape: int, seed: int = 3, n_classes: int = 3) -> Tensor:
+    """Class indices."""
+    return torch.randint(n_classes, shape, generator=torch.Generator().manual_seed(seed))
+
+
+class TestLabelsThatDoNotFit:
+    FITS = r"must hold labels of shape \(\d, 3, 4\) for outputs of shape \(\d, 3, 3, 4\); got shape "
+
+    @pytest.mark.parametrize("method", [*METHODS, STRIDE])
+    @pytest.mark.parametrize("soft", [False, True])
+    def test_a_transposed_map_is_refused(self, method, soft):
+        x, y = draw(6, 2, 3, 4), classes(6, 3, 4)
+        if soft:
+            y = F.one_hot(y, 3).double().movedim(-1, 1)
+        turned = y.transpose(-1, -2).contiguous()
+        shape = r"\(\d, 3, 4, 3\)" if soft else r"\(\d, 4, 3\)"
+        with pytest.raises(ValueError, match=f"`train_dataset` {self.FITS}{shape}"):
+            made(method, segmenter(), x, turned).fit()
+        with pytest.raises(ValueError, match=f"`inputs` {self.FITS}{shape}"):
+            made(method, segmenter(), x, y).influence((x, turned))
+
+    @pytest.mark.parametrize(("loss", "soft"), [("mse", False), ("mse", True), ("cross_entropy", True)])
+    @pytest.mark.parametrize("method", [TracIn, STRIDE])
+    def test_numbers_for_another_number_of_positions_are_refused(self, method, loss, soft):
+        x, n_outputs = draw(6, 4, 3), 3 if soft else 1
+        y = torch.full((6, 5, n_outputs) if soft else (6, 5), 1 / n_outputs, dtype=torch.float64)
+        with pytest.raises(ValueError, match=r"`train_dataset` must hold labels of shape \(\d, 4\) for"):
+            made(method, network(n_outputs), x, y, loss=loss).fit()
+
+    def test_maps_of_another_form_are_refused(self):
+        x, y = draw(6, 2, 3, 4), classes(6, 3, 4)
+        method = made(TracIn, segmenter(), x, y)
+        with pytest.raises(
+            ValueError, match=r"`model` must give outputs of the shape \(3, 3, 4\).*\(3, 4, 3\)"
+        ):
+            method.influence((x.transpose(2, 3), y.transpose(1, 2)))
+
+    @pytest.mark.parametrize("shape", [(6, 12), (6, 3, 4), (6, 4, 3)])
+    def test_positions_in_any_form_where_that_of_the_outputs_is_not_known(self, shape):
+        loss = SummedPositions(position=CrossEntropy(), n_positions=12, n_outputs=3)
+        assert loss.labels(classes(*shape), 36, "labels").shape == (6, 12)
+
+    @pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3), (6,)])
+    def test_another_number_of_positions_is_always_refused(self, shape):
+        loss = SummedPositions(position=MSE(), n_positions=4, n_outputs=3)
+        with pytest.raises(ValueError, match="`labels` must hold labels for 4 positions of each example"):
+            loss.labels(draw(*shape), 12, "labels")

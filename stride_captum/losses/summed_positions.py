@@ -19,7 +19,7 @@ from ..system.devices import on_device
 from ..system.saved_values import saved_as
 from .base import Loss, Target, needs_labels
 from .output_check import OutputCheck
-from .positions import channels_last, position_rows
+from .positions import channels_last, labels_by_position, position_rows
 
 
 @saved_as("loss.summed-positions")
@@ -27,17 +27,21 @@ from .positions import channels_last, position_rows
 class SummedPositions(Loss):
     """`sum_t loss(z_t, y_t)` over the positions t of an example that have a label.
 
-    Labels are `(n, P)` for classes, else `(n, P, C)`, and outputs z `(n, P C)`. A response is the sum over positions.
+    Labels are `(n, P)` for classes, else `(n, P, C)`, and outputs z `(n, P C)`. A response is the sum over
+    positions.
 
     Attributes:
         position: The loss of one position.
         n_positions: P, the same for all examples.
         n_outputs: C.
+        shape: Of the outputs of one example, such as `(P, C)` or `(C, H, W)`, which labels must fit; None: it
+            is not known, and P positions in any form are taken.
     """
 
     position: Loss
     n_positions: int
     n_outputs: int
+    shape: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -65,19 +69,20 @@ class SummedPositions(Loss):
     def logits(self, outputs: Tensor) -> Tensor:
         last = channels_last(outputs, self.position.class_dim).flatten(1, -2)
         if last.shape[1] != self.n_positions:
-            must = f"give {self.n_positions} positions for every example, for this method"
-            remedy = "Pad the inputs to one length, with `ignore_index` as the label of what is added."
-            raise bad_value("model", must, last.shape[1], remedy)
+            raise self._other_positions(f"{self.n_positions} positions", last.shape[1])
+        if self.shape is not None and tuple(outputs.shape[1:]) != self.shape:
+            wanted, found = f"outputs of the shape {self.shape}", tuple(outputs.shape[1:])
+            raise self._other_positions(wanted, found)
         return self.position.logits(last.flatten(0, 1)).reshape(len(last), -1)
+
+    @staticmethod
+    def _other_positions(wanted: str, got: object) -> ValueError:
+        remedy = "Pad the inputs to one length, with `ignore_index` as the label of what is added."
+        return bad_value("model", f"give {wanted} for every example, for this method", got, remedy)
 
     @override
     def labels(self, labels: Tensor, n_outputs: int, argument: str) -> Tensor:
-        y = labels.flatten(1) if labels.ndim > 1 and labels[0].numel() == self.n_positions else labels
-        if y.ndim != 2 or y.shape[1] != self.n_positions:
-            if labels.ndim < 3:
-                must = f"hold labels for {self.n_positions} positions of each example"
-                raise bad_value(argument, must, f"shape {tuple(labels.shape)}")
-            y = channels_last(labels, self.position.class_dim).flatten(1, -2)
+        y = self._by_position(labels, argument)
         counted = self.position.counted(y)
         checked = self.position.labels(y[counted], self.n_outputs, argument)
         if checked.ndim > y.ndim - 1:  # one number each, of a loss with one output
@@ -85,6 +90,20 @@ class SummedPositions(Loss):
         found = y.to(checked.dtype).clone()
         found[counted] = checked
         return found
+
+    def _by_position(self, labels: Tensor, argument: str) -> Tensor:
+        """Labels as they are, with one axis of positions: `(n, P)`, or `(n, P, C)`."""
+        if self.shape is not None:
+            outputs = torch.empty(len(labels), *self.shape, device="meta")
+            return labels_by_position(self.position, labels, outputs, argument)
+        if labels.ndim > 1 and labels[0].numel() == self.n_positions:
+            return labels.flatten(1)
+        if labels.ndim > 2:
+            y = channels_last(labels, self.position.class_dim).flatten(1, -2)
+            if y.shape[1] == self.n_positions:
+                return y
+        must = f"hold labels for {self.n_positions} positions of each example"
+        raise bad_value(argument, must, f"shape {tuple(labels.shape)}")
 
     @override
     def output_check(self, model: nn.Module | None) -> OutputCheck:
