@@ -151,3 +151,38 @@ class TestLabelsThatDoNotFit:
         loss = SummedPositions(position=MSE(), n_positions=4, n_outputs=3)
         with pytest.raises(ValueError, match="`labels` must hold labels for 4 positions of each example"):
             loss.labels(draw(*shape), 12, "labels")
+
+
+class TestTargets:
+    """A target is one index for all test points, or one for each."""
+
+    MUST = r"`target` must hold one class or output for each test point, shape \(n,\); got shape "
+
+    @pytest.mark.parametrize("method", [*METHODS, STRIDE])
+    def test_a_column_is_one_for_each_test_point(self, method):
+        x, y, target = draw(6, 4, 3), classes(6, 4), torch.tensor([2, 0])
+        fitted = made(method, network(3), x, y)
+        test = (x[:2], y[:2])
+        wanted = fitted.influence(test, target=target)
+        same(fitted.influence(test, target=target[:, None]), wanted, 1e-12)
+        same(fitted.influence((x[:1], y[:1]), target=torch.tensor([[2]])), wanted[:1], 1e-8)
+
+    @pytest.mark.parametrize("method", [TracIn, STRIDE])
+    @pytest.mark.parametrize("shape", [(2, 4), (2, 2), (1, 2), (2, 1, 1)])
+    def test_several_for_a_test_point_are_refused(self, method, shape):
+        x, y = draw(6, 4, 3), classes(6, 4)
+        got = str(shape).replace("(", r"\(").replace(")", r"\)")
+        with pytest.raises(ValueError, match=self.MUST + got):
+            made(method, network(3), x, y).influence((x[:2], y[:2]), target=classes(*shape))
+
+    @pytest.mark.parametrize("method", [TracIn, STRIDE])
+    @pytest.mark.parametrize("loss", ["mse", "binary_cross_entropy", "cross_entropy"])
+    def test_rows_refuse_them_too(self, method, loss):
+        x = draw(6, 3)
+        y = classes(6) if loss == "cross_entropy" else (draw(6, 3, seed=4) > 0).double()
+        fitted, test = made(method, network(3), x, y, loss=loss), (x[:2], y[:2])
+        for target in (torch.tensor([[2, 0]]), torch.tensor([[2, 0], [1, 1]])):
+            with pytest.raises(ValueError, match=self.MUST):
+                fitted.influence(test, target=target)
+        column = fitted.influence(test, target=torch.tensor([[2], [0]]))
+        same(column, fitted.influence(test, target=torch.tensor([2, 0])), 1e-12)

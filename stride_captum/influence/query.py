@@ -95,10 +95,13 @@ def check_query(loss: Loss, response: str, normalize: str | None) -> None:
 
 
 def checked_target(target: Any) -> str | Tensor:
-    """A target as a name, or as class indices.
+    """A target as a name, or as class indices: one for all test points, `()`, or one for each, `(n,)`.
+
+    Args:
+        target: A name, an index, or indices `(n,)` or `(n, 1)`.
 
     Raises:
-        ValueError: Another name.
+        ValueError: Another name, or indices of another shape.
         TypeError: Another object.
     """
     if isinstance(target, str):
@@ -114,6 +117,11 @@ def checked_target(target: Any) -> str | Tensor:
         raise bad_value("target", "be 'label', 'predicted' or class indices", repr(target)) from error
     if found.dtype == torch.bool:
         raise bad_value("target", "be 'label', 'predicted' or class indices", repr(target), "Write 0 and 1.")
+    found = found.squeeze(1) if found.ndim == 2 and found.shape[1] == 1 else found
+    if found.ndim > 1:
+        must = "hold one class or output for each test point, shape (n,)"
+        remedy = "Labels of several positions, or of several outputs, go into `inputs`, as in (x, y)."
+        raise bad_value("target", must, f"shape {tuple(found.shape)}", remedy)
     return found
 
 
