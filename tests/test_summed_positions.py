@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from stride_captum import STRIDE
+from stride_captum import STRIDE, Batch, Checkpoint
 from stride_captum.adapters import EKFAC, TRAK, DiagonalEKFAC, TracIn
 from stride_captum.losses import MSE, CrossEntropy
 from stride_captum.losses.summed_positions import SummedPositions
@@ -186,3 +186,72 @@ class TestTargets:
                 fitted.influence(test, target=target)
         column = fitted.influence(test, target=torch.tensor([[2], [0]]))
         same(column, fitted.influence(test, target=torch.tensor([2, 0])), 1e-12)
+
+
+class TestTemperature:
+    """Of positions, as STRIDE has it: the mean is over labels that count, each with its weight."""
+
+    @pytest.fixture
+    def problem(self):
+        """A model that fits its training labels but for one, and held-out data where it is often wrong."""
+        model = network(3)
+        with torch.no_grad():
+            model[2].weight.mul_(6)
+            x, held = draw(8, 4, 3), draw(40, 4, 3, seed=5)
+            y, y_held = model(x).argmax(-1), model(held).argmax(-1)
+        y[2, 0] = (y[2, 0] + 1) % 3
+        y_held[:8] = (y_held[:8] + 1) % 3
+        y[0, 1:], y_held[9, :3], y_held[10] = -100, -100, -100
+        return model, x, y, TensorDataset(held, y_held)
+
+    @staticmethod
+    def of_both(model: nn.Module, method: Any, x: Tensor, y: Tensor, **options: Any) -> tuple[float, float]:
+        """T of a gradient method and of STRIDE; neither is at the end of its range."""
+        fitted = made(method, model, x, y, residuals="temperature", **options).fit()
+        wanted = STRIDE(model, TensorDataset(x, y), **options).fit().temperature_
+        assert 1.01 < wanted < 50
+        return fitted._states[-1].temperature, wanted
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_examples_without_a_label_do_not_count(self, problem, method):
+        model, x, y, held = problem
+        found, wanted = self.of_both(model, method, x, y, held_out=held)
+        assert found == pytest.approx(wanted, rel=1e-9)
+        x, y = torch.cat([x, x[:4]]), torch.cat([y, torch.full((4, 4), -100)])
+        longer, _ = self.of_both(model, method, x, y, held_out=held)
+        assert longer == pytest.approx(wanted, rel=1e-9)
+
+    def test_classes_and_examples_count_with_their_weights(self, problem):
+        model, x, y, held = problem
+        plain, _ = self.of_both(model, TracIn, x, y, held_out=held)
+        options = {
+            "batch": Batch(sample_weight=torch.tensor([1.0, 2.0, 0.5, 1.0, 0.0, 3.0, 1.0, 1.0])),
+            "loss": CrossEntropy(weight=[1.0, 3.0, 0.2]),
+        }
+        for some in (["batch"], ["loss"], ["batch", "loss"]):
+            found, wanted = self.of_both(
+                model, TracIn, x, y, held_out=held, **{key: options[key] for key in some}
+            )
+            assert found == pytest.approx(wanted, rel=1e-9)
+            assert abs(found / plain - 1) > 1e-3
+
+    def test_matched_to_examples_that_a_checkpoint_has_not_seen(self, problem):
+        model, x, y, _ = problem
+        y[6:, :2] = (y[6:, :2] + 1) % 3
+        seen = Checkpoint(model.state_dict(), seen=range(6))
+        found, wanted = self.of_both(model, TracIn, x, y, checkpoints=[seen])
+        assert found == pytest.approx(wanted, rel=1e-9)
+
+    def test_of_several_checkpoints(self, problem):
+        model, x, y, _ = problem
+        y[2, 0] = model(x)[2, 0].argmax()  # all are right, and the model is sure of them
+        sure = {key: part * (5 if key.startswith("2.") else 1) for key, part in model.state_dict().items()}
+        both = [sure, sure]
+        found, wanted = self.of_both(model, TracIn, x, y, checkpoints=both)
+        assert found == pytest.approx(wanted, rel=1e-9)
+
+    @pytest.mark.parametrize("method", [TracIn, TRAK])
+    def test_nothing_to_match_to_is_refused(self, problem, method):
+        model, x, y, held = problem
+        with pytest.raises(ValueError, match="`train_dataset` must hold a label that counts, with a weight"):
+            made(method, model, x, torch.full_like(y, -100), residuals="temperature", held_out=held).fit()

@@ -18,8 +18,8 @@ from ..errors import bad_value
 from ..system.devices import on_device
 from ..system.saved_values import saved_as
 from .base import Loss, Target, needs_labels
-from .output_check import OutputCheck
-from .positions import channels_last, labels_by_position, position_rows
+from .output_check import EachPosition, OutputCheck
+from .positions import channels_last, labels_by_position
 
 
 @saved_as("loss.summed-positions")
@@ -107,7 +107,7 @@ class SummedPositions(Loss):
 
     @override
     def output_check(self, model: nn.Module | None) -> OutputCheck:
-        return _EachPosition(self, self.position.output_check(model))
+        return EachPosition(self.position, self.position.output_check(model))
 
     @property
     def _no_class(self) -> int:
@@ -149,6 +149,31 @@ class SummedPositions(Loss):
             return r if omega is None else r * omega.to(r)[:, None]
 
         return self._of_rows(each, residuals, labels)
+
+    def counted_rows(
+        self, logits: Tensor, labels: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Outputs, labels and weights of the positions with a label, one row for each.
+
+        Args:
+            logits: z, `(n, P C)`.
+            labels: Of `labels` or `asked`, `(n, P)` or `(n, P, C)`.
+            weights: Of the examples, `(n,)`; None for 1.
+
+        Returns:
+            `(n_rows, C)`, `(n_rows,)` or `(n_rows, C)`, and `(n_rows,)`, the weight of the example times that
+            of the label; None for 1.
+        """
+        counted = self._counted(labels).flatten()
+        y = labels.flatten(0, 1)[counted]
+        of_labels = self.position.weights(y)
+        if weights is not None:
+            weights = weights.repeat_interleave(self.n_positions)[counted.to(weights.device)]
+        if weights is None or of_labels is None:
+            weights = of_labels if weights is None else weights
+        else:
+            weights = weights * of_labels.to(weights)
+        return self._rows(logits)[counted.to(logits.device)], y, weights
 
     # Responses.
 
@@ -273,19 +298,3 @@ class SummedPositions(Loss):
     @override
     def possible(self, predictions: Tensor) -> NoReturn:
         self._not_here()
-
-
-class _EachPosition(OutputCheck):
-    """Looks at the outputs of all positions that have a label."""
-
-    def __init__(self, loss: SummedPositions, check: OutputCheck) -> None:
-        self.loss, self.check = loss, check
-
-    @override
-    def look(self, outputs: Tensor, start: int = 0, examples: Tensor | None = None) -> None:
-        found = position_rows(self.loss.position, outputs, None, None, "inputs")
-        self.check.look(found.outputs, start, found.positions.examples)
-
-    @override
-    def finish(self) -> None:
-        self.check.finish()
