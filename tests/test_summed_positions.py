@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from stride_captum import STRIDE, Batch, Checkpoint
 from stride_captum.adapters import EKFAC, TRAK, DiagonalEKFAC, TracIn
@@ -255,3 +255,74 @@ class TestTemperature:
         model, x, y, held = problem
         with pytest.raises(ValueError, match="`train_dataset` must hold a label that counts, with a weight"):
             made(method, model, x, torch.full_like(y, -100), residuals="temperature", held_out=held).fit()
+
+
+class Masked(nn.Module):
+    """Tokens to three classes for each, by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 3).double()
+        self.rows = network(3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.rows(self.embedding(input_ids))
+
+
+class Dicts(Dataset[Any]):
+    """Examples as a dict, the last three of eight tokens of each being padding."""
+
+    def __init__(self) -> None:
+        self.ids = classes(6, 8, seed=7, n_classes=10)
+        self.mask = torch.ones(6, 8, dtype=torch.long)
+        self.mask[:, 5:] = 0
+        self.labels = classes(6, 8).masked_fill(self.mask == 0, -100)
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[i], "attention_mask": self.mask[i], "labels": self.labels[i]}
+
+
+class TestPaddingWithoutLabels:
+    @pytest.mark.parametrize("method", [TracIn, TRAK, DiagonalEKFAC, STRIDE])
+    @pytest.mark.parametrize("response", ["margin", "loss"])
+    def test_a_target_is_not_asked_of_padding(self, method, response):
+        data = Dicts()
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            model = Masked()
+        fitted = method(model, data)
+        test = {"input_ids": data.ids[:2], "attention_mask": data.mask[:2]}
+        labels = torch.full((2, 8), 2).masked_fill(data.mask[:2] == 0, -100)
+        wanted = fitted.influence({**test, "labels": labels}, response=response)
+        same(fitted.influence(test, target=2, response=response), wanted, 1e-6)
+        unmasked = {**test, "attention_mask": torch.ones_like(data.mask[:2])}
+        whole = fitted.influence(unmasked, target=2, response=response)
+        assert float((whole - wanted).abs().max()) > 1e-2 * float(wanted.abs().max())
+
+    @pytest.mark.parametrize("method", [TracIn, STRIDE])
+    def test_the_prediction_is_not_asked_of_padding(self, method):
+        data = Dicts()
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            model = Masked()
+        with torch.no_grad():
+            predicted = model(data.ids[:2]).argmax(-1).masked_fill(data.mask[:2] == 0, -100)
+        fitted = method(model, data)
+        test = {"input_ids": data.ids[:2], "attention_mask": data.mask[:2]}
+        wanted = fitted.influence({**test, "labels": predicted})
+        same(fitted.influence(test, target="predicted"), wanted, 1e-6)
+
+    def test_numbers_are_not_asked_of_padding(self):
+        """An output is not asked for where a mask says so, of losses with numbers as labels too."""
+        loss = SummedPositions(position=MSE(), n_positions=3, n_outputs=2)
+        mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
+        z = draw(2, 6)
+        asked = loss.asked(z, None, torch.tensor([0, 1]), "output", mask)
+        gradients = loss.response_gradient(z, asked, "output").reshape(2, 3, 2)
+        assert torch.equal(torch.stack([gradients[0, :, 0], gradients[1, :, 1]]), mask.double())
+        assert gradients.sum() == 4
+        other = loss.asked(z, None, torch.tensor([0, 1]), "output", mask[:, :2])  # of something else
+        assert loss.response_gradient(z, other, "output").sum() == 6

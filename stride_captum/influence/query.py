@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ..data.batch import ExampleBatch
 from ..errors import bad_type, bad_value
+from ..layers.activations import token_mask
 from ..losses.base import Loss
+from ..losses.summed_positions import SummedPositions
 from ..positions import Positions
 
 
@@ -51,7 +53,10 @@ class Query:
         Returns:
             With cross-entropy the class c, `(n,)` int64.
         """
-        return self.asked_of_rows(batch.reading.loss, logits, batch.labels, None)
+        loss = batch.reading.loss
+        if batch.labels is None and isinstance(loss, SummedPositions):
+            return loss.asked(logits, None, self.target, self.response, token_mask(batch))
+        return self.asked_of_rows(loss, logits, batch.labels, None)
 
     def asked_of_rows(
         self, loss: Loss, logits: Tensor, labels: Tensor | None, positions: Positions | None

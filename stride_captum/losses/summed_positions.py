@@ -68,17 +68,14 @@ class SummedPositions(Loss):
     @override
     def logits(self, outputs: Tensor) -> Tensor:
         last = channels_last(outputs, self.position.class_dim).flatten(1, -2)
-        if last.shape[1] != self.n_positions:
-            raise self._other_positions(f"{self.n_positions} positions", last.shape[1])
-        if self.shape is not None and tuple(outputs.shape[1:]) != self.shape:
-            wanted, found = f"outputs of the shape {self.shape}", tuple(outputs.shape[1:])
-            raise self._other_positions(wanted, found)
+        form, n = tuple(outputs.shape[1:]), last.shape[1]
+        if n != self.n_positions or self.shape not in (None, form):
+            positions = f"{self.n_positions} positions", n
+            shapes = f"outputs of the shape {self.shape}", form
+            wanted, got = positions if n != self.n_positions else shapes
+            remedy = "Pad the inputs to one length, with `ignore_index` as the label of what is added."
+            raise bad_value("model", f"give {wanted} for every example, for this method", got, remedy)
         return self.position.logits(last.flatten(0, 1)).reshape(len(last), -1)
-
-    @staticmethod
-    def _other_positions(wanted: str, got: object) -> ValueError:
-        remedy = "Pad the inputs to one length, with `ignore_index` as the label of what is added."
-        return bad_value("model", f"give {wanted} for every example, for this method", got, remedy)
 
     @override
     def labels(self, labels: Tensor, n_outputs: int, argument: str) -> Tensor:
@@ -166,14 +163,11 @@ class SummedPositions(Loss):
         """
         counted = self._counted(labels).flatten()
         y = labels.flatten(0, 1)[counted]
-        of_labels = self.position.weights(y)
+        omega = self.position.weights(y)
         if weights is not None:
-            weights = weights.repeat_interleave(self.n_positions)[counted.to(weights.device)]
-        if weights is None or of_labels is None:
-            weights = of_labels if weights is None else weights
-        else:
-            weights = weights * of_labels.to(weights)
-        return self._rows(logits)[counted.to(logits.device)], y, weights
+            own = weights.repeat_interleave(self.n_positions)[counted.to(weights.device)]
+            omega = own if omega is None else own * omega.to(own)
+        return self._rows(logits)[counted.to(logits.device)], y, omega
 
     # Responses.
 
@@ -183,17 +177,21 @@ class SummedPositions(Loss):
         return self.position.response_of(outputs.new_empty(1, width), response)
 
     @override
-    def asked(self, logits: Tensor, labels: Tensor | None, target: Target, response: str) -> Tensor:
+    def asked(
+        self, logits: Tensor, labels: Tensor | None, target: Target, response: str, mask: Tensor | None = None
+    ) -> Tensor:
+        """As of every loss; without labels, positions where `mask` `(n, P)` is 0 are padding."""
         rows = self._rows(logits)
         if labels is None:
             if not isinstance(target, Tensor) and target != "predicted":
                 raise needs_labels(target)
-            counted = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-            given = None
+            counted, given = torch.ones(len(rows), dtype=torch.bool, device=rows.device), None
+            if mask is not None and mask.shape == (len(logits), self.n_positions):
+                counted = (mask != 0).flatten().to(rows.device)
         else:
             y = self.labels(on_device(labels, logits.device), self.n_outputs, "inputs")
-            counted, given = self.position.counted(y).flatten(), y.flatten(0, 1)
-            given = given[counted]
+            counted = self.position.counted(y).flatten()
+            given = y.flatten(0, 1)[counted]
         if isinstance(target, Tensor):
             target = target.to(rows.device)[:, None].expand(-1, self.n_positions).flatten()[counted]
         found = self.position.asked(rows[counted], given, target, response)
