@@ -135,8 +135,8 @@ def _matched_to_held_out(
     residual, seen = 0.0, 0.0
     for batch in method._batches(method.held_out, "held_out", False, ""):
         outputs, asked, own = method.labeled_rows(model, batch)
-        loss, *rows, own = _rows(method.loss, outputs, asked, own)
-        total, size = residual_sums(*rows, each=loss.mean_residuals, weights=own)
+        loss, outputs, asked, own = _rows(method.loss, outputs, asked, own)
+        total, size = residual_sums(outputs, asked, each=loss.mean_residuals, weights=own)
         residual, seen = residual + total, seen + size
     whole, n = method.ranks.sums("held-out residual", residual, seen)
     if n == 0:
