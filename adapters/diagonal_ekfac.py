@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from ..data.batch import ExampleBatch
 from ..errors import bad_choice, bad_value
 from ..losses import Loss
 from ..losses.summed_positions import SummedPositions
@@ -122,18 +123,21 @@ class DiagonalEKFAC(GradientMethod):
             draws = fisher_vectors(self.fisher, logits, labels, uniforms, self.loss)
             if omega is not None:
                 draws = [v * omega.to(v).sqrt()[:, None] for v in draws]
-            size = len(batch) if together else 1
             weights = logits.new_ones(len(batch)) if omega is None else omega.to(logits)
-            pieces = list(zip(batch.split(size), weights.split(size), labels.split(size), strict=True))
-            counted = [self._rows_that_count(model, layers, piece, y) for piece, _, y in pieces]
+            groups = list(torch.arange(len(batch), device=weights.device).split(1))
+            if together:
+                groups = _of_one_weight(model, layers, batch, draws[0], weights)
+            pieces = [batch] if len(groups) == 1 else [batch[some] for some in groups]
+            counted = [
+                self._rows_that_count(model, layers, piece, labels[some])
+                for piece, some in zip(pieces, groups, strict=True)
+            ]
             for vectors in draws:
                 dense: set[str] = set()
-                for (piece, of_piece, _), rows, kept in zip(
-                    pieces, vectors.split(size), counted, strict=True
-                ):
-                    for name, (a, b) in dense_sides(model, layers, piece, rows).items():
+                for piece, some, kept in zip(pieces, groups, counted, strict=True):
+                    for name, (a, b) in dense_sides(model, layers, piece, vectors[some]).items():
                         # The positions of an example add up in one factor, and are averaged in the other.
-                        of_rows = of_piece.repeat_interleave(len(a) // len(rows)).to(a)
+                        of_rows = weights[some].repeat_interleave(len(a) // len(some)).to(a)
                         if name in kept:
                             of_rows = of_rows * kept[name]
                         inputs = a.T @ (a * of_rows[:, None])
@@ -218,6 +222,30 @@ class DiagonalEKFAC(GradientMethod):
     def settings(self) -> dict[str, Any]:
         names = ("damping", "relative", "dense", "fisher", "n_fisher", "seed")
         return {**super().settings(), **{name: getattr(self, name) for name in names}}
+
+
+def _of_one_weight(
+    model: nn.Module, layers: Mapping[nn.Module, str], batch: ExampleBatch, vectors: Tensor, weights: Tensor
+) -> list[Tensor]:
+    """Examples of a batch whose sides can be taken together, as places in it, `(n_some,)` int64 each.
+
+    Where an example has several rows in a layer, they may be in any order, as where positions stand before
+    examples: together are then examples of the same weight.
+
+    Args:
+        model: As for `dense_sides`.
+        layers: As for `dense_sides`.
+        batch: As for `dense_sides`.
+        vectors: As for `dense_sides`.
+        weights: Of the examples, `(n,)`.
+    """
+    every = torch.arange(len(weights), device=weights.device)
+    values, which = weights.unique(return_inverse=True)
+    if len(values) == 1 or not layers:
+        return [every]
+    if all(len(a) == 1 for a, _ in dense_sides(model, layers, batch[:1], vectors[:1]).values()):
+        return [every]
+    return [every[which == k] for k in range(len(values))]
 
 
 def _add(total: dict[str, list[Tensor]], name: str, parts: list[Tensor]) -> None:

@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from ..errors import bad_value
 from ..losses import Loss
+from ..losses.summed_positions import SummedPositions
 from ..system.devices import as_float64, float64_device
 from ..system.memory import MOST_ROWS
 from ..system.saved_values import saved_as
@@ -72,14 +73,17 @@ class TRAK(GradientMethod):
         train_dataset: As for every method.
         projection_dim: Coordinates of the projection.
         damping: lambda in units of the mean of the largest `min(n_train, projection_dim)` eigenvalues of
-            `Phi^T Phi`, the others being 0 (with weights, their sum stands for n_train). The default is the
-            best of .01, .1, .3, 1 and 3 on digits (LDS). Published: 0, and a projection_dim that is tuned.
+            `Phi^T Phi`, the others being 0. Examples of which all labels are ignored are not among the
+            n_train. With weights, their sum stands for n_train: an example of weight 2 is two examples, and
+            one of weight 0 is none. So all weights times a constant is another damping where their sum is
+            below projection_dim; let their mean be 1. The default is the best of .01, .1, .3, 1 and 3 on
+            digits (LDS). Published: 0, and a projection_dim that is tuned.
         seed: Of the projection.
         **options: Those of `GradientMethod`.
 
     Raises:
         ValueError: An option out of its range; in `fit`, a damping at which rounding errors would decide
-            (the least safe one is named).
+            (the least safe one is named), or a training set of which no example counts.
 
     >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
@@ -118,12 +122,13 @@ class TRAK(GradientMethod):
         places = random_places(n_parameters, k, self.seed).to(residuals.device)
         place = float64_device(residuals.device)
         gram = torch.zeros(k, k, dtype=torch.float64, device=place)
-        margins, doubts, own, sides = [], [], [], []
+        margins, doubts, own, sides, labeled = [], [], [], [], []
         feature = self.loss.responses[0]
         for rows, batch in self.train_blocks(self.n_train_, show_progress):
             with torch.no_grad():
                 logits = self.batch_logits(model, batch)
             labels = self.train_labels(batch, logits.shape[1])
+            labeled.append(_labeled(self.loss, labels))
             asked = self.loss.asked(logits, batch.labels, "label", feature)
             vectors = self.loss.response_gradient(logits, asked, feature)
             margins.append(count_sketch(self._gradients(model, batch, vectors), places, k))
@@ -137,7 +142,7 @@ class TRAK(GradientMethod):
                 doubts.append(doubt)
             if self.residuals != "training" or doubt is None:
                 sides.append(count_sketch(self._gradients(model, batch, residuals[rows]), places, k))
-        inverse = self._inverse(gram, residuals.dtype)
+        inverse = self._inverse(gram, self._n_counted(torch.cat(labeled)), residuals.dtype)
         q = torch.cat(doubts) if doubts else None
         return self._kernel(places, inverse, torch.cat(margins), q, own, sides)
 
@@ -173,9 +178,18 @@ class TRAK(GradientMethod):
         mine = (applied * right).sum(1) * doubts.squeeze(1)
         return TRAKKernel(places, inverse, _applied(inverse, right), _norms(right, inverse), mine)
 
-    def _inverse(self, gram: Tensor, dtype: torch.dtype) -> Tensor:
-        """M of `Phi^T Phi`, a sum of products of gradients of some dtype."""
-        rank, trace = min(len(gram), self.weight_), float(gram.trace())
+    def _n_counted(self, labeled: Tensor) -> float:
+        """The sum of the weights of examples that have a label, `labeled` `(n_train,)` bool."""
+        omega = self._omega
+        total = float(labeled.sum() if omega is None else omega[labeled.to(omega.device)].sum())
+        if not total > 0:
+            must = "hold an example with a label that is not ignored, and a weight above 0"
+            raise bad_value("train_dataset", must, "none")
+        return total
+
+    def _inverse(self, gram: Tensor, n_examples: float, dtype: torch.dtype) -> Tensor:
+        """M of `Phi^T Phi`, a sum over so many examples of products of gradients of some dtype."""
+        rank, trace = min(len(gram), n_examples), float(gram.trace())
         unit, rounding = trace / rank, rounding_of(dtype)
         given = self.damping * unit
         if given < rounding * trace:  # more is safe whatever the eigenvalues are
@@ -227,6 +241,13 @@ class TRAK(GradientMethod):
     def settings(self) -> dict[str, Any]:
         names = ("projection_dim", "damping", "seed")
         return {**super().settings(), **{name: getattr(self, name) for name in names}}
+
+
+def _labeled(loss: Loss, labels: Tensor) -> Tensor:
+    """Which examples have a label that is not ignored, `(n,)` bool."""
+    if isinstance(loss, SummedPositions):
+        return loss.position.counted(labels).any(1)
+    return torch.ones(len(labels), dtype=torch.bool, device=labels.device)
 
 
 def _applied(inverse: Tensor, sides: Tensor) -> Tensor:

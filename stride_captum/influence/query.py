@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ..data.batch import ExampleBatch
 from ..errors import bad_type, bad_value
+from ..layers.activations import token_mask
 from ..losses.base import Loss
+from ..losses.summed_positions import SummedPositions
 from ..positions import Positions
 
 
@@ -51,7 +53,10 @@ class Query:
         Returns:
             With cross-entropy the class c, `(n,)` int64.
         """
-        return self.asked_of_rows(batch.reading.loss, logits, batch.labels, None)
+        loss = batch.reading.loss
+        if batch.labels is None and isinstance(loss, SummedPositions):
+            return loss.asked(logits, None, self.target, self.response, token_mask(batch))
+        return self.asked_of_rows(loss, logits, batch.labels, None)
 
     def asked_of_rows(
         self, loss: Loss, logits: Tensor, labels: Tensor | None, positions: Positions | None
@@ -95,10 +100,13 @@ def check_query(loss: Loss, response: str, normalize: str | None) -> None:
 
 
 def checked_target(target: Any) -> str | Tensor:
-    """A target as a name, or as class indices.
+    """A target as a name, or as class indices: one for all test points, `()`, or one for each, `(n,)`.
+
+    Args:
+        target: A name, an index, or indices `(n,)` or `(n, 1)`.
 
     Raises:
-        ValueError: Another name.
+        ValueError: Another name, or indices of another shape.
         TypeError: Another object.
     """
     if isinstance(target, str):
@@ -114,6 +122,11 @@ def checked_target(target: Any) -> str | Tensor:
         raise bad_value("target", "be 'label', 'predicted' or class indices", repr(target)) from error
     if found.dtype == torch.bool:
         raise bad_value("target", "be 'label', 'predicted' or class indices", repr(target), "Write 0 and 1.")
+    found = found.squeeze(1) if found.ndim == 2 and found.shape[1] == 1 else found
+    if found.ndim > 1:
+        must = "hold one class or output for each test point, shape (n,)"
+        remedy = "Labels of several positions, or of several outputs, go into `inputs`, as in (x, y)."
+        raise bad_value("target", must, f"shape {tuple(found.shape)}", remedy)
     return found
 
 

@@ -212,7 +212,12 @@ class BatchReader(ModelSession):
             last = channels_last(outputs, self.loss.class_dim)
             n_outputs = self.loss.logits(last.reshape(-1, last.shape[-1])).shape[1]
             n_positions = last[0, ..., 0].numel()
-            together = SummedPositions(position=self.loss, n_positions=n_positions, n_outputs=n_outputs)
+            together = SummedPositions(
+                position=self.loss,
+                n_positions=n_positions,
+                n_outputs=n_outputs,
+                shape=tuple(outputs.shape[1:]),
+            )
             self.check_loss(together)
             self.loss = together
             self._training_passes().read_with(self.loss)

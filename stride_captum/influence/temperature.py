@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ..errors import bad_value
+from ..losses import Loss
+from ..losses.summed_positions import SummedPositions
 from ..positions import Positions
 from ..residuals import (
     CHECKPOINT_RESIDUAL,
@@ -74,14 +76,31 @@ def choose_temperature(
 def _mean_residual_at(
     method: InfluenceMethod, logits: Tensor, labels: Tensor, weights: Tensor | None
 ) -> Callable[[float], float]:
-    """Mean residual of examples at a temperature, over all processes."""
+    """Mean residual of examples at a temperature, over all processes; of positions, where they have several.
+
+    Raises:
+        ValueError: (by the function) No label counts.
+    """
+    loss, logits, labels, weights = _rows(method.loss, logits, labels, weights)
 
     def mean_at(temperature: float) -> float:
-        sums = residual_sums(logits, labels, temperature, method.loss.mean_residuals, weights)
+        sums = residual_sums(logits, labels, temperature, loss.mean_residuals, weights)
         total, size = method.ranks.sums("mean residual", *sums)
+        if size == 0:
+            must = "hold a label that counts, with a weight above 0, to match a temperature"
+            raise bad_value("train_dataset", must, "none")
         return total / size
 
     return mean_at
+
+
+def _rows(
+    loss: Loss, logits: Tensor, labels: Tensor, weights: Tensor | None
+) -> tuple[Loss, Tensor, Tensor, Tensor | None]:
+    """One row for each label that counts, and the loss of such a row."""
+    if isinstance(loss, SummedPositions):
+        return loss.position, *loss.counted_rows(logits, labels, weights)
+    return loss, logits, labels, weights
 
 
 def _matched_to_unseen(
@@ -116,7 +135,8 @@ def _matched_to_held_out(
     residual, seen = 0.0, 0.0
     for batch in method._batches(method.held_out, "held_out", False, ""):
         outputs, asked, own = method.labeled_rows(model, batch)
-        total, size = residual_sums(outputs, asked, each=method.loss.mean_residuals, weights=own)
+        loss, outputs, asked, own = _rows(method.loss, outputs, asked, own)
+        total, size = residual_sums(outputs, asked, each=loss.mean_residuals, weights=own)
         residual, seen = residual + total, seen + size
     whole, n = method.ranks.sums("held-out residual", residual, seen)
     if n == 0:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import bad_value
+from .positions import position_rows
+
+if TYPE_CHECKING:
+    from .base import Loss
 
 Outputs = Literal["logits", "probabilities"]
 
@@ -26,6 +30,27 @@ class OutputCheck:
 
     def finish(self) -> None:
         """Refuse outputs that are not what the loss says."""
+
+
+class EachPosition(OutputCheck):
+    """Looks at the outputs of all positions of the examples.
+
+    Args:
+        loss: Of one position.
+        check: Of rows of outputs.
+    """
+
+    def __init__(self, loss: Loss, check: OutputCheck) -> None:
+        self.loss, self.check = loss, check
+
+    def look(self, outputs: Tensor, start: int = 0, examples: Tensor | None = None) -> None:
+        """Take in the outputs of some training examples, with several positions each."""
+        found = position_rows(self.loss, outputs, None, None, "inputs")
+        self.check.look(found.outputs, start, found.positions.examples)
+
+    def finish(self) -> None:
+        """Refuse outputs that are not what the loss says."""
+        self.check.finish()
 
 
 class ProbabilityCheck(OutputCheck):

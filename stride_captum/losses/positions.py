@@ -92,28 +92,42 @@ def position_rows(
         ValueError: Labels that do not fit the outputs.
     """
     last = channels_last(outputs, loss.class_dim)
-    n, grid, width = len(last), tuple(last.shape[1:-1]), last.shape[-1]
+    grid = tuple(last.shape[1:-1])
     rows = last.flatten(1, -2)
     if labels is None:
         kept = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
         if mask is not None and mask.shape == kept.shape:
             kept = (mask != 0).to(kept.device)
         return PositionRows(rows[kept], None, kept, grid)
-    labels = labels.to(rows.device)
-    single = tuple(labels.shape) == (n, *grid)
-    if single:
-        flat = labels.flatten(1)
-    elif labels.ndim == outputs.ndim and _fits(labels, loss, (n, *grid, width)):
-        flat = channels_last(labels, loss.class_dim).flatten(1, -2)
-    else:
-        must = f"hold labels of shape {(n, *grid)} for outputs of shape {tuple(outputs.shape)}"
-        remedy = (
-            "Three axes are read as (n, positions, classes), four as (n, classes, height, width). Write "
-            f"loss={type(loss).__name__}(class_dim=...) where the classes stand elsewhere."
-        )
-        raise bad_value(argument, must, f"shape {tuple(labels.shape)}", remedy)
+    flat = labels_by_position(loss, labels.to(rows.device), outputs, argument)
     kept = loss.counted(flat)
     return PositionRows(rows[kept], flat[kept], kept, grid)
+
+
+def labels_by_position(loss: Loss, labels: Tensor, outputs: Tensor, argument: str) -> Tensor:
+    """Labels with one axis of positions, `(n, P)` or `(n, P, n_outputs)`.
+
+    Args:
+        loss: Which says where classes stand.
+        labels: As the data set gave them: `(n, *grid)`, or of the shape of the outputs.
+        outputs: As the model gave them, of which the shape is read.
+        argument: What errors call the source of the labels.
+
+    Raises:
+        ValueError: Labels that do not fit the outputs.
+    """
+    last = channels_last(outputs, loss.class_dim)
+    n, *grid, width = last.shape
+    if tuple(labels.shape) == (n, *grid):
+        return labels.flatten(1)
+    if labels.ndim == outputs.ndim and _fits(labels, loss, (n, *grid, width)):
+        return channels_last(labels, loss.class_dim).flatten(1, -2)
+    must = f"hold labels of shape {(n, *grid)} for outputs of shape {tuple(outputs.shape)}"
+    remedy = (
+        "Three axes are read as (n, positions, classes), four as (n, classes, height, width). Write "
+        f"loss={type(loss).__name__}(class_dim=...) where the classes stand elsewhere."
+    )
+    raise bad_value(argument, must, f"shape {tuple(labels.shape)}", remedy)
 
 
 def _fits(labels: Tensor, loss: Loss, shape: tuple[int, ...]) -> bool:

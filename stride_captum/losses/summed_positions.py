@@ -18,8 +18,8 @@ from ..errors import bad_value
 from ..system.devices import on_device
 from ..system.saved_values import saved_as
 from .base import Loss, Target, needs_labels
-from .output_check import OutputCheck
-from .positions import channels_last, position_rows
+from .output_check import EachPosition, OutputCheck
+from .positions import channels_last, labels_by_position
 
 
 @saved_as("loss.summed-positions")
@@ -27,17 +27,21 @@ from .positions import channels_last, position_rows
 class SummedPositions(Loss):
     """`sum_t loss(z_t, y_t)` over the positions t of an example that have a label.
 
-    Labels are `(n, P)` or `(n, P, C)`, and outputs z `(n, P C)`. A response is the sum over positions.
+    Labels are `(n, P)` for classes, else `(n, P, C)`, and outputs z `(n, P C)`. A response is the sum over
+    positions.
 
     Attributes:
         position: The loss of one position.
         n_positions: P, the same for all examples.
         n_outputs: C.
+        shape: Of the outputs of one example, such as `(P, C)` or `(C, H, W)`, which labels must fit; None: it
+            is not known, and P positions in any form are taken.
     """
 
     position: Loss
     n_positions: int
     n_outputs: int
+    shape: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -64,31 +68,43 @@ class SummedPositions(Loss):
     @override
     def logits(self, outputs: Tensor) -> Tensor:
         last = channels_last(outputs, self.position.class_dim).flatten(1, -2)
-        if last.shape[1] != self.n_positions:
-            must = f"give {self.n_positions} positions for every example, for this method"
+        form, n = tuple(outputs.shape[1:]), last.shape[1]
+        if n != self.n_positions or self.shape not in (None, form):
+            positions = f"{self.n_positions} positions", n
+            shapes = f"outputs of the shape {self.shape}", form
+            wanted, got = positions if n != self.n_positions else shapes
             remedy = "Pad the inputs to one length, with `ignore_index` as the label of what is added."
-            raise bad_value("model", must, last.shape[1], remedy)
+            raise bad_value("model", f"give {wanted} for every example, for this method", got, remedy)
         return self.position.logits(last.flatten(0, 1)).reshape(len(last), -1)
 
     @override
     def labels(self, labels: Tensor, n_outputs: int, argument: str) -> Tensor:
-        y = labels.flatten(1) if labels.ndim > 1 and labels[0].numel() == self.n_positions else labels
-        if y.ndim != 2 or y.shape[1] != self.n_positions:
-            if labels.ndim < 3:
-                must = f"hold labels for {self.n_positions} positions of each example"
-                raise bad_value(argument, must, f"shape {tuple(labels.shape)}")
-            y = channels_last(labels, self.position.class_dim).flatten(1, -2)
+        y = self._by_position(labels, argument)
         counted = self.position.counted(y)
         checked = self.position.labels(y[counted], self.n_outputs, argument)
-        if checked.shape[1:] != y.shape[2:]:
-            return y
+        if checked.ndim > y.ndim - 1:  # one number each, of a loss with one output
+            y = y[..., None]
         found = y.to(checked.dtype).clone()
         found[counted] = checked
         return found
 
+    def _by_position(self, labels: Tensor, argument: str) -> Tensor:
+        """Labels as they are, with one axis of positions: `(n, P)`, or `(n, P, C)`."""
+        if self.shape is not None:
+            outputs = torch.empty(len(labels), *self.shape, device="meta")
+            return labels_by_position(self.position, labels, outputs, argument)
+        if labels.ndim > 1 and labels[0].numel() == self.n_positions:
+            return labels.flatten(1)
+        if labels.ndim > 2:
+            y = channels_last(labels, self.position.class_dim).flatten(1, -2)
+            if y.shape[1] == self.n_positions:
+                return y
+        must = f"hold labels for {self.n_positions} positions of each example"
+        raise bad_value(argument, must, f"shape {tuple(labels.shape)}")
+
     @override
     def output_check(self, model: nn.Module | None) -> OutputCheck:
-        return _EachPosition(self, self.position.output_check(model))
+        return EachPosition(self.position, self.position.output_check(model))
 
     @property
     def _no_class(self) -> int:
@@ -131,6 +147,28 @@ class SummedPositions(Loss):
 
         return self._of_rows(each, residuals, labels)
 
+    def counted_rows(
+        self, logits: Tensor, labels: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Outputs, labels and weights of the positions with a label, one row for each.
+
+        Args:
+            logits: z, `(n, P C)`.
+            labels: Of `labels` or `asked`, `(n, P)` or `(n, P, C)`.
+            weights: Of the examples, `(n,)`; None for 1.
+
+        Returns:
+            `(n_rows, C)`, `(n_rows,)` or `(n_rows, C)`, and `(n_rows,)`, the weight of the example times that
+            of the label; None for 1.
+        """
+        counted = self._counted(labels).flatten()
+        y = labels.flatten(0, 1)[counted]
+        omega = self.position.weights(y)
+        if weights is not None:
+            own = weights.repeat_interleave(self.n_positions)[counted.to(weights.device)]
+            omega = own if omega is None else own * omega.to(own)
+        return self._rows(logits)[counted.to(logits.device)], y, omega
+
     # Responses.
 
     @override
@@ -139,17 +177,21 @@ class SummedPositions(Loss):
         return self.position.response_of(outputs.new_empty(1, width), response)
 
     @override
-    def asked(self, logits: Tensor, labels: Tensor | None, target: Target, response: str) -> Tensor:
+    def asked(
+        self, logits: Tensor, labels: Tensor | None, target: Target, response: str, mask: Tensor | None = None
+    ) -> Tensor:
+        """As of every loss; without labels, positions where `mask` `(n, P)` is 0 are padding."""
         rows = self._rows(logits)
         if labels is None:
             if not isinstance(target, Tensor) and target != "predicted":
                 raise needs_labels(target)
-            counted = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-            given = None
+            counted, given = torch.ones(len(rows), dtype=torch.bool, device=rows.device), None
+            if mask is not None and mask.shape == (len(logits), self.n_positions):
+                counted = (mask != 0).flatten().to(rows.device)
         else:
             y = self.labels(on_device(labels, logits.device), self.n_outputs, "inputs")
-            counted, given = self.position.counted(y).flatten(), y.flatten(0, 1)
-            given = given[counted]
+            counted = self.position.counted(y).flatten()
+            given = y.flatten(0, 1)[counted]
         if isinstance(target, Tensor):
             target = target.to(rows.device)[:, None].expand(-1, self.n_positions).flatten()[counted]
         found = self.position.asked(rows[counted], given, target, response)
@@ -254,19 +296,3 @@ class SummedPositions(Loss):
     @override
     def possible(self, predictions: Tensor) -> NoReturn:
         self._not_here()
-
-
-class _EachPosition(OutputCheck):
-    """Looks at the outputs of all positions that have a label."""
-
-    def __init__(self, loss: SummedPositions, check: OutputCheck) -> None:
-        self.loss, self.check = loss, check
-
-    @override
-    def look(self, outputs: Tensor, start: int = 0, examples: Tensor | None = None) -> None:
-        found = position_rows(self.loss.position, outputs, None, None, "inputs")
-        self.check.look(found.outputs, start, found.positions.examples)
-
-    @override
-    def finish(self) -> None:
-        self.check.finish()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from stride_captum import Batch
 from stride_captum.adapters import diagonal_ekfac
 from stride_captum.adapters.diagonal_ekfac import DiagonalEKFAC
 from stride_captum.adapters.gradients import method as gradients
@@ -480,3 +481,76 @@ def test_a_model_without_doubt_is_refused_unless_eps_is_absolute():
         DiagonalEKFAC(model, train).fit()
     scores = DiagonalEKFAC(model, train, relative=False).influence(planted_classes(2).tensors)
     assert bool(torch.isfinite(scores).all())
+
+
+class OfPositions(nn.Module):
+    """Rows of positions, `(n, P, 3)` to `(n, P, N_CLASSES)`, with positions or examples first inside."""
+
+    def __init__(self, by_time: bool) -> None:
+        super().__init__()
+        self.by_time, self.inner, self.outer = by_time, nn.Linear(3, 5), nn.Linear(5, N_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.transpose(0, 1) if self.by_time else x
+        z = self.outer(torch.tanh(self.inner(h)))
+        return z.transpose(0, 1) if self.by_time else z
+
+
+class Twice(nn.Module):
+    """One layer that is called twice for an example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, N_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(torch.tanh(self.inner(torch.tanh(self.inner(x)))))
+
+
+class TestWeightsOfSeveralRows:
+    """Rows of a layer belong to their examples, in whatever order they come."""
+
+    WEIGHTS = (1.0, 2.0, 0.0, 1.0, 1.0, 3.0, 1.0, 0.5, 2.0)
+
+    @staticmethod
+    def network(build: Any, *arguments: Any) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            return build(*arguments).double().eval()
+
+    @staticmethod
+    def draw(*shape: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return x, torch.randint(N_CLASSES, shape[:-1], generator=generator)
+
+    @pytest.mark.parametrize("fisher", ["exact", "sampled", "empirical"])
+    @pytest.mark.parametrize("batch_size", [4, 9])
+    def test_positions_may_stand_before_examples(self, fisher, batch_size):
+        x, y = self.draw(9, 5, 3)
+        y[1, 3:], y[5, :2] = -100, -100
+        batch = Batch(sample_weight=torch.tensor(self.WEIGHTS))
+        plain, by_time = (
+            DiagonalEKFAC(
+                self.network(OfPositions, first),
+                TensorDataset(x, y),
+                fisher=fisher,
+                batch=batch,
+                batch_size=batch_size,
+            ).influence((x[:3], y[:3]))
+            for first in (False, True)
+        )
+        assert plain.any()
+        torch.testing.assert_close(by_time, plain, rtol=0, atol=1e-9 * float(plain.abs().max()))
+
+    @pytest.mark.parametrize("fisher", ["exact", "empirical"])
+    def test_a_layer_may_be_called_twice(self, fisher):
+        x, y = self.draw(9, 4)
+        copies = torch.tensor([1, 2, 0, 1, 1, 3, 1, 1, 2])
+        weighted = Batch(sample_weight=copies.double())
+        rows = torch.arange(9).repeat_interleave(copies)
+        model = self.network(Twice)
+        found = DiagonalEKFAC(model, TensorDataset(x, y), fisher=fisher, batch=weighted).influence((x, y))
+        repeated = DiagonalEKFAC(model, TensorDataset(x[rows], y[rows]), fisher=fisher).influence((x, y))
+        wanted = torch.zeros_like(found).index_add_(1, rows, repeated)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9 * float(wanted.abs().max()))

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from planted import MLP, N_CLASSES, BatchNormCNN, Items, built, planted_classes
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from stride_captum import Batch
 from stride_captum.adapters.gradients import method as gradients
 from stride_captum.adapters.gradients.count_sketch import count_sketch, random_places
 from stride_captum.adapters.trak import TRAK
@@ -227,3 +228,72 @@ def test_a_singular_kernel_without_damping_is_refused():
     assert len((random_places(18, 13, seed=0) % 13).unique()) < 13
     with pytest.raises(ValueError, match="`damping` must be at least"):
         TRAK(model, train, layers=["fc3"], projection_dim=13, damping=0.0, seed=0).fit()
+
+
+class TestExamplesThatCountForNothing:
+    """Neither the kernel nor its damping sees examples of weight 0, or without a label."""
+
+    @staticmethod
+    def draw(n_positions: int | None = 4) -> tuple[nn.Module, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shape = (8,) if n_positions is None else (8, n_positions)
+        x = torch.randn(*shape, 3, generator=generator, dtype=torch.float64)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, N_CLASSES)).double()
+        return model, x, torch.randint(N_CLASSES, shape, generator=generator)
+
+    @staticmethod
+    def scores(model: nn.Module, x: Tensor, y: Tensor, test: Any, weights: Any = None) -> Tensor:
+        batch = None if weights is None else Batch(sample_weight=torch.tensor(weights))
+        return TRAK(model, TensorDataset(x, y), damping=0.5, batch=batch).influence(test)
+
+    def test_examples_without_a_label(self):
+        model, x, y = self.draw()
+        test = x[:2], y[:2]
+        wanted = self.scores(model, x, y, test)
+        none = torch.full_like(y, -100)
+        found = self.scores(model, torch.cat([x, x]), torch.cat([y, none]), test)
+        assert not found[:, 8:].any()
+        torch.testing.assert_close(found[:, :8], wanted, rtol=0, atol=1e-9 * float(wanted.abs().max()))
+
+    def test_examples_without_a_label_that_have_a_weight(self):
+        model, x, y = self.draw()
+        test, weights = (x[:2], y[:2]), [1.0, 2.0, 0.5, 1.0, 0.0, 3.0, 1.0, 1.0]
+        wanted = self.scores(model, x, y, test, weights)
+        none = torch.full_like(y, -100)
+        found = self.scores(model, torch.cat([x, x]), torch.cat([y, none]), test, weights * 2)
+        torch.testing.assert_close(found[:, :8], wanted, rtol=0, atol=1e-9 * float(wanted.abs().max()))
+
+    @pytest.mark.parametrize("n_positions", [None, 4])
+    def test_examples_of_weight_0(self, n_positions):
+        model, x, y = self.draw(n_positions)
+        test = x[:2], y[:2]
+        wanted = self.scores(model, x, y, test)
+        found = self.scores(model, torch.cat([x, x]), torch.cat([y, y]), test, [1.0] * 8 + [0.0] * 8)
+        torch.testing.assert_close(found[:, :8], wanted, rtol=0, atol=1e-9 * float(wanted.abs().max()))
+
+    def test_a_partly_labeled_example_counts_as_one(self):
+        """Its damping is that of the definition, with as many eigenvalues as examples."""
+        model, x, y = self.draw()
+        y[3, 1:], y[5] = -100, -100
+        made = TRAK(model, TensorDataset(x, y), damping=0.5).fit()
+        inverse = made._states[0].kernel.inverse
+        rows = []
+        for one, label in zip(x, y, strict=True):
+            z, counted = model(one), label != -100
+            margins = [margin(row, int(c)) for row, c in zip(z[counted], label[counted], strict=True)]
+            value = torch.stack([0 * z.sum(), *margins]).sum()
+            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(value, model.parameters())]))
+        phi = torch.stack(rows)
+        gram = phi.T @ phi
+        wanted = torch.linalg.inv(gram + 0.5 * gram.trace() / 7 * torch.eye(len(gram)).to(gram))
+        torch.testing.assert_close(inverse, wanted, rtol=0, atol=1e-9 * float(wanted.abs().max()))
+
+    @pytest.mark.parametrize("which", ["weights", "labels"])
+    def test_a_training_set_of_them_alone_is_refused(self, which):
+        model, x, y = self.draw()
+        weights = [0.0] * 8 if which == "weights" else None
+        labels = y if which == "weights" else torch.full_like(y, -100)
+        with pytest.raises(ValueError, match="`train_dataset` must hold an example with a label that is not"):
+            self.scores(model, x, labels, (x[:2], y[:2]), weights)
