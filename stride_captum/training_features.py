@@ -177,10 +177,14 @@ class TrainingFeatures(InfluenceMethod):
         ignored, class_dim = getattr(self.loss, "ignore_index", -100), self.loss.class_dim
         if (ignored, class_dim) != (-100, None):
             key["positions"] = f"ignore_index={ignored}, class_dim={class_dim}"
+        if not type(self.loss).__module__.startswith(f"{__package__}."):  # its labels may depend on them
+            key["code or options of the loss"] = _digest_of(self.loss, "loss")
         if self.batch.label_key is not None:
             key["labels"] = f"label_key={self.batch.label_key!r}"
         if self.batch.forward is not None:
-            key["forward"] = _digest_of(self.batch.forward)
+            key["forward"] = _digest_of(self.batch.forward, "forward")
+        if isinstance(self.batch.sample_weight, str | int):  # the model is not given this part
+            key["sample_weight"] = repr(self.batch.sample_weight)
         store = self.feature_store if self.checkpoints is None else self.feature_store.for_checkpoint(index)
         return store, key
 
@@ -228,9 +232,9 @@ class TrainingFeatures(InfluenceMethod):
         return states
 
 
-def _digest_of(function: Any) -> str:
-    """Digest of a function with all that it reads, or of its code where some of that has no content."""
+def _digest_of(value: Any, name: str) -> str:
+    """Digest of a function or object with all that it reads, or of its code where some has no content."""
     try:
-        return stable_digest(function, "forward")
+        return stable_digest(value, name)
     except NoStableDigest:
-        return stable_digest(getattr(function, "__code__", type(function)), "forward")
+        return stable_digest(getattr(value, "__code__", type(value)), name)
