@@ -14,7 +14,6 @@ from typing_extensions import override
 
 from .data import inputs as data
 from .data.batch import ExampleBatch
-from .data.reading import check_weight_shape
 from .errors import bad_value
 from .features.options import Features
 from .features.precomputed import Precomputed, check_positions_finite, check_some_rows
@@ -62,21 +61,24 @@ class TrainingFeatures(InfluenceMethod):
             store = replace(store, check_examples=True)
         taps = store.taps(key) or self._choose_taps(model)
         weights: list[Tensor | None] = []
+        sizes: list[int] = []
 
         def compute(batch: ExampleBatch) -> Computed:
             rows = self._compute(taps, run, batch)
             return rows.features, rows.logits, rows.labels, rows.kept
 
         with recording(model, taps) as run:
-            batches = self._weighed(self._passing(show_progress), weights)
+            batches = self._weighed(self._passing(show_progress), weights, sizes)
             stored = store.fill(key, taps, batches, compute)
         labels, positions = stored.labels.to(self._work_device()), stored.positions
+        width = 1 if labels.ndim == 1 else labels.shape[1]
+        own = weights_of_rows(weights, [size // width for size in sizes], positions)
         read = Precomputed(
             self._placed(stored.features),
             self._placed(stored.logits),
             labels,
             [tap.width for tap in stored.taps],
-            self._all_weights(weights_of_rows(weights, positions), labels),
+            self._all_weights(own, labels),
             positions,
         )
         if positions is not None:
@@ -94,17 +96,13 @@ class TrainingFeatures(InfluenceMethod):
         return read
 
     @staticmethod
-    def _weighed(batches: Iterable[ExampleBatch], weights: list[Tensor | None]) -> Iterator[ExampleBatch]:
-        """Yield the batches, and collect their sample weights in a list.
-
-        Raises:
-            ValueError: Weights `(n, P)` of another P than that of labels that are class indices.
-        """
+    def _weighed(
+        batches: Iterable[ExampleBatch], weights: list[Tensor | None], sizes: list[int]
+    ) -> Iterator[ExampleBatch]:
+        """Yield the batches; collect their sample weights and how many numbers label an example."""
         for batch in batches:
-            labels = batch.labels
-            if labels is not None and labels.ndim > 1 and not labels.is_floating_point():
-                check_weight_shape(batch.weights, tuple(labels.flatten(1).shape))
             weights.append(batch.weights)
+            sizes.append(0 if batch.labels is None else batch.labels[:1].numel())
             yield batch
 
     def _all_weights(self, weights: list[Tensor | None], labels: Tensor) -> Tensor | None:
