@@ -285,6 +285,27 @@ class TestWhereWeightsStand:
         own = method.influence((x, labels["mse"]), response="loss", normalize="cosine").diagonal()
         torch.testing.assert_close(own, -torch.ones(N).double())
 
+    def test_a_place_from_the_end_is_one_of_the_training_set(self, problem, tmp_path):
+        network, x, labels, xt, yt = problem
+        y, w, test = labels["mse"], torch.rand(N).double() + 0.1, yt["mse"]
+        model, shift, more = Shifted(network), torch.randn(N, D).double(), torch.randn(N_TEST, D).double()
+        train = TensorDataset(x, shift, w, y)
+        options = {"layers": ["net.fc1:input", "net.act"], "loss": "mse"}
+        front, end = ({**options, "batch": Batch(sample_weight=place)} for place in (2, -2))
+        wanted = STRIDE(model, train, **front).influence((xt, more, test))
+        fitted = STRIDE(model, train, **end)
+        assert fitted.influence((xt, more, torch.ones(N_TEST), test)).equal(wanted)
+        assert fitted.influence((xt, more, test)).equal(wanted)
+        fitted.save(tmp_path / "method")
+        loaded = STRIDE.load(tmp_path / "method", model, train, batch=end["batch"])
+        assert loaded.influence((xt, more, test)).equal(wanted)
+        without = TensorDataset(x, w, y)
+        wanted = STRIDE(model, without, **front | {"batch": Batch(sample_weight=1)}).influence((xt, test))
+        fitted = STRIDE(model, without, **end)
+        assert fitted.influence((xt, test)).equal(wanted)
+        with pytest.raises(ValueError, match="`sample_weight` must be a key or place in a batch"):
+            fitted.add_examples((xt.abs(), test))
+
     @pytest.mark.parametrize(
         ("weights", "error", "message"),
         [
@@ -321,6 +342,15 @@ class TestWhereWeightsStand:
             found.fit()
         with pytest.raises(ValueError, match="`sample_weight` must be above 0 for one training example"):
             stride(model, x, labels["mse"], "mse", weights=torch.zeros(N)).fit()
+
+
+class Shifted(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        return self.net(x if shift is None else x + shift)
 
 
 class Named(nn.Module):

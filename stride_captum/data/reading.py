@@ -90,11 +90,27 @@ class Reading:
         options: As given by the user.
         loss: Converts outputs to logits.
         shared: Parts recognized as the same for all examples.
+        n_parts: Parts of a batch of the training set that is a tuple; None if not known, or for a dict.
     """
 
     options: Batch = field(default_factory=Batch)
     loss: Loss = field(default_factory=CrossEntropy)
     shared: frozenset[Path] = frozenset()
+    n_parts: int | None = None
+
+    @property
+    def weight_key(self) -> Any:
+        """`sample_weight`, with a negative place as it stands in a batch of the training set.
+
+        Batches of test points may come without weights, which moves every part when counted from the end.
+        """
+        key = self.options.sample_weight
+        from_end = isinstance(key, int) and key < 0 and self.n_parts is not None
+        return key % self.n_parts if from_end and -self.n_parts <= key else key
+
+    def with_parts_of(self, first: ExampleBatch) -> Reading:
+        """Copy that knows how many parts a batch of the training set has."""
+        return replace(self, n_parts=len(first.content) if isinstance(first.content, tuple) else None)
 
     def with_shared(self, first: ExampleBatch, second: ExampleBatch | None) -> Reading:
         """Copy with the shared parts that two batches of the source reveal."""
