@@ -140,3 +140,50 @@ def test_left_out_predictions_of_soft_labels_are_projected_on_the_simplex():
     torch.testing.assert_close(found, loss.possible(predictions))
     assert (found >= 0).all()
     torch.testing.assert_close(found.sum(1), torch.ones(50).double())
+
+
+class Mean(Poisson):
+    """Its author forgot `reduction="none"`."""
+
+    def elementwise(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return super().elementwise(logits, labels).mean()
+
+
+class OfRows(Poisson):
+    def elementwise(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return super().elementwise(logits, labels).sum(-1)
+
+
+class Constant(Poisson):
+    def curvatures(self, logits: Tensor) -> Tensor:
+        return 1.0
+
+
+class OfOutputs(Poisson):
+    def curvatures(self, logits: Tensor) -> Tensor:
+        return torch.ones(logits.shape[-1])
+
+
+class Summed(Poisson):
+    def terms(self, logits: Tensor, labels: Tensor, response: str) -> Tensor:
+        return logits.sum()
+
+
+@pytest.mark.parametrize("method", [STRIDE, TracIn, DiagonalEKFAC, EKFAC, TRAK])
+@pytest.mark.parametrize(
+    ("loss", "of", "got"),
+    [
+        (Mean, "elementwise", r"shape \(\)"),
+        (OfRows, "elementwise", r"shape \(\d+,\)"),
+        (Constant, "curvatures", r"1\.0"),
+        (OfOutputs, "curvatures", r"shape \(2,\)"),
+        (Summed, "terms", r"shape \(\)"),
+    ],
+)
+def test_a_method_that_returns_another_shape_is_named(counts, method, loss, of, got):
+    if of == "curvatures" and method in (TracIn, TRAK):
+        pytest.skip("asks for no curvature")
+    model, train, test = counts
+    must = rf"`{loss.__name__}.{of}` must return a tensor of the shape of the outputs, \(\d+, 2\), one number"
+    with pytest.raises(ValueError, match=rf"{must} for each; got {got}\. Take no mean or sum"):
+        method(model, train, loss=loss()).influence(test)

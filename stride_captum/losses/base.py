@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from ..errors import bad_choice, bad_value
 from ..residuals import ratio_of_norms
-from ..responses import not_one_row
 from .hessians import Hessians
 from .output_check import OutputCheck
 
@@ -285,15 +284,3 @@ def needs_labels(target: Any) -> ValueError:
         "a batch without labels",
         "Add them, or ask for target='predicted' or a class index.",
     )
-
-
-def as_rows(outputs: Tensor) -> Tensor:
-    """Outputs as `(n, n_outputs)`.
-
-    Raises:
-        ValueError: Sequence or map outputs.
-    """
-    rows = outputs[:, None] if outputs.ndim == 1 else outputs
-    if rows.ndim == 2:
-        return rows
-    raise not_one_row(outputs, "outputs of shape (n, n_outputs)")
