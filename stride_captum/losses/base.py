@@ -39,6 +39,7 @@ class Loss(ABC):
         tempered: Whether outputs divided by a temperature mean something.
         apart: Whether outputs are judged apart, so that none changes the scores of another.
         damps_outputs: Whether the output side of the curvature is damped.
+        label_units: Whether residuals have the units of encoded labels: `y - q` is one for a prediction q.
         class_dim: Which dimension of outputs with several positions counts the outputs of one; None: the last
             of three, the second of four.
 
@@ -53,6 +54,7 @@ class Loss(ABC):
     tempered: ClassVar[bool] = True
     apart: ClassVar[bool] = False
     damps_outputs: ClassVar[bool] = True
+    label_units: ClassVar[bool] = True
     class_dim: int | None = None
 
     @property
@@ -241,6 +243,12 @@ class Loss(ABC):
     @abstractmethod
     def possible(self, predictions: Tensor) -> Tensor:
         """Q of predictions of the head for other examples, `(n, n_outputs)`."""
+
+    def of_ridge_head(
+        self, differences: Tensor, logits: Tensor, labels: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """`y - q` of a ridge head as residuals of the loss at `z / T`, `(n, n_outputs)`."""
+        return differences
 
     def ridge_ratio(self, residual_square: Any, ridge_square: Any) -> Tensor | float:
         """Factor of the ridge part of the residuals "both": gives it the norm of the other part.

@@ -27,6 +27,10 @@ class SeparateOutputs(Loss):
     A subclass says `elementwise` and `curvatures`, and `terms` where it has more responses than "output"
     and "loss".
 
+    A ridge head that has not seen an example predicts q for its label y. Its residual is how much `-l'` at
+    the model's output changes from the label q to the label y: `s (y - q)` for `l = s (a(z) - y z)`, so that
+    scores of the response "output" are the same for any multiple of the loss.
+
     Attributes:
         label_free: Responses that need no labels.
 
@@ -48,6 +52,7 @@ class SeparateOutputs(Loss):
     label_free: ClassVar[tuple[str, ...]] = ("output",)
     apart: ClassVar[bool] = True
     tempered: ClassVar[bool] = False
+    label_units: ClassVar[bool] = False
 
     # What a subclass says.
 
@@ -225,6 +230,16 @@ class SeparateOutputs(Loss):
         """The predictions."""
         return predictions
 
+    def of_ridge_head(
+        self, differences: Tensor, logits: Tensor, labels: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """`l'(z, q) - l'(z, y)`."""
+        if self.label_units:
+            return differences
+        y = labels.to(logits)
+        own = self.residuals(logits, y, temperature)
+        return (own - self.residuals(logits, y - differences.to(y), temperature)).to(differences)
+
     def ridge_ratio(self, residual_square: Any, ridge_square: Any) -> Tensor | float:
-        """1 without a temperature: both parts are in units of the labels."""
+        """1 without a temperature: both parts are in units of the residuals."""
         return super().ridge_ratio(residual_square, ridge_square) if self.tempered else 1.0
