@@ -19,6 +19,7 @@ from stride_captum.adapters import (
     TracIn,
 )
 from stride_captum.features.store import FeatureStore
+from stride_captum.influence.query import Query
 from stride_captum.losses import BinaryCrossEntropy, CrossEntropy
 from stride_captum.responses import response_gradient
 
@@ -203,6 +204,29 @@ def test_trained_operators_take_no_weights(planted):
     weighed = Batch(sample_weight=torch.ones(len(planted[1])))
     with pytest.raises(ValueError, match="`operators` must"):
         STRIDE(*planted[:2], operators=Trained(subsets=RandomSubsets(9)), batch=weighed).fit()
+
+
+def test_trained_operators_answer_for_soft_labels_of_test_points(problem):
+    model, x, labels, xt, _ = problem
+    operators = Trained(subsets=RandomSubsets(9), iterations=20)
+    method = STRIDE(model, TensorDataset(x, labels["cross_entropy"]), operators=operators).fit()
+    hard, soft = torch.arange(N_TEST) % C, torch.rand(N_TEST, C).double().softmax(1)
+
+    def asked(y: Tensor) -> Tensor:
+        rows = method._points
+        with method._session() as network:
+            query = Query("loss", "label")
+            points = rows(method._states[0], network, method._example_batch((xt, y), "inputs"), query)
+        return method.operators_.subset_responses(points)
+
+    def of_class(c: int) -> Tensor:
+        return asked(torch.full((N_TEST,), c))
+
+    wanted = sum(soft[:, c, None] * of_class(c) for c in range(C))
+    torch.testing.assert_close(asked(soft), wanted)
+    one_hot = nn.functional.one_hot(hard, C).double()
+    found = method.influence((xt, one_hot), response="loss")
+    torch.testing.assert_close(found, method.influence((xt, hard), response="loss"))
 
 
 class TestWhereWeightsStand:
