@@ -269,3 +269,54 @@ def test_the_residual_of_the_ridge_head_is_that_of_its_prediction(counts):
     torch.testing.assert_close(Squares(a=3.0).of_ridge_head(y - q, z, y), 6 * (y - q))
     for loss in (MSE(), BinaryCrossEntropy(), CrossEntropy()):
         assert loss.of_ridge_head(q, z, y) is q
+
+
+class Hinge(Poisson):
+    def elementwise(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return (1 - labels * logits).clamp_min(0)
+
+    def curvatures(self, logits: Tensor) -> Tensor:
+        return torch.stack([torch.ones_like(logits[:, 0]), torch.zeros_like(logits[:, 1])], 1)
+
+
+@dataclass(frozen=True)
+class Undefined(Poisson):
+    """A curvature that is no number beside finite outputs."""
+
+    value: float = float("nan")
+
+    def curvatures(self, logits: Tensor) -> Tensor:
+        return super().curvatures(logits).index_fill(0, torch.tensor([1]), self.value)
+
+
+class Unchecked(Poisson):
+    def labels(self, labels: Tensor, n_outputs: int, argument: str) -> Tensor:
+        return labels
+
+
+class TestWhatCannotBeScored:
+    @pytest.mark.parametrize("kind", ["training", "both"])
+    def test_curvatures_of_zero(self, counts, kind):
+        model, train, _ = counts
+        match = r"`Hinge.curvatures` must be above 0 in the mean .*; got 0 for output 1. Curvatures are"
+        with pytest.raises(ValueError, match=match):
+            STRIDE(model, train, loss=Hinge(), operators=ClosedForm(residuals=kind)).fit()
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_curvatures_that_are_not_finite(self, counts, value):
+        model, train, _ = counts
+        match = r"`Undefined.curvatures` must return finite numbers for finite outputs; .* training example 1"
+        with pytest.raises(ValueError, match=match):
+            STRIDE(model, train, loss=Undefined(value=value)).fit()
+
+    def test_labels_that_a_loss_lets_through_are_not_called_activations(self, counts):
+        model, train, _ = counts
+        x, y = train.tensors
+        y = y.clone()
+        y[4, 1] = float("nan")
+        with pytest.raises(ValueError, match=r"`train_dataset` must give finite labels; .* for output 1"):
+            STRIDE(model, TensorDataset(x, y), loss=Unchecked()).fit()
+        x = x.clone()
+        x[2] = float("nan")
+        with pytest.raises(ValueError, match="`train_dataset` must give finite activations"):
+            STRIDE(model, TensorDataset(x, y), loss=Unchecked(), layers=["0"]).fit()

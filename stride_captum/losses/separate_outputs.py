@@ -192,9 +192,10 @@ class SeparateOutputs(Loss):
         return -gradient
 
     def hessians(self, logits: Tensor, temperature: float) -> DiagonalHessians:
-        """Diagonals; NaN where an output is not finite."""
+        """Diagonals; NaN where an output or its curvature is not finite."""
         z = logits / temperature
-        diagonals = torch.where(z.isfinite(), self._curvatures(z), torch.nan)
+        found = self._curvatures(z)
+        diagonals = torch.where(z.isfinite() & found.isfinite(), found, torch.nan)
         return DiagonalHessians(diagonals, lambda labels: self.residuals(logits, labels, temperature))
 
     def covariance(self, total: Tensor) -> Tensor:
