@@ -104,9 +104,10 @@ class Reading:
 
         Batches of test points may come without weights, which moves every part when counted from the end.
         """
-        key = self.options.sample_weight
-        from_end = isinstance(key, int) and key < 0 and self.n_parts is not None
-        return key % self.n_parts if from_end and -self.n_parts <= key else key
+        key, n = self.options.sample_weight, self.n_parts
+        if n is None or not isinstance(key, int):
+            return key
+        return key % n if -n <= key < 0 else key
 
     def with_parts_of(self, first: ExampleBatch) -> Reading:
         """Copy that knows how many parts a batch of the training set has."""
