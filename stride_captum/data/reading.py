@@ -40,8 +40,9 @@ class Batch:
             of labels.
         sample_weight: Factor of the loss of each training example in training: `(n_train,)`, in the order of
             the training set; or the key or place of a part of the batch, `(n,)`, which is not given to the
-            model. With P positions an example also `(n_train, P)`, or `(n, P)`. Weight 0 is equivalent to
-            removing the example, 2 to having it twice.
+            model and which test points need not have (a place below 0 counts from the end of a batch of the
+            training set). With P positions an example also `(n_train, P)`, or `(n, P)`. Weight 0 is
+            equivalent to removing the example, 2 to having it twice.
 
     >>> Batch(label_key="label").label_key
     'label'
