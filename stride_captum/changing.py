@@ -98,7 +98,7 @@ class ChangingTrainingSet(OperatorScores):
             must = "have a length, and examples that can be read one by one, for changed='update'"
             raise bad_value("train_dataset", must, type(self.train_dataset).__name__, "Fit again.")
         reader = self._reader_of(data.some_examples(self.train_dataset, rows))
-        reader.batch = self.batch.with_weights_of(rows)
+        reader.batch = reader.batch.with_weights_of(rows)
         return self._change(
             lambda state, model: state.operators.with_others(rows, *reader._read_as_fitted(state, model)),
             lambda dataset: dataset,
@@ -108,6 +108,8 @@ class ChangingTrainingSet(OperatorScores):
     def _reader_of(self: Self, examples: Any) -> Self:
         """A copy of the method that reads other examples."""
         reader = copy.copy(self)
+        if isinstance(self.batch.sample_weight, int):  # the others may have fewer parts
+            reader.batch = replace(self.batch, sample_weight=self._training_reading().weight_key)
         reader.train_dataset, reader._precomputed, reader._passes = examples, None, None
         return reader
 

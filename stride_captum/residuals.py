@@ -89,6 +89,7 @@ def choose_residuals(
     ratio: Tensor | float | None = None,
     residuals_of: Callable[[Tensor, Tensor, float], Tensor] = tempered_residuals,
     encoded: Callable[[Tensor, Tensor], Tensor] = one_hot,
+    of_ridge_head: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | float]:
     """The residuals that the option `residuals` names.
 
@@ -101,6 +102,8 @@ def choose_residuals(
         ratio: Factor of the ridge part of "both"; None scales it to the norm of the other part.
         residuals_of: `f(logits, labels, T)`, the residuals of another loss.
         encoded: `f(labels, logits)`, what its ridge head is fitted to, `(n, n_classes)`.
+        of_ridge_head: `f(differences, logits, labels, T)`, residuals of that loss from those of its ridge
+            head; None if these are the same.
 
     Returns:
         Residuals `(n, n_classes)` and the factor of the ridge part, 1 where there is none.
@@ -108,6 +111,8 @@ def choose_residuals(
     if predictions is None or kind not in OF_A_HEAD:
         return residuals_of(logits, labels, 1.0 if kind == "training" else temperature), 1.0
     ridge = encoded(labels, logits) - predictions
+    if of_ridge_head is not None:
+        ridge = of_ridge_head(ridge, logits, labels, temperature)
     if kind == "leave-one-out":
         return ridge, 1.0
     tempered = residuals_of(logits, labels, temperature)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .closed_form.fit import fit_closed_form
 from .closed_form.operators import ClosedFormOperators
 from .closed_form.options import ClosedForm
+from .closed_form.position_scores import PositionOperators
 from .errors import bad_value, whole_number
 from .influence.method import InfluenceMethod
 from .influence.query import Query, check_query
@@ -140,6 +141,9 @@ def _fitted_halves(method: InfluenceMethod, n_splits: int, seed: int) -> list[li
     """For each split, closed-form operators on both halves of the features, with their columns."""
     states: list[Any] = method._states or []
     kind, known = (method.operators, states[0].operators) if isinstance(method, STRIDE) else (None, None)
+    if isinstance(known, PositionOperators):
+        must = "have one row of outputs per example where halves of the features are compared"
+        raise bad_value("model", must, "several positions", "Give several checkpoints, which may have them.")
     if not isinstance(known, ClosedFormOperators) or not isinstance(kind, ClosedForm):
         raise bad_value(
             "method",

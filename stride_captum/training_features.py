@@ -14,7 +14,6 @@ from typing_extensions import override
 
 from .data import inputs as data
 from .data.batch import ExampleBatch
-from .data.reading import check_weight_shape
 from .errors import bad_value
 from .features.options import Features
 from .features.precomputed import Precomputed, check_positions_finite, check_some_rows
@@ -62,21 +61,24 @@ class TrainingFeatures(InfluenceMethod):
             store = replace(store, check_examples=True)
         taps = store.taps(key) or self._choose_taps(model)
         weights: list[Tensor | None] = []
+        sizes: list[int] = []
 
         def compute(batch: ExampleBatch) -> Computed:
             rows = self._compute(taps, run, batch)
             return rows.features, rows.logits, rows.labels, rows.kept
 
         with recording(model, taps) as run:
-            batches = self._weighed(self._passing(show_progress), weights)
+            batches = self._weighed(self._passing(show_progress), weights, sizes)
             stored = store.fill(key, taps, batches, compute)
         labels, positions = stored.labels.to(self._work_device()), stored.positions
+        width = 1 if labels.ndim == 1 else labels.shape[1]
+        own = weights_of_rows(weights, [size // width for size in sizes], positions)
         read = Precomputed(
             self._placed(stored.features),
             self._placed(stored.logits),
             labels,
             [tap.width for tap in stored.taps],
-            self._all_weights(weights_of_rows(weights, positions), labels),
+            self._all_weights(own, labels),
             positions,
         )
         if positions is not None:
@@ -94,17 +96,13 @@ class TrainingFeatures(InfluenceMethod):
         return read
 
     @staticmethod
-    def _weighed(batches: Iterable[ExampleBatch], weights: list[Tensor | None]) -> Iterator[ExampleBatch]:
-        """Yield the batches, and collect their sample weights in a list.
-
-        Raises:
-            ValueError: Weights `(n, P)` of another P than that of labels that are class indices.
-        """
+    def _weighed(
+        batches: Iterable[ExampleBatch], weights: list[Tensor | None], sizes: list[int]
+    ) -> Iterator[ExampleBatch]:
+        """Yield the batches; collect their sample weights and how many numbers label an example."""
         for batch in batches:
-            labels = batch.labels
-            if labels is not None and labels.ndim > 1 and not labels.is_floating_point():
-                check_weight_shape(batch.weights, tuple(labels.flatten(1).shape))
             weights.append(batch.weights)
+            sizes.append(0 if batch.labels is None else batch.labels[:1].numel())
             yield batch
 
     def _all_weights(self, weights: list[Tensor | None], labels: Tensor) -> Tensor | None:
@@ -177,10 +175,14 @@ class TrainingFeatures(InfluenceMethod):
         ignored, class_dim = getattr(self.loss, "ignore_index", -100), self.loss.class_dim
         if (ignored, class_dim) != (-100, None):
             key["positions"] = f"ignore_index={ignored}, class_dim={class_dim}"
+        if not type(self.loss).__module__.startswith(f"{__package__}."):  # its labels may depend on them
+            key["code or options of the loss"] = _digest_of(self.loss, "loss")
         if self.batch.label_key is not None:
             key["labels"] = f"label_key={self.batch.label_key!r}"
         if self.batch.forward is not None:
-            key["forward"] = _digest_of(self.batch.forward)
+            key["forward"] = _digest_of(self.batch.forward, "forward")
+        if isinstance(self.batch.sample_weight, str | int):  # the model is not given this part
+            key["sample_weight"] = repr(self.batch.sample_weight)
         store = self.feature_store if self.checkpoints is None else self.feature_store.for_checkpoint(index)
         return store, key
 
@@ -228,9 +230,9 @@ class TrainingFeatures(InfluenceMethod):
         return states
 
 
-def _digest_of(function: Any) -> str:
-    """Digest of a function with all that it reads, or of its code where some of that has no content."""
+def _digest_of(value: Any, name: str) -> str:
+    """Digest of a function or object with all that it reads, or of its code where some has no content."""
     try:
-        return stable_digest(function, "forward")
+        return stable_digest(value, name)
     except NoStableDigest:
-        return stable_digest(getattr(function, "__code__", type(function)), "forward")
+        return stable_digest(getattr(value, "__code__", type(value)), name)

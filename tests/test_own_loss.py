@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 from stride_captum import STRIDE, ClosedForm
 from stride_captum.adapters import EKFAC, TRAK, CaptumInfluence, DiagonalEKFAC, LossDetector, Random, TracIn
 from stride_captum.adapters.captum_influence import ResidualLoss
-from stride_captum.losses import BinaryCrossEntropy, CrossEntropy, SeparateOutputs
+from stride_captum.losses import MSE, BinaryCrossEntropy, CrossEntropy, SeparateOutputs
 from stride_captum.system.saved_values import saved_as
 
 N, N_TEST, D, H = 30, 4, 5, 6
@@ -140,3 +140,183 @@ def test_left_out_predictions_of_soft_labels_are_projected_on_the_simplex():
     torch.testing.assert_close(found, loss.possible(predictions))
     assert (found >= 0).all()
     torch.testing.assert_close(found.sum(1), torch.ones(50).double())
+
+
+class Mean(Poisson):
+    """Its author forgot `reduction="none"`."""
+
+    def elementwise(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return super().elementwise(logits, labels).mean()
+
+
+class OfRows(Poisson):
+    def elementwise(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return super().elementwise(logits, labels).sum(-1)
+
+
+class Constant(Poisson):
+    def curvatures(self, logits: Tensor) -> Tensor:
+        return 1.0
+
+
+class OfOutputs(Poisson):
+    def curvatures(self, logits: Tensor) -> Tensor:
+        return torch.ones(logits.shape[-1])
+
+
+class Summed(Poisson):
+    def terms(self, logits: Tensor, labels: Tensor, response: str) -> Tensor:
+        return logits.sum()
+
+
+@pytest.mark.parametrize("method", [STRIDE, TracIn, DiagonalEKFAC, EKFAC, TRAK])
+@pytest.mark.parametrize(
+    ("loss", "of", "got"),
+    [
+        (Mean, "elementwise", r"shape \(\)"),
+        (OfRows, "elementwise", r"shape \(\d+,\)"),
+        (Constant, "curvatures", r"1\.0"),
+        (OfOutputs, "curvatures", r"shape \(2,\)"),
+        (Summed, "terms", r"shape \(\)"),
+    ],
+)
+def test_a_method_that_returns_another_shape_is_named(counts, method, loss, of, got):
+    if of == "curvatures" and method in (TracIn, TRAK):
+        pytest.skip("asks for no curvature")
+    model, train, test = counts
+    must = rf"`{loss.__name__}.{of}` must return a tensor of the shape of the outputs, \(\d+, 2\), one number"
+    with pytest.raises(ValueError, match=rf"{must} for each; got {got}\. Take no mean or sum"):
+        method(model, train, loss=loss()).influence(test)
+
+
+@dataclass(frozen=True)
+class TimesPoisson(Poisson):
+    """A multiple of a loss."""
+
+    factor: float = 1.0
+
+    def elementwise(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.factor * super().elementwise(logits, labels)
+
+    def curvatures(self, logits: Tensor) -> Tensor:
+        return self.factor * super().curvatures(logits)
+
+
+class WithTemperature(TimesPoisson):
+    tempered: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Squares(SeparateOutputs):
+    """`a (y - z)^2`; of `a = 1/2` the loss "mse"."""
+
+    name: ClassVar[str] = "squares"
+    damps_outputs: ClassVar[bool] = False
+
+    a: float = 0.5
+
+    def elementwise(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.a * (labels - logits).square()
+
+    def curvatures(self, logits: Tensor) -> Tensor:
+        return torch.full_like(logits, 2 * self.a)
+
+
+KINDS = ["training", "leave-one-out", "both"]
+CURVATURES = ["identity", "kronecker", "eigenvalue-corrected", "gauss-newton"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("curvature", CURVATURES)
+class TestMultiples:
+    @pytest.mark.parametrize("loss", [TimesPoisson, WithTemperature])
+    def test_scores_of_an_output_are_those_of_any_multiple(self, counts, kind, curvature, loss):
+        model, train, test = counts
+        few = TensorDataset(*(part[:20] for part in train.tensors))
+        answers = []
+        for factor in (1.0, 200.0):
+            operators = ClosedForm(residuals=kind, curvature=curvature)
+            method = STRIDE(model, few, loss=loss(factor=factor), operators=operators)
+            of_others = method.self_influence(test) / factor
+            answer = [method.influence(test), method.self_influence() / factor, of_others]
+            method.add_examples(tuple(part[20:] for part in train.tensors))
+            answers.append([*answer, method.influence(test)])
+        for found, wanted in zip(*answers, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8 * float(wanted.abs().max()))
+
+    @pytest.mark.parametrize("positions", [False, True])
+    def test_squares_are_the_squared_error(self, counts, kind, curvature, positions):
+        model, train, (xt, yt) = counts
+        x, y = (part.reshape(10, 3, -1) for part in train.tensors) if positions else train.tensors
+        test = (xt.reshape(2, 2, -1), yt.reshape(2, 2, -1)) if positions else (xt, yt)
+        operators = ClosedForm(residuals=kind, curvature=curvature)
+        wanted, *found = (
+            STRIDE(model, TensorDataset(x, y), loss=loss, operators=operators).influence(test)
+            for loss in (MSE(), Squares(), Squares(a=100.0))
+        )
+        scale = float(wanted.abs().max())
+        for one in found:
+            torch.testing.assert_close(one, wanted, rtol=1e-6, atol=1e-8 * scale)
+
+
+def test_the_residual_of_the_ridge_head_is_that_of_its_prediction(counts):
+    model, train, _ = counts
+    x, y = train.tensors
+    with torch.no_grad():
+        z = model(x)
+    q = torch.rand_like(y)
+    torch.testing.assert_close(Poisson().of_ridge_head(y - q, z, y), y - q)
+    torch.testing.assert_close(Squares(a=3.0).of_ridge_head(y - q, z, y), 6 * (y - q))
+    for loss in (MSE(), BinaryCrossEntropy(), CrossEntropy()):
+        assert loss.of_ridge_head(q, z, y) is q
+
+
+class Hinge(Poisson):
+    def elementwise(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return (1 - labels * logits).clamp_min(0)
+
+    def curvatures(self, logits: Tensor) -> Tensor:
+        return torch.stack([torch.ones_like(logits[:, 0]), torch.zeros_like(logits[:, 1])], 1)
+
+
+@dataclass(frozen=True)
+class Undefined(Poisson):
+    """A curvature that is no number beside finite outputs."""
+
+    value: float = float("nan")
+
+    def curvatures(self, logits: Tensor) -> Tensor:
+        return super().curvatures(logits).index_fill(0, torch.tensor([1]), self.value)
+
+
+class Unchecked(Poisson):
+    def labels(self, labels: Tensor, n_outputs: int, argument: str) -> Tensor:
+        return labels
+
+
+class TestWhatCannotBeScored:
+    @pytest.mark.parametrize("kind", ["training", "both"])
+    def test_curvatures_of_zero(self, counts, kind):
+        model, train, _ = counts
+        match = r"`Hinge.curvatures` must be above 0 in the mean .*; got 0 for output 1. Curvatures are"
+        with pytest.raises(ValueError, match=match):
+            STRIDE(model, train, loss=Hinge(), operators=ClosedForm(residuals=kind)).fit()
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_curvatures_that_are_not_finite(self, counts, value):
+        model, train, _ = counts
+        match = r"`Undefined.curvatures` must return finite numbers for finite outputs; .* training example 1"
+        with pytest.raises(ValueError, match=match):
+            STRIDE(model, train, loss=Undefined(value=value)).fit()
+
+    def test_labels_that_a_loss_lets_through_are_not_called_activations(self, counts):
+        model, train, _ = counts
+        x, y = train.tensors
+        y = y.clone()
+        y[4, 1] = float("nan")
+        with pytest.raises(ValueError, match=r"`train_dataset` must give finite labels; .* for output 1"):
+            STRIDE(model, TensorDataset(x, y), loss=Unchecked()).fit()
+        x = x.clone()
+        x[2] = float("nan")
+        with pytest.raises(ValueError, match="`train_dataset` must give finite activations"):
+            STRIDE(model, TensorDataset(x, y), loss=Unchecked(), layers=["0"]).fit()

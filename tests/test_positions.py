@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from stride_captum import STRIDE, Batch, ClosedForm, Features, Trained
+from stride_captum import STRIDE, Batch, ClosedForm, Features, Trained, reliability
 from stride_captum.adapters import (
     EKFAC,
     TRAK,
@@ -666,6 +666,17 @@ class TestRefused:
         first = int(seen.any(1).nonzero()[0])
         with pytest.raises(ValueError, match=rf"NaN or infinity for example {first}"):
             fitted(model, train, layers=["hidden:input", "head:input"]).fit()
+
+
+@pytest.mark.parametrize("form", ["rows", "matrix"])
+def test_what_needs_one_row_an_example_says_so(tagged, form):
+    model, train, test = tagged
+    method = fitted(model, train, form)
+    match = "`model` must have one row of outputs per example .*; got several positions"
+    with pytest.raises(ValueError, match=match):
+        method.mislabel_scores(per_label=True)
+    with pytest.raises(ValueError, match=match):
+        reliability(method, test)
 
 
 class TestBaselines:

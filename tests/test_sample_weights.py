@@ -19,6 +19,7 @@ from stride_captum.adapters import (
     TracIn,
 )
 from stride_captum.features.store import FeatureStore
+from stride_captum.influence.query import Query
 from stride_captum.losses import BinaryCrossEntropy, CrossEntropy
 from stride_captum.responses import response_gradient
 
@@ -205,6 +206,29 @@ def test_trained_operators_take_no_weights(planted):
         STRIDE(*planted[:2], operators=Trained(subsets=RandomSubsets(9)), batch=weighed).fit()
 
 
+def test_trained_operators_answer_for_soft_labels_of_test_points(problem):
+    model, x, labels, xt, _ = problem
+    operators = Trained(subsets=RandomSubsets(9), iterations=20)
+    method = STRIDE(model, TensorDataset(x, labels["cross_entropy"]), operators=operators).fit()
+    hard, soft = torch.arange(N_TEST) % C, torch.rand(N_TEST, C).double().softmax(1)
+
+    def asked(y: Tensor) -> Tensor:
+        rows = method._points
+        with method._session() as network:
+            query = Query("loss", "label")
+            points = rows(method._states[0], network, method._example_batch((xt, y), "inputs"), query)
+        return method.operators_.subset_responses(points)
+
+    def of_class(c: int) -> Tensor:
+        return asked(torch.full((N_TEST,), c))
+
+    wanted = sum(soft[:, c, None] * of_class(c) for c in range(C))
+    torch.testing.assert_close(asked(soft), wanted)
+    one_hot = nn.functional.one_hot(hard, C).double()
+    found = method.influence((xt, one_hot), response="loss")
+    torch.testing.assert_close(found, method.influence((xt, hard), response="loss"))
+
+
 class TestWhereWeightsStand:
     def test_a_part_of_a_dict_or_a_place_in_a_tuple(self, problem):
         model, x, labels, xt, yt = problem
@@ -285,6 +309,27 @@ class TestWhereWeightsStand:
         own = method.influence((x, labels["mse"]), response="loss", normalize="cosine").diagonal()
         torch.testing.assert_close(own, -torch.ones(N).double())
 
+    def test_a_place_from_the_end_is_one_of_the_training_set(self, problem, tmp_path):
+        network, x, labels, xt, yt = problem
+        y, w, test = labels["mse"], torch.rand(N).double() + 0.1, yt["mse"]
+        model, shift, more = Shifted(network), torch.randn(N, D).double(), torch.randn(N_TEST, D).double()
+        train = TensorDataset(x, shift, w, y)
+        options = {"layers": ["net.fc1:input", "net.act"], "loss": "mse"}
+        front, end = ({**options, "batch": Batch(sample_weight=place)} for place in (2, -2))
+        wanted = STRIDE(model, train, **front).influence((xt, more, test))
+        fitted = STRIDE(model, train, **end)
+        assert fitted.influence((xt, more, torch.ones(N_TEST), test)).equal(wanted)
+        assert fitted.influence((xt, more, test)).equal(wanted)
+        fitted.save(tmp_path / "method")
+        loaded = STRIDE.load(tmp_path / "method", model, train, batch=end["batch"])
+        assert loaded.influence((xt, more, test)).equal(wanted)
+        without = TensorDataset(x, w, y)
+        wanted = STRIDE(model, without, **front | {"batch": Batch(sample_weight=1)}).influence((xt, test))
+        fitted = STRIDE(model, without, **end)
+        assert fitted.influence((xt, test)).equal(wanted)
+        with pytest.raises(ValueError, match="`sample_weight` must be a key or place in a batch"):
+            fitted.add_examples((xt.abs(), test))
+
     @pytest.mark.parametrize(
         ("weights", "error", "message"),
         [
@@ -321,6 +366,15 @@ class TestWhereWeightsStand:
             found.fit()
         with pytest.raises(ValueError, match="`sample_weight` must be above 0 for one training example"):
             stride(model, x, labels["mse"], "mse", weights=torch.zeros(N)).fit()
+
+
+class Shifted(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        return self.net(x if shift is None else x + shift)
 
 
 class Named(nn.Module):

@@ -72,10 +72,16 @@ class ClassMoments:
             temperature: T of these moments.
 
         Raises:
-            ValueError: Every probability is 0 or 1 in float64.
+            ValueError: Every probability is 0 or 1 in float64, or curvatures of a loss are 0.
         """
-        apart = self.loss.apart
-        if not self.unit > _LEAST or (apart and not bool((self.hessian / self.weight > _LEAST).all())):
+        apart, mean = self.loss.apart, self.hessian / self.weight
+        if apart and not self.loss.tempered and not bool((mean > _LEAST).all()):
+            output = int((~(mean > _LEAST)).nonzero()[0])
+            must = "be above 0 in the mean over the training set, for each output"
+            got = f"{float(mean[output]):g} for output {output}"
+            remedy = "Curvatures are what scores are divided by: return those of a smooth bound of the loss."
+            raise bad_value(f"{type(self.loss).__name__}.curvatures", must, got, remedy)
+        if not self.unit > _LEAST or (apart and not bool((mean > _LEAST).all())):
             raise _certain(data, temperature, self.loss)
         return self
 
@@ -117,14 +123,18 @@ def class_moments(
 
 
 def _not_finite(data: TrainingBlocks, loss: Loss) -> ValueError:
-    """Error that names the first example whose outputs are not finite."""
+    """Error that names the first example whose outputs, or curvatures, are not finite."""
     for rows in data:
         z = data.logits_of(rows)
         wrong = loss.hessians(z, 1.0).undefined()
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0])
+            example = f"training example {rows.start + row}"
+            if bool(z[row].isfinite().all()):
+                must, got = "return finite numbers for finite outputs", f"others for {example}"
+                return bad_value(f"{type(loss).__name__}.curvatures", must, got)
             what = "NaN" if bool(z[row].isnan().any()) else "infinity"
-            got = f"{what} for training example {rows.start + row}"
+            got = f"{what} for {example}"
             return bad_value("model", f"return logits without {what}", got)
     raise AssertionError("every row of logits is finite")
 

@@ -23,7 +23,7 @@ from .memory import blocks_within
 from .moments import Moments, feature_moments
 from .operators import ClosedFormOperators
 from .position_head import fit_head
-from .training_residuals import readable_widths
+from .training_residuals import readable_widths, ridge_squares
 
 if TYPE_CHECKING:
     from .options import ClosedForm
@@ -105,8 +105,8 @@ def fit_closed_form(
     largest = classes.residual_squares
     ratio: float | Tensor = 1.0
     if head is not None:
-        square = torch.as_tensor(head.square, dtype=torch.float64)
-        ridge = ranks.all_reduce(square, "norms of the ridge residuals")
+        squares = ridge_squares(head, data, loss, temperature)
+        ridge = ranks.all_reduce(squares, "norms of the ridge residuals")
         ratio = loss.ridge_ratio(classes.residual_square, ridge)
         largest = ridge if kind == "leave-one-out" else largest
     _check_unit(float(largest.sum()), classes.unit, features)

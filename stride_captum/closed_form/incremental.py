@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..errors import bad_value
 from ..operators import Changed
 from ..system.devices import matching
 from ..system.memory import blocks
@@ -44,7 +45,11 @@ def with_examples(
         logits: `(k, n_classes)`.
         labels: `(k,)`, or `(k, n_classes)`.
         weights: omega, `(k,)`; None for 1.
+
+    Raises:
+        ValueError: Soft labels beside class indices, or the reverse.
     """
+    _check_labels(form, labels, "examples")
     moments = form.moments + _moments_of(form, features, labels, weights)
     return Changed(
         torch.cat([form.features, features.to(form.features)]),  # a memory map becomes a tensor
@@ -56,6 +61,14 @@ def with_examples(
         if weights is None or form.weights is None
         else torch.cat([form.weights, weights.to(form.weights)]),
     )
+
+
+def _check_labels(form: ClosedFormOperators, labels: Tensor, argument: str) -> None:
+    if labels.ndim != form.labels.ndim:
+        kinds = ["class indices", "distributions over classes"]
+        there, here = (kinds[part.ndim - 1] for part in (form.labels, labels))
+        must = f"hold labels of the kind that the method was fitted with, {there}"
+        raise bad_value(argument, must, here, "Give all labels in one form, or fit again.")
 
 
 def _moments_of(
@@ -100,7 +113,11 @@ def with_others(
         logits: `(k, n_classes)`.
         labels: `(k,)`, or `(k, n_classes)`.
         weights: omega, `(k,)`; None for 1.
+
+    Raises:
+        ValueError: Soft labels beside class indices, or the reverse.
     """
+    _check_labels(form, labels, "train_dataset")
     rows = rows.to(form.labels.device)
     new = _moments_of(form, features, labels, weights)
 

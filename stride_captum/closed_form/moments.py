@@ -199,7 +199,12 @@ def _within_float32(gram: Tensor, targets: Tensor, widths: Sequence[int]) -> boo
 
 
 def _check_range(gram: Tensor, targets: Tensor, widths: Sequence[int]) -> None:
-    finite = torch.isfinite(targets).all(1) & torch.isfinite(gram[:, -1])
+    of_features = torch.isfinite(gram[:, -1])
+    if bool(of_features.all()) and not bool(torch.isfinite(targets).all()):
+        output = int((~torch.isfinite(targets).all(0)).nonzero()[0])
+        got = f"NaN or infinity, or a product with a feature that overflows, for output {output}"
+        raise bad_value("train_dataset", "give finite labels", got)
+    finite = torch.isfinite(targets).all(1) & of_features
     if not bool(finite.all()):
         column = int((~finite).nonzero()[0])
         raise bad_value(

@@ -210,9 +210,9 @@ class ClosedFormOperators(FittedOperators):
         if self.kind in OF_A_HEAD:
             predictions = loss.possible(self.ridge_head.predict(points.features))
         z, y = points.logits.to(device).to(torch.float64), points.asked.to(device)
-        residuals, _ = choose_residuals(
-            self.kind, z, y, predictions, self.temperature, self.ridge_ratio, loss.residuals, loss.encoded
-        )
+        of_loss = loss.residuals, loss.encoded, loss.of_ridge_head
+        options = self.kind, z, y, predictions, self.temperature, self.ridge_ratio
+        residuals, _ = choose_residuals(*options, *of_loss)
         return phi, loss.residuals(z, y), (residuals / self.curvature.scale).to(phi)
 
     def mislabel_scores(self) -> Tensor:

@@ -69,7 +69,7 @@ def out_of_sample_residuals(
         data = blocks_within(memory_budget, features, logits, labels, True, weights)
     head = fit_ridge_head(features, labels, moments, head_damping, data.block_rows, data.dtype, loss, weights)
     square = class_moments(data, temperature, diagonal_only=True, loss=loss).residual_square
-    ratio = loss.ridge_ratio(square, torch.as_tensor(head.square, dtype=torch.float64))
+    ratio = loss.ridge_ratio(square, ridge_squares(head, data, loss, temperature))
     residuals = TrainingResiduals(data, head, kind, temperature, ratio, 1.0, 0, loss)
     return torch.cat([residuals.of(rows) for rows in data]).to(working_dtype(features))
 
@@ -144,5 +144,27 @@ class TrainingResiduals:
 
     def _ridge(self, rows: slice) -> Tensor:
         assert self.head is not None, "kinds that read a head have one"
-        width = len(self.head.weights) - 1
-        return self.head.residuals(self.data.features_of(rows, width), self.data.labels[rows], rows)
+        return ridge_residuals(self.head, self.data, rows, self.loss, self.temperature)
+
+
+def ridge_residuals(
+    head: RidgeHead, data: TrainingBlocks, rows: slice, loss: Loss, temperature: float
+) -> Tensor:
+    """Residuals of the head without the example, in units of the loss: a new tensor `(n_rows, n_outputs)`."""
+    width = len(head.weights) - 1
+    found = head.residuals(data.features_of(rows, width), data.labels[rows], rows)
+    if loss.label_units:
+        return found
+    return loss.of_ridge_head(found, data.logits_of(rows), data.labels_of(rows), temperature)
+
+
+def ridge_squares(head: RidgeHead, data: TrainingBlocks, loss: Loss, temperature: float) -> Tensor:
+    """Sum of omega times the squares of `ridge_residuals`: a number, or one per output; float64."""
+    if loss.label_units:
+        return torch.as_tensor(head.square, dtype=torch.float64)
+    total = head.weights.new_zeros(head.weights.shape[1])
+    for rows in data:
+        squares = ridge_residuals(head, data, rows, loss, temperature).to(total).square()
+        omega = data.weights_of(rows, squares)
+        total += (squares if omega is None else squares * omega[:, None]).sum(0)
+    return total if loss.apart else total.sum()

@@ -56,7 +56,7 @@ class ExampleBatch:
     @cached_property
     def _weight_path(self) -> Path | None:
         """Path of the weights in the batch; None if they are not in it."""
-        key = self.reading.options.sample_weight
+        key = self.reading.weight_key
         if isinstance(key, bool) or not isinstance(key, str | int):
             return None
         return self._path(key, "sample_weight")

@@ -128,9 +128,10 @@ class Passes:
         if self.reading is not None:
             return iterator, []
         read: list[Any] = self._next(iterator, 1 if data.stacks_examples(self.source) else 2)
-        self.reading = self.said
         if read:
             self._check_labels(read[0])
+            self.said = self.said.with_parts_of(ExampleBatch(read[0], self.said, argument=self.argument))
+        self.reading = self.said
         if not data.stacks_examples(self.source) and read and self.said.options.per_example is None:
             first, *others = [ExampleBatch(content, self.said, argument=self.argument) for content in read]
             self.reading = self.said.with_shared(first, others[0] if others else None)

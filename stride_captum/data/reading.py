@@ -40,8 +40,9 @@ class Batch:
             of labels.
         sample_weight: Factor of the loss of each training example in training: `(n_train,)`, in the order of
             the training set; or the key or place of a part of the batch, `(n,)`, which is not given to the
-            model. With P positions an example also `(n_train, P)`, or `(n, P)`. Weight 0 is equivalent to
-            removing the example, 2 to having it twice.
+            model and which test points need not have (a place below 0 counts from the end of a batch of the
+            training set). With P positions an example also `(n_train, P)`, or `(n, P)`. Weight 0 is
+            equivalent to removing the example, 2 to having it twice.
 
     >>> Batch(label_key="label").label_key
     'label'
@@ -90,11 +91,28 @@ class Reading:
         options: As given by the user.
         loss: Converts outputs to logits.
         shared: Parts recognized as the same for all examples.
+        n_parts: Parts of a batch of the training set that is a tuple; None if not known, or for a dict.
     """
 
     options: Batch = field(default_factory=Batch)
     loss: Loss = field(default_factory=CrossEntropy)
     shared: frozenset[Path] = frozenset()
+    n_parts: int | None = None
+
+    @property
+    def weight_key(self) -> Any:
+        """`sample_weight`, with a negative place as it stands in a batch of the training set.
+
+        Batches of test points may come without weights, which moves every part when counted from the end.
+        """
+        key, n = self.options.sample_weight, self.n_parts
+        if n is None or not isinstance(key, int):
+            return key
+        return key % n if -n <= key < 0 else key
+
+    def with_parts_of(self, first: ExampleBatch) -> Reading:
+        """Copy that knows how many parts a batch of the training set has."""
+        return replace(self, n_parts=len(first.content) if isinstance(first.content, tuple) else None)
 
     def with_shared(self, first: ExampleBatch, second: ExampleBatch | None) -> Reading:
         """Copy with the shared parts that two batches of the source reveal."""

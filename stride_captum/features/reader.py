@@ -174,11 +174,18 @@ def all_weights(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(known) if known else None
 
 
-def weights_of_rows(parts: Sequence[Tensor | None], positions: Positions | None) -> list[Tensor | None]:
-    """Weights of the rows of all batches, given those of their examples, `(n,)` or `(n, P)` each.
+def weights_of_rows(
+    parts: Sequence[Tensor | None], sizes: Sequence[int], positions: Positions | None
+) -> list[Tensor | None]:
+    """Weights of the rows of all batches, given those of their examples.
+
+    Args:
+        parts: Of the examples of each batch, `(n,)` or `(n, P)`.
+        sizes: P of each batch.
+        positions: Rows of each example; None where each has one.
 
     Raises:
-        ValueError: Weights `(n, P)` for examples without positions.
+        ValueError: Weights `(n, P)` for examples without positions, or with another number of them.
     """
     if positions is None:
         for part in parts:
@@ -187,8 +194,9 @@ def weights_of_rows(parts: Sequence[Tensor | None], positions: Positions | None)
         return list(parts)
     found: list[Tensor | None] = []
     start = 0
-    for part in parts:
+    for part, size in zip(parts, sizes, strict=True):
         assert part is not None
+        check_weight_shape(part, (len(part), size))
         few = positions.of(slice(start, start + len(part)))
         assert few.places is not None
         own = few.spread(part)

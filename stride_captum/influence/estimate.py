@@ -12,7 +12,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -115,6 +115,9 @@ def from_small_runs(method: Method, n_test: int, k: int | None) -> Estimate:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a fit warns of, it says when it runs
         warm = shortened(method, sizes[0]).fit()  # the first run of all imports and allocates
+        # A method that has seen positions has the loss of all those of an example.
+        reading = replace(test.reading, loss=warm.loss)
+        test = ExampleBatch(test.content, reading, argument=test.argument)
         warm.influence(test[:1], k)
         for n in sizes:
             twin, device = shortened(method, n), method._work_device()

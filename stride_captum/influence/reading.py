@@ -272,8 +272,15 @@ class BatchReader(ModelSession):
         """A batch of examples outside the training set, read as those of the training set are."""
         if isinstance(content, ExampleBatch):
             return content
+        return ExampleBatch(content, self._training_reading(), argument=argument)
+
+    def _training_reading(self) -> Reading:
+        """How batches of the training set are read, as far as it is known."""
+        weights = self.batch.sample_weight
+        if isinstance(weights, int) and weights < 0:  # a place that the training set tells
+            self._training_passes().first()
         reading = None if self._passes is None else self._passes.reading
-        return ExampleBatch(content, reading or self._reading(), argument=argument)
+        return reading or self._reading()
 
     def _reading(self) -> Reading:
         return Reading(self.batch, self.loss)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import bad_value
@@ -125,6 +126,13 @@ def _matched_to_unseen(
         few = [None if part is None else part[rows.to(part.device)] for part in (logits, labels, weights)]
         return _mean_residual_at(method, *few)  # type: ignore[arg-type]
 
+    omega = torch.ones(len(mine), dtype=torch.float64, device="cpu") if weights is None else weights.cpu()
+    sums = method.ranks.sums("weights of examples", *(float(omega[rows].sum()) for rows in (~mine, mine)))
+    for kind, weight in zip(("left out", "seen"), sums, strict=True):
+        if weight == 0:
+            must = "leave out and hold examples with a label and a weight above 0"
+            remedy = "Give None for all examples, or a `temperature`."
+            raise bad_value("seen", must, f"none of these among those that are {kind}", remedy)
     outside, inside = mean_of((~mine).nonzero()[:, 0]), mean_of(mine.nonzero()[:, 0])
     return match_temperature(inside, outside(1.0))
 

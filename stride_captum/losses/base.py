@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from ..errors import bad_choice, bad_value
 from ..residuals import ratio_of_norms
-from ..responses import not_one_row
 from .hessians import Hessians
 from .output_check import OutputCheck
 
@@ -40,6 +39,7 @@ class Loss(ABC):
         tempered: Whether outputs divided by a temperature mean something.
         apart: Whether outputs are judged apart, so that none changes the scores of another.
         damps_outputs: Whether the output side of the curvature is damped.
+        label_units: Whether residuals have the units of encoded labels: `y - q` is one for a prediction q.
         class_dim: Which dimension of outputs with several positions counts the outputs of one; None: the last
             of three, the second of four.
 
@@ -54,6 +54,7 @@ class Loss(ABC):
     tempered: ClassVar[bool] = True
     apart: ClassVar[bool] = False
     damps_outputs: ClassVar[bool] = True
+    label_units: ClassVar[bool] = True
     class_dim: int | None = None
 
     @property
@@ -243,6 +244,12 @@ class Loss(ABC):
     def possible(self, predictions: Tensor) -> Tensor:
         """Q of predictions of the head for other examples, `(n, n_outputs)`."""
 
+    def of_ridge_head(
+        self, differences: Tensor, logits: Tensor, labels: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """`y - q` of a ridge head as residuals of the loss at `z / T`, `(n, n_outputs)`."""
+        return differences
+
     def ridge_ratio(self, residual_square: Any, ridge_square: Any) -> Tensor | float:
         """Factor of the ridge part of the residuals "both": gives it the norm of the other part.
 
@@ -285,15 +292,3 @@ def needs_labels(target: Any) -> ValueError:
         "a batch without labels",
         "Add them, or ask for target='predicted' or a class index.",
     )
-
-
-def as_rows(outputs: Tensor) -> Tensor:
-    """Outputs as `(n, n_outputs)`.
-
-    Raises:
-        ValueError: Sequence or map outputs.
-    """
-    rows = outputs[:, None] if outputs.ndim == 1 else outputs
-    if rows.ndim == 2:
-        return rows
-    raise not_one_row(outputs, "outputs of shape (n, n_outputs)")

@@ -48,6 +48,7 @@ class BinaryCrossEntropy(SeparateOutputs):
     responses: ClassVar[tuple[str, ...]] = ("margin", "logit", "probability", "log-probability", "loss")
     label_free: ClassVar[tuple[str, ...]] = ("logit",)
     tempered: ClassVar[bool] = True
+    label_units: ClassVar[bool] = True
 
     outputs: Outputs | None = None
     class_dim: int | None = None

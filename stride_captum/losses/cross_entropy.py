@@ -27,9 +27,7 @@ from .base import Loss, Target, needs_labels
 from .hessians import SoftmaxHessians, laplacian, softmax_hessians
 from .output_check import OutputCheck, Outputs, ProbabilityCheck
 from .positions import check_class_dim
-
-#: How far from 1 the sum of a soft label may be.
-_ROUNDING = 1e-4
+from .soft_labels import distributions
 
 
 @saved_as("loss.cross-entropy")
@@ -110,7 +108,11 @@ class CrossEntropy(Loss):
 
     def counted(self, labels: Tensor) -> Tensor:
         """Not `ignore_index`; of soft labels, all."""
-        return labels != self.ignore_index if labels.ndim == 2 else super().counted(labels)
+        if labels.ndim > 2 and labels.shape[2] > 1:
+            return super().counted(labels)
+        classes = labels.squeeze(2) if labels.ndim > 2 else labels
+        wide = classes if classes.is_floating_point() else classes.long()  # a byte is never -100
+        return wide != self.ignore_index
 
     def output_check(self, model: nn.Module | None) -> OutputCheck:
         """Refuses probabilities where logits are expected."""
@@ -126,14 +128,7 @@ class CrossEntropy(Loss):
                 must = f"hold no label that is `ignore_index` ({ignored}) where an example has one label"
                 raise bad_value(argument, must, ignored, "Leave these examples out.")
             return classes
-        rows = labels if labels.dtype == torch.float64 else labels.float()
-        wrong = ~((rows >= 0).all(1) & ((rows.sum(1) - 1).abs() <= _ROUNDING))
-        if bool(wrong.any()):
-            row = rows[wrong][0]
-            must = f"hold class indices (n,), or distributions (n, {n_outputs}), each with the sum 1"
-            remedy = "Several labels an example need loss='binary_cross_entropy', a regression loss='mse'."
-            raise bad_value(argument, must, f"a row with the sum {float(row.sum()):g}", remedy)
-        return rows / rows.sum(1, keepdim=True)
+        return distributions(labels, argument)
 
     def weights(self, labels: Tensor) -> Tensor | None:
         """omega, `(n,)` float64; None without class weights."""

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import bad_value
+from ..responses import not_one_row
 from ..system.devices import as_float64, float64_device, on_device
-from .base import Loss, Target, as_rows, needs_labels
+from .base import Loss, Target, needs_labels
 from .hessians import DiagonalHessians
 
 
@@ -25,6 +26,10 @@ class SeparateOutputs(Loss):
 
     A subclass says `elementwise` and `curvatures`, and `terms` where it has more responses than "output"
     and "loss".
+
+    A ridge head that has not seen an example predicts q for its label y. Its residual is how much `-l'` at
+    the model's output changes from the label q to the label y: `s (y - q)` for `l = s (a(z) - y z)`, so that
+    scores of the response "output" are the same for any multiple of the loss.
 
     Attributes:
         label_free: Responses that need no labels.
@@ -47,6 +52,7 @@ class SeparateOutputs(Loss):
     label_free: ClassVar[tuple[str, ...]] = ("output",)
     apart: ClassVar[bool] = True
     tempered: ClassVar[bool] = False
+    label_units: ClassVar[bool] = False
 
     # What a subclass says.
 
@@ -60,13 +66,41 @@ class SeparateOutputs(Loss):
 
     def terms(self, logits: Tensor, labels: Tensor, response: str) -> Tensor:
         """The response of each output, of the shape of z."""
-        return logits if response == "output" else self.elementwise(logits, labels)
+        return logits if response == "output" else self._losses(logits, labels)
+
+    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """`elementwise`, checked."""
+        return self._of_each_output("elementwise", self.elementwise(logits, labels), logits)
+
+    def _curvatures(self, logits: Tensor) -> Tensor:
+        """`curvatures`, checked."""
+        return self._of_each_output("curvatures", self.curvatures(logits), logits)
+
+    def _of_each_output(self, method: str, found: Any, logits: Tensor) -> Tensor:
+        """What a method of a subclass returns, if it has the shape of the outputs.
+
+        Raises:
+            ValueError: It is a mean or a sum, a number, or of another shape.
+        """
+        if isinstance(found, Tensor) and found.shape == logits.shape:
+            return found
+        must = f"return a tensor of the shape of the outputs, {tuple(logits.shape)}, one number for each"
+        got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
+        remedy = "Take no mean or sum (reduction='none'); a constant is torch.full_like(logits, constant)."
+        raise bad_value(f"{type(self).__name__}.{method}", must, got, remedy)
 
     # Outputs and labels.
 
     def logits(self, outputs: Tensor) -> Tensor:
-        """Outputs as `(n, n_outputs)`."""
-        return as_rows(outputs)
+        """Outputs as `(n, n_outputs)`.
+
+        Raises:
+            ValueError: Sequence or map outputs.
+        """
+        rows = outputs[:, None] if outputs.ndim == 1 else outputs
+        if rows.ndim != 2:
+            raise not_one_row(outputs, "outputs of shape (n, n_outputs)")
+        return rows
 
     def labels(self, labels: Tensor, n_outputs: int, argument: str) -> Tensor:
         """Labels as `(n, n_outputs)` floats."""
@@ -134,6 +168,7 @@ class SeparateOutputs(Loss):
         self.check_response(response)
         outside = asked.isnan()
         terms = self.terms(logits, asked.masked_fill(outside, 0.0), response)
+        terms = self._of_each_output("terms", terms, logits)
         return terms.masked_fill(outside.expand_as(terms), 0.0).sum(-1)
 
     def response_gradient(self, logits: Tensor, asked: Tensor, response: str) -> Tensor:
@@ -145,7 +180,7 @@ class SeparateOutputs(Loss):
 
     def values(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of each row, `(n,)`."""
-        return self.elementwise(logits, labels.to(logits)).sum(-1)
+        return self._losses(logits, labels.to(logits)).sum(-1)
 
     # Residuals and curvature.
 
@@ -157,9 +192,10 @@ class SeparateOutputs(Loss):
         return -gradient
 
     def hessians(self, logits: Tensor, temperature: float) -> DiagonalHessians:
-        """Diagonals; NaN where an output is not finite."""
+        """Diagonals; NaN where an output or its curvature is not finite."""
         z = logits / temperature
-        diagonals = torch.where(z.isfinite(), self.curvatures(z), torch.nan)
+        found = self._curvatures(z)
+        diagonals = torch.where(z.isfinite() & found.isfinite(), found, torch.nan)
         return DiagonalHessians(diagonals, lambda labels: self.residuals(logits, labels, temperature))
 
     def covariance(self, total: Tensor) -> Tensor:
@@ -168,18 +204,18 @@ class SeparateOutputs(Loss):
 
     def potential(self, logits: Tensor) -> Tensor:
         """The loss for labels of 0, whose curvature is that of any."""
-        return self.elementwise(logits, torch.zeros_like(logits)).sum(1)
+        return self._losses(logits, torch.zeros_like(logits)).sum(1)
 
     def hessian_factors(self, logits: Tensor) -> list[Tensor]:
         """`sqrt(H_cc) e_c` for each output c."""
-        roots = self.curvatures(logits).clamp_min(0).sqrt()
+        roots = self._curvatures(logits).clamp_min(0).sqrt()
         return list(torch.diag_embed(roots).unbind(1))
 
     def drawn_residuals(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """Normal residuals with the variance of the loss's gradient, which is H."""
         tiny = torch.finfo(torch.float64).eps
         normal: Tensor = torch.special.ndtri(as_float64(uniforms).clamp(tiny, 1 - tiny)).to(logits)
-        return self.curvatures(logits).clamp_min(0).sqrt() * normal
+        return self._curvatures(logits).clamp_min(0).sqrt() * normal
 
     # Out of the sample.
 
@@ -195,6 +231,16 @@ class SeparateOutputs(Loss):
         """The predictions."""
         return predictions
 
+    def of_ridge_head(
+        self, differences: Tensor, logits: Tensor, labels: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """`l'(z, q) - l'(z, y)`."""
+        if self.label_units:
+            return differences
+        y = labels.to(logits)
+        own = self.residuals(logits, y, temperature)
+        return (own - self.residuals(logits, y - differences.to(y), temperature)).to(differences)
+
     def ridge_ratio(self, residual_square: Any, ridge_square: Any) -> Tensor | float:
-        """1 without a temperature: both parts are in units of the labels."""
+        """1 without a temperature: both parts are in units of the residuals."""
         return super().ridge_ratio(residual_square, ridge_square) if self.tempered else 1.0

@@ -35,6 +35,7 @@ class MSE(SeparateOutputs):
 
     name: ClassVar[str] = "mse"
     damps_outputs: ClassVar[bool] = False
+    label_units: ClassVar[bool] = True
 
     class_dim: int | None = None
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ..errors import bad_value
 from ..layers.activations import check_finite
+from ..losses import CrossEntropy
 from ..operators import FittedOperators, TestPoints, TrainingSet
 from ..recovery.estimators import Recovery
-from ..responses import response_value
 from ..subsets import Membership, coverage
 from ..system.devices import as_float64
 from ..system.saved_values import saved_as
@@ -29,6 +29,9 @@ from .training import train_operators
 
 if TYPE_CHECKING:
     from .options import Trained
+
+#: The only loss that operators are trained with.
+_PLAIN = CrossEntropy()
 
 
 @saved_as("trained-operators")
@@ -86,8 +89,9 @@ class TrainedOperators(FittedOperators):
     def subset_responses(self, points: TestPoints) -> Tensor:
         """Y, `(n_test, n_subsets)`."""
         shift = self.steering.shift(points.features * self.scale)
-        before = response_value(points.logits, points.asked, points.response)
-        return (response_value(points.logits + shift, points.asked, points.response) - before).T
+        asked, response = points.asked, points.response
+        before = _PLAIN.response_value(points.logits, asked, response)  # of soft labels, too
+        return (_PLAIN.response_value(points.logits + shift, asked, response) - before).T
 
 
 def fit_trained(options: Trained, training: TrainingSet) -> TrainedOperators:

@@ -375,6 +375,18 @@ class TestErrors:
         with pytest.raises(ValueError, match="`model` must have the weights that the method was fitted on"):
             method.remove_examples([0])
 
+    def test_labels_of_another_kind(self, planted):
+        model, train, test = planted
+        x, y = train.tensors
+        soft = nn.functional.one_hot(y, 3).float()
+        rows = [test.tensors[0], test.tensors[1]]
+        for labels, there, here in ((y, "class indices", "distrib"), (soft, "distributions", "class ind")):
+            new = nn.functional.one_hot(rows[1], 3).float() if labels is y else rows[1]
+            method = STRIDE(model, TensorDataset(x, labels)).fit()
+            match = f"`examples` must hold labels of the kind .* fitted with, {there}.*; got {here}"
+            with pytest.raises(ValueError, match=match):
+                method.add_examples((rows[0], new))
+
     def test_trained_operators(self, planted):
         model, train, _ = planted
         config = arguments(operators="trained", subsets="partition", n_subsets=4, rank=2, iterations=1)

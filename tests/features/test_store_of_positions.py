@@ -96,6 +96,42 @@ def test_weights_of_another_shape_are_refused_by_a_whole_store(tokens, tmp_path,
             STRIDE(model, train, feature_store=store, batch=batch).fit()
 
 
+@pytest.mark.parametrize(
+    ("loss", "outputs", "whole"),
+    [
+        ("mse", 2, False),
+        ("mse", 2, True),
+        ("mse", 1, False),
+        ("mse", 1, True),
+        ("binary_cross_entropy", 2, True),
+        ("cross_entropy", 2, False),
+    ],
+)
+def test_weights_beside_labels_that_are_no_indices(loss, outputs, whole, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, outputs))
+    x, labels = torch.randn(10, 4, 3), torch.rand(10, 4, 2).softmax(-1)[..., :outputs]
+    labels = labels.round().long() if whole else labels
+    train = TensorDataset(x, labels)
+    STRIDE(model, train, loss=loss, feature_store=tmp_path).fit()
+    for store in (None, tmp_path):
+        for wrong in (2, 6, 8):
+            method = STRIDE(
+                model,
+                train,
+                loss=loss,
+                feature_store=store,
+                batch=Batch(sample_weight=torch.rand(10, wrong)),
+            )
+            match = rf"`sample_weight` must hold one for each example, or \(10, 4\).*\(10, {wrong}\)"
+            with pytest.raises(ValueError, match=match):
+                method.fit()
+    batch = Batch(sample_weight=torch.rand(10, 4))
+    found = STRIDE(model, train, loss=loss, feature_store=tmp_path, batch=batch).influence(train[:2])
+    wanted = STRIDE(model, train, loss=loss, batch=batch).influence(train[:2])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("most", [8, 20, 40])
 def test_an_interrupted_store_resumes(tokens, tmp_path, most):

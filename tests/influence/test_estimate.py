@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from stride_captum import STRIDE
-from stride_captum.adapters import DiagonalEKFAC, Similarity
+from stride_captum.adapters import DiagonalEKFAC, Similarity, TracIn
 from stride_captum.closed_form import estimate as closed_form_estimate
 from stride_captum.closed_form.memory import closed_form_bytes
 from stride_captum.features.store import FeatureStore
@@ -209,6 +209,19 @@ def test_loaders_dicts_and_precomputed_features():
     found = STRIDE.from_features(torch.randn(50, 4), torch.randn(50, 3), torch.arange(50) % 3).estimate(5)
     assert found.n_train == 50
     assert found.fit_seconds > 0
+
+
+@pytest.mark.parametrize("method", [TracIn, DiagonalEKFAC, STRIDE])
+def test_examples_with_several_positions(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    train = TensorDataset(torch.randn(20, 5, 4), torch.randint(3, (20, 5)))
+    asked = method(model, train)
+    before = dict(vars(asked))
+    found = asked.estimate(n_test=3)
+    assert (found.n_train, found.n_test) == (20, 3)
+    assert found.query_seconds > 0
+    assert vars(asked) == before
 
 
 def test_what_cannot_be_estimated(planted):

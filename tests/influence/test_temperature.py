@@ -166,6 +166,25 @@ class TestExamplesThatACheckpointHasNotSeen:
         with pytest.raises(ValueError, match="`held_out` must hold an example with a weight above 0"):
             placed.fit()
 
+    @pytest.mark.parametrize("first", [True, False])
+    def test_examples_that_count_for_nothing_are_refused(self, planted, first):
+        model, train, _ = planted
+        weights = torch.ones(N_TRAIN)
+        half = slice(0, N_TRAIN // 2) if first else slice(N_TRAIN // 2, N_TRAIN)
+        weights[half] = 0
+        seen = [Checkpoint(model.state_dict(), seen=range(N_TRAIN // 2))]
+        kind = "seen" if first else "left out"
+        match = f"`seen` must leave out and hold examples .* none of these among those that are {kind}"
+        weighed = STRIDE(model, train, checkpoints=seen, batch=Batch(sample_weight=weights))
+        with pytest.raises(ValueError, match=match):
+            weighed.fit()
+        x, y = train.tensors
+        labels = y[:, None].repeat(1, 2)
+        labels[half] = -100
+        tokens = TensorDataset(torch.stack([x, x], 1), labels)
+        with pytest.raises(ValueError, match=match):
+            STRIDE(model, tokens, checkpoints=seen).fit()
+
     def test_all_or_none_of_them_is_refused(self, planted):
         model, train, _ = planted
         for seen in (range(N_TRAIN), []):
