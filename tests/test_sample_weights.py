@@ -507,3 +507,21 @@ def test_losses_are_saved_with_their_options(problem, tmp_path):
     data = TensorDataset(x, labels["cross_entropy"])
     with pytest.raises(ValueError, match="`options` must leave what has been fitted"):
         STRIDE.load(tmp_path / "method", model, data, loss=BinaryCrossEntropy())
+
+
+@pytest.mark.parametrize("method", [STRIDE, TracIn, DiagonalEKFAC])
+@pytest.mark.parametrize("positions", [False, True])
+def test_class_weights_count_in_the_self_influence_of_other_examples(method, positions):
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x = torch.randn(9, 4, 3, dtype=torch.float64, generator=generator)
+    y = torch.arange(36).reshape(9, 4) % 3
+    if not positions:
+        x, y = x[:, 0], y[:, 0]
+    elif method is DiagonalEKFAC:
+        pytest.skip("it refuses class weights of positions")
+    options = {"operators": ClosedForm(residuals="training")} if method is STRIDE else {}
+    found = method(model, TensorDataset(x, y), loss=CrossEntropy(weight=[1.0, 5.0, 0.0]), **options)
+    torch.testing.assert_close(found.self_influence((x, y)), found.self_influence())
+    plain = method(model, TensorDataset(x, y), **options)
+    assert not torch.allclose(plain.self_influence(), found.self_influence())

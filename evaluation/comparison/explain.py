@@ -230,7 +230,7 @@ def explain(
             index=index,
             label=label_in_words(task.loss, y_test[index], width),
             predicted=output_in_words(task.loss, test_outputs[index], y_test[index]),
-            probability=probabilities and probabilities[index],
+            probability=None if probabilities is None else probabilities[index],
             response=float(response[i]),
             proponents=_neighbors(task, width, best[0][i], best[1][i]),
             opponents=_neighbors(task, width, worst[0][i], worst[1][i]),

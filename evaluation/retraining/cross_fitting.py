@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from ...errors import bad_value
 from ...influence.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from ...losses import Loss, loss_of
+from ...losses.whole_examples import loss_of_outputs
 from ...subsets import Membership, members, membership_from_indices
 from ...system.preserve_state import preserve_state
-from ..tasks.task_loss import loss_of_outputs, output_rows, response_of
+from ..tasks.task_loss import output_rows, response_of
 from . import store as run_store
 from .parts import PartTraining, TrainFunction, part_trainings, train_part, training_paths
 from .store import State
@@ -73,6 +74,7 @@ class CrossFitted:
             for place in self.last:
                 load_checkpoint(network, self.checkpoints[place].weights)
                 outputs = network.eval()(x.to(device))
+                outputs = getattr(outputs, "logits", outputs)
                 own = loss_of_outputs(trained_with, outputs)
                 rows = output_rows(own, outputs).cpu()
                 found.append(response_of(own, rows, y, response).double().numpy())

@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 from ...errors import bad_value
 from ...influence.rows import checked_ids
 from ...losses import Loss
+from ...losses.whole_examples import loss_of_outputs
 from ...system.fingerprints import bits
 from .class_labels import class_indices, is_one_hot
 from .class_logits import check_logits, class_logits, unreadable
@@ -24,7 +25,7 @@ from .example_reading import Reader, check_finite
 from .factories import import_factory
 from .image_data import holds_raw_images, image_tensors
 from .new_network import new_network, seeded
-from .task_loss import check_outputs, is_plain, loss_of_outputs
+from .task_loss import check_outputs, is_plain
 
 Pair = tuple[Tensor, Tensor]
 

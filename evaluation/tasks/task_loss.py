@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from ...errors import bad_type, bad_value
 from ...losses import Loss
-from ...losses.positions import channels_last, has_positions
 from ...losses.summed_positions import SummedPositions
 from ...responses import response_value
 from .class_logits import class_logits
@@ -32,16 +31,6 @@ def is_plain(loss: Loss | None) -> bool:
 def loss_of_methods(loss: Loss) -> Loss:
     """The loss that methods are given: for examples with several positions, that of one position."""
     return loss.position if isinstance(loss, SummedPositions) else loss
-
-
-def loss_of_outputs(loss: Loss, outputs: Any) -> Loss:
-    """The loss of whole examples: the sum over positions where the outputs have several an example."""
-    outputs = getattr(outputs, "logits", outputs)
-    if isinstance(loss, SummedPositions) or not isinstance(outputs, Tensor) or not has_positions(outputs):
-        return loss
-    last = channels_last(outputs, loss.class_dim)
-    n_outputs = loss.logits(last.reshape(-1, last.shape[-1])).shape[1]
-    return SummedPositions(position=loss, n_positions=last[0, ..., 0].numel(), n_outputs=n_outputs)
 
 
 def output_rows(loss: Loss | None, outputs: Any) -> Tensor:

@@ -204,7 +204,10 @@ class ClosedFormOperators(FittedOperators):
         return in_range(values, self.scale.device, working_dtype(self.features))
 
     def sides_of_others(self, points: TestPoints) -> tuple[Tensor, Tensor, Tensor]:
-        """Of other examples: phi, `e_y - p`, and the residuals that they would have in units of s."""
+        """Of other examples: phi, `e_y - p`, and the residuals that they would have in units of s.
+
+        The last ones times what the loss weighs their labels with, as those of training examples are.
+        """
         phi = scaled_features(points.features.to(self.scale.device), self.scale, self.scale.dtype)
         loss, predictions, device = self.loss, None, float64_device(self.device)
         if self.kind in OF_A_HEAD:
@@ -213,6 +216,8 @@ class ClosedFormOperators(FittedOperators):
         of_loss = loss.residuals, loss.encoded, loss.of_ridge_head
         options = self.kind, z, y, predictions, self.temperature, self.ridge_ratio
         residuals, _ = choose_residuals(*options, *of_loss)
+        if (omega := loss.weights(y)) is not None:
+            residuals = residuals * omega.to(residuals)[:, None]
         return phi, loss.residuals(z, y), (residuals / self.curvature.scale).to(phi)
 
     def mislabel_scores(self) -> Tensor:

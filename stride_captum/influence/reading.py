@@ -19,9 +19,10 @@ from ..layers.activations import token_mask
 from ..layers.probes import check_deterministic
 from ..losses import Loss, loss_of
 from ..losses.output_check import OutputCheck
-from ..losses.positions import PositionRows, channels_last, has_positions
+from ..losses.positions import PositionRows, has_positions
 from ..losses.positions import position_rows as as_position_rows
 from ..losses.summed_positions import SummedPositions
+from ..losses.whole_examples import loss_of_outputs
 from ..system.devices import float64_device, on_device
 from .checkpoints.checkpoint import LoadCheckpoint
 from .query import Query
@@ -208,16 +209,8 @@ class BatchReader(ModelSession):
         few = self._first_train_batch().first(2)
         with torch.no_grad():
             outputs = few.outputs(model)
-        if has_positions(outputs):
-            last = channels_last(outputs, self.loss.class_dim)
-            n_outputs = self.loss.logits(last.reshape(-1, last.shape[-1])).shape[1]
-            n_positions = last[0, ..., 0].numel()
-            together = SummedPositions(
-                position=self.loss,
-                n_positions=n_positions,
-                n_outputs=n_outputs,
-                shape=tuple(outputs.shape[1:]),
-            )
+        together = loss_of_outputs(self.loss, outputs)
+        if together is not self.loss:
             self.check_loss(together)
             self.loss = together
             self._training_passes().read_with(self.loss)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from typer.testing import CliRunner
 
 from stride_captum.evaluation.cli.app import app
+from stride_captum.evaluation.retraining.training import mean_residual, train_model
 from stride_captum.evaluation.tasks.checks import check_task
 from stride_captum.evaluation.tasks.class_order import first_examples, in_class_order, in_order
 from stride_captum.evaluation.tasks.factories import import_factory
@@ -362,8 +363,23 @@ class TestLosses:
 
     def test_outputs_of_three_axes_are_positions(self, load):
         task = load(tensors_of(lambda x, y: (x, torch.where(x > 1, -100, (x > 0).long()))), Tags)
-        assert task.loss == SummedPositions(position=CrossEntropy(), n_positions=6, n_outputs=3)
+        assert task.loss == SummedPositions(position=CrossEntropy(), n_positions=6, n_outputs=3, shape=(6, 3))
         check_task(task)
+
+    def test_one_output_a_position_is_a_logit_of_two_classes(self, load):
+        class Binary(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.head = nn.Linear(1, 1)
+
+            def forward(self, x):
+                return self.head(x[..., None])
+
+        task = load(tensors_of(lambda x, y: (x, (x > 0).long())), Binary)
+        assert (task.loss.n_positions, task.loss.n_outputs) == (6, 2)
+        check_task(task)
+        model = train_model(task.build_model, *task.train.tensors, task.training, 0, loss=task.loss)
+        assert mean_residual(model, *task.train.tensors, task.loss) < 0.4
 
     def test_options_of_a_loss(self, load):
         loss = CrossEntropy(label_smoothing=0.1)
