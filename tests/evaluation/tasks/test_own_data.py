@@ -21,6 +21,7 @@ from stride_captum.evaluation.tasks.checks import check_task
 from stride_captum.evaluation.tasks.class_order import first_examples, in_class_order, in_order
 from stride_captum.evaluation.tasks.factories import import_factory
 from stride_captum.evaluation.tasks.loading import load_task
+from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.losses import MSE, BinaryCrossEntropy, CrossEntropy
 from stride_captum.losses.summed_positions import SummedPositions
 
@@ -378,7 +379,8 @@ class TestLosses:
         task = load(tensors_of(lambda x, y: (x, (x > 0).long())), Binary)
         assert (task.loss.n_positions, task.loss.n_outputs) == (6, 2)
         check_task(task)
-        model = train_model(task.build_model, *task.train.tensors, task.training, 0, loss=task.loss)
+        longer = TrainingSettings(optimizer="adam", learning_rate=0.2, epochs=20)
+        model = train_model(task.build_model, *task.train.tensors, longer, 0, loss=task.loss)
         assert mean_residual(model, *task.train.tensors, task.loss) < 0.4
 
     def test_options_of_a_loss(self, load):
