@@ -84,6 +84,8 @@ class SummedPositions(Loss):
         checked = self.position.labels(y[counted], self.n_outputs, argument)
         if checked.ndim > y.ndim - 1:  # one number each, of a loss with one output
             y = y[..., None]
+        elif checked.ndim < y.ndim - 1:  # classes, with an axis of the only output
+            y = y.squeeze(-1)
         found = y.to(checked.dtype).clone()
         found[counted] = checked
         return found

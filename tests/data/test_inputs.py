@@ -213,7 +213,7 @@ class TestTargets:
 
     def test_one_label_for_a_sequence_of_outputs_is_refused(self, method):
         train = TensorDataset(torch.zeros(4, 5, 6), torch.zeros(4))
-        refused = r"hold labels (of shape \(3, 5\)|for 5 positions)|return one row of logits"
+        refused = r"hold labels (of shape \(\d, 5\)|for 5 positions)|return one row of logits"
         with pytest.raises(ValueError, match=refused):
             method(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), train).influence(
                 (torch.zeros(2, 5, 6), torch.zeros(2))
