@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from .closed_form.position_scores import PositionOperators
 from .errors import bad_value, not_fitted
 from .features.precomputed import Precomputed
 from .influence.checkpoints.checkpoint import unseen_by
@@ -151,9 +150,6 @@ class OperatorScores(TrainingFeatures):
         if per_label:
             outputs = [state.operators.mislabel_scores_of_outputs() for state in self._states or []]
             whole = [part for part in outputs if part is not None]
-            if any(isinstance(state.operators, PositionOperators) for state in self._states or []):
-                must = "have one row of outputs per example for per_label=True"
-                raise bad_value("model", must, "several positions", "Leave `per_label` out.")
             if len(whole) != len(outputs):
                 must = f"be False for operators={self.operators.name!r}"
                 raise bad_value("per_label", must, True, "Take the closed form.")

@@ -125,7 +125,7 @@ class Positions:
         """The rows of what `padded` gave, `(n, most positions, ...)` to `(n_rows, ...)`."""
         return values.flatten(0, 1) if self.all_filled else values[self.filled(values.device)]
 
-    @property
+    @cached_property
     def all_filled(self) -> bool:
         """Whether every example has as many rows, and some."""
         return self.n_rows > 0 and self.n_rows == len(self) * int(self.counts.max())

@@ -90,7 +90,7 @@ class WithResiduals(OnWorkingCopy):
         given = 1.0 if self.residuals == "training" else temperature
         residuals = loss_residuals if given == 1.0 else self.loss.residuals(z, y, given)
         if isinstance(self.loss, SummedPositions):  # of rows, they are part of omega
-            residuals = self._with_class_weights(residuals, y)
+            residuals = self.loss.weighed(residuals, y)
         if self._omega is not None:
             residuals = residuals * self._omega.to(residuals)[:, None]
         return residuals, loss_residuals, temperature
@@ -145,14 +145,7 @@ class WithResiduals(OnWorkingCopy):
         right = left
         if self.residuals != "training":
             right = self.loss.residuals(logits, labels, state.temperature)
-        return left, self._with_class_weights(right, labels)
-
-    def _with_class_weights(self, residuals: Tensor, labels: Tensor) -> Tensor:
-        """Residuals times what the loss weighs the label of each example, or position, with."""
-        if isinstance(self.loss, SummedPositions):
-            return self.loss.weighed(residuals, labels)
-        omega = self.loss.weights(labels)
-        return residuals if omega is None else residuals * omega.to(residuals)[:, None]
+        return left, self.loss.weighed(right, labels)
 
     @override
     def settings(self) -> dict[str, Any]:

@@ -23,10 +23,10 @@ from ...system.processes import first_rank_first, in_group
 from ..retraining.parts import TrainFunction
 from ..system import environment
 from ..tasks.class_logits import check_logits
-from ..tasks.in_words import label_in_words, output_in_words
 from ..tasks.task import Task
 from ..tasks.task_loss import is_plain, loss_of_methods, objective, response_of
 from .explained_models import learned_nothing, models_to_explain, reliabilities
+from .in_words import label_in_words, output_in_words
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Neighbor:
 
     Attributes:
         index: Index in the training set.
-        label: Its class; in words if the loss has none (`evaluation.tasks.in_words`).
+        label: Its class; in words if the loss has none (`in_words`).
         score: Predicted change of the response when it is in the training set.
         id: Its name (`Task.ids`); None if examples have none.
     """
@@ -221,16 +221,16 @@ def explain(
     best = [part.cpu() for part in method.influence(batch, k, True, show_progress)]
     seconds = {"forward": forward_seconds, "fit": method.fit_seconds_, "query": method.query_seconds_}
     worst = [part.cpu() for part in method.influence(batch, k, False, show_progress)]
-    response = response_of(task.loss, test_outputs[rows], y_test[rows], method.response)
-    width = test_outputs.shape[1]
-    probabilities = _probabilities(task, test_outputs, y_test)
+    asked, width = (task.loss, test_outputs[rows], y_test[rows]), test_outputs.shape[1]
+    response = response_of(*asked, method.response)
+    probabilities = response_of(*asked, "probability").tolist() if task.has_classes else None
     agreement = reliabilities(method, batch, task.loss)
     points = [
         ExplainedPoint(
             index=index,
             label=label_in_words(task.loss, y_test[index], width),
             predicted=output_in_words(task.loss, test_outputs[index], y_test[index]),
-            probability=None if probabilities is None else probabilities[index],
+            probability=None if probabilities is None else probabilities[i],
             response=float(response[i]),
             proponents=_neighbors(task, width, best[0][i], best[1][i]),
             opponents=_neighbors(task, width, worst[0][i], worst[1][i]),
@@ -278,14 +278,6 @@ def _checked(loss: Loss, outputs: Tensor, labels: Tensor, argument: str) -> Tens
     if not bool(torch.isfinite(outputs).all()):
         raise bad_value("model", "give finite logits", f"NaN or infinity for `{argument}`")
     return outputs
-
-
-def _probabilities(task: Task, logits: Tensor, labels: Tensor) -> list[float] | None:
-    """Of the true class of each example; None if the loss is not plain cross-entropy."""
-    if not task.has_classes:
-        return None
-    found: list[float] = logits.softmax(1).gather(1, labels[:, None]).squeeze(1).tolist()
-    return found
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -68,8 +68,8 @@ def estimate_cross_fitted(
     files, stacked = [], False
     for task, number in runs:
         how: dict[str, Any] = {"engine": engine, "device": device}
-        function, paths = cross_fit_training(task, number, repeats, store, split, **how)
-        files.append((task, [[path] for path in paths]))
+        function, _, paths = cross_fit_training(task, number, repeats, store, split, **how)
+        files.append((task, [[path] for path in paths if path is not None]))
         stacked |= function.stacked
     purpose = "cross-fitted halves" if split.parts == 2 else f"cross-fitted parts, {split.parts} of each"
     return _estimate(files, purpose, device, split, n_jobs, stacked=stacked)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ...errors import bad_choice, bad_value
@@ -28,6 +30,27 @@ def check_engine(engine: str, task: Task) -> None:
         reason = why_not_stacked(task)
         if reason is not None:
             raise bad_value("engine", "be 'processes' for this network", "'stacked'", reason)
+
+
+def takes_stacks(
+    engine: str, task: Task, n_stored: Callable[[bool], int], n_alike: int, device: torch.device | str
+) -> bool:
+    """Whether trainings are done in stacks; "auto" goes on with the engine that did most of them before.
+
+    Args:
+        engine: One of `ENGINES`.
+        task: What is trained.
+        n_stored: How many of the trainings the store has, in stacks or one by one.
+        n_alike: Trainings on subsets of one size.
+        device: Where.
+    """
+    check_engine(engine, task)
+    if engine != "auto":
+        return engine == "stacked"
+    single, together = n_stored(False), n_stored(True)
+    if not single and not together:
+        return stacks_are_faster(task, n_alike, device)
+    return together > single
 
 
 def largest_stack(device: torch.device | str) -> int:

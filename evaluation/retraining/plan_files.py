@@ -13,7 +13,7 @@ from ...subsets import members
 from ..tasks.new_network import built
 from . import files as retraining_files
 from . import store as run_store
-from .engines import STACK_RECIPE, check_engine, largest_stack, stacks_are_faster
+from .engines import STACK_RECIPE, largest_stack, takes_stacks
 from .files import Run, RunFile
 from .store import Fingerprints
 from .training import logits_of
@@ -25,17 +25,13 @@ if TYPE_CHECKING:
 def files_for(plan: RetrainingPlan, engine: str, device: torch.device | str) -> list[RunFile]:
     """All files of a plan for an engine; "auto" is resolved here."""
     device = torch.device(device)
-    check_engine(engine, plan.task)
-    if engine == "auto":
-        stored = {}
-        for name in ("processes", "stacked"):
-            files = files_of(plan, name == "stacked", device)
-            stored[name] = sum(len(file.runs) for file in files if file.read()[0] is not None)
-        engine = max(stored, key=lambda name: stored[name])
-        _, counts = np.unique(np.diff(plan.membership.indptr), return_counts=True)
-        if not stored[engine] and stacks_are_faster(plan.task, int(counts.max()) * plan.n_seeds, device):
-            engine = "stacked"
-    return files_of(plan, engine == "stacked", device)
+
+    def n_stored(stacked: bool) -> int:
+        return sum(len(f.runs) for f in files_of(plan, stacked, device) if f.read()[0] is not None)
+
+    _, counts = np.unique(np.diff(plan.membership.indptr), return_counts=True)
+    n_alike = int(counts.max()) * plan.n_seeds
+    return files_of(plan, takes_stacks(engine, plan.task, n_stored, n_alike, device), device)
 
 
 def files_of(plan: RetrainingPlan, stacked: bool, device: torch.device) -> list[RunFile]:

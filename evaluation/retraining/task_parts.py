@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import joblib
 import numpy as np
@@ -19,7 +20,7 @@ from ..tasks.task import Task
 from . import store as run_store
 from .attributed_models import log_epochs
 from .cross_fitting import CrossFitted, cross_fitted
-from .engines import STACK_RECIPE, check_engine, largest_stack, stacks_are_faster
+from .engines import STACK_RECIPE, largest_stack, takes_stacks
 from .parts import PartTraining, keep_states, part_trainings, stacks_of, train_part, training_paths
 from .stacked import StackedModels, train_stacked
 from .store import State
@@ -152,15 +153,12 @@ def cross_fit(
         ValueError: As for `retrain`; the `state_dict` of the network does not restore it, or the engine
             cannot train it.
     """
-    check_engine(engine, task)
+    how: dict[str, Any] = {"engine": engine, "device": device}
+    function, jobs, paths = cross_fit_training(task, number, repeats, store, split, **how)
     check_restored(task.build_model, task.train.tensors[0][:2])
-    jobs = part_trainings(task.n_train, split.parts, repeats, _FIRST + _APART * number)
-    function = part_training(task, jobs, store, split, engine, device)
-    paths = training_paths(function, jobs, store, function.version)
-    one_by_one = not function.stacked
 
     def train(todo: Sequence[PartTraining]) -> list[list[State]]:
-        groups = [[job] for job in todo] if one_by_one else stacks_of(todo, largest_stack(device))
+        groups = stacks_of(todo, largest_stack(device)) if function.stacked else [[job] for job in todo]
         parallel = joblib.Parallel(n_jobs=max(min(count(n_jobs, device), len(groups)), 1))
         done = parallel(
             joblib.delayed(_train_group)(function, group, [paths[job.number] for job in group])
@@ -175,30 +173,6 @@ def cross_fit(
 
     found = cross_fitted(jobs, paths, train, task.n_train)
     return replace(found, trainings=split.trainings(repeats, task.training.epochs))
-
-
-def part_training(
-    task: Task,
-    jobs: Sequence[PartTraining],
-    store: str | Path | None,
-    split: Split,
-    engine: str,
-    device: torch.device | str,
-) -> TaskTraining:
-    """How `cross_fit` trains: "auto" takes the engine that did most of these trainings before."""
-    ways = [
-        TaskTraining(task, epochs=split.epochs, device=str(device), stacked=stacked)
-        for stacked in (False, True)
-    ]
-    if engine == "auto":
-        stored = [
-            sum(path is not None and path.exists() for path in training_paths(way, jobs, store, way.version))
-            for way in ways
-        ]
-        alike = max(Counter(len(job.rows) for job in jobs).values())
-        faster = not any(stored) and stacks_are_faster(task, alike, device)
-        engine = "stacked" if faster or stored[1] > stored[0] else "processes"
-    return ways[engine == "stacked"]
 
 
 def _train_group(
@@ -219,15 +193,24 @@ def cross_fit_training(
     task: Task,
     number: int,
     repeats: int,
-    store: str | Path,
+    store: str | Path | None,
     split: Split = HALVES,
     *,
     engine: str = "auto",
     device: torch.device | str = "cpu",
-) -> tuple[TaskTraining, list[Path]]:
-    """How `cross_fit` trains, and the files that it writes, one for each model."""
-    check_engine(engine, task)
+) -> tuple[TaskTraining, list[PartTraining], list[Path | None]]:
+    """How `cross_fit` trains, its trainings, and the file of each; None without a store."""
     jobs = part_trainings(task.n_train, split.parts, repeats, _FIRST + _APART * number)
-    function = part_training(task, jobs, store, split, engine, device)
-    paths = training_paths(function, jobs, store, function.version)
-    return function, [path for path in paths if path is not None]
+
+    def way(stacked: bool) -> TaskTraining:
+        return TaskTraining(task, epochs=split.epochs, device=str(device), stacked=stacked)
+
+    def paths(function: TaskTraining) -> list[Path | None]:
+        return training_paths(function, jobs, store, function.version)
+
+    def n_stored(stacked: bool) -> int:
+        return sum(path is not None and path.exists() for path in paths(way(stacked)))
+
+    n_alike = max(Counter(len(job.rows) for job in jobs).values())
+    function = way(takes_stacks(engine, task, n_stored, n_alike, device))
+    return function, jobs, paths(function)

@@ -65,12 +65,10 @@ def objective(loss: Loss | None, rows: Tensor, labels: Tensor) -> Tensor:
     n_positions = loss.n_positions if isinstance(loss, SummedPositions) else 1
     if not loss.has_weights:
         return loss.values(rows, y).mean() / n_positions
-    each, n = loss, len(rows)
+    n, each, omega = len(rows), loss, loss.weights(y)
     if isinstance(loss, SummedPositions):
-        counted = loss.position.counted(y).flatten()
-        each, y = loss.position, y.flatten(0, 1)[counted]
-        rows = rows.reshape(n * n_positions, -1)[counted]
-    omega = each.weights(y)
+        each = loss.position
+        rows, y, omega = loss.counted_rows(rows, y, None)
     values = each.values(rows, y)
     if omega is None:
         return values.sum() / (n * n_positions)

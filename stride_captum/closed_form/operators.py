@@ -216,9 +216,8 @@ class ClosedFormOperators(FittedOperators):
         of_loss = loss.residuals, loss.encoded, loss.of_ridge_head
         options = self.kind, z, y, predictions, self.temperature, self.ridge_ratio
         residuals, _ = choose_residuals(*options, *of_loss)
-        if (omega := loss.weights(y)) is not None:
-            residuals = residuals * omega.to(residuals)[:, None]
-        return phi, loss.residuals(z, y), (residuals / self.curvature.scale).to(phi)
+        right = loss.weighed(residuals, y) / self.curvature.scale
+        return phi, loss.residuals(z, y), right.to(phi)
 
     def mislabel_scores(self) -> Tensor:
         """Norm of the leave-one-out residual of the ridge head: how far a label is from its prediction."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -229,9 +230,7 @@ class PositionOperators(FittedOperators):
     @override
     def train_norms(self) -> Tensor:
         """`sqrt(<G, (F + lambda)^-1 G> / W)` of `G = sum_t phi_t (x) omega_t r_t`, times 1/sqrt(s)."""
-        if self.known is not None:
-            return self.known["norms"]
-        return self._training_forms[0]
+        return self._training_forms[0] if self.known is None else self.known["norms"]
 
     @cached_property
     def _training_forms(self) -> tuple[Tensor, Tensor]:
@@ -250,12 +249,9 @@ class PositionOperators(FittedOperators):
 
     @override
     def test_norms(self, prepared: PositionQuery) -> Tensor:
-        return self._norms(prepared.rows.phi, prepared.rows.gradients, prepared.positions)
-
-    def _norms(self, phi: Tensor, vectors: Tensor, positions: Positions) -> Tensor:
-        sizes, units = sizes_and_units_of_examples(vectors, positions)
-        form = self._form(phi, units, units, positions) / self.rows.moments.weight
-        return norms_of(form, sizes)
+        phi, positions = prepared.rows.phi, prepared.positions
+        sizes, units = sizes_and_units_of_examples(prepared.rows.gradients, positions)
+        return norms_of(self._form(phi, units, units, positions) / self.rows.moments.weight, sizes)
 
     def _form(self, phi: Tensor, left: Tensor, right: Tensor, positions: Positions) -> Tensor:
         """`<sum_t phi_t (x) left_t, (F + lambda)^-1 sum_t phi_t (x) right_t>` in units of 1/s, `(n,)`."""
@@ -277,9 +273,7 @@ class PositionOperators(FittedOperators):
     @override
     def self_influence(self) -> Tensor:
         """`<sum_t phi_t (x) (y_t - p_t), a_i>`, `(n_train,)`."""
-        if self.known is not None:
-            return self.known["self_influence"]
-        return self._training_forms[1]
+        return self._training_forms[1] if self.known is None else self.known["self_influence"]
 
     @override
     def self_influence_of(self, points: TestPoints) -> Tensor:
@@ -298,3 +292,8 @@ class PositionOperators(FittedOperators):
         if self.known is not None:
             return self.known["suspects"]
         return self.positions.mean(self.rows.mislabel_scores())
+
+    @override
+    def mislabel_scores_of_outputs(self) -> NoReturn:
+        must = "have one row of outputs per example for per_label=True"
+        raise bad_value("model", must, "several positions", "Leave `per_label` out.")

@@ -94,6 +94,11 @@ class Loss(ABC):
         """What the loss multiplies the term of each label with, `(n,)`; None for 1."""
         return None
 
+    def weighed(self, residuals: Tensor, labels: Tensor) -> Tensor:
+        """Residuals `(n, n_outputs)`, each row times the weight of its label."""
+        omega = self.weights(labels)
+        return residuals if omega is None else residuals * omega.to(residuals)[:, None]
+
     def counted(self, labels: Tensor) -> Tensor:
         """Which positions have a label that is not ignored, `(n, P)` bool.
 

@@ -138,16 +138,9 @@ class SummedPositions(Loss):
         whole[counted.to(part.device)] = part
         return whole.reshape(len(logits), -1)
 
+    @override
     def weighed(self, residuals: Tensor, labels: Tensor) -> Tensor:
-        """Residuals `(n, P C)`, those of each position times what its loss weighs its label with."""
-        if not self.has_weights:
-            return residuals
-
-        def each(r: Tensor, y: Tensor) -> Tensor:
-            omega = self.position.weights(y)
-            return r if omega is None else r * omega.to(r)[:, None]
-
-        return self._of_rows(each, residuals, labels)
+        return self._of_rows(self.position.weighed, residuals, labels) if self.has_weights else residuals
 
     def counted_rows(
         self, logits: Tensor, labels: Tensor, weights: Tensor | None

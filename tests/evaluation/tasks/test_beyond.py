@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 from stride_captum import STRIDE
 from stride_captum.evaluation import compare, load_task
 from stride_captum.evaluation.comparison.explain import explain
+from stride_captum.evaluation.comparison.in_words import label_in_words, output_in_words
 from stride_captum.evaluation.comparison.plan import settle
 from stride_captum.evaluation.report.html import write_explanation
 from stride_captum.evaluation.report.terminal import show_explanation
@@ -22,7 +23,6 @@ from stride_captum.evaluation.retraining.task_parts import cross_fit
 from stride_captum.evaluation.retraining.training import logits_of, mean_residual, train_model
 from stride_captum.evaluation.tasks.built_in import WITHOUT_CLASSES
 from stride_captum.evaluation.tasks.bundled_data import IGNORED, TAGS, digit_pairs, source_lines
-from stride_captum.evaluation.tasks.in_words import label_in_words, output_in_words
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.evaluation.tasks.task import Task
 from stride_captum.evaluation.tasks.task_loss import (

@@ -23,8 +23,8 @@ def label_in_words(loss: Loss, label: Tensor, width: int) -> int | str:
     """
     y = loss.labels(label[None], width, "labels")
     if isinstance(loss, SummedPositions):
-        counted, classes = _positions(loss, y)
-        return _runs(y[0][counted].tolist()) if classes else _numbers(y[0][counted])
+        own = y[0][loss.position.counted(y)[0]]
+        return _runs(own.tolist()) if _are_classes(loss.position, own) else _numbers(own)
     return _class(y) if loss.has_classes else _labels_or_numbers(loss, y[0], y[0])
 
 
@@ -39,19 +39,18 @@ def output_in_words(loss: Loss, row: Tensor, label: Tensor) -> int | str:
     z = row[None].double()
     y = loss.labels(label[None], len(row), "labels")
     if isinstance(loss, SummedPositions):
-        counted, classes = _positions(loss, y)
-        outputs = z.reshape(loss.n_positions, -1)[counted]
-        if not classes:
-            return _numbers(_predicted(loss.position, outputs, y[0][counted]))
+        outputs, own, _ = loss.counted_rows(z, y, None)
+        if not _are_classes(loss.position, own):
+            return _numbers(_predicted(loss.position, outputs, own))
         said = outputs.argmax(1)
-        right = int((said == y[0][counted].to(said)).sum())
+        right = int((said == own.to(said)).sum())
         return f"{_runs(said.tolist())} ({right} of {len(said)} right)"
     return int(z.argmax()) if loss.has_classes else _labels_or_numbers(loss, _predicted(loss, z, y)[0], y[0])
 
 
-def _positions(loss: SummedPositions, y: Tensor) -> tuple[Tensor, bool]:
-    """Which positions have a label, `(P,)` bool, and whether it is a class."""
-    return loss.position.counted(y)[0], loss.position.has_classes and y.ndim == 2
+def _are_classes(loss: Loss, y: Tensor) -> bool:
+    """Whether labels are classes, `(n,)`."""
+    return loss.has_classes and y.ndim == 1
 
 
 def _class(y: Tensor) -> int:
