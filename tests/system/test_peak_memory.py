@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,29 @@ MIB = 2**20
 told = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell")
 
 
+def wait_for_samples(memory: PeakMemory) -> None:
+    """Wait until two more samples are taken, however long a busy machine lets the sampling thread wait."""
+    samples = threading.Semaphore(0)
+    read = memory._read
+
+    def counted() -> int | None:
+        found = read()
+        samples.release()
+        return found
+
+    memory._read = counted
+    for _ in range(2):
+        assert samples.acquire(timeout=60)
+    memory._read = read
+
+
 @pytest.mark.slow
 @told
 def test_memory_that_is_freed_again_counts_and_earlier_memory_does_not() -> None:
     before = torch.ones(32 * MIB, dtype=torch.uint8)
     with PeakMemory(CPU) as memory:
         block = torch.ones(96 * MIB, dtype=torch.uint8)
-        threading.Event().wait(0.05)
+        wait_for_samples(memory)
         del block
     assert memory.bytes is not None
     assert 90 * MIB <= memory.bytes <= 120 * MIB
@@ -81,10 +98,10 @@ class Allocator:
             torch.cuda, "reset_peak_memory_stats", lambda device: pytest.fail("they are the user's")
         )
 
-    def use(self, size: int, seconds: float = 0.0) -> None:
+    def use(self, size: int, meanwhile: Callable[[], object] = int) -> None:
         self.allocated += size
         self.peak = max(self.peak, self.allocated)
-        threading.Event().wait(seconds)
+        meanwhile()
         self.allocated -= size
 
 
@@ -101,7 +118,7 @@ class TestOnAGPU:
     def test_below_the_peak_of_the_caller_what_lasts_is_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
         gpu = Allocator(monkeypatch, allocated=100, peak=5_000)
         with PeakMemory(self.device) as memory:
-            gpu.use(700, seconds=0.1)
+            gpu.use(700, lambda: wait_for_samples(memory))
         assert memory.bytes == 700
         assert gpu.peak == 5_000
 

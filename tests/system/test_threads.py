@@ -98,21 +98,29 @@ def test_a_model_in_use_makes_others_wait_that_share_a_part_of_it():
     shared = nn.Linear(2, 2)
     tied = nn.Linear(2, 2)
     tied.weight = shared.weight
-    order = []
 
-    def hold() -> None:
-        with preserve_state(nn.Sequential(shared)):
-            order.append("in")
-            time.sleep(0.1)
-            order.append("out")
+    def found_order(other: nn.Module, wait: float) -> list[str]:
+        order: list[str] = []
+        inside, done = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with preserve_state(nn.Sequential(shared)):
+                order.append("in")
+                inside.set()
+                done.wait(wait)
+                order.append("out")
+
+        def meanwhile() -> None:
+            assert inside.wait(60)
+            hold_other(other, order)
+            done.set()
+
+        in_threads(hold, meanwhile)
+        return order
 
     for other in (nn.Sequential(nn.ReLU(), shared), shared, nn.Sequential(tied)):
-        order.clear()
-        in_threads(hold, lambda other=other: (time.sleep(0.03), hold_other(other, order)))
-        assert order == ["in", "out", "other"]
-    order.clear()
-    in_threads(hold, lambda: (time.sleep(0.03), hold_other(nn.Linear(2, 2), order)))
-    assert order == ["in", "other", "out"]
+        assert found_order(other, wait=0.1) == ["in", "out", "other"]
+    assert found_order(nn.Linear(2, 2), wait=60) == ["in", "other", "out"]
 
 
 def hold_other(model: nn.Module, order: list[str]) -> None:
