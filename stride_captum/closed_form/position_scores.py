@@ -220,12 +220,15 @@ class PositionOperators(FittedOperators):
             "self_influence": self.self_influence(),
             "suspects": self.mislabel_scores(),
         }
-        parts = [self.matrices_of(block) for block in self.positions.blocks(self._rows_at_once)]
+        width = self.rows.scale.shape[0] * self.n_classes
+        matrices = torch.empty(self.n_train, width, dtype=self.dtype, device=self.device)
+        for block in self.positions.blocks(self._rows_at_once):
+            matrices[block] = self.matrices_of(block)
         few = self.rows.without_features()
         few = replace(
             few, labels=few.labels[:0].clone(), weights=None, head=self.rows.ridge_head.without_rows()
         )
-        return replace(self, rows=few, matrices=torch.cat(parts), known=known)
+        return replace(self, rows=few, matrices=matrices, known=known)
 
     @override
     def train_norms(self) -> Tensor:
