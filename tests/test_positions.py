@@ -849,10 +849,6 @@ class TestBaselines:
         for method in (Random, Similarity):
             assert method(*tagged[:2]).influence(tagged[2]).shape == (N_TEST, N_TRAIN)
 
-    def test_residuals_of_a_ridge_head_are_refused(self, tagged):
-        with pytest.raises(ValueError, match=r"`residuals` must be 'training' or 'temperature'.*got 'both'"):
-            self.made(TracIn, *tagged[:2], residuals="both").fit()
-
     @pytest.mark.parametrize("method", [ClassRandom, ClassSimilarity, KNNShapley])
     def test_methods_that_compare_classes_are_refused(self, tagged, method):
         must = f"`model` must return one row of logits for each example for {method.__name__}, "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
-from stride_captum import STRIDE, Batch, Checkpoint
+from stride_captum import STRIDE, Batch, Checkpoint, ClosedForm
 from stride_captum.adapters import EKFAC, TRAK, DiagonalEKFAC, TracIn
 from stride_captum.losses import MSE, CrossEntropy
 from stride_captum.losses.summed_positions import SummedPositions
@@ -255,6 +255,71 @@ class TestTemperature:
         model, x, y, held = problem
         with pytest.raises(ValueError, match="`train_dataset` must hold a label that counts, with a weight"):
             made(method, model, x, torch.full_like(y, -100), residuals="temperature", held_out=held).fit()
+
+
+class TestOutOfSample:
+    """Residuals of a ridge head that has not seen any position of the example."""
+
+    IGNORED = -100
+
+    @pytest.fixture
+    def problem(self) -> tuple[nn.Module, Tensor, Tensor]:
+        y = torch.randint(3, (9, 4), generator=torch.Generator().manual_seed(4))
+        y[2, 1:], y[5] = self.IGNORED, self.IGNORED
+        table = nn.Embedding(11, 3, _weight=draw(11, 3, seed=5))
+        return nn.Sequential(table, network(3)), torch.arange(36).reshape(9, 4) % 11, y
+
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("kind", ["leave-one-out", "both"])
+    def test_one_position_is_an_example_without(self, problem, method, kind):
+        model, x, _ = problem
+        y, test = torch.arange(9)[:, None] % 3, (x[:2, :1], torch.tensor([[1], [2]]))
+        together = made(method, model, x[:, :1], y, residuals=kind)
+        rows = made(method, model, x[:, 0], y[:, 0], residuals=kind)
+        same(together.influence(test), rows.influence((test[0][:, 0], test[1][:, 0])))
+        same(together.self_influence(), rows.self_influence())
+
+    def test_the_head_is_fitted_without_the_example(self, problem):
+        model, x, _ = problem
+        y = draw(9, 4, 3, seed=7)
+        method = made(TracIn, model, x, y, loss="mse", residuals="leave-one-out").fit()
+        # The head reads all layers but the last.
+        h = F.pad(model[0](x).detach(), (0, 1), value=1.0)
+        scale = h[..., :3].square().sum(2).mean().rsqrt()
+        h[..., :3] *= scale
+        second = h.flatten(0, 1).T @ h.flatten(0, 1) / 36
+        damping = 0.1 * second.diagonal().mean() * torch.eye(4)
+        for i in range(9):
+            others, wanted = (part[torch.arange(9) != i].flatten(0, 1) for part in (h, y))
+            head = torch.linalg.solve(others.T @ others / 36 + damping, others.T @ wanted / 36)
+            same(method._states[0].residuals[i].reshape(4, 3), y[i] - h[i] @ head)
+
+    @pytest.mark.parametrize("kind", ["leave-one-out", "both"])
+    @pytest.mark.parametrize("weights", [None, torch.linspace(0.5, 2, 9).double()])
+    def test_they_are_those_of_stride(self, problem, kind, weights):
+        model, x, y = problem
+        loss, batch = CrossEntropy(weight=torch.tensor([1.0, 2.0, 0.5])), Batch(sample_weight=weights)
+        method = made(TracIn, model, x, y, residuals=kind, temperature=2.0, loss=loss, batch=batch).fit()
+        operators = ClosedForm(residuals=kind, temperature=2.0, form="rows")
+        stride = STRIDE(model, TensorDataset(x, y), operators=operators, loss=loss, batch=batch).fit()
+        rows = stride.operators_.rows._residuals
+        found = method._states[0].residuals.reshape(9, 4, 3)
+        same(found[y != self.IGNORED], rows.of(slice(None)) * rows.unit)
+        assert bool((found[y == self.IGNORED] == 0).all())
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_padding_changes_nothing(self, problem, method):
+        model, x, y = problem
+        more = F.pad(x, (0, 2), value=3), F.pad(y, (0, 2), value=self.IGNORED)
+        test = x[:2], torch.tensor([[0, 1, 2, 0], [1, 1, 0, 2]])
+        padded = F.pad(test[0], (0, 2)), F.pad(test[1], (0, 2), value=self.IGNORED)
+        one = made(method, model, x, y, residuals="both").influence(test)
+        same(made(method, model, *more, residuals="both").influence(padded), one)
+
+    def test_no_label_at_all_is_refused(self, problem):
+        model, x, y = problem
+        with pytest.raises(ValueError, match="at least one label that is not ignored"):
+            made(TRAK, model, x, torch.full_like(y, self.IGNORED), residuals="both").fit()
 
 
 class Masked(nn.Module):

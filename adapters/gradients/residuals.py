@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
@@ -11,11 +12,14 @@ from typing_extensions import override
 
 from ...closed_form.options import Residuals
 from ...closed_form.training_residuals import out_of_sample_residuals
+from ...data.batch import ExampleBatch
 from ...errors import bad_choice, bad_value
 from ...features.options import Features
+from ...features.precomputed import check_some_rows
 from ...influence.method import Query
 from ...influence.temperature import choose_temperature
 from ...layers.activations import Tap, default_taps, recording
+from ...layers.positions import at_positions, grid_of
 from ...losses import Loss
 from ...losses.summed_positions import SummedPositions
 from .working_model import OnWorkingCopy
@@ -55,10 +59,6 @@ class WithResiduals(OnWorkingCopy):
         if self.residuals == "temperature" and not loss.tempered:
             must = f"be one of the others for loss={loss.name!r}, which has no temperature"
             raise bad_value("residuals", must, repr(self.residuals))
-        if isinstance(loss, SummedPositions) and not self._of_the_model:
-            must = "be 'training' or 'temperature' for examples with several positions"
-            remedy = "STRIDE with closed-form operators has the others."
-            raise bad_value("residuals", must, repr(self.residuals), remedy)
 
     @property
     def _of_the_model(self) -> bool:
@@ -75,18 +75,8 @@ class WithResiduals(OnWorkingCopy):
         temperature = choose_temperature(self, model, z, y, self.temperature, self._omega)
         loss_residuals = self.loss.residuals(z, y)
         if not self._of_the_model:
-            residuals = out_of_sample_residuals(
-                features,
-                z,
-                y,
-                [tap.width for tap in taps],
-                self.residuals,
-                temperature,
-                memory_budget=self.memory_budget,
-                loss=self.loss,
-                weights=self._omega,
-            )
-            return residuals, loss_residuals, temperature
+            widths = [tap.width for tap in taps]
+            return self._of_a_head(features, z, y, widths, temperature), loss_residuals, temperature
         given = 1.0 if self.residuals == "training" else temperature
         residuals = loss_residuals if given == 1.0 else self.loss.residuals(z, y, given)
         if isinstance(self.loss, SummedPositions):  # of rows, they are part of omega
@@ -95,18 +85,46 @@ class WithResiduals(OnWorkingCopy):
             residuals = residuals * self._omega.to(residuals)[:, None]
         return residuals, loss_residuals, temperature
 
+    def _of_a_head(
+        self, features: Tensor, z: Tensor, y: Tensor, widths: Sequence[int], temperature: float
+    ) -> Tensor:
+        """omega_i r_i of kinds with a ridge head, which leaves out all positions of an example at once."""
+        loss, omega, positions = self.loss, self._omega, None
+        if isinstance(loss, SummedPositions):
+            positions = loss.positions_of(y)
+            check_some_rows(positions.n_rows)
+            z, y, omega = loss.counted_rows(z, y, omega)
+            loss = loss.position
+        residuals = out_of_sample_residuals(
+            features,
+            z,
+            y,
+            widths,
+            self.residuals,
+            temperature,
+            memory_budget=self.memory_budget,
+            loss=loss,
+            weights=omega,
+            positions=positions,
+        )
+        if positions is None:
+            return residuals
+        return positions.in_place(residuals, self.loss.n_positions).flatten(1)
+
     def _read_training_set(
         self, model: nn.Module, taps: Sequence[Tap], show_progress: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Features at the taps, `(n_train, n_features)`, logits and labels; sets `_omega`."""
+        """Features at the taps, a row for each example or counted position, logits, labels; sets `_omega`."""
         features, logits, labels, weights = [], [], [], []
         with recording(model, taps) as run:
             for batch in self.train_batches(show_progress):
                 outputs, rows = run(batch)
                 z = self._as_logits(outputs, batch)
-                features.append(torch.cat(rows, 1) if rows else z.new_empty(len(z), 0))
                 logits.append(z)
                 labels.append(self.train_labels(batch, z.shape[1]))
+                if isinstance(self.loss, SummedPositions):
+                    rows = _of_counted(self.loss, rows, taps, outputs, labels[-1])
+                features.append(torch.cat(rows, 1) if rows else z.new_empty(len(z), 0))
                 omega = self.train_weights(batch, labels[-1])
                 if omega is not None:
                     weights.append(omega)
@@ -120,7 +138,11 @@ class WithResiduals(OnWorkingCopy):
             ValueError: A model in which nothing can be read.
         """
         try:
-            return default_taps(model, self._first_train_batch(), Features().max_width)
+            batch = self._first_train_batch()
+            if isinstance(self.loss, SummedPositions):  # features of each position
+                reading = replace(batch.reading, loss=self.loss.position)
+                batch = ExampleBatch(batch.content, reading, argument=batch.argument)
+            return default_taps(model, batch, Features().max_width)
         except ValueError as error:
             must = "be 'training' or 'temperature' for a model in which no Linear or convolution module runs"
             raise bad_value("residuals", must, repr(self.residuals)) from error
@@ -150,3 +172,13 @@ class WithResiduals(OnWorkingCopy):
     @override
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "residuals": self.residuals, "temperature": self.temperature}
+
+
+def _of_counted(
+    loss: SummedPositions, rows: Sequence[Tensor], taps: Sequence[Tap], outputs: Tensor, labels: Tensor
+) -> list[Tensor]:
+    """Features of the positions with a label, `(n_rows, width)` for each tap."""
+    grid, counted = grid_of(outputs, loss.position), loss.counted_positions(labels)
+    assert grid is not None, "examples have positions"
+    every = (at_positions(f, grid, tap) for f, tap in zip(rows, taps, strict=True))
+    return [f[counted.to(f.device)] for f in every]

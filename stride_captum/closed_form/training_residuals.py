@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..losses import CrossEntropy, Loss
+from ..positions import Positions
 from ..residuals import RIDGE_SHARE
 from ..system.memory import DEFAULT_BUDGET
 from ..system.to_device import TrainingBlocks, working_dtype
@@ -17,7 +18,8 @@ from .class_moments import class_moments
 from .damping import LEAST_OF_HEAD, check_damping, needs_float64
 from .memory import blocks_within
 from .moments import feature_moments
-from .ridge_head import RidgeHead, fit_ridge_head
+from .position_head import fit_head
+from .ridge_head import RidgeHead
 
 
 def out_of_sample_residuals(
@@ -32,6 +34,7 @@ def out_of_sample_residuals(
     memory_budget: int = DEFAULT_BUDGET,
     loss: Loss | None = None,
     weights: Tensor | None = None,
+    positions: Positions | None = None,
 ) -> Tensor:
     """Residuals r_i that take each training example out of its own sample, as `STRIDE` uses them.
 
@@ -46,6 +49,8 @@ def out_of_sample_residuals(
         memory_budget: Bytes of one block of work.
         loss: What the model was trained with; None for cross-entropy.
         weights: omega of each example, `(n_train,)`; None for 1.
+        positions: Where all arrays have one row for each position: which rows are those of an example, which
+            the ridge head leaves out together.
 
     Returns:
         omega_i r_i, `(n_train, n_classes)`, positive for outputs that the label wants higher.
@@ -67,7 +72,8 @@ def out_of_sample_residuals(
     moments = feature_moments(features, labels, logits.shape[1], read, data.block_rows, dtype, loss, weights)
     if not moments.checked().in_float32:
         data = blocks_within(memory_budget, features, logits, labels, True, weights)
-    head = fit_ridge_head(features, labels, moments, head_damping, data.block_rows, data.dtype, loss, weights)
+    of_head = features, labels, moments, head_damping, positions
+    head = fit_head(*of_head, data.block_rows, data.dtype, loss, weights)
     square = class_moments(data, temperature, diagonal_only=True, loss=loss).residual_square
     ratio = loss.ridge_ratio(square, ridge_squares(head, data, loss, temperature))
     residuals = TrainingResiduals(data, head, kind, temperature, ratio, 1.0, 0, loss)

@@ -101,6 +101,7 @@ def shipped_at_positions() -> list[Subject]:
     >>> [subject.name for subject in shipped_at_positions()][:2]
     ['STRIDE by rows, positions', 'STRIDE by matrices, positions']
     """
+    from ..adapters import TracIn
     from ..closed_form.options import ClosedForm
     from ..stride import STRIDE
 
@@ -131,7 +132,14 @@ def shipped_at_positions() -> list[Subject]:
         Subject("STRIDE by matrices", partial(STRIDE, operators=ClosedForm(form="matrix")), closed),
     ]
     others = [replace(s, exceptions={**s.exceptions, **own[s.name]}) for s in shipped() if s.name in own]
-    return [replace(s, name=f"{s.name}, positions", loss="positions") for s in (*forms, *others)]
+    (tracin,) = (s for s in others if s.name == "TracIn")
+    head = replace(
+        tracin,
+        name="TracIn of a ridge head",
+        build=partial(TracIn, residuals="both"),
+        exceptions={**tracin.exceptions, **closed},
+    )
+    return [replace(s, name=f"{s.name}, positions", loss="positions") for s in (*forms, *others, head)]
 
 
 def missing_extra(build: Build) -> str | None:

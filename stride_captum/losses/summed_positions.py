@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..errors import bad_value
+from ..positions import Positions
 from ..system.devices import on_device
 from ..system.saved_values import saved_as
 from .base import Loss, Target, needs_labels
@@ -114,11 +115,15 @@ class SummedPositions(Loss):
         ignored: int = getattr(self.position, "ignore_index", -1)
         return -1 if 0 <= ignored < self.n_outputs else ignored
 
-    def _counted(self, labels: Tensor) -> Tensor:
+    def counted_positions(self, labels: Tensor) -> Tensor:
         """Which positions have a label, `(n, P)` bool, for labels and for what is `asked` with them."""
         counted = self.position.counted(labels)
         classes = self.position.has_classes and labels.ndim == 2
         return counted & (labels != self._no_class) if classes else counted
+
+    def positions_of(self, labels: Tensor) -> Positions:
+        """The rows of `counted_rows` that each example has."""
+        return Positions.of_mask(self.counted_positions(labels))
 
     def _rows(self, logits: Tensor) -> Tensor:
         return logits.reshape(len(logits) * self.n_positions, -1)
@@ -127,7 +132,7 @@ class SummedPositions(Loss):
         self, function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor
     ) -> Tensor:
         """A function of z and y, with 0 for positions without a label: `(n, P)`, or `(n, P C)`."""
-        return self._of_counted(function, logits, labels, self._counted(labels).flatten())
+        return self._of_counted(function, logits, labels, self.counted_positions(labels).flatten())
 
     def _of_counted(
         self, function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor, counted: Tensor
@@ -156,7 +161,7 @@ class SummedPositions(Loss):
             `(n_rows, C)`, `(n_rows,)` or `(n_rows, C)`, and `(n_rows,)`, the weight of the example times that
             of the label; None for 1.
         """
-        counted = self._counted(labels).flatten()
+        counted = self.counted_positions(labels).flatten()
         y = labels.flatten(0, 1)[counted]
         omega = self.position.weights(y)
         if weights is not None:
@@ -228,7 +233,7 @@ class SummedPositions(Loss):
         def each(z: Tensor, y: Tensor) -> Tensor:
             return self.position.mean_residuals(z, y, temperature)
 
-        counts = self._counted(labels).sum(1).clamp_min(1)
+        counts = self.counted_positions(labels).sum(1).clamp_min(1)
         return self._of_rows(each, logits, labels).sum(1) / counts.to(logits)
 
     @override
@@ -266,11 +271,10 @@ class SummedPositions(Loss):
     def potential(self, logits: Tensor) -> Tensor:
         return self.position.potential(self._rows(logits)).reshape(len(logits), -1).sum(1)
 
-    # What only the closed form asks, which reads positions itself.
+    # What is asked of one position alone.
 
     def _not_here(self) -> NoReturn:
-        must = "be 'training' or 'temperature' for a model with several positions an example"
-        raise bad_value("residuals", must, "others", "STRIDE with closed-form operators has them.")
+        raise NotImplementedError("ask the loss of one position (`position`)")
 
     @override
     def hessians(self, logits: Tensor, temperature: float) -> NoReturn:
