@@ -36,6 +36,9 @@ _TABLE_4: dict[str, dict[str, Any]] = {
 class Trained(Operators):
     """Steering operators trained on subsets, and the recovery of scores from their responses (Algorithm 1).
 
+    The loss of an example with several positions is the sum over those that have a label, times their
+    weights; all losses are divided by the mean weight of an example. Subsets are of examples.
+
     Attributes:
         rank: r, the width of phi (Table 4).
         encoder: "shared": one phi for all subsets, trained jointly (Appendix A, E.1); "per-subset": one for
@@ -67,6 +70,7 @@ class Trained(Operators):
     """
 
     name: ClassVar[str] = "trained"
+    takes_positions: ClassVar[bool] = True
     all_columns: ClassVar[bool] = True
 
     rank: int = 64
