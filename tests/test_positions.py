@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from stride_captum import STRIDE, Batch, ClosedForm, Features, Trained, reliability
+from stride_captum import STRIDE, Batch, ClosedForm, Features, reliability
 from stride_captum.adapters import (
     EKFAC,
     TRAK,
@@ -629,12 +629,14 @@ class TestRefused:
         with pytest.raises(ValueError, match=message):
             fitted(tagged[0], TensorDataset(tagged[1].tensors[0], labels)).fit()
 
-    def test_what_does_not_take_positions(self, tagged):
+    def test_what_does_not_take_positions(self, tagged, monkeypatch):
         model, train, tests = tagged
+        monkeypatch.setattr(ClosedForm, "takes_positions", False)
         with pytest.raises(
             ValueError, match="`model` must give one row of outputs per example for operators="
         ):
-            STRIDE(model, train, operators=Trained()).fit()
+            fitted(model, train).fit()
+        monkeypatch.undo()
         with pytest.raises(ValueError, match="positions"):
             fitted(model, train).fit().add_examples(tests)
         with pytest.raises(ValueError, match="positions"):

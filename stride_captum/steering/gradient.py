@@ -162,9 +162,10 @@ class BatchGradient:
 def block_bytes(operators: SteeringOperators, n_subsets: int, n_rows: int, width: int) -> int:
     """Memory of a block of k subsets: `itemsize (m (6 d + 4 q) + 2 b k (4 q + 12 C) + e)` bytes.
 
-    2 b k rows are drawn (b = `width`, examples of a batch times the positions of the longest). m of them are
-    encoded: min(2 b k, n_rows) for a shared phi, 2 b k for one a subset. q is what a row carries behind
-    phi: r, or r (d + C) for "representation". e = 2 k (d^2 + d n_outputs) is a gradient of each phi, where every subset has one.
+    2 b k rows are drawn (b = `width`: examples of a batch times the positions of the longest). m of them are
+    encoded: min(2 b k, n_rows) for a shared phi, 2 b k for one a subset. q is what a row carries behind phi:
+    r, or r (d + C) for "representation". e = 2 k (d^2 + d n_outputs) is a gradient of each phi, where every
+    subset has one.
     """
     d, n_classes = operators.n_features, operators.n_classes
     q = operators.rank * (1 if operators.steering == "logits" else d + n_classes)

@@ -22,8 +22,8 @@ class ExampleRows:
         labels: `(n_rows,)` int64.
         starts: First row of each example, `(n_train,)` int64; None where an example has one row, of weight 1.
         counts: Rows of each example, `(n_train,)` int64; None likewise.
-        weights: `N omega / W` of each row, W the sum of all omega, so that the losses of an example weigh 1 on
-            average, however many positions it has; `(n_rows,)`, None likewise.
+        weights: `N omega / W` of each row, W the sum of all omega, so that an example weighs 1 on average,
+            however many positions it has; `(n_rows,)`, None likewise.
         longest: P, rows of the longest example.
     """
 

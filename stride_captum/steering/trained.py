@@ -154,8 +154,7 @@ class TrainedOperators(FittedOperators):
 def fit_trained(options: Trained, training: TrainingSet) -> TrainedOperators:
     """Draw the subsets and train their operators.
 
-    Rows of weight 0, and examples that have no other rows, are as if they were not there: the latter are in no
-    subset.
+    Rows of weight 0 are left out. Examples that have no other rows are in no subset.
 
     Args:
         options: Of stage 1 and the recovery.

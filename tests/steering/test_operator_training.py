@@ -283,9 +283,7 @@ def test_arguments_that_do_not_fit_are_named(data):
     membership = random_subsets(N, 5, 10)
     config = Trained(iterations=1)
     f, z, y = data.features, data.logits, data.labels
-    with pytest.raises(
-        ValueError, match=r"`features` must be a float matrix \(n_rows, d\); got torch.int64"
-    ):
+    with pytest.raises(ValueError, match=r"`features` must be a float matrix \(n_rows, d\); got torch.int64"):
         train_operators(f.long(), z, y, membership, config)
     with pytest.raises(ValueError, match=r"`logits` must have shape \(60, n_classes\); got \(59, 3\)"):
         train_operators(f, z[1:], y, membership, config)

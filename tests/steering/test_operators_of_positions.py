@@ -47,8 +47,12 @@ def tagged():
 
 def stride(model: nn.Module, train: Any, **options: Any) -> STRIDE:
     own = {"rank": 4, "iterations": 15, "subsets": LeftRegular(K, degree=3), "recovery": Ridge()}
-    beside = {k: options.pop(k) for k in ("batch", "memory_budget", "feature_store", "held_out") if k in options}
-    return STRIDE(model, train, operators=Trained(**own | options), layers=["head:input"], batch_size=7, **beside)
+    beside = {
+        k: options.pop(k) for k in ("batch", "memory_budget", "feature_store", "held_out") if k in options
+    }
+    return STRIDE(
+        model, train, operators=Trained(**own | options), layers=["head:input"], batch_size=7, **beside
+    )
 
 
 def same(found: Tensor, wanted: Tensor, tolerance: float = 1e-8) -> None:
@@ -208,7 +212,10 @@ class TestLaws:
         (x, y), (xt, yt) = train.tensors, tests
         longer = TensorDataset(F.pad(x, (0, 0, 0, 3), value=2.0), F.pad(y, (0, 3), value=IGNORED))
         padded = F.pad(xt, (0, 0, 0, 2), value=2.0), F.pad(yt, (0, 2), value=IGNORED)
-        same(stride(model, longer, batch_size=4).influence(padded), stride(model, train, batch_size=4).influence(tests))
+        same(
+            stride(model, longer, batch_size=4).influence(padded),
+            stride(model, train, batch_size=4).influence(tests),
+        )
 
     def test_an_example_without_labels_is_as_if_it_were_not_there(self, tagged):
         model, train, tests = tagged
