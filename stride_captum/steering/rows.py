@@ -58,8 +58,9 @@ class ExampleRows:
         known = features, logits.to(like), labels.to(like.device)
         if positions is None and weights is None:
             return cls(*known)
-        positions = positions or Positions(torch.ones(len(labels), dtype=torch.int64))
-        omega = torch.ones(len(labels), dtype=torch.float64) if weights is None else weights.cpu().double()
+        ones = torch.ones(len(labels), dtype=torch.float64, device="cpu")
+        positions = positions or Positions(ones.long())
+        omega = ones if weights is None else weights.cpu().double()
         scaled = omega * (len(positions) / omega.sum())
         starts, counts = positions.offsets[:-1].to(like.device), positions.counts.to(like.device)
         return cls(*known, starts, counts, scaled.to(like), int(positions.counts.max()))
@@ -115,7 +116,7 @@ def rows_that_count(training: TrainingSet) -> tuple[TrainingSet, Tensor | None]:
         kept = weights.cpu() > 0
         if not bool(kept.any()):
             raise bad_value("sample_weight", "be above 0 for some example", "zeros")
-        one_each = Positions(torch.ones(len(kept), dtype=torch.int64))
+        one_each = Positions(torch.ones(len(kept), dtype=torch.int64, device="cpu"))
         positions = Positions((positions or one_each).sum(kept.long()))
         rows = ("features", "logits", "labels", "weights")
         few = {name: getattr(training, name) for name in rows}

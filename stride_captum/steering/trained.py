@@ -204,7 +204,7 @@ def unit_scale(features: Tensor, widths: Sequence[int], weights: Tensor | None =
         weights: omega of each row, `(n_rows,)`, with which the mean is taken; None for 1.
     """
     n: float = len(features)
-    omega = None if weights is None else as_float64(weights.to(features.device))
+    omega = None if weights is None else as_float64(weights).to(as_float64(features[:0]).device)
     if omega is not None:
         n = float(omega.sum())
     scales = []

@@ -248,6 +248,15 @@ class TestLaws:
         assert bool((found[0][:, [2, 6]] == 0).all())
         assert float((stride(model, few).influence(asked) - wanted).abs().max()) > 1e-3 * float(wanted.max())
 
+    def test_an_ignored_position_has_weight_0(self, tagged):
+        model, train, tests = tagged
+        x, y = train.tensors[0], train.tensors[1].clamp_min(0)
+        weights, ignored = torch.ones(N, P), y.clone()
+        weights[:, 1], ignored[:, 1] = 0, IGNORED
+        weighted = stride(model, TensorDataset(x, y), batch=Batch(sample_weight=weights), batch_size=4)
+        wanted = stride(model, TensorDataset(x, ignored), batch_size=4).influence(tests)
+        same(weighted.influence(tests), wanted, 1e-12)
+
     def test_no_weight_at_all_is_refused(self, tagged):
         method = stride(*tagged[:2], batch=Batch(sample_weight=torch.zeros(N)))
         with pytest.raises(ValueError, match="`sample_weight` must be above 0 for some example"):
