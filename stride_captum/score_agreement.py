@@ -16,7 +16,7 @@ from .closed_form.position_scores import PositionOperators
 from .errors import bad_value, whole_number
 from .influence.method import InfluenceMethod
 from .influence.query import Query, check_query
-from .operators import TestPoints
+from .operators import FittedOperators, TestPoints
 from .stride import STRIDE
 from .system.devices import as_float64
 from .system.locks import exclusive
@@ -76,7 +76,8 @@ def reliability(
         `(n_test,)` float64; NaN where the scores of an estimate are all the same.
 
     Raises:
-        ValueError: One checkpoint of a method without closed-form operators, or a process group.
+        ValueError: One checkpoint of a method without closed-form operators, or with those that keep a matrix
+            of each example with several positions; or a process group.
 
     >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
@@ -134,40 +135,46 @@ def feature_halves(widths: Sequence[int], seed: int) -> tuple[list[Tensor], list
     return [torch.cat(own) for own in columns], [[len(part) for part in own] for own in columns]
 
 
-_Half = tuple[Tensor, ClosedFormOperators]
+_Half = tuple[Tensor, FittedOperators]
 
 
 def _fitted_halves(method: InfluenceMethod, n_splits: int, seed: int) -> list[list[_Half]]:
     """For each split, closed-form operators on both halves of the features, with their columns."""
     states: list[Any] = method._states or []
     kind, known = (method.operators, states[0].operators) if isinstance(method, STRIDE) else (None, None)
+    rows = known
     if isinstance(known, PositionOperators):
-        must = "have one row of outputs per example where halves of the features are compared"
-        raise bad_value("model", must, "several positions", "Give several checkpoints, which may have them.")
-    if not isinstance(known, ClosedFormOperators) or not isinstance(kind, ClosedForm):
+        if known.form == "matrix":
+            must = "be 'rows' where halves of the features are compared"
+            remedy = "Write operators=ClosedForm(form='rows'), or give several checkpoints."
+            raise bad_value("form", must, repr(known.form), remedy)
+        rows = known.rows
+    if not isinstance(rows, ClosedFormOperators) or not isinstance(kind, ClosedForm):
         raise bad_value(
             "method",
-            "have several checkpoints, or closed-form operators of one row an example",
+            "have several checkpoints, or closed-form operators",
             repr(method),
             "Agreement is between checkpoints, or between halves of the features of STRIDE's closed form.",
         )
-    options = replace(kind, residuals=known.kind)  # type: ignore[arg-type]
+    options = replace(kind, residuals=rows.kind)  # type: ignore[arg-type]
     found = []
     for split in range(n_splits):
-        pair = []
-        for columns, widths in zip(*feature_halves(known.widths, seed + split), strict=True):
+        pair: list[_Half] = []
+        for columns, widths in zip(*feature_halves(rows.widths, seed + split), strict=True):
             operators = fit_closed_form(
-                known.features[:, columns.to(known.features.device)],
-                known.logits,
-                known.labels,
+                rows.features[:, columns.to(rows.features.device)],
+                rows.logits,
+                rows.labels,
                 widths,
                 options,
-                known.temperature,
+                rows.temperature,
                 memory_budget=method.memory_budget,
-                loss=known.loss,
-                weights=known.weights,
+                loss=rows.loss,
+                weights=rows.weights,
+                positions=rows.positions,
             )
-            pair.append((columns, operators))
+            whole = rows.positions is None
+            pair.append((columns, operators if whole else PositionOperators(operators, method.memory_budget)))
         found.append(pair)
     return found
 

@@ -105,7 +105,7 @@ class ExampleRows:
         return (starts[..., None] + steps).where(there, 0), there
 
 
-def rows_that_count(training: TrainingSet) -> tuple[TrainingSet, Tensor | None]:
+def rows_with_weight(training: TrainingSet) -> tuple[TrainingSet, Tensor | None]:
     """The rows with a weight above 0, and which examples have some, `(n_counted,)` ascending; None for all.
 
     Raises:

@@ -27,7 +27,7 @@ from ..system.memory import DEFAULT_BUDGET, MOST_ROWS, blocks, rows_that_fit
 from ..system.saved_values import saved_as
 from ..system.to_device import working_dtype
 from .operators import SteeringOperators
-from .rows import rows_that_count
+from .rows import rows_with_weight
 from .training import train_operators
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def fit_trained(options: Trained, training: TrainingSet) -> TrainedOperators:
         raise bad_value("operators", must, repr(options.name), "Leave `operators` out.")
     check_finite(training.features)
     check_finite(training.logits, "logits")
-    counted, examples = rows_that_count(training)
+    counted, examples = rows_with_weight(training)
     features, positions = counted.features.to(working_dtype(counted.features)), counted.positions
     head = _head(counted, features) if options.steering == "representation" else None
     ones = features.new_ones(features.shape[1])
