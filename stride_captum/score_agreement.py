@@ -14,9 +14,10 @@ from .closed_form.operators import ClosedFormOperators
 from .closed_form.options import ClosedForm
 from .closed_form.position_scores import PositionOperators
 from .errors import bad_value, whole_number
+from .features.precomputed import Precomputed
 from .influence.method import InfluenceMethod
 from .influence.query import Query, check_query
-from .operators import FittedOperators, TestPoints
+from .operators import FittedOperators, STRIDEState, TestPoints
 from .stride import STRIDE
 from .system.devices import as_float64
 from .system.locks import exclusive
@@ -42,8 +43,9 @@ def reliability(
     """How reliable the scores of each test point are, from 0 to 1.
 
     With several checkpoints, these are the estimates that are compared; with one, closed-form operators are
-    fitted to random halves of the features of every layer. With r the mean correlation over training
-    examples between two of k estimates, the reliability of their mean is (Spearman and Brown)
+    fitted to random halves of the features of every layer (where they keep a matrix of each example, another
+    pass reads the features). With r the mean correlation over training examples between two of k estimates,
+    the reliability of their mean is (Spearman and Brown)
 
         k r / (1 + (k - 1) r),  0 where r is negative
 
@@ -76,8 +78,7 @@ def reliability(
         `(n_test,)` float64; NaN where the scores of an estimate are all the same.
 
     Raises:
-        ValueError: One checkpoint of a method without closed-form operators, or with those that keep a matrix
-            of each example with several positions; or a process group.
+        ValueError: One checkpoint of a method without closed-form operators, or a process group.
 
     >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
@@ -142,13 +143,7 @@ def _fitted_halves(method: InfluenceMethod, n_splits: int, seed: int) -> list[li
     """For each split, closed-form operators on both halves of the features, with their columns."""
     states: list[Any] = method._states or []
     kind, known = (method.operators, states[0].operators) if isinstance(method, STRIDE) else (None, None)
-    rows = known
-    if isinstance(known, PositionOperators):
-        if known.form == "matrix":
-            must = "be 'rows' where halves of the features are compared"
-            remedy = "Write operators=ClosedForm(form='rows'), or give several checkpoints."
-            raise bad_value("form", must, repr(known.form), remedy)
-        rows = known.rows
+    rows = known.rows if isinstance(known, PositionOperators) else known
     if not isinstance(rows, ClosedFormOperators) or not isinstance(kind, ClosedForm):
         raise bad_value(
             "method",
@@ -157,26 +152,40 @@ def _fitted_halves(method: InfluenceMethod, n_splits: int, seed: int) -> list[li
             "Agreement is between checkpoints, or between halves of the features of STRIDE's closed form.",
         )
     options = replace(kind, residuals=rows.kind)  # type: ignore[arg-type]
+    if isinstance(known, PositionOperators) and known.form == "matrix":
+        read = _read_again(method, states[0])
+    else:
+        read = Precomputed(rows.features, rows.logits, rows.labels, rows.widths, rows.weights, rows.positions)
     found = []
     for split in range(n_splits):
         pair: list[_Half] = []
         for columns, widths in zip(*feature_halves(rows.widths, seed + split), strict=True):
             operators = fit_closed_form(
-                rows.features[:, columns.to(rows.features.device)],
-                rows.logits,
-                rows.labels,
+                read.features[:, columns.to(read.features.device)],
+                read.logits,
+                read.labels,
                 widths,
                 options,
                 rows.temperature,
                 memory_budget=method.memory_budget,
                 loss=rows.loss,
-                weights=rows.weights,
-                positions=rows.positions,
+                weights=read.weights,
+                positions=read.positions,
             )
-            whole = rows.positions is None
+            whole = read.positions is None
             pair.append((columns, operators if whole else PositionOperators(operators, method.memory_budget)))
         found.append(pair)
     return found
+
+
+def _read_again(method: STRIDE, state: STRIDEState) -> Precomputed:
+    """The training set of operators that have let go of its rows."""
+    with method._session() as model:
+        method._check_unchanged()
+        ((checkpoint, _, _),) = method._fitted()
+        method._load_fitted(model, checkpoint)
+        read = method._read(model, state.taps, False)
+    return read if state.projection is None else replace(read, features=state.projection(read.features))
 
 
 def _of_halves(pair: Sequence[_Half], points: TestPoints) -> _Scores:

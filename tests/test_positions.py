@@ -719,10 +719,17 @@ class TestReliability:
         wanted = reliability(fitted(model, train), tests)
         same(reliability(fitted(model, TensorDataset(x, y)), padded), wanted)
 
-    def test_matrices_have_no_features_to_halve(self, tagged):
-        method = fitted(*tagged[:2], "matrix")
-        with pytest.raises(ValueError, match=r"`form` must be 'rows' where halves .*form='rows'"):
-            reliability(method, tagged[2])
+    @pytest.mark.parametrize("projection", [None, "random"])
+    def test_operators_with_matrices_read_the_features_again(self, tagged, projection):
+        model, train, tests = tagged
+        omega = torch.rand(N_TRAIN, LENGTH, generator=torch.Generator().manual_seed(3))
+        checkpoint = [{name: 1.1 * value for name, value in model.state_dict().items()}]
+        features = Features(projection=projection, projection_width=5)
+        options = {"features": features, "batch": Batch(sample_weight=omega), "checkpoints": checkpoint}
+        by_rows, by_matrices = (
+            reliability(fitted(model, train, form, **options), tests) for form in ("rows", "matrix")
+        )
+        same(by_matrices, by_rows)
 
 
 class TestBaselines:
