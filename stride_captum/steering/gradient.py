@@ -29,7 +29,7 @@ class BatchGradient:
     Attributes:
         operators: Their `.grad` receives the gradients.
         blocks: Slices of the subsets.
-        width: |B_S| = |B_R|.
+        width: |B_S| = |B_R|, in examples.
     """
 
     def __init__(
@@ -56,7 +56,8 @@ class BatchGradient:
         self.device, self.dtype = parameter.device, parameter.dtype
         subsets = SubsetRows.from_membership(membership, self.device)
         smallest = int(membership.getnnz(axis=1).min())
-        self.width = min(options.batch_size, max(subsets.largest, subsets.n_train - smallest))
+        examples = max(round(options.batch_size * subsets.n_train / len(rows.labels)), 1)
+        self.width = min(examples, max(subsets.largest, subsets.n_train - smallest))
         size = largest_block(operators, len(rows.labels), self.width * rows.longest, memory_budget)
         n_subsets = operators.n_subsets
         self.blocks = [slice(k, min(k + size, n_subsets)) for k in range(0, n_subsets, size)]

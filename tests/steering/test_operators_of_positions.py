@@ -14,7 +14,9 @@ from stride_captum import STRIDE, Batch, Lasso, LeftRegular, Partition, RandomSu
 from stride_captum.positions import Positions
 from stride_captum.recovery import ridge_scale
 from stride_captum.responses import response_value
+from stride_captum.steering.gradient import BatchGradient
 from stride_captum.steering.operators import SteeringOperators
+from stride_captum.steering.rows import ExampleRows
 from stride_captum.steering.training import train_operators
 from stride_captum.subsets import members, random_subsets, sketch, sketch_projection
 
@@ -377,6 +379,18 @@ def test_an_estimate_is_of_small_runs(tagged):
     assert found.query_seconds > 0
     assert "with 4 and 16 steps" in found.basis
     assert method._states is None
+
+
+@pytest.mark.parametrize(("batch_size", "width"), [(1, 1), (8, 2), (18, 4), (1000, 22)])
+def test_a_batch_has_as_many_rows_as_without_positions(batch_size, width):
+    counts = torch.tensor([2, 6] * 12)
+    n_rows, like = int(counts.sum()), torch.zeros(())
+    arrays = torch.randn(n_rows, D), torch.randn(n_rows, C), torch.zeros(n_rows, dtype=torch.int64)
+    rows = ExampleRows.placed(*arrays, Positions(counts), None, like)
+    options = Trained(batch_size=batch_size, rank=2)
+    membership = random_subsets(24, K, 2)
+    gradient = BatchGradient(SteeringOperators(D, C, K, 2), rows, membership, options, 0, 2**28)
+    assert gradient.width == width
 
 
 def test_arrays_of_positions_that_do_not_fit_are_named():
