@@ -69,6 +69,11 @@ class TrainingSet:
     positions: Positions | None = None
 
     @property
+    def n_train(self) -> int:
+        """Number of examples."""
+        return len(self.labels) if self.positions is None else len(self.positions)
+
+    @property
     def usual_residuals(self) -> Literal["both", "temperature"]:
         """Out-of-sample residuals: with a ridge head for one model, which hurts averages over several."""
         return "temperature" if self.n_checkpoints > 1 and self.loss.tempered else "both"

@@ -60,7 +60,7 @@ class Positions:
     @cached_property
     def examples(self) -> Tensor:
         """The example of each row, `(n_rows,)` int64."""
-        return torch.arange(len(self)).repeat_interleave(self.counts)
+        return torch.arange(len(self), device="cpu").repeat_interleave(self.counts)
 
     def rows_of(self, examples: slice) -> slice:
         """The rows of consecutive examples."""
@@ -106,7 +106,9 @@ class Positions:
             n_positions: P; at least up to the last row.
         """
         starts = self.spread(self.offsets[:-1])
-        places = torch.arange(self.n_rows) - starts if self.places is None else self.places.long()
+        places = (
+            torch.arange(self.n_rows, device="cpu") - starts if self.places is None else self.places.long()
+        )
         last = int(places.max()) + 1 if len(places) else 0
         found = rows.new_zeros(len(self), max(n_positions, last), *rows.shape[1:])
         found[self.examples.to(rows.device), places.to(rows.device)] = rows
@@ -133,7 +135,7 @@ class Positions:
     def filled(self, device: torch.device | None = None) -> Tensor:
         """Which places of `padded` hold a row, `(n, most positions)` bool."""
         most = int(self.counts.max()) if len(self) else 0
-        return (torch.arange(most) < self.counts[:, None]).to(device or self.counts.device)
+        return (torch.arange(most, device="cpu") < self.counts[:, None]).to(device or self.counts.device)
 
 
 def joined(parts: Iterable[Positions]) -> Positions:

@@ -14,9 +14,10 @@ from .closed_form.operators import ClosedFormOperators
 from .closed_form.options import ClosedForm
 from .closed_form.position_scores import PositionOperators
 from .errors import bad_value, whole_number
+from .features.precomputed import Precomputed
 from .influence.method import InfluenceMethod
 from .influence.query import Query, check_query
-from .operators import TestPoints
+from .operators import FittedOperators, STRIDEState, TestPoints
 from .stride import STRIDE
 from .system.devices import as_float64
 from .system.locks import exclusive
@@ -42,8 +43,9 @@ def reliability(
     """How reliable the scores of each test point are, from 0 to 1.
 
     With several checkpoints, these are the estimates that are compared; with one, closed-form operators are
-    fitted to random halves of the features of every layer. With r the mean correlation over training
-    examples between two of k estimates, the reliability of their mean is (Spearman and Brown)
+    fitted to random halves of the features of every layer (where they keep a matrix of each example, another
+    pass reads the features). With r the mean correlation over training examples between two of k estimates,
+    the reliability of their mean is (Spearman and Brown)
 
         k r / (1 + (k - 1) r),  0 where r is negative
 
@@ -134,42 +136,56 @@ def feature_halves(widths: Sequence[int], seed: int) -> tuple[list[Tensor], list
     return [torch.cat(own) for own in columns], [[len(part) for part in own] for own in columns]
 
 
-_Half = tuple[Tensor, ClosedFormOperators]
+_Half = tuple[Tensor, FittedOperators]
 
 
 def _fitted_halves(method: InfluenceMethod, n_splits: int, seed: int) -> list[list[_Half]]:
     """For each split, closed-form operators on both halves of the features, with their columns."""
     states: list[Any] = method._states or []
     kind, known = (method.operators, states[0].operators) if isinstance(method, STRIDE) else (None, None)
-    if isinstance(known, PositionOperators):
-        must = "have one row of outputs per example where halves of the features are compared"
-        raise bad_value("model", must, "several positions", "Give several checkpoints, which may have them.")
-    if not isinstance(known, ClosedFormOperators) or not isinstance(kind, ClosedForm):
+    rows = known.rows if isinstance(known, PositionOperators) else known
+    if not isinstance(rows, ClosedFormOperators) or not isinstance(kind, ClosedForm):
         raise bad_value(
             "method",
-            "have several checkpoints, or closed-form operators of one row an example",
+            "have several checkpoints, or closed-form operators",
             repr(method),
             "Agreement is between checkpoints, or between halves of the features of STRIDE's closed form.",
         )
-    options = replace(kind, residuals=known.kind)  # type: ignore[arg-type]
+    options = replace(kind, residuals=rows.kind)  # type: ignore[arg-type]
+    if isinstance(known, PositionOperators) and known.form == "matrix":
+        read = _read_again(method, states[0])
+    else:
+        read = Precomputed(rows.features, rows.logits, rows.labels, rows.widths, rows.weights, rows.positions)
     found = []
     for split in range(n_splits):
-        pair = []
-        for columns, widths in zip(*feature_halves(known.widths, seed + split), strict=True):
+        pair: list[_Half] = []
+        for columns, widths in zip(*feature_halves(rows.widths, seed + split), strict=True):
             operators = fit_closed_form(
-                known.features[:, columns.to(known.features.device)],
-                known.logits,
-                known.labels,
+                read.features[:, columns.to(read.features.device)],
+                read.logits,
+                read.labels,
                 widths,
                 options,
-                known.temperature,
+                rows.temperature,
                 memory_budget=method.memory_budget,
-                loss=known.loss,
-                weights=known.weights,
+                loss=rows.loss,
+                weights=read.weights,
+                positions=read.positions,
             )
-            pair.append((columns, operators))
+            whole = read.positions is None
+            pair.append((columns, operators if whole else PositionOperators(operators, method.memory_budget)))
         found.append(pair)
     return found
+
+
+def _read_again(method: STRIDE, state: STRIDEState) -> Precomputed:
+    """The training set of operators that have let go of its rows."""
+    with method._session() as model:
+        method._check_unchanged()
+        ((checkpoint, _, _),) = method._fitted()
+        method._load_fitted(model, checkpoint)
+        read = method._read(model, state.taps, False)
+    return read if state.projection is None else replace(read, features=state.projection(read.features))
 
 
 def _of_halves(pair: Sequence[_Half], points: TestPoints) -> _Scores:

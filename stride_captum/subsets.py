@@ -159,6 +159,16 @@ def singletons(n_train: int) -> Membership:
     return sparse.identity(n_train, format="csr")
 
 
+def at_columns(membership: Membership, columns: NDArray[np.int64], n_train: int) -> Membership:
+    """The same subsets of a longer training set, in which example j stands at `columns[j]`, ascending.
+
+    >>> at_columns(membership_from_indices([[0, 1]], 2), np.array([1, 2]), 4).toarray().tolist()
+    [[0.0, 1.0, 1.0, 0.0]]
+    """
+    shape = (membership.shape[0], n_train)
+    return sparse.csr_matrix((membership.data, columns[membership.indices], membership.indptr), shape=shape)
+
+
 def coverage(membership: Membership) -> NDArray[np.bool_]:
     """Which training examples belong to at least one subset, `(n_train,)`."""
     return np.asarray(membership.sum(axis=0)).reshape(-1) > 0

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from stride_captum import STRIDE, Batch, ClosedForm, Features, Trained, reliability
+from stride_captum import STRIDE, Batch, ClosedForm, Features, reliability
 from stride_captum.adapters import (
     EKFAC,
     TRAK,
@@ -31,6 +31,7 @@ from stride_captum.losses.positions import channels_last, position_rows
 from stride_captum.losses.summed_positions import SummedPositions
 from stride_captum.positions import Positions, joined
 from stride_captum.responses import response_gradient, response_value
+from stride_captum.score_agreement import feature_halves
 
 N_TRAIN, N_TEST, LENGTH, N_TOKENS, N_CLASSES = 24, 7, 6, 11, 4
 IGNORED = -100
@@ -629,12 +630,14 @@ class TestRefused:
         with pytest.raises(ValueError, match=message):
             fitted(tagged[0], TensorDataset(tagged[1].tensors[0], labels)).fit()
 
-    def test_what_does_not_take_positions(self, tagged):
+    def test_what_does_not_take_positions(self, tagged, monkeypatch):
         model, train, tests = tagged
+        monkeypatch.setattr(ClosedForm, "takes_positions", False)
         with pytest.raises(
             ValueError, match="`model` must give one row of outputs per example for operators="
         ):
-            STRIDE(model, train, operators=Trained()).fit()
+            fitted(model, train).fit()
+        monkeypatch.undo()
         with pytest.raises(ValueError, match="positions"):
             fitted(model, train).fit().add_examples(tests)
         with pytest.raises(ValueError, match="positions"):
@@ -670,13 +673,63 @@ class TestRefused:
 
 @pytest.mark.parametrize("form", ["rows", "matrix"])
 def test_what_needs_one_row_an_example_says_so(tagged, form):
-    model, train, test = tagged
-    method = fitted(model, train, form)
+    method = fitted(*tagged[:2], form)
     match = "`model` must have one row of outputs per example .*; got several positions"
     with pytest.raises(ValueError, match=match):
         method.mislabel_scores(per_label=True)
-    with pytest.raises(ValueError, match=match):
-        reliability(method, test)
+
+
+class HalfTheFeatures(nn.Module):
+    """A `Tagger` whose layer `some` has some of the features of its last hidden layer."""
+
+    def __init__(self, model: Tagger, columns: Tensor) -> None:
+        super().__init__()
+        self.model, self.columns, self.some = model, columns, nn.Identity()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        self.some(self.model.features(tokens)[1][..., self.columns])
+        return self.model(tokens)
+
+
+class TestReliability:
+    @pytest.mark.parametrize("residuals", ["both", "temperature"])
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_one_checkpoint_is_compared_by_halves_of_its_features(self, tagged, residuals, weighted):
+        model, train, tests = tagged
+        omega = torch.rand(N_TRAIN, LENGTH, generator=torch.Generator().manual_seed(3))
+        batch = Batch(sample_weight=omega) if weighted else None
+        options = {"residuals": residuals, "batch": batch, "operators": {"temperature": 3.0}}
+        method = fitted(model, train, layers=["head:input"], **dict(options))
+        agreements = []
+        for split in range(2):
+            halves = [
+                fitted(HalfTheFeatures(model, columns), train, "matrix", layers=["some"], **dict(options))
+                for columns in feature_halves([12], 5 + split)[0]
+            ]
+            pair = torch.stack([half.influence(tests) for half in halves], 1)
+            agreements.append(torch.stack([torch.corrcoef(rows)[0, 1] for rows in pair]))
+        r = torch.stack(agreements).mean(0).clamp(min=0)
+        same(reliability(method, tests, n_splits=2, seed=5), 2 * r / (1 + r))
+        assert float(r.std()) > 0.01
+
+    def test_padding_changes_nothing(self, tagged):
+        model, train, tests = tagged
+        x, y = (F.pad(part, (0, 4), value=v) for part, v in zip(train.tensors, (0, IGNORED), strict=True))
+        padded = tuple(F.pad(part, (0, 3), value=v) for part, v in zip(tests, (5, IGNORED), strict=True))
+        wanted = reliability(fitted(model, train), tests)
+        same(reliability(fitted(model, TensorDataset(x, y)), padded), wanted)
+
+    @pytest.mark.parametrize("projection", [None, "random"])
+    def test_operators_with_matrices_read_the_features_again(self, tagged, projection):
+        model, train, tests = tagged
+        omega = torch.rand(N_TRAIN, LENGTH, generator=torch.Generator().manual_seed(3))
+        checkpoint = [{name: 1.1 * value for name, value in model.state_dict().items()}]
+        features = Features(projection=projection, projection_width=5)
+        options = {"features": features, "batch": Batch(sample_weight=omega), "checkpoints": checkpoint}
+        by_rows, by_matrices = (
+            reliability(fitted(model, train, form, **options), tests) for form in ("rows", "matrix")
+        )
+        same(by_matrices, by_rows)
 
 
 class TestBaselines:

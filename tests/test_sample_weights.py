@@ -200,10 +200,20 @@ class TestGradientsOfTorch:
         torch.testing.assert_close(soft, CrossEntropy().residuals(z, torch.tensor([0])), rtol=1e-14, atol=0)
 
 
-def test_trained_operators_take_no_weights(planted):
-    weighed = Batch(sample_weight=torch.ones(len(planted[1])))
-    with pytest.raises(ValueError, match="`operators` must"):
-        STRIDE(*planted[:2], operators=Trained(subsets=RandomSubsets(9)), batch=weighed).fit()
+def test_trained_operators_take_no_distributions_over_classes(problem):
+    model, x, labels, *_ = problem
+    soft = nn.functional.one_hot(labels["cross_entropy"], C).double()
+    with pytest.raises(ValueError, match=r"`operators` must be ClosedForm\(...\) for labels that are distr"):
+        STRIDE(model, TensorDataset(x, soft), operators=Trained(subsets=RandomSubsets(9))).fit()
+
+
+def test_weights_of_1_change_nothing_of_trained_operators(planted):
+    model, train, test = planted
+    operators = Trained(subsets=RandomSubsets(9), iterations=5)
+    ones = Batch(sample_weight=torch.ones(len(train)))
+    plain = STRIDE(model, train, operators=operators).influence(test.tensors)
+    found = STRIDE(model, train, operators=operators, batch=ones).influence(test.tensors)
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-4 * float(plain.abs().max()))
 
 
 def test_trained_operators_answer_for_soft_labels_of_test_points(problem):

@@ -167,7 +167,7 @@ def ridge_residuals(
 def ridge_squares(head: RidgeHead, data: TrainingBlocks, loss: Loss, temperature: float) -> Tensor:
     """Sum of omega times the squares of `ridge_residuals`: a number, or one per output; float64."""
     if loss.label_units:
-        return torch.as_tensor(head.square, dtype=torch.float64)
+        return torch.as_tensor(head.square, dtype=torch.float64, device=head.weights.device)
     total = head.weights.new_zeros(head.weights.shape[1])
     for rows in data:
         squares = ridge_residuals(head, data, rows, loss, temperature).to(total).square()

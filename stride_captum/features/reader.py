@@ -200,6 +200,8 @@ def weights_of_rows(
         few = positions.of(slice(start, start + len(part)))
         assert few.places is not None
         own = few.spread(part)
-        found.append(own if part.ndim == 1 else own[torch.arange(len(own)), few.places.to(own.device).long()])
+        if part.ndim == 2:
+            own = own.gather(1, few.places.to(own.device).long()[:, None]).squeeze(1)
+        found.append(own)
         start += len(part)
     return found

@@ -21,7 +21,13 @@ AlphaRule = Literal["bic", "aic", "cross-validation"]
 
 
 class Recovery(Options):
-    """Base class: recovery of scores from responses of subsets."""
+    """Base class: recovery of scores from responses of subsets.
+
+    Attributes:
+        linear: Whether the scores of a sum of responses are the sum of their scores.
+    """
+
+    linear: ClassVar[bool] = False
 
     def weights(self, responses: Tensor, membership: Membership) -> Tensor:
         """Scores `(n_test, n_train)` from Y `(n_test, n_subsets)` and X `(n_subsets, n_train)`.
@@ -93,6 +99,7 @@ class Ridge(Recovery):
     """
 
     name: ClassVar[str] = "ridge"
+    linear: ClassVar[bool] = True
 
     alpha: float = 0.03
     center: bool = True

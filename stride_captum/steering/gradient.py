@@ -13,6 +13,7 @@ from torch.func import functional_call
 from ..subsets import Membership, sketch, sketch_projection
 from .objective import combined, example_responses, fidelity, linearity, stability, subset_responses
 from .operators import SteeringOperators
+from .rows import ExampleRows
 from .sampling import MiniBatch, MiniBatches, SubsetRows
 
 if TYPE_CHECKING:
@@ -28,44 +29,40 @@ class BatchGradient:
     Attributes:
         operators: Their `.grad` receives the gradients.
         blocks: Slices of the subsets.
-        width: |B_S| = |B_R|.
+        width: |B_S| = |B_R|, in examples.
     """
 
     def __init__(
         self,
         operators: SteeringOperators,
-        features: Tensor,
-        logits: Tensor,
-        labels: Tensor,
+        rows: ExampleRows,
         membership: Membership,
         options: Trained,
         seed: int,
         memory_budget: int,
     ) -> None:
-        """Move the inputs of every step to the device of the operators, except the features.
+        """Prepare the draws of every step.
 
         Args:
             operators: phi and a.
-            features: h, `(n_train, d)`.
-            logits: z, `(n_train, n_classes)`.
-            labels: `(n_train,)` int64.
+            rows: Of the training set, placed for the operators.
             membership: CSR `(n_subsets, n_train)`.
             options: Of stage 1.
             seed: Of the batches and the sketch.
             memory_budget: Bytes of one block of subsets.
         """
-        self.operators, self.features, self.options = operators, features, options
+        self.operators, self.rows, self.options = operators, rows, options
         parameter = operators.steering_matrices
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.logits, self.labels = logits.to(self.device, self.dtype), labels.to(self.device)
-        rows = SubsetRows.from_membership(membership, self.device)
+        subsets = SubsetRows.from_membership(membership, self.device)
         smallest = int(membership.getnnz(axis=1).min())
-        self.width = min(options.batch_size, max(rows.largest, len(features) - smallest))
-        size = largest_block(operators, len(features), self.width, memory_budget)
+        examples = max(round(options.batch_size * subsets.n_train / len(rows.labels)), 1)
+        self.width = min(examples, max(subsets.largest, subsets.n_train - smallest))
+        size = largest_block(operators, len(rows.labels), self.width * rows.longest, memory_budget)
         n_subsets = operators.n_subsets
         self.blocks = [slice(k, min(k + size, n_subsets)) for k in range(0, n_subsets, size)]
         generator = torch.Generator().manual_seed(seed)
-        self.batches = MiniBatches(rows, self.blocks, self.width, generator)
+        self.batches = MiniBatches(subsets, self.blocks, self.width, generator)
         self.sketch = self._sketch(membership, seed) if options.linearity_weight else None
 
     def _sketch(self, membership: Membership, seed: int) -> Tensor:
@@ -94,9 +91,11 @@ class BatchGradient:
             parameters = self._block_parameters(block)
             shift = self._shift(parameters, batch.distinct, batch.places)
             inner, outer = shift[:, : self.width], shift[:, self.width :]
-            fid = fidelity(self.logits[batch.inside], inner, self.labels[batch.inside], batch.mask)
-            stab = stability(self.logits[batch.outside], outer, batch.outside_mask)
-            lin = self._linearity(block, batch.inside, inner, batch.mask, pull)
+            logits, labels = self.rows.logits, self.rows.labels
+            (inside, omega), (outside, other) = self.rows.of(batch.inside), self.rows.of(batch.outside)
+            fid = fidelity(logits[inside], inner, labels[inside], batch.mask, omega)
+            stab = stability(logits[outside], outer, batch.outside_mask, other)
+            lin = self._linearity(block, batch, inner, omega, pull)
             loss = combined(
                 fid,
                 stab,
@@ -115,14 +114,15 @@ class BatchGradient:
         return torch.cat([losses[:2], whole[None]]) if couples else losses
 
     def _linearity(
-        self, block: slice, rows: Tensor, shift: Tensor, mask: Tensor, pull: Tensor | None
+        self, block: slice, batch: MiniBatch, shift: Tensor, omega: Tensor | None, pull: Tensor | None
     ) -> Tensor | None:
         if self.sketch is None:
             return None
         if self.options.linearity == "example":
-            responses = example_responses(shift).where(mask, 0)
-            return linearity(responses, self.sketch[rows] * mask[..., None], self.options.sketch_ridge)
-        responses = subset_responses(shift, mask)
+            responses = example_responses(shift, omega).where(batch.mask, 0)
+            sketch = self.sketch[batch.inside] * batch.mask[..., None]
+            return linearity(responses, sketch, self.options.sketch_ridge)
+        responses = subset_responses(shift, batch.mask, omega)
         if pull is None:
             return linearity(responses, self.sketch, self.options.sketch_ridge)
         return (pull[block] * responses).sum()
@@ -134,19 +134,20 @@ class BatchGradient:
             for block, batch in zip(self.blocks, batches, strict=True):
                 inside = batch.places[:, : self.width]
                 shift = self._shift(self._block_parameters(block), batch.distinct, inside)
-                responses.append(subset_responses(shift, batch.mask))
+                responses.append(subset_responses(shift, batch.mask, self.rows.of(batch.inside)[1]))
         y = torch.cat(responses).requires_grad_()
         assert self.sketch is not None
         value = linearity(y, self.sketch, self.options.sketch_ridge)
         return torch.autograd.grad(value, y)[0], value.detach()
 
     def _shift(self, parameters: dict[str, Tensor], distinct: Tensor, places: Tensor) -> Tensor:
-        """Shifts of the examples at some places of `distinct`, `(k, n, C)`."""
-        features = self.features[distinct.to(self.features.device)].to(self.device, self.dtype)
+        """Shifts of the examples at some places of `distinct`, `(k, n, C)` or `(k, n, P, C)`."""
+        rows, places = self.rows.distinct(distinct, places)
+        features = self.rows.features[rows.to(self.rows.features.device)].to(self.device, self.dtype)
         rounded = self.options.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16) if rounded else nullcontext():
-            shift = functional_call(self.operators, parameters, (features, places))
-        moved: Tensor = shift.to(self.dtype)
+            shift = functional_call(self.operators, parameters, (features, places.flatten(1)))
+        moved: Tensor = shift.to(self.dtype).unflatten(1, places.shape[1:])
         return moved
 
     def _block_parameters(self, block: slice) -> dict[str, Tensor]:
@@ -159,29 +160,30 @@ class BatchGradient:
         return part
 
 
-def block_bytes(operators: SteeringOperators, n_subsets: int, n_train: int, width: int) -> int:
+def block_bytes(operators: SteeringOperators, n_subsets: int, n_rows: int, width: int) -> int:
     """Memory of a block of k subsets: `itemsize (m (6 d + 4 q) + 2 b k (4 q + 12 C) + e)` bytes.
 
-    2 b k examples are drawn (b = `width`). m of them are encoded: min(2 b k, N) for a shared phi,
-    2 b k for one a subset. q is what an example carries behind phi: r, or r (d + C) for
-    "representation". e = 2 k (d^2 + d n_outputs) is a gradient of each phi, where every subset has one.
+    2 b k rows are drawn (b = `width`: examples of a batch times the positions of the longest). m of them are
+    encoded: min(2 b k, n_rows) for a shared phi, 2 b k for one a subset. q is what a row carries behind phi:
+    r, or r (d + C) for "representation". e = 2 k (d^2 + d n_outputs) is a gradient of each phi, where every
+    subset has one.
     """
     d, n_classes = operators.n_features, operators.n_classes
     q = operators.rank * (1 if operators.steering == "logits" else d + n_classes)
     drawn = 2 * width * n_subsets
     own = operators.encoder == "per-subset"
-    encoded = drawn if own else min(n_train, drawn)
+    encoded = drawn if own else min(n_rows, drawn)
     encoders = 2 * n_subsets * d * (d + operators.output_bias.shape[-1]) if own else 0
     itemsize: int = operators.steering_matrices.element_size()
     return itemsize * (encoded * (6 * d + 4 * q) + drawn * (4 * q + 12 * n_classes) + encoders)
 
 
-def largest_block(operators: SteeringOperators, n_train: int, width: int, budget: int) -> int:
+def largest_block(operators: SteeringOperators, n_rows: int, width: int, budget: int) -> int:
     """Largest number of subsets whose `block_bytes` fit the budget, at least one."""
     low, high = 1, operators.n_subsets
     while low < high:
         middle = (low + high + 1) // 2
-        if block_bytes(operators, middle, n_train, width) <= budget:
+        if block_bytes(operators, middle, n_rows, width) <= budget:
             low = middle
         else:
             high = middle - 1

@@ -3,6 +3,10 @@
 Leading dimensions are subsets: a batch of `n` examples for each of K subsets has logits z(x)
 `(K, n, n_classes)` and shifts a_k^T phi(h(x)) of the same shape, and every loss is `(K,)`. Where
 subsets have fewer than `n` examples, `mask` `(K, n)` says which entries are examples.
+
+Where examples have P positions, logits, shifts and labels have a dimension P behind `n`, and `weights`
+`(K, n, P)` holds omega, 0 where there is no label: losses and responses of an example are sums over its
+positions.
 """
 
 from __future__ import annotations
@@ -11,7 +15,13 @@ import torch
 from torch import Tensor
 
 
-def fidelity(logits: Tensor, shift: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+def fidelity(
+    logits: Tensor,
+    shift: Tensor,
+    labels: Tensor,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
     r"""Equation (1): `1/|S_k| sum_{(x, y) in S_k} H(y, softmax(z(x) + a_k^T phi(h(x))))`.
 
     H is the cross-entropy. At a = 0 its gradient is `-1/|S_k| sum_i phi_i (e_{y_i} - p_i)^T`.
@@ -21,15 +31,18 @@ def fidelity(logits: Tensor, shift: Tensor, labels: Tensor, mask: Tensor | None 
         shift: Their shifts, `(..., n, n_classes)`.
         labels: Their classes, `(..., n)` int64.
         mask: Which entries are examples, `(..., n)` bool; None means all.
+        weights: omega of their positions, `(..., n, P)`; None for one position of weight 1.
 
     Returns:
         `(...)`; 0 if the mask is all False.
     """
     log_p = (logits + shift).log_softmax(-1)
-    return _mean(-log_p.gather(-1, labels[..., None]).squeeze(-1), mask)
+    return _mean(_of_examples(-log_p.gather(-1, labels[..., None]).squeeze(-1), weights), mask)
 
 
-def stability(logits: Tensor, shift: Tensor, mask: Tensor | None = None) -> Tensor:
+def stability(
+    logits: Tensor, shift: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
     r"""Equation (2): `1/|R_k| sum_{x in R_k} KL(softmax(z(x)) || softmax(z(x) + a_k^T phi(h(x))))`.
 
     R_k holds examples outside S_k. At a = 0 the value and the gradient are 0 and the Hessian is the
@@ -39,31 +52,33 @@ def stability(logits: Tensor, shift: Tensor, mask: Tensor | None = None) -> Tens
         logits: z of R_k, `(..., n, n_classes)`.
         shift: Their shifts, `(..., n, n_classes)`.
         mask: Which entries are examples, `(..., n)` bool; None means all.
+        weights: omega of their positions, `(..., n, P)`; None for one position of weight 1.
 
     Returns:
         `(...)`, at least 0 up to rounding.
     """
     log_p = logits.log_softmax(-1)
     log_q = (logits + shift).log_softmax(-1)
-    return _mean((log_p.exp() * (log_p - log_q)).sum(-1), mask)
+    return _mean(_of_examples((log_p.exp() * (log_p - log_q)).sum(-1), weights), mask)
 
 
-def example_responses(shift: Tensor) -> Tensor:
+def example_responses(shift: Tensor, weights: Tensor | None = None) -> Tensor:
     """`(a_k^T phi(h(x)))_max` of equation (3): each example's largest shift, `(..., n)`.
 
     "The response for the most-activated class" is read as the largest entry of the shift.
     """
-    return shift.amax(-1)
+    return _of_examples(shift.amax(-1), weights)
 
 
-def subset_responses(shift: Tensor, mask: Tensor | None = None) -> Tensor:
+def subset_responses(shift: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
     """Equation (3): `y_k = 1/|S_k| sum_{x in S_k} (a_k^T phi(h(x)))_max`, `(...)`.
 
     Args:
         shift: Shifts of the members, `(..., n, n_classes)`.
         mask: Which entries are examples, `(..., n)` bool; None means all.
+        weights: omega of their positions, `(..., n, P)`; None for one position of weight 1.
     """
-    return _mean(example_responses(shift), mask)
+    return _mean(example_responses(shift, weights), mask)
 
 
 def linearity(responses: Tensor, sketch: Tensor, ridge: float) -> Tensor:
@@ -123,6 +138,11 @@ def combined(
     """
     total = fidelity_weight * fidelity_losses.sum() + stability_weight * stability_losses.sum()
     return total if linearity_losses is None else total + linearity_weight * linearity_losses.sum()
+
+
+def _of_examples(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Sums over positions."""
+    return values if weights is None else (values * weights).sum(-1)
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:

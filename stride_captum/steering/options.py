@@ -9,6 +9,7 @@ from ..designs import Partition, RandomSubsets, Subsets
 from ..errors import bad_choice, bad_type, bad_value
 from ..features.options import Features
 from ..losses import Loss
+from ..losses.summed_positions import SummedPositions
 from ..operators import Operators, TrainingSet
 from ..options import check_choice, check_count, check_number
 from ..recovery.estimators import Lasso, Recovery
@@ -36,6 +37,9 @@ _TABLE_4: dict[str, dict[str, Any]] = {
 class Trained(Operators):
     """Steering operators trained on subsets, and the recovery of scores from their responses (Algorithm 1).
 
+    The loss of an example with several positions is the sum over those that have a label, times their
+    weights; all losses are divided by the mean weight of an example. Subsets are of examples.
+
     Attributes:
         rank: r, the width of phi (Table 4).
         encoder: "shared": one phi for all subsets, trained jointly (Appendix A, E.1); "per-subset": one for
@@ -46,7 +50,8 @@ class Trained(Operators):
         schedule: "constant" (the paper states no schedule), or "cosine": the step size falls to 0 along half
             a cosine, which removes most of the batches' noise from the operators.
         iterations: Steps of stage 1 (Table 4).
-        batch_size: |B_S| = |B_R| of Algorithm 1, line 6.
+        batch_size: |B_S| = |B_R| of Algorithm 1, line 6. With positions, the examples of a batch are as many
+            as have so many rows on average, at least one, so that a step costs as much as without.
         fidelity_weight: Factor of equation (1): 1 in the paper, small for first-order operators.
         stability_weight: lambda_stab (Table 4).
         linearity_weight: lambda_lin (Table 4: 10 for MNIST, 1 for CIFAR-10).
@@ -67,6 +72,7 @@ class Trained(Operators):
     """
 
     name: ClassVar[str] = "trained"
+    takes_positions: ClassVar[bool] = True
     all_columns: ClassVar[bool] = True
 
     rank: int = 64
@@ -115,8 +121,11 @@ class Trained(Operators):
 
     def check_loss(self, loss: Loss) -> None:
         """Refuse every loss but plain cross-entropy, which stage 1 trains with."""
-        if not loss.plain:
-            must = "be ClosedForm(...) for a loss other than cross-entropy of one class an example"
+        of_one = loss.position if isinstance(loss, SummedPositions) else loss
+        if not of_one.plain:
+            must = (
+                "be ClosedForm(...) for a loss other than cross-entropy of one class an example or position"
+            )
             raise bad_value("operators", must, repr(self.name), "Leave `operators` out.")
 
     @classmethod

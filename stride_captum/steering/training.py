@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import bad_value
+from ..positions import Positions
 from ..subsets import Membership
 from ..system.devices import tf32_products
 from ..system.memory import DEFAULT_BUDGET
 from .gradient import BatchGradient
 from .operators import SteeringOperators
+from .rows import ExampleRows
 
 if TYPE_CHECKING:
     from .options import Trained
@@ -46,6 +48,8 @@ def train_operators(
     membership: Membership,
     options: Trained,
     *,
+    positions: Positions | None = None,
+    weights: Tensor | None = None,
     memory_budget: int = DEFAULT_BUDGET,
     head: nn.Linear | None = None,
     seed: int | None = None,
@@ -63,12 +67,14 @@ def train_operators(
     membership. The size of the blocks changes the result by rounding only.
 
     Args:
-        features: h of the training set, `(n_train, d)`, of about unit mean square. They may be on
+        features: h of the training set, `(n_rows, d)`, of about unit mean square. They may be on
             another device than the operators, and are read a batch at a time.
-        logits: z, `(n_train, n_classes)`.
-        labels: `(n_train,)` int64.
+        logits: z, `(n_rows, n_classes)`.
+        labels: `(n_rows,)` int64.
         membership: CSR `(n_subsets, n_train)`.
         options: Of stage 1.
+        positions: Rows of each example, over which its losses are summed; None for one.
+        weights: omega of each row, `(n_rows,)`, at least 0; None for 1. They count up to a factor.
         memory_budget: Bytes of one block of subsets.
         head: The Linear behind the features, for `steering="representation"`.
         seed: Replaces `options.seed`.
@@ -84,7 +90,7 @@ def train_operators(
         ValueError: Arguments that do not fit one another, an empty subset or one that holds every
             example, a head that does not turn the features into the logits, or losses that become NaN.
     """
-    _check(features, logits, labels, membership, head)
+    _check(features, logits, labels, membership, head, positions)
     seed = options.seed if seed is None else seed
     operators = SteeringOperators(
         features.shape[1],
@@ -97,7 +103,9 @@ def train_operators(
         generator=torch.Generator().manual_seed(seed),
         dtype=torch.float64 if features.dtype == torch.float64 else torch.float32,
     ).to(features.device if device is None else device)
-    gradient = BatchGradient(operators, features, logits, labels, membership, options, seed, memory_budget)
+    like = operators.steering_matrices
+    rows = ExampleRows.placed(features, logits, labels, positions, weights, like)
+    gradient = BatchGradient(operators, rows, membership, options, seed, memory_budget)
     with tf32_products() if options.precision == "tf32" else nullcontext():
         return _minimize(gradient, options, show_progress, fused)
 
@@ -141,17 +149,25 @@ def step_size(options: Trained, step: int) -> float:
 
 
 def _check(
-    features: Tensor, logits: Tensor, labels: Tensor, membership: Membership, head: nn.Linear | None
+    features: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    membership: Membership,
+    head: nn.Linear | None,
+    positions: Positions | None,
 ) -> None:
-    n_train = len(features)
+    n_rows = len(features)
     if features.dim() != 2 or not features.is_floating_point():
         raise bad_value(
-            "features", "be a float matrix (n_train, d)", f"{features.dtype} {tuple(features.shape)}"
+            "features", "be a float matrix (n_rows, d)", f"{features.dtype} {tuple(features.shape)}"
         )
-    if logits.dim() != 2 or len(logits) != n_train:
-        raise bad_value("logits", f"have shape ({n_train}, n_classes)", tuple(logits.shape))
-    if labels.shape != (n_train,):
-        raise bad_value("labels", f"have shape ({n_train},)", tuple(labels.shape))
+    if logits.dim() != 2 or len(logits) != n_rows:
+        raise bad_value("logits", f"have shape ({n_rows}, n_classes)", tuple(logits.shape))
+    if labels.shape != (n_rows,):
+        raise bad_value("labels", f"have shape ({n_rows},)", tuple(labels.shape))
+    n_train = n_rows if positions is None else len(positions)
+    if positions is not None and positions.n_rows != n_rows:
+        raise bad_value("positions", f"have n_rows = {n_rows} rows together", positions.n_rows)
     if membership.shape[1] != n_train:
         raise bad_value("membership", f"have n_train = {n_train} columns", membership.shape[1])
     sizes = np.diff(sparse.csr_matrix(membership).indptr)

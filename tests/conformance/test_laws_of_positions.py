@@ -9,7 +9,7 @@ import torch
 from test_conformance import Honest, products, with_a_one
 from torch import Tensor
 
-from stride_captum import STRIDE, ClosedForm
+from stride_captum import STRIDE, ClosedForm, Lasso, RandomSubsets, Ridge, Trained
 from stride_captum.adapters import EKFAC, DiagonalEKFAC
 from stride_captum.conformance import (
     CHECKS,
@@ -79,6 +79,18 @@ def test_every_method_keeps_every_law(subject, law):
         pytest.skip(missing(subject.name))
     reason = subject.exceptions.get(law)
     outcome = run_check(LAWS[law], subject.build, reason, "positions")
+    assert outcome == ("pass" if reason is None else f"exception: {reason}")
+
+
+@pytest.mark.parametrize("law", POSITION_CHECKS)
+@pytest.mark.parametrize("recovery", [Ridge(), Lasso()], ids=lambda recovery: recovery.name)
+def test_trained_operators_keep_the_laws_of_positions(recovery, law):
+    operators = Trained(subsets=RandomSubsets(12), rank=4, iterations=20, recovery=recovery)
+    broken = {SPLIT: "subsets are of other examples"}
+    if not recovery.linear:
+        broken["a_response_is_the_sum_over_positions"] = "the Lasso is not linear"
+    reason = broken.get(law)
+    outcome = run_check(POSITION_CHECKS[law], partial(STRIDE, operators=operators), reason, "positions")
     assert outcome == ("pass" if reason is None else f"exception: {reason}")
 
 

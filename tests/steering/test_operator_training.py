@@ -13,6 +13,7 @@ from stride_captum import Partition, Trained
 from stride_captum.steering.gradient import BatchGradient, block_bytes, largest_block
 from stride_captum.steering.objective import fidelity, stability, subset_responses
 from stride_captum.steering.operators import SteeringOperators
+from stride_captum.steering.rows import ExampleRows
 from stride_captum.steering.sampling import SubsetRows
 from stride_captum.steering.training import StageOne, step_size, train_operators
 from stride_captum.subsets import (
@@ -72,9 +73,8 @@ def test_a_step_is_the_gradient_of_equation_5_one_subset_at_a_time(encoder, stee
         D, N_CLASSES, 4, 4, encoder=encoder, steering=steering,
         head_weight=None if head is None else head.weight, dtype=torch.float64,
     )  # fmt: skip
-    gradient_of_batch = BatchGradient(
-        operators, data.features, data.logits, data.labels, membership, config, 3, 1
-    )
+    rows = ExampleRows(data.features, data.logits, data.labels)
+    gradient_of_batch = BatchGradient(operators, rows, membership, config, 3, 1)
     assert len(gradient_of_batch.blocks) == 4
     with torch.no_grad():
         operators.steering_matrices.normal_(generator=torch.Generator().manual_seed(1))
@@ -283,9 +283,7 @@ def test_arguments_that_do_not_fit_are_named(data):
     membership = random_subsets(N, 5, 10)
     config = Trained(iterations=1)
     f, z, y = data.features, data.logits, data.labels
-    with pytest.raises(
-        ValueError, match=r"`features` must be a float matrix \(n_train, d\); got torch.int64"
-    ):
+    with pytest.raises(ValueError, match=r"`features` must be a float matrix \(n_rows, d\); got torch.int64"):
         train_operators(f.long(), z, y, membership, config)
     with pytest.raises(ValueError, match=r"`logits` must have shape \(60, n_classes\); got \(59, 3\)"):
         train_operators(f, z[1:], y, membership, config)

@@ -19,7 +19,7 @@ from strict_device import DEVICE, StrictDevice, strict_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stride_captum import STRIDE, Checkpoint, Trained
+from stride_captum import STRIDE, Batch, Checkpoint, ClosedForm, RandomSubsets, Ridge, Trained
 from stride_captum.adapters import (
     EKFAC,
     TRAK,
@@ -30,6 +30,7 @@ from stride_captum.adapters import (
     TracIn,
 )
 from stride_captum.conformance import laws_of, run_check, shipped, shipped_at_positions
+from stride_captum.conformance.toy_problems import posed_with
 from stride_captum.evaluation import compare, load_task
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.influence.top_k import GroupSums, StreamedTopK
@@ -106,6 +107,25 @@ class TestEveryMethod:
         with strict_device(), DEVICE:
             found = every_call(METHODS[name](moved(model), train), on(DEVICE, *test.tensors))
             assert_same_answers(found, wanted, DEVICE)
+
+    @pytest.mark.parametrize("float64", [True, False])
+    @pytest.mark.parametrize("kind", ["closed form", "trained"])
+    def test_positions_with_weights_where_the_caller_has_a_default_device(
+        self, kind: str, float64: bool
+    ) -> None:
+        with posed_with("positions"):
+            model, train, test = trained(MLP)
+        omega = torch.rand(train.tensors[1].shape, generator=torch.Generator().manual_seed(0))
+        omega[5], omega[:, 1] = 0, 0
+        by_subsets = Trained(subsets=RandomSubsets(12), iterations=5, recovery=Ridge())
+        own = by_subsets if kind == "trained" else ClosedForm(form="rows")
+        options: dict[str, Any] = {"operators": own, "batch": Batch(sample_weight=omega)}
+        wanted = STRIDE(model, train, **options).influence(test.tensors, per_position=True)
+        with strict_device(float64=float64), DEVICE:
+            method = STRIDE(moved(model), train, **options)
+            found = method.influence(on(DEVICE, *test.tensors), per_position=True)
+            assert found.device == DEVICE
+            torch.testing.assert_close(found.cpu(), wanted, rtol=0, atol=1e-3 * float(wanted.abs().max()))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("name", METHODS)
