@@ -207,7 +207,15 @@ class Loss(ABC):
         """
 
     def of_counted(self, vectors: Tensor, labels: Tensor) -> Tensor:
-        """Vectors `(n, n_outputs)` with 0 at outputs whose label is ignored; labels as of `Loss.labels`."""
+        """Vectors `(n, n_outputs)` whose squares make up a Fisher matrix, as they are.
+
+        Of several positions, each is multiplied by the root of the weight of its label, which is 0 where it
+        is ignored. The weights of a loss with one position are `weights`, a part of those of the examples.
+
+        Args:
+            vectors: Of labels that the model draws, or the like.
+            labels: As of `Loss.labels`.
+        """
         return vectors
 
     @abstractmethod

@@ -242,10 +242,24 @@ class SummedPositions(Loss):
         drawn = self.position.drawn_residuals(rows, uniforms.reshape(len(rows), -1))
         return drawn.reshape(logits.shape)
 
+    def position_weights(self, labels: Tensor) -> Tensor:
+        """What the loss multiplies the term of each position with, `(n, P)`: 0 without a label.
+
+        Args:
+            labels: Of `labels`, `(n, P)` or `(n, P, C)`.
+        """
+        counted = self.position.counted(labels)
+        omega = self.position.weights(labels[counted])
+        if omega is None:
+            return counted.to(torch.get_default_dtype())
+        whole = omega.new_zeros(counted.shape)
+        whole[counted.to(omega.device)] = omega
+        return whole
+
     @override
     def of_counted(self, vectors: Tensor, labels: Tensor) -> Tensor:
-        counted = self.position.counted(labels)[..., None].to(vectors.device)
-        return (vectors.reshape(*counted.shape[:2], -1) * counted).flatten(1)
+        roots = self.position_weights(labels).sqrt().to(vectors)[..., None]
+        return (vectors.reshape(*roots.shape[:2], -1) * roots).flatten(1)
 
     @override
     def hessian_factors(self, logits: Tensor) -> list[Tensor]:
