@@ -237,7 +237,8 @@ class LinearLosses:
         if sample:
             vectors = self.loss.drawn_residuals(logits.detach(), batch["uniforms"])
         if "labels" in batch:
-            vectors = self.loss.of_counted(vectors, batch["labels"].to(vectors.device))
+            y = batch["labels"].to(vectors.device)
+            vectors = self.loss.of_counted(vectors if sample else self.loss.rooted(vectors, y), y)
         if weights is not None:
             vectors = vectors * weights.sqrt().to(vectors)[:, None]
         return _minus_product(logits, vectors)

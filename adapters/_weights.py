@@ -13,13 +13,13 @@ def refuse_weights(name: str, batch: Batch, loss: Loss, why: str, remedy: str) -
     Args:
         name: Of the method.
         batch: Which may weigh examples.
-        loss: Which may weigh classes.
+        loss: Which may weigh classes or labels.
         why: Why they would change nothing.
         remedy: What to do instead.
 
     Raises:
         ValueError: There are weights.
     """
-    if batch.sample_weight is not None or loss.has_weights:
-        must = f"be None for {name}, and so must the weights of classes: {why}"
+    if batch.sample_weight is not None or loss.has_weights or loss.weighs_outputs:
+        must = f"be None for {name}, and so must the weights of classes and `pos_weight`: {why}"
         raise bad_value("sample_weight", must, "weights", remedy)

@@ -127,6 +127,9 @@ class TRAK(GradientMethod):
             labeled.append(_labeled(self.loss, labels))
             asked = self.loss.asked(logits, batch.labels, "label", feature)
             vectors = self.loss.of_counted(self.loss.response_gradient(logits, asked, feature), labels)
+            of_outputs = self.loss.output_weights(labels)
+            if of_outputs is not None:
+                vectors = vectors * of_outputs.to(vectors).sqrt()
             margins.append(count_sketch(self._gradients(model, batch, vectors), places, k))
             check_gradients(margins[-1], rows.start)
             wide, doubt = as_float64(margins[-1]), self.loss.doubts(logits, labels)

@@ -55,7 +55,7 @@ def fisher_vectors(
     """
     loss = CrossEntropy() if loss is None else loss
     if kind == "empirical":
-        found = [loss.residuals(logits, labels)]
+        found = [loss.rooted(loss.residuals(logits, labels), labels)]
     elif kind == "exact":
         found = loss.hessian_factors(logits)
     else:

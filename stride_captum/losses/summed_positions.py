@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,11 @@ class SummedPositions(Loss):
     def has_weights(self) -> bool:
         """As for a position."""
         return self.position.has_weights
+
+    @property
+    def weighs_outputs(self) -> bool:
+        """As for a position."""
+        return self.position.weighs_outputs
 
     # Outputs and labels.
 
@@ -141,6 +146,11 @@ class SummedPositions(Loss):
     @override
     def weighed(self, residuals: Tensor, labels: Tensor) -> Tensor:
         return self._of_rows(self.position.weighed, residuals, labels) if self.has_weights else residuals
+
+    @override
+    def output_weights(self, labels: Tensor) -> Tensor | None:
+        omega = self.position.output_weights(labels.flatten(0, 1)) if self.weighs_outputs else None
+        return None if omega is None else omega.reshape(len(labels), -1)
 
     def counted_rows(
         self, logits: Tensor, labels: Tensor, weights: Tensor | None
@@ -282,26 +292,8 @@ class SummedPositions(Loss):
 
     # What only the closed form asks, which reads positions itself.
 
-    def _not_here(self) -> NoReturn:
+    def _not_here(self, *_: Any, **__: Any) -> NoReturn:
         must = "be 'training' or 'temperature' for a model with several positions an example"
         raise bad_value("residuals", must, "others", "STRIDE with closed-form operators has them.")
 
-    @override
-    def hessians(self, logits: Tensor, temperature: float) -> NoReturn:
-        self._not_here()
-
-    @override
-    def covariance(self, total: Tensor) -> NoReturn:
-        self._not_here()
-
-    @override
-    def encoded(self, labels: Tensor, like: Tensor) -> NoReturn:
-        self._not_here()
-
-    @override
-    def projected(self, left_out: Tensor, labels: Tensor, shifts: Tensor) -> NoReturn:
-        self._not_here()
-
-    @override
-    def possible(self, predictions: Tensor) -> NoReturn:
-        self._not_here()
+    hessians = covariance = encoded = projected = possible = _not_here
