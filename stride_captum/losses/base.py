@@ -168,7 +168,7 @@ class Loss(LabelWeights, ABC):
 
     @abstractmethod
     def potential(self, logits: Tensor) -> Tensor:
-        """A function of z, `(n,)`: without weights, `loss = potential - <z, y>`, with H as second derivative."""
+        """A function of z, `(n,)`, with H as second derivative: without weights, the loss plus `<z, y>`."""
 
     # Labels drawn from the model, of which the Fisher information is a mean.
 
