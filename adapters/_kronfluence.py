@@ -3,7 +3,9 @@
 Nothing is written to disk or cached by name, a copy of the model is wrapped, the process-wide state (which
 would fix the device at its first use) is neither read nor set, and nothing is logged or shown.
 
-Batches are dicts: "examples", and beside them what the losses need of each example, `(n, ...)`.
+Batches are dicts: "examples", and beside them what the losses need of each example, `(n, ...)`. Those that
+factors are made of have "labels", and "weights" w where examples count differently: F is a mean of w times
+outer products of gradients, so that the loss has the root of w.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from torch import Tensor, nn
 from ..losses import CrossEntropy, Loss
 from ..losses.summed_positions import SummedPositions
 from ._kronfluence_layers import Grouped, group_rows, replace_modules
-from .gradients.dense_sides import rows_that_count
+from ._kronfluence_rows import WeighedRows, divided_by_weights
+from .gradients.dense_sides import weights_of_rows
 from .gradients.traces import process_wide
 from .gradients.working_copies import independent_copy, widened
 
@@ -61,13 +64,12 @@ class Kronfluence:
         # The wrapper of a layer needs a parent to be put into, also where the model is a layer itself.
         root, names = nn.Sequential(independent_copy(model)), [f"0.{name}".rstrip(".") for name in layers]
         groups, names = ([], names) if layout == "rows" else group_rows(root, names)
-        self.losses, self.alone = (
-            LinearLosses(names, groups, CrossEntropy() if loss is None else loss),
-            layout == "alone",
-        )
+        self.losses = LinearLosses(names, groups, CrossEntropy() if loss is None else loss)
+        self.alone = layout == "alone"
         self.model = prepare_model(root, self.losses).to(first.device)
         wrapped = [module for module in self.model.modules() if isinstance(module, TrackedModule)]
         replace_modules(self.model, {module.original_module: module for module in wrapped})
+        self.losses.weighed = {str(module.name): WeighedRows(module) for module in wrapped}
         dtype = torch.promote_types(first.dtype, torch.float32)
         of_factors = ("activation_covariance", "gradient_covariance", "per_sample_gradient", "lambda")
         of_scores = ("per_sample_gradient", "precondition", "score")
@@ -78,12 +80,13 @@ class Kronfluence:
         self.state = State.__new__(State)  # without __init__, which makes it the one of the process
         vars(self.state).update(device=first.device, num_processes=1, process_index=0, local_process_index=0)
 
-    def fit(self, batches: Callable[[int], Iterable[Batch]]) -> Factors:
+    def fit(self, batches: Callable[[int], Iterable[Batch]], weight: float | None = None) -> Factors:
         """Factors of a strategy, by kind and layer.
 
         Args:
             batches: The training set for the first and the second pass, with "residuals" for the empirical
                 Fisher matrix, otherwise "uniforms".
+            weight: Sum of the "weights" of a pass; None where there are none.
         """
         from kronfluence.factor.config import FactorConfig
         from kronfluence.factor.covariance import fit_covariance_matrices_with_loader
@@ -93,6 +96,8 @@ class Kronfluence:
         if needs.requires_covariance_matrices:
             loader = Batches(self._with_rows(self._pieces(batches(0))))
             _, covariances = self._call(fit_covariance_matrices_with_loader, task=self.losses, loader=loader)
+            if self._weighs_rows or weight is not None:
+                covariances = divided_by_weights(covariances, self.losses.weighed)
             factors = self._call(perform_eigendecomposition, covariance_factors=covariances)
         if needs.requires_lambda_matrices:
             _, corrected = self._call(
@@ -101,8 +106,17 @@ class Kronfluence:
                 loader=Batches(self._pieces(batches(1))),
                 eigen_factors=factors or None,
             )
+            if weight is not None:
+                seen = corrected["num_lambda_processed"]
+                corrected["num_lambda_processed"] = {
+                    n: torch.full_like(seen[n], weight, dtype=torch.float64) for n in seen
+                }
             factors = {**factors, **corrected}
         return factors
+
+    @property
+    def _weighs_rows(self) -> bool:
+        return isinstance(self.losses.loss, SummedPositions)
 
     def scores(self, factors: Factors, query: Batch, train: Iterable[Batch]) -> Tensor:
         """`(J_x^T g)^T M (J_i^T r_i)`, `(n_query, n_train)`, of "gradients" g and "residuals" r."""
@@ -145,7 +159,7 @@ class Kronfluence:
         )
 
     def _with_rows(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Batches with the rows of each layer that count in its covariances (`rows_that_count`)."""
+        """Batches with weights of the rows of each Linear layer in its covariances (`weights_of_rows`)."""
         (model, layers), loss = self.plain, self.losses.loss
         inside = dict(zip(layers.values(), self.losses.layers, strict=True))
         linear: dict[nn.Module, str] = {
@@ -154,8 +168,9 @@ class Kronfluence:
         for batch in batches:
             if isinstance(loss, SummedPositions):
                 n, y = len(batch["examples"]), batch["labels"]
-                rows = rows_that_count(model, linear, batch["examples"], y, loss)
-                batch = {**batch, "rows": {inside[name]: mask.reshape(n, -1) for name, mask in rows.items()}}
+                rows = weights_of_rows(model, linear, batch["examples"], y, loss)
+                batch = {"weights": y.new_ones(n, dtype=torch.get_default_dtype()), **batch}
+                batch["rows"] = {inside[name]: each.reshape(n, -1) for name, each in rows.items()}
             yield batch
 
     def _score(self, function: Callable[..., Any], factors: Factors, **loaders: Any) -> dict[str, Tensor]:
@@ -197,8 +212,8 @@ def spectra(factors: Factors) -> Iterator[tuple[Tensor, bool]]:
 class LinearLosses:
     """kronfluence `Task`: loss `-<logits, r>` in training, `-<logits, g>` as measurement.
 
-    With `sample=True` r is that of a label that the model draws (`Loss.drawn_residuals`), times the root of
-    the weight of the example.
+    With `sample=True` r is that of a label that the model draws (`Loss.drawn_residuals`). Where a batch has
+    weights, r is multiplied by their roots.
 
     Args:
         layers: Names of the layers to wrap.
@@ -210,14 +225,23 @@ class LinearLosses:
 
     def __init__(self, layers: Sequence[str], groups: Sequence[Grouped], loss: Loss) -> None:
         self.layers, self.groups, self.loss = list(layers), list(groups), loss
+        self.weighed: dict[str, WeighedRows] = {}
 
     def compute_train_loss(self, batch: Batch, model: nn.Module, sample: bool = False) -> Tensor:
         """Summed over the batch."""
+        weights = batch.get("weights")
+        for name, layer in self.weighed.items():
+            layer.weights, layer.rows = weights, batch.get("rows", {}).get(name)
         logits = self._logits(model, batch)
-        if not sample:
-            return _minus_product(logits, batch["residuals"])
-        drawn = self.loss.drawn_residuals(logits.detach(), batch["uniforms"])
-        return _minus_product(logits, self.loss.of_counted(drawn, batch["labels"].to(drawn.device)))
+        vectors = batch["residuals"]
+        if sample:
+            vectors = self.loss.drawn_residuals(logits.detach(), batch["uniforms"])
+        if "labels" in batch:
+            y = batch["labels"].to(vectors.device)
+            vectors = self.loss.of_counted(vectors if sample else self.loss.rooted(vectors, y), y)
+        if weights is not None:
+            vectors = vectors * weights.sqrt().to(vectors)[:, None]
+        return _minus_product(logits, vectors)
 
     def compute_measurement(self, batch: Batch, model: nn.Module) -> Tensor:
         """Summed over the batch."""
@@ -234,8 +258,8 @@ class LinearLosses:
         return self.layers
 
     def get_attention_mask(self, batch: Batch) -> dict[str, Tensor] | None:
-        """Rows of each layer that count in its covariances; None for all rows of all layers."""
-        return batch.get("rows")
+        """None: rows have weights (`WeighedRows`)."""
+        return None
 
 
 def _minus_product(logits: Tensor, vectors: Tensor) -> Tensor:

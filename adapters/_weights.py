@@ -5,7 +5,6 @@ from __future__ import annotations
 from ..data.reading import Batch
 from ..errors import bad_value
 from ..losses import Loss
-from ..losses.summed_positions import SummedPositions
 
 
 def refuse_weights(name: str, batch: Batch, loss: Loss, why: str, remedy: str) -> None:
@@ -14,28 +13,13 @@ def refuse_weights(name: str, batch: Batch, loss: Loss, why: str, remedy: str) -
     Args:
         name: Of the method.
         batch: Which may weigh examples.
-        loss: Which may weigh classes.
+        loss: Which may weigh classes or labels.
         why: Why they would change nothing.
         remedy: What to do instead.
 
     Raises:
         ValueError: There are weights.
     """
-    if batch.sample_weight is not None or loss.has_weights:
-        must = f"be None for {name}, and so must the weights of classes: {why}"
+    if batch.sample_weight is not None or loss.has_weights or loss.weighs_outputs:
+        must = f"be None for {name}, and so must the weights of classes and `pos_weight`: {why}"
         raise bad_value("sample_weight", must, "weights", remedy)
-
-
-def refuse_weights_of_positions(name: str, loss: Loss) -> None:
-    """Refuse class weights of positions for a kernel that knows one weight for each example.
-
-    Args:
-        name: Of the method.
-        loss: What the model was trained with.
-
-    Raises:
-        ValueError: There are several positions an example, and classes have weights.
-    """
-    if isinstance(loss, SummedPositions) and loss.has_weights:
-        must = f"be None for {name} and several positions an example, which would have different weights"
-        raise bad_value("weight", must, "weights of classes", "Take STRIDE or TracIn.")

@@ -3,9 +3,11 @@
     score(x, i) = 1/W (J_x^T g)^T (F + eps)^-1 (J_i^T r_i),    W = n_train without weights
 
 F is diagonal for convolutions, norm layers and biases. For the weights of dense layers, with inputs a and
-output gradients b, it is `E[b b^T] (x) E[a a^T]`, and is inverted in its eigenbasis; positions that no label
-depends on, as padding, are not in the mean over a. (EKFAC as others know
-it has Kronecker factors for convolutions too, and corrects the eigenvalues.)
+output gradients b, it is `E[b b^T] (x) E[a a^T]`, and is inverted in its eigenbasis. (EKFAC as others know it
+has Kronecker factors for convolutions too, and corrects the eigenvalues.)
+
+Weights of examples multiply their terms of F and of both means, class weights those of the positions of an
+example; positions that no label depends on, as padding, are not in the mean over a.
 """
 
 from __future__ import annotations
@@ -18,14 +20,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ..data.batch import ExampleBatch
 from ..errors import bad_choice, bad_value
-from ..losses import Loss
 from ..losses.summed_positions import SummedPositions
 from ..system.devices import as_float64
 from ..system.saved_values import saved_as
-from ._weights import refuse_weights_of_positions
-from .gradients.dense_sides import dense_layers, dense_sides, rows_that_count, sides_of_examples
+from .gradients.dense_sides import dense_layers, dense_sides, order_of_rows, weights_of_rows
 from .gradients.fisher import FISHERS, fisher_sample, fisher_vectors
 from .gradients.method import GradientMethod
 from .gradients.per_example import example_gradients
@@ -103,18 +102,14 @@ class DiagonalEKFAC(GradientMethod):
         self.damping, self.relative, self.dense = float(damping), bool(relative), dense
         self.fisher, self.n_fisher, self.seed = fisher, n_fisher, seed
 
-    @override
-    def check_loss(self, loss: Loss) -> None:
-        super().check_loss(loss)
-        refuse_weights_of_positions(type(self).__name__, loss)
-
     def _fit_kernel(self, model: nn.Module, residuals: Tensor, show_progress: bool) -> DiagonalKernel:
         self._n_outputs = residuals.shape[1]
         fisher: dict[str, list[Tensor]] = {}
         parameters = {name: p.detach() for name, p in model.named_parameters() if name in self.parameters_}
         layers = dense_layers(model, parameters) if self.dense == "kronecker" else {}
         vectors = self._probe_vectors(model)
-        together = sides_of_examples(model, layers, self._probe, vectors, self._rounding)
+        order = order_of_rows(model, layers, self._probe, vectors, self._rounding)
+        weighs_rows = isinstance(self.loss, SummedPositions) and self.loss.has_weights
         n = self._fisher_weight()
         for batch, uniforms, omega in self._fisher_batches(show_progress):
             with torch.no_grad():
@@ -124,12 +119,12 @@ class DiagonalEKFAC(GradientMethod):
             if omega is not None:
                 draws = [v * omega.to(v).sqrt()[:, None] for v in draws]
             weights = logits.new_ones(len(batch)) if omega is None else omega.to(logits)
-            groups = list(torch.arange(len(batch), device=weights.device).split(1))
-            if together:
-                groups = _of_one_weight(model, layers, batch, draws[0], weights)
+            alike = order == "any" and not weighs_rows and len(weights.unique()) == 1
+            size = len(batch) if order == "by example" or alike else 1
+            groups = list(torch.arange(len(batch), device=weights.device).split(size))
             pieces = [batch] if len(groups) == 1 else [batch[some] for some in groups]
             counted = [
-                self._rows_that_count(model, layers, piece, labels[some])
+                self._weights_of_rows(model, layers, piece, labels[some])
                 for piece, some in zip(pieces, groups, strict=True)
             ]
             for vectors in draws:
@@ -139,7 +134,7 @@ class DiagonalEKFAC(GradientMethod):
                         # The positions of an example add up in one factor, and are averaged in the other.
                         of_rows = weights[some].repeat_interleave(len(a) // len(some)).to(a)
                         if name in kept:
-                            of_rows = of_rows * kept[name]
+                            of_rows = of_rows * kept[name].to(of_rows)
                         inputs = a.T @ (a * of_rows[:, None])
                         _add(fisher, name, [b.T @ b / n, inputs, of_rows.sum()])
                         dense.add(name)
@@ -151,13 +146,13 @@ class DiagonalEKFAC(GradientMethod):
             self._find_bad_gradient(model, residuals)
         return self._invert({name: fisher[name] for name in parameters})
 
-    def _rows_that_count(
+    def _weights_of_rows(
         self, model: nn.Module, layers: Any, batch: Any, labels: Tensor
     ) -> dict[str, Tensor]:
-        """Rows of the inputs of dense layers that belong in a mean; none for all of them."""
+        """Weights of the rows of inputs of dense layers in a mean; none where all have weight 1."""
         if not isinstance(self.loss, SummedPositions):
             return {}
-        return rows_that_count(model, layers, batch, labels, self.loss)
+        return weights_of_rows(model, layers, batch, labels, self.loss)
 
     def _fisher_weight(self) -> float:
         """The sum of the weights of the examples that F is estimated from."""
@@ -222,30 +217,6 @@ class DiagonalEKFAC(GradientMethod):
     def settings(self) -> dict[str, Any]:
         names = ("damping", "relative", "dense", "fisher", "n_fisher", "seed")
         return {**super().settings(), **{name: getattr(self, name) for name in names}}
-
-
-def _of_one_weight(
-    model: nn.Module, layers: Mapping[nn.Module, str], batch: ExampleBatch, vectors: Tensor, weights: Tensor
-) -> list[Tensor]:
-    """Examples of a batch whose sides can be taken together, as places in it, `(n_some,)` int64 each.
-
-    Where an example has several rows in a layer, they may be in any order, as where positions stand before
-    examples: together are then examples of the same weight.
-
-    Args:
-        model: As for `dense_sides`.
-        layers: As for `dense_sides`.
-        batch: As for `dense_sides`.
-        vectors: As for `dense_sides`.
-        weights: Of the examples, `(n,)`.
-    """
-    every = torch.arange(len(weights), device=weights.device)
-    values, which = weights.unique(return_inverse=True)
-    if len(values) == 1 or not layers:
-        return [every]
-    if all(len(a) == 1 for a, _ in dense_sides(model, layers, batch[:1], vectors[:1]).values()):
-        return [every]
-    return [every[which == k] for k in range(len(values))]
 
 
 def _add(total: dict[str, list[Tensor]], name: str, parts: list[Tensor]) -> None:

@@ -3,8 +3,9 @@
     score(x, i) = 1/W (J_x^T g)^T (F + lambda I)^-1 (J_i^T r_i),    F = Q diag(Lambda) Q^T, layer by layer
 
 where Q is the eigenbasis of the Kronecker factors of a layer's Fisher matrix and Lambda holds the mean
-squares of gradients in it. kronfluence is asked for products of the gradients of two linear losses,
-`-<logits, r_i>` and `-<logits, g>`, whose gradients are those of the loss and of the response.
+squares of gradients in it. Weights of examples multiply r_i and their terms in all of these means, class
+weights those of the positions of an example. kronfluence is asked for products of the gradients of two linear
+losses, `-<logits, r_i>` and `-<logits, g>`, whose gradients are those of the loss and of the response.
 
 kronfluence knows Linear and Conv2d layers, each with its bias. Norm layers, embeddings, convolutions that
 are grouped or not padded with zeros, and subclasses of the two (as inside attention) take no part. What it
@@ -31,7 +32,6 @@ from ..system.devices import float64_device
 from ..system.packages import install_command
 from ._kronfluence import Batch, Kronfluence, spectra
 from ._kronfluence_layers import LAYOUTS, tracked_layers
-from ._weights import refuse_weights
 from .controls import input_keys
 from .gradients.checks import agree, check_gradients
 from .gradients.method import GradientMethod, GradientState
@@ -70,7 +70,7 @@ class EKFAC(GradientMethod):
 
     Raises:
         ImportError: kronfluence is not installed.
-        ValueError: A device without float64, such as mps, or weights of examples or classes.
+        ValueError: A device without float64, such as mps; in `fit`, a training set of which no label counts.
 
     >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
@@ -94,8 +94,6 @@ class EKFAC(GradientMethod):
         **options: Any,
     ) -> None:
         super().__init__(model, train_dataset, **options)
-        why = "kronfluence counts every example once"
-        refuse_weights("EKFAC", self.batch, self.loss, why, "Take DiagonalEKFAC.")
         try:
             import kronfluence  # noqa: F401
         except ImportError as error:
@@ -140,14 +138,16 @@ class EKFAC(GradientMethod):
     @override
     def fit_checkpoint(self, model: nn.Module, show_progress: bool) -> GradientState:
         state = super().fit_checkpoint(model, show_progress)
-        if isinstance(self.loss, SummedPositions) and not bool(state.loss_residuals.any()):
-            raise bad_value("train_dataset", "have at least one label that is not ignored", "none")
+        if not self.weight_ > 0 or (isinstance(self.loss, SummedPositions) and not state.residuals.any()):
+            must = "have at least one label that is not ignored, with a weight above 0"
+            raise bad_value("train_dataset", must, "none")
         layers = tracked_layers(model, self.parameters_, self._probe)
         self.parameters_ = [n for n, _ in model.named_parameters() if n.rpartition(".")[0] in layers]
         self.layout_ = self._layout_of(model, layers)
         try:
             state.kernel = self._kronfluence(model).fit(
-                lambda draw: self._fisher_batches(state.loss_residuals, draw, show_progress)
+                lambda draw: self._fisher_batches(state.loss_residuals, draw, show_progress),
+                None if self._omega is None else self.weight_,
             )
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # what eigh says of NaN
             self._find_bad_gradient(model, state.loss_residuals)
@@ -196,7 +196,8 @@ class EKFAC(GradientMethod):
         return Kronfluence(model, layers, self.strategy, empirical, self.damping, self.layout_, self.loss)
 
     def _fisher_batches(self, residuals: Tensor, draw: int, show_progress: bool) -> Iterator[Batch]:
-        for batch in self._train_sides(show_progress, residuals=residuals):
+        weights = {} if self._omega is None else {"weights": self._omega}
+        for batch in self._train_sides(show_progress, residuals=residuals, **weights):
             # By the inputs, so that neither batches nor the order of the examples change the labels.
             keys = input_keys(batch["examples"])
             k = self.loss.n_draws(residuals.shape[1])

@@ -6,7 +6,8 @@ phi_i is the projection of the gradient of the margin m_i of the label, Phi stac
 is what stands in the diagonal of the paper's Q. Since `e_y - p = (1 - p_y) dm/dz`, the last factor is the
 projection of `J_i^T r_i`, so other residuals r_i apply here as to every gradient method. Of another loss,
 m is its default response, summed over the outputs of an example, and r_i its residual. Weights of examples
-multiply their terms of `Phi^T Phi` and r_i.
+multiply their terms of `Phi^T Phi` and r_i. Class weights omega of several positions t multiply those of r_i,
+and `phi_i = sum_t sqrt(omega_t) phi_it`, so that `omega_t phi_it phi_it^T` is a part of `Phi^T Phi`.
 
 The projection is a count sketch. The package `traker` 0.3.2 draws a matrix of the size parameters x
 projection_dim anew for each batch where it has no CUDA kernel: for 100 gradients of 535,818 parameters and
@@ -29,7 +30,6 @@ from ..losses.summed_positions import SummedPositions
 from ..system.devices import as_float64, float64_device
 from ..system.memory import MOST_ROWS
 from ..system.saved_values import saved_as
-from ._weights import refuse_weights_of_positions
 from .gradients.checks import check_gradients
 from .gradients.count_sketch import count_sketch, random_places
 from .gradients.method import GradientMethod, GradientState
@@ -73,11 +73,12 @@ class TRAK(GradientMethod):
         train_dataset: As for every method.
         projection_dim: Coordinates of the projection.
         damping: lambda in units of the mean of the largest `min(n_train, projection_dim)` eigenvalues of
-            `Phi^T Phi`, the others being 0. Examples of which all labels are ignored are not among the
-            n_train. With weights, their sum stands for n_train: an example of weight 2 is two examples, and
-            one of weight 0 is none. So all weights times a constant is another damping where their sum is
-            below projection_dim; let their mean be 1. The default is the best of .01, .1, .3, 1 and 3 on
-            digits (LDS). Published: 0, and a projection_dim that is tuned.
+            `Phi^T Phi`, the others being 0. Examples of which all labels are ignored, or of classes of
+            weight 0, are not among the n_train. With weights of examples, their sum stands for n_train: an
+            example of weight 2 is two examples, and one of weight 0 is none. So all weights times a constant
+            is another damping where their sum is below projection_dim; let their mean be 1. The default is
+            the best of .01, .1, .3, 1 and 3 on digits (LDS). Published: 0, and a projection_dim that is
+            tuned.
         seed: Of the projection.
         **options: Those of `GradientMethod`.
 
@@ -111,11 +112,6 @@ class TRAK(GradientMethod):
             raise bad_value("damping", "be a number of at least 0", damping)
         self.projection_dim, self.damping, self.seed = projection_dim, damping, seed
 
-    @override
-    def check_loss(self, loss: Loss) -> None:
-        super().check_loss(loss)
-        refuse_weights_of_positions(type(self).__name__, loss)
-
     def _fit_kernel(self, model: nn.Module, residuals: Tensor, show_progress: bool) -> TRAKKernel:
         n_parameters = sum(p.numel() for p in chosen_parameters(model, self.layers).values())
         k = min(self.projection_dim, n_parameters)
@@ -130,7 +126,10 @@ class TRAK(GradientMethod):
             labels = self.train_labels(batch, logits.shape[1])
             labeled.append(_labeled(self.loss, labels))
             asked = self.loss.asked(logits, batch.labels, "label", feature)
-            vectors = self.loss.response_gradient(logits, asked, feature)
+            vectors = self.loss.of_counted(self.loss.response_gradient(logits, asked, feature), labels)
+            of_outputs = self.loss.output_weights(labels)
+            if of_outputs is not None:
+                vectors = vectors * of_outputs.to(vectors).sqrt()
             margins.append(count_sketch(self._gradients(model, batch, vectors), places, k))
             check_gradients(margins[-1], rows.start)
             wide, doubt = as_float64(margins[-1]), self.loss.doubts(logits, labels)
@@ -244,9 +243,9 @@ class TRAK(GradientMethod):
 
 
 def _labeled(loss: Loss, labels: Tensor) -> Tensor:
-    """Which examples have a label that is not ignored, `(n,)` bool."""
+    """Which examples have a label that is not ignored, of a weight above 0, `(n,)` bool."""
     if isinstance(loss, SummedPositions):
-        return loss.position.counted(labels).any(1)
+        return (loss.position_weights(labels) > 0).any(1)
     return torch.ones(len(labels), dtype=torch.bool, device=labels.device)
 
 

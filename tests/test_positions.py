@@ -21,7 +21,7 @@ from stride_captum.adapters import (
     Similarity,
     TracIn,
 )
-from stride_captum.adapters.gradients.dense_sides import rows_that_count
+from stride_captum.adapters.gradients.dense_sides import weights_of_rows
 from stride_captum.closed_form.memory import position_bytes
 from stride_captum.data.batch import ExampleBatch
 from stride_captum.data.reading import Reading
@@ -804,11 +804,6 @@ class TestBaselines:
             parts.append(weight[c] * alone.influence(tests))
         same(sum(parts), scores, 1e-12)
 
-    @pytest.mark.parametrize("method", [TRAK, DiagonalEKFAC, EKFAC])
-    def test_class_weights_are_refused_by_kernels_that_weigh_whole_examples(self, tagged, method):
-        with pytest.raises(ValueError, match=rf"`\w*weight` must be None for {method.__name__}"):
-            self.made(method, *tagged[:2], loss=CrossEntropy(weight=[1, 2, 10, 1])).fit()
-
     @pytest.mark.parametrize("method", [TracIn, TRAK])
     @pytest.mark.parametrize("target", [0, 1, "predicted", "label"])
     @pytest.mark.parametrize("response", ["margin", "loss"])
@@ -888,15 +883,15 @@ class TestBaselines:
         loss = SummedPositions(position=CrossEntropy(), n_positions=LENGTH, n_outputs=N_CLASSES)
         layers = {model.hidden: "hidden", model.head: "head"}
         batch = ExampleBatch((x, y), Reading(loss=loss))
-        found = rows_that_count(model, layers, batch, y, loss)
-        assert {name: mask.reshape(3, -1).all(0).tolist() for name, mask in found.items()} == {
+        found = weights_of_rows(model, layers, batch, y, loss)
+        assert {name: (each == 1).reshape(3, -1).all(0).tolist() for name, each in found.items()} == {
             "hidden": [True] * 4 + [False] * 2,
             "head": [False] + [True] * 3 + [False] * 2,
         }
-        assert rows_that_count(model, layers, batch, y.clamp_min(0), loss) == {}
+        assert weights_of_rows(model, layers, batch, y.clamp_min(0), loss) == {}
         model.head.weight.data.zero_()  # a label stays where its unit is dead
-        found = rows_that_count(model, layers, batch, y, loss)
-        assert found["hidden"].reshape(3, -1).all(0).tolist() == [False] + [True] * 3 + [False] * 2
+        found = weights_of_rows(model, layers, batch, y, loss)
+        assert (found["hidden"] == 1).reshape(3, -1).all(0).tolist() == [False] + [True] * 3 + [False] * 2
 
     def test_controls_take_positions(self, tagged):
         for method in (Random, Similarity):

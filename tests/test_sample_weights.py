@@ -423,12 +423,18 @@ class Items(torch.utils.data.Dataset):
         (DiagonalEKFAC, {"fisher": "exact"}),
         (DiagonalEKFAC, {"fisher": "exact", "dense": "diagonal"}),
         (TRAK, {}),
+        (EKFAC, {}),
+        (EKFAC, {"fisher": "empirical", "strategy": "kfac"}),
+        (EKFAC, {"strategy": "diagonal"}),
+        (EKFAC, {"damping": 0.01}),
         (TracIn, {"residuals": "both"}),
     ],
 )
 class TestBaselines:
     def scores(self, method, options, problem, loss, rows, weights=None):
         model, x, labels, xt, yt = problem
+        if method is EKFAC:
+            pytest.importorskip("kronfluence")
         batch = None if weights is None else Batch(sample_weight=weights)
         data = TensorDataset(x[rows], labels[loss][rows])
         fitted = method(model, data, loss=loss, batch=batch, **options)
@@ -458,7 +464,7 @@ class TestBaselines:
 @pytest.mark.parametrize(
     "options", [{"batch": Batch(sample_weight=torch.ones(N))}, {"loss": CrossEntropy(weight=[1, 2, 3])}]
 )
-@pytest.mark.parametrize("method", [EKFAC, KNNShapley, ConfidentLearning])
+@pytest.mark.parametrize("method", [KNNShapley, ConfidentLearning])
 def test_methods_that_count_every_example_once_refuse_weights(problem, method, options):
     model, x, labels, *_ = problem
     must = f"`sample_weight` must be None for {method.__name__}, and so must the weights of classes"
@@ -519,7 +525,7 @@ def test_losses_are_saved_with_their_options(problem, tmp_path):
         STRIDE.load(tmp_path / "method", model, data, loss=BinaryCrossEntropy())
 
 
-@pytest.mark.parametrize("method", [STRIDE, TracIn, DiagonalEKFAC])
+@pytest.mark.parametrize("method", [STRIDE, TracIn, DiagonalEKFAC, EKFAC])
 @pytest.mark.parametrize("positions", [False, True])
 def test_class_weights_count_in_the_self_influence_of_other_examples(method, positions):
     generator = torch.Generator().manual_seed(0)
@@ -528,8 +534,8 @@ def test_class_weights_count_in_the_self_influence_of_other_examples(method, pos
     y = torch.arange(36).reshape(9, 4) % 3
     if not positions:
         x, y = x[:, 0], y[:, 0]
-    elif method is DiagonalEKFAC:
-        pytest.skip("it refuses class weights of positions")
+    if method is EKFAC:
+        pytest.importorskip("kronfluence")
     options = {"operators": ClosedForm(residuals="training")} if method is STRIDE else {}
     found = method(model, TensorDataset(x, y), loss=CrossEntropy(weight=[1.0, 5.0, 0.0]), **options)
     torch.testing.assert_close(found.self_influence((x, y)), found.self_influence())

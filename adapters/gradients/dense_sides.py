@@ -68,44 +68,49 @@ def dense_sides(
     }
 
 
-def rows_that_count(
+def weights_of_rows(
     model: nn.Module,
     layers: Mapping[nn.Module, str],
     batch: ExampleBatch,
     labels: Tensor,
     loss: SummedPositions,
 ) -> dict[str, Tensor]:
-    """Which rows of the inputs belong in a mean over positions: all but those that no label depends on.
+    """Weights of the rows of inputs in a mean over positions: those of the labels of the positions.
 
-    A position without a label is left out where outputs with a label do not read it, as padding. A prompt
-    stays, which later positions read.
+    A position without a label, or whose label has weight 0, has weight 0 where outputs with a weight do not
+    read it, as padding. Where they do, as a prompt, it has the mean of the weights in its example. So has
+    every row of a layer with another number of rows.
 
     Args:
         model: As for `dense_sides`.
-        layers: As for `dense_sides`.
+        layers: As for `dense_sides`; with class weights, their rows are by example (`order_of_rows`).
         batch: As for `dense_sides`.
         labels: Of the positions, `(n, P)` or `(n, P, C)`.
         loss: Of whole examples.
 
     Returns:
-        `(n_rows,)` bool by name of the weight, for layers with a row for each position; empty if all
-        positions have labels.
+        `(n_rows,)` by name of the weight; none where all rows have weight 1.
     """
-    counted = loss.position.counted(labels)
-    if bool(counted.all()):
+    own = loss.position_weights(labels)
+    if bool((own == 1).all()):
         return {}
+    n, weighs = len(own), own > 0
+    means = own.sum(1) / weighs.sum(1).clamp_min(1)
+    each = torch.where(weighs, own, means[:, None]) if loss.has_weights else torch.ones_like(own)
     # Entries of all kinds: that their products with the Jacobian vanish by chance is out of the question.
-    some = torch.arange(1, counted.numel() * loss.n_outputs + 1, dtype=torch.float64).cos()
-    every = some.to(labels.device).reshape(len(labels), -1)
+    some = torch.arange(1, own.numel() * loss.n_outputs + 1, dtype=torch.float64).cos()
+    every = some.to(labels.device).reshape(n, -1)
     with torch.enable_grad():
         labeled = dense_sides(model, layers, batch, loss.of_counted(every, labels))
         read_by_any = dense_sides(model, layers, batch, every)
     found = {}
     for name, (_, b) in labeled.items():
-        if len(b) == counted.numel():
-            # The rows may be in another order than the labels, where positions stand before examples.
-            unlabeled = (read_by_any[name][1] != 0).any(1) | ~counted.flatten().to(b.device)
-            found[name] = (b != 0).any(1) | ~unlabeled
+        if len(b) == own.numel():
+            # Rows without a label may be in another order than the labels.
+            unlabeled = (read_by_any[name][1] != 0).any(1) | ~weighs.flatten().to(b.device)
+            found[name] = each.flatten().to(b.device) * ((b != 0).any(1) | ~unlabeled)
+        elif loss.has_weights:
+            found[name] = means.to(b.device).repeat_interleave(len(b) // n)
     return found
 
 
@@ -113,16 +118,14 @@ def _rows(values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1])
 
 
-def sides_of_examples(
+def order_of_rows(
     model: nn.Module,
     layers: Mapping[nn.Module, str],
     batch: ExampleBatch,
     vectors: Tensor,
     rounding: float,
-) -> bool:
-    """Whether each row of the sides of a batch belongs to one example, so that products of rows add up.
-
-    They do not where a layer reads what all examples share, such as a learned query.
+) -> str:
+    """How the rows of the sides of a batch belong to its examples.
 
     Args:
         model: As for `dense_sides`.
@@ -130,13 +133,20 @@ def sides_of_examples(
         batch: A few examples.
         vectors: As for `dense_sides`.
         rounding: Of `check_model`.
+
+    Returns:
+        "by example": one example after another; "any": each row belongs to one example, so that products of
+        rows add up; "shared": they do not, as where a layer reads what all examples share (a learned query).
     """
     together = dense_sides(model, layers, batch, vectors)
     alone = [dense_sides(model, layers, batch[i : i + 1], vectors[i : i + 1]) for i in range(len(batch))]
+    order = "by example"
     for name, sides in together.items():
         for k, side in enumerate(sides):
             parts = [one[name][k] for one in alone]
+            if not agree(side, torch.cat(parts), rounding):
+                order = "any"
             wanted = torch.stack([part.T @ part for part in parts]).sum(0)
             if not agree(side.T @ side, wanted, rounding):
-                return False
-    return True
+                return "shared"
+    return order

@@ -55,8 +55,8 @@ def fisher_vectors(
     """
     loss = CrossEntropy() if loss is None else loss
     if kind == "empirical":
-        return [loss.residuals(logits, labels)]
-    if kind == "exact":
+        found = [loss.rooted(loss.residuals(logits, labels), labels)]
+    elif kind == "exact":
         found = loss.hessian_factors(logits)
     else:
         found = [loss.drawn_residuals(logits, uniforms.reshape(len(uniforms), -1))]

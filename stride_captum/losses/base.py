@@ -22,12 +22,13 @@ from ..errors import bad_choice, bad_value
 from ..residuals import ratio_of_norms
 from .hessians import Hessians
 from .output_check import OutputCheck
+from .weights import LabelWeights
 
 #: "label", "predicted", or an index for each test point, `(n,)`.
 Target = str | Tensor
 
 
-class Loss(ABC):
+class Loss(LabelWeights, ABC):
     """What a model was trained with: a frozen dataclass with its options, registered with `saved_as`.
 
     A loss of yours that is a sum over outputs derives from `SeparateOutputs`, which needs two functions.
@@ -62,11 +63,6 @@ class Loss(ABC):
         """Whether it is the cross-entropy that trained operators are trained with."""
         return False
 
-    @property
-    def has_weights(self) -> bool:
-        """Whether it weighs terms by their label (`weights`)."""
-        return type(self).weights is not Loss.weights
-
     # Outputs and labels.
 
     @abstractmethod
@@ -89,23 +85,6 @@ class Loss(ABC):
         Raises:
             ValueError: Labels of another kind or shape.
         """
-
-    def weights(self, labels: Tensor) -> Tensor | None:
-        """What the loss multiplies the term of each label with, `(n,)`; None for 1."""
-        return None
-
-    def weighed(self, residuals: Tensor, labels: Tensor) -> Tensor:
-        """Residuals `(n, n_outputs)`, each row times the weight of its label."""
-        omega = self.weights(labels)
-        return residuals if omega is None else residuals * omega.to(residuals)[:, None]
-
-    def counted(self, labels: Tensor) -> Tensor:
-        """Which positions have a label that is not ignored, `(n, P)` bool.
-
-        Args:
-            labels: `(n, P)`, or `(n, P, n_outputs)`.
-        """
-        return torch.ones(labels.shape[:2], dtype=torch.bool, device=labels.device)
 
     def output_check(self, model: nn.Module | None) -> OutputCheck:
         """A look at the outputs for a training set: are they what the loss says they are?"""
@@ -189,7 +168,7 @@ class Loss(ABC):
 
     @abstractmethod
     def potential(self, logits: Tensor) -> Tensor:
-        """A function of z, `(n,)`, whose second derivative is H: `loss = potential - <z, y>` + const."""
+        """A function of z, `(n,)`, with H as second derivative: without weights, the loss plus `<z, y>`."""
 
     # Labels drawn from the model, of which the Fisher information is a mean.
 
@@ -205,10 +184,6 @@ class Loss(ABC):
             logits: z.
             uniforms: Numbers in [0, 1), `(n, n_draws)`.
         """
-
-    def of_counted(self, vectors: Tensor, labels: Tensor) -> Tensor:
-        """Vectors `(n, n_outputs)` with 0 at outputs whose label is ignored; labels as of `Loss.labels`."""
-        return vectors
 
     @abstractmethod
     def hessian_factors(self, logits: Tensor) -> list[Tensor]:

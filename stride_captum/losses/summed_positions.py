@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,11 @@ class SummedPositions(Loss):
     def has_weights(self) -> bool:
         """As for a position."""
         return self.position.has_weights
+
+    @property
+    def weighs_outputs(self) -> bool:
+        """As for a position."""
+        return self.position.weighs_outputs
 
     # Outputs and labels.
 
@@ -146,6 +151,11 @@ class SummedPositions(Loss):
     @override
     def weighed(self, residuals: Tensor, labels: Tensor) -> Tensor:
         return self._of_rows(self.position.weighed, residuals, labels) if self.has_weights else residuals
+
+    @override
+    def output_weights(self, labels: Tensor) -> Tensor | None:
+        omega = self.position.output_weights(labels.flatten(0, 1)) if self.weighs_outputs else None
+        return None if omega is None else omega.reshape(len(labels), -1)
 
     def counted_rows(
         self, logits: Tensor, labels: Tensor, weights: Tensor | None
@@ -247,10 +257,24 @@ class SummedPositions(Loss):
         drawn = self.position.drawn_residuals(rows, uniforms.reshape(len(rows), -1))
         return drawn.reshape(logits.shape)
 
+    def position_weights(self, labels: Tensor) -> Tensor:
+        """What the loss multiplies the term of each position with, `(n, P)`: 0 without a label.
+
+        Args:
+            labels: Of `labels`, `(n, P)` or `(n, P, C)`.
+        """
+        counted = self.position.counted(labels)
+        omega = self.position.weights(labels[counted])
+        if omega is None:
+            return counted.to(torch.get_default_dtype())
+        whole = omega.new_zeros(counted.shape)
+        whole[counted.to(omega.device)] = omega
+        return whole
+
     @override
     def of_counted(self, vectors: Tensor, labels: Tensor) -> Tensor:
-        counted = self.position.counted(labels)[..., None].to(vectors.device)
-        return (vectors.reshape(*counted.shape[:2], -1) * counted).flatten(1)
+        roots = self.position_weights(labels).sqrt().to(vectors)[..., None]
+        return (vectors.reshape(*roots.shape[:2], -1) * roots).flatten(1)
 
     @override
     def hessian_factors(self, logits: Tensor) -> list[Tensor]:
@@ -273,25 +297,7 @@ class SummedPositions(Loss):
 
     # What is asked of one position alone.
 
-    def _not_here(self) -> NoReturn:
+    def _not_here(self, *_: Any, **__: Any) -> NoReturn:
         raise NotImplementedError("ask the loss of one position (`position`)")
 
-    @override
-    def hessians(self, logits: Tensor, temperature: float) -> NoReturn:
-        self._not_here()
-
-    @override
-    def covariance(self, total: Tensor) -> NoReturn:
-        self._not_here()
-
-    @override
-    def encoded(self, labels: Tensor, like: Tensor) -> NoReturn:
-        self._not_here()
-
-    @override
-    def projected(self, left_out: Tensor, labels: Tensor, shifts: Tensor) -> NoReturn:
-        self._not_here()
-
-    @override
-    def possible(self, predictions: Tensor) -> NoReturn:
-        self._not_here()
+    hessians = covariance = encoded = projected = possible = _not_here

@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from stride_captum import STRIDE, Batch
 from stride_captum.adapters import TracIn
 from stride_captum.adapters.captum_influence import CaptumInfluence, NoIndex, ResidualLoss, keep_weights
-from stride_captum.losses import CrossEntropy
+from stride_captum.losses import BinaryCrossEntropy, CrossEntropy
 from stride_captum.residuals import tempered_residuals
 from stride_captum.responses import RESPONSES, response_gradient, response_value
 
@@ -234,6 +234,14 @@ class TestWeights:
         for kind in ("NaiveInfluenceFunction", "ArnoldiInfluenceFunction"):
             with pytest.raises(ValueError, match=f"`sample_weight` must be None for {kind}, .* Hessian"):
                 CaptumInfluence(model, train, build=with_residuals(kind), **options).fit()
+
+    def test_what_would_not_see_those_of_labels_refuses_them(self, exact):
+        model, train, _ = exact
+        loss = BinaryCrossEntropy(pos_weight=2.0)
+        several = TensorDataset(train.tensors[0], nn.functional.one_hot(train.tensors[1]).double())
+        options = {"loss": loss, "build": builder("NaiveInfluenceFunction", None, ResidualLoss(loss=loss))}
+        with pytest.raises(ValueError, match=r"and so must .* `pos_weight`: its Hessian"):
+            CaptumInfluence(model, several, **options).fit()
 
     def test_a_similarity_does_not_depend_on_them(self, exact):
         model, train, test = exact

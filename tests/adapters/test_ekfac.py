@@ -23,9 +23,11 @@ from planted import (
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from stride_captum import Batch
 from stride_captum.adapters.controls import input_keys
 from stride_captum.adapters.ekfac import EKFAC
 from stride_captum.conformance import invariance_checks, score_checks, usage_checks
+from stride_captum.losses import CrossEntropy
 from stride_captum.residuals import drawn_labels, tempered_residuals
 from stride_captum.responses import response_gradient
 
@@ -78,7 +80,11 @@ def drawn_residuals(model: nn.Module, data: TensorDataset, draw: int) -> Tensor:
 
 
 def inverse_fisher(
-    first: dict[str, Tensor], second: dict[str, Tensor], strategy: str, damping: float | None
+    first: dict[str, Tensor],
+    second: dict[str, Tensor],
+    strategy: str,
+    damping: float | None,
+    weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """`(F + lambda I)^-1` of each layer, a matrix over its flattened gradient.
 
@@ -87,19 +93,22 @@ def inverse_fisher(
         second: Gradients that Lambda is made of.
         strategy: As for `EKFAC`.
         damping: As for `EKFAC`.
+        weights: Of the examples in all means; None for 1.
     """
     found = {}
+    share = torch.ones(N_TRAIN).double() if weights is None else weights
+    share = (share / share.sum())[:, None]
     for layer, g in first.items():
         # For one position an example, the gradient is b a^T with 1 as the last entry of a.
         b = g[:, :, -1]
         a = torch.stack([(b_i @ g_i) / (b_i @ b_i) for b_i, g_i in zip(b, g, strict=True)])
-        value_a, q_a = torch.linalg.eigh(a.T @ a / len(a))
-        value_b, q_b = torch.linalg.eigh(b.T @ b / len(b))
+        value_a, q_a = torch.linalg.eigh(a.T @ (a * share))
+        value_b, q_b = torch.linalg.eigh(b.T @ (b * share))
         q, values = torch.kron(q_b, q_a), torch.kron(value_b, value_a)
         if strategy == "ekfac":
-            values = (second[layer].flatten(1) @ q).square().mean(0)
+            values = ((second[layer].flatten(1) @ q).square() * share).sum(0)
         if strategy == "diagonal":
-            q, values = torch.eye(len(q)).to(q), second[layer].flatten(1).square().mean(0)
+            q, values = torch.eye(len(q)).to(q), (second[layer].flatten(1).square() * share).sum(0)
         if strategy == "identity":
             q, values, damping = torch.eye(len(q)).to(q), torch.ones(len(q)).to(q), 0.0
         extra = 0.1 * values.mean() if damping is None else damping
@@ -141,6 +150,86 @@ def test_scores_are_those_of_an_explicit_ekfac(small, strategy, fisher, damping)
     cosine = wanted / others.sqrt()[:, None] / own.sqrt()
     torch.testing.assert_close(method.influence((u, v), response="loss", normalize="cosine"), cosine)
     torch.testing.assert_close(method.self_influence((u, v)), others)
+
+
+WEIGHTS = torch.tensor([0.0, 0.5, 2.0, 1.0, 7.0, 0.1]).double().repeat(5)
+
+
+@pytest.mark.parametrize("strategy", ["ekfac", "kfac", "diagonal"])
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+@pytest.mark.parametrize("damping", [None, 1e-2])
+def test_weights_are_in_every_mean_once_and_in_the_score_once(small, strategy, fisher, damping) -> None:
+    model, train, test = small
+    x, (u, v) = train.tensors[0], test.tensors
+    options = {"damping": damping, "strategy": strategy, "fisher": fisher, "batch_size": 7}
+    method = EKFAC(model, train, batch=Batch(sample_weight=WEIGHTS), **options)
+    r = residuals_of(model, train)
+    rows = [r, r] if fisher == "empirical" else [drawn_residuals(model, train, draw) for draw in (0, 1)]
+    first, second = (gradients_of(model, LAYERS, x, row) for row in rows)
+    inverse = inverse_fisher(first, second, strategy, damping, WEIGHTS)
+    left = gradients_of(model, LAYERS, u, response_gradient(model(u).detach(), v, "margin"))
+    right = gradients_of(model, LAYERS, x, r)
+    mean = WEIGHTS.mean()  # the factor is 1 over the sum of the weights
+    wanted = product(left, inverse, right) * WEIGHTS / mean
+    found = method.influence((u, v))
+    torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-9 * float(wanted.abs().max()))
+    own = product(right, inverse, right).diagonal()
+    torch.testing.assert_close(method.self_influence(), own * WEIGHTS / mean, rtol=1e-7, atol=0)
+    others, safe = product(left, inverse, left).diagonal(), own.where(WEIGHTS > 0, 1.0)
+    cosine = product(left, inverse, right) / others.sqrt()[:, None] / safe.sqrt() * (WEIGHTS > 0)
+    torch.testing.assert_close(method.influence((u, v), normalize="cosine"), cosine)
+
+
+def test_class_weights_are_weights_of_examples(small) -> None:
+    model, train, test = small
+    weight = torch.tensor([0.5, 3.0, 1.0]).double()
+    of_classes = EKFAC(model, train, loss=CrossEntropy(weight=weight))
+    of_examples = EKFAC(model, train, batch=Batch(sample_weight=weight[train.tensors[1]]))
+    assert torch.equal(of_classes.influence(test.tensors), of_examples.influence(test.tensors))
+    thrice = EKFAC(model, train, loss=CrossEntropy(weight=3 * weight))
+    torch.testing.assert_close(thrice.influence(test.tensors), of_classes.influence(test.tensors))
+
+
+@pytest.mark.parametrize("layout", ["rows", "grouped", "alone"])
+@pytest.mark.parametrize("strategy", ["ekfac", "kfac"])
+def test_a_weight_of_n_is_n_copies_in_every_layout(strategy, layout) -> None:
+    """Of convolutions, and of Linear layers with several rows an example."""
+
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.first, self.last = nn.Conv2d(2, 3, 3), nn.Linear(3, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.conv(x).flatten(2).transpose(1, 2)  # (n, 4, 3)
+            if layout == "grouped":
+                h = torch.tanh(self.first(h.flatten(0, 1))).reshape(len(x), 4, -1)
+            elif layout == "alone":
+                h = torch.tanh(self.first(h.transpose(0, 1).flatten(0, 1)))
+                h = h.reshape(4, len(x), -1).transpose(0, 1)
+            else:
+                h = torch.tanh(self.first(h))
+            found: Tensor = self.last(h.mean(1))
+            return found
+
+    model, data = built(Rows).double().eval(), doubled(8, (2, 4, 4))
+    x, y = data.tensors
+    copies = torch.tensor([1, 2, 0, 1, 3, 1, 1, 2])
+    rows = torch.arange(8).repeat_interleave(copies)
+    weighed = EKFAC(model, data, strategy=strategy, batch_size=3, batch=Batch(sample_weight=copies.double()))
+    repeated = EKFAC(model, TensorDataset(x[rows], y[rows]), strategy=strategy, batch_size=3)
+    found, copied = weighed.influence((x, y)), repeated.influence((x, y))
+    assert (weighed.layout_, repeated.layout_) == (layout, layout)
+    wanted = torch.zeros_like(found).index_add_(1, rows, copied)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-8 * float(wanted.abs().max()))
+
+
+def test_weights_of_0_alone_are_refused(small) -> None:
+    model, train, _ = small
+    with pytest.raises(
+        ValueError, match=r"`train_dataset` must have at least one label .* with a weight above 0"
+    ):
+        EKFAC(model, train, batch=Batch(sample_weight=torch.zeros(N_TRAIN))).fit()
 
 
 @pytest.mark.parametrize("damping", [None, 1e-3])

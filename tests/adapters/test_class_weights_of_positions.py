@@ -1,0 +1,264 @@
+"""Class weights where an example has several positions, against dense formulas and by laws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from stride_captum.adapters import EKFAC, TRAK, DiagonalEKFAC, TracIn
+from stride_captum.losses import CrossEntropy
+
+N_TRAIN, N_TEST, LENGTH, WIDTH, N_CLASSES, IGNORED = 9, 4, 5, 3, 4, -100
+WEIGHT = torch.tensor([1.0, 2.0, 0.25, 6.0], dtype=torch.float64)
+
+
+class Tagger(nn.Module):
+    """`(n, P, 3)` to `(n, P, 4)`.
+
+    Args:
+        mixing: Whether a position reads those before it.
+        by_time: Whether layers see positions before examples.
+    """
+
+    def __init__(self, mixing: bool = False, by_time: bool = False) -> None:
+        super().__init__()
+        self.mixing, self.by_time = mixing, by_time
+        self.inner, self.outer = nn.Linear(WIDTH, 4), nn.Linear(4, N_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.inner(x.transpose(0, 1) if self.by_time else x))
+        if self.mixing:
+            h = h + h.cumsum(0 if self.by_time else 1) / 5
+        z: Tensor = self.outer(h)
+        return z.transpose(0, 1) if self.by_time else z
+
+
+def tagger(**options: bool) -> Tagger:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return Tagger(**options).double().eval()
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[TensorDataset, tuple[Tensor, Tensor]]:
+    """A training set with ignored labels, and test points."""
+    generator = torch.Generator().manual_seed(0)
+    shape = N_TRAIN + N_TEST, LENGTH
+    x = torch.randn(*shape, WIDTH, generator=generator, dtype=torch.float64)
+    y = torch.randint(N_CLASSES, shape, generator=generator)
+    y[1, 3:], y[4, 0] = IGNORED, IGNORED
+    return TensorDataset(x[:N_TRAIN], y[:N_TRAIN]), (x[N_TRAIN:], y[N_TRAIN:])
+
+
+#: Each with labels of the Fisher matrix that are given, so that nothing is drawn.
+METHODS = [
+    (TRAK, {"projection_dim": 64, "damping": 0.5}),
+    (DiagonalEKFAC, {"fisher": "exact"}),
+    (DiagonalEKFAC, {"fisher": "empirical", "dense": "diagonal"}),
+    (EKFAC, {"fisher": "empirical"}),
+    (EKFAC, {"fisher": "empirical", "strategy": "kfac"}),
+    (EKFAC, {"fisher": "empirical", "strategy": "diagonal"}),
+]
+
+
+def made(method: Any, model: nn.Module, train: Any, weight: Any = WEIGHT, **options: Any) -> Any:
+    if method is EKFAC:
+        pytest.importorskip("kronfluence")
+    return method(model, train, loss=CrossEntropy(weight=weight), batch_size=4, **options)
+
+
+def same(found: Tensor, wanted: Tensor, tolerance: float = 1e-9) -> None:
+    assert found.shape == wanted.shape
+    assert wanted.any()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
+
+
+class Dense:
+    """Every position of every example written out: inputs a, output gradients of all outputs, r and omega."""
+
+    def __init__(self, model: Tagger, x: Tensor, y: Tensor) -> None:
+        self.counted = y != IGNORED
+        labels = y.clamp_min(0)
+        self.omega = torch.where(self.counted, WEIGHT[labels], 0.0)
+        z = model(x).detach()
+        self.p = z.softmax(2)
+        self.e = F.one_hot(labels, N_CLASSES).double()
+        self.r = (self.e - self.p) * self.counted[..., None]
+        h = torch.tanh(model.inner(x)).detach()
+        ones = torch.ones(*y.shape, 1, dtype=torch.float64)
+        self.inputs = {"inner": torch.cat([x, ones], 2), "outer": torch.cat([h, ones], 2)}
+        self.slope, self.last = 1 - h**2, model.outer.weight.detach()
+
+    def back(self, vectors: Tensor) -> dict[str, Tensor]:
+        """Gradients of `<z, v>` with respect to the outputs of both layers, `(n, P, n_out)`."""
+        return {"inner": (vectors @ self.last) * self.slope, "outer": vectors}
+
+    def gradients(self, vectors: Tensor) -> dict[str, Tensor]:
+        """Of the examples, with the bias as last column, `(n, n_out, n_in + 1)`."""
+        back = self.back(vectors)
+        return {name: torch.einsum("npo,npi->noi", back[name], a) for name, a in self.inputs.items()}
+
+    def flat(self, vectors: Tensor) -> Tensor:
+        return torch.cat([g.flatten(1) for g in self.gradients(vectors).values()], 1)
+
+    @property
+    def margins(self) -> Tensor:
+        """Gradients of the margin: the residual over 1 - p_y."""
+        return self.r / (self.e * (1 - self.p)).sum(2, keepdim=True)
+
+    @property
+    def weighed(self) -> Tensor:
+        return self.r * self.omega[..., None]
+
+
+def both(data: Any, model: Tagger) -> tuple[Dense, Dense]:
+    train, test = data
+    return Dense(model, *train.tensors), Dense(model, *test)
+
+
+def test_trak(data):
+    model = tagger()
+    train, test = both(data, model)
+    phi = train.flat(train.margins * train.omega.sqrt()[..., None])
+    gram = phi.T @ phi
+    damped = gram + 0.5 * gram.trace() / N_TRAIN * torch.eye(len(gram)).to(gram)
+    wanted = test.flat(test.margins) @ torch.linalg.solve(damped, train.flat(train.weighed).T)
+    method = made(TRAK, model, data[0], projection_dim=1000, damping=0.5)
+    same(method.influence(data[1]), wanted)
+    own = (train.flat(train.r) * torch.linalg.solve(damped, train.flat(train.weighed).T).T).sum(1)
+    same(method.self_influence(), own)
+
+
+@pytest.mark.parametrize("by_time", [False, True])
+@pytest.mark.parametrize("dense", ["kronecker", "diagonal"])
+def test_diagonal_ekfac(data, dense, by_time):
+    train, test = both(data, tagger())
+    draws = []  # sqrt(omega p_c) (e_c - p) of one position and one class each
+    for t in range(LENGTH):
+        for c in range(N_CLASSES):
+            vector = torch.zeros_like(train.p)
+            vector[:, t] = (torch.eye(N_CLASSES)[c] - train.p[:, t]) * train.p[:, t, c, None].sqrt()
+            draws.append(vector * train.omega.sqrt()[..., None])
+    left, right = test.gradients(test.margins), train.gradients(train.weighed)
+    wanted = torch.zeros(N_TEST, N_TRAIN, dtype=torch.float64)
+    for name, inputs in train.inputs.items():
+        a = inputs[..., :-1]
+        squares = sum(train.gradients(v)[name].square().sum(0) for v in draws) / N_TRAIN
+        g = sum(torch.einsum("npo,npq->oq", b, b) for b in (train.back(v)[name] for v in draws)) / N_TRAIN
+        mean = torch.einsum("np,npi,npj->ij", train.omega, a, a) / train.omega.sum()
+        weights = torch.kron(g, mean) if dense == "kronecker" else torch.diag(squares[:, :-1].flatten())
+        for columns, matrix in ((slice(-1), weights), (slice(-1, None), torch.diag(squares[:, -1]))):
+            damped = matrix + 0.1 * matrix.diagonal().mean() * torch.eye(len(matrix)).to(matrix)
+            sides = (side[name][:, :, columns].flatten(1) for side in (left, right))
+            wanted += next(sides) @ torch.linalg.solve(damped, next(sides).T) / N_TRAIN
+    method = made(DiagonalEKFAC, tagger(by_time=by_time), data[0], fisher="exact", dense=dense)
+    same(method.influence(data[1]), wanted)
+
+
+@pytest.mark.parametrize("strategy", ["ekfac", "kfac", "diagonal"])
+def test_ekfac(data, strategy):
+    model = tagger()
+    train, test = both(data, model)
+    root = train.r * train.omega.sqrt()[..., None]
+    left, right, terms = test.gradients(test.margins), train.gradients(train.weighed), train.gradients(root)
+    wanted = torch.zeros(N_TEST, N_TRAIN, dtype=torch.float64)
+    for name, a in train.inputs.items():
+        b = train.back(root)[name]
+        value_a, q_a = torch.linalg.eigh(
+            torch.einsum("np,npi,npj->ij", train.omega, a, a) / train.omega.sum()
+        )
+        value_b, q_b = torch.linalg.eigh(torch.einsum("npo,npq->oq", b, b) / train.counted.sum())
+        q, values = torch.kron(q_b, q_a), torch.kron(value_b, value_a)
+        if strategy == "diagonal":
+            q = torch.eye(len(q)).to(q)
+        if strategy != "kfac":
+            values = (terms[name].flatten(1) @ q).square().mean(0)
+        inverse = q @ torch.diag(1 / (values + 0.1 * values.mean())) @ q.T
+        wanted += left[name].flatten(1) @ inverse @ right[name].flatten(1).T / N_TRAIN
+    method = made(EKFAC, model, data[0], fisher="empirical", strategy=strategy)
+    same(method.influence(data[1]), wanted)
+
+
+@pytest.mark.parametrize(("method", "options"), METHODS)
+@pytest.mark.parametrize("mixing", [False, True])
+@pytest.mark.parametrize("by_time", [False, True])
+class TestLaws:
+    def test_a_class_of_weight_0_is_ignored(self, data, method, options, mixing, by_time):
+        model, (train, test) = tagger(mixing=mixing, by_time=by_time), data
+        x, y = train.tensors
+        weight = [1.0, 2.0, 0.0, 3.0]
+        left_out = TensorDataset(x, torch.where(y == 2, IGNORED, y))
+        found, wanted = (made(method, model, t, weight, **options) for t in (train, left_out))
+        same(found.influence(test), wanted.influence(test))
+
+    def test_one_weight_for_all_changes_nothing(self, data, method, options, mixing, by_time):
+        model, (train, test) = tagger(mixing=mixing, by_time=by_time), data
+        found, wanted = (made(method, model, train, w, **options) for w in ([3.0] * N_CLASSES, None))
+        same(found.influence(test), wanted.influence(test))
+
+    def test_the_order_of_rows_changes_nothing(self, data, method, options, mixing, by_time):
+        train, test = data
+        plain = made(method, tagger(mixing=mixing), train, **options)
+        found = made(method, tagger(mixing=mixing, by_time=by_time), train, **options)
+        same(found.influence(test), plain.influence(test))
+
+    def test_self_influence_is_the_loss_on_both_sides(self, data, method, options, mixing, by_time):
+        found = made(method, tagger(mixing=mixing, by_time=by_time), data[0], **options)
+        every = -found.influence(data[0].tensors, response="loss").diagonal()
+        same(found.self_influence(), every)
+        if method is not TRAK:  # which weighs them by its own labels alone
+            same(found.self_influence(data[0].tensors), every)
+
+    def test_one_position_is_an_example(self, data, method, options, mixing, by_time):
+        class Single(nn.Module):
+            def __init__(self, whole: Tagger) -> None:
+                super().__init__()
+                self.whole = whole
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.whole(x[:, None])[:, 0]
+
+        model, ((x, y), test) = tagger(mixing=mixing, by_time=by_time), (data[0].tensors, data[1])
+        x, y = x[:, :1], y[:, :1].clamp_min(0)
+        weight = WEIGHT / WEIGHT[y].mean()  # TRAK's damping is that of the sum of the weights
+        found = made(method, model, TensorDataset(x, y), weight, **options)
+        plain = made(method, Single(model), TensorDataset(x[:, 0], y[:, 0]), weight, **options)
+        asked = test[0][:, :1], test[1][:, :1].clamp_min(0)
+        same(found.influence(asked), plain.influence(tuple(part[:, 0] for part in asked)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 9])
+@pytest.mark.parametrize("mixing", [False, True])
+@pytest.mark.parametrize(("method", "options"), METHODS)
+def test_batches_change_nothing(data, method, options, mixing, batch_size):
+    model, (train, test) = tagger(mixing=mixing), data
+    found = made(method, model, train, **options)
+    found.batch_size = batch_size
+    same(found.influence(test), made(method, model, train, **options).influence(test))
+
+
+@pytest.mark.parametrize(("method", "options"), [(TracIn, {}), (DiagonalEKFAC, {"fisher": "exact"})])
+def test_the_positions_of_one_example_over_two_add_up(data, method, options):
+    """Where positions have terms of their own in F: it is exact, and positions do not read each other."""
+    model, (train, test) = tagger(), data
+    x, y = train.tensors
+    first, second = y.clone(), y[:1].clone()
+    first[0, 2:], second[0, :2] = IGNORED, IGNORED
+    split = TensorDataset(torch.cat([x, x[:1]]), torch.cat([first, second]))
+    whole = made(method, model, train, **options).influence(test)
+    found = made(method, model, split, **options).influence(test)
+    same(found[:, 0] + found[:, -1], whole[:, 0])
+    same(found[:, 1:-1], whole[:, 1:])
+
+
+@pytest.mark.parametrize("method", [TRAK, DiagonalEKFAC, EKFAC])
+def test_a_training_set_of_classes_of_weight_0_alone_is_refused(data, method):
+    model, (train, _) = tagger(), data
+    weight = [0.0, 0.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="must"):
+        made(method, model, train, weight).fit()
