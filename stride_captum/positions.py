@@ -72,6 +72,21 @@ class Positions:
         places = None if self.places is None else self.places[self.rows_of(examples)]
         return Positions(self.counts[examples], places)
 
+    def rows_at(self, examples: Tensor) -> Tensor:
+        """The rows of some examples, in their order, `(k_rows,)` int64.
+
+        Args:
+            examples: Places, `(k,)` int64 on the CPU.
+        """
+        counts = self.counts[examples]
+        before = counts.cumsum(0) - counts
+        return (self.offsets[examples] - before).repeat_interleave(counts) + torch.arange(int(counts.sum()))
+
+    def at(self, examples: Tensor) -> Positions:
+        """The positions of some examples, in their order."""
+        places = None if self.places is None else self.places[self.rows_at(examples)]
+        return Positions(self.counts[examples], places)
+
     def blocks(self, most_rows: int) -> Iterator[slice]:
         """Consecutive examples with at most `most_rows` rows together, or a single one that has more."""
         start, n = 0, len(self)

@@ -16,7 +16,7 @@ from .data import inputs as data
 from .data.batch import ExampleBatch
 from .errors import bad_value
 from .features.options import Features
-from .features.precomputed import Precomputed, check_positions_finite, check_some_rows
+from .features.precomputed import Precomputed, check_positions_finite
 from .features.projection import Projection, fit_projection
 from .features.reader import (
     Rows,
@@ -82,7 +82,6 @@ class TrainingFeatures(InfluenceMethod):
             positions,
         )
         if positions is not None:
-            check_some_rows(len(labels))
             check_positions_finite(read)
         return stored.taps, read
 
@@ -220,6 +219,8 @@ class TrainingFeatures(InfluenceMethod):
         if not self._features_are_stored():
             return states
         for index, (state, weights) in enumerate(zip(states, fingerprints, strict=True)):
+            if not state.operators.keeps_rows:
+                continue
             if len(state.operators.features) == 0:
                 store, key = self._store(index, weights)
                 stored = store.open(key)

@@ -630,15 +630,11 @@ class TestRefused:
             fitted(tagged[0], TensorDataset(tagged[1].tensors[0], labels)).fit()
 
     def test_what_does_not_take_positions(self, tagged):
-        model, train, tests = tagged
+        model, train, _ = tagged
         with pytest.raises(
             ValueError, match="`model` must give one row of outputs per example for operators="
         ):
             STRIDE(model, train, operators=Trained()).fit()
-        with pytest.raises(ValueError, match="positions"):
-            fitted(model, train).fit().add_examples(tests)
-        with pytest.raises(ValueError, match="positions"):
-            fitted(model, train).fit().remove_examples([0])
 
     @pytest.mark.parametrize("value", [0, True, "1"])
     def test_an_axis_that_is_none(self, value):

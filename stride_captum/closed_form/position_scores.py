@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..errors import bad_value
-from ..operators import FittedOperators, TestPoints
+from ..operators import TestPoints
 from ..positions import Positions
 from ..recovery import soft_threshold
 from ..system.memory import blocks, rows_that_fit
@@ -28,14 +28,13 @@ from ..system.to_device import working_dtype
 from .curvature import ClosedFormQuery, score_block
 from .forms import in_range, norms_of
 from .moments import scaled_features
-from .operators import ClosedFormOperators
 from .position_products import (
     PositionQuery,
     forms_of_examples,
     matrices_of_rows,
     sizes_and_units_of_examples,
-    summed_products,
 )
+from .position_rows import KeptPositions
 
 #: Products of pairs of positions that are held at a time.
 _PAIRS = 2**22
@@ -43,76 +42,8 @@ _PAIRS = 2**22
 
 @saved_as("closed-form.positions")
 @dataclass
-class PositionOperators(FittedOperators):
-    """Closed-form operators of examples with several positions.
-
-    Attributes:
-        rows: Those of all positions, each as an example of its own; without features in the form "matrix".
-        most_bytes: Of what is held at a time.
-        matrices: M_i, `(n_train, (n_features + 1) n_outputs)`; None in the form "rows".
-        known: In the form "matrix", what needs rows: "norms", "self_influence" and "suspects",
-            `(n_train,)` each.
-    """
-
-    rows: ClosedFormOperators
-    most_bytes: int
-    matrices: Tensor | None = None
-    known: dict[str, Tensor] | None = None
-
-    @property
-    def features(self) -> Tensor:
-        """Of the rows; none in the form "matrix"."""
-        return self.rows.features
-
-    @override
-    def without_features(self) -> PositionOperators:
-        return replace(self, rows=self.rows.without_features())
-
-    @override
-    def with_features(self, features: Tensor, logits: Tensor) -> PositionOperators:
-        return (
-            self if self.form == "matrix" else replace(self, rows=self.rows.with_features(features, logits))
-        )
-
-    @property
-    def form(self) -> str:
-        """What is kept: "rows" or "matrix"."""
-        return "rows" if self.matrices is None else "matrix"
-
-    @property
-    def positions(self) -> Positions:
-        """Rows of each example."""
-        assert self.rows.positions is not None
-        return self.rows.positions
-
-    @property
-    def n_train(self) -> int:
-        """Number of training examples."""
-        return len(self.positions)
-
-    @property
-    def n_classes(self) -> int:  # type: ignore[override]
-        """C."""
-        return self.rows.n_classes
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        """Where products are taken."""
-        return self.rows.device
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """Of products."""
-        return self.rows.dtype
-
-    @property
-    def temperature(self) -> float:
-        """T of the tempered residuals."""
-        return self.rows.temperature
-
-    @override
-    def coverage(self) -> Tensor:
-        return self.positions.counts > 0
+class PositionOperators(KeptPositions):
+    """Closed-form operators of examples with several positions."""
 
     @override
     def test_points_at_once(self) -> int:
@@ -189,27 +120,6 @@ class PositionOperators(FittedOperators):
         """Of pairs of a position of a test point and one of a training example."""
         features = self.rows._data.features_of(rows)
         return score_block(prepared.rows.terms, features, self.rows._residuals.of(rows))
-
-    @property
-    def _rows_at_once(self) -> int:
-        """Rows that fit the budget with their examples' matrices, if all examples were as short as one is."""
-        width = self.rows.scale.shape[0]
-        each = 2 * width * self.n_classes / self._fewest + 2 * (width + self.n_classes)
-        return rows_that_fit(self.most_bytes, int(each * self.dtype.itemsize))
-
-    @cached_property
-    def _fewest(self) -> int:
-        """Rows of the shortest example that has some."""
-        counts = self.positions.counts
-        return int(counts[counts > 0].min())
-
-    def matrices_of(self, examples: slice) -> Tensor:
-        """`[h_t, 1] (x) omega_t r_t` summed over the positions of some examples, flat."""
-        rows = self.positions.rows_of(examples)
-        h = self.rows._data.features_of(rows)
-        residuals, few = self.rows._residuals.of(rows), self.positions.of(examples)
-        of_features = summed_products(h, residuals, few)
-        return torch.cat([of_features, few.sum(residuals).to(of_features)], 1)
 
     def in_form(self, form: str) -> PositionOperators:
         """These operators in the form "matrix" (the rows are let go), or as they are."""
