@@ -130,7 +130,7 @@ class Positions:
     def padded(self, rows: Tensor) -> Tensor:
         """`(n, most positions, ...)`: rows of an example in front, 0 behind them."""
         if self.all_filled:
-            return rows.reshape(len(self), -1, *rows.shape[1:])
+            return rows.reshape(len(self), self.n_rows // len(self), *rows.shape[1:])
         filled = self.filled(rows.device)
         found = rows.new_zeros(*filled.shape, *rows.shape[1:])
         found[filled] = rows

@@ -27,13 +27,15 @@ class KeptPositions(FittedOperators):
     Attributes:
         rows: Those of all positions, each as an example of its own; without features in the form "matrix".
         most_bytes: Of what is held at a time.
-        matrices: M_i, `(n_train, (n_features + 1) n_outputs)`; None in the form "rows".
+        of_all: Numbers of rows of the training examples of all processes; `positions` are of this one.
+        matrices: M_i of this process, `(n, (n_features + 1) n_outputs)`; None in the form "rows".
         known: In the form "matrix", what needs rows: "norms", "self_influence" and "suspects",
-            `(n_train,)` each.
+            one number for each example of this process.
     """
 
     rows: ClosedFormOperators
     most_bytes: int
+    of_all: Positions
     matrices: Tensor | None = None
     known: dict[str, Tensor] | None = None
 
@@ -82,8 +84,8 @@ class KeptPositions(FittedOperators):
 
     @property
     def n_train(self) -> int:
-        """Number of training examples."""
-        return len(self.positions)
+        """Number of training examples, of all processes."""
+        return len(self.of_all)
 
     @property
     def n_classes(self) -> int:  # type: ignore[override]
@@ -107,7 +109,7 @@ class KeptPositions(FittedOperators):
 
     @override
     def coverage(self) -> Tensor:
-        return self.positions.counts > 0
+        return self.of_all.counts > 0
 
     @property
     def _rows_at_once(self) -> int:
@@ -119,8 +121,7 @@ class KeptPositions(FittedOperators):
     @cached_property
     def _fewest(self) -> int:
         """Rows of the shortest example that has some."""
-        counts = self.positions.counts
-        return int(counts[counts > 0].min())
+        return int(self.of_all.counts[self.of_all.counts > 0].min())
 
     def matrices_of(self, examples: slice) -> Tensor:
         """`[h_t, 1] (x) omega_t r_t` summed over the positions of some examples, flat."""

@@ -48,7 +48,7 @@ class PositionOperators(KeptPositions):
     @override
     def test_points_at_once(self) -> int:
         """As many as their rows, and their matrices, fit the budget."""
-        most = max(int(self.positions.counts.max()), 1)
+        most = int(self.of_all.counts.max())
         width = self.rows.scale.shape[0]
         each = 4 * most * (width + self.n_classes) + 2 * width * self.n_classes
         return rows_that_fit(self.most_bytes, each * self.dtype.itemsize, None)
@@ -70,7 +70,7 @@ class PositionOperators(KeptPositions):
         left = prepared.matrices
         if self.matrices is not None:
             return left @ self.matrices[columns].T
-        start, stop, _ = columns.indices(self.n_train)
+        start, stop, _ = columns.indices(len(self.positions))
         parts = []
         pairs = self._by_pairs(prepared.positions, slice(start, stop))
         most = max(_PAIRS // max(prepared.positions.n_rows, 1), 1) if pairs else self._rows_at_once
@@ -99,7 +99,7 @@ class PositionOperators(KeptPositions):
         if example is None:
             n_rows = prepared.positions.n_rows
             parts = [self._of_each(prepared, rows) for rows in blocks(n_rows, self._rows_at_once)]
-            empty = prepared.matrices.new_zeros(0, self.n_train)
+            empty = prepared.matrices.new_zeros(0, len(self.positions))
             return prepared.positions.in_place(torch.cat([empty, *parts]), prepared.n_positions)
         if self.matrices is not None:
             must = "be 'rows' for scores of the positions of a training example"
@@ -178,7 +178,8 @@ class PositionOperators(KeptPositions):
             return None
         if self.matrices is not None:
             return self.matrices[rows.to(self.matrices.device)]
-        return torch.cat([self.matrices_of(slice(int(i), int(i) + 1)) for i in rows])
+        parts = [self.matrices_of(slice(i, i + 1)) for i in rows.tolist()]
+        return torch.cat([self.matrices_of(slice(0, 0)), *parts])
 
     @override
     def self_influence(self) -> Tensor:
