@@ -104,10 +104,23 @@ class Positions:
         total = rows.new_zeros(len(self), *rows.shape[1:])
         return total.index_add_(0, self.examples.to(rows.device), rows)
 
-    def mean(self, rows: Tensor) -> Tensor:
-        """Mean over the rows of each example, 0 where there are none."""
-        counts = self.counts.clamp_min(1).to(rows)
-        return self.sum(rows) / counts.reshape(-1, *[1] * (rows.ndim - 1))
+    def counted(self, weights: Tensor | None) -> Tensor:
+        """Rows of each example with a weight above 0, `(n,)` int64 on the CPU.
+
+        Args:
+            weights: Of the rows, `(n_rows,)`; None for 1.
+        """
+        return self.counts if weights is None else self.sum((weights > 0).long()).cpu()
+
+    def mean(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Mean over the rows of each example with a weight above 0, each taken once; 0 where there are none.
+
+        Args:
+            rows: `(n_rows,)`.
+            weights: `(n_rows,)`; None for 1.
+        """
+        few = rows if weights is None else rows * (weights > 0).to(rows)
+        return self.sum(few) / self.counted(weights).clamp_min(1).to(rows)
 
     def spread(self, values: Tensor) -> Tensor:
         """The value of its example for each row, `(n, ...)` to `(n_rows, ...)`."""

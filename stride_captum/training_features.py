@@ -174,6 +174,8 @@ class TrainingFeatures(InfluenceMethod):
         ignored, class_dim = getattr(self.loss, "ignore_index", -100), self.loss.class_dim
         if (ignored, class_dim) != (-100, None):
             key["positions"] = f"ignore_index={ignored}, class_dim={class_dim}"
+        if getattr(self.loss, "uncounted", ()):  # positions with these labels are no rows
+            key["classes of weight 0"] = repr(self.loss.uncounted)  # type: ignore[attr-defined]
         if not type(self.loss).__module__.startswith(f"{__package__}."):  # its labels may depend on them
             key["code or options of the loss"] = _digest_of(self.loss, "loss")
         if self.batch.label_key is not None:

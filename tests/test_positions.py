@@ -392,6 +392,45 @@ class TestLaws:
         )
 
     @pytest.mark.parametrize("form", ["rows", "matrix"])
+    @pytest.mark.parametrize("residuals", ["temperature", "both"])
+    def test_a_position_of_weight_0_in_the_data_is_ignored_on_both_sides(self, tagged, form, residuals):
+        """Those of other test points and training examples, too; a test point of weight 0 is asked."""
+        model, train, tests = tagged
+        generator = torch.Generator().manual_seed(4)
+        parts = []
+        for x, y in (train.tensors, tests):
+            w = torch.randint(0, 3, y.shape, generator=generator).double()
+            w[1] = 0
+            parts.append(((x, w, y), (x, w, y.masked_fill(w == 0, IGNORED))))
+        made = [
+            fitted(model, TensorDataset(*d), form, residuals, batch=Batch(sample_weight=1)) for d in parts[0]
+        ]
+        for name in ("influence", "self_influence"):
+            same(*(getattr(method, name)(test) for method, test in zip(made, parts[1], strict=True)))
+        same(*(m.influence(t, per_position=True) for m, t in zip(made, parts[1], strict=True)))
+        same(*(m.compute_intermediate_quantities(t) for m, t in zip(made, parts[1], strict=True)))
+        same(*(m.self_influence() for m in made))
+        same(*(m.mislabel_scores() for m in made))
+        same(*(m.influence(parts[1][0], normalize="cosine") for m in made))
+        assert made[0].coverage_.equal(made[1].coverage_)
+        assert not made[0].coverage_[1]
+        x, w, y = parts[1][0]
+        same(made[0].influence((x, torch.zeros(N_TEST), y)), made[0].influence((x, torch.ones(y.shape), y)))
+        with pytest.raises(ValueError, match="`sample_weight` must hold one for each example"):
+            made[0].influence((x, w[:, 1:], y))
+
+    @pytest.mark.parametrize("soft", [False, True])
+    def test_a_class_of_weight_0_is_ignored_where_nothing_is_smoothed(self, soft):
+        weight = [1.0, 0.0, 2.0, 0.0]
+        y = torch.tensor([[0, 1, IGNORED], [3, 2, 9]])
+        wanted = [[True, False, False], [False, True, True]]
+        if soft:
+            y = torch.tensor([[[0.5, 0.5, 0, 0], [0, 0.5, 0, 0.5]], [[0, 1.0, 0, 0], [0, 0, 1.0, 0]]])
+            wanted = [[True, False], [False, True]]
+        assert CrossEntropy(weight=weight).counted(y).tolist() == wanted
+        assert CrossEntropy(weight=weight, label_smoothing=0.1).counted(y).sum() == (4 if soft else 5)
+
+    @pytest.mark.parametrize("form", ["rows", "matrix"])
     def test_weights_are_in_the_dense_formula(self, tagged, form):
         weights = torch.rand(N_TRAIN, LENGTH, generator=torch.Generator().manual_seed(3))
         method = fitted(*tagged[:2], form, batch=Batch(sample_weight=weights))
@@ -737,6 +776,7 @@ class TestBaselines:
     def test_class_weights_multiply_positions_of_the_training_side(self, tagged, residuals):
         model, train, tests = tagged
         weight = torch.tensor([1.0, 2.0, 10.0, 0.0])
+        tests = tests[0], tests[1].masked_fill(tests[1] == 3, IGNORED)
         made = self.made(TracIn, model, train, loss=CrossEntropy(weight=weight), residuals=residuals)
         scores = made.influence(tests)
         same(made.self_influence(), -made.influence(train.tensors, response="loss").diagonal(), 1e-12)
@@ -746,6 +786,16 @@ class TestBaselines:
             alone = self.made(TracIn, model, TensorDataset(train.tensors[0], labels), residuals=residuals)
             parts.append(weight[c] * alone.influence(tests))
         same(sum(parts), scores, 1e-12)
+
+    @pytest.mark.parametrize("method", [TracIn, TRAK, DiagonalEKFAC])
+    def test_an_example_of_weight_0_has_no_label(self, tagged, method):
+        model, train, tests = tagged
+        weights, y = torch.ones(N_TRAIN), train.tensors[1].clone()
+        weights[2:6], y[2:6] = 0, IGNORED
+        made = self.made(method, model, train, batch=Batch(sample_weight=weights))
+        wanted = self.made(method, model, TensorDataset(train.tensors[0], y))
+        same(made.influence(tests), wanted.influence(tests), 1e-8)
+        same(made.self_influence(), wanted.self_influence(), 1e-8)
 
     @pytest.mark.parametrize("method", [TRAK, DiagonalEKFAC, EKFAC])
     def test_class_weights_are_refused_by_kernels_that_weigh_whole_examples(self, tagged, method):

@@ -101,7 +101,8 @@ class ClosedForm(Operators):
         )
         if training.positions is None:
             return form
-        counts = training.ranks.all_gather(training.positions.counts, "numbers of positions")
+        counted = training.positions.counted(training.weights)
+        counts = training.ranks.all_gather(counted, "numbers of positions")
         kept = smaller_form(self.form, len(counts), form.n_train, sum(training.widths), form.n_classes)
         by_rows = PositionOperators(form, training.memory_budget, Positions(counts))
         return by_rows.in_form(kept)

@@ -27,7 +27,8 @@ class KeptPositions(FittedOperators):
     Attributes:
         rows: Those of all positions, each as an example of its own; without features in the form "matrix".
         most_bytes: Of what is held at a time.
-        of_all: Numbers of rows of the training examples of all processes; `positions` are of this one.
+        of_all: Numbers of rows with a weight above 0 of the training examples of all processes; `positions`
+            are of this one.
         matrices: M_i of this process, `(n, (n_features + 1) n_outputs)`; None in the form "rows".
         known: In the form "matrix", what needs rows: "norms", "self_influence" and "suspects",
             one number for each example of this process.

@@ -150,7 +150,11 @@ class PositionOperators(KeptPositions):
             rows, few = self.positions.rows_of(block), self.positions.of(block)
             phi = scaled_features(self.rows._data.features_of(rows), self.rows.scale)
             sizes, units = sizes_and_units_of_examples(self.rows._residuals.of(rows), few)
-            own_sizes, own = sizes_and_units_of_examples(self.rows._residuals.of_loss(rows), few)
+            of_loss = self.rows._residuals.of_loss(rows)
+            omega = self.rows._data.weights_of(rows, of_loss)
+            if omega is not None:  # a position of weight 0 counts on neither side
+                of_loss = of_loss * (omega > 0)[:, None]
+            own_sizes, own = sizes_and_units_of_examples(of_loss, few)
             terms = self.rows.curvature.solve(phi, units.to(phi))
             squares, forms = (f / weight for f in forms_of_examples(terms, phi, [units, own], few))
             norms.append(norms_of(squares, sizes))
@@ -183,7 +187,7 @@ class PositionOperators(KeptPositions):
 
     @override
     def self_influence(self) -> Tensor:
-        """`<sum_t phi_t (x) (y_t - p_t), a_i>`, `(n_train,)`."""
+        """`<sum_t phi_t (x) (y_t - p_t), a_i>` over positions with a weight above 0, `(n_train,)`."""
         return self._training_forms[1] if self.known is None else self.known["self_influence"]
 
     @override
@@ -199,10 +203,10 @@ class PositionOperators(KeptPositions):
 
     @override
     def mislabel_scores(self) -> Tensor:
-        """Mean over its positions of the norm of what a head without the example leaves unexplained."""
+        """Norm of what a head without the example leaves unexplained: mean over positions that count."""
         if self.known is not None:
             return self.known["suspects"]
-        return self.positions.mean(self.rows.mislabel_scores())
+        return self.positions.mean(self.rows.mislabel_scores(), self.rows.weights)
 
     @override
     def mislabel_scores_of_outputs(self) -> NoReturn:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import ExampleBatch
-from ..data.reading import check_weight_shape
 from ..errors import bad_value
 from ..layers.activations import Tap, at_positions, recording
+from ..losses.positions import check_weight_shape
 from ..positions import Positions, joined
 from .precomputed import Precomputed, positions_in_some
 
