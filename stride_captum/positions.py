@@ -116,11 +116,12 @@ class Positions:
         """Mean over the rows of each example with a weight above 0, each taken once; 0 where there are none.
 
         Args:
-            rows: `(n_rows,)`.
+            rows: `(n_rows, ...)`.
             weights: `(n_rows,)`; None for 1.
         """
-        few = rows if weights is None else rows * (weights > 0).to(rows)
-        return self.sum(few) / self.counted(weights).clamp_min(1).to(rows)
+        behind = (-1, *[1] * (rows.ndim - 1))
+        few = rows if weights is None else rows * (weights > 0).to(rows).reshape(behind)
+        return self.sum(few) / self.counted(weights).clamp_min(1).to(rows).reshape(behind)
 
     def spread(self, values: Tensor) -> Tensor:
         """The value of its example for each row, `(n, ...)` to `(n_rows, ...)`."""
