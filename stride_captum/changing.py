@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from .closed_form.position_scores import PositionOperators
 from .data import inputs as data
 from .data.batch import is_batch
 from .data.digests import Digests
 from .data.places import places
+from .data.reading import Batch
 from .errors import bad_type, bad_value
-from .features.precomputed import Precomputed
+from .features.precomputed import Precomputed, check_some_rows
 from .influence.checkpoints.checkpoint import seen_among
 from .influence.rows import checked_ids
 from .operator_scores import OperatorScores
@@ -37,6 +37,9 @@ class ChangingTrainingSet(OperatorScores):
         features in memory; the store is not changed. The model must be the fitted one: if it has been trained
         further, fit again. Ids are kept if the examples have the attribute `ids`.
 
+        An example with several positions comes with all of them. The form "matrix" of `ClosedForm` keeps no
+        rows to update: all examples are read again in one pass.
+
         Args:
             examples: Dataset, DataLoader or tensors `(inputs..., labels)`.
 
@@ -44,16 +47,16 @@ class ChangingTrainingSet(OperatorScores):
             The method itself, fitted if it was not.
 
         Raises:
-            ValueError: Trained operators, or a model that has changed since `fit`.
+            ValueError: Trained operators, a model that has changed since `fit`, or examples of another shape.
             TypeError: Examples of another type, or without a length.
         """
         examples = new_examples(examples)
         if isinstance(self.batch.sample_weight, Tensor):
             must = "be a part of the batch for examples that come later"
             raise bad_value("sample_weight", must, "a tensor", "Name the part, or fit again.")
-        reader, own_ids = self._reader_of(examples), checked_ids(None, examples)
+        reader, own_ids = self._reader_of(examples, self.batch), checked_ids(None, examples)
         self._change(
-            lambda state, model: state.operators.with_examples(*reader._read_as_fitted(state, model)),
+            lambda state, model: state.operators.with_examples(reader._read_as_fitted(state, model)),
             lambda dataset: data.joined(dataset, examples),
             lambda digests: Digests.joined([digests, reader._digests_read()]),
         )
@@ -62,6 +65,9 @@ class ChangingTrainingSet(OperatorScores):
 
     def remove_examples(self: Self, indices: Sequence[int] | Tensor) -> Self:
         """Remove training examples, without a pass through the model; the others keep their order.
+
+        An example with several positions goes with all of them. The form "matrix" of `ClosedForm` keeps no
+        rows to update: the others are read again in one pass.
 
         Args:
             indices: Places in the training set, each once; not all of them.
@@ -84,11 +90,11 @@ class ChangingTrainingSet(OperatorScores):
                 lambda state, model: state.operators.without_examples(keep),
                 lambda dataset: data.some_examples(dataset, keep),
                 lambda digests: digests.rows(keep),
+                self.batch.with_weights_of(keep),
             )
         except BaseException:
             self.checkpoints = before
             raise
-        self.batch = self.batch.with_weights_of(keep)
         self.ids = None if self.ids is None else [self.ids[i] for i in keep.tolist()]
         return self
 
@@ -97,29 +103,29 @@ class ChangingTrainingSet(OperatorScores):
         if data.count_examples(self.train_dataset) is None:
             must = "have a length, and examples that can be read one by one, for changed='update'"
             raise bad_value("train_dataset", must, type(self.train_dataset).__name__, "Fit again.")
-        reader = self._reader_of(data.some_examples(self.train_dataset, rows))
-        reader.batch = reader.batch.with_weights_of(rows)
+        changed = data.some_examples(self.train_dataset, rows)
+        reader = self._reader_of(changed, self.batch.with_weights_of(rows))
         return self._change(
-            lambda state, model: state.operators.with_others(rows, *reader._read_as_fitted(state, model)),
+            lambda state, model: state.operators.with_others(rows, reader._read_as_fitted(state, model)),
             lambda dataset: dataset,
             lambda digests: digests.replaced(rows, reader._digests_read()),
         )
 
-    def _reader_of(self: Self, examples: Any) -> Self:
+    def _reader_of(self: Self, examples: Any, batch: Batch) -> Self:
         """A copy of the method that reads other examples."""
         reader = copy.copy(self)
-        if isinstance(self.batch.sample_weight, int):  # the others may have fewer parts
-            reader.batch = replace(self.batch, sample_weight=self._training_reading().weight_key)
-        reader.train_dataset, reader._precomputed, reader._passes = examples, None, None
+        if isinstance(batch.sample_weight, int):  # the others may have fewer parts
+            batch = replace(batch, sample_weight=self._training_reading().weight_key)
+        reader.train_dataset, reader.batch, reader._precomputed, reader._passes = examples, batch, None, None
         return reader
 
-    def _read_as_fitted(
-        self, state: STRIDEState, model: nn.Module
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Features (projected as fitted), logits, labels and weights."""
+    def _read_as_fitted(self, state: STRIDEState, model: nn.Module) -> Precomputed:
+        """Features (projected as fitted), logits, labels, weights and positions."""
         read = self._read(model, state.taps, False)
-        features = read.features if state.projection is None else state.projection(read.features)
-        return features, read.logits, read.labels, read.weights
+        if state.projection is None:
+            return read
+        projected, widths = state.projection(read.features), state.projection.new_widths
+        return replace(read, features=projected, widths=widths)
 
     def _digests_read(self) -> Digests:
         """Digests of the examples that `_read_as_fitted` has read."""
@@ -148,27 +154,44 @@ class ChangingTrainingSet(OperatorScores):
         change: Callable[[STRIDEState, nn.Module], Changed],
         dataset: Callable[[Any], Any],
         digests: Callable[[Digests], Digests],
+        batch: Batch | None = None,
     ) -> Self:
-        """Fit the changed training set incrementally; the method is unchanged if that fails."""
+        """Fit the changed training set incrementally; the method is unchanged if that fails.
+
+        Args:
+            change: Gives it, from operators that keep rows.
+            dataset: Gives its examples.
+            digests: Gives theirs.
+            batch: How they are read; None for no change.
+        """
         self._check_changeable()
         if self._states is None:
             self.fit()
         states: list[Any] = []
+        batch = self.batch if batch is None else batch
+        whole: Self | None = None
         with self._session() as model:
             self._check_unchanged()
             for index, (checkpoint, state, _) in enumerate(self._fitted()):
                 self._checkpoint_index = index
                 self._load_fitted(model, checkpoint)
-                if isinstance(state.operators, PositionOperators):
-                    must = "have one row of outputs per example for adding or removing examples"
-                    raise bad_value("model", must, "several positions", "Fit again.")
-                new = change(state, model)
-                known = Precomputed(new.features, new.logits, new.labels, new.widths, new.weights)
+                if state.operators.keeps_rows:
+                    new = change(state, model)
+                else:
+                    if whole is None:
+                        whole = self._reader_of(dataset(self.train_dataset), batch)
+                    new = Changed(**vars(whole._read_as_fitted(state, model)))
+                if new.positions is not None:
+                    check_some_rows(len(new.labels))
+                known = Precomputed(**{name: value for name, value in vars(new).items() if name != "known"})
                 training = self._training_set(model, state.taps, known, known=new.known)
                 states.append(replace(state, operators=self.operators.fit(training)))
+        examples = dataset(self.train_dataset) if whole is None else whole.train_dataset
         seen: Digests | None = getattr(self, "digests_", None)
-        self.digests_ = None if seen is None else digests(seen)
-        self._states, self.train_dataset = states, dataset(self.train_dataset)
+        if seen is not None:
+            seen = digests(seen) if whole is None else whole._digests_read()
+        self.digests_ = seen
+        self._states, self.train_dataset, self.batch = states, examples, batch
         self._mark_data()
         self._learned(states[-1])
         self._weights = self.combine_weights([1.0] * len(states))

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
@@ -20,7 +19,8 @@ from .features.precomputed import Precomputed
 from .influence.method import Query
 from .influence.rows import checked_ids
 from .influence.top_k import Collector, ColumnSums, DenseScores, GroupSums, StreamedTopK, merge_top_k
-from .operators import STRIDEState, TestPoints
+from .operators import STRIDEState
+from .shared_points import points_of_rank_0
 from .stride import STRIDE
 from .system.memory import blocks
 from .system.processes import Ranks
@@ -195,20 +195,27 @@ class DistributedSTRIDE(STRIDE):
     def prepare_query(self, state: STRIDEState, model: nn.Module, batch: Any, query: Query) -> Any:
         operators, n = state.operators, len(batch)
         self.ranks.agree(f"{n} {query.response}", "inputs", "be the same test points on every rank")
-        n_classes = operators.n_classes
-        sizes = [sum(tap.width for tap in state.taps), n_classes, n_classes, n_classes, 1]
-        rows = torch.empty(n, sum(sizes), dtype=operators.dtype, device=operators.device)
-        if self.ranks.rank == 0:
-            points = self._points(state, model, batch, query)
-            classes = points.asked.ndim == 1
-            asked = points.asked[:, None].expand(n, n_classes) if classes else points.asked
-            kind = torch.full((n, 1), float(classes))
-            parts = (points.features, points.logits, points.gradients, asked, kind)
-            rows = torch.cat([part.to(rows) for part in parts], 1)
-        h, z, gradients, asked, kind = self.ranks.broadcast(rows, "test points").split(sizes, 1)
-        if bool(kind.all()):
-            asked = asked[:, 0].long()
-        return operators.prepare(TestPoints(h, z, asked, gradients, query.response))
+        points = self._points(state, model, batch, query) if self.ranks.rank == 0 else None
+        n_features = sum(tap.width for tap in state.taps)
+        return operators.prepare(
+            points_of_rank_0(self.ranks, points, n, n_features, operators, query.response)
+        )
+
+    @override
+    def position_scores(self, state: STRIDEState, prepared: Any, example: int | None) -> Tensor:
+        own = self.columns
+        if example is None:
+            part = super().position_scores(state, prepared, None)
+            return self.ranks.all_gather(part, "scores of positions", dim=2)
+        mine = own.start <= example < own.stop
+        part = super().position_scores(state, prepared, example - own.start if mine else 0)
+        n_positions = int(self.ranks.sums("positions of an example", part.shape[1] if mine else 0)[0])
+        part = part if mine else part.new_zeros(len(part), n_positions)
+        return self.ranks.all_reduce(part, "scores of positions")
+
+    def _for_each_query(self, *args: Any, **options: Any) -> list[Any]:
+        with self.ranks.call("scores of parts"):
+            return super()._for_each_query(*args, **options)
 
     def _column_blocks(self, size: int) -> Iterator[tuple[slice, Any]]:
         for columns in blocks(self.columns.stop - self.columns.start, max(size, 1)):

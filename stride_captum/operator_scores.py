@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from .errors import bad_value, not_fitted
-from .features.precomputed import Precomputed
+from .features.precomputed import Precomputed, check_some_rows
 from .influence.checkpoints.checkpoint import unseen_by
 from .influence.method import Query
 from .influence.temperature import choose_temperature
@@ -26,6 +26,8 @@ class OperatorScores(TrainingFeatures):
     @override
     def fit_checkpoint(self, model: nn.Module, show_progress: bool) -> STRIDEState:
         taps, known = self._training_features(model, show_progress)
+        if known.positions is not None:
+            check_some_rows(int(self.ranks.sums("labels that count", len(known.labels))[0]))
         self._changed = False
         projection = self._fit_projection(known)
         self.projection_error_ = 0.0 if projection is None else projection.error

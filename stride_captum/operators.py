@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import bad_type, bad_value
+from .features.precomputed import Precomputed
 from .features.projection import Projection
 from .layers.pooling import Tap
 from .losses import CrossEntropy, Loss
@@ -115,6 +116,7 @@ class Changed:
         widths: Widths of the layers.
         known: For `TrainingSet.known`.
         weights: omega of each example, `(n_train,)`; None for 1.
+        positions: As for `TrainingSet`.
     """
 
     features: Tensor
@@ -123,6 +125,7 @@ class Changed:
     widths: list[int]
     known: Any = None
     weights: Tensor | None = None
+    positions: Positions | None = None
 
 
 class Operators(Options, ABC):
@@ -260,25 +263,21 @@ class FittedOperators(ABC):
 
     # For `Operators.changeable`.
 
-    def with_examples(
-        self, features: Tensor, logits: Tensor, labels: Tensor, weights: Tensor | None = None
-    ) -> Changed:
-        """The training set with k examples behind it: `(k, n_features)`, `(k, n_classes)`, `(k,)`, `(k,)`."""
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether they hold features and logits of the training set; else a change reads all examples."""
+        return True
+
+    def with_examples(self, new: Precomputed) -> Changed:
+        """The training set with other examples behind it."""
         raise NotImplementedError
 
     def without_examples(self, keep: Tensor) -> Changed:
-        """Some examples of the training set, in order: rows `(n_kept,)` on the CPU."""
+        """Some examples of the training set, in order: their places `(n_kept,)` on the CPU."""
         raise NotImplementedError
 
-    def with_others(
-        self,
-        rows: Tensor,
-        features: Tensor,
-        logits: Tensor,
-        labels: Tensor,
-        weights: Tensor | None = None,
-    ) -> Changed:
-        """The training set with other examples in the places `rows`, `(k,)`."""
+    def with_others(self, places: Tensor, new: Precomputed) -> Changed:
+        """The training set with other examples in some places, `(k,)` on the CPU."""
         raise NotImplementedError
 
 

@@ -72,6 +72,21 @@ class Positions:
         places = None if self.places is None else self.places[self.rows_of(examples)]
         return Positions(self.counts[examples], places)
 
+    def rows_at(self, examples: Tensor) -> Tensor:
+        """The rows of some examples, in their order, `(k_rows,)` int64.
+
+        Args:
+            examples: Places, `(k,)` int64 on the CPU.
+        """
+        counts = self.counts[examples]
+        before = counts.cumsum(0) - counts
+        return (self.offsets[examples] - before).repeat_interleave(counts) + torch.arange(int(counts.sum()))
+
+    def at(self, examples: Tensor) -> Positions:
+        """The positions of some examples, in their order."""
+        places = None if self.places is None else self.places[self.rows_at(examples)]
+        return Positions(self.counts[examples], places)
+
     def blocks(self, most_rows: int) -> Iterator[slice]:
         """Consecutive examples with at most `most_rows` rows together, or a single one that has more."""
         start, n = 0, len(self)
@@ -89,10 +104,24 @@ class Positions:
         total = rows.new_zeros(len(self), *rows.shape[1:])
         return total.index_add_(0, self.examples.to(rows.device), rows)
 
-    def mean(self, rows: Tensor) -> Tensor:
-        """Mean over the rows of each example, 0 where there are none."""
-        counts = self.counts.clamp_min(1).to(rows)
-        return self.sum(rows) / counts.reshape(-1, *[1] * (rows.ndim - 1))
+    def counted(self, weights: Tensor | None) -> Tensor:
+        """Rows of each example with a weight above 0, `(n,)` int64 on the CPU.
+
+        Args:
+            weights: Of the rows, `(n_rows,)`; None for 1.
+        """
+        return self.counts if weights is None else self.sum((weights > 0).long()).cpu()
+
+    def mean(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Mean over the rows of each example with a weight above 0, each taken once; 0 where there are none.
+
+        Args:
+            rows: `(n_rows, ...)`.
+            weights: `(n_rows,)`; None for 1.
+        """
+        behind = (-1, *[1] * (rows.ndim - 1))
+        few = rows if weights is None else rows * (weights > 0).to(rows).reshape(behind)
+        return self.sum(few) / self.counted(weights).clamp_min(1).to(rows).reshape(behind)
 
     def spread(self, values: Tensor) -> Tensor:
         """The value of its example for each row, `(n, ...)` to `(n_rows, ...)`."""
@@ -117,7 +146,7 @@ class Positions:
     def padded(self, rows: Tensor) -> Tensor:
         """`(n, most positions, ...)`: rows of an example in front, 0 behind them."""
         if self.all_filled:
-            return rows.reshape(len(self), -1, *rows.shape[1:])
+            return rows.reshape(len(self), self.n_rows // len(self), *rows.shape[1:])
         filled = self.filled(rows.device)
         found = rows.new_zeros(*filled.shape, *rows.shape[1:])
         found[filled] = rows

@@ -16,7 +16,7 @@ from .data import inputs as data
 from .data.batch import ExampleBatch
 from .errors import bad_value
 from .features.options import Features
-from .features.precomputed import Precomputed, check_positions_finite, check_some_rows
+from .features.precomputed import Precomputed, check_positions_finite
 from .features.projection import Projection, fit_projection
 from .features.reader import (
     Rows,
@@ -82,7 +82,6 @@ class TrainingFeatures(InfluenceMethod):
             positions,
         )
         if positions is not None:
-            check_some_rows(len(labels))
             check_positions_finite(read)
         return stored.taps, read
 
@@ -175,6 +174,8 @@ class TrainingFeatures(InfluenceMethod):
         ignored, class_dim = getattr(self.loss, "ignore_index", -100), self.loss.class_dim
         if (ignored, class_dim) != (-100, None):
             key["positions"] = f"ignore_index={ignored}, class_dim={class_dim}"
+        if getattr(self.loss, "uncounted", ()):  # positions with these labels are no rows
+            key["classes of weight 0"] = repr(self.loss.uncounted)  # type: ignore[attr-defined]
         if not type(self.loss).__module__.startswith(f"{__package__}."):  # its labels may depend on them
             key["code or options of the loss"] = _digest_of(self.loss, "loss")
         if self.batch.label_key is not None:
@@ -220,6 +221,8 @@ class TrainingFeatures(InfluenceMethod):
         if not self._features_are_stored():
             return states
         for index, (state, weights) in enumerate(zip(states, fingerprints, strict=True)):
+            if not state.operators.keeps_rows:
+                continue
             if len(state.operators.features) == 0:
                 store, key = self._store(index, weights)
                 stored = store.open(key)

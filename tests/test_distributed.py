@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -19,15 +20,17 @@ import torch.distributed as dist
 from flat_options import arguments
 from planted import MLP, HuggingFaceLike, ListOfDicts, built, loader, planted_classes
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from typer.testing import CliRunner
 
 from stride_captum import STRIDE, Batch, Checkpoint, ClosedForm, Features, Trained, result_rows
 from stride_captum.__main__ import main
+from stride_captum.conformance.toy_problems import IGNORED, posed_with
 from stride_captum.distributed import DistributedSTRIDE
 from stride_captum.evaluation.cli.app import app
 from stride_captum.features.store import FeatureStore
 from stride_captum.influence.top_k import merge_top_k
+from stride_captum.losses import CrossEntropy
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -163,6 +166,101 @@ def of_features(cls):
         return answers(method, (test.tensors[0], model(test.tensors[0]), test.tensors[1]))
 
 
+def tokens():
+    """Examples have 0 to 4 labels; those of the first of four ranks, and the last of them, have none."""
+    with posed_with("positions"):
+        model, train, test = built(MLP), planted_classes(N_TRAIN), planted_classes(7, seed=1)
+    y, asked = train.tensors[1], test.tensors[1]
+    for labels, rows in ((y, slice(12)), (y, 46), (y, (20, slice(1, 4))), (asked, 2), (asked, (4, slice(2)))):
+        labels[rows] = IGNORED
+    double = [TensorDataset(d.tensors[0].double(), d.tensors[1]) for d in (train, test)]
+    return model.double(), *double
+
+
+def of_positions(form="rows", data=lambda train: train, **options):
+    def run(cls):
+        model, train, test = tokens()
+        names = ("residuals", "curvature")
+        own = {name: options[name] for name in names if name in options}
+        others = {name: value for name, value in options.items() if name not in names}
+        operators = ClosedForm(form=form, **own)
+        train, budget = data(train), 2**14  # several blocks, and test points in several parts
+        method = cls(model, train, batch_size=5, operators=operators, memory_budget=budget, **others)
+        found = answers(method, test.tensors)
+        assert method.operators_.form == form.replace("auto", "matrix")
+        return found | parts(method, test.tensors)
+
+    return run
+
+
+def parts(method, batch) -> dict[str, Tensor]:
+    """What one can ask where examples have several positions."""
+    found = {
+        "positions": method.influence(batch, per_position=True).flatten(1),
+        "vectors of test points": method.compute_intermediate_quantities(batch),
+        "vectors": method.compute_intermediate_quantities([40, 0, 23], side="train"),
+        "vector": method.compute_intermediate_quantities([46], side="train"),
+    }
+    if method.operators_.form == "rows":
+        found |= {f"positions of {i}": method.positions_of(batch, i) for i in (13, 20, 30, 40)}
+    return found
+
+
+class OfOtherLengths(Dataset):
+    """The examples without their last positions, as many as their number says."""
+
+    def __init__(self, examples):
+        self.examples = examples
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, i):
+        x, y = self.examples[i]
+        return x[: 1 + i % 4], y[: 1 + i % 4]
+
+
+def padded(examples):
+    x, y = zip(*examples, strict=True)
+    pad = nn.utils.rnn.pad_sequence
+    return pad(x, batch_first=True), pad(y, batch_first=True, padding_value=IGNORED)
+
+
+def all_labeled(train):
+    return TensorDataset(train.tensors[0], train.tensors[1].clamp_min(0))
+
+
+def of_lengths(train):
+    return DataLoader(OfOtherLengths(train), 5, collate_fn=padded)
+
+
+def of_halves_of_positions(cls):
+    model, train, test = tokens()
+    states = [model.state_dict(), {name: part / 2 for name, part in model.state_dict().items()}]
+    halves = [range(0, N_TRAIN, 2), range(1, N_TRAIN, 2)]
+    checkpoints = [Checkpoint(s, seen=list(half)) for s, half in zip(states, halves, strict=True)]
+    method = cls(model, train, checkpoints=checkpoints, operators=ClosedForm(form="matrix"))
+    return answers(method, test.tensors)
+
+
+def of_kept_positions(cls):
+    """From a feature store, saved and loaded again."""
+    model, train, test = tokens()
+    train, test = (TensorDataset(d.tensors[0].float(), d.tensors[1]) for d in (train, test))
+    found = {}
+    for form in ("rows", "matrix"):
+        with tempfile.TemporaryDirectory() as folder:
+            options = {
+                "operators": ClosedForm(form=form),
+                "feature_store": f"{folder}/store",
+                "batch_size": 7,
+            }
+            cls(model.float(), train, **options).fit().save(f"{folder}/method")
+            method = cls.load(f"{folder}/method", model, train)
+            found |= {f"{name} of {form}": value for name, value in answers(method, test.tensors).items()}
+    return found
+
+
 CASES = {
     "default": of_config(),
     "identity": of_config(curvature="identity", residuals="temperature"),
@@ -179,7 +277,23 @@ CASES = {
     "halves": of_halves,
     "vectors": of_vectors,
     "features": of_features,
+    "kept positions": of_kept_positions,
 }
+
+#: In float64, as "double" is.
+OF_POSITIONS = {
+    "rows": of_positions(),
+    "matrix": of_positions("matrix"),
+    "auto": of_positions("auto", all_labeled, curvature="identity", residuals="temperature"),
+    "corrected": of_positions(curvature="eigenvalue-corrected", residuals="leave-one-out"),
+    "weights of positions": of_positions(
+        batch=Batch(sample_weight=torch.linspace(0, 2, 4 * N_TRAIN).reshape(N_TRAIN, 4))
+    ),
+    "weights of classes": of_positions("matrix", loss=CrossEntropy(weight=[1.0, 2.0, 0.5])),
+    "lengths": of_positions(data=of_lengths),
+    "halves of positions": of_halves_of_positions,
+}
+CASES |= OF_POSITIONS
 
 
 # What runs in the processes.
@@ -255,8 +369,9 @@ def differences(single, found):
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_all_ranks_have_the_answers_of_one_process(single, tmp_path, size):
     worst = differences(single, start(size, all_cases, folder=tmp_path))
-    assert worst.pop("double") < 1e-12
-    assert worst.keys() == CASES.keys() - {"double", "ids"}
+    exact = {name: worst.pop(name) for name in ("double", *OF_POSITIONS)}
+    assert max(exact.values()) < 1e-12, exact
+    assert worst.keys() == CASES.keys() - {"ids"} - exact.keys()
     assert max(worst.values()) < 5e-6, worst
 
 
@@ -330,6 +445,12 @@ def one_after_the_other(rank, folder):
     inputs = whole.tensors[0].clone()
     inputs[30] = torch.nan  # in the share of rank 1, but seen in sums
     found["nan"] = said(method(train=TensorDataset(inputs, whole.tensors[1])).fit)
+    tagger, tagged, asked = tokens()
+    by_matrix = method(tagger, tagged, operators=ClosedForm(form="matrix"))
+    found["positions of a matrix"] = said(lambda: by_matrix.positions_of(asked.tensors, 40))
+    without = TensorDataset(tagged.tensors[0], torch.full_like(tagged.tensors[1], IGNORED))
+    found["no label"] = said(method(tagger, without).fit)
+    found["changed"] = said(lambda: method(tagger, tagged).fit().remove_examples([1]))
     labels = whole.tensors[1].clone()
     labels[30] = 99  # in the share of rank 1
     found["bad label"] = said(method(train=TensorDataset(whole.tensors[0], labels)).fit)
@@ -384,6 +505,9 @@ class TestTwoRanks:
                 "ValueError: `model` must have the same weights on every rank; got something else than",
             ),
             ("inputs", "ValueError: `inputs` must be the same test points on every rank"),
+            ("positions of a matrix", "ValueError: `form` must be 'rows' for scores of the positions of a"),
+            ("no label", "ValueError: `train_dataset` must have at least one label that is not ignored; got"),
+            ("changed", "ValueError: `train_dataset` must be changed in a single process; got a group of 2"),
             (
                 "nan",
                 "ValueError: `train_dataset` must give finite activations; got NaN or infinity in feature",

@@ -393,6 +393,45 @@ class TestLaws:
         )
 
     @pytest.mark.parametrize("form", ["rows", "matrix"])
+    @pytest.mark.parametrize("residuals", ["temperature", "both"])
+    def test_a_position_of_weight_0_in_the_data_is_ignored_on_both_sides(self, tagged, form, residuals):
+        """Those of other test points and training examples, too; a test point of weight 0 is asked."""
+        model, train, tests = tagged
+        generator = torch.Generator().manual_seed(4)
+        parts = []
+        for x, y in (train.tensors, tests):
+            w = torch.randint(0, 3, y.shape, generator=generator).double()
+            w[1] = 0
+            parts.append(((x, w, y), (x, w, y.masked_fill(w == 0, IGNORED))))
+        made = [
+            fitted(model, TensorDataset(*d), form, residuals, batch=Batch(sample_weight=1)) for d in parts[0]
+        ]
+        for name in ("influence", "self_influence"):
+            same(*(getattr(method, name)(test) for method, test in zip(made, parts[1], strict=True)))
+        same(*(m.influence(t, per_position=True) for m, t in zip(made, parts[1], strict=True)))
+        same(*(m.compute_intermediate_quantities(t) for m, t in zip(made, parts[1], strict=True)))
+        same(*(m.self_influence() for m in made))
+        same(*(m.mislabel_scores() for m in made))
+        same(*(m.influence(parts[1][0], normalize="cosine") for m in made))
+        assert made[0].coverage_.equal(made[1].coverage_)
+        assert not made[0].coverage_[1]
+        x, w, y = parts[1][0]
+        same(made[0].influence((x, torch.zeros(N_TEST), y)), made[0].influence((x, torch.ones(y.shape), y)))
+        with pytest.raises(ValueError, match="`sample_weight` must hold one for each example"):
+            made[0].influence((x, w[:, 1:], y))
+
+    @pytest.mark.parametrize("soft", [False, True])
+    def test_a_class_of_weight_0_is_ignored_where_nothing_is_smoothed(self, soft):
+        weight = [1.0, 0.0, 2.0, 0.0]
+        y = torch.tensor([[0, 1, IGNORED], [3, 2, 9]])
+        wanted = [[True, False, False], [False, True, True]]
+        if soft:
+            y = torch.tensor([[[0.5, 0.5, 0, 0], [0, 0.5, 0, 0.5]], [[0, 1.0, 0, 0], [0, 0, 1.0, 0]]])
+            wanted = [[True, False], [False, True]]
+        assert CrossEntropy(weight=weight).counted(y).tolist() == wanted
+        assert CrossEntropy(weight=weight, label_smoothing=0.1).counted(y).sum() == (4 if soft else 5)
+
+    @pytest.mark.parametrize("form", ["rows", "matrix"])
     def test_weights_are_in_the_dense_formula(self, tagged, form):
         weights = torch.rand(N_TRAIN, LENGTH, generator=torch.Generator().manual_seed(3))
         method = fitted(*tagged[:2], form, batch=Batch(sample_weight=weights))
@@ -631,17 +670,12 @@ class TestRefused:
             fitted(tagged[0], TensorDataset(tagged[1].tensors[0], labels)).fit()
 
     def test_what_does_not_take_positions(self, tagged, monkeypatch):
-        model, train, tests = tagged
+        model, train, _ = tagged
         monkeypatch.setattr(ClosedForm, "takes_positions", False)
         with pytest.raises(
             ValueError, match="`model` must give one row of outputs per example for operators="
         ):
             fitted(model, train).fit()
-        monkeypatch.undo()
-        with pytest.raises(ValueError, match="positions"):
-            fitted(model, train).fit().add_examples(tests)
-        with pytest.raises(ValueError, match="positions"):
-            fitted(model, train).fit().remove_examples([0])
 
     @pytest.mark.parametrize("value", [0, True, "1"])
     def test_an_axis_that_is_none(self, value):
@@ -794,6 +828,7 @@ class TestBaselines:
     def test_class_weights_multiply_positions_of_the_training_side(self, tagged, residuals):
         model, train, tests = tagged
         weight = torch.tensor([1.0, 2.0, 10.0, 0.0])
+        tests = tests[0], tests[1].masked_fill(tests[1] == 3, IGNORED)
         made = self.made(TracIn, model, train, loss=CrossEntropy(weight=weight), residuals=residuals)
         scores = made.influence(tests)
         same(made.self_influence(), -made.influence(train.tensors, response="loss").diagonal(), 1e-12)
@@ -804,6 +839,13 @@ class TestBaselines:
             parts.append(weight[c] * alone.influence(tests))
         same(sum(parts), scores, 1e-12)
 
+    def test_what_does_not_take_positions(self, tagged, monkeypatch):
+        model, train, _ = tagged
+        monkeypatch.setattr(ClosedForm, "takes_positions", False)
+        with pytest.raises(
+            ValueError, match="`model` must give one row of outputs per example for operators="
+        ):
+            fitted(model, train).fit()
     @pytest.mark.parametrize("method", [TracIn, TRAK])
     @pytest.mark.parametrize("target", [0, 1, "predicted", "label"])
     @pytest.mark.parametrize("response", ["margin", "loss"])

@@ -10,7 +10,8 @@ With k changed examples among n, d features and C classes:
 A refit costs n forward passes and 2 n d^2 on top of the factors. A rank-k update of the factors (d^2 k) would
 not equal a refit: layer scales and damping depend on the mean diagonal, so one changed example changes the
 whole diagonal. The leverages of all examples change for the same reason, which takes a pass over the stored
-features.
+features. Examples with several positions come and go with all their rows; where no rows are kept (the form
+"matrix") there is nothing to update, and all examples are read again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import torch
 from torch import Tensor
 
 from ..errors import bad_value
+from ..features.precomputed import Precomputed, positions_in_some
 from ..operators import Changed
+from ..positions import joined
 from ..system.devices import matching
 from ..system.memory import blocks
 from .moments import Moments, feature_moments
@@ -30,43 +33,37 @@ if TYPE_CHECKING:
     from .operators import ClosedFormOperators
 
 
-def with_examples(
-    form: ClosedFormOperators,
-    features: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    weights: Tensor | None = None,
-) -> Changed:
+def with_examples(form: ClosedFormOperators, new: Precomputed) -> Changed:
     """Append training examples to a closed form.
 
     Args:
         form: As it was fitted.
-        features: Raw features of the new examples, `(k, n_features)`.
-        logits: `(k, n_classes)`.
-        labels: `(k,)`, or `(k, n_classes)`.
-        weights: omega, `(k,)`; None for 1.
+        new: The examples; features raw, in the columns of the form.
 
     Raises:
-        ValueError: Soft labels beside class indices, or the reverse.
+        ValueError: Soft labels beside class indices, or the reverse; positions beside examples without.
     """
-    _check_labels(form, labels, "examples")
-    moments = form.moments + _moments_of(form, features, labels, weights)
+    _check_kind(form, new, "examples")
+    weights = new.weights
     return Changed(
-        torch.cat([form.features, features.to(form.features)]),  # a memory map becomes a tensor
-        torch.cat([form.logits, logits.to(form.logits)]),
-        torch.cat([form.labels, labels.to(form.labels)]),
+        torch.cat([form.features, new.features.to(form.features)]),  # a memory map becomes a tensor
+        torch.cat([form.logits, new.logits.to(form.logits)]),
+        torch.cat([form.labels, new.labels.to(form.labels)]),
         form.widths,
-        moments,
+        form.moments + _moments_of(form, new.features, new.labels, weights),
         None
         if weights is None or form.weights is None
         else torch.cat([form.weights, weights.to(form.weights)]),
+        None if new.positions is None or form.positions is None else joined([form.positions, new.positions]),
     )
 
 
-def _check_labels(form: ClosedFormOperators, labels: Tensor, argument: str) -> None:
-    if labels.ndim != form.labels.ndim:
+def _check_kind(form: ClosedFormOperators, new: Precomputed, argument: str) -> None:
+    if (form.positions is None) != (new.positions is None):
+        raise positions_in_some()
+    if new.labels.ndim != form.labels.ndim:
         kinds = ["class indices", "distributions over classes"]
-        there, here = (kinds[part.ndim - 1] for part in (form.labels, labels))
+        there, here = (kinds[part.ndim - 1] for part in (form.labels, new.labels))
         must = f"hold labels of the kind that the method was fitted with, {there}"
         raise bad_value(argument, must, here, "Give all labels in one form, or fit again.")
 
@@ -86,48 +83,62 @@ def without_examples(form: ClosedFormOperators, keep: Tensor) -> Changed:
 
     Args:
         form: As it was fitted.
-        keep: Rows that stay, in order, `(n_kept,)`, on the CPU, because stored features are.
+        keep: Examples that stay, in order, `(n_kept,)`, on the CPU, because stored features are.
     """
+    positions = None
+    if form.positions is not None:
+        keep, positions = form.positions.rows_at(keep), form.positions.at(keep)
     gone = torch.ones(len(form.labels), dtype=torch.bool, device="cpu")
     gone[keep] = False
     features, labels = _rows(form.features, keep), form.labels[keep]
     weights = None if form.weights is None else _rows(form.weights, keep)
     moments = _moments_without(form, gone, None, features, labels, weights)
-    return Changed(features, _rows(form.logits, keep), labels, form.widths, moments, weights)
+    return Changed(features, _rows(form.logits, keep), labels, form.widths, moments, weights, positions)
 
 
-def with_others(
-    form: ClosedFormOperators,
-    rows: Tensor,
-    features: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    weights: Tensor | None = None,
-) -> Changed:
+def with_others(form: ClosedFormOperators, places: Tensor, new: Precomputed) -> Changed:
     """Replace some training examples of a closed form.
 
     Args:
         form: As it was fitted.
-        rows: Their places, `(k,)`.
-        features: Raw features of the new examples, `(k, n_features)`.
-        logits: `(k, n_classes)`.
-        labels: `(k,)`, or `(k, n_classes)`.
-        weights: omega, `(k,)`; None for 1.
+        places: Theirs, `(k,)` on the CPU.
+        new: The examples that come; features raw, in the columns of the form.
 
     Raises:
-        ValueError: Soft labels beside class indices, or the reverse.
+        ValueError: Soft labels beside class indices, or the reverse; positions beside examples without.
     """
-    _check_labels(form, labels, "train_dataset")
-    rows = rows.to(form.labels.device)
-    new = _moments_of(form, features, labels, weights)
+    _check_kind(form, new, "train_dataset")
+    gone, there, positions = places, places, None
+    if form.positions is not None and new.positions is not None:
+        order = torch.arange(len(form.positions), device="cpu")
+        order[places] = len(order) + torch.arange(len(places), device="cpu")
+        positions = joined([form.positions, new.positions]).at(order)
+        gone, there = form.positions.rows_at(places), positions.rows_at(places)
+    kept = _all_but(gone, len(form.labels))
+    others = _all_but(there, len(kept) + len(there))
 
     def replaced(old: Tensor, part: Tensor) -> Tensor:
-        return old.clone().index_copy_(0, rows.to(old.device), part.to(old))
+        whole = old.new_empty(len(others) + len(there), *old.shape[1:])
+        whole[there.to(old.device)] = part.to(old)
+        for few in blocks(len(kept), 8192):
+            whole[others[few].to(old.device)] = _rows(old, kept[few])
+        return whole
 
-    every, all_labels = replaced(form.features, features), replaced(form.labels, labels)
-    both = None if form.weights is None or weights is None else replaced(form.weights, weights)
-    moments = _moments_without(form, rows, new, every, all_labels, both)
-    return Changed(every, replaced(form.logits, logits), all_labels, form.widths, moments, both)
+    features, labels = replaced(form.features, new.features), replaced(form.labels, new.labels)
+    weights = None
+    if form.weights is not None and new.weights is not None:
+        weights = replaced(form.weights, new.weights)
+    of_new = _moments_of(form, new.features, new.labels, new.weights)
+    moments = _moments_without(form, gone.to(form.labels.device), of_new, features, labels, weights)
+    logits = replaced(form.logits, new.logits)
+    return Changed(features, logits, labels, form.widths, moments, weights, positions)
+
+
+def _all_but(rows: Tensor, n: int) -> Tensor:
+    """The other ones of n rows, in order."""
+    others = torch.ones(n, dtype=torch.bool, device="cpu")
+    others[rows] = False
+    return others.nonzero()[:, 0]
 
 
 def _moments_without(

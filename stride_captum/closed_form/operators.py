@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..features.precomputed import Precomputed
 from ..losses import CrossEntropy, Loss
 from ..operators import Changed, FittedOperators, TestPoints
 from ..positions import Positions
@@ -238,26 +239,17 @@ class ClosedFormOperators(FittedOperators):
         """A copy with features and logits."""
         return replace(self, features=features, logits=logits)
 
-    def with_examples(
-        self, features: Tensor, logits: Tensor, labels: Tensor, weights: Tensor | None = None
-    ) -> Changed:
+    def with_examples(self, new: Precomputed) -> Changed:
         """Append examples (`incremental.with_examples`)."""
-        return with_examples(self, features, logits, labels, weights)
+        return with_examples(self, new)
 
     def without_examples(self, keep: Tensor) -> Changed:
         """Keep some examples (`incremental.without_examples`)."""
         return without_examples(self, keep)
 
-    def with_others(
-        self,
-        rows: Tensor,
-        features: Tensor,
-        logits: Tensor,
-        labels: Tensor,
-        weights: Tensor | None = None,
-    ) -> Changed:
+    def with_others(self, places: Tensor, new: Precomputed) -> Changed:
         """Replace some examples (`incremental.with_others`)."""
-        return with_others(self, rows, features, logits, labels, weights)
+        return with_others(self, places, new)
 
     def keep_residuals(self) -> None:
         """Compute residuals now if they fit the budget, so that the first query is not slower."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 from ..errors import bad_value
 from ..operators import FittedOperators, Operators, TrainingSet
 from ..options import check_choice, check_number
+from ..positions import Positions
 from ..system.saved_values import saved_as
 from .estimate import estimate_closed_form
 from .fit import fit_closed_form
@@ -84,9 +85,6 @@ class ClosedForm(Operators):
 
     def fit(self, training: TrainingSet) -> FittedOperators:
         """Fit the closed form (see `fit_closed_form`)."""
-        if training.positions is not None and training.ranks.size > 1:
-            must = "give one row of outputs per example in a process group"
-            raise bad_value("model", must, "several positions", "Use STRIDE in one process.")
         form = fit_closed_form(
             training.features,
             training.logits,
@@ -103,9 +101,10 @@ class ClosedForm(Operators):
         )
         if training.positions is None:
             return form
-        n, n_rows = len(training.positions), training.positions.n_rows
-        kept = smaller_form(self.form, n, n_rows, sum(training.widths), form.n_classes)
-        by_rows = PositionOperators(form, training.memory_budget)
+        counted = training.positions.counted(training.weights)
+        counts = training.ranks.all_gather(counted, "numbers of positions")
+        kept = smaller_form(self.form, len(counts), form.n_train, sum(training.widths), form.n_classes)
+        by_rows = PositionOperators(form, training.memory_budget, Positions(counts))
         return by_rows.in_form(kept)
 
     def check_shared(self) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..errors import bad_value
-from ..operators import FittedOperators, TestPoints
+from ..operators import TestPoints
 from ..positions import Positions
 from ..recovery import soft_threshold
 from ..system.memory import blocks, rows_that_fit
@@ -28,14 +28,13 @@ from ..system.to_device import working_dtype
 from .curvature import ClosedFormQuery, score_block
 from .forms import in_range, norms_of
 from .moments import scaled_features
-from .operators import ClosedFormOperators
 from .position_products import (
     PositionQuery,
     forms_of_examples,
     matrices_of_rows,
     sizes_and_units_of_examples,
-    summed_products,
 )
+from .position_rows import KeptPositions
 
 #: Products of pairs of positions that are held at a time.
 _PAIRS = 2**22
@@ -43,81 +42,13 @@ _PAIRS = 2**22
 
 @saved_as("closed-form.positions")
 @dataclass
-class PositionOperators(FittedOperators):
-    """Closed-form operators of examples with several positions.
-
-    Attributes:
-        rows: Those of all positions, each as an example of its own; without features in the form "matrix".
-        most_bytes: Of what is held at a time.
-        matrices: M_i, `(n_train, (n_features + 1) n_outputs)`; None in the form "rows".
-        known: In the form "matrix", what needs rows: "norms", "self_influence" and "suspects",
-            `(n_train,)` each.
-    """
-
-    rows: ClosedFormOperators
-    most_bytes: int
-    matrices: Tensor | None = None
-    known: dict[str, Tensor] | None = None
-
-    @property
-    def features(self) -> Tensor:
-        """Of the rows; none in the form "matrix"."""
-        return self.rows.features
-
-    @override
-    def without_features(self) -> PositionOperators:
-        return replace(self, rows=self.rows.without_features())
-
-    @override
-    def with_features(self, features: Tensor, logits: Tensor) -> PositionOperators:
-        return (
-            self if self.form == "matrix" else replace(self, rows=self.rows.with_features(features, logits))
-        )
-
-    @property
-    def form(self) -> str:
-        """What is kept: "rows" or "matrix"."""
-        return "rows" if self.matrices is None else "matrix"
-
-    @property
-    def positions(self) -> Positions:
-        """Rows of each example."""
-        assert self.rows.positions is not None
-        return self.rows.positions
-
-    @property
-    def n_train(self) -> int:
-        """Number of training examples."""
-        return len(self.positions)
-
-    @property
-    def n_classes(self) -> int:  # type: ignore[override]
-        """C."""
-        return self.rows.n_classes
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        """Where products are taken."""
-        return self.rows.device
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """Of products."""
-        return self.rows.dtype
-
-    @property
-    def temperature(self) -> float:
-        """T of the tempered residuals."""
-        return self.rows.temperature
-
-    @override
-    def coverage(self) -> Tensor:
-        return self.positions.counts > 0
+class PositionOperators(KeptPositions):
+    """Closed-form operators of examples with several positions."""
 
     @override
     def test_points_at_once(self) -> int:
         """As many as their rows, and their matrices, fit the budget."""
-        most = max(int(self.positions.counts.max()), 1)
+        most = int(self.of_all.counts.max())
         width = self.rows.scale.shape[0]
         each = 4 * most * (width + self.n_classes) + 2 * width * self.n_classes
         return rows_that_fit(self.most_bytes, each * self.dtype.itemsize, None)
@@ -139,7 +70,7 @@ class PositionOperators(FittedOperators):
         left = prepared.matrices
         if self.matrices is not None:
             return left @ self.matrices[columns].T
-        start, stop, _ = columns.indices(self.n_train)
+        start, stop, _ = columns.indices(len(self.positions))
         parts = []
         pairs = self._by_pairs(prepared.positions, slice(start, stop))
         most = max(_PAIRS // max(prepared.positions.n_rows, 1), 1) if pairs else self._rows_at_once
@@ -168,7 +99,7 @@ class PositionOperators(FittedOperators):
         if example is None:
             n_rows = prepared.positions.n_rows
             parts = [self._of_each(prepared, rows) for rows in blocks(n_rows, self._rows_at_once)]
-            empty = prepared.matrices.new_zeros(0, self.n_train)
+            empty = prepared.matrices.new_zeros(0, len(self.positions))
             return prepared.positions.in_place(torch.cat([empty, *parts]), prepared.n_positions)
         if self.matrices is not None:
             must = "be 'rows' for scores of the positions of a training example"
@@ -189,27 +120,6 @@ class PositionOperators(FittedOperators):
         """Of pairs of a position of a test point and one of a training example."""
         features = self.rows._data.features_of(rows)
         return score_block(prepared.rows.terms, features, self.rows._residuals.of(rows))
-
-    @property
-    def _rows_at_once(self) -> int:
-        """Rows that fit the budget with their examples' matrices, if all examples were as short as one is."""
-        width = self.rows.scale.shape[0]
-        each = 2 * width * self.n_classes / self._fewest + 2 * (width + self.n_classes)
-        return rows_that_fit(self.most_bytes, int(each * self.dtype.itemsize))
-
-    @cached_property
-    def _fewest(self) -> int:
-        """Rows of the shortest example that has some."""
-        counts = self.positions.counts
-        return int(counts[counts > 0].min())
-
-    def matrices_of(self, examples: slice) -> Tensor:
-        """`[h_t, 1] (x) omega_t r_t` summed over the positions of some examples, flat."""
-        rows = self.positions.rows_of(examples)
-        h = self.rows._data.features_of(rows)
-        residuals, few = self.rows._residuals.of(rows), self.positions.of(examples)
-        of_features = summed_products(h, residuals, few)
-        return torch.cat([of_features, few.sum(residuals).to(of_features)], 1)
 
     def in_form(self, form: str) -> PositionOperators:
         """These operators in the form "matrix" (the rows are let go), or as they are."""
@@ -243,7 +153,11 @@ class PositionOperators(FittedOperators):
             rows, few = self.positions.rows_of(block), self.positions.of(block)
             phi = scaled_features(self.rows._data.features_of(rows), self.rows.scale)
             sizes, units = sizes_and_units_of_examples(self.rows._residuals.of(rows), few)
-            own_sizes, own = sizes_and_units_of_examples(self.rows._residuals.of_loss(rows), few)
+            of_loss = self.rows._residuals.of_loss(rows)
+            omega = self.rows._data.weights_of(rows, of_loss)
+            if omega is not None:  # a position of weight 0 counts on neither side
+                of_loss = of_loss * (omega > 0)[:, None]
+            own_sizes, own = sizes_and_units_of_examples(of_loss, few)
             terms = self.rows.curvature.solve(phi, units.to(phi))
             squares, forms = (f / weight for f in forms_of_examples(terms, phi, [units, own], few))
             norms.append(norms_of(squares, sizes))
@@ -271,11 +185,12 @@ class PositionOperators(FittedOperators):
             return None
         if self.matrices is not None:
             return self.matrices[rows.to(self.matrices.device)]
-        return torch.cat([self.matrices_of(slice(int(i), int(i) + 1)) for i in rows])
+        parts = [self.matrices_of(slice(i, i + 1)) for i in rows.tolist()]
+        return torch.cat([self.matrices_of(slice(0, 0)), *parts])
 
     @override
     def self_influence(self) -> Tensor:
-        """`<sum_t phi_t (x) (y_t - p_t), a_i>`, `(n_train,)`."""
+        """`<sum_t phi_t (x) (y_t - p_t), a_i>` over positions with a weight above 0, `(n_train,)`."""
         return self._training_forms[1] if self.known is None else self.known["self_influence"]
 
     @override
@@ -291,10 +206,10 @@ class PositionOperators(FittedOperators):
 
     @override
     def mislabel_scores(self) -> Tensor:
-        """Mean over its positions of the norm of what a head without the example leaves unexplained."""
+        """Norm of what a head without the example leaves unexplained: mean over positions that count."""
         if self.known is not None:
             return self.known["suspects"]
-        return self.positions.mean(self.rows.mislabel_scores())
+        return self.positions.mean(self.rows.mislabel_scores(), self.rows.weights)
 
     @override
     def mislabel_scores_of_outputs(self) -> NoReturn:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from ..data.reading import Batch
+from ..losses import CrossEntropy
 from .registry import Build, close, position_law, require
 from .toy_problems import IGNORED, MLP, N_POSITIONS, trained
 
@@ -44,16 +45,47 @@ def padded_positions_change_no_score(build: Build) -> None:
 
 @position_law
 def an_ignored_position_has_weight_0(build: Build) -> None:
-    """`Batch(sample_weight=...)`, one for each position; a method without such weights refuses them."""
+    """`Batch(sample_weight=...)`, one for each position; a method without such weights refuses them.
+
+    Positions are ignored in some examples, and in one all of them.
+    """
     model, train, test = _tokens()
     ignored = train.tensors[1].clone()
-    ignored[:, 1] = IGNORED
     weights = torch.ones(ignored.shape)
-    weights[:, 1] = 0
+    for rows in ((slice(0, 20), 1), 5):
+        ignored[rows], weights[rows] = IGNORED, 0
+    try:
+        weighted = build(model, train, batch=Batch(sample_weight=weights)).fit()
+    except ValueError:
+        return
+    _same_answers(weighted, build(model, _relabeled(train, ignored)), test.tensors, test.tensors)
+
+
+@position_law
+def a_class_of_weight_0_is_ignored(build: Build) -> None:
+    """As in `torch.nn.CrossEntropyLoss`, on both sides; a method without weights of classes refuses them."""
+    model, train, test = _tokens()
+    others = []
+    for data in (train, test):
+        labels = data.tensors[1]
+        others.append(_relabeled(data, labels.masked_fill(labels == 2, IGNORED)))
+    try:
+        weighted = build(model, train, loss=CrossEntropy(weight=[1.0, 1.0, 0.0])).fit()
+    except ValueError:
+        return
+    _same_answers(weighted, build(model, others[0]), test.tensors, others[1].tensors)
+
+
+def _same_answers(method: Any, wanted: Any, test: Any, other_test: Any) -> None:
+    """The same answers of two methods, the second one asked about its own test points."""
+    close(method.influence(test), wanted.influence(other_test), "scores")
+    close(method.self_influence(), wanted.self_influence(), "self-influence")
+    with suppress(NotImplementedError):
+        close(method.self_influence(test), wanted.self_influence(other_test), "self-influence of others")
+    close(method.mislabel_scores(), wanted.mislabel_scores(), "mislabel scores")
     with suppress(ValueError):
-        weighted = build(model, train, batch=Batch(sample_weight=weights))
-        found = weighted.influence(test.tensors)
-        close(found, build(model, _relabeled(train, ignored)).influence(test.tensors), "scores")
+        split = method.influence(test, per_position=True)
+        close(split, wanted.influence(other_test, per_position=True), "scores of positions")
 
 
 @position_law

@@ -199,11 +199,20 @@ def in_order(source: Any) -> Any:
 
 
 def joined(source: Any, more: Any) -> Any:
-    """Training set with other examples appended, of the same kind."""
+    """Training set with other examples appended, of the same kind.
+
+    Raises:
+        ValueError: Tensors of another shape.
+    """
     if isinstance(source, DataLoader):
         return loader_like(source, joined(in_order(source), more))
     more = in_order(more)
     if type(source) is type(more) is TensorDataset:
+        shapes, others = ([tuple(t.shape[1:]) for t in part.tensors] for part in (source, more))
+        if shapes != others:
+            must = f"hold tensors whose rows have the shapes {shapes}, as in the training set"
+            remedy = "Pad positions to one length, with `ignore_index` as the label of what is added."
+            raise bad_value("examples", must, others, remedy)
         return TensorDataset(*(torch.cat(pair) for pair in zip(source.tensors, more.tensors, strict=True)))
     return ConcatDataset([source, more])
 

@@ -42,7 +42,8 @@ class Batch:
             the training set; or the key or place of a part of the batch, `(n,)`, which is not given to the
             model and which test points need not have (a place below 0 counts from the end of a batch of the
             training set). With P positions an example also `(n_train, P)`, or `(n, P)`. Weight 0 is
-            equivalent to removing the example, 2 to having it twice.
+            equivalent to removing the example, 2 to having it twice. A position of weight 0 counts for
+            nothing, as one whose label is ignored; one of a test point neither, if it has weights `(n, P)`.
 
     >>> Batch(label_key="label").label_key
     'label'
@@ -117,21 +118,6 @@ class Reading:
     def with_shared(self, first: ExampleBatch, second: ExampleBatch | None) -> Reading:
         """Copy with the shared parts that two batches of the source reveal."""
         return replace(self, shared=frozenset(shared_parts(first, second)))
-
-
-def check_weight_shape(weights: Tensor | None, positions: tuple[int, ...] | None) -> None:
-    """Refuse weights of positions that do not fit the positions of the examples.
-
-    Args:
-        weights: `(n,)`, or `(n, P)`.
-        positions: `(n, P)` of the examples; None for examples without positions.
-
-    Raises:
-        ValueError: They have two axes, and another shape.
-    """
-    if weights is not None and weights.ndim == 2 and weights.shape != positions:
-        must = "hold one for each example" + ("" if positions is None else f", or {positions}")
-        raise bad_value("sample_weight", must, f"the shape {tuple(weights.shape)}")
 
 
 def checked_weights(weights: Any, argument: str) -> Tensor:

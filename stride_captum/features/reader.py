@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import ExampleBatch
-from ..data.reading import check_weight_shape
 from ..errors import bad_value
 from ..layers.activations import Tap, at_positions, recording
+from ..losses.positions import check_weight_shape
 from ..positions import Positions, joined
-from .precomputed import Precomputed, check_some_rows, positions_in_some
+from .precomputed import Precomputed, positions_in_some
 
 if TYPE_CHECKING:
     from ..influence.reading import BatchReader
@@ -118,8 +118,6 @@ def read_training_set(
     known = [part for part in positions if part is not None]
     if known and len(known) < len(positions):
         raise positions_in_some()
-    if known:
-        check_some_rows(features.n_rows)
     whole = features.whole()
     return Precomputed(
         whole,

@@ -13,13 +13,13 @@ from tqdm.auto import tqdm
 from ..data import inputs as data
 from ..data.batch import ExampleBatch, is_batch
 from ..data.passes import Passes
-from ..data.reading import Batch, Reading, check_weight_shape
+from ..data.reading import Batch, Reading
 from ..errors import bad_type, bad_value, whole_number
 from ..layers.activations import token_mask
 from ..layers.probes import check_deterministic
 from ..losses import Loss, loss_of
 from ..losses.output_check import OutputCheck
-from ..losses.positions import PositionRows, has_positions
+from ..losses.positions import PositionRows, check_weight_shape, has_positions
 from ..losses.positions import position_rows as as_position_rows
 from ..losses.summed_positions import SummedPositions
 from ..losses.whole_examples import loss_of_outputs
@@ -197,7 +197,10 @@ class BatchReader(ModelSession):
         if len(outputs) != len(batch):
             raise bad_value("model", f"return one row for each of {len(batch)} examples", len(outputs))
         mask = token_mask(batch)
-        found = as_position_rows(self.loss, outputs.detach(), batch.labels, mask, batch.argument)
+        weights = batch.weights if batch.columns is None and batch.has_weights else None
+        if weights is not None and weights.ndim == 1:  # of whole test points, which are asked all the same
+            weights = None
+        found = as_position_rows(self.loss, outputs.detach(), batch.labels, mask, batch.argument, weights)
         if self._output_check is not None:
             self._look_at(found.outputs, batch, found.positions.examples)
         return found

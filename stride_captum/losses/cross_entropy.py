@@ -53,7 +53,8 @@ class CrossEntropy(Loss):
             taken. None: logits, and a model whose outputs are probabilities for the whole training set is
             refused. What is said is believed.
         ignore_index: Positions with this label count for nothing, as in `torch.nn.CrossEntropyLoss`, where an
-            example has several, with labels `(n, P)` or `(n, H, W)`. One label an example must be another.
+            example has several, with labels `(n, P)` or `(n, H, W)`; nor do those of a class of weight 0. One
+            label an example must be another.
         class_dim: Where the classes stand in outputs with several positions; None: `(n, P, C)` or
             `(n, C, H, W)`.
 
@@ -107,12 +108,19 @@ class CrossEntropy(Loss):
         return multiclass_logits(outputs)
 
     def counted(self, labels: Tensor) -> Tensor:
-        """Not `ignore_index`; of soft labels, all."""
+        """Not `ignore_index`, and not of weight 0."""
         if labels.ndim > 2 and labels.shape[2] > 1:
-            return super().counted(labels)
+            others = [c for c in range(labels.shape[2]) if c not in self.uncounted]
+            return (labels[..., others] != 0).any(2) if self.uncounted else super().counted(labels)
         classes = labels.squeeze(2) if labels.ndim > 2 else labels
         wide = classes if classes.is_floating_point() else classes.long()  # a byte is never -100
-        return wide != self.ignore_index
+        return ~torch.isin(wide, wide.new_tensor([self.ignore_index, *self.uncounted]))
+
+    @property
+    def uncounted(self) -> tuple[int, ...]:
+        """Classes of weight 0, unless smoothing gives their labels a share of the others."""
+        weights = () if self.weight is None or self.label_smoothing else self.weight
+        return tuple(c for c, w in enumerate(weights) if w == 0)
 
     def output_check(self, model: nn.Module | None) -> OutputCheck:
         """Refuses probabilities where logits are expected."""
@@ -202,8 +210,7 @@ class CrossEntropy(Loss):
         if self._is_hard(labels):
             return tempered_residuals(logits, labels, temperature)
         z = as_float64(logits)
-        found = softmax_hessians(z, temperature).residuals(self._distributions(labels, z))
-        return found.to(logits)
+        return softmax_hessians(z, temperature).residuals(self._distributions(labels, z)).to(logits)
 
     def hessians(self, logits: Tensor, temperature: float) -> SoftmaxHessians:
         """`diag p - p p^T`."""
@@ -224,8 +231,7 @@ class CrossEntropy(Loss):
 
     def certainty(self, logits: Tensor) -> Tensor:
         """By how much the first class leads, `(n,)`."""
-        best = logits.topk(2, dim=1).values
-        return best[:, 0] - best[:, 1]
+        return -logits.topk(2, dim=1).values.diff(dim=1).squeeze(1)
 
     def potential(self, logits: Tensor) -> Tensor:
         """`log sum exp z`."""
@@ -285,9 +291,8 @@ class CrossEntropy(Loss):
     def mean_residuals(self, logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
         """Half the L1 norm of the residual, for a hard label `1 - p_y`."""
         residuals = self.residuals(logits, labels, temperature)
-        if self._is_hard(labels):
-            return residuals.gather(1, labels[:, None]).squeeze(1)
-        return residuals.abs().sum(1) / 2
+        hard = self._is_hard(labels)
+        return residuals.gather(1, labels[:, None]).squeeze(1) if hard else residuals.abs().sum(1) / 2
 
     def doubts(self, logits: Tensor, labels: Tensor) -> Tensor | None:
         """`1 - p_y`: the residual is this times the gradient of the margin; None for soft labels."""

@@ -77,9 +77,14 @@ def channels_last(outputs: Tensor, class_dim: int | None) -> Tensor:
 
 
 def position_rows(
-    loss: Loss, outputs: Tensor, labels: Tensor | None, mask: Tensor | None, argument: str
+    loss: Loss,
+    outputs: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    argument: str,
+    weights: Tensor | None = None,
 ) -> PositionRows:
-    """A batch as rows, without positions whose label is `ignore_index`, or that are padding.
+    """A batch as rows, without positions whose label is `ignore_index`, or that are padding or of weight 0.
 
     Args:
         loss: Which says where classes stand, and what is ignored.
@@ -87,9 +92,10 @@ def position_rows(
         labels: As the data set gave them; None where there are none.
         mask: `(n, P)`, 0 for padding, looked at where there are no labels; None for no padding.
         argument: What errors call the source of the labels.
+        weights: Of the positions, `(n, P)`; None for 1.
 
     Raises:
-        ValueError: Labels that do not fit the outputs.
+        ValueError: Labels or weights that do not fit the outputs.
     """
     last = channels_last(outputs, loss.class_dim)
     grid = tuple(last.shape[1:-1])
@@ -98,10 +104,14 @@ def position_rows(
         kept = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
         if mask is not None and mask.shape == kept.shape:
             kept = (mask != 0).to(kept.device)
-        return PositionRows(rows[kept], None, kept, grid)
-    flat = labels_by_position(loss, labels.to(rows.device), outputs, argument)
-    kept = loss.counted(flat)
-    return PositionRows(rows[kept], flat[kept], kept, grid)
+        flat = None
+    else:
+        flat = labels_by_position(loss, labels.to(rows.device), outputs, argument)
+        kept = loss.counted(flat)
+    if weights is not None:
+        check_weight_shape(weights, tuple(kept.shape))
+        kept = kept & (weights > 0).to(kept.device)
+    return PositionRows(rows[kept], None if flat is None else flat[kept], kept, grid)
 
 
 def labels_by_position(loss: Loss, labels: Tensor, outputs: Tensor, argument: str) -> Tensor:
@@ -132,3 +142,18 @@ def labels_by_position(loss: Loss, labels: Tensor, outputs: Tensor, argument: st
 
 def _fits(labels: Tensor, loss: Loss, shape: tuple[int, ...]) -> bool:
     return tuple(channels_last(labels, loss.class_dim).shape) == shape
+
+
+def check_weight_shape(weights: Tensor | None, positions: tuple[int, ...] | None) -> None:
+    """Refuse weights of positions that do not fit the positions of the examples.
+
+    Args:
+        weights: `(n,)`, or `(n, P)`.
+        positions: `(n, P)` of the examples; None for examples without positions.
+
+    Raises:
+        ValueError: They have two axes, and another shape.
+    """
+    if weights is not None and weights.ndim == 2 and weights.shape != positions:
+        must = "hold one for each example" + ("" if positions is None else f", or {positions}")
+        raise bad_value("sample_weight", must, f"the shape {tuple(weights.shape)}")

@@ -157,7 +157,10 @@ class HonestAtPositions(Honest):
         logits = self.batch_logits(model, batch)
         asked = query.asked(logits, batch)
         gradients = self.loss.response_gradient(logits, asked, query.response)
-        return self.of_test_points(self.terms(logits, self.rows(gradients)), asked)
+        terms = self.terms(logits, self.rows(gradients))
+        if batch.weights is not None:  # of training examples, on the other side of their self-influence
+            terms = terms * (batch.weights > 0).to(terms)[..., None]
+        return self.of_test_points(terms, asked)
 
     def score_columns(self, state, prepared, columns):
         return prepared.sum(1) @ state["terms"][columns].sum(1).T
@@ -183,6 +186,11 @@ class ForgetsWeights(HonestAtPositions):
         return counted
 
 
+class ForgetsWeightsOfClasses(HonestAtPositions):
+    def __init__(self, model, train_dataset, *, loss="cross_entropy", **options):
+        super().__init__(model, train_dataset, **options)
+
+
 class GivesTheUnlabeledAShare(HonestAtPositions):
     def of_examples(self, terms, omega):
         return torch.where(omega.sum(1)[:, None, None] > 0, terms, 1.0)
@@ -190,7 +198,7 @@ class GivesTheUnlabeledAShare(HonestAtPositions):
 
 class AveragesTheResponse(HonestAtPositions):
     def of_test_points(self, terms, labels):
-        return terms / self.loss.position.counted(labels).sum(1).clamp_min(1)[:, None, None]
+        return terms / (terms != 0).any(2).sum(1).clamp_min(1)[:, None, None]
 
 
 class DoublesPositions(HonestAtPositions):
@@ -214,6 +222,7 @@ BROKEN = {
     CountsPadding: PADDED,
     TakesMeansOverPositions: SPLIT,
     ForgetsWeights: "an_ignored_position_has_weight_0",
+    ForgetsWeightsOfClasses: "a_class_of_weight_0_is_ignored",
     GivesTheUnlabeledAShare: "an_example_without_labels_scores_0",
     AveragesTheResponse: "a_response_is_the_sum_over_positions",
     DoublesPositions: "scores_of_positions_add_up",

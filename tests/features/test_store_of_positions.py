@@ -67,6 +67,17 @@ def test_scores_are_those_of_features_in_memory(tokens, tmp_path, form, options)
     same_answers(stored(model, train, tmp_path, form, operators=options), memory, test.tensors)
 
 
+def test_positions_of_a_class_without_weight_are_no_rows_of_the_store(tokens, tmp_path):
+    """A folder that was filled with all classes is not read without one of them."""
+    model, train, test = tokens
+    stored(model, train, tmp_path).fit()
+    loss = CrossEntropy(weight=[1.0, 1.0, 0.0])
+    with pytest.raises(ValueError, match="classes of weight 0"):
+        stored(model, train, tmp_path, loss=loss).fit()
+    wanted = STRIDE(model, train, loss=loss).influence(test.tensors)
+    same(stored(model, train, tmp_path / "other", loss=loss).influence(test.tensors), wanted)
+
+
 def test_pixels_and_a_folder_that_is_filled_by_one_form_and_read_by_the_other(tmp_path):
     with posed_with("positions"):
         model, train, test = trained(BatchNormCNN, n_train=20, steps=3)
