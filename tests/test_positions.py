@@ -846,6 +846,7 @@ class TestBaselines:
             ValueError, match="`model` must give one row of outputs per example for operators="
         ):
             fitted(model, train).fit()
+
     @pytest.mark.parametrize("method", [TracIn, TRAK])
     @pytest.mark.parametrize("target", [0, 1, "predicted", "label"])
     @pytest.mark.parametrize("response", ["margin", "loss"])

@@ -140,6 +140,34 @@ def labels_by_position(loss: Loss, labels: Tensor, outputs: Tensor, argument: st
     raise bad_value(argument, must, f"shape {tuple(labels.shape)}", remedy)
 
 
+def labels_at_positions(
+    loss: Loss, labels: Tensor, n_positions: int, shape: tuple[int, ...] | None, argument: str
+) -> Tensor:
+    """Labels with one axis of positions, `(n, P)` or `(n, P, n_outputs)`, where outputs are not at hand.
+
+    Args:
+        loss: Which says where classes stand.
+        labels: As the data set gave them.
+        n_positions: P.
+        shape: Of the outputs of one example; None takes P positions in any form.
+        argument: What errors call the source of the labels.
+
+    Raises:
+        ValueError: Labels that do not fit.
+    """
+    if shape is not None:
+        outputs = torch.empty(len(labels), *shape, device="meta")
+        return labels_by_position(loss, labels, outputs, argument)
+    if labels.ndim > 1 and labels[0].numel() == n_positions:
+        return labels.flatten(1)
+    if labels.ndim > 2:
+        y = channels_last(labels, loss.class_dim).flatten(1, -2)
+        if y.shape[1] == n_positions:
+            return y
+    must = f"hold labels for {n_positions} positions of each example"
+    raise bad_value(argument, must, f"shape {tuple(labels.shape)}")
+
+
 def _fits(labels: Tensor, loss: Loss, shape: tuple[int, ...]) -> bool:
     return tuple(channels_last(labels, loss.class_dim).shape) == shape
 

@@ -20,7 +20,7 @@ from ..system.devices import on_device
 from ..system.saved_values import saved_as
 from .base import Loss, Target, needs_labels
 from .output_check import EachPosition, OutputCheck
-from .positions import channels_last, labels_by_position
+from .positions import channels_last, labels_at_positions
 
 
 @saved_as("loss.summed-positions")
@@ -85,7 +85,7 @@ class SummedPositions(Loss):
 
     @override
     def labels(self, labels: Tensor, n_outputs: int, argument: str) -> Tensor:
-        y = self._by_position(labels, argument)
+        y = labels_at_positions(self.position, labels, self.n_positions, self.shape, argument)
         counted = self.position.counted(y)
         checked = self.position.labels(y[counted], self.n_outputs, argument)
         if checked.ndim > y.ndim - 1:  # one number each, of a loss with one output
@@ -95,20 +95,6 @@ class SummedPositions(Loss):
         found = y.to(checked.dtype).clone()
         found[counted] = checked
         return found
-
-    def _by_position(self, labels: Tensor, argument: str) -> Tensor:
-        """Labels as they are, with one axis of positions: `(n, P)`, or `(n, P, C)`."""
-        if self.shape is not None:
-            outputs = torch.empty(len(labels), *self.shape, device="meta")
-            return labels_by_position(self.position, labels, outputs, argument)
-        if labels.ndim > 1 and labels[0].numel() == self.n_positions:
-            return labels.flatten(1)
-        if labels.ndim > 2:
-            y = channels_last(labels, self.position.class_dim).flatten(1, -2)
-            if y.shape[1] == self.n_positions:
-                return y
-        must = f"hold labels for {self.n_positions} positions of each example"
-        raise bad_value(argument, must, f"shape {tuple(labels.shape)}")
 
     @override
     def output_check(self, model: nn.Module | None) -> OutputCheck:
