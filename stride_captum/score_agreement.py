@@ -18,6 +18,7 @@ from .features.precomputed import Precomputed
 from .influence.method import InfluenceMethod
 from .influence.query import Query, check_query
 from .operators import FittedOperators, STRIDEState, TestPoints
+from .positions import Positions
 from .stride import STRIDE
 from .system.devices import as_float64
 from .system.locks import exclusive
@@ -172,8 +173,11 @@ def _fitted_halves(method: InfluenceMethod, n_splits: int, seed: int) -> list[li
                 weights=read.weights,
                 positions=read.positions,
             )
-            whole = read.positions is None
-            pair.append((columns, operators if whole else PositionOperators(operators, method.memory_budget)))
+            kept: FittedOperators = operators
+            if read.positions is not None:
+                of_all = read.positions.counted(read.weights)
+                kept = PositionOperators(operators, method.memory_budget, Positions(of_all))
+            pair.append((columns, kept))
         found.append(pair)
     return found
 

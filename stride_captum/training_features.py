@@ -126,9 +126,9 @@ class TrainingFeatures(InfluenceMethod):
         return TrainingRows(rows.features, rows.logits, labels, rows.outputs, rows.kept, weights)
 
     def _read_batch(self, model: nn.Module, taps: Sequence[Tap], batch: ExampleBatch) -> Rows:
-        """Features, logits and labels of one batch, which need not be of training examples."""
+        """Features, logits and labels of one batch of test points, which may be training examples."""
         with recording(model, taps) as run:
-            return self._checked_rows(read_batch(self, run, taps, batch))
+            return self._checked_rows(read_batch(self, run, taps, batch, asked=True))
 
     def _checked_rows(self, rows: Rows) -> Rows:
         """The rows, if the operators take them.

@@ -131,7 +131,7 @@ class PositionOperators(KeptPositions):
             "suspects": self.mislabel_scores(),
         }
         width = self.rows.scale.shape[0] * self.n_classes
-        matrices = torch.empty(self.n_train, width, dtype=self.dtype, device=self.device)
+        matrices = torch.empty(len(self.positions), width, dtype=self.dtype, device=self.device)
         for block in self.positions.blocks(self._rows_at_once):
             matrices[block] = self.matrices_of(block)
         few = self.rows.without_features()

@@ -53,7 +53,9 @@ class Rows:
         return self.features[0] if len(self.features) == 1 else torch.cat(self.features, dim=1)
 
 
-def read_batch(reader: BatchReader, run: Run, taps: Sequence[Tap], batch: ExampleBatch) -> Rows:
+def read_batch(
+    reader: BatchReader, run: Run, taps: Sequence[Tap], batch: ExampleBatch, asked: bool = False
+) -> Rows:
     """Features, logits and labels of one batch.
 
     Args:
@@ -61,10 +63,11 @@ def read_batch(reader: BatchReader, run: Run, taps: Sequence[Tap], batch: Exampl
         run: What `recording` yields for the taps.
         taps: Where features are read.
         batch: On its device.
+        asked: As for `position_rows`.
     """
     outputs, features = run(batch)
     outputs = outputs.detach()
-    found = reader.position_rows(outputs, batch)
+    found = reader.position_rows(outputs, batch, asked)
     if found is None:
         return Rows(features, _single(reader._as_logits(outputs, batch)), batch.labels, outputs, None)
     there = (at_positions(f, found.grid, tap) for f, tap in zip(features, taps, strict=True))

@@ -186,8 +186,13 @@ class BatchReader(ModelSession):
         if self._output_check is not None and batch.columns is not None:
             self._output_check.look(outputs, batch.columns.start, examples)
 
-    def position_rows(self, outputs: Tensor, batch: ExampleBatch) -> PositionRows | None:
+    def position_rows(self, outputs: Tensor, batch: ExampleBatch, asked: bool = False) -> PositionRows | None:
         """The positions of a batch as rows; None where an example has one row of outputs.
+
+        Args:
+            outputs: Of the model for the batch.
+            batch: Examples.
+            asked: Whether training examples are asked as test points, without positions of weight 0.
 
         Raises:
             ValueError: Labels that do not fit them.
@@ -197,7 +202,7 @@ class BatchReader(ModelSession):
         if len(outputs) != len(batch):
             raise bad_value("model", f"return one row for each of {len(batch)} examples", len(outputs))
         mask = token_mask(batch)
-        weights = batch.weights if batch.columns is None and batch.has_weights else None
+        weights = batch.weights if (batch.has_weights if batch.columns is None else asked) else None
         if weights is not None and weights.ndim == 1:  # of whole test points, which are asked all the same
             weights = None
         found = as_position_rows(self.loss, outputs.detach(), batch.labels, mask, batch.argument, weights)
