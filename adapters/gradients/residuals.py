@@ -89,9 +89,9 @@ class WithResiduals(OnWorkingCopy):
         self, features: Tensor, z: Tensor, y: Tensor, widths: Sequence[int], temperature: float
     ) -> Tensor:
         """omega_i r_i of kinds with a ridge head, which leaves out all positions of an example at once."""
-        loss, omega, positions = self.loss, self._omega, None
+        loss, omega, positions, n_positions = self.loss, self._omega, None, 0
         if isinstance(loss, SummedPositions):
-            positions = loss.positions_of(y)
+            positions, n_positions = loss.positions_of(y), loss.n_positions
             check_some_rows(positions.n_rows)
             z, y, omega = loss.counted_rows(z, y, omega)
             loss = loss.position
@@ -107,9 +107,7 @@ class WithResiduals(OnWorkingCopy):
             weights=omega,
             positions=positions,
         )
-        if positions is None:
-            return residuals
-        return positions.in_place(residuals, self.loss.n_positions).flatten(1)
+        return residuals if positions is None else positions.in_place(residuals, n_positions).flatten(1)
 
     def _read_training_set(
         self, model: nn.Module, taps: Sequence[Tap], show_progress: bool

@@ -201,11 +201,12 @@ class BatchReader(ModelSession):
             return None
         if len(outputs) != len(batch):
             raise bad_value("model", f"return one row for each of {len(batch)} examples", len(outputs))
-        mask = token_mask(batch)
         weights = batch.weights if (batch.has_weights if batch.columns is None else asked) else None
         if weights is not None and weights.ndim == 1:  # of whole test points, which are asked all the same
             weights = None
-        found = as_position_rows(self.loss, outputs.detach(), batch.labels, mask, batch.argument, weights)
+        found = as_position_rows(
+            self.loss, outputs.detach(), batch.labels, token_mask(batch), batch.argument, weights
+        )
         if self._output_check is not None:
             self._look_at(found.outputs, batch, found.positions.examples)
         return found
