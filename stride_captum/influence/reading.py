@@ -201,12 +201,10 @@ class BatchReader(ModelSession):
             return None
         if len(outputs) != len(batch):
             raise bad_value("model", f"return one row for each of {len(batch)} examples", len(outputs))
-        weights = batch.weights if (batch.has_weights if batch.columns is None else asked) else None
-        if weights is not None and weights.ndim == 1:  # of whole test points, which are asked all the same
-            weights = None
-        found = as_position_rows(
-            self.loss, outputs.detach(), batch.labels, token_mask(batch), batch.argument, weights
-        )
+        own = batch.weights if (batch.has_weights if batch.columns is None else asked) else None
+        own = None if own is None or own.ndim == 1 else own  # whole test points are asked with any weight
+        labels, mask = batch.labels, token_mask(batch)
+        found = as_position_rows(self.loss, outputs.detach(), labels, mask, batch.argument, own)
         if self._output_check is not None:
             self._look_at(found.outputs, batch, found.positions.examples)
         return found
