@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ...errors import bad_type, bad_value
+from ...losses.summed_positions import SummedPositions
 from ..tasks.new_network import built
 from ..tasks.task import Task
 from ..tasks.task_loss import loss_of_methods
@@ -35,8 +36,8 @@ def specs_of(methods: Sequence[str | MethodSpec] | None) -> list[MethodSpec]:
     return every
 
 
-def impossible(every: Sequence[MethodSpec], task: Task) -> dict[str, str]:
-    """The methods that cannot be run on a task, and why.
+def left_out(every: Sequence[MethodSpec], task: Task) -> dict[str, str]:
+    """The methods that are not run on a task unless they are named, and why.
 
     Args:
         every: The methods.
@@ -48,6 +49,9 @@ def impossible(every: Sequence[MethodSpec], task: Task) -> dict[str, str]:
     skipped = {}
     network = built(task).eval()
     for spec in every:
+        if spec.named_at_positions and isinstance(task.loss, SummedPositions):
+            skipped[spec.name] = "takes minutes for several positions an example: name it"
+            continue
         if not task.has_classes:
             why = _refusal(spec, task, network)
             if why is not None:

@@ -19,7 +19,7 @@ from ..tasks.checks import check_task
 from ..tasks.new_network import built
 from ..tasks.task import Task
 from ..tasks.task_loss import loss_of_methods
-from .method_choice import impossible, specs_of
+from .method_choice import left_out, specs_of
 from .runs.counterfactual import Counterfactual
 from .runs.ladder import OUT_OF_SAMPLE
 from .runs.lds import READINGS
@@ -82,7 +82,7 @@ def settle(
             given.setdefault("n_models", n_models)
     on_halves = any(MEASURES[name].on_halves for name in wanted)
     every = specs_of(methods)
-    skipped = impossible(every, task) if methods is None else {}
+    skipped = left_out(every, task) if methods is None else {}
     tried = grids(every, task, options or {}, on_halves)
     specs = [replace(c, grid=tried[c.name]) for c in every if c.name not in skipped]
     question = Question(

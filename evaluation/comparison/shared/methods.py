@@ -46,6 +46,8 @@ class MethodSpec:
         cache_key: Says that the scores depend on this key, the options, the weights and the training set
             alone. None names cached scores by a digest of everything that `build` returns.
         default: Options if no measure chooses from the grid; {} are the defaults of the method.
+        named_at_positions: Whether it runs only if it is named on a task with several positions an example,
+            where it takes minutes.
 
     A spec can be called like its `build`.
 
@@ -63,6 +65,7 @@ class MethodSpec:
     settable: frozenset[str] = frozenset()
     cache_key: str | None = None
     default: Mapping[str, Any] = field(default_factory=dict)
+    named_at_positions: bool = False
 
     def __call__(self, model: Any, data: Any, options: Mapping[str, Any]) -> InfluenceMethod:
         """The method on a model and its training set."""
@@ -208,7 +211,7 @@ METHODS: dict[str, MethodSpec] = {
         MethodSpec("STRIDE", stride()),
         MethodSpec("STRIDE (tuned)", stride(), grid(temperature=_TEMPERATURES, damping=(0.1, 0.3, 1.0))),
         MethodSpec("STRIDE T=1", stride(residuals="training")),
-        MethodSpec("STRIDE trained + Lasso", stride(Trained)),
+        MethodSpec("STRIDE trained + Lasso", stride(Trained), named_at_positions=True),
         MethodSpec("STRIDE trained, no linearity", stride(Trained, linearity_weight=0.0)),
         MethodSpec("STRIDE trained, no stability", stride(Trained, stability_weight=0.0)),
         MethodSpec(
