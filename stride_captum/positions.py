@@ -80,7 +80,8 @@ class Positions:
         """
         counts = self.counts[examples]
         before = counts.cumsum(0) - counts
-        return (self.offsets[examples] - before).repeat_interleave(counts) + torch.arange(int(counts.sum()))
+        places = torch.arange(int(counts.sum()), device="cpu")
+        return (self.offsets[examples] - before).repeat_interleave(counts) + places
 
     def at(self, examples: Tensor) -> Positions:
         """The positions of some examples, in their order."""

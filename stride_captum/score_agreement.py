@@ -105,8 +105,8 @@ def reliability(
             else:
                 points = method._points(method._states[0], model, batch, query)  # type: ignore
                 estimates = [_of_halves(pair, points) for pair in halves]
-            weights = torch.tensor(method._weights if several else [1.0, 1.0], dtype=torch.float64)
-            weights = weights / weights.sum()
+            parts = method._weights if several else [1.0, 1.0]
+            weights = torch.tensor(parts, dtype=torch.float64, device="cpu") / sum(parts)
             agreements = [_agreement(method, scores, len(batch), weights) for scores in estimates]
             k = 1 / float(weights.square().sum())
             r = torch.stack(agreements).mean(0).clamp(min=0)
@@ -129,7 +129,7 @@ def feature_halves(widths: Sequence[int], seed: int) -> tuple[list[Tensor], list
     columns: list[list[Tensor]] = [[], []]
     start = 0
     for width in widths:
-        order = torch.randperm(width, generator=generator) + start
+        order = torch.randperm(width, generator=generator, device="cpu") + start
         parts = (order, order) if width == 1 else (order[: width // 2], order[width // 2 :])
         for own, part in zip(columns, parts, strict=True):
             own.append(part.sort().values)

@@ -244,7 +244,8 @@ class InfluenceMethod(SavedMethod):
             target: As for `influence`.
 
         Returns:
-            `(n_test, P)`, whose rows add up to column `train_index` of `influence(inputs)`.
+            `(n_test, P)`, whose rows add up to column `train_index` of `influence(inputs)`; P is the last
+            position of the example that has a label.
 
         Raises:
             ValueError: A method without scores of positions, or one that normalizes or thresholds scores.

@@ -30,7 +30,8 @@ def position_scores(
         target: Its class; None for the default.
 
     Returns:
-        `(n_test, P, n_train)`, or `(n_test, P)` for an example; 0 at positions without a label.
+        `(n_test, P, n_train)`, or `(n_test, P)` for an example, P its last position with a label;
+        0 at positions without a label.
     """
     if example is not None:
         check_plain("positions_of", method.normalize)

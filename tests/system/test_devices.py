@@ -19,7 +19,7 @@ from strict_device import DEVICE, StrictDevice, strict_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stride_captum import STRIDE, Batch, Checkpoint, ClosedForm, RandomSubsets, Ridge, Trained
+from stride_captum import STRIDE, Batch, Checkpoint, ClosedForm, RandomSubsets, Ridge, Trained, reliability
 from stride_captum.adapters import (
     EKFAC,
     TRAK,
@@ -126,6 +126,23 @@ class TestEveryMethod:
             found = method.influence(on(DEVICE, *test.tensors), per_position=True)
             assert found.device == DEVICE
             torch.testing.assert_close(found.cpu(), wanted, rtol=0, atol=1e-3 * float(wanted.abs().max()))
+
+    @pytest.mark.parametrize("kind", ["cross_entropy", "positions"])
+    def test_changes_and_reliability_where_the_caller_has_a_default_device(self, kind: str) -> None:
+        with posed_with(kind):
+            model, train, test = trained(MLP)
+
+        def answers(method: STRIDE, points: Any) -> list[Tensor]:
+            found = [reliability(method, points)]
+            method.remove_examples([1, 4])
+            method.add_examples(TensorDataset(*train[:3]))
+            return [*found, method.influence(points)]
+
+        wanted = answers(STRIDE(model, train).fit(), test.tensors)
+        with strict_device(), DEVICE:
+            found = [a.cpu() for a in answers(STRIDE(moved(model), train).fit(), on(DEVICE, *test.tensors))]
+            for one, other in zip(found, wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("name", METHODS)
