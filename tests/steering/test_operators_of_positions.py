@@ -155,6 +155,7 @@ class Dense:
         return scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -343,6 +344,7 @@ class TestQueries:
         same(split.sum(1), method.influence((x[:2], y[:2])), 1e-4)
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_and_read_from_a_store(tagged, tmp_path):
     model, train, tests = tagged
     method = stride(model, train, memory_budget=5000)
@@ -353,6 +355,7 @@ def test_saved_and_loaded_and_read_from_a_store(tagged, tmp_path):
     assert again.operators_.test_points_at_once() == method.operators_.test_points_at_once()
 
 
+@pytest.mark.slow
 def test_a_store_gives_the_same_operators(tagged, tmp_path):
     model, train, tests = tagged
     x, y = train.tensors
@@ -372,6 +375,7 @@ def test_a_store_holds_float32_of_a_model_in_float64(tagged, tmp_path, positions
     same(found.float(), stride(model.float(), TensorDataset(x.float(), y)).influence(single), 1e-3)
 
 
+@pytest.mark.slow
 def test_an_estimate_is_of_small_runs(tagged):
     method = stride(*tagged[:2], subsets=RandomSubsets(K))
     found = method.estimate(n_test=3)
