@@ -38,6 +38,7 @@ from stride_captum.recovery import alpha_max, choose_alpha, lasso, lasso_path, r
 from stride_captum.recovery.design import Design
 from stride_captum.steering.gradient import BatchGradient
 from stride_captum.steering.operators import SteeringOperators
+from stride_captum.steering.rows import ExampleRows
 from stride_captum.steering.sampling import padded_unique
 from stride_captum.steering.training import train_operators
 from stride_captum.subsets import membership_from_indices, random_subsets
@@ -466,10 +467,11 @@ class TestBatches:
 
         def batches(device: torch.device) -> list[Tensor]:
             phi = SteeringOperators(4, 3, 6, 4).to(device)
-            gradient = BatchGradient(phi, *on(device, *data), subsets, options, 3, 4_000)
+            rows = ExampleRows(*on(device, *data))
+            gradient = BatchGradient(phi, rows, subsets, options, 3, 4_000)
             assert len(gradient.blocks) > 1
             steps = [batch for _ in range(40) for batch in gradient.batches.step()]
-            return [part.cpu() for batch in steps for part in vars(batch).values()]
+            return [part.cpu() for batch in steps for part in vars(batch).values() if part is not None]
 
         wanted = batches(torch.device("cpu"))
         with strict_device():
