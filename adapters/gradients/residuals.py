@@ -154,7 +154,10 @@ class WithResiduals(OnWorkingCopy):
                 batch = ExampleBatch(batch.content, reading, argument=batch.argument)
             return default_taps(model, batch, Features().max_width)
         except ValueError as error:
-            must = "be 'training' or 'temperature' for a model in which no Linear or convolution module runs"
+            which = "module runs"
+            if isinstance(self.loss, SummedPositions):
+                which = "gives one row for each position"
+            must = f"be 'training' or 'temperature' for a model in which no Linear or convolution {which}"
             raise bad_value("residuals", must, repr(self.residuals)) from error
 
     def _both_residuals(

@@ -63,6 +63,18 @@ class DeadUnits(nn.Module):
         return z.transpose(0, 1) if self.by_time else z
 
 
+class OneRow(nn.Module):
+    """`(n, 12)` to `(n, 1, 3)`, without a layer that gives `(n, 1, n_features)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(12, 4), nn.Linear(4, N_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.outer(torch.tanh(self.inner(x)))
+        return z[:, None]
+
+
 def network(build: Any, **options: bool) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -162,3 +174,9 @@ def test_neither_batches_nor_the_order_of_rows_change_scores_where_units_are_dea
     plain = made(method, network(DeadUnits, by_time=False), x, y, **options)
     found = made(method, network(DeadUnits, by_time=True), x, y, batch_size=batch_size, **options)
     same(found.influence((x, y)), plain.influence((x, y)))
+
+
+def test_features_of_positions_that_nothing_gives_are_missed_in_the_refusal():
+    x, y = drawn(Convolutions)
+    with pytest.raises(ValueError, match="no Linear or convolution gives one row for each position"):
+        made(TracIn, OneRow().double().eval(), x.flatten(1), y[:, 0], residuals="both").fit()
