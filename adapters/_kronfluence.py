@@ -23,7 +23,7 @@ from ..losses import CrossEntropy, Loss
 from ..losses.summed_positions import SummedPositions
 from ._kronfluence_layers import Grouped, group_rows, replace_modules
 from ._kronfluence_rows import WeighedRows, divided_by_weights
-from .gradients.dense_sides import weights_of_rows
+from .gradients.dense_sides import mean_weights, weights_of_rows
 from .gradients.traces import process_wide
 from .gradients.working_copies import independent_copy, widened
 
@@ -159,7 +159,11 @@ class Kronfluence:
         )
 
     def _with_rows(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Batches with weights of the rows of each Linear layer in its covariances (`weights_of_rows`)."""
+        """Batches with weights of the rows of each layer in its covariances.
+
+        Those of Linear layers are `weights_of_rows`; every row of a Conv2d layer has the mean weight of its
+        example.
+        """
         (model, layers), loss = self.plain, self.losses.loss
         inside = dict(zip(layers.values(), self.losses.layers, strict=True))
         linear: dict[nn.Module, str] = {
@@ -170,7 +174,8 @@ class Kronfluence:
                 n, y = len(batch["examples"]), batch["labels"]
                 rows = weights_of_rows(model, linear, batch["examples"], y, loss)
                 batch = {"weights": y.new_ones(n, dtype=torch.get_default_dtype()), **batch}
-                batch["rows"] = {inside[name]: each.reshape(n, -1) for name, each in rows.items()}
+                batch["rows"] = dict.fromkeys(inside.values(), mean_weights(y, loss)[:, None])
+                batch["rows"].update({inside[name]: each.reshape(n, -1) for name, each in rows.items()})
             yield batch
 
     def _score(self, function: Callable[..., Any], factors: Factors, **loaders: Any) -> dict[str, Tensor]:

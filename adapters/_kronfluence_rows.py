@@ -21,7 +21,7 @@ class WeighedRows:
 
     Attributes:
         weights: w of the examples of the next batch, `(n,)`; None counts every row once.
-        rows: omega of their rows, `(n, k)`; None for 1.
+        rows: omega of their rows, `(n, k)`, or `(n, 1)` for the same in all of an example; None for 1.
         counts: What the sums over inputs and over gradients are to be divided by.
     """
 

@@ -7,7 +7,8 @@ output gradients b, it is `E[b b^T] (x) E[a a^T]`, and is inverted in its eigenb
 has Kronecker factors for convolutions too, and corrects the eigenvalues.)
 
 Weights of examples multiply their terms of F and of both means, class weights those of the positions of an
-example; positions that no label depends on, as padding, are not in the mean over a.
+example; positions that no label depends on, as padding, are not in the mean over a. An example whose labels
+are all ignored has weight 0.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..errors import bad_choice, bad_value
 from ..losses.summed_positions import SummedPositions
 from ..system.devices import as_float64
 from ..system.saved_values import saved_as
-from .gradients.dense_sides import dense_layers, dense_sides, order_of_rows, weights_of_rows
+from .gradients.dense_sides import all_weigh_1, dense_layers, dense_sides, order_of_rows, weights_of_rows
 from .gradients.fisher import FISHERS, fisher_sample, fisher_vectors
 from .gradients.method import GradientMethod
 from .gradients.per_example import example_gradients
@@ -103,13 +104,13 @@ class DiagonalEKFAC(GradientMethod):
         self.fisher, self.n_fisher, self.seed = fisher, n_fisher, seed
 
     def _fit_kernel(self, model: nn.Module, residuals: Tensor, show_progress: bool) -> DiagonalKernel:
+        self._check_weight()
         self._n_outputs = residuals.shape[1]
         fisher: dict[str, list[Tensor]] = {}
         parameters = {name: p.detach() for name, p in model.named_parameters() if name in self.parameters_}
         layers = dense_layers(model, parameters) if self.dense == "kronecker" else {}
         vectors = self._probe_vectors(model)
         order = order_of_rows(model, layers, self._probe, vectors, self._rounding)
-        weighs_rows = isinstance(self.loss, SummedPositions) and self.loss.has_weights
         n = self._fisher_weight()
         for batch, uniforms, omega in self._fisher_batches(show_progress):
             with torch.no_grad():
@@ -119,7 +120,7 @@ class DiagonalEKFAC(GradientMethod):
             if omega is not None:
                 draws = [v * omega.to(v).sqrt()[:, None] for v in draws]
             weights = logits.new_ones(len(batch)) if omega is None else omega.to(logits)
-            alike = order == "any" and not weighs_rows and len(weights.unique()) == 1
+            alike = order == "any" and self._all_rows_alike(labels) and len(weights.unique()) == 1
             size = len(batch) if order == "by example" or alike else 1
             groups = list(torch.arange(len(batch), device=weights.device).split(size))
             pieces = [batch] if len(groups) == 1 else [batch[some] for some in groups]
@@ -145,6 +146,9 @@ class DiagonalEKFAC(GradientMethod):
         if not all(bool(torch.isfinite(part).all()) for parts in fisher.values() for part in parts):
             self._find_bad_gradient(model, residuals)
         return self._invert({name: fisher[name] for name in parameters})
+
+    def _all_rows_alike(self, labels: Tensor) -> bool:
+        return not isinstance(self.loss, SummedPositions) or all_weigh_1(labels, self.loss)
 
     def _weights_of_rows(
         self, model: nn.Module, layers: Any, batch: Any, labels: Tensor

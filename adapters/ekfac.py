@@ -4,13 +4,15 @@
 
 where Q is the eigenbasis of the Kronecker factors of a layer's Fisher matrix and Lambda holds the mean
 squares of gradients in it. Weights of examples multiply r_i and their terms in all of these means, class
-weights those of the positions of an example. kronfluence is asked for products of the gradients of two linear
-losses, `-<logits, r_i>` and `-<logits, g>`, whose gradients are those of the loss and of the response.
+weights those of the positions of an example; an example whose labels are all ignored has weight 0.
+kronfluence is asked for products of the gradients of two linear losses, `-<logits, r_i>` and `-<logits, g>`,
+whose gradients are those of the loss and of the response.
 
 kronfluence knows Linear and Conv2d layers, each with its bias. Norm layers, embeddings, convolutions that
 are grouped or not padded with zeros, and subclasses of the two (as inside attention) take no part. What it
 makes of the gradients of a few examples is compared with autograd. Positions that no label depends on, as
-padding, are left out of the Kronecker factors of Linear layers; those of Conv2d layers are over all pixels.
+padding, are left out of the Kronecker factors of Linear layers; those of Conv2d layers are over all pixels,
+each with the mean weight of its example.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ from typing_extensions import override
 
 from ..errors import bad_choice, bad_value
 from ..influence.method import Query
-from ..losses.summed_positions import SummedPositions
 from ..system.devices import float64_device
 from ..system.packages import install_command
 from ._kronfluence import Batch, Kronfluence, spectra
@@ -138,9 +139,7 @@ class EKFAC(GradientMethod):
     @override
     def fit_checkpoint(self, model: nn.Module, show_progress: bool) -> GradientState:
         state = super().fit_checkpoint(model, show_progress)
-        if not self.weight_ > 0 or (isinstance(self.loss, SummedPositions) and not state.residuals.any()):
-            must = "have at least one label that is not ignored, with a weight above 0"
-            raise bad_value("train_dataset", must, "none")
+        self._check_weight()
         layers = tracked_layers(model, self.parameters_, self._probe)
         self.parameters_ = [n for n, _ in model.named_parameters() if n.rpartition(".")[0] in layers]
         self.layout_ = self._layout_of(model, layers)

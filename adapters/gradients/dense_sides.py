@@ -68,6 +68,27 @@ def dense_sides(
     }
 
 
+def mean_weights(labels: Tensor, loss: SummedPositions) -> Tensor:
+    """Mean weight of the positions of each example that count, `(n,)`; 0 where none does.
+
+    Args:
+        labels: Of the positions, `(n, P)` or `(n, P, C)`.
+        loss: Of whole examples.
+    """
+    own = loss.position_weights(labels)
+    return own.sum(1) / (own > 0).sum(1).clamp_min(1)
+
+
+def all_weigh_1(labels: Tensor, loss: SummedPositions) -> bool:
+    """Whether every position has a label of weight 1, so that `weights_of_rows` gives none.
+
+    Args:
+        labels: Of the positions, `(n, P)` or `(n, P, C)`.
+        loss: Of whole examples.
+    """
+    return bool((loss.position_weights(labels) == 1).all())
+
+
 def weights_of_rows(
     model: nn.Module,
     layers: Mapping[nn.Module, str],
@@ -83,7 +104,7 @@ def weights_of_rows(
 
     Args:
         model: As for `dense_sides`.
-        layers: As for `dense_sides`; with class weights, their rows are by example (`order_of_rows`).
+        layers: As for `dense_sides`; their rows are by example (`order_of_rows`), or n is 1.
         batch: As for `dense_sides`.
         labels: Of the positions, `(n, P)` or `(n, P, C)`.
         loss: Of whole examples.
@@ -91,12 +112,11 @@ def weights_of_rows(
     Returns:
         `(n_rows,)` by name of the weight; none where all rows have weight 1.
     """
-    own = loss.position_weights(labels)
-    if bool((own == 1).all()):
+    if all_weigh_1(labels, loss):
         return {}
+    own, means = loss.position_weights(labels), mean_weights(labels, loss)
     n, weighs = len(own), own > 0
-    means = own.sum(1) / weighs.sum(1).clamp_min(1)
-    each = torch.where(weighs, own, means[:, None]) if loss.has_weights else torch.ones_like(own)
+    each = torch.where(weighs, own, means[:, None])
     # Entries of all kinds: that their products with the Jacobian vanish by chance is out of the question.
     some = torch.arange(1, own.numel() * loss.n_outputs + 1, dtype=torch.float64).cos()
     every = some.to(labels.device).reshape(n, -1)
@@ -109,7 +129,7 @@ def weights_of_rows(
             # Rows without a label may be in another order than the labels.
             unlabeled = (read_by_any[name][1] != 0).any(1) | ~weighs.flatten().to(b.device)
             found[name] = each.flatten().to(b.device) * ((b != 0).any(1) | ~unlabeled)
-        elif loss.has_weights:
+        else:
             found[name] = means.to(b.device).repeat_interleave(len(b) // n)
     return found
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ...data.batch import ExampleBatch
+from ...errors import bad_value
 from ...influence.method import Query
 from ...system.memory import rows_that_fit
 from ...system.saved_values import saved_as
@@ -80,7 +81,8 @@ class GradientMethod(WithResiduals):
 
     Attributes:
         parameters_: Names of the parameters that gradients are taken of.
-        weight_: W, the sum of the weights of the training examples; n_train without weights.
+        weight_: W, the sum of the weights of the training examples; n_train without weights. An example
+            whose labels are all ignored has weight 0.
     """
 
     needs_gradients: ClassVar[bool] = True
@@ -133,6 +135,12 @@ class GradientMethod(WithResiduals):
         self.weight_ = float(self.n_train_ if self._omega is None else self._omega.sum())
         kernel = self._fit_kernel(model, residuals, show_progress)
         return GradientState(residuals, loss_residuals, temperature, kernel)
+
+    def _check_weight(self) -> None:
+        """Refuse a training set of which no label counts."""
+        if not self.weight_ > 0:
+            must = "have at least one label that is not ignored, with a weight above 0"
+            raise bad_value("train_dataset", must, "none")
 
     def _check_gradients(self, model: nn.Module) -> None:
         """Refuse a model whose gradients would be wrong, by a look at a few examples."""

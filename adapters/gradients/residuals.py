@@ -22,6 +22,7 @@ from ...layers.activations import Tap, default_taps, recording
 from ...layers.positions import at_positions, grid_of
 from ...losses import Loss
 from ...losses.summed_positions import SummedPositions
+from ...system.devices import float64_device
 from .working_model import OnWorkingCopy
 
 
@@ -126,8 +127,19 @@ class WithResiduals(OnWorkingCopy):
                 omega = self.train_weights(batch, labels[-1])
                 if omega is not None:
                     weights.append(omega)
-        self._omega = torch.cat(weights) if weights else None
-        return torch.cat(features), torch.cat(logits), torch.cat(labels)
+        y = torch.cat(labels)
+        self._omega = self._of_counted_examples(torch.cat(weights) if weights else None, y)
+        return torch.cat(features), torch.cat(logits), y
+
+    def _of_counted_examples(self, weights: Tensor | None, labels: Tensor) -> Tensor | None:
+        """Weights of examples, with 0 where no position has a label of weight above 0."""
+        if not isinstance(self.loss, SummedPositions):
+            return weights
+        counted = self.loss.position_weights(labels).any(1)
+        if bool(counted.all()):
+            return weights
+        counted = counted.to(float64_device(self._work_device()))
+        return counted.double() if weights is None else weights * counted
 
     def _feature_taps(self, model: nn.Module) -> list[Tap]:
         """Taps of the features for the ridge head of out-of-sample residuals.
@@ -142,7 +154,10 @@ class WithResiduals(OnWorkingCopy):
                 batch = ExampleBatch(batch.content, reading, argument=batch.argument)
             return default_taps(model, batch, Features().max_width)
         except ValueError as error:
-            must = "be 'training' or 'temperature' for a model in which no Linear or convolution module runs"
+            which = "module runs"
+            if isinstance(self.loss, SummedPositions):
+                which = "gives one row for each position"
+            must = f"be 'training' or 'temperature' for a model in which no Linear or convolution {which}"
             raise bad_value("residuals", must, repr(self.residuals)) from error
 
     def _both_residuals(
