@@ -254,11 +254,3 @@ def test_the_positions_of_one_example_over_two_add_up(data, method, options):
     found = made(method, model, split, **options).influence(test)
     same(found[:, 0] + found[:, -1], whole[:, 0])
     same(found[:, 1:-1], whole[:, 1:])
-
-
-@pytest.mark.parametrize("method", [TRAK, DiagonalEKFAC, EKFAC])
-def test_a_training_set_of_classes_of_weight_0_alone_is_refused(data, method):
-    model, (train, _) = tagger(), data
-    weight = [0.0, 0.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match="must"):
-        made(method, model, train, weight).fit()

@@ -46,8 +46,7 @@ class MethodSpec:
         cache_key: Says that the scores depend on this key, the options, the weights and the training set
             alone. None names cached scores by a digest of everything that `build` returns.
         default: Options if no measure chooses from the grid; {} are the defaults of the method.
-        named_at_positions: Whether it runs only if it is named on a task with several positions an example,
-            where it takes minutes.
+        named_at_positions: Whether tasks with positions run it only if it is named: it takes minutes there.
 
     A spec can be called like its `build`.
 
@@ -214,9 +213,9 @@ METHODS: dict[str, MethodSpec] = {
         MethodSpec("STRIDE trained + Lasso", stride(Trained), named_at_positions=True),
         MethodSpec("STRIDE trained, no linearity", stride(Trained, linearity_weight=0.0)),
         MethodSpec("STRIDE trained, no stability", stride(Trained, stability_weight=0.0)),
+        # D.3: neither of the two constraints.
         MethodSpec(
-            "STRIDE trained, no LDS loss",  # D.3: neither of the two constraints
-            stride(Trained, linearity_weight=0.0, stability_weight=0.0),
+            "STRIDE trained, no LDS loss", stride(Trained, linearity_weight=0.0, stability_weight=0.0)
         ),
         # D.3, "layer sensitivity": the first hidden layer of the MLP, the convolutions of the CNN (Table 2).
         MethodSpec("STRIDE trained, layer1", stride(Trained, layers=["relu1"])),
