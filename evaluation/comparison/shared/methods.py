@@ -174,8 +174,7 @@ def grid(**choices: Sequence[Any]) -> list[dict[str, Any]]:
 
 #: Points of every grid.
 GRID_SIZE = 6
-#: Temperatures of out-of-sample residuals: the default, and what matching to held-out data gives networks
-#: that fit their training set.
+#: Temperatures of out-of-sample residuals: the default, and what matching gives networks that fit their data.
 _TEMPERATURES = (2.0, 3.5)
 #: Out-of-sample residuals of gradient methods: with the share of a ridge head, which STRIDE's default has,
 #: and without it, which is better for EKFAC, DiagonalEKFAC and TRAK on digits.
@@ -213,7 +212,6 @@ METHODS: dict[str, MethodSpec] = {
         MethodSpec("STRIDE trained + Lasso", stride(Trained), named_at_positions=True),
         MethodSpec("STRIDE trained, no linearity", stride(Trained, linearity_weight=0.0)),
         MethodSpec("STRIDE trained, no stability", stride(Trained, stability_weight=0.0)),
-        # D.3: neither of the two constraints.
         MethodSpec(
             "STRIDE trained, no LDS loss", stride(Trained, linearity_weight=0.0, stability_weight=0.0)
         ),
