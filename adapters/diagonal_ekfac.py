@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..errors import bad_choice, bad_value
-from ..losses.summed_positions import SummedPositions
 from ..system.devices import as_float64
 from ..system.saved_values import saved_as
 from .gradients.dense_sides import all_weigh_1, dense_layers, dense_sides, order_of_rows, weights_of_rows
@@ -120,12 +119,12 @@ class DiagonalEKFAC(GradientMethod):
             if omega is not None:
                 draws = [v * omega.to(v).sqrt()[:, None] for v in draws]
             weights = logits.new_ones(len(batch)) if omega is None else omega.to(logits)
-            alike = order == "any" and self._all_rows_alike(labels) and len(weights.unique()) == 1
+            alike = order == "any" and all_weigh_1(labels, self.loss) and len(weights.unique()) == 1
             size = len(batch) if order == "by example" or alike else 1
             groups = list(torch.arange(len(batch), device=weights.device).split(size))
             pieces = [batch] if len(groups) == 1 else [batch[some] for some in groups]
             counted = [
-                self._weights_of_rows(model, layers, piece, labels[some])
+                weights_of_rows(model, layers, piece, labels[some], self.loss)
                 for piece, some in zip(pieces, groups, strict=True)
             ]
             for vectors in draws:
@@ -146,17 +145,6 @@ class DiagonalEKFAC(GradientMethod):
         if not all(bool(torch.isfinite(part).all()) for parts in fisher.values() for part in parts):
             self._find_bad_gradient(model, residuals)
         return self._invert({name: fisher[name] for name in parameters})
-
-    def _all_rows_alike(self, labels: Tensor) -> bool:
-        return not isinstance(self.loss, SummedPositions) or all_weigh_1(labels, self.loss)
-
-    def _weights_of_rows(
-        self, model: nn.Module, layers: Any, batch: Any, labels: Tensor
-    ) -> dict[str, Tensor]:
-        """Weights of the rows of inputs of dense layers in a mean; none where all have weight 1."""
-        if not isinstance(self.loss, SummedPositions):
-            return {}
-        return weights_of_rows(model, layers, batch, labels, self.loss)
 
     def _fisher_weight(self) -> float:
         """The sum of the weights of the examples that F is estimated from."""

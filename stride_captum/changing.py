@@ -183,8 +183,7 @@ class ChangingTrainingSet(OperatorScores):
                     new = Changed(**vars(whole._read_as_fitted(state, model)))
                 if new.positions is not None:
                     check_some_rows(len(new.labels))
-                known = Precomputed(**{name: value for name, value in vars(new).items() if name != "known"})
-                training = self._training_set(model, state.taps, known, known=new.known)
+                training = self._training_set(model, state.taps, new)
                 states.append(replace(state, operators=self.operators.fit(training)))
         examples = dataset(self.train_dataset) if whole is None else whole.train_dataset
         seen: Digests | None = getattr(self, "digests_", None)
@@ -197,7 +196,7 @@ class ChangingTrainingSet(OperatorScores):
         self._weights = self.combine_weights([1.0] * len(states))
         self._changed = True
         if self._precomputed is not None:
-            self._precomputed = known
+            self._precomputed = replace(new, known=None)
         return self
 
 

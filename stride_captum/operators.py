@@ -106,26 +106,14 @@ class TestPoints:
 
 
 @dataclass(frozen=True)
-class Changed:
+class Changed(Precomputed):
     """A training set after examples have come, gone or changed, in the order of its examples.
 
     Attributes:
-        features: `(n_train, n_features)`.
-        logits: `(n_train, n_classes)`.
-        labels: `(n_train,)`, or `(n_train, n_classes)`.
-        widths: Widths of the layers.
         known: For `TrainingSet.known`.
-        weights: omega of each example, `(n_train,)`; None for 1.
-        positions: As for `TrainingSet`.
     """
 
-    features: Tensor
-    logits: Tensor
-    labels: Tensor
-    widths: list[int]
     known: Any = None
-    weights: Tensor | None = None
-    positions: Positions | None = None
 
 
 class Operators(Options, ABC):

@@ -44,6 +44,11 @@ class Positions:
         mask = kept.cpu()
         return cls(mask.sum(1), mask.nonzero()[:, 1].int())
 
+    @classmethod
+    def single(cls, n: int) -> Positions:
+        """One row for each of n examples."""
+        return cls(torch.ones(n, dtype=torch.int64, device="cpu"))
+
     def __len__(self) -> int:
         return len(self.counts)
 

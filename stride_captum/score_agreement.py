@@ -18,7 +18,6 @@ from .features.precomputed import Precomputed
 from .influence.method import InfluenceMethod
 from .influence.query import Query, check_query
 from .operators import FittedOperators, STRIDEState, TestPoints
-from .positions import Positions
 from .stride import STRIDE
 from .system.devices import as_float64
 from .system.locks import exclusive
@@ -153,10 +152,9 @@ def _fitted_halves(method: InfluenceMethod, n_splits: int, seed: int) -> list[li
             "Agreement is between checkpoints, or between halves of the features of STRIDE's closed form.",
         )
     options = replace(kind, residuals=rows.kind)  # type: ignore[arg-type]
-    if isinstance(known, PositionOperators) and known.form == "matrix":
+    read = Precomputed(rows.features, rows.logits, rows.labels, rows.widths, rows.weights, rows.positions)
+    if not states[0].operators.keeps_rows:
         read = _read_again(method, states[0])
-    else:
-        read = Precomputed(rows.features, rows.logits, rows.labels, rows.widths, rows.weights, rows.positions)
     found = []
     for split in range(n_splits):
         pair: list[_Half] = []
@@ -173,11 +171,10 @@ def _fitted_halves(method: InfluenceMethod, n_splits: int, seed: int) -> list[li
                 weights=read.weights,
                 positions=read.positions,
             )
-            kept: FittedOperators = operators
-            if read.positions is not None:
-                of_all = read.positions.counted(read.weights)
-                kept = PositionOperators(operators, method.memory_budget, Positions(of_all))
-            pair.append((columns, kept))
+            if read.positions is None:
+                pair.append((columns, operators))
+            else:
+                pair.append((columns, PositionOperators.of(operators, method.memory_budget)))
         found.append(pair)
     return found
 
@@ -188,8 +185,7 @@ def _read_again(method: STRIDE, state: STRIDEState) -> Precomputed:
         method._check_unchanged()
         ((checkpoint, _, _),) = method._fitted()
         method._load_fitted(model, checkpoint)
-        read = method._read(model, state.taps, False)
-    return read if state.projection is None else replace(read, features=state.projection(read.features))
+        return method._read_as_fitted(state, model)
 
 
 def _of_halves(pair: Sequence[_Half], points: TestPoints) -> _Scores:

@@ -839,14 +839,6 @@ class TestBaselines:
             parts.append(weight[c] * alone.influence(tests))
         same(sum(parts), scores, 1e-12)
 
-    def test_what_does_not_take_positions(self, tagged, monkeypatch):
-        model, train, _ = tagged
-        monkeypatch.setattr(ClosedForm, "takes_positions", False)
-        with pytest.raises(
-            ValueError, match="`model` must give one row of outputs per example for operators="
-        ):
-            fitted(model, train).fit()
-
     @pytest.mark.parametrize("method", [TracIn, TRAK])
     @pytest.mark.parametrize("target", [0, 1, "predicted", "label"])
     @pytest.mark.parametrize("response", ["margin", "loss"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data.batch import ExampleBatch
+from ...losses import Loss
 from ...losses.summed_positions import SummedPositions
 from .checks import agree
 from .traces import hooked
@@ -79,14 +80,14 @@ def mean_weights(labels: Tensor, loss: SummedPositions) -> Tensor:
     return own.sum(1) / (own > 0).sum(1).clamp_min(1)
 
 
-def all_weigh_1(labels: Tensor, loss: SummedPositions) -> bool:
+def all_weigh_1(labels: Tensor, loss: Loss) -> bool:
     """Whether every position has a label of weight 1, so that `weights_of_rows` gives none.
 
     Args:
         labels: Of the positions, `(n, P)` or `(n, P, C)`.
-        loss: Of whole examples.
+        loss: Of whole examples; true where they have one position, whose weight is that of the example.
     """
-    return bool((loss.position_weights(labels) == 1).all())
+    return not isinstance(loss, SummedPositions) or bool((loss.position_weights(labels) == 1).all())
 
 
 def weights_of_rows(
@@ -94,7 +95,7 @@ def weights_of_rows(
     layers: Mapping[nn.Module, str],
     batch: ExampleBatch,
     labels: Tensor,
-    loss: SummedPositions,
+    loss: Loss,
 ) -> dict[str, Tensor]:
     """Weights of the rows of inputs in a mean over positions: those of the labels of the positions.
 
@@ -112,7 +113,7 @@ def weights_of_rows(
     Returns:
         `(n_rows,)` by name of the weight; none where all rows have weight 1.
     """
-    if all_weigh_1(labels, loss):
+    if not isinstance(loss, SummedPositions) or all_weigh_1(labels, loss):
         return {}
     own, means = loss.position_weights(labels), mean_weights(labels, loss)
     n, weighs = len(own), own > 0

@@ -19,7 +19,7 @@ from ...features.precomputed import check_some_rows
 from ...influence.method import Query
 from ...influence.temperature import choose_temperature
 from ...layers.activations import Tap, default_taps, recording
-from ...layers.positions import at_positions, grid_of
+from ...layers.positions import at_kept_positions, grid_of
 from ...losses import Loss
 from ...losses.summed_positions import SummedPositions
 from ...system.devices import float64_device
@@ -122,7 +122,9 @@ class WithResiduals(OnWorkingCopy):
                 logits.append(z)
                 labels.append(self.train_labels(batch, z.shape[1]))
                 if isinstance(self.loss, SummedPositions):
-                    rows = _of_counted(self.loss, rows, taps, outputs, labels[-1])
+                    grid = grid_of(outputs, self.loss.position)
+                    assert grid is not None, "examples have positions"
+                    rows = at_kept_positions(rows, taps, grid, self.loss.counted_positions(labels[-1]))
                 features.append(torch.cat(rows, 1) if rows else z.new_empty(len(z), 0))
                 omega = self.train_weights(batch, labels[-1])
                 if omega is not None:
@@ -185,13 +187,3 @@ class WithResiduals(OnWorkingCopy):
     @override
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "residuals": self.residuals, "temperature": self.temperature}
-
-
-def _of_counted(
-    loss: SummedPositions, rows: Sequence[Tensor], taps: Sequence[Tap], outputs: Tensor, labels: Tensor
-) -> list[Tensor]:
-    """Features of the positions with a label, `(n_rows, width)` for each tap."""
-    grid, counted = grid_of(outputs, loss.position), loss.counted_positions(labels)
-    assert grid is not None, "examples have positions"
-    every = (at_positions(f, grid, tap) for f, tap in zip(rows, taps, strict=True))
-    return [f[counted.to(f.device)] for f in every]

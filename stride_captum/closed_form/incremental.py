@@ -50,11 +50,11 @@ def with_examples(form: ClosedFormOperators, new: Precomputed) -> Changed:
         torch.cat([form.logits, new.logits.to(form.logits)]),
         torch.cat([form.labels, new.labels.to(form.labels)]),
         form.widths,
-        form.moments + _moments_of(form, new.features, new.labels, weights),
         None
         if weights is None or form.weights is None
         else torch.cat([form.weights, weights.to(form.weights)]),
         None if new.positions is None or form.positions is None else joined([form.positions, new.positions]),
+        form.moments + _moments_of(form, new.features, new.labels, weights),
     )
 
 
@@ -93,7 +93,7 @@ def without_examples(form: ClosedFormOperators, keep: Tensor) -> Changed:
     features, labels = _rows(form.features, keep), form.labels[keep]
     weights = None if form.weights is None else _rows(form.weights, keep)
     moments = _moments_without(form, gone, None, features, labels, weights)
-    return Changed(features, _rows(form.logits, keep), labels, form.widths, moments, weights, positions)
+    return Changed(features, _rows(form.logits, keep), labels, form.widths, weights, positions, moments)
 
 
 def with_others(form: ClosedFormOperators, places: Tensor, new: Precomputed) -> Changed:
@@ -131,7 +131,7 @@ def with_others(form: ClosedFormOperators, places: Tensor, new: Precomputed) -> 
     of_new = _moments_of(form, new.features, new.labels, new.weights)
     moments = _moments_without(form, gone.to(form.labels.device), of_new, features, labels, weights)
     logits = replaced(form.logits, new.logits)
-    return Changed(features, logits, labels, form.widths, moments, weights, positions)
+    return Changed(features, logits, labels, form.widths, weights, positions, moments)
 
 
 def _all_but(rows: Tensor, n: int) -> Tensor:

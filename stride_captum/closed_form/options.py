@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 from ..errors import bad_value
 from ..operators import FittedOperators, Operators, TrainingSet
 from ..options import check_choice, check_number
-from ..positions import Positions
 from ..system.saved_values import saved_as
 from .estimate import estimate_closed_form
 from .fit import fit_closed_form
@@ -101,11 +100,9 @@ class ClosedForm(Operators):
         )
         if training.positions is None:
             return form
-        counted = training.positions.counted(training.weights)
-        counts = training.ranks.all_gather(counted, "numbers of positions")
-        kept = smaller_form(self.form, len(counts), form.n_train, sum(training.widths), form.n_classes)
-        by_rows = PositionOperators(form, training.memory_budget, Positions(counts))
-        return by_rows.in_form(kept)
+        by_rows = PositionOperators.of(form, training.memory_budget, training.ranks)
+        sizes = by_rows.n_train, form.n_train, sum(training.widths), form.n_classes
+        return by_rows.in_form(smaller_form(self.form, *sizes))
 
     def check_shared(self) -> None:
         """Refuse conjugate gradients, which need the whole training set in one place."""

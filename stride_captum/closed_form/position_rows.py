@@ -14,6 +14,7 @@ from ..features.precomputed import Precomputed
 from ..operators import Changed, FittedOperators
 from ..positions import Positions
 from ..system.memory import rows_that_fit
+from ..system.processes import SINGLE_PROCESS, SingleProcess
 from .operators import ClosedFormOperators
 from .position_products import summed_products
 
@@ -40,6 +41,21 @@ class KeptPositions(FittedOperators):
     matrices: Tensor | None = None
     known: dict[str, Tensor] | None = None
 
+    @classmethod
+    def of(
+        cls: type[Self], rows: ClosedFormOperators, most_bytes: int, ranks: SingleProcess = SINGLE_PROCESS
+    ) -> Self:
+        """Of fitted rows, in the form "rows".
+
+        Args:
+            rows: With positions.
+            most_bytes: Of what is held at a time.
+            ranks: Processes that share the training set.
+        """
+        assert rows.positions is not None, "rows of examples with positions"
+        counted = rows.positions.counted(rows.weights)
+        return cls(rows, most_bytes, Positions(ranks.all_gather(counted, "numbers of positions")))
+
     @property
     def features(self) -> Tensor:
         """Of the rows; none in the form "matrix"."""
@@ -51,9 +67,7 @@ class KeptPositions(FittedOperators):
 
     @override
     def with_features(self: Self, features: Tensor, logits: Tensor) -> Self:
-        return (
-            self if self.form == "matrix" else replace(self, rows=self.rows.with_features(features, logits))
-        )
+        return replace(self, rows=self.rows.with_features(features, logits))
 
     @property
     @override

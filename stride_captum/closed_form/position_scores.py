@@ -112,7 +112,7 @@ class PositionOperators(KeptPositions):
         """Scores of some positions of the test points, each on its own, `(n_rows, n_train)`."""
         query = prepared.rows
         terms = [(u[rows], v[rows]) for u, v in query.terms]
-        each = Positions(torch.ones(rows.stop - rows.start, dtype=torch.int64, device="cpu"))
+        each = Positions.single(rows.stop - rows.start)
         few = ClosedFormQuery(terms, query.phi[rows], query.gradients[rows])
         return self._scores(PositionQuery(few, each, matrices_of_rows(terms, each)), slice(None))
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..data.batch import ExampleBatch
 from ..errors import bad_value
-from ..layers.activations import Tap, at_positions, recording
+from ..layers.activations import Tap, recording
+from ..layers.positions import at_kept_positions
 from ..losses.positions import check_weight_shape
 from ..positions import Positions, joined
 from .precomputed import Precomputed, positions_in_some
@@ -70,9 +71,7 @@ def read_batch(
     found = reader.position_rows(outputs, batch, asked)
     if found is None:
         return Rows(features, _single(reader._as_logits(outputs, batch)), batch.labels, outputs, None)
-    there = (at_positions(f, found.grid, tap) for f, tap in zip(features, taps, strict=True))
-    every = bool(found.kept.all())
-    features = [f.flatten(0, 1) if every else f[found.kept.to(f.device)] for f in there]
+    features = at_kept_positions(features, taps, found.grid, found.kept)
     return Rows(features, _single(reader.loss.logits(found.outputs)), found.labels, found.outputs, found.kept)
 
 

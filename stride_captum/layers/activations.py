@@ -18,7 +18,6 @@ from ..data.batch import ExampleBatch
 from ..errors import bad_value
 from .hooks import watching
 from .pooling import Place, Tap, activation_in, features_of, mean_of_tokens, to_rows
-from .positions import at_positions
 from .tap_probe import not_run
 from .taps import default_taps, layer_places, named_taps
 
@@ -150,7 +149,6 @@ def check_finite(values: Tensor, what: str = "activations") -> None:
 
 __all__ = [
     "Tap",
-    "at_positions",
     "check_finite",
     "default_taps",
     "layer_places",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -58,6 +58,22 @@ def at_positions(features: Tensor, grid: tuple[int, ...], tap: Tap) -> Tensor:
         f"{got} from {str(tap)!r}",
         "Name layers before positions are merged, or with maps, which are resized.",
     )
+
+
+def at_kept_positions(
+    features: Sequence[Tensor], taps: Sequence[Tap], grid: tuple[int, ...], kept: Tensor
+) -> list[Tensor]:
+    """The features of each tap at some positions of the outputs, `(n_rows, width)`.
+
+    Args:
+        features: Of each tap, as for `at_positions`.
+        taps: Where they come from.
+        grid: Sizes of the positions of the outputs.
+        kept: Which positions have a row, `(n, P)` bool.
+    """
+    there = (at_positions(f, grid, tap) for f, tap in zip(features, taps, strict=True))
+    every = bool(kept.all())
+    return [f.flatten(0, 1) if every else f[kept.to(f.device)] for f in there]
 
 
 def _resized(maps: Tensor, grid: tuple[int, ...]) -> Tensor:

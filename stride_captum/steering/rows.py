@@ -58,8 +58,8 @@ class ExampleRows:
         known = features, logits.to(like), labels.to(like.device)
         if positions is None and weights is None:
             return cls(*known)
+        positions = positions or Positions.single(len(labels))
         ones = torch.ones(len(labels), dtype=torch.float64, device="cpu")
-        positions = positions or Positions(ones.long())
         omega = ones if weights is None else weights.cpu().double()
         scaled = omega * (len(positions) / omega.sum())
         starts, counts = positions.offsets[:-1].to(like.device), positions.counts.to(like.device)
@@ -116,13 +116,12 @@ def rows_with_weight(training: TrainingSet) -> tuple[TrainingSet, Tensor | None]
         kept = weights.cpu() > 0
         if not bool(kept.any()):
             raise bad_value("sample_weight", "be above 0 for some example", "zeros")
-        one_each = Positions(torch.ones(len(kept), dtype=torch.int64, device="cpu"))
-        positions = Positions((positions or one_each).sum(kept.long()))
+        positions = Positions((positions or Positions.single(len(kept))).counted(weights))
         rows = ("features", "logits", "labels", "weights")
         few = {name: getattr(training, name) for name in rows}
         training = replace(training, **{name: few[name][kept.to(few[name].device)] for name in rows})
     if positions is None or bool((positions.counts > 0).all()):
-        return training if positions is None else replace(training, positions=positions), None
+        return replace(training, positions=positions), None
     examples = positions.counts.nonzero().squeeze(1)
     if training.positions is not None:
         training = replace(training, positions=Positions(positions.counts[examples]))
