@@ -43,6 +43,7 @@ def test_and_distributions_over_classes(method):
         method(model, soft).mislabel_scores()
 
 
+@pytest.mark.slow
 def test_a_method_with_another_loss_than_the_problem_fails():
     report = check(partial(STRIDE, loss="binary_cross_entropy"), loss="mse")
     assert not report.passed

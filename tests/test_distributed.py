@@ -569,6 +569,7 @@ class TestALostRank:
             assert "start all processes again with the same command" in message
             assert again == message
 
+    @pytest.mark.slow
     def test_that_keeps_the_store_is_known_by_its_silence(self, tmp_path, free_port):
         method = f"tcp://127.0.0.1:{free_port}"
         found = start(3, with_a_loss, "dies", 0, folder=tmp_path, method=method, survivors=2, timeout=20)
@@ -586,6 +587,7 @@ class TestALostRank:
         assert "it took longer than the timeout of the process group" in message
         assert "No answer from rank 1" in message
 
+    @pytest.mark.slow
     def test_starting_again_gives_the_scores_of_one_process(self, tmp_path):
         start(2, with_a_loss, "dies", folder=tmp_path, survivors=1, timeout=20)
         model, train, test = data_and_model()
@@ -704,6 +706,7 @@ def equal_neighbors(found, wanted):
     assert [n["score"] for n in found] == pytest.approx([n["score"] for n in wanted], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_other_commands_are_refused_under_torchrun(tmp_path, free_port):
     said, codes = torchrun(2, free_port, tmp_path / "said", "compare")
     assert codes == [1, 1]

@@ -62,6 +62,7 @@ class TestMethods:
         assert finding.status == "ok"
         assert f"{len(CHECKS) - len(doctor.LEFT_OUT)} laws" in finding.detail
 
+    @pytest.mark.slow
     def test_a_method_that_breaks_one_is_named_with_the_law_and_the_remedy(self, mixed):
         (finding,) = [f for f in mixed.findings if f.what == "Wrong"]
         assert finding.status == "broken"
@@ -70,11 +71,13 @@ class TestMethods:
         assert not mixed.ok
         assert "Broken: Wrong" in str(mixed)
 
+    @pytest.mark.slow
     def test_a_method_without_its_extra_is_absent_and_not_covered(self, mixed):
         (finding,) = [f for f in mixed.findings if f.what == "KFAC"]
         assert (finding.status, finding.detail) == ("absent", "KFAC needs kfac: pip install kfac")
         assert "KFAC" in mixed.not_covered[0]
 
+    @pytest.mark.slow
     def test_exceptions_of_a_method_are_not_held_against_it(self):
         of_signs = ("class", "self_influence", "products")
         laws = [law for law in CHECKS if any(part in law for part in of_signs)]
@@ -210,6 +213,7 @@ class TestTheCommand:
         assert "Not covered:" in out
         assert "methods" in err
 
+    @pytest.mark.slow
     def test_it_returns_1_where_something_is_broken(self, subjects, capsys):
         subjects(Subject("Wrong", WithTheWrongSign))
         assert doctor.main(["--json"]) == 1

@@ -55,6 +55,7 @@ class TestEveryMethod:
         with pytest.raises(ValueError, match=r"`model` must return logits; got probabilities.*'last' reads"):
             method(Ending(model, nn.Sigmoid()), train).fit()
 
+    @pytest.mark.slow
     def test_probabilities_that_are_declared_score_as_logits(self, planted, method):
         for (model, train, test), last in ((planted, nn.Softmax(1)), (binary(), nn.Sigmoid())):
             model = model.double()

@@ -72,6 +72,7 @@ def test_scores_are_those_of_the_formula(planted):
 
 
 # The kernel has no norms, and its features grow with those of any one example.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_the_laws_hold(name):
     assert run_check(CHECKS[name], dot_products) == "pass"

@@ -168,6 +168,7 @@ def test_scores_have_the_residual_over_the_curvature(problem, kind, temperature)
         same(found.influence(test, target=c, response="logit"), wanted, 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("curvature", ["kronecker", "eigenvalue-corrected", "gauss-newton"])
 def test_labels_do_not_mix(problem, kind, curvature):
@@ -209,6 +210,7 @@ def made(method: Any, model: nn.Module, x: Tensor, y: Tensor, loss: Any, **optio
 
 @pytest.mark.parametrize(("method", "options"), METHODS)
 class TestEveryMethod:
+    @pytest.mark.slow
     def test_ones_are_none(self, problem, method, options):
         model, x, y, test = problem
         for ones in (1, torch.ones(C)):
@@ -220,6 +222,7 @@ class TestEveryMethod:
                 )
             same(found.self_influence(), wanted.self_influence(), 1e-9)
 
+    @pytest.mark.slow
     def test_weights_change_scores_and_keep_the_laws(self, problem, method, options):
         model, x, y, test = problem
         found = made(method, model, x, y, WEIGHTED, **options)

@@ -186,6 +186,7 @@ class TestClosedForm:
         method = fitted(*tagged[:2], form, operators={"curvature": "gauss-newton"})
         same(method.influence(tagged[2]), Dense(*tagged).gauss_newton(), 1e-5)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("curvature", CURVATURES)
     @pytest.mark.parametrize("residuals", ["training", "temperature", "leave-one-out", "both"])
     def test_both_forms_are_one(self, tagged, curvature, residuals):
@@ -726,6 +727,7 @@ class HalfTheFeatures(nn.Module):
 
 
 class TestReliability:
+    @pytest.mark.slow
     @pytest.mark.parametrize("residuals", ["both", "temperature"])
     @pytest.mark.parametrize("weighted", [False, True])
     def test_one_checkpoint_is_compared_by_halves_of_its_features(self, tagged, residuals, weighted):
@@ -792,6 +794,7 @@ class TestBaselines:
         wanted = self.gradients(model, *tests, True) @ self.gradients(model, *train.tensors, False).T
         same(self.made(TracIn, model, train).influence(tests), wanted, 1e-12)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("residuals", ["training", "temperature"])
     def test_laws(self, tagged, method, residuals):
@@ -839,6 +842,7 @@ class TestBaselines:
             parts.append(weight[c] * alone.influence(tests))
         same(sum(parts), scores, 1e-12)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("method", [TracIn, TRAK])
     @pytest.mark.parametrize("target", [0, 1, "predicted", "label"])
     @pytest.mark.parametrize("response", ["margin", "loss"])

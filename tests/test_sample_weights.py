@@ -77,6 +77,7 @@ def close(found: Tensor, wanted: Tensor, curvature: str) -> None:
 
 @pytest.mark.parametrize(("loss", "kind", "curvature"), CASES)
 class TestOne:
+    @pytest.mark.slow
     def test_a_weight_of_one_changes_no_bit(self, problem, loss, kind, curvature):
         model, x, labels, xt, yt = problem
         plain = stride(model, x, labels[loss], loss, kind, curvature)
@@ -133,6 +134,7 @@ def test_a_weight_of_two_is_a_duplicate(problem, loss, kind, curvature):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("curvature", CURVATURES)
 class TestSoftLabels:
+    @pytest.mark.slow
     def test_one_hot_labels_are_hard_labels(self, problem, kind, curvature):
         model, x, labels, xt, yt = problem
         y, test = labels["cross_entropy"], yt["cross_entropy"]
@@ -252,6 +254,7 @@ class TestWhereWeightsStand:
         named.layers = ["net.fc1:input", "net.act"]
         torch.testing.assert_close(named.influence({"x": xt, "labels": test}), wanted, rtol=1e-12, atol=1e-15)
 
+    @pytest.mark.slow
     def test_batches_and_the_store_change_nothing(self, problem, tmp_path):
         model, x, labels, xt, yt = problem
         y, w, test = labels["cross_entropy"], torch.rand(N).double(), (xt, yt["cross_entropy"])
@@ -440,6 +443,7 @@ class TestBaselines:
         fitted = method(model, data, loss=loss, batch=batch, **options)
         return fitted.influence((xt, yt[loss])), fitted.self_influence()
 
+    @pytest.mark.slow
     def test_a_weight_of_zero_is_removal(self, problem, loss, method, options):
         keep, every, weights = torch.arange(4, N), torch.arange(N), torch.ones(N)
         weights[:4] = 0
@@ -450,6 +454,7 @@ class TestBaselines:
         torch.testing.assert_close(found[:, keep], wanted, rtol=0, atol=scale)
         torch.testing.assert_close(own[keep], wanted_own, rtol=0, atol=1e-6 * float(wanted_own.abs().max()))
 
+    @pytest.mark.slow
     def test_a_weight_of_two_is_a_duplicate(self, problem, loss, method, options):
         if options.get("residuals") == "both":
             pytest.skip("left-out residuals of a duplicate have seen the other")

@@ -139,6 +139,7 @@ class TestLogisticRegression:
         method = STRIDE(regression.model(), TensorDataset(regression.x, regression.y), **config)
         return method.influence((x, y), response=response)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("response", ["margin", "loss", "logit"])
     def test_the_score_is_the_influence_function(self, regression, response):
         x, y = blobs(6, noise=1.5, n_features=4, seed=1)
@@ -280,6 +281,7 @@ class TestEveryOption:
         assert (own >= 0).all()
         assert own.max() > 0
 
+    @pytest.mark.slow
     def test_cosine_is_the_explicit_normalisation(self, method, network):
         model, x, y = network
         form = method._states[0].operators

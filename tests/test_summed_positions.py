@@ -55,6 +55,7 @@ class TestOneOutput:
         y = draw(*shape, seed=2)
         return y if loss == "mse" else (y > 0).double()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("loss", LOSSES)
     def test_one_position_is_an_example_without(self, method, loss):
@@ -66,6 +67,7 @@ class TestOneOutput:
         same(together.influence(test, response="loss"), rows.influence((x[:2, 0], y[:2]), response="loss"))
         same(together.self_influence(), rows.self_influence())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("loss", LOSSES)
     def test_a_number_for_each_position_may_have_an_axis_of_its_own(self, method, loss):
@@ -269,6 +271,7 @@ class TestOutOfSample:
         table = nn.Embedding(11, 3, _weight=draw(11, 3, seed=5))
         return nn.Sequential(table, network(3)), torch.arange(36).reshape(9, 4) % 11, y
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("kind", ["leave-one-out", "both"])
     def test_one_position_is_an_example_without(self, problem, method, kind):
@@ -307,6 +310,7 @@ class TestOutOfSample:
         same(found[y != self.IGNORED], rows.of(slice(None)) * rows.unit)
         assert bool((found[y == self.IGNORED] == 0).all())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("method", METHODS)
     def test_padding_changes_nothing(self, problem, method):
         model, x, y = problem

@@ -126,6 +126,7 @@ class TestOfALoss:
         torch.testing.assert_close(ours.influence(test.tensors), wanted, rtol=1e-12, atol=0)
         torch.testing.assert_close(ours.influence(test.tensors, response="loss"), -wanted, rtol=1e-12, atol=0)
 
+    @pytest.mark.slow
     def test_with_residuals_the_log_probability_is_theirs(self, exact, kind):
         theirs, (model, train, test) = self.theirs(exact, kind)
         ours = CaptumInfluence(model, train, build=with_residuals(kind))
@@ -133,6 +134,7 @@ class TestOfALoss:
         wanted = theirs.influence(test.tensors, k=None).detach()
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9 * float(wanted.abs().max()))
 
+    @pytest.mark.slow
     def test_every_response_has_its_gradient(self, exact, kind):
         """Products are linear in the gradient of the response: those of the logits give all."""
         model, train, test = exact
@@ -147,6 +149,7 @@ class TestOfALoss:
             found = ours.influence((x, y), response=response)
             torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-11 * float(basis.abs().max()))
 
+    @pytest.mark.slow
     def test_self_influence_is_the_effect_on_the_own_loss(self, exact, kind):
         model, train, test = exact
         ours = CaptumInfluence(model, train, build=with_residuals(kind))
@@ -156,6 +159,7 @@ class TestOfALoss:
         assert bool((own >= 0).all())
         assert ours.self_influence(test.tensors).shape == (7,)
 
+    @pytest.mark.slow
     def test_self_influence_with_other_residuals_has_the_loss_on_one_side(self, exact, kind):
         model, train, _ = exact
         ours = CaptumInfluence(model, train, build=with_residuals(kind), residuals="both")
@@ -163,6 +167,7 @@ class TestOfALoss:
         found = ours.self_influence()
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9 * float(wanted.abs().max()))
 
+    @pytest.mark.slow
     def test_the_cosine_of_an_example_with_itself_is_one(self, exact, kind):
         model, train, test = exact
         ours = CaptumInfluence(model, train, build=with_residuals(kind))
@@ -176,6 +181,7 @@ class TestOfALoss:
         same = test.tensors[1][:, None] == train.tensors[1]
         assert float(scores[same].mean()) > max(0.0, float(scores[~same].mean()))
 
+    @pytest.mark.slow
     def test_top_k_is_ours(self, exact, kind):
         model, train, test = exact
         ours = CaptumInfluence(model, train, build=with_residuals(kind))
@@ -186,6 +192,7 @@ class TestOfALoss:
             assert torch.equal(top.influence_scores, values)
             assert torch.equal(scores.gather(1, top.indices), values)
 
+    @pytest.mark.slow
     def test_no_warning_of_captum_comes_through(self, exact, kind):
         model, train, test = exact
         with warnings.catch_warnings():
@@ -223,6 +230,7 @@ class TestWeights:
         own = -found.influence(train.tensors, response="loss").diagonal()
         torch.testing.assert_close(found.self_influence(), own, rtol=1e-6, atol=1e-9 * float(own.max()))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options", [{"batch": Batch(sample_weight=weights)}, {"loss": CrossEntropy(weight=[1, 2, 5])}]
     )
@@ -285,6 +293,7 @@ class TestAnExplicitSolve:
         found = CaptumInfluence(model, train, build=build).influence(test.tensors)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-8)
 
+    @pytest.mark.slow
     def test_the_score_is_the_change_when_the_example_is_counted_twice(self, exact):
         """Of the margin, for the minimizer of the penalised loss of a linear model, to first order."""
         _, train, test = exact
@@ -371,6 +380,7 @@ class TestOfASimilarity:
         assert not torch.allclose(first, second)
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.slow
     def test_its_folder_goes_with_it(self, exact):
         model, train, test = exact
         ours = CaptumInfluence(model, train, build=similarity(), answers="similarity")

@@ -134,6 +134,7 @@ def test_trak(data):
     same(method.self_influence(), own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_time", [False, True])
 @pytest.mark.parametrize("dense", ["kronecker", "diagonal"])
 def test_diagonal_ekfac(data, dense, by_time):
@@ -188,6 +189,7 @@ def test_ekfac(data, strategy):
 @pytest.mark.parametrize("mixing", [False, True])
 @pytest.mark.parametrize("by_time", [False, True])
 class TestLaws:
+    @pytest.mark.slow
     def test_a_class_of_weight_0_is_ignored(self, data, method, options, mixing, by_time):
         model, (train, test) = tagger(mixing=mixing, by_time=by_time), data
         x, y = train.tensors
@@ -196,17 +198,20 @@ class TestLaws:
         found, wanted = (made(method, model, t, weight, **options) for t in (train, left_out))
         same(found.influence(test), wanted.influence(test))
 
+    @pytest.mark.slow
     def test_one_weight_for_all_changes_nothing(self, data, method, options, mixing, by_time):
         model, (train, test) = tagger(mixing=mixing, by_time=by_time), data
         found, wanted = (made(method, model, train, w, **options) for w in ([3.0] * N_CLASSES, None))
         same(found.influence(test), wanted.influence(test))
 
+    @pytest.mark.slow
     def test_the_order_of_rows_changes_nothing(self, data, method, options, mixing, by_time):
         train, test = data
         plain = made(method, tagger(mixing=mixing), train, **options)
         found = made(method, tagger(mixing=mixing, by_time=by_time), train, **options)
         same(found.influence(test), plain.influence(test))
 
+    @pytest.mark.slow
     def test_self_influence_is_the_loss_on_both_sides(self, data, method, options, mixing, by_time):
         found = made(method, tagger(mixing=mixing, by_time=by_time), data[0], **options)
         every = -found.influence(data[0].tensors, response="loss").diagonal()
@@ -214,6 +219,7 @@ class TestLaws:
         if method is not TRAK:  # which weighs them by its own labels alone
             same(found.self_influence(data[0].tensors), every)
 
+    @pytest.mark.slow
     def test_one_position_is_an_example(self, data, method, options, mixing, by_time):
         class Single(nn.Module):
             def __init__(self, whole: Tagger) -> None:
@@ -232,6 +238,7 @@ class TestLaws:
         same(found.influence(asked), plain.influence(tuple(part[:, 0] for part in asked)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 9])
 @pytest.mark.parametrize("mixing", [False, True])
 @pytest.mark.parametrize(("method", "options"), METHODS)
@@ -242,6 +249,7 @@ def test_batches_change_nothing(data, method, options, mixing, batch_size):
     same(found.influence(test), made(method, model, train, **options).influence(test))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "options"), [(TracIn, {}), (DiagonalEKFAC, {"fisher": "exact"})])
 def test_the_positions_of_one_example_over_two_add_up(data, method, options):
     """Where positions have terms of their own in F: it is exact, and positions do not read each other."""

@@ -524,6 +524,7 @@ class TestWeightsOfSeveralRows:
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
         return x, torch.randint(N_CLASSES, shape[:-1], generator=generator)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("fisher", ["exact", "sampled", "empirical"])
     @pytest.mark.parametrize("batch_size", [4, 9])
     def test_positions_may_stand_before_examples(self, fisher, batch_size):

@@ -155,6 +155,7 @@ def test_scores_are_those_of_an_explicit_ekfac(small, strategy, fisher, damping)
 WEIGHTS = torch.tensor([0.0, 0.5, 2.0, 1.0, 7.0, 0.1]).double().repeat(5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ekfac", "kfac", "diagonal"])
 @pytest.mark.parametrize("fisher", ["sampled", "empirical"])
 @pytest.mark.parametrize("damping", [None, 1e-2])
@@ -190,6 +191,7 @@ def test_class_weights_are_weights_of_examples(small) -> None:
     torch.testing.assert_close(thrice.influence(test.tensors), of_classes.influence(test.tensors))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["rows", "grouped", "alone"])
 @pytest.mark.parametrize("strategy", ["ekfac", "kfac"])
 def test_a_weight_of_n_is_n_copies_in_every_layout(strategy, layout) -> None:
@@ -408,6 +410,7 @@ def test_nothing_is_left_behind_and_nothing_is_said(tmp_path, monkeypatch, capfd
     assert gc.get_freeze_count() == frozen
 
 
+@pytest.mark.slow
 def test_what_the_caller_has_frozen_stays_frozen(small) -> None:
     model, train, test = small
     gc.freeze()

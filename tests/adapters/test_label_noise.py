@@ -53,6 +53,7 @@ class TestEveryDetector:
         found = set(scores.topk(len(WRONG)).indices.tolist())
         assert len(found & set(WRONG)) >= 0.75 * len(WRONG)
 
+    @pytest.mark.slow
     def test_loaders_and_batch_sizes_and_a_second_call_change_nothing(self, noisy, detector):
         model, train = noisy
         wanted = detector(model, train).mislabel_scores()

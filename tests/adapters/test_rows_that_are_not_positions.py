@@ -104,6 +104,7 @@ def same(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9 * float(wanted.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [None, [1.0, 6.0, 0.2], [1.0, 2.0, 0.0]])
 @pytest.mark.parametrize(("method", "options"), FISHERS)
 def test_an_image_with_one_label_is_an_example_without_positions(method, options, weight):
@@ -125,6 +126,7 @@ class TestAnExampleWithoutLabels:
         y[2] = IGNORED
         return network(build), x, y
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("weight", [None, [1.0, 2.0, 0.3]])
     @pytest.mark.parametrize(
         ("method", "options"), [*FISHERS, (TRAK, {"projection_dim": 64, "damping": 0.5}), (TracIn, {})]
@@ -139,12 +141,14 @@ class TestAnExampleWithoutLabels:
         assert not found[:, 2].any()
         same(whole.self_influence()[rest], less.self_influence())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("method", "options"), FISHERS)
     def test_equal_weights_of_classes_are_none(self, problem, method, options):
         model, x, y = problem
         found, wanted = (made(method, model, x, y, w, **options) for w in ([1.0] * N_CLASSES, None))
         same(found.influence((x[:2], y[:2])), wanted.influence((x[:2], y[:2])))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("method", "options"), FISHERS)
     def test_a_class_of_weight_0_alone_is_no_label(self, problem, method, options):
         model, x, y = problem
@@ -164,6 +168,7 @@ def test_a_training_set_without_labels_is_refused(method, label):
         none.fit()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 5, 8, 24])
 @pytest.mark.parametrize(("method", "options"), FISHERS)
 def test_neither_batches_nor_the_order_of_rows_change_scores_where_units_are_dead(

@@ -106,6 +106,7 @@ def test_every_thread_gets_its_own_answer(problem, name, shared) -> None:
     assert gc.get_freeze_count() == frozen
 
 
+@pytest.mark.slow
 def test_methods_on_networks_of_their_own_change_one_process(problem) -> None:
     """Filters of warnings and frozen garbage are put back in the order in which they were changed."""
     _, train, parts = problem

@@ -347,6 +347,7 @@ class TestBoth:
         wanted = products(model, names, train.tensors, test.tensors, residuals=vectors)
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("squeeze", [False, True])
     def test_a_binary_network_with_one_logit(self, fast, squeeze):
         model, train, test = untrained(lambda: OneLogit(squeeze), FLAT, n_classes=2)
@@ -411,6 +412,7 @@ class TestBoth:
         wanted = -products(model, names, train.tensors, train.tensors, "loss").diagonal()
         torch.testing.assert_close(TracIn(model, train, fast=fast).self_influence(), wanted)
 
+    @pytest.mark.slow
     def test_a_saved_method_needs_no_fit(self, mlp, fast, tmp_path):
         model, train, test = mlp
         method = TracIn(model, train, fast=fast, residuals="both").fit()
@@ -438,6 +440,7 @@ class TestCheckpoints:
             total = total + rate * products(other, names, train.tensors, test.tensors)
         return total
 
+    @pytest.mark.slow
     def test_learning_rates_weigh_them(self, mlp, fast):
         model, train, test = mlp
         method = TracIn(model, train, fast=fast, checkpoints=three_checkpoints(), learning_rates=self.rates)

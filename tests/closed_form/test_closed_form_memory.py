@@ -115,6 +115,7 @@ def test_with_a_store_no_array_grows_with_the_training_set(tmp_path, monkeypatch
     assert torch.equal(loaded.influence(test), method.influence(test))
 
 
+@pytest.mark.slow
 def test_in_memory_the_logits_are_the_only_array_of_their_size():
     features, logits, labels = arrays()
     test = features[:N_TEST], logits[:N_TEST], labels[:N_TEST]
@@ -138,6 +139,7 @@ def test_residuals_that_fit_the_budget_are_kept_once(tmp_path):
     assert method._states[0].operators._residuals.kept is kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residuals", Residuals.__args__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kept_or_computed_again_residuals_give_the_same_scores(residuals, dtype):

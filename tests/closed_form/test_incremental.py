@@ -90,6 +90,7 @@ def same(found, wanted, batch, tolerance):
 
 
 class TestEqualToARefit:
+    @pytest.mark.slow
     @pytest.mark.parametrize("curvature", CURVATURES)
     def test_in_float64(self, planted, curvature):
         model, train, batch = in_double(planted)

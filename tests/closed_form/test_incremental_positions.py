@@ -58,6 +58,7 @@ def same(found, wanted, test, tolerance=1e-10):
 
 @pytest.mark.parametrize("form", FORMS)
 class TestEqualToARefit:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("residuals", "curvature"),
         [
@@ -115,6 +116,7 @@ class TestEqualToARefit:
         wanted = STRIDE(model, some(weighed, KEPT), **options).fit()
         torch.testing.assert_close(method.influence((test[0], test[2])), wanted.influence(test))
 
+    @pytest.mark.slow
     def test_checkpoints_that_have_seen_a_part(self, tokens, form):
         model, train, test = tokens
         states = [model.state_dict(), {name: 0.5 * part for name, part in model.state_dict().items()}]

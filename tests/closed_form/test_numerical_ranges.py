@@ -277,6 +277,7 @@ def test_many_features_that_hardly_vary():
 class TestOtherCurvatures:
     """In float32 against themselves in float64, whose formulas other tests compare with dense ones."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("damping", [0.3, 1e-5])
     @pytest.mark.parametrize(("margin", "sizes"), [(0.0, (1e-30, 1e25)), (60.0, (1.0, 1.0))], ids=str)
     def test_float32_has_the_digits_of_float64(self, curvature, damping, margin, sizes):

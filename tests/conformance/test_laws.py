@@ -56,6 +56,7 @@ class TestFewerSubsetsThanExamples:
         order = [4, 2, 6, 0, 1, 3, 5]
         close(method.influence((x[order], y[order])), scores[order], tolerance)
 
+    @pytest.mark.slow
     def test_nan_in_a_test_point_is_in_its_row_only(self, planted, recovery, tolerance):
         model, train, (x, y) = planted[0], planted[1], planted[2].tensors
         method = STRIDE(model, train, **arguments(**TRAINED, recovery=recovery))

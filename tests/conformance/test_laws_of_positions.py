@@ -82,6 +82,7 @@ def test_every_method_keeps_every_law(subject, law):
     assert outcome == ("pass" if reason is None else f"exception: {reason}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", POSITION_CHECKS)
 @pytest.mark.parametrize("recovery", [Ridge(), Lasso()], ids=lambda recovery: recovery.name)
 def test_trained_operators_keep_the_laws_of_positions(recovery, law):
@@ -238,6 +239,7 @@ def test_an_honest_method_passes():
     assert list(report.outcomes) == list(LAWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
 def test_a_broken_method_is_caught_by_exactly_its_law(broken):
     outcomes = {law: run_check(POSITION_CHECKS[law], broken, loss="positions") for law in POSITION_CHECKS}

@@ -119,6 +119,7 @@ class Once(IterableDataset):
         return self.rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*GRADIENTS, *IN_ONE_PASS])
 def test_views_that_change_are_spoken_of_once(problem, name) -> None:
     model, train, test = problem
@@ -228,6 +229,7 @@ def test_empty_batches_change_no_detector(problem, detector) -> None:
     torch.testing.assert_close(found, detector(model, train).mislabel_scores(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*GRADIENTS, *IN_ONE_PASS])
 def test_a_last_batch_of_one_example_changes_nothing_under_batch_norm(name) -> None:
     model, train, test = trained(BatchNormCNN, n_train=9, steps=2)

@@ -87,6 +87,7 @@ def classifier(width: int, n_classes: int, n: int):
 
 
 class TestScores:
+    @pytest.mark.slow
     @pytest.mark.parametrize("operators", ["closed-form", "trained"])
     def test_a_projection_that_loses_nothing_changes_no_score(self, tmp_path, operators):
         model, train = classifier(64, 3, 90)
@@ -152,6 +153,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_classes", [1_000, 32_000])
 def test_many_classes_never_meet_examples_and_features_in_one_array(n_classes):
     n, d = 60, 48

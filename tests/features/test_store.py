@@ -98,6 +98,7 @@ def test_scores_have_the_bits_of_those_without_a_store_and_later_runs_make_no_fo
         assert method.layers_ == plain.layers_
 
 
+@pytest.mark.slow
 def test_other_options_start_from_the_same_store(planted, tmp_path):
     model, train, test = planted
     stored(model, train, tmp_path).fit()
@@ -207,6 +208,7 @@ class TestMismatch:
             with pytest.raises(ValueError, match="with other forward"):
                 method("a", other)
 
+    @pytest.mark.slow
     def test_one_changed_example_that_the_samples_of_the_fingerprint_miss(self, tmp_path):
         model, _, _ = trained(MLP)
         x, y = torch.randn(300, *MLP.shape, generator=torch.Generator().manual_seed(1)), torch.arange(300) % 3
@@ -255,6 +257,7 @@ class TestMismatch:
 
 
 class TestDamage:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["features.bin", "logits.bin", "labels.bin"])
     def test_a_flipped_bit_is_found_by_its_checksum(self, planted, tmp_path, name):
         model, train, _ = planted
@@ -296,6 +299,7 @@ class TestDamage:
         with pytest.raises(ValueError, match="must be in format 1; got format 99"):
             stored(model, train, tmp_path).fit()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "change",
         [
@@ -345,6 +349,7 @@ def rewrite_manifest(folder: Path, change) -> None:
 class TestLinks:
     """Whoever may write to the folder could else have a file elsewhere overwritten or read."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["lock", "manifest.json", "features.bin", "logits.bin", "labels.bin"])
     @pytest.mark.parametrize("complete", [False, True])
     def test_a_file_that_is_a_link_is_refused(self, planted, tmp_path, name, complete):
@@ -375,6 +380,7 @@ class TestLinks:
         stored(*planted[:2], tmp_path / "store").fit()
         assert manifest(tmp_path / "disk")["complete"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["../secret", "/etc/secret", "folder/secret"])
     def test_parts_outside_the_folder_are_refused(self, planted, tmp_path, name):
         model, train, _ = planted

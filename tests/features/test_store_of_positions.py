@@ -107,6 +107,7 @@ def test_weights_of_another_shape_are_refused_by_a_whole_store(tokens, tmp_path,
             STRIDE(model, train, feature_store=store, batch=batch).fit()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "outputs", "whole"),
     [
@@ -159,6 +160,7 @@ def test_an_interrupted_store_resumes(tokens, tmp_path, most):
     assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_saved_beside_a_store_reads_it_again(tokens, tmp_path, form):
     model, train, test = tokens
@@ -175,6 +177,7 @@ def test_what_is_saved_beside_a_store_reads_it_again(tokens, tmp_path, form):
         assert sizes[0] + method.operators_.features.nbytes < sizes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_position", [False, True])
 def test_weights_of_examples_and_of_positions(tokens, tmp_path, per_position):
     model, train, test = tokens
@@ -185,6 +188,7 @@ def test_weights_of_examples_and_of_positions(tokens, tmp_path, per_position):
         same_answers(stored(model, train, tmp_path, **options), memory, test.tensors)
 
 
+@pytest.mark.slow
 def test_examples_of_several_lengths(tokens, tmp_path):
     model, train, test = tokens
     x, y = train.tensors
@@ -210,6 +214,7 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"must hold features of this model, .* other weights"):
             stored(model, train, tmp_path).fit()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["features", "counts", "places"])
     def test_a_damaged_file(self, tokens, tmp_path, name):
         model, train, _ = tokens

@@ -85,6 +85,7 @@ class TestWhereTheStateDictIs:
             checkpoint = tmp_path / "a.pt"
         assert same(loaded(checkpoint), state)
 
+    @pytest.mark.slow
     def test_the_model_may_be_the_one_that_is_wrapped(self, state):
         for model in (nn.DataParallel(built(MLP)), torch.compile(built(MLP))):
             loaded(state, model)
@@ -549,6 +550,7 @@ class TestChangedAfterTheFit:
 
     MATCH = "`checkpoints` must have the weights that the method was fitted on; got other weights in"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("cls", [STRIDE, TracIn, TRAK])
     def test_a_file_that_is_written_again(self, planted, tmp_path, cls):
         model, train, test = planted

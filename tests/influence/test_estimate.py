@@ -211,6 +211,7 @@ def test_loaders_dicts_and_precomputed_features():
     assert found.fit_seconds > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [TracIn, DiagonalEKFAC, STRIDE])
 def test_examples_with_several_positions(method):
     torch.manual_seed(0)
@@ -239,6 +240,7 @@ def test_what_cannot_be_estimated(planted):
         Similarity(model, DataLoader(Stream(), batch_size=4)).estimate(3)
 
 
+@pytest.mark.slow
 def test_the_scores_of_many_points_are_counted():
     model, train, _ = trained(MLP)
     few, many = (STRIDE(model, train).estimate(n_test).query_bytes for n_test in (100_000, 300_000))

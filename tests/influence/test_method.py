@@ -54,6 +54,7 @@ class TestAggregate:
 
 
 class TestVectors:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", WITH_VECTORS)
     @pytest.mark.parametrize("checkpoints", [False, True])
     def test_their_products_are_the_scores(self, planted, name, checkpoints):
@@ -67,6 +68,7 @@ class TestVectors:
             scale = float(scores.abs().max())
             torch.testing.assert_close(left @ right.T, scores, rtol=0, atol=1e-4 * scale)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", WITH_VECTORS)
     def test_rows_come_in_the_order_of_the_indices(self, planted, name):
         method = SUBJECTS[name](*planted[:2])

@@ -112,6 +112,7 @@ def saved(method: Any, tmp_path: Any) -> Any:
 
 
 class TestRefused:
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", SOURCES)
     def test_rows_are_named_for_every_kind_of_data_set(self, tmp_path, model, data, kind):
         (x, y), source = data, SOURCES[kind]
@@ -137,6 +138,7 @@ class TestRefused:
             ):
                 method.load(path, model, Pairs(data[0], relabeled(data[1])), changed=changed)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", SOURCES)
     @pytest.mark.parametrize("changed", ["refuse", "update"])
     def test_another_length(self, tmp_path, model, data, kind, changed):
@@ -215,6 +217,7 @@ class TestUpdated:
             error = (ours - theirs).abs() / theirs.abs().amax(1, keepdim=True)
             assert float(error.max()) < tolerance
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("curvature", ["identity", "kronecker", "eigenvalue-corrected", "gauss-newton"])
     def test_in_float64(self, tmp_path, model, data, test, curvature):
         model, (x, y) = copy.deepcopy(model).double(), (data[0].double(), data[1])
@@ -226,6 +229,7 @@ class TestUpdated:
         tolerance = 1e-8 if curvature == "gauss-newton" else 1e-10
         self.same(loaded, STRIDE(model, other, **config).fit(), batch, tolerance)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["tensors", "items", "targets", "loader", "another order"])
     def test_only_what_changed_goes_through_the_model(self, tmp_path, model, data, test, kind):
         x, y = moved(data[0], [8]), relabeled(data[1])
@@ -332,6 +336,7 @@ class RandomStream(Stream):
 
 @pytest.mark.filterwarnings("ignore:.*gives other inputs when an example is read again")
 class TestInputsThatCannotBeCompared:
+    @pytest.mark.slow
     @pytest.mark.parametrize("source", [Augmented, NowAndThen, RandomStream])
     def test_random_augmentation(self, tmp_path, model, data, source):
         method = STRIDE(model, source(*data)).fit()
@@ -423,6 +428,7 @@ class TestLargeData:
     def limit(self, monkeypatch) -> None:
         monkeypatch.setattr(stale_data, "INPUT_BYTES", 100 * 6 * 4)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("source", [TensorDataset, Targets, FromSamples])
     @pytest.mark.parametrize("loader", [False, True])
     def test_labels_are_had_without_the_inputs(self, tmp_path, model, data, source, loader):
@@ -450,6 +456,7 @@ class TestLargeData:
         wanted = STRIDE(model, other).influence(test)
         assert float((loaded.influence(test) - wanted).abs().max() / wanted.abs().max()) < 1e-5
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("source", [Pairs, Relabeled, MostlyTargets, Stream, turned])
     def test_all_is_read_where_labels_are_not_sure_to_be_those(self, tmp_path, model, data, source):
         path = saved(STRIDE(model, source(*data)), tmp_path)

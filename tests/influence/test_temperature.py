@@ -234,6 +234,7 @@ class TestWhichCheckpoints:
         assert files_like(tmp_path / "head.pt") == []
         assert files_like(tmp_path / "broken.pt") == []
 
+    @pytest.mark.slow
     def test_explain_says_so(self, tmp_path, planted):
         task = load_task("digits", preset="smoke")
         for name in ("a.pt", "b.pt"):

@@ -100,6 +100,7 @@ class TestCompiledModels:
             read(model, named_taps(model, ["1"], BATCH), BATCH)[1][0], layers()[:2](BATCH[0])
         )
 
+    @pytest.mark.slow
     def test_an_older_torch(self, monkeypatch):
         model = torch.compile(layers(), backend="eager")
         monkeypatch.delattr(torch.compiler, "set_stance")

@@ -167,6 +167,7 @@ class TestModelsThatOnlyRound:
             with pytest.raises(ValueError, match=r"change with the other .* first in what reaches 'tanh' "):
                 check(model, noise(N, 5))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
     def test_dropout_is_found_in_every_precision(self, dtype):
         for make, shape in ((convolutions, (3, 16, 16)), (transformer, (9, 32))):

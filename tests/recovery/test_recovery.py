@@ -66,6 +66,7 @@ def reference(y, matrix, alpha, center=False) -> np.ndarray:
 
 
 class TestAgainstScikitLearn:
+    @pytest.mark.slow
     @pytest.mark.parametrize("center", [False, True])
     @pytest.mark.parametrize("fraction", [0.5, 0.1, 0.01])
     @pytest.mark.parametrize("name", DESIGNS)
@@ -113,6 +114,7 @@ class TestCertificate:
         fit = lasso(Y, matrix, 0.02 * alpha_max(Y, matrix, center=center), center=center)
         assert bool((fit.duality_gap <= 1.0001e-7 * fit.objective).all())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("tolerance", [0.5, 1e-1, 1e-3])
     def test_gap_bounds_the_suboptimality_of_a_crude_fit(self, tolerance):
         matrix = DESIGNS["small subsets"]
@@ -192,6 +194,7 @@ class TestLaws:
         fit = lasso(Y, singletons(300), 0.7)
         torch.testing.assert_close(fit.weights, soft_threshold(Y, 0.7), rtol=0, atol=1e-9)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["gaussian", "half subsets", "partition"])
     def test_permuting_examples_permutes_the_weights(self, name):
         matrix, Y = DESIGNS[name], responses(DESIGNS[name])
@@ -237,6 +240,7 @@ class TestLaws:
         plain = lasso(Y - Y.mean(1, keepdim=True), by_hand, 0.4, tolerance=1e-11)
         torch.testing.assert_close(own.objective, plain.objective, rtol=1e-8, atol=0)
 
+    @pytest.mark.slow
     def test_tensors_and_arrays_of_every_kind_agree(self):
         matrix, Y = DESIGNS["small subsets"], responses(DESIGNS["small subsets"])
         expected = lasso(Y, matrix, 0.5).weights
@@ -252,6 +256,7 @@ class TestLaws:
         assert torch.equal(lasso(Y.numpy(), matrix, 0.5).weights, expected)
         assert lasso((10 * Y).round().long(), matrix, 5.0).weights.dtype == torch.float64
 
+    @pytest.mark.slow
     def test_nothing_of_the_caller_changes(self):
         matrix, Y = DESIGNS["small subsets"].copy(), responses(DESIGNS["small subsets"])
         kept, state = (matrix.copy(), Y.clone()), torch.random.get_rng_state()
@@ -280,6 +285,7 @@ class TestIdenticalColumns:
         assert uncovered.sum() == 50
         assert not lasso(Y, matrix, 0.01).weights[:, uncovered].any()
 
+    @pytest.mark.slow
     def test_examples_in_every_subset_get_zero_with_an_intercept(self):
         everywhere = sparse.hstack([np.ones((50, 1)), DESIGNS["small subsets"]]).tocsr()
         Y = responses(everywhere)
@@ -383,6 +389,7 @@ class TestChoice:
         np.testing.assert_allclose(chosen / top, best(0.5))
         assert (best(0.5) != best(1.0)).any()
 
+    @pytest.mark.slow
     def test_wrong_arguments_are_refused(self):
         matrix, Y = DESIGNS["gaussian"], responses(DESIGNS["gaussian"])
         with pytest.raises(ValueError, match=r"`rule` must be one of 'bic', .*; got 'bix'. Nearest: 'bic'"):

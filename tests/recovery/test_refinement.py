@@ -251,6 +251,7 @@ class TestCalibration:
 
 
 class TestDoesNoHarm:
+    @pytest.mark.slow
     @pytest.mark.parametrize("shared", [0, 3])
     def test_measurements_of_nothing_leave_the_ranks(self, shared):
         for seed in range(10):
@@ -437,6 +438,7 @@ class TestInputs:
         assert torch.equal(p.measured, before[1])
         assert refine(p.scores, p.membership, -p.measured).scores.data_ptr() != p.scores.data_ptr()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("float64", [True, False])
     @pytest.mark.parametrize("sign", [1, -1])
     def test_tensors_on_a_device(self, float64, sign):

@@ -159,6 +159,7 @@ def test_stability_at_zero_has_no_value_no_gradient_and_the_fisher_as_hessian():
     torch.testing.assert_close(torch.autograd.functional.hessian(loss, zero), fisher(phi, p))
 
 
+@pytest.mark.slow
 def test_the_minimiser_divided_by_the_fidelity_weight_tends_to_the_closed_form():
     phi, logits, p, labels = problem()
     chosen, damping = torch.tensor([0, 3, 4, 11]), 0.1

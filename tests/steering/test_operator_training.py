@@ -199,6 +199,7 @@ def test_an_operator_improves_the_fidelity_of_its_own_subset_most(data, encoder,
     assert losses[-5:].mean() < 0.8 * losses[:5].mean()
 
 
+@pytest.mark.slow
 def test_more_linearity_weight_gives_more_linear_responses(data):
     membership = partition(N, 4)
     for reading in ("example", "subset"):

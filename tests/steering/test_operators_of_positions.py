@@ -186,6 +186,7 @@ def test_operators_are_those_of_the_sums_over_positions(tagged, options, budget,
 
 
 class TestLaws:
+    @pytest.mark.slow
     @pytest.mark.parametrize("linearity", ["subset", "example"])
     @pytest.mark.parametrize("recovery", [Ridge(), Lasso()])
     def test_one_position_is_an_example_without(self, tagged, linearity, recovery):
@@ -232,6 +233,7 @@ class TestLaws:
         assert not method.coverage_[3]
         assert method.n_train_ == N
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("positions", [True, False])
     def test_a_weight_of_0_is_removal_and_their_unit_does_not_count(self, tagged, positions):
         model, train, tests = tagged
@@ -267,6 +269,7 @@ class TestLaws:
 
 
 class TestQueries:
+    @pytest.mark.slow
     def test_scores_of_positions_add_up_with_a_linear_recovery(self, tagged):
         model, train, tests = tagged
         method = stride(model, train, memory_budget=2000)
@@ -311,6 +314,7 @@ class TestQueries:
         same(method.self_influence(), -method.influence(train.tensors, response="loss").diagonal())
         assert torch.equal(method.mislabel_scores(), method.self_influence())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("budget", [1, 2000])
     def test_the_memory_budget_and_batches_change_rounding_only(self, tagged, budget):
         model, train, tests = tagged
@@ -365,6 +369,7 @@ def test_a_store_gives_the_same_operators(tagged, tmp_path):
         assert torch.equal(stored.influence((tests[0].float(), tests[1])), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", [True, False])
 def test_a_store_holds_float32_of_a_model_in_float64(tagged, tmp_path, positions):
     model, train, tests = tagged

@@ -109,6 +109,7 @@ class TestEveryMethod:
             found = every_call(METHODS[name](moved(model), train), on(DEVICE, *test.tensors))
             assert_same_answers(found, wanted, DEVICE)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("float64", [True, False])
     @pytest.mark.parametrize("kind", ["closed form", "trained"])
     def test_positions_with_weights_where_the_caller_has_a_default_device(
@@ -128,6 +129,7 @@ class TestEveryMethod:
             assert found.device == DEVICE
             torch.testing.assert_close(found.cpu(), wanted, rtol=0, atol=1e-3 * float(wanted.abs().max()))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["cross_entropy", "positions"])
     def test_changes_and_reliability_where_the_caller_has_a_default_device(self, kind: str) -> None:
         with posed_with(kind):
@@ -186,6 +188,7 @@ class TestEveryMethod:
         ):
             EKFAC(moved(model), train)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", [LossDetector, ConfidentLearning, judged_by_halves])
     @pytest.mark.parametrize("float64", [True, False])
     def test_detectors_of_label_noise(self, kind: Any, float64: bool) -> None:
@@ -217,6 +220,7 @@ class TestData:
             torch.testing.assert_close(method.influence(test.tensors).cpu(), wanted)
             assert {p.device.type for p in model.parameters()} == {"cpu"}
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", [list, np.asarray])
     @pytest.mark.parametrize("build", [STRIDE, Similarity, Random, TracIn])
     def test_labels_that_are_no_tensor(self, kind: Any, build: Any) -> None:
@@ -268,6 +272,7 @@ class TestData:
         with pytest.raises(ValueError, match=r"must hold its weights; got 'fc2.weight' on the meta device"):
             STRIDE(network, train)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("float64", [True, False])
     @pytest.mark.parametrize("build", [STRIDE, TRAK, stride(curvature="eigenvalue-corrected")])
     def test_a_saved_method_is_loaded_on_either_device(
@@ -284,6 +289,7 @@ class TestData:
                 assert found.device == points[0].device
                 torch.testing.assert_close(found.cpu(), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
+    @pytest.mark.slow
     def test_stored_features_are_copied_in_blocks(self, tmp_path: Path) -> None:
         model, train, test = trained(MLP)
         reference = STRIDE(model, train).fit()
@@ -316,6 +322,7 @@ class TestWaits:
             )
         assert many == few
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("curvature", ["kronecker", "eigenvalue-corrected"])
     def test_blocks_of_a_fit(self, curvature: Any) -> None:
         model, train, _ = trained(MLP)
@@ -343,6 +350,7 @@ class TestWaits:
         assert len(blocks) > 4
         assert counts[1] <= counts[0]
 
+    @pytest.mark.slow
     def test_parameters_and_buffers(self) -> None:
         train = planted_classes(24, (2, 6, 6))
 

@@ -75,6 +75,7 @@ def test_a_method_reports_the_most_of_fit_and_of_its_last_query() -> None:
     assert method.peak_bytes_ >= fit_bytes
 
 
+@pytest.mark.slow
 @told
 def test_memory_that_was_freed_before_counts_after_its_release() -> None:
     pieces = [torch.ones(2**15) for _ in range(600)]  # 75 MiB that the allocator keeps when they are freed

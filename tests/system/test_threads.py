@@ -94,6 +94,7 @@ def test_no_answer_of_240_is_wrong(method, shared):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.slow
 def test_a_model_in_use_makes_others_wait_that_share_a_part_of_it():
     shared = nn.Linear(2, 2)
     tied = nn.Linear(2, 2)

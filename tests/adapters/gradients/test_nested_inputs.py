@@ -201,6 +201,7 @@ def test_scores_are_those_of_the_flat_model(flat, name, form) -> None:
     torch.testing.assert_close(found.self_influence(), own, rtol=1e-4, atol=1e-5 * float(own.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_products_are_those_of_a_loop_of_autograd(flat, form) -> None:
     """An independent reference, on the flat model."""
@@ -224,6 +225,7 @@ def test_products_are_those_of_a_loop_of_autograd(flat, form) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_detectors_of_label_noise_read_the_same(flat, detector, form) -> None:
@@ -242,6 +244,7 @@ def test_controls_depend_on_the_example_alone(flat, control, form) -> None:
     assert torch.equal(control(model, train).influence(test), scores)
 
 
+@pytest.mark.slow
 def test_parts_are_cut_alike_however_they_are_called(flat) -> None:
     """Said instead of recognized: a bank with as many rows as a batch has examples."""
     model, train, test = plain(flat)

@@ -559,6 +559,7 @@ class TestSelfInfluence:
         wanted = all_gradients(model, train, residuals).square().sum(1)
         torch.testing.assert_close(PlainProducts(model, train).self_influence(), wanted)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("residuals", ["training", "temperature"])
     def test_of_other_inputs_is_that_of_them_as_training_examples(self, exact, residuals):
         model, train, test = exact

@@ -90,6 +90,7 @@ def test_scores_in_float32_are_those_in_float64_or_the_damping_is_refused(name, 
     assert refused == sorted(refused, key=bool), "a smaller damping is taken where a larger one is refused"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_the_damping_that_is_named_is_taken(name) -> None:
     model, train, test = problem("near duplicates")

@@ -76,6 +76,7 @@ class TestExplainCrossFitted:
         assert "not one file of weights" in " ".join(done.output.split())
         assert len(list((tmp_path / "store/cross-fitted").iterdir())) == 2
 
+    @pytest.mark.slow
     def test_by_a_function_of_the_users(self, tmp_path, monkeypatch):
         (tmp_path / "own_training_of_a_test.py").write_text(OWN_TRAINING)
         monkeypatch.syspath_prepend(tmp_path)
@@ -107,6 +108,7 @@ class TestRetrainings:
         assert "cross-fitted parts, 3 of each: 12 trainings of digits-300" in planned.output
         assert "checkpoints of attributed models: 2 trainings" in planned.output
 
+    @pytest.mark.slow
     def test_all_measures_are_those_without_a_budget(self, tmp_path):
         how = ["compare", "--preset", "smoke", "--store", tmp_path, "--out", tmp_path / "out", "--dry-run"]
         planned = invoke(*how, "--measure", "all", "--method", "STRIDE")
@@ -136,6 +138,7 @@ class TestExplain:
         assert result.exit_code == 0, result.output
         return result, json.loads((out / "results.json").read_text()), (out / "report.html").read_text()
 
+    @pytest.mark.slow
     def test_results_hold_what_was_asked_for(self, run):
         _, results, _ = run
         assert [point["index"] for point in results["points"]] == [3, 17]
@@ -199,6 +202,7 @@ class TestExplain:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -347,6 +351,7 @@ def test_a_dry_run_of_a_run_that_goes_on_trains_nothing(tmp_path, monkeypatch, c
     assert json.loads(result.stdout)["estimates"]
 
 
+@pytest.mark.slow
 def test_options_from_tuned_points_that_are_reported_are_told(tmp_path):
     protocol = {"options": {"STRIDE": {}}, "n_test_tuning": 150}
     results = {"format": 1, "task": "digits-1397", "protocol": protocol}
@@ -564,6 +569,7 @@ def test_bench_recovery(tmp_path):
     assert json.loads((tmp_path / "recovery.json").read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_bench_core_divides_what_it_measures(monkeypatch):
     from stride_captum.evaluation.benchmarks import core
 

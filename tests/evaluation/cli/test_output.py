@@ -72,6 +72,7 @@ class TestHelp:
             name, command, words = command.resolve_command(context, words)
             context = command.make_context(name, list(words), parent=context)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("path", "command"), COMMANDS)
     def test_help_prints_it(self, path, command):
         result = invoke(*path, "--help", env={"COLUMNS": "160"})

@@ -143,6 +143,7 @@ class TestHalves:
         assert found.lds.value == pytest.approx(-1.0)
         assert found.lds.per_test.shape == (1, 20)
 
+    @pytest.mark.slow
     def test_options_that_are_given_are_not_chosen(self, planted, tmp_path):
         row = MethodSpec("planted", planted_row, [{"good_on": half} for half in ("tuning", "reported")])
         given = {"planted": {"good_on": "reported"}}
@@ -189,6 +190,7 @@ class TestHalves:
         assert set(np.diff(plan.membership.indptr)) == {n_train // 2}
         assert (plan.n_seeds, plan.n_test, plan.common_seeds) == (2, 40, False)
 
+    @pytest.mark.slow
     def test_the_protocol_says_so(self, planted, tmp_path):
         found = compare([silent], planted, store=tmp_path, measures=["lds"], **FEW).protocol
         assert found["subset_size"] == 45
@@ -208,6 +210,7 @@ class TestCounterfactualPoints:
         monkeypatch.setattr(counterfactual_runs, "measure_counterfactual", measure)
         return seen
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("measures", [{}, {"lds": {}}])
     def test_are_reported_ones(self, planted, tmp_path, asked, measures):
         settings = {"counts": (5,), "arms": ("proponents", "opponents")}
@@ -217,6 +220,7 @@ class TestCounterfactualPoints:
         assert [list(call["test_points"]) for call in asked] == [list(range(20, 30))] * 2
         assert [call["opponents"] for call in asked] == [False, True]
 
+    @pytest.mark.slow
     def test_are_as_many_as_are_asked_for(self, planted, tmp_path, asked):
         measures = {"lds": {}, "counterfactual": {"counts": (5,), "n_points": 3}}
         compare(["Similarity"], planted, store=tmp_path, measures=measures, **FEW)
@@ -275,6 +279,7 @@ class TestOptionsOfAnotherComparison:
         alone = settle(["Similarity"], task, store=tmp_path, measures=["mislabel"], chosen_on=50, **FEW)
         assert alone.note == ""
 
+    @pytest.mark.slow
     def test_and_are_in_the_protocol(self, task, tmp_path):
         with pytest.warns(UserWarning, match=self.WHERE):
             question = settle(["Similarity"], task, store=tmp_path, measures=["lds"], chosen_on=30, **FEW)
@@ -368,6 +373,7 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match="methods"):
             settle(["STRIDE", name], task, store=tmp_path, measures=measures, **FEW)
 
+    @pytest.mark.slow
     def test_of_the_counterfactual_drop_are_those_of_the_attributed_models(self, task, tmp_path):
         seen = {}
 
@@ -883,6 +889,7 @@ class TestDivergence:
         ):
             compare(["STRIDE"], task, store=tmp_path, **{**FEW, "engine": "processes"})
 
+    @pytest.mark.slow
     def test_of_a_counterfactual_is_an_error(self, task, tmp_path, monkeypatch):
         monkeypatch.setattr(Unlucky, "seeds", (1_000_003,))
         task = replace(task, build_model=Unlucky)
@@ -929,6 +936,7 @@ class TestSilence:
         html = write_comparison(written, tmp_path / "report.html").read_text(encoding="utf-8")
         assert "rank nothing" in html
 
+    @pytest.mark.slow
     def test_about_some_points_is_said(self, planted, tmp_path):
         class Few(Planted):
             def influence(self, inputs, **options):

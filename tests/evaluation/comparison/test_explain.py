@@ -194,6 +194,7 @@ class TestCrossFitted:
         assert calls == [(100, 4), (100, 5), (100, 6)]
         assert found.models["n_models"] == 3
 
+    @pytest.mark.slow
     def test_what_would_be_trained_is_said_before(self, task, tmp_path):
         def train(indices, seed):
             return task.build_model()

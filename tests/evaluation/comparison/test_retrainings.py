@@ -106,6 +106,7 @@ class TestTrainings:
         cost = sum(size * epochs for size, epochs in halves[judged:]) / (task.n_train * EPOCHS)
         assert max(row.trainings for row in rows) == pytest.approx(cost) == max(settings["budgets"])
 
+    @pytest.mark.slow
     def test_subsets_that_judge_are_refused(self, task, tmp_path, monkeypatch):
         question = settle(["STRIDE"], task, store=tmp_path, retrainings=[1], **FEW)
         judge = question.halves.membership[3]

@@ -54,6 +54,7 @@ def never(method):
 
 
 class TestKeeping:
+    @pytest.mark.slow
     def test_what_is_there_is_neither_fitted_nor_asked_again(self, task, model, batch, tmp_path):
         first = kept(task, model, tmp_path)
         answer = first.margins(batch)
@@ -69,6 +70,7 @@ class TestKeeping:
         assert again.cost(8).fit_seconds == first.method.fit_seconds_
         assert again.cost(8).forward_seconds == 0.5
 
+    @pytest.mark.slow
     def test_another_question_is_another_answer(self, task, model, batch, tmp_path):
         method = kept(task, model, tmp_path)
         plain = method.margins(batch).values
@@ -95,6 +97,7 @@ class TestKeeping:
         asked_again(other, model)
         kept(task, model, tmp_path).ask("x", (), never)
 
+    @pytest.mark.slow
     def test_an_option_that_is_set_on_a_fitted_method_counts(self, task, model, batch, tmp_path):
         pytest.importorskip("kronfluence")
         method = kept(task, model, tmp_path, EKFAC, damping=1e-3)
@@ -126,6 +129,7 @@ class TestKeeping:
         np.testing.assert_array_equal(again.values, answer.values)
         assert json.dumps(kept(task, model, tmp_path).margins(batch).values.tolist())
 
+    @pytest.mark.slow
     def test_without_a_store_nothing_is_written(self, task, model, batch, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         kept(task, model, None).margins(batch)
@@ -347,6 +351,7 @@ class TestContent:
         assert names[0] == names[2] != names[1]
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
+    @pytest.mark.slow
     def test_the_examples_that_a_checkpoint_has_seen(self, task, model, batch, tmp_path):
         def of(seen):
             checkpoints = [Checkpoint(model.state_dict(), seen=seen)]
@@ -409,6 +414,7 @@ class TestNoDigest:
     def row(self):
         return MethodSpec("mine", lambda model, data, options: WithALock(model, data, log=[lock], **options))
 
+    @pytest.mark.slow
     def test_nothing_is_kept_and_one_line_says_which_part(self, task, model, batch, tmp_path, row):
         method = CachedMethod(row, model, task, {}, tmp_path, 1.0)
         with pytest.warns(UserWarning, match="not cached") as said:
@@ -422,6 +428,7 @@ class TestNoDigest:
         np.testing.assert_array_equal(values, Random(model, task.train).influence(batch).numpy())
         assert not (tmp_path / "answers").exists()
 
+    @pytest.mark.slow
     def test_the_author_may_vouch(self, task, model, batch, tmp_path, row):
         vouched = dataclasses.replace(row, cache_key="first")
 

@@ -114,6 +114,7 @@ class TestCrossedBootstrap:
         np.testing.assert_allclose(as_zero[:, 0], np.nan_to_num(left_out[:, 0]) * (1 - weight))
         assert (statistics.crossed_draws(np.ones_like(p), r, n_resamples=5)[1] == 0).all()
 
+    @pytest.mark.slow
     def test_intervals_cover_the_planted_value_where_test_points_alone_do_not(self):
         generator = np.random.default_rng(1)
         n_subsets, n_test, width, trials = 40, 30, 3, 60

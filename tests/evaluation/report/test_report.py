@@ -273,10 +273,12 @@ class TestSchema:
         silent = [name for name, field in found if "description" not in field and "$ref" not in field]
         assert set(silent) <= {"train", "test"} - {n for n, f in found if "description" in f}
 
+    @pytest.mark.slow
     def test_a_full_result_conforms(self, results):
         jsonschema.validate(results, SCHEMA)
         jsonschema.validate({"command": ["stride-captum", "compare"], **results}, SCHEMA)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("images", [True, False])
     def test_undefined_figures_conform_and_are_json(self, images):
         found = comparison(images=images, n_resamples=0, constant=True).to_dict()
@@ -315,6 +317,7 @@ class TestFigures:
             assert json.loads(element["data-value"]) == resolve(results, element["data-path"])
             assert element["text"].strip()
 
+    @pytest.mark.slow
     def test_shown_figures_are_roundings_of_their_values(self, parsed):
         for element in parsed.all("span"):
             value = json.loads(element.get("data-value", "null"))
@@ -377,6 +380,7 @@ class TestFigures:
         for element in undefined:
             assert element["text"] == "\u2013"
 
+    @pytest.mark.slow
     def test_names_cannot_break_out_of_the_page(self, page):
         html = page.read_text(encoding="utf-8")
         assert "<b>Other" not in html
@@ -421,6 +425,7 @@ class TestPanels:
         assert "opponents" in found
         assert "proponents" not in found
 
+    @pytest.mark.slow
     def test_printed_figures_of_the_paper_stand_apart(self, results, tmp_path):
         paper = {
             "number": 8, "title": "Mislabels", "task": "mnist", "measure": "mislabel", "columns": ["P"],
@@ -438,6 +443,7 @@ class TestRebuilding:
         assert done.exit_code == 0, done.output
         assert (tmp_path / "report.html").read_bytes() == page.read_bytes()
 
+    @pytest.mark.slow
     def test_elsewhere(self, results, tmp_path):
         (tmp_path / "results.json").write_text(json.dumps({**results, "counterfactual": []}))
         out = tmp_path / "new" / "page.html"
@@ -625,6 +631,7 @@ class TestGallery:
         assert ranking["n_flipped"] is None
         assert {n["true_label"] for n in ranking["examples"]} == {None}
 
+    @pytest.mark.slow
     def test_what_is_no_image_shows_labels_and_places(self, tmp_path):
         found = comparison(images=False, n_resamples=0).to_dict()
         found["counterfactual"] = []

@@ -236,6 +236,7 @@ class TestScores:
         parts = [STRIDE(built(MLP), data, checkpoints=[c] * 2).influence(TEST) for c in found.checkpoints]
         torch.testing.assert_close(scores, (parts[0] + parts[1]) / 2)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("build", [STRIDE, Similarity])
     def test_checkpoints_and_models_of_parts_have_half_of_the_weight_each(self, build):
         data, halves = TensorDataset(X, Y), retrain(train, N, parts=4).checkpoints
@@ -531,6 +532,7 @@ class TestStacks:
         assert stacks == [8]
         assert len(list((tmp_path / "cross-fitted").iterdir())) == 16
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("engine", "n_workers"), [("auto", 1), ("stacked", 1), ("processes", 2)])
     def test_the_estimate_knows_the_engine(self, task, tmp_path, engine, n_workers):
         runs, how = [(task, 0)], {"engine": engine, "n_jobs": 2}
@@ -556,6 +558,7 @@ class TestStacks:
             cross_fit(task, 0, 1, tmp_path, engine="stacked")
         assert not any(tmp_path.rglob("*.safetensors"))
 
+    @pytest.mark.slow
     def test_compare_passes_its_engine(self, task, stacks, tmp_path):
         few = {"n_subsets": 8, "n_seeds": 1, "n_models": 1, "n_test": 12, "n_resamples": 0}
         question = settle(("STRIDE, cross-fitted",), task, store=tmp_path, engine="stacked", **few)

@@ -245,6 +245,7 @@ class TestTrainModel:
         assert torch.equal(task.train.tensors[0], x)
         assert not model.training
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
     def test_lowers_the_residual(self, task, optimizer):
         training = replace(SETTINGS, optimizer=optimizer, epochs=40, learning_rate=0.02, momentum=0.5)
@@ -402,6 +403,7 @@ class TestPlan:
         assert (2, 1) in plan.missing()
         assert len(plan.missing()) <= n_jobs
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("engine", ["processes", "stacked"])
     def test_fewer_test_points_are_read_off_what_is_there(self, plan, runs, engine, monkeypatch):
         monkeypatch.setattr(retraining_files, "EVALUATED", 4)
@@ -542,6 +544,7 @@ class TestEngines:
         assert first == files_for(more, "stacked", "cpu")[0].path
         assert len(files_for(more, "stacked", "cpu")) == 3
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("n_seeds", [1, 2, 3])
     def test_seeds_that_are_added_leave_what_is_stored_as_it_is(self, plan, runs, monkeypatch, n_seeds):
         monkeypatch.setattr(engines, "_CPU_STACK", 6)  # two seeds of three subsets
@@ -679,6 +682,7 @@ class TestFingerprint:
             changed = replace(changed, build_model=other_network)
         return changed
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("what", ["one input", "one label", "one test input", "settings", "network"])
     def test_what_determines_a_run_names_it(self, plan, what):
         plan.execute(n_jobs=1, show_progress=False)

@@ -46,6 +46,7 @@ def test_worker_processes(make_plan, expected):
     assert np.array_equal(make_plan().execute(n_jobs=2, show_progress=False, engine=engine), logits)
 
 
+@pytest.mark.slow
 def test_threads_do_not_mix_their_random_numbers(make_plan, expected):
     engine, logits = expected
     state = torch.get_rng_state()

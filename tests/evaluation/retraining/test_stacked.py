@@ -106,6 +106,7 @@ def test_is_every_model_trained_alone(data, build_model, training, size):
         torch.testing.assert_close(logits_of(alone, x), logits[i], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build_model", [digits_mlp, mnist_mlp, cifar10_cnn])
 def test_networks_of_the_paper_after_a_few_steps(build_model):
     shape = {digits_mlp: (1, 8, 8), mnist_mlp: (1, 28, 28), cifar10_cnn: (3, 32, 32)}[build_model]

@@ -79,6 +79,7 @@ class TestEach:
         assert result.protocol["response"] == response_in_words(task.loss)
         assert all(row.lds.per_model for row in result.rows)
 
+    @pytest.mark.slow
     def test_what_has_no_classes_is_left_out_or_refused(self, tasks, name, tmp_path):
         question = settle(None, tasks[name], store=tmp_path, n_subsets=4, n_test=12)
         assert {"ClassRandom", "ClassSimilarity", "KNNShapley"} <= set(question.skipped)
@@ -99,6 +100,7 @@ class TestEach:
         ranks = {(row.name, row.normalize): row.result.mean_rank for row in result.leakage}
         assert ranks["STRIDE", "cosine"] < ranks["Random", None]
 
+    @pytest.mark.slow
     def test_test_points_are_explained(self, tasks, name, tmp_path):
         task = tasks[name]
         model = train_model(task.build_model, *task.train.tensors, SHORT, 0, loss=task.loss)

@@ -125,6 +125,7 @@ def test_three_rows_of_ours_stand_under_names_of_their_own(name):
     assert set(table.methods) <= set(METHODS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layer"), [("table6", ["relu1"]), ("table7", ["relu2"])])
 def test_ablations_differ_from_the_whole_in_one_thing(name, layer):
     model, train, test = trained(MLP)

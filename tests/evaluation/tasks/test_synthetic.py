@@ -35,11 +35,13 @@ def test_the_same_seed_gives_the_same_data_and_leaves_the_random_state(planted):
     assert not torch.equal(planted_clusters(seed=1).train.tensors[0], planted.train.tensors[0])
 
 
+@pytest.mark.slow
 def test_the_task_can_be_learnt(task, model):
     x, y = task.test.tensors
     assert (logits_of(model, x).argmax(1) == y).float().mean() > 0.97
 
 
+@pytest.mark.slow
 def test_without_its_cluster_a_prediction_is_lost(task, planted):
     x, y = task.train.tensors
     keep = ~planted.influential()[0]
@@ -51,6 +53,7 @@ def test_without_its_cluster_a_prediction_is_lost(task, planted):
     assert p[~there].mean() > 0.9
 
 
+@pytest.mark.slow
 def test_stride_finds_the_planted_examples_and_its_control_does_not(task, model, planted):
     x, y = (t[:50] for t in task.test.tensors)
     share = {}
