@@ -39,7 +39,8 @@ class STRIDE(ChangingTrainingSet):
         model: A trained classifier with logits `(n, n_classes)`; it is left as it was.
         train_dataset: Dataset or (not shuffling) DataLoader of `(inputs..., label)` or dicts.
         layers: Submodules whose outputs are features ("name:input" for what one reads); None takes
-            what every weight layer reads, see `layers_`.
+            what every weight layer reads, see `layers_`. Of examples with several positions, a convolution
+            reads the patch around each (`layers.patches`).
         batch_size: Examples a forward pass, if a data set is given.
         device: Where the work is done; None takes the device of the model.
         checkpoints: State dicts or paths over which scores are averaged.

@@ -130,7 +130,7 @@ class FeatureStore:
         if manifest is None:
             return None
         _check_key(manifest.key, key, self.path)
-        return [Tap(**tap) for tap in manifest.taps]
+        return [Tap.of_plain(tap) for tap in manifest.taps]
 
     def fill(
         self, key: dict[str, Any], taps: Sequence[Tap], batches: Iterable[Any], run: Run
@@ -206,7 +206,9 @@ class FeatureStore:
         if "counts" in manifest.parts:
             counts, places = (self._files.mapped(manifest, n)[:, 0] for n in ("counts", "places"))
             positions = Positions(counts.long(), places.clone())
-        return StoredFeatures(features, logits, labels, [Tap(**tap) for tap in manifest.taps], positions)
+        return StoredFeatures(
+            features, logits, labels, [Tap.of_plain(tap) for tap in manifest.taps], positions
+        )
 
 
 def _check_key(there: dict[str, Any], here: dict[str, Any], path: str | Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from ..errors import bad_type, bad_value
 from ..system.saved_values import saved_as
+from .patches import Patches
 
 #: A submodule by name, and whether what it reads is meant instead of what it returns.
 Place = tuple[str, bool]
@@ -36,6 +37,7 @@ class Tap:
         parts: Tensors per forward pass, whose features are concatenated: one for each call of the submodule
             and each of its inputs. 0: any number, averaged.
         per_position: Whether each position has a row: tokens are not averaged, maps are not pooled.
+        patches: What the kernel of a convolution reads at each position is read, instead of the map.
     """
 
     name: str
@@ -47,6 +49,12 @@ class Tap:
     rows: str = "one"
     parts: int = 1
     per_position: bool = False
+    patches: Patches | None = None
+
+    @classmethod
+    def of_plain(cls, values: Mapping[str, Any]) -> Tap:
+        """From fields that JSON has kept."""
+        return cls(**{**values, "patches": Patches.of_plain(values.get("patches"))})
 
     def __str__(self) -> str:
         return place_name((self.name, self.reads_input))
@@ -127,6 +135,8 @@ def features_of(activation: Tensor, tap: Tap, mask: Tensor | None = None) -> Ten
     if not tap.per_position:
         return to_rows(activation, tap.spatial, tap.pool, tap.batch_dim, mask)
     first = in_single(activation.movedim(tap.batch_dim, 0))
+    if tap.patches is not None:
+        return tap.patches.read(first)
     return first.movedim(1, -1) if tap.spatial and first.ndim > 2 else first
 
 

@@ -1,4 +1,7 @@
-"""Features at the positions of the outputs: tokens as they are, maps resized to the grid of the labels."""
+"""Features at the positions of the outputs: tokens as they are, maps resized to the grid of the labels.
+
+What a convolution reads is a map of the patches of its kernel (`Tap.patches`), resized like the others.
+"""
 
 from __future__ import annotations
 

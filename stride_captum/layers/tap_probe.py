@@ -16,6 +16,7 @@ from .agreement import MANY, is_plain, rounding, thinned
 from .channels import Channels, first_by_kind
 from .hooks import watching
 from .layouts import Layout, batch_layout
+from .patches import Patches
 from .pooling import Place, Tap, activation_in, features_of, place_name, to_rows
 from .positions import at_positions, grid_of
 from .probes import both_sides, spread
@@ -139,9 +140,7 @@ class TapProbe:
         tap = Tap(place[0], place[1], max(spatials, default=0), 1, 0, layout.batch_dim, layout.rows)
         tap = replace(tap, parts=len(found) if len(found) <= _SIDE_BY_SIDE else 0)
         if self.grid is not None:
-            tap = replace(tap, per_position=True)
-            width = sum(self._width_at_positions(tap, part) for part in found)
-            return replace(tap, width=width if tap.parts else width // len(found))
+            return self._at_positions(replace(tap, per_position=True, patches=self._patches(tap, found)))
         if len({len(shape) for shape in shapes}) <= 1:
             pool = min([_POOL, *(side for shape in shapes for side in shape[2:])]) if tap.spatial else 1
             tap = self.pooled(tap, 1 << (pool.bit_length() - 1))
@@ -167,6 +166,25 @@ class TapProbe:
             widths.append(to_rows(like, tap.spatial, pool, tap.batch_dim).shape[1])
         width = sum(widths) if tap.parts else widths[0] * (len(set(widths)) == 1)
         return replace(tap, pool=pool, width=width)
+
+    def _patches(self, tap: Tap, parts: list[Part]) -> Patches | None:
+        """How a convolution whose input is read cuts its maps into patches that lie around the positions."""
+        found = Patches.of_layer(self._modules[tap.name]) if tap.reads_input else None
+        if found is None or self.grid is None or tap.spatial != len(found.kernel):
+            return None
+        maps = [part.shape[2:] for part in parts]
+        fits = all(len(sizes) == tap.spatial and found.are_aligned(sizes, self.grid) for sizes in maps)
+        return found if fits else None
+
+    def without_patches(self, tap: Tap) -> Tap:
+        """Tap that reads the map itself."""
+        return self._at_positions(replace(tap, patches=None))
+
+    def _at_positions(self, tap: Tap) -> Tap:
+        """Tap at the positions of the outputs, with its width there."""
+        found = _parts(self.seen[tap.name, tap.reads_input])
+        width = sum(self._width_at_positions(tap, part) for part in found)
+        return replace(tap, width=width if tap.parts else width // len(found))
 
     def _width_at_positions(self, tap: Tap, part: Part) -> int:
         """Features of one position in what a place gave.

@@ -125,8 +125,8 @@ def default_taps(model: nn.Module, batch: Any, max_width: int, penultimate: bool
     convolutions, attention, recurrent layers (whose outputs are tapped too, because their recurrent weights
     read them), and custom modules. Places that read the same tensors count once. Raw images and sequences
     (also normalized ones), integer inputs, layers that do not run, and layers without one row per example are
-    left out. While the total width exceeds `max_width`, the widest tap is pooled to half its side, or dropped
-    if it cannot be pooled; the last tap is always kept.
+    left out. While the total width exceeds `max_width`, the widest tap is pooled to half its side, or read
+    without patches, or dropped; the last tap is always kept.
 
     Args:
         model: The network.
@@ -175,7 +175,10 @@ def _readable(probe: TapProbe) -> tuple[list[Tap], set[str], list[Exception]]:
         read.add(place[0])
         raw = probe.reads_raw_input(tap, place[0] == first_layer)
         if not raw and not probe.returns_outputs(place):
-            found.setdefault(probe.key(place), tap)
+            key = probe.key(place)
+            known = found.setdefault(key, tap)
+            if tap.patches is not None and tap.width > known.width:
+                found[key] = tap  # its patches hold what is read at single positions
     return list(found.values()), read, problems
 
 
@@ -263,6 +266,8 @@ def _fit_width(taps: list[Tap], max_width: int, probe: TapProbe) -> list[Tap]:
         i = max(range(len(taps)), key=lambda i: (taps[i].width, i != len(taps) - 1, -i))
         if taps[i].pool > 1:
             taps[i] = probe.pooled(taps[i], taps[i].pool // 2)
+        elif taps[i].patches is not None:
+            taps[i] = probe.without_patches(taps[i])
         elif i < len(taps) - 1:
             del taps[i]
         else:
