@@ -10,10 +10,8 @@ outer products of gradients, so that the loss has the root of w.
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from ..losses import CrossEntropy, Loss
 from ..losses.summed_positions import SummedPositions
+from ..system.garbage import cheap_collections
 from ._kronfluence_layers import Grouped, group_rows, replace_modules
 from ._kronfluence_rows import WeighedRows, divided_by_weights
 from .gradients.dense_sides import mean_weights, weights_of_rows
@@ -185,22 +184,9 @@ class Kronfluence:
 
     def _call(self, function: Callable[..., Any], **arguments: Any) -> Any:
         fixed = {"model": self.model, "state": self.state, "factor_args": self.factor_args}
-        with process_wide, warnings.catch_warnings(), _cheap_collections():
+        with process_wide, warnings.catch_warnings(), cheap_collections():
             warnings.filterwarnings("ignore", message=".*GradScaler", category=FutureWarning)
             return function(**fixed, **arguments, disable_tqdm=True)
-
-
-@contextmanager
-def _cheap_collections() -> Iterator[None]:
-    """Context manager that freezes existing objects: kronfluence's garbage collections become fast."""
-    ours = gc.get_freeze_count() == 0  # what the caller has frozen stays so
-    if ours:
-        gc.freeze()
-    try:
-        yield
-    finally:
-        if ours:
-            gc.unfreeze()
 
 
 def spectra(factors: Factors) -> Iterator[tuple[Tensor, bool]]:

@@ -39,12 +39,14 @@ class DiagonalKernel:
     """M of one model, by parameter.
 
     Attributes:
-        scales: `1 / (W (F + eps))` in the shape of the parameter, in the eigenbasis if it has one.
+        spectra: F in the shape of the parameter, in the eigenbasis if it has one.
         bases: Eigenvectors of `E[b b^T]` and of `E[a a^T]`, in columns, for each dense layer.
+        scales: `1 / (W (F + eps))` in the shape of the parameter.
     """
 
-    scales: dict[str, Tensor]
+    spectra: dict[str, Tensor]
     bases: dict[str, list[Tensor]]
+    scales: dict[str, Tensor]
 
 
 class DiagonalEKFAC(GradientMethod):
@@ -53,6 +55,8 @@ class DiagonalEKFAC(GradientMethod):
     E.2 leaves three choices open. It gives no value of eps: here it is relative, because F of a confident
     model is tiny. It does not say whose labels F is of. Its text gives dense layers Kronecker factors,
     while its formula `v_i = grad l(z_i) / (F_diag + eps)` divides every parameter elementwise.
+
+    `damping` may be set anew without another `fit`.
 
     Args:
         model: As for every method.
@@ -68,8 +72,8 @@ class DiagonalEKFAC(GradientMethod):
         **options: Those of `GradientMethod`.
 
     Raises:
-        ValueError: An option out of its range; in `fit`, a relative eps where F is 0 throughout, or one at
-            which rounding errors would decide (the least safe one is named).
+        ValueError: An option out of its range; in `fit`, a relative eps where F is 0 throughout; in `fit`, or
+            where it is set anew, one at which rounding errors would decide (the least safe one is named).
 
     >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
@@ -91,16 +95,29 @@ class DiagonalEKFAC(GradientMethod):
         **options: Any,
     ) -> None:
         super().__init__(model, train_dataset, **options)
-        if not 0 < damping < float("inf"):
-            raise bad_value("damping", "be a positive number", damping)
         if dense not in DENSE:
             raise bad_choice("dense", dense, DENSE)
         if fisher not in FISHERS:
             raise bad_choice("fisher", fisher, FISHERS)
         if not isinstance(n_fisher, int) or n_fisher < 1:
             raise bad_value("n_fisher", "be an integer of at least 1", repr(n_fisher))
-        self.damping, self.relative, self.dense = float(damping), bool(relative), dense
+        self.relative, self.dense, self.damping = bool(relative), dense, damping
         self.fisher, self.n_fisher, self.seed = fisher, n_fisher, seed
+
+    @property
+    def damping(self) -> float:
+        """The eps of F, absolute or `relative`."""
+        return self._damping
+
+    @damping.setter
+    def damping(self, value: float) -> None:
+        if not 0 < value < float("inf"):
+            raise bad_value("damping", "be a positive number", value)
+        states = self._states or []
+        kernels = [self._damped(state.kernel.spectra, state.kernel.bases, value) for state in states]
+        for state, kernel in zip(states, kernels, strict=True):
+            state.kernel, state.norms = kernel, None
+        self._damping = float(value)
 
     def _fit_kernel(self, model: nn.Module, residuals: Tensor, show_progress: bool) -> DiagonalKernel:
         self._check_weight()
@@ -144,7 +161,7 @@ class DiagonalEKFAC(GradientMethod):
                         _add(fisher, name, [g.square().sum(0) / n])
         if not all(bool(torch.isfinite(part).all()) for parts in fisher.values() for part in parts):
             self._find_bad_gradient(model, residuals)
-        return self._invert({name: fisher[name] for name in parameters})
+        return self._damped(*_spectra({name: fisher[name] for name in parameters}), self.damping)
 
     def _fisher_weight(self) -> float:
         """The sum of the weights of the examples that F is estimated from."""
@@ -169,29 +186,23 @@ class DiagonalEKFAC(GradientMethod):
                 omega = None if self._omega is None else self._omega[rows][places.to(self._omega.device)]
                 yield batch[places], uniforms[inside].to(device), omega
 
-    def _invert(self, fisher: Mapping[str, list[Tensor]]) -> DiagonalKernel:
-        scales, bases, safe, rounding = {}, {}, [], 0.0
-        for name, parts in fisher.items():
-            spectrum = parts[0]
-            if len(parts) == 3:
-                b, a, n_inputs = parts
-                sides = b, a / torch.where(n_inputs > 0, n_inputs, 1.0)
-                (u, left), (v, right) = (torch.linalg.eigh(as_float64(side)) for side in sides)
-                bases[name] = [left.to(spectrum), right.to(spectrum)]
-                spectrum = (u.clamp_min(0)[:, None] * v.clamp_min(0)).to(spectrum)
+    def _damped(
+        self, spectra: dict[str, Tensor], bases: dict[str, list[Tensor]], damping: float
+    ) -> DiagonalKernel:
+        scales, safe, rounding = {}, [], 0.0
+        for name, spectrum in spectra.items():
             unit = float(spectrum.mean()) if self.relative else 1.0
-            damped = spectrum + self.damping * unit
+            damped = spectrum + damping * unit
             if name in bases:
                 rounding = rounding_of(spectrum.dtype)
-                least = least_lambda(spectrum, rounding)
-                safe.append((least, self.damping * unit, unit))
+                safe.append((least_lambda(spectrum, rounding), damping * unit, unit))
             # A tensor that F says nothing about takes no part. Not where(damped > 0): NaN must stay NaN.
             scales[name] = torch.where(damped == 0, 0, 1 / (self.weight_ * damped))
         if not any(bool(scale.any()) for scale in scales.values()):
             remedy = "Take relative=False, or another one."
             raise bad_value("fisher", "be above 0 somewhere", f"0 throughout from {self.fisher!r}", remedy)
-        check_damping(self.damping, safe, rounding, "Or take dense='diagonal'.")
-        return DiagonalKernel(scales, bases)
+        check_damping(damping, safe, rounding, "Or take dense='diagonal'.")
+        return DiagonalKernel(spectra, bases, scales)
 
     def _precondition(self, kernel: DiagonalKernel, sides: Tensor) -> Tensor:
         pieces = sides.split([scale.numel() for scale in kernel.scales.values()], dim=1)
@@ -209,6 +220,20 @@ class DiagonalEKFAC(GradientMethod):
     def settings(self) -> dict[str, Any]:
         names = ("damping", "relative", "dense", "fisher", "n_fisher", "seed")
         return {**super().settings(), **{name: getattr(self, name) for name in names}}
+
+
+def _spectra(fisher: Mapping[str, list[Tensor]]) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+    """F by parameter, and the eigenbases of dense layers, from the sums over examples."""
+    spectra, bases = {}, {}
+    for name, parts in fisher.items():
+        spectra[name] = parts[0]
+        if len(parts) == 3:
+            b, a, n_inputs = parts
+            sides = b, a / torch.where(n_inputs > 0, n_inputs, 1.0)
+            (u, left), (v, right) = (torch.linalg.eigh(as_float64(side)) for side in sides)
+            bases[name] = [left.to(b), right.to(b)]
+            spectra[name] = (u.clamp_min(0)[:, None] * v.clamp_min(0)).to(b)
+    return spectra, bases
 
 
 def _add(total: dict[str, list[Tensor]], name: str, parts: list[Tensor]) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..errors import bad_value
+from ..influence.method import Query
 from ..losses import Loss
 from ..losses.summed_positions import SummedPositions
 from ..system.devices import as_float64, float64_device
@@ -40,24 +41,48 @@ from .gradients.safe_damping import check_damping, least_lambda, rounding_of
 _INVERSE_ROUNDING = 2.0**-38
 
 
+@saved_as("trak.projected")
+@dataclass
+class Projected:
+    """Projected gradients of the training examples, whatever the damping is.
+
+    Attributes:
+        places: Of `count_sketch`.
+        gram: `Phi^T Phi`, `(n_coordinates, n_coordinates)` float64.
+        n_examples: Sum of the weights of the examples that have a label.
+        phi: `(n_train, n_coordinates)`; None without `doubts`.
+        doubts: q with `J_i^T (e_y - p) = q phi_i`, `(n_train,)`; None where there is none.
+        weights: omega of the examples, `(n_train,)`; None for 1.
+        rows: Projections of `J_i^T r_i`, `(n_train, n_coordinates)`; None where they are `omega_i q phi_i`.
+    """
+
+    places: Tensor
+    gram: Tensor
+    n_examples: float
+    phi: Tensor | None
+    doubts: Tensor | None
+    weights: Tensor | None
+    rows: Tensor | None
+
+
 @saved_as("trak")
 @dataclass
 class TRAKKernel:
     """What TRAK keeps of one model.
 
     Attributes:
-        places: Of `count_sketch`.
-        inverse: `M = (Phi^T Phi + lambda I)^-1`, `(n_coordinates, n_coordinates)` float64.
+        projected: What does not depend on the damping.
+        factor: Lower Cholesky factor of `M^-1 = Phi^T Phi + lambda I`, in float64.
         features: M times the projections of `J_i^T r_i`, `(n_train, n_coordinates)`.
         norms: Norms of these projections in M, `(n_train,)`.
-        own: Self-influence, `(n_train,)`.
+        own: Self-influence, `(n_train,)`; None where gradients beside these are needed for it.
     """
 
-    places: Tensor
-    inverse: Tensor
+    projected: Projected
+    factor: Tensor
     features: Tensor
     norms: Tensor
-    own: Tensor
+    own: Tensor | None
 
 
 class TRAK(GradientMethod):
@@ -66,7 +91,8 @@ class TRAK(GradientMethod):
     As published, a test point is scored by the response that is asked for (the margin) and R, the
     curvature of the loss in the margin, is left out of the kernel: scores are not in units of the response.
     Published ensembles multiply the mean of the scores without Q by the mean of Q; here the mean is of the
-    scores. The projected training examples are kept: `n_train * projection_dim` numbers.
+    scores. The projected training examples are kept, as they are and times M: `2 * n_train * projection_dim`
+    numbers, or 3 times as many with other residuals. `damping` may be set anew without another `fit`.
 
     Args:
         model: As for every method.
@@ -83,8 +109,9 @@ class TRAK(GradientMethod):
         **options: Those of `GradientMethod`.
 
     Raises:
-        ValueError: An option out of its range; in `fit`, a damping at which rounding errors would decide
-            (the least safe one is named), or a training set of which no example counts.
+        ValueError: An option out of its range; in `fit`, or where it is set anew, a damping at which rounding
+            errors would decide (the least safe one is named); in `fit`, a training set of which no example
+            counts.
 
     >>> from stride_captum.conformance.toy_problems import MLP, trained
     >>> model, train, test = trained(MLP)
@@ -108,9 +135,22 @@ class TRAK(GradientMethod):
         super().__init__(model, train_dataset, **options)
         if not isinstance(projection_dim, int) or projection_dim < 1:
             raise bad_value("projection_dim", "be an integer of at least 1", repr(projection_dim))
-        if not 0 <= damping < float("inf"):
-            raise bad_value("damping", "be a number of at least 0", damping)
         self.projection_dim, self.damping, self.seed = projection_dim, damping, seed
+
+    @property
+    def damping(self) -> float:
+        """lambda, in units of a mean eigenvalue."""
+        return self._damping
+
+    @damping.setter
+    def damping(self, value: float) -> None:
+        if not 0 <= value < math.inf:
+            raise bad_value("damping", "be a number of at least 0", value)
+        states = self._states or []
+        kernels = [_damped(state.kernel.projected, value) for state in states]
+        for state, kernel in zip(states, kernels, strict=True):
+            state.kernel, state.norms = kernel, None
+        self._damping = value
 
     def _fit_kernel(self, model: nn.Module, residuals: Tensor, show_progress: bool) -> TRAKKernel:
         n_parameters = sum(p.numel() for p in chosen_parameters(model, self.layers).values())
@@ -118,7 +158,7 @@ class TRAK(GradientMethod):
         places = random_places(n_parameters, k, self.seed).to(residuals.device)
         place = float64_device(residuals.device)
         gram = torch.zeros(k, k, dtype=torch.float64, device=place)
-        margins, doubts, own, sides, labeled = [], [], [], [], []
+        phis, doubts, sides, labeled = [], [], [], []
         feature = self.loss.responses[0]
         for rows, batch in self.train_blocks(self.n_train_, show_progress):
             with torch.no_grad():
@@ -130,52 +170,21 @@ class TRAK(GradientMethod):
             of_outputs = self.loss.output_weights(labels)
             if of_outputs is not None:
                 vectors = vectors * of_outputs.to(vectors).sqrt()
-            margins.append(count_sketch(self._gradients(model, batch, vectors), places, k))
-            check_gradients(margins[-1], rows.start)
-            wide, doubt = as_float64(margins[-1]), self.loss.doubts(logits, labels)
+            phi = count_sketch(self._gradients(model, batch, vectors), places, k)
+            check_gradients(phi, rows.start)
+            wide = as_float64(phi)
             gram += wide.T @ (wide if self._omega is None else wide * self._omega[rows].to(wide)[:, None])
-            if doubt is None:
-                residual = self.loss.residuals(logits, labels)
-                own.append(count_sketch(self._gradients(model, batch, residual), places, k))
-            else:
+            doubt = self.loss.doubts(logits, labels)
+            if doubt is not None:
+                phis.append(phi)
                 doubts.append(doubt)
             if self.residuals != "training" or doubt is None:
                 sides.append(count_sketch(self._gradients(model, batch, residuals[rows]), places, k))
-        inverse = self._inverse(gram, self._n_counted(torch.cat(labeled)), residuals.dtype)
-        q = torch.cat(doubts) if doubts else None
-        return self._kernel(places, inverse, torch.cat(margins), q, own, sides)
-
-    def _kernel(
-        self,
-        places: Tensor,
-        inverse: Tensor,
-        phi: Tensor,
-        doubts: Tensor | None,
-        own: list[Tensor],
-        sides: list[Tensor],
-    ) -> TRAKKernel:
-        """What is kept: M is applied to phi itself, since phi, rounded, leaves the span that M was made of.
-
-        Args:
-            places: Of `count_sketch`.
-            inverse: M.
-            phi: `(n_train, n_coordinates)`.
-            doubts: q with `J_i^T (e_y - p) = q phi_i`, `(n_train, 1)`; None where there is none.
-            own: Projections of `J_i^T (e_y - p)` in blocks, where `doubts` is None.
-            sides: Projections of `J_i^T r_i` in blocks, none where these are `omega_i q phi_i`.
-        """
-        if doubts is None:
-            left, right = torch.cat(own), torch.cat(sides)
-            applied = _applied(inverse, right)
-            return TRAKKernel(places, inverse, applied, _norms(right, inverse), (applied * left).sum(1))
-        applied = _applied(inverse, phi)
-        if not sides:
-            omega = 1.0 if self._omega is None else self._omega.to(doubts)
-            norms, features = _norms(phi, inverse) * doubts.squeeze(1).abs(), (applied * doubts).T * omega
-            return TRAKKernel(places, inverse, features.T.contiguous(), norms * omega, norms.square() * omega)
-        right = torch.cat(sides)
-        mine = (applied * right).sum(1) * doubts.squeeze(1)
-        return TRAKKernel(places, inverse, _applied(inverse, right), _norms(right, inverse), mine)
+        n_examples = self._n_counted(torch.cat(labeled))
+        omega = None if self._omega is None else self._omega.to(residuals)
+        phi, q, right = (torch.cat(parts) if parts else None for parts in (phis, doubts, sides))
+        q = None if q is None else q.squeeze(1)
+        return _damped(Projected(places, gram, n_examples, phi, q, omega, right), self.damping)
 
     def _n_counted(self, labeled: Tensor) -> float:
         """The sum of the weights of examples that have a label, `labeled` `(n_train,)` bool."""
@@ -186,36 +195,25 @@ class TRAK(GradientMethod):
             raise bad_value("train_dataset", must, "none")
         return total
 
-    def _inverse(self, gram: Tensor, n_examples: float, dtype: torch.dtype) -> Tensor:
-        """M of `Phi^T Phi`, a sum over so many examples of products of gradients of some dtype."""
-        rank, trace = min(len(gram), n_examples), float(gram.trace())
-        unit, rounding = trace / rank, rounding_of(dtype)
-        given = self.damping * unit
-        if given < rounding * trace:  # more is safe whatever the eigenvalues are
-            spectrum = torch.linalg.eigvalsh(gram)
-            # With more coordinates than examples the rest is 0, which matters for the inverse alone.
-            least = max(
-                least_lambda(spectrum[-math.ceil(rank) :], rounding),
-                least_lambda(spectrum, _INVERSE_ROUNDING),
-            )
-            check_damping(self.damping, [(least, given, unit)], rounding, "Or lower projection_dim.")
-        damped = gram + torch.eye(len(gram)).to(gram) * given
-        return torch.cholesky_inverse(torch.linalg.cholesky(damped))
-
     def _side(self, kernel: TRAKKernel, gradients: Gradients) -> Tensor:
-        return count_sketch(gradients, kernel.places, len(kernel.inverse))
+        return count_sketch(gradients, kernel.projected.places, len(kernel.factor))
 
     def _precondition(self, kernel: TRAKKernel, sides: Tensor) -> Tensor:
-        return _applied(kernel.inverse, sides)
+        return _applied(kernel.factor, sides)[0]
+
+    @override
+    def prepare_query(self, state: GradientState, model: nn.Module, batch: Any, query: Query) -> Tensor:
+        vectors = self._response_gradients(model, batch, query)
+        return self._side(state.kernel, self._gradients(model, batch, vectors))
 
     @override
     def score_columns(self, state: GradientState, prepared: Any, columns: slice) -> Tensor:
-        scores: Tensor = prepared.sides @ state.kernel.features[columns].T
+        scores: Tensor = prepared @ state.kernel.features[columns].T
         return scores
 
     @override
     def query_vectors(self, state: GradientState, prepared: Any) -> Tensor | None:
-        sides: Tensor = prepared.sides
+        sides: Tensor = prepared
         return sides
 
     @override
@@ -225,7 +223,7 @@ class TRAK(GradientMethod):
 
     @override
     def test_norms(self, state: GradientState, prepared: Any) -> Tensor:
-        return _norms(prepared.sides, state.kernel.inverse)
+        return _applied(state.kernel.factor, prepared)[1]
 
     def _inverse_norms(self, state: GradientState, prepared: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
         state.norms = state.kernel.norms
@@ -233,8 +231,8 @@ class TRAK(GradientMethod):
 
     @override
     def train_self_influence(self, state: GradientState) -> Tensor | None:
-        own: Tensor = state.kernel.own
-        return own
+        own: Tensor | None = state.kernel.own
+        return own  # None: the other side, `J_i^T (e_y - p)`, is projected when it is asked for
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -249,12 +247,48 @@ def _labeled(loss: Loss, labels: Tensor) -> Tensor:
     return torch.ones(len(labels), dtype=torch.bool, device=labels.device)
 
 
-def _applied(inverse: Tensor, sides: Tensor) -> Tensor:
-    """M times each row; in float64 inside, in the dtype of the rows outside."""
-    return torch.cat([(as_float64(part) @ inverse).to(sides) for part in sides.split(MOST_ROWS)])
+def _damped(projected: Projected, damping: float) -> TRAKKernel:
+    """The kernel of a damping: M is applied to phi itself, since q phi, rounded, leaves the span of Phi."""
+    phi, q, rows = projected.phi, projected.doubts, projected.rows
+    given = phi if rows is None else rows
+    assert given is not None, "one of the two"
+    factor = _factor(projected.gram, projected.n_examples, damping, given.dtype)
+    features, norms = _applied(factor, given)
+    if q is None or phi is None:
+        return TRAKKernel(projected, factor, features, norms, None)
+    if rows is not None:
+        own = (_applied(factor, phi)[0] * rows).sum(1) * q
+        return TRAKKernel(projected, factor, features, norms, own)
+    omega = torch.ones_like(q) if projected.weights is None else projected.weights
+    norms, features = norms * q.abs(), features * (q * omega)[:, None]
+    return TRAKKernel(projected, factor, features, norms * omega, norms.square() * omega)
 
 
-def _norms(sides: Tensor, inverse: Tensor) -> Tensor:
-    """The norm of each row in M."""
-    wide = (as_float64(part) for part in sides.split(MOST_ROWS))
-    return torch.cat([((part @ inverse) * part).sum(1).clamp_min(0).sqrt().to(sides) for part in wide])
+def _factor(gram: Tensor, n_examples: float, damping: float, dtype: torch.dtype) -> Tensor:
+    """Cholesky factor of `M^-1` of `Phi^T Phi`, a sum over so many examples of products of some dtype.
+
+    Raises:
+        ValueError: A damping at which rounding errors would decide.
+    """
+    rank, trace = min(len(gram), n_examples), float(gram.trace())
+    unit, rounding = trace / rank, rounding_of(dtype)
+    given = damping * unit
+    if given < rounding * trace:  # more is safe whatever the eigenvalues are
+        spectrum = torch.linalg.eigvalsh(gram)
+        # With more coordinates than examples the rest is 0, which matters for the inverse alone.
+        least = max(
+            least_lambda(spectrum[-math.ceil(rank) :], rounding),
+            least_lambda(spectrum, _INVERSE_ROUNDING),
+        )
+        check_damping(damping, [(least, given, unit)], rounding, "Or lower projection_dim.")
+    return torch.linalg.cholesky(gram + torch.eye(len(gram)).to(gram) * given)
+
+
+def _applied(factor: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+    """M times each row, and its norm in M; in float64 inside, in the dtype of the rows outside."""
+    applied, norms = [], []
+    for part in sides.split(MOST_ROWS):
+        half = torch.linalg.solve_triangular(factor, as_float64(part).T, upper=False)
+        norms.append(torch.linalg.vector_norm(half, dim=0).to(sides))
+        applied.append(torch.linalg.solve_triangular(factor.T, half, upper=True).T.to(sides))
+    return torch.cat(applied), torch.cat(norms)

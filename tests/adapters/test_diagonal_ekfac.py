@@ -228,6 +228,41 @@ def test_the_fisher_takes_gradients_of_its_sample_only(monkeypatch):
     assert sum(rows) == N_FISHER * N_CLASSES
 
 
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("dense", ["kronecker", "diagonal"])
+def test_damping_is_set_anew_without_another_fit(monkeypatch, dense, relative):
+    model, train, test = problem(BatchNormCNN)
+    options = {"dense": dense, "relative": relative}
+
+    def answers(method: DiagonalEKFAC) -> list[Tensor]:
+        return [method.influence(test.tensors, normalize=how) for how in (None, "cosine")]
+
+    wanted = answers(DiagonalEKFAC(model, train, damping=0.3, **options))
+    method = DiagonalEKFAC(model, train, damping=2.0, **options)
+    before = answers(method)
+    rows = count_rows(monkeypatch)
+    method.damping = 0.3
+    assert rows == []
+    found = answers(method)
+    assert sum(rows) == 2 * len(test) + 3 * N  # queries, the norms of the training examples once
+    for one, other, old in zip(found, wanted, before, strict=True):
+        assert torch.equal(one, other)
+        assert not torch.allclose(one, old)
+    with pytest.raises(ValueError, match="`damping` must be a positive number; got 0"):
+        method.damping = 0
+    assert method.damping == 0.3
+
+
+def test_an_unsafe_damping_is_refused_where_it_is_set_anew():
+    model, train, test = problem(MLP)
+    method = DiagonalEKFAC(model, train)
+    before = method.influence(test.tensors)
+    with pytest.raises(ValueError, match=r"`damping` must be at least \S+ for scores .*; got 1e-30"):
+        method.damping = 1e-30
+    assert method.damping == 0.1
+    assert torch.equal(method.influence(test.tensors), before)
+
+
 def test_a_fit_leaves_the_model_as_it_was_also_after_an_exception():
     class Breaks(MLP):
         def forward(self, x: Tensor) -> Tensor:

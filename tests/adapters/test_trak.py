@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from stride_captum import Batch
+from stride_captum.adapters import trak
 from stride_captum.adapters.gradients import method as gradients
 from stride_captum.adapters.gradients.count_sketch import count_sketch, random_places
 from stride_captum.adapters.trak import TRAK
@@ -104,6 +105,45 @@ def test_self_influence_is_minus_the_effect_on_the_own_loss(residuals):
     torch.testing.assert_close(method.self_influence(), -effect)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("residuals", ["training", "both"])
+@pytest.mark.parametrize("weights", [None, [0.0, 2.0, 0.5, 1.0, 3.0] + [1.0] * (N - 5)])
+def test_damping_is_set_anew_without_another_fit(monkeypatch, residuals, weights):
+    model, train, test = problem()
+    batch = None if weights is None else Batch(sample_weight=torch.tensor(weights))
+    options = {"projection_dim": 11, "residuals": residuals, "batch": batch}
+    options["checkpoints"] = [model.state_dict()] * 2
+
+    def answers(method: TRAK) -> list[Tensor]:
+        scores = [method.influence(test.tensors, normalize=how) for how in (None, "cosine")]
+        return [*scores, method.self_influence()]
+
+    wanted = answers(TRAK(model, train, damping=0.3, **options))
+    method = TRAK(model, train, damping=2.0, **options)
+    before = answers(method)
+    rows = count_rows(monkeypatch)
+    method.damping = 0.3
+    assert rows == []
+    found = answers(method)
+    assert rows == [len(test)] * 4  # the test points of two queries at two checkpoints
+    for one, other, old in zip(found, wanted, before, strict=True):
+        assert torch.equal(one, other)
+        assert not torch.allclose(one, old)
+    with pytest.raises(ValueError, match="`damping` must be a number of at least 0; got -1"):
+        method.damping = -1
+    assert all(map(torch.equal, answers(method), found))
+
+
+def test_an_unsafe_damping_is_refused_where_it_is_set_anew():
+    model, train, test = problem()
+    method = TRAK(model, train, projection_dim=N + 1)
+    before = method.influence(test.tensors)
+    with pytest.raises(ValueError, match=r"`damping` must be at least \S+ for scores .*; got 0\.0"):
+        method.damping = 0.0
+    assert method.damping == 1.0
+    assert torch.equal(method.influence(test.tensors), before)
+
+
 # The projection.
 
 
@@ -167,10 +207,8 @@ def test_a_query_does_not_read_the_training_set():
     assert counted.reads == 0
 
 
-def test_gradients_are_taken_of_as_many_examples_as_the_budget_holds(monkeypatch):
-    model, train, test = problem(BatchNormCNN)
-    wanted = TRAK(model, train, residuals="temperature").influence(test.tensors)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of examples in every call of `example_gradients`."""
     rows: list[int] = []
     original = gradients.example_gradients
 
@@ -179,6 +217,43 @@ def test_gradients_are_taken_of_as_many_examples_as_the_budget_holds(monkeypatch
         return original(model, parameters, batch, vectors)
 
     monkeypatch.setattr(gradients, "example_gradients", spy)
+    return rows
+
+
+@pytest.mark.parametrize(("residuals", "gradients_an_example"), [("training", 1), ("temperature", 2)])
+def test_a_fit_takes_one_gradient_an_example_and_another_for_other_residuals(
+    monkeypatch, residuals, gradients_an_example
+):
+    model, train, _ = problem()
+    rows = count_rows(monkeypatch)
+    TRAK(model, train, residuals=residuals, batch_size=5).fit()
+    assert sum(rows) == gradients_an_example * N
+
+
+@pytest.mark.parametrize("residuals", ["training", "temperature"])
+def test_a_fit_takes_two_gradients_of_an_example_with_positions(monkeypatch, residuals):
+    model, x, y = TestExamplesThatCountForNothing.draw()
+    rows = count_rows(monkeypatch)
+    TRAK(model, TensorDataset(x, y), residuals=residuals).fit()
+    assert rows == [8, 8]
+
+
+def test_the_kernel_is_applied_to_test_points_for_their_norms_alone(monkeypatch):
+    model, train, test = problem()
+    method, sizes = TRAK(model, train).fit(), []
+    original = trak._applied
+    monkeypatch.setattr(trak, "_applied", lambda *given: sizes.append(len(given[1])) or original(*given))
+    method.influence(test.tensors)
+    assert sizes == []
+    method.influence(test.tensors, normalize="cosine")
+    assert sizes == [len(test)]
+
+
+def test_gradients_are_taken_of_as_many_examples_as_the_budget_holds(monkeypatch):
+    model, train, test = problem(BatchNormCNN)
+    wanted = TRAK(model, train, residuals="temperature").influence(test.tensors)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    rows = count_rows(monkeypatch)
     method = TRAK(model, train, residuals="temperature", memory_budget=4 * 5 * size)
     torch.testing.assert_close(method.influence(test.tensors), wanted)
     assert max(rows) == 5
@@ -278,7 +353,7 @@ class TestExamplesThatCountForNothing:
         model, x, y = self.draw()
         y[3, 1:], y[5] = -100, -100
         made = TRAK(model, TensorDataset(x, y), damping=0.5).fit()
-        inverse = made._states[0].kernel.inverse
+        inverse = torch.cholesky_inverse(made._states[0].kernel.factor)
         rows = []
         for one, label in zip(x, y, strict=True):
             z, counted = model(one), label != -100

@@ -12,6 +12,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ....system.garbage import cheap_collections
+from ....system.peak_memory import release_free_memory
 from ...measures.calibration import CalibrationResult, calibration
 from ...measures.cost import Cost, forward_seconds, median_cost
 from ...measures.linear_datamodeling import LDSResult, difference, lds, margins
@@ -165,7 +167,9 @@ def _rows(shared: Shared) -> list[Row]:
     for spec in bar:
         bar.set_postfix_str(spec.name)
         method = OnModels(spec, shared, forward, partial(shared.checkpoints_of, spec))
-        rows.append(_row(method, halves, rows[0] if rows else None))
+        release_free_memory()  # of the row before
+        with cheap_collections():  # one before each fit
+            rows.append(_row(method, halves, rows[0] if rows else None))
     return rows
 
 

@@ -124,7 +124,7 @@ def choose(method: OnModels, halves: Retrained, *, always: bool = False) -> Chos
             measured = always or len(spec.grid) > 1
             scores = [a.values for a in method.answers(methods, range(halves.n_tuning))] if measured else []
         except ValueError as error:
-            refused, built = error, None
+            refused = error
             continue
         found = Chosen(options, methods)
         if measured:

@@ -231,11 +231,13 @@ METHODS: dict[str, MethodSpec] = {
             adapters.DiagonalEKFAC,
             grid(fisher=("sampled", "exact"), damping=(0.1, 0.3, 1.0)),
             grid(residuals=_RESIDUALS, damping=(0.1, 0.3, 1.0)),
+            settable=frozenset({"damping"}),
         ),
         *_twice(
             adapters.TRAK,
             grid(damping=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
             grid(residuals=_RESIDUALS, damping=(0.3, 1.0, 3.0)),
+            settable=frozenset({"damping"}),
         ),
         *_twice(
             adapters.TracIn,

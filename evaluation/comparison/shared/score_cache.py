@@ -168,13 +168,15 @@ class CachedMethod:
                 return answer
             run_store.say_damaged(path, damage)
         method = self.method
-        if not hasattr(method, "fit_seconds_"):
-            release_free_memory()
-            method.fit()
-        started = time.perf_counter()
-        found = compute(method)
+        try:
+            if not hasattr(method, "fit_seconds_"):
+                release_free_memory()
+                method.fit()
+            started = time.perf_counter()
+            found = compute(method)
+        finally:  # options that are refused may be set anew
+            self._seen = dict(vars(method))
         values = np.ascontiguousarray(found.cpu() if isinstance(found, Tensor) else found)
-        self._seen = dict(vars(method))
         answer = Answer(
             values=values,
             fit_seconds=method.fit_seconds_,

@@ -1,6 +1,8 @@
 """Rows of a comparison are built with exactly what their names say, and tuned among as many points."""
 
+import gc
 import inspect
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,6 +131,8 @@ def test_four_checkpoints_are_three_and_the_attributed_model(planted):
 
 def test_options_that_are_settable_need_no_new_fit(planted):
     """A grid over them fits once: what is set must count as if it had been given."""
+    damped = {n for n, spec in METHODS.items() if any("damping" in point for point in spec.grid)}
+    assert {n for n, spec in METHODS.items() if "damping" in spec.settable} == damped - {"STRIDE (tuned)"}
     for name, spec in METHODS.items():
         for option in spec.settable:
             values = {point[option] for point in spec.grid}
@@ -163,6 +167,25 @@ def test_a_point_that_leaves_a_settable_option_out_has_its_default(grid, tmp_pat
         (row,) = compare([spec], task, store=tmp_path / str(len(settable)), measures=["lds"], **few).rows
         found.append((row.options, row.lds.value))
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_a_grid_over_a_settable_option_fits_once_although_points_are_refused(tmp_path, monkeypatch):
+    training = TrainingSettings(optimizer="adam", learning_rate=0.01, epochs=2)
+    task = load_task("synthetic", preset="smoke", training=training)
+    few = {"n_subsets": 8, "n_seeds": 1, "n_models": 1, "n_test": 20, "n_jobs": 1, "n_resamples": 0}
+    frozen, original = [], adapters.TRAK.fit
+
+    def fit(self, *given):
+        frozen.append(gc.get_freeze_count())
+        return original(self, *given)
+
+    monkeypatch.setattr(adapters.TRAK, "fit", fit)
+    spec = replace(METHODS["TRAK"], grid=grid(damping=(3.0, 0.0, 1.0, 1e-30, 0.3)))
+    (row,) = compare([spec], task, store=tmp_path, measures=["lds"], **few).rows
+    assert row.options["damping"] in (3.0, 1.0, 0.3)
+    assert len(frozen) == 1
+    assert frozen[0] > gc.get_freeze_count() == 0  # collections look at what the row has made
 
 
 def test_a_row_of_your_own_is_called_as_its_build_is(planted):

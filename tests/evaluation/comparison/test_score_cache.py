@@ -13,7 +13,7 @@ from planted import MLP, planted_classes
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from stride_captum import STRIDE, Batch, ClosedForm, Features, Partition, Ridge, Trained, adapters
-from stride_captum.adapters import EKFAC, CaptumInfluence, DiagonalEKFAC, Random, TracIn
+from stride_captum.adapters import EKFAC, TRAK, CaptumInfluence, DiagonalEKFAC, Random, TracIn
 from stride_captum.evaluation.comparison.shared import score_cache as kept_answers
 from stride_captum.evaluation.comparison.shared.methods import MethodSpec
 from stride_captum.evaluation.comparison.shared.score_cache import CachedMethod
@@ -96,6 +96,15 @@ class TestKeeping:
         other = Task("planted", TensorDataset(x + 1e-6, y), task.test, MLP, task.training)
         asked_again(other, model)
         kept(task, model, tmp_path).ask("x", (), never)
+
+    @pytest.mark.slow
+    def test_a_fit_that_refuses_an_option_leaves_the_names_as_they_are(self, task, model, batch, tmp_path):
+        method = kept(task, model, tmp_path, TRAK, damping=0.0)
+        with pytest.raises(ValueError, match="`damping` must be at least"):
+            method.margins(batch)
+        method.method.damping = 1.0
+        method.ask("x", (), lambda m: np.ones(1))
+        kept(task, model, tmp_path, TRAK, damping=1.0).ask("x", (), never)
 
     @pytest.mark.slow
     def test_an_option_that_is_set_on_a_fitted_method_counts(self, task, model, batch, tmp_path):
