@@ -1,4 +1,4 @@
-"""Class weights where an example has several positions, against dense formulas and by laws."""
+"""Weights of classes and of positions where an example has several, against dense formulas and by laws."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from stride_captum import Batch, Checkpoint
 from stride_captum.adapters import EKFAC, TRAK, DiagonalEKFAC, TracIn
 from stride_captum.losses import CrossEntropy
 
 N_TRAIN, N_TEST, LENGTH, WIDTH, N_CLASSES, IGNORED = 9, 4, 5, 3, 4, -100
 WEIGHT = torch.tensor([1.0, 2.0, 0.25, 6.0], dtype=torch.float64)
+#: Of positions, some of them 0, in one example all.
+GIVEN = (torch.arange(N_TRAIN * LENGTH, dtype=torch.float64).reshape(N_TRAIN, LENGTH) * 7 % 5) / 2
+GIVEN[6] = 0
 
 
 class Tagger(nn.Module):
@@ -66,10 +70,13 @@ METHODS = [
 ]
 
 
-def made(method: Any, model: nn.Module, train: Any, weight: Any = WEIGHT, **options: Any) -> Any:
+def made(
+    method: Any, model: nn.Module, train: Any, weight: Any = WEIGHT, given: Any = None, **options: Any
+) -> Any:
     if method is EKFAC:
         pytest.importorskip("kronfluence")
-    return method(model, train, loss=CrossEntropy(weight=weight), batch_size=4, **options)
+    options = {"loss": CrossEntropy(weight=weight), "batch_size": 4, **options}
+    return method(model, train, batch=Batch(sample_weight=given), **options)
 
 
 def same(found: Tensor, wanted: Tensor, tolerance: float = 1e-9) -> None:
@@ -79,13 +86,27 @@ def same(found: Tensor, wanted: Tensor, tolerance: float = 1e-9) -> None:
 
 
 class Dense:
-    """Every position of every example written out: inputs a, output gradients of all outputs, r and omega."""
+    """Every position of every example written out: inputs a, output gradients of all outputs, r and omega.
 
-    def __init__(self, model: Tagger, x: Tensor, y: Tensor) -> None:
-        self.counted = y != IGNORED
+    Args:
+        model: The network.
+        x: Inputs.
+        y: Labels.
+        given: Weights of the positions; None for 1.
+        temperature: T of the residuals of the training side.
+    """
+
+    def __init__(
+        self, model: Tagger, x: Tensor, y: Tensor, given: Tensor | None = None, temperature: float = 1.0
+    ) -> None:
+        given = torch.ones(y.shape, dtype=torch.float64) if given is None else given
+        self.counted = (y != IGNORED) & (given > 0)
         labels = y.clamp_min(0)
-        self.omega = torch.where(self.counted, WEIGHT[labels], 0.0)
+        self.given = given * self.counted
+        self.weight = (self.given.sum(1) / self.counted.sum(1).clamp_min(1)).sum()
+        self.omega = self.given * WEIGHT[labels]
         z = model(x).detach()
+        self.tempered = F.one_hot(labels, N_CLASSES) - (z / temperature).softmax(2)
         self.p = z.softmax(2)
         self.e = F.one_hot(labels, N_CLASSES).double()
         self.r = (self.e - self.p) * self.counted[..., None]
@@ -113,22 +134,28 @@ class Dense:
 
     @property
     def weighed(self) -> Tensor:
-        return self.r * self.omega[..., None]
+        return self.tempered * self.omega[..., None]
 
 
-def both(data: Any, model: Tagger) -> tuple[Dense, Dense]:
+def both(data: Any, model: Tagger, given: Tensor | None = None, options: Any = ()) -> tuple[Dense, Dense]:
     train, test = data
-    return Dense(model, *train.tensors), Dense(model, *test)
+    temperature = 2.0 if "residuals" in options else 1.0
+    return Dense(model, *train.tensors, given, temperature), Dense(model, *test)
 
 
-def test_trak(data):
+#: Weights of positions, and residuals.
+SETTINGS = [(None, {}), (GIVEN, {}), (GIVEN, {"residuals": "temperature", "temperature": 2.0})]
+
+
+@pytest.mark.parametrize(("given", "options"), SETTINGS)
+def test_trak(data, given, options):
     model = tagger()
-    train, test = both(data, model)
+    train, test = both(data, model, given, options)
     phi = train.flat(train.margins * train.omega.sqrt()[..., None])
     gram = phi.T @ phi
-    damped = gram + 0.5 * gram.trace() / N_TRAIN * torch.eye(len(gram)).to(gram)
+    damped = gram + 0.5 * gram.trace() / train.weight * torch.eye(len(gram)).to(gram)
     wanted = test.flat(test.margins) @ torch.linalg.solve(damped, train.flat(train.weighed).T)
-    method = made(TRAK, model, data[0], projection_dim=1000, damping=0.5)
+    method = made(TRAK, model, data[0], given=given, projection_dim=1000, damping=0.5, **options)
     same(method.influence(data[1]), wanted)
     own = (train.flat(train.r) * torch.linalg.solve(damped, train.flat(train.weighed).T).T).sum(1)
     same(method.self_influence(), own)
@@ -137,8 +164,10 @@ def test_trak(data):
 @pytest.mark.slow
 @pytest.mark.parametrize("by_time", [False, True])
 @pytest.mark.parametrize("dense", ["kronecker", "diagonal"])
-def test_diagonal_ekfac(data, dense, by_time):
-    train, test = both(data, tagger())
+@pytest.mark.parametrize(("given", "options"), SETTINGS)
+@pytest.mark.parametrize("relative", [False, True])
+def test_diagonal_ekfac(data, dense, by_time, given, options, relative):
+    train, test = both(data, tagger(), given, options)
     draws = []  # sqrt(omega p_c) (e_c - p) of one position and one class each
     for t in range(LENGTH):
         for c in range(N_CLASSES):
@@ -149,22 +178,27 @@ def test_diagonal_ekfac(data, dense, by_time):
     wanted = torch.zeros(N_TEST, N_TRAIN, dtype=torch.float64)
     for name, inputs in train.inputs.items():
         a = inputs[..., :-1]
-        squares = sum(train.gradients(v)[name].square().sum(0) for v in draws) / N_TRAIN
-        g = sum(torch.einsum("npo,npq->oq", b, b) for b in (train.back(v)[name] for v in draws)) / N_TRAIN
+        squares = sum(train.gradients(v)[name].square().sum(0) for v in draws) / train.weight
+        g = sum(torch.einsum("npo,npq->oq", b, b) for b in (train.back(v)[name] for v in draws))
+        g = g / train.weight
         mean = torch.einsum("np,npi,npj->ij", train.omega, a, a) / train.omega.sum()
         weights = torch.kron(g, mean) if dense == "kronecker" else torch.diag(squares[:, :-1].flatten())
         for columns, matrix in ((slice(-1), weights), (slice(-1, None), torch.diag(squares[:, -1]))):
-            damped = matrix + 0.1 * matrix.diagonal().mean() * torch.eye(len(matrix)).to(matrix)
+            unit = matrix.diagonal().mean() if relative else 1.0
+            damped = matrix + 0.1 * unit * torch.eye(len(matrix)).to(matrix)
             sides = (side[name][:, :, columns].flatten(1) for side in (left, right))
-            wanted += next(sides) @ torch.linalg.solve(damped, next(sides).T) / N_TRAIN
-    method = made(DiagonalEKFAC, tagger(by_time=by_time), data[0], fisher="exact", dense=dense)
+            wanted += next(sides) @ torch.linalg.solve(damped, next(sides).T) / train.weight
+    options = {"fisher": "exact", "dense": dense, "relative": relative, **options}
+    method = made(DiagonalEKFAC, tagger(by_time=by_time), data[0], given=given, **options)
     same(method.influence(data[1]), wanted)
 
 
 @pytest.mark.parametrize("strategy", ["ekfac", "kfac", "diagonal"])
-def test_ekfac(data, strategy):
+@pytest.mark.parametrize(("given", "options"), SETTINGS)
+@pytest.mark.parametrize("damping", [None, 0.05])
+def test_ekfac(data, strategy, given, options, damping):
     model = tagger()
-    train, test = both(data, model)
+    train, test = both(data, model, given, options)
     root = train.r * train.omega.sqrt()[..., None]
     left, right, terms = test.gradients(test.margins), train.gradients(train.weighed), train.gradients(root)
     wanted = torch.zeros(N_TEST, N_TRAIN, dtype=torch.float64)
@@ -173,15 +207,16 @@ def test_ekfac(data, strategy):
         value_a, q_a = torch.linalg.eigh(
             torch.einsum("np,npi,npj->ij", train.omega, a, a) / train.omega.sum()
         )
-        value_b, q_b = torch.linalg.eigh(torch.einsum("npo,npq->oq", b, b) / train.counted.sum())
+        value_b, q_b = torch.linalg.eigh(torch.einsum("npo,npq->oq", b, b) / train.given.sum())
         q, values = torch.kron(q_b, q_a), torch.kron(value_b, value_a)
         if strategy == "diagonal":
             q = torch.eye(len(q)).to(q)
         if strategy != "kfac":
-            values = (terms[name].flatten(1) @ q).square().mean(0)
-        inverse = q @ torch.diag(1 / (values + 0.1 * values.mean())) @ q.T
-        wanted += left[name].flatten(1) @ inverse @ right[name].flatten(1).T / N_TRAIN
-    method = made(EKFAC, model, data[0], fisher="empirical", strategy=strategy)
+            values = (terms[name].flatten(1) @ q).square().sum(0) / train.weight
+        inverse = q @ torch.diag(1 / (values + (damping or 0.1 * values.mean()))) @ q.T
+        wanted += left[name].flatten(1) @ inverse @ right[name].flatten(1).T / train.weight
+    options = {"fisher": "empirical", "strategy": strategy, "damping": damping, **options}
+    method = made(EKFAC, model, data[0], given=given, **options)
     same(method.influence(data[1]), wanted)
 
 
