@@ -147,6 +147,7 @@ def both(data: Any, model: Tagger, given: Tensor | None = None, options: Any = (
 SETTINGS = [(None, {}), (GIVEN, {}), (GIVEN, {"residuals": "temperature", "temperature": 2.0})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "options"), SETTINGS)
 def test_trak(data, given, options):
     model = tagger()
@@ -193,6 +194,7 @@ def test_diagonal_ekfac(data, dense, by_time, given, options, relative):
     same(method.influence(data[1]), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ekfac", "kfac", "diagonal"])
 @pytest.mark.parametrize(("given", "options"), SETTINGS)
 @pytest.mark.parametrize("damping", [None, 0.05])
@@ -297,3 +299,236 @@ def test_the_positions_of_one_example_over_two_add_up(data, method, options):
     found = made(method, model, split, **options).influence(test)
     same(found[:, 0] + found[:, -1], whole[:, 0])
     same(found[:, 1:-1], whole[:, 1:])
+
+
+KINDS = ("training", "temperature", "leave-one-out", "both")
+#: A method of each kind, with an absolute damping that no scale of the weights takes along.
+ABSOLUTE = [
+    (TracIn, {}),
+    (TRAK, {"projection_dim": 64, "damping": 0.5}),
+    (DiagonalEKFAC, {"fisher": "exact", "relative": False}),
+    (EKFAC, {"fisher": "empirical", "damping": 0.01}),
+]
+#: The same with a damping in units of the Fisher matrix.
+RELATIVE = [
+    (TracIn, {}),
+    (TRAK, {"projection_dim": 5, "damping": 0.5}),
+    (DiagonalEKFAC, {"fisher": "exact"}),
+    (EKFAC, {"fisher": "empirical"}),
+]
+
+
+class Read(nn.Module):
+    """A tagger behind another layer, whose output the ridge head of out-of-sample residuals reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            self.first, self.tagger = nn.Linear(WIDTH, WIDTH), tagger(mixing=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.tagger(self.first(x))
+        return z
+
+
+def answers(method: Any, test: Any) -> list[Tensor]:
+    """Everything that a gradient method says, of training examples and of others."""
+    found = [method.influence(test, response=response) for response in ("margin", "loss")]
+    found += [method.influence(test, normalize="cosine"), method.influence(test, 3).influence_scores]
+    found += [method.self_influence(), method.mislabel_scores()]
+    return found if method.residuals in KINDS[2:] else [*found, method.self_influence(test)]
+
+
+def same_answers(found: Any, wanted: Any, test: Any, other: Any = None, tolerance: float = 1e-9) -> None:
+    expected = answers(wanted, test if other is None else other)
+    for a, b in zip(answers(found, test), expected, strict=True):
+        same(a, b, tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("residuals", KINDS)
+class TestWeightsOfPositions:
+    @pytest.mark.parametrize("zero", [False, True])
+    @pytest.mark.parametrize(("method", "options"), ABSOLUTE)
+    def test_one_for_all_of_an_example_is_its_own(self, data, method, options, residuals, zero):
+        model, (train, test) = Read().double(), data
+        own = torch.linspace(0.1, 3, N_TRAIN).double() * (torch.arange(N_TRAIN) != 3 * zero - 1)
+        each = own[:, None].expand(-1, LENGTH)
+        found, wanted = (
+            made(method, model, train, given=w, residuals=residuals, **options) for w in (each, own)
+        )
+        same_answers(found, wanted, test)
+
+    @pytest.mark.parametrize(("method", "options"), RELATIVE)
+    def test_those_of_classes_are_class_weights(self, data, method, options, residuals):
+        model, (train, test) = Read().double(), data
+        own = WEIGHT[train.tensors[1].clamp_min(0)]
+        options = {**options, "residuals": residuals}
+        found, wanted = (
+            made(method, model, train, None, own, **options),
+            made(method, model, train, **options),
+        )
+        same(found.influence(test), wanted.influence(test))
+        same(found.self_influence(), wanted.self_influence())
+
+    @pytest.mark.parametrize(("method", "options"), ABSOLUTE)
+    def test_0_is_an_ignored_label_on_both_sides(self, data, method, options, residuals):
+        """In the data, where test points have weights too; nothing else of these counts."""
+        model, ((x, y), (xt, yt)) = Read().double(), (data[0].tensors, data[1])
+        given = torch.randint(3, yt.shape, generator=torch.Generator().manual_seed(5)).double()
+        given[1] = 0
+        weighed, ignored = (
+            (TensorDataset(x, GIVEN, labels), (xt, w, others))
+            for labels, w, others in (
+                (y, given, yt),
+                (y.masked_fill(GIVEN == 0, IGNORED), given + 1, yt.masked_fill(given == 0, IGNORED)),
+            )
+        )
+        found, wanted = (
+            made(method, model, train, given=1, residuals=residuals, **options)
+            for train in (weighed[0], ignored[0])
+        )
+        same_answers(found, wanted, weighed[1], ignored[1])
+
+    @pytest.mark.parametrize(("method", "options"), ABSOLUTE)
+    def test_labels_of_weight_0_say_nothing(self, data, method, options, residuals):
+        """Soft ones, which none can be ignored of."""
+        model, ((x, y), (xt, yt)) = Read().double(), (data[0].tensors, data[1])
+        given = torch.ones(yt.shape, dtype=torch.float64)
+        given[:, 1] = 0
+        soft = [F.one_hot(labels.clamp_min(0), N_CLASSES) * 0.7 + 0.3 / N_CLASSES for labels in (y, yt)]
+        other = [
+            torch.where(w[..., None] > 0, s, s.flip(2)) for s, w in zip(soft, (GIVEN, given), strict=True)
+        ]
+        options = {**options, "given": 1, "residuals": residuals}
+        found, wanted = (
+            made(method, model, TensorDataset(x, GIVEN, labels), None, **options)
+            for labels in (soft[0], other[0])
+        )
+        same_answers(found, wanted, (xt, given, soft[1]), (xt, given, other[1]))
+
+    @pytest.mark.parametrize("loss", ["mse", "binary_cross_entropy"])
+    @pytest.mark.parametrize(("method", "options"), ABSOLUTE)
+    def test_positions_of_weight_0_behind_all_others_are_none(self, data, method, options, residuals, loss):
+        if loss == "mse" and residuals == "temperature":
+            pytest.skip("a regression has no temperature")
+        model, ((x, y), (xt, yt)) = Read().double(), (data[0].tensors, data[1])
+        labels = [F.one_hot(part.clamp_min(0), N_CLASSES).double() for part in (y, yt)]
+        parts = (x, GIVEN + 0.5, labels[0]), (xt, torch.ones(yt.shape), labels[1])
+        longer = [
+            (F.pad(a, (0, 0, 0, 2), value=0.3), F.pad(w, (0, 2)), F.pad(b, (0, 0, 0, 2))) for a, w, b in parts
+        ]
+        options = {**options, "loss": loss, "given": 1, "residuals": residuals}
+        found, wanted = (made(method, model, TensorDataset(*p), **options) for p in (longer[0], parts[0]))
+        for response in ("loss", None):
+            same(found.influence(longer[1], response=response), wanted.influence(parts[1], response=response))
+        target = {"target": 1, "response": "output" if loss == "mse" else "logit"}
+        same(found.influence(longer[1], **target), wanted.influence(parts[1], **target))
+        same(found.self_influence(), wanted.self_influence())
+
+    @pytest.mark.parametrize(("method", "options"), ABSOLUTE)
+    def test_float32_and_files(self, data, method, options, residuals, tmp_path):
+        (x, y), test = data[0].tensors, data[1]
+        wide = made(method, Read().double(), data[0], given=GIVEN, residuals=residuals, **options)
+        train, asked = TensorDataset(x.float(), y), (test[0].float(), test[1])
+        options = {"given": GIVEN, "residuals": residuals, **options}
+        narrow = made(method, Read().float(), train, **options)
+        for a, b in zip(answers(narrow, asked), answers(wide, test), strict=True):
+            same(a.double(), b.double(), 1e-3)
+        narrow.save(tmp_path / "method")
+        batch = Batch(sample_weight=GIVEN)
+        loaded = method.load(tmp_path / "method", Read().float(), train, batch=batch)
+        for a, b in zip(answers(loaded, asked), answers(narrow, asked), strict=True):
+            assert a.equal(b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "options"), [(TracIn, {}), (DiagonalEKFAC, {"fisher": "exact"})])
+@pytest.mark.parametrize("residuals", ["training", "temperature"])
+def test_a_weight_of_2_is_a_duplicate_of_the_position(data, method, options, residuals):
+    """In another example, where positions have terms of their own in F and do not read each other."""
+    model, ((x, y), test) = tagger(), (data[0].tensors, data[1])
+    weights, again = torch.ones(y.shape), torch.full_like(y[:1], IGNORED)
+    weights[2, 1:3], again[0, 1:3] = 2, y[2, 1:3]
+    options = {"residuals": residuals, **options}
+    found = made(method, model, data[0], given=weights, **options).influence(test)
+    twice = TensorDataset(torch.cat([x, x[2:3]]), torch.cat([y, again]))
+    wanted = made(method, model, twice, **options).influence(test)
+    wanted[:, 2] += wanted[:, -1]
+    same(found, wanted[:, :-1])
+
+
+class TestTemperature:
+    """Matched with the weights of positions, in the training set and in held-out data."""
+
+    def fitted(self, data, given, **options):
+        train = TensorDataset(data[0].tensors[0], *given, data[0].tensors[1])
+        place = 1 if given else None
+        options = {"weight": None, "given": place, "residuals": "temperature", **options}
+        return made(TracIn, sure(), train, **options).fit()._states[-1].temperature
+
+    def test_held_out(self, data):
+        """A position of weight 0 is ignored there, one of weight 2 counts twice."""
+        x, y = data[1]
+        weights = torch.ones(y.shape)
+        weights[:, 3:] = 0
+        few = [(x, weights, y), (x, 1 + weights, y.masked_fill(weights == 0, IGNORED))]
+        ones = torch.ones(N_TRAIN, LENGTH)
+        found, wanted, every = (
+            self.fitted(data, [ones], held_out=held) for held in (*few, (x, weights + 1, y))
+        )
+        assert found == pytest.approx(wanted, rel=1e-9)
+        assert abs(every / found - 1) > 1e-3
+
+    def test_training_set(self, data):
+        """Halves of all but one example: as of whole examples, and as where that one counts twice."""
+        held = data[1]
+        weights = torch.ones(N_TRAIN, LENGTH)
+        weights[1:] = 0.5
+        (x, y) = data[0].tensors
+        found = self.fitted(data, [weights], held_out=(held[0], torch.ones(held[1].shape), held[1]))
+        twice = TensorDataset(torch.cat([x, x[:1]]), torch.cat([y, y[:1]])), held
+        assert found == pytest.approx(self.fitted(twice, [], held_out=held), rel=1e-9)
+        assert abs(found / self.fitted(data, [], held_out=held) - 1) > 1e-4
+
+    def test_examples_that_a_checkpoint_has_not_seen(self, data):
+        (x, y), model = data[0].tensors, sure()
+        y = torch.where(torch.arange(N_TRAIN)[:, None] < 6, model(x).argmax(2), y)
+        weights = torch.ones(N_TRAIN, LENGTH)
+        weights[5:8, 2:] = 0
+        seen = [Checkpoint(model.state_dict(), seen=range(6))]
+        given = (TensorDataset(x, y), data[1]), (TensorDataset(x, y.masked_fill(weights == 0, IGNORED)), None)
+        found = self.fitted(given[0], [weights], checkpoints=seen)
+        assert found == pytest.approx(self.fitted(given[1], [], checkpoints=seen), rel=1e-9)
+        assert abs(found / self.fitted(given[0], [], checkpoints=seen) - 1) > 1e-3
+
+
+def sure() -> Tagger:
+    """A tagger with more confidence in its outputs."""
+    model = tagger()
+    model.outer.weight.data.mul_(8)
+    return model
+
+
+@pytest.mark.parametrize(("method", "options"), RELATIVE)
+def test_weights_of_another_shape_are_refused(data, method, options):
+    (x, y), (xt, yt) = data[0].tensors, data[1]
+    must = r"`sample_weight` must hold one for each example, or \(\d, 5\); got the shape \(\d, 4\)"
+    with pytest.raises(ValueError, match=must):
+        made(method, tagger(), data[0], given=GIVEN[:, 1:], **options).fit()
+    fitted = made(method, tagger(), TensorDataset(x, GIVEN, y), given=1, **options)
+    with pytest.raises(ValueError, match=must):
+        fitted.influence((xt, torch.ones(N_TEST, LENGTH - 1), yt))
+
+
+def test_weights_of_positions_are_refused_where_examples_have_one(data):
+    (x, y), _ = data[0].tensors, data[1]
+    train = TensorDataset(x[:, 0], y[:, 0].clamp_min(0))
+    with pytest.raises(ValueError, match=r"must hold one for each example; got the shape \(\d, 5\)"):
+        made(TracIn, tagger(), train, given=GIVEN).fit()
+
+
+def test_weights_that_are_all_0_are_refused(data):
+    with pytest.raises(ValueError, match=r"a label that is not ignored, .* weight above 0"):
+        made(TRAK, tagger(), data[0], given=torch.zeros(N_TRAIN, LENGTH)).fit()
