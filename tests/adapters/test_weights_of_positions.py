@@ -390,6 +390,7 @@ class TestWeightsOfPositions:
             for train in (weighed[0], ignored[0])
         )
         same_answers(found, wanted, weighed[1], ignored[1])
+        same(*(m.influence(m.train_dataset) for m in (found, wanted)))
 
     @pytest.mark.parametrize(("method", "options"), ABSOLUTE)
     def test_labels_of_weight_0_say_nothing(self, data, method, options, residuals):
