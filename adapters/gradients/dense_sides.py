@@ -117,7 +117,7 @@ def weights_of_rows(
     n, each = len(weights), torch.where(weighs, weights, means[:, None])
     # Entries of all kinds: that their products with the Jacobian vanish by chance is out of the question.
     some = torch.arange(1, n * n_outputs + 1, dtype=torch.float64, device="cpu").cos().reshape(n, -1)
-    every = some.to(next(iter(layers)).weight)
+    every = some.to(next(model.parameters()))
     with torch.enable_grad():
         labeled = dense_sides(model, layers, batch, times(every, weights.sqrt()))
         read_by_any = dense_sides(model, layers, batch, every)
