@@ -5,7 +5,8 @@ would fix the device at its first use) is neither read nor set, and nothing is l
 
 Batches are dicts: "examples", and beside them what the losses need of each example, `(n, ...)`. Those that
 factors are made of have "labels", and "weights" w where examples count differently: F is a mean of w times
-outer products of gradients, so that the loss has the root of w.
+outer products of gradients, so that the loss has the root of w. So it has those of "positions", the weights
+of several positions beside w, `(n, P)`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ..losses import CrossEntropy, Loss
 from ..losses.summed_positions import SummedPositions
+from ..losses.weights import times
 from ..system.garbage import cheap_collections
 from ._kronfluence_layers import Grouped, group_rows, replace_modules
 from ._kronfluence_rows import WeighedRows, divided_by_weights
@@ -163,17 +165,18 @@ class Kronfluence:
         Those of Linear layers are `weights_of_rows`; every row of a Conv2d layer has the mean weight of its
         example.
         """
-        (model, layers), loss = self.plain, self.losses.loss
+        model, layers = self.plain
         inside = dict(zip(layers.values(), self.losses.layers, strict=True))
         linear: dict[nn.Module, str] = {
             layer: name for layer, name in layers.items() if isinstance(layer, nn.Linear)
         }
         for batch in batches:
-            if isinstance(loss, SummedPositions):
-                n, y = len(batch["examples"]), batch["labels"]
-                rows = weights_of_rows(model, linear, batch["examples"], y, loss)
-                batch = {"weights": y.new_ones(n, dtype=torch.get_default_dtype()), **batch}
-                batch["rows"] = dict.fromkeys(inside.values(), mean_weights(y, loss)[:, None])
+            own = batch.get("positions")
+            if own is not None:
+                n, width = len(own), batch["residuals"].shape[1]
+                rows = weights_of_rows(model, linear, batch["examples"], own, width)
+                batch = {"weights": own.new_ones(n), **batch}
+                batch["rows"] = dict.fromkeys(inside.values(), mean_weights(own)[:, None])
                 batch["rows"].update({inside[name]: each.reshape(n, -1) for name, each in rows.items()})
             yield batch
 
@@ -227,11 +230,10 @@ class LinearLosses:
         vectors = batch["residuals"]
         if sample:
             vectors = self.loss.drawn_residuals(logits.detach(), batch["uniforms"])
-        if "labels" in batch:
-            y = batch["labels"].to(vectors.device)
-            vectors = self.loss.of_counted(vectors if sample else self.loss.rooted(vectors, y), y)
-        if weights is not None:
-            vectors = vectors * weights.sqrt().to(vectors)[:, None]
+        if "labels" in batch and not sample:
+            vectors = self.loss.rooted(vectors, batch["labels"].to(vectors.device))
+        for factor in (weights, batch.get("positions")):
+            vectors = times(vectors, None if factor is None else factor.sqrt())
         return _minus_product(logits, vectors)
 
     def compute_measurement(self, batch: Batch, model: nn.Module) -> Tensor:

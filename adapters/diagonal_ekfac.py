@@ -6,9 +6,9 @@ F is diagonal for convolutions, norm layers and biases. For the weights of dense
 output gradients b, it is `E[b b^T] (x) E[a a^T]`, and is inverted in its eigenbasis. (EKFAC as others know it
 has Kronecker factors for convolutions too, and corrects the eigenvalues.)
 
-Weights of examples multiply their terms of F and of both means, class weights those of the positions of an
-example; positions that no label depends on, as padding, are not in the mean over a. An example whose labels
-are all ignored has weight 0.
+Weights of examples multiply their terms of F and of both means, class weights and weights of positions those
+of the positions of an example; positions that no label depends on, as padding, are not in the mean over a. An
+example whose labels are all ignored has weight 0.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..errors import bad_choice, bad_value
+from ..losses.weights import times
 from ..system.devices import as_float64
 from ..system.saved_values import saved_as
 from .gradients.dense_sides import all_weigh_1, dense_layers, dense_sides, order_of_rows, weights_of_rows
@@ -128,20 +129,21 @@ class DiagonalEKFAC(GradientMethod):
         vectors = self._probe_vectors(model)
         order = order_of_rows(model, layers, self._probe, vectors, self._rounding)
         n = self._fisher_weight()
-        for batch, uniforms, omega in self._fisher_batches(show_progress):
+        for batch, uniforms, places in self._fisher_batches(show_progress):
             with torch.no_grad():
                 logits = self.batch_logits(model, batch)
             labels = self.train_labels(batch, logits.shape[1])
-            draws = fisher_vectors(self.fisher, logits, labels, uniforms, self.loss)
-            if omega is not None:
-                draws = [v * omega.to(v).sqrt()[:, None] for v in draws]
+            own = self._position_weights(labels, places)
+            omega = None if self._omega is None else self._omega[places]
+            draws = fisher_vectors(self.fisher, logits, labels, uniforms, self.loss, own)
+            draws = [times(v, None if omega is None else omega.sqrt()) for v in draws]
             weights = logits.new_ones(len(batch)) if omega is None else omega.to(logits)
-            alike = order == "any" and all_weigh_1(labels, self.loss) and len(weights.unique()) == 1
+            alike = order == "any" and all_weigh_1(own) and len(weights.unique()) == 1
             size = len(batch) if order == "by example" or alike else 1
             groups = list(torch.arange(len(batch), device=weights.device).split(size))
             pieces = [batch] if len(groups) == 1 else [batch[some] for some in groups]
             counted = [
-                weights_of_rows(model, layers, piece, labels[some], self.loss)
+                weights_of_rows(model, layers, piece, None if own is None else own[some], logits.shape[1])
                 for piece, some in zip(pieces, groups, strict=True)
             ]
             for vectors in draws:
@@ -168,23 +170,22 @@ class DiagonalEKFAC(GradientMethod):
         if self._omega is None:
             return min(self.n_fisher, self.n_train_)
         chosen, _ = fisher_sample(self.n_train_, self.n_fisher, self.seed)
-        total = float(self._omega[chosen.to(self._omega.device)].sum())
+        total = float(self._omega[chosen].sum())
         if not total > 0:
             got = f"weights of 0 for all {len(chosen)} that F is estimated from"
             raise bad_value("n_fisher", "take in examples with a weight above 0", got, "Raise it.")
         return total
 
-    def _fisher_batches(self, show_progress: bool) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
-        """Examples that F is estimated from, what draws their labels, and their weights."""
+    def _fisher_batches(self, show_progress: bool) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """Examples that F is estimated from, what draws their labels, and their places."""
         n_draws = self.loss.n_draws(self._n_outputs)
         chosen, uniforms = fisher_sample(self.n_train_, self.n_fisher, self.seed, n_draws)
         device = self._work_device()
         for rows, batch in self.train_blocks(self.n_train_, show_progress):
             inside = (chosen >= rows.start) & (chosen < rows.stop)
             if inside.any():
-                places = chosen[inside] - rows.start
-                omega = None if self._omega is None else self._omega[rows][places.to(self._omega.device)]
-                yield batch[places], uniforms[inside].to(device), omega
+                places = chosen[inside]
+                yield batch[places - rows.start], uniforms[inside].to(device), places
 
     def _damped(
         self, spectra: dict[str, Tensor], bases: dict[str, list[Tensor]], damping: float

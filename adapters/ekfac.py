@@ -4,7 +4,8 @@
 
 where Q is the eigenbasis of the Kronecker factors of a layer's Fisher matrix and Lambda holds the mean
 squares of gradients in it. Weights of examples multiply r_i and their terms in all of these means, class
-weights those of the positions of an example; an example whose labels are all ignored has weight 0.
+weights and weights of positions those of the positions of an example; an example whose labels are all ignored
+has weight 0.
 kronfluence is asked for products of the gradients of two linear losses, `-<logits, r_i>` and `-<logits, g>`,
 whose gradients are those of the loss and of the response.
 
@@ -203,7 +204,9 @@ class EKFAC(GradientMethod):
             uniforms = np.stack([np.random.default_rng([self.seed, draw, key]).random(k) for key in keys])
             labels = self.train_labels(batch["examples"], residuals.shape[1])
             drawn = residuals.new_tensor(uniforms, dtype=torch.float64)
-            yield {**batch, "uniforms": drawn, "labels": labels}
+            own = self._position_weights(labels, batch["examples"].columns)
+            positions = {} if own is None else {"positions": own}
+            yield {**batch, "uniforms": drawn, "labels": labels, **positions}
 
     def _train_sides(self, show_progress: bool = False, **vectors: Tensor) -> Iterator[Batch]:
         for rows, batch in self.train_blocks(self.n_train_, show_progress):

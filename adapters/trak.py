@@ -6,8 +6,9 @@ phi_i is the projection of the gradient of the margin m_i of the label, Phi stac
 is what stands in the diagonal of the paper's Q. Since `e_y - p = (1 - p_y) dm/dz`, the last factor is the
 projection of `J_i^T r_i`, so other residuals r_i apply here as to every gradient method. Of another loss,
 m is its default response, summed over the outputs of an example, and r_i its residual. Weights of examples
-multiply their terms of `Phi^T Phi` and r_i. Class weights omega of several positions t multiply those of r_i,
-and `phi_i = sum_t sqrt(omega_t) phi_it`, so that `omega_t phi_it phi_it^T` is a part of `Phi^T Phi`.
+multiply their terms of `Phi^T Phi` and r_i. Weights omega of several positions t, of classes or their own,
+multiply those of r_i, and `phi_i = sum_t sqrt(omega_t) phi_it`, so that `omega_t phi_it phi_it^T` is a part
+of `Phi^T Phi`.
 
 The projection is a count sketch. The package `traker` 0.3.2 draws a matrix of the size parameters x
 projection_dim anew for each batch where it has no CUDA kernel: for 100 gradients of 535,818 parameters and
@@ -26,8 +27,7 @@ from typing_extensions import override
 
 from ..errors import bad_value
 from ..influence.method import Query
-from ..losses import Loss
-from ..losses.summed_positions import SummedPositions
+from ..losses.weights import times
 from ..system.devices import as_float64, float64_device
 from ..system.memory import MOST_ROWS
 from ..system.saved_values import saved_as
@@ -164,9 +164,11 @@ class TRAK(GradientMethod):
             with torch.no_grad():
                 logits = self.batch_logits(model, batch)
             labels = self.train_labels(batch, logits.shape[1])
-            labeled.append(_labeled(self.loss, labels))
+            weights = self._position_weights(labels, rows)
+            labeled.append(torch.ones(len(batch), dtype=torch.bool) if weights is None else weights.any(1))
             asked = self.loss.asked(logits, batch.labels, "label", feature)
-            vectors = self.loss.of_counted(self.loss.response_gradient(logits, asked, feature), labels)
+            vectors = self.loss.response_gradient(logits, asked, feature)
+            vectors = times(vectors, None if weights is None else weights.sqrt())
             of_outputs = self.loss.output_weights(labels)
             if of_outputs is not None:
                 vectors = vectors * of_outputs.to(vectors).sqrt()
@@ -238,13 +240,6 @@ class TRAK(GradientMethod):
     def settings(self) -> dict[str, Any]:
         names = ("projection_dim", "damping", "seed")
         return {**super().settings(), **{name: getattr(self, name) for name in names}}
-
-
-def _labeled(loss: Loss, labels: Tensor) -> Tensor:
-    """Which examples have a label that is not ignored, of a weight above 0, `(n,)` bool."""
-    if isinstance(loss, SummedPositions):
-        return (loss.position_weights(labels) > 0).any(1)
-    return torch.ones(len(labels), dtype=torch.bool, device=labels.device)
 
 
 def _damped(projected: Projected, damping: float) -> TRAKKernel:

@@ -920,16 +920,17 @@ class TestBaselines:
         x, y = train.tensors[0][6:9], train.tensors[1][6:9].clone()
         y[:, 4:] = IGNORED
         loss = SummedPositions(position=CrossEntropy(), n_positions=LENGTH, n_outputs=N_CLASSES)
+        width = LENGTH * N_CLASSES
         layers = {model.hidden: "hidden", model.head: "head"}
         batch = ExampleBatch((x, y), Reading(loss=loss))
-        found = weights_of_rows(model, layers, batch, y, loss)
+        found = weights_of_rows(model, layers, batch, loss.position_weights(y), width)
         assert {name: (each == 1).reshape(3, -1).all(0).tolist() for name, each in found.items()} == {
             "hidden": [True] * 4 + [False] * 2,
             "head": [False] + [True] * 3 + [False] * 2,
         }
-        assert weights_of_rows(model, layers, batch, y.clamp_min(0), loss) == {}
+        assert weights_of_rows(model, layers, batch, torch.ones(3, LENGTH), width) == {}
         model.head.weight.data.zero_()  # a label stays where its unit is dead
-        found = weights_of_rows(model, layers, batch, y, loss)
+        found = weights_of_rows(model, layers, batch, loss.position_weights(y), width)
         assert (found["hidden"] == 1).reshape(3, -1).all(0).tolist() == [False] + [True] * 3 + [False] * 2
 
     def test_controls_take_positions(self, tagged):

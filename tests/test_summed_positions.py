@@ -282,23 +282,30 @@ class TestOutOfSample:
         same(together.influence(test), rows.influence((test[0][:, 0], test[1][:, 0])))
         same(together.self_influence(), rows.self_influence())
 
-    def test_the_head_is_fitted_without_the_example(self, problem):
+    #: Weights of examples and of positions, some of which count for nothing.
+    WEIGHTS = (None, torch.linspace(0.5, 2, 9).double(), (torch.arange(36).reshape(9, 4) * 7 % 5).double())
+
+    @pytest.mark.parametrize("weights", WEIGHTS)
+    def test_the_head_is_fitted_without_the_example(self, problem, weights):
         model, x, _ = problem
-        y = draw(9, 4, 3, seed=7)
-        method = made(TracIn, model, x, y, loss="mse", residuals="leave-one-out").fit()
+        y, batch = draw(9, 4, 3, seed=7), Batch(sample_weight=weights)
+        method = made(TracIn, model, x, y, loss="mse", residuals="leave-one-out", batch=batch).fit()
+        omega = torch.ones(9, 4).double() if weights is None else weights.reshape(9, -1).expand(9, 4)
+        omega, total = omega[..., None], omega.sum()
         # The head reads all layers but the last.
         h = F.pad(model[0](x).detach(), (0, 1), value=1.0)
-        scale = h[..., :3].square().sum(2).mean().rsqrt()
-        h[..., :3] *= scale
-        second = h.flatten(0, 1).T @ h.flatten(0, 1) / 36
-        damping = 0.1 * second.diagonal().mean() * torch.eye(4)
+        h[..., :3] *= ((h[..., :3].square() * omega).sum() / total).rsqrt()
+        second = h.flatten(0, 1).T @ (h * omega).flatten(0, 1) / total
+        damping = 0.1 * second.diagonal().mean() * torch.eye(4).double()
         for i in range(9):
-            others, wanted = (part[torch.arange(9) != i].flatten(0, 1) for part in (h, y))
-            head = torch.linalg.solve(others.T @ others / 36 + damping, others.T @ wanted / 36)
-            same(method._states[0].residuals[i].reshape(4, 3), y[i] - h[i] @ head)
+            others, wanted, w = (part[torch.arange(9) != i].flatten(0, 1) for part in (h, y, omega))
+            head = torch.linalg.solve(
+                others.T @ (others * w) / total + damping, others.T @ (wanted * w) / total
+            )
+            same(method._states[0].residuals[i].reshape(4, 3), omega[i] * (y[i] - h[i] @ head))
 
     @pytest.mark.parametrize("kind", ["leave-one-out", "both"])
-    @pytest.mark.parametrize("weights", [None, torch.linspace(0.5, 2, 9).double()])
+    @pytest.mark.parametrize("weights", WEIGHTS)
     def test_they_are_those_of_stride(self, problem, kind, weights):
         model, x, y = problem
         loss, batch = CrossEntropy(weight=torch.tensor([1.0, 2.0, 0.5])), Batch(sample_weight=weights)

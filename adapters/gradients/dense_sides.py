@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data.batch import ExampleBatch
-from ...losses import Loss
-from ...losses.summed_positions import SummedPositions
+from ...losses.weights import times
 from .checks import agree
 from .traces import hooked
 from .working_copies import widened
@@ -69,69 +68,67 @@ def dense_sides(
     }
 
 
-def mean_weights(labels: Tensor, loss: SummedPositions) -> Tensor:
+def mean_weights(weights: Tensor) -> Tensor:
     """Mean weight of the positions of each example that count, `(n,)`; 0 where none does.
 
     Args:
-        labels: Of the positions, `(n, P)` or `(n, P, C)`.
-        loss: Of whole examples.
+        weights: Of the positions, `(n, P)`.
     """
-    own = loss.position_weights(labels)
-    return own.sum(1) / (own > 0).sum(1).clamp_min(1)
+    counted, most = weights > 0, weights.amax(1)
+    below = (most[:, None] - weights) * counted  # exactly 0 where all of an example are the same
+    return most - below.sum(1) / counted.sum(1).clamp_min(1)
 
 
-def all_weigh_1(labels: Tensor, loss: Loss) -> bool:
-    """Whether every position has a label of weight 1, so that `weights_of_rows` gives none.
+def all_weigh_1(weights: Tensor | None) -> bool:
+    """Whether every position has weight 1, so that `weights_of_rows` gives none.
 
     Args:
-        labels: Of the positions, `(n, P)` or `(n, P, C)`.
-        loss: Of whole examples; true where they have one position, whose weight is that of the example.
+        weights: Of the positions, `(n, P)`; None where examples have one, whose weight is theirs.
     """
-    return not isinstance(loss, SummedPositions) or bool((loss.position_weights(labels) == 1).all())
+    return weights is None or bool((weights == 1).all())
 
 
 def weights_of_rows(
     model: nn.Module,
     layers: Mapping[nn.Module, str],
     batch: ExampleBatch,
-    labels: Tensor,
-    loss: Loss,
+    weights: Tensor | None,
+    n_outputs: int,
 ) -> dict[str, Tensor]:
-    """Weights of the rows of inputs in a mean over positions: those of the labels of the positions.
+    """Weights of the rows of inputs in a mean over positions: those of the positions.
 
-    A position without a label, or whose label has weight 0, has weight 0 where outputs with a weight do not
-    read it, as padding. Where they do, as a prompt, it has the mean of the weights in its example. So has
-    every row of a layer with another number of rows.
+    A position of weight 0, as one without a label, has weight 0 where outputs with a weight do not read it,
+    as padding. Where they do, as a prompt, it has the mean of the weights in its example. So has every row of
+    a layer with another number of rows.
 
     Args:
         model: As for `dense_sides`.
         layers: As for `dense_sides`; their rows are by example (`order_of_rows`), or n is 1.
         batch: As for `dense_sides`.
-        labels: Of the positions, `(n, P)` or `(n, P, C)`.
-        loss: Of whole examples.
+        weights: Of the positions, `(n, P)`, in the order of the outputs; None where examples have one.
+        n_outputs: Of an example, in all of its positions.
 
     Returns:
         `(n_rows,)` by name of the weight; none where all rows have weight 1.
     """
-    if not isinstance(loss, SummedPositions) or all_weigh_1(labels, loss):
+    if weights is None or all_weigh_1(weights) or not layers:
         return {}
-    own, means = loss.position_weights(labels), mean_weights(labels, loss)
-    n, weighs = len(own), own > 0
-    each = torch.where(weighs, own, means[:, None])
+    means, weighs = mean_weights(weights), weights > 0
+    n, each = len(weights), torch.where(weighs, weights, means[:, None])
     # Entries of all kinds: that their products with the Jacobian vanish by chance is out of the question.
-    some = torch.arange(1, own.numel() * loss.n_outputs + 1, dtype=torch.float64).cos()
-    every = some.to(labels.device).reshape(n, -1)
+    some = torch.arange(1, n * n_outputs + 1, dtype=torch.float64, device="cpu").cos().reshape(n, -1)
+    every = some.to(next(model.parameters()))
     with torch.enable_grad():
-        labeled = dense_sides(model, layers, batch, loss.of_counted(every, labels))
+        labeled = dense_sides(model, layers, batch, times(every, weights.sqrt()))
         read_by_any = dense_sides(model, layers, batch, every)
     found = {}
     for name, (_, b) in labeled.items():
-        if len(b) == own.numel():
+        if len(b) == weights.numel():
             # Rows without a label may be in another order than the labels.
             unlabeled = (read_by_any[name][1] != 0).any(1) | ~weighs.flatten().to(b.device)
-            found[name] = each.flatten().to(b.device) * ((b != 0).any(1) | ~unlabeled)
+            found[name] = each.flatten().to(b) * ((b != 0).any(1) | ~unlabeled)
         else:
-            found[name] = means.to(b.device).repeat_interleave(len(b) // n)
+            found[name] = means.to(b).repeat_interleave(len(b) // n)
     return found
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...losses import CrossEntropy, Loss
+from ...losses.weights import times
 
 FISHERS = ("sampled", "exact", "empirical")
 
@@ -37,7 +38,12 @@ def _uniforms(n: int, n_draws: int, generator: torch.Generator) -> Tensor:
 
 
 def fisher_vectors(
-    kind: str, logits: Tensor, labels: Tensor, uniforms: Tensor, loss: Loss | None = None
+    kind: str,
+    logits: Tensor,
+    labels: Tensor,
+    uniforms: Tensor,
+    loss: Loss | None = None,
+    weights: Tensor | None = None,
 ) -> list[Tensor]:
     """Vectors v, `(n, n_classes)` each, such that F is the mean over examples of `sum J^T v v^T J`.
 
@@ -48,6 +54,7 @@ def fisher_vectors(
         labels: `(n,)` int64, or as `loss` has them.
         uniforms: What draws the labels, `(n,)` or `(n, n_draws)`.
         loss: What the model was trained with; None for cross-entropy.
+        weights: Of the positions of an example, `(n, P)`; None for 1.
 
     >>> z = torch.tensor([[0.0, 0.0]])
     >>> fisher_vectors("sampled", z, torch.tensor([0]), torch.tensor([0.7]))
@@ -60,4 +67,4 @@ def fisher_vectors(
         found = loss.hessian_factors(logits)
     else:
         found = [loss.drawn_residuals(logits, uniforms.reshape(len(uniforms), -1))]
-    return [loss.of_counted(vectors, labels) for vectors in found]
+    return [times(vectors, None if weights is None else weights.sqrt()) for vectors in found]

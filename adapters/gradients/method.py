@@ -81,8 +81,9 @@ class GradientMethod(WithResiduals):
 
     Attributes:
         parameters_: Names of the parameters that gradients are taken of.
-        weight_: W, the sum of the weights of the training examples; n_train without weights. An example
-            whose labels are all ignored has weight 0.
+        weight_: W, the sum of the weights of the training examples; n_train without weights. Where these
+            are weights of positions, that of an example is the mean of those that count, with a label and
+            above 0; where none does, it is 0.
     """
 
     needs_gradients: ClassVar[bool] = True

@@ -22,7 +22,9 @@ from ...layers.activations import Tap, default_taps, recording
 from ...layers.positions import at_kept_positions, grid_of
 from ...losses import Loss
 from ...losses.summed_positions import SummedPositions
+from ...losses.weights import times
 from ...system.devices import float64_device
+from .dense_sides import mean_weights
 from .working_model import OnWorkingCopy
 
 
@@ -53,7 +55,10 @@ class WithResiduals(OnWorkingCopy):
         self.residuals = residuals
         self.temperature = temperature
         super().__init__(model, train_dataset, **options)
-        self._omega: Tensor | None = None  # weights of the training examples, as `fit` has read them
+        # Weights of the training examples, `(n_train,)`, and what those of their positions, `(n_train, P)`,
+        # are multiplied with beside these, as `fit` has read them; None for 1.
+        self._omega: Tensor | None = None
+        self._shares: Tensor | None = None
 
     @override
     def check_loss(self, loss: Loss) -> None:
@@ -73,24 +78,29 @@ class WithResiduals(OnWorkingCopy):
         if not bool(torch.isfinite(z).all()):
             wrong = int((~torch.isfinite(z).all(1)).nonzero()[0])
             raise bad_value("model", "return finite logits", f"NaN or infinity for training example {wrong}")
-        temperature = choose_temperature(self, model, z, y, self.temperature, self._omega)
-        loss_residuals = self.loss.residuals(z, y)
+        omega = times(self._shares, self._omega) if self._shares is not None else self._omega
+        temperature = choose_temperature(self, model, z, y, self.temperature, omega)
+        loss_residuals = times(self.loss.residuals(z, y), None if self._shares is None else self._shares > 0)
         if not self._of_the_model:
             widths = [tap.width for tap in taps]
-            return self._of_a_head(features, z, y, widths, temperature), loss_residuals, temperature
+            return self._of_a_head(features, z, y, widths, temperature, omega), loss_residuals, temperature
         given = 1.0 if self.residuals == "training" else temperature
         residuals = loss_residuals if given == 1.0 else self.loss.residuals(z, y, given)
         if isinstance(self.loss, SummedPositions):  # of rows, they are part of omega
             residuals = self.loss.weighed(residuals, y)
-        if self._omega is not None:
-            residuals = residuals * self._omega.to(residuals)[:, None]
-        return residuals, loss_residuals, temperature
+        return times(residuals, omega), loss_residuals, temperature
 
     def _of_a_head(
-        self, features: Tensor, z: Tensor, y: Tensor, widths: Sequence[int], temperature: float
+        self,
+        features: Tensor,
+        z: Tensor,
+        y: Tensor,
+        widths: Sequence[int],
+        temperature: float,
+        omega: Tensor | None,
     ) -> Tensor:
         """omega_i r_i of kinds with a ridge head, which leaves out all positions of an example at once."""
-        loss, omega, positions, n_positions = self.loss, self._omega, None, 0
+        loss, positions, n_positions = self.loss, None, 0
         if isinstance(loss, SummedPositions):
             positions, n_positions = loss.positions_of(y), loss.n_positions
             check_some_rows(positions.n_rows)
@@ -113,7 +123,7 @@ class WithResiduals(OnWorkingCopy):
     def _read_training_set(
         self, model: nn.Module, taps: Sequence[Tap], show_progress: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Features at the taps, a row for each example or counted position, logits, labels; sets `_omega`."""
+        """Features at the taps, a row for each example or counted position, logits, labels; sets weights."""
         features, logits, labels, weights = [], [], [], []
         with recording(model, taps) as run:
             for batch in self.train_batches(show_progress):
@@ -130,18 +140,38 @@ class WithResiduals(OnWorkingCopy):
                 if omega is not None:
                     weights.append(omega)
         y = torch.cat(labels)
-        self._omega = self._of_counted_examples(torch.cat(weights) if weights else None, y)
+        self._set_weights(torch.cat(weights) if weights else None, y)
         return torch.cat(features), torch.cat(logits), y
 
-    def _of_counted_examples(self, weights: Tensor | None, labels: Tensor) -> Tensor | None:
-        """Weights of examples, with 0 where no position has a label of weight above 0."""
-        if not isinstance(self.loss, SummedPositions):
-            return weights
-        counted = self.loss.position_weights(labels).any(1)
-        if bool(counted.all()):
-            return weights
-        counted = counted.to(float64_device(self._work_device()))
-        return counted.double() if weights is None else weights * counted
+    def _set_weights(self, weights: Tensor | None, labels: Tensor) -> None:
+        """Set `_omega`, to 0 where no position has a label of weight above 0, and `_shares`."""
+        self._omega, self._shares = weights, None
+        labeled = self.loss.position_weights(labels)
+        if labeled is None:
+            return
+        counted = (labeled > 0).to(float64_device(self._work_device()))
+        if weights is not None and weights.ndim == 2:
+            each = weights * counted
+            self._omega = mean_weights(each)
+            self._shares = torch.where(each > 0, each / self._omega[:, None], 0.0)
+        elif not bool(counted.any(1).all()):
+            some = counted.any(1)
+            self._omega = some.double() if weights is None else weights * some
+
+    def _position_weights(self, labels: Tensor, examples: slice | Tensor) -> Tensor | None:
+        """Weights of the positions of training examples beside `_omega`, those of their labels included.
+
+        Args:
+            labels: `(n, P)` or `(n, P, C)`.
+            examples: Their places in the training set.
+
+        Returns:
+            `(n, P)`, 0 for positions that count for nothing; None where an example has one position.
+        """
+        found = self.loss.position_weights(labels)
+        if found is None or self._shares is None:
+            return found
+        return found.to(self._shares) * self._shares[examples]
 
     def _feature_taps(self, model: nn.Module) -> list[Tap]:
         """Taps of the features for the ridge head of out-of-sample residuals.

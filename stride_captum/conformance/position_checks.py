@@ -62,6 +62,20 @@ def an_ignored_position_has_weight_0(build: Build) -> None:
 
 
 @position_law
+def one_weight_of_all_positions_is_that_of_the_example(build: Build) -> None:
+    """`Batch(sample_weight=...)` of examples, and of their positions; a method without these refuses them."""
+    model, train, test = _tokens()
+    own = 1 + torch.arange(len(train)) % 3
+    try:
+        of_positions = Batch(sample_weight=own[:, None].expand(-1, N_POSITIONS))
+        found = build(model, train, batch=of_positions).fit()
+        wanted = build(model, train, batch=Batch(sample_weight=own)).fit()
+    except ValueError:
+        return
+    _same_answers(found, wanted, test.tensors, test.tensors)
+
+
+@position_law
 def a_class_of_weight_0_is_ignored(build: Build) -> None:
     """As in `torch.nn.CrossEntropyLoss`, on both sides; a method without weights of classes refuses them."""
     model, train, test = _tokens()

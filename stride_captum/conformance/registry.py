@@ -50,7 +50,7 @@ def laws_of(loss: str) -> dict[str, Check]:
     """The laws for problems that are posed with a loss, or with "positions".
 
     >>> len(laws_of("positions")) - len(laws_of("mse"))
-    7
+    8
     """
     return CHECKS | POSITION_CHECKS if loss == "positions" else dict(CHECKS)
 

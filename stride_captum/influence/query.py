@@ -15,6 +15,7 @@ from ..data.batch import ExampleBatch
 from ..errors import bad_type, bad_value
 from ..layers.activations import token_mask
 from ..losses.base import Loss
+from ..losses.positions import check_weight_shape
 from ..losses.summed_positions import SummedPositions
 from ..positions import Positions
 
@@ -53,10 +54,12 @@ class Query:
         Returns:
             With cross-entropy the class c, `(n,)` int64.
         """
-        loss = batch.reading.loss
-        if batch.labels is None and isinstance(loss, SummedPositions):
-            return loss.asked(logits, None, self.target, self.response, token_mask(batch))
-        return self.asked_of_rows(loss, logits, batch.labels, None)
+        loss, labels = batch.reading.loss, batch.labels
+        if not isinstance(loss, SummedPositions):
+            return self.asked_of_rows(loss, logits, labels, None)
+        weights, padding = asked_weights(batch), None if labels is not None else token_mask(batch)
+        check_weight_shape(weights, (len(logits), loss.n_positions))
+        return loss.asked(logits, labels, self.target, self.response, weights, padding)
 
     def asked_of_rows(
         self, loss: Loss, logits: Tensor, labels: Tensor | None, positions: Positions | None
@@ -86,6 +89,20 @@ class Query:
         batch.reading.loss.refuse("this method", "which asks for the class of a test point")
         found = self.asked(logits, batch)
         return found if found.ndim == 1 else found.argmax(1)
+
+
+def weights_of(batch: ExampleBatch) -> Tensor | None:
+    """Weights of training examples, and of others if they stand in the batch; None for 1."""
+    return batch.weights if batch.columns is not None or batch.has_weights else None
+
+
+def asked_weights(batch: ExampleBatch) -> Tensor | None:
+    """Weights of the positions of test points, `(n, P)`: one of weight 0 is not asked about; None for 1.
+
+    Whole test points are asked about with any weight.
+    """
+    own = weights_of(batch)
+    return None if own is None or own.ndim == 1 else own
 
 
 def check_query(loss: Loss, response: str, normalize: str | None) -> None:

@@ -25,7 +25,7 @@ from ..losses.summed_positions import SummedPositions
 from ..losses.whole_examples import loss_of_outputs
 from ..system.devices import float64_device, on_device
 from .checkpoints.checkpoint import LoadCheckpoint
-from .query import Query
+from .query import Query, asked_weights, weights_of
 from .session import ModelSession
 
 #: Test points that are scored together, at most.
@@ -162,15 +162,15 @@ class BatchReader(ModelSession):
             batch: Of the training set, or of others, whose own weights are 1 unless they stand in it.
             labels: Its labels (`train_labels`).
             kept: Which positions of its examples have a row, `(n, P)` bool; the weight of an example is that
-                of each of them.
+                of each of them. None for whole examples: of `SummedPositions` weights may be `(n, P)`.
         """
-        own = batch.weights if batch.columns is not None or batch.has_weights else None
-        check_weight_shape(own, None if kept is None else tuple(kept.shape))
+        own = weights_of(batch)
+        grid = labels if isinstance(self.loss, SummedPositions) else kept
+        check_weight_shape(own, None if grid is None else tuple(grid.shape[:2]))
         if own is not None and kept is not None:
             own = (own if own.ndim == 2 else own[:, None].expand(kept.shape))[kept.to(own.device)]
-        weights = [w for w in (own, self.loss.weights(labels)) if w is not None]
         place = float64_device(self._work_device())
-        found = [w.to(place) for w in weights]
+        found = [w.to(place) for w in (own, self.loss.weights(labels)) if w is not None]
         return None if not found else found[0] if len(found) == 1 else found[0] * found[1]
 
     def batch_logits(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
@@ -201,8 +201,7 @@ class BatchReader(ModelSession):
             return None
         if len(outputs) != len(batch):
             raise bad_value("model", f"return one row for each of {len(batch)} examples", len(outputs))
-        own = batch.weights if (batch.has_weights if batch.columns is None else asked) else None
-        own = None if own is None or own.ndim == 1 else own  # whole test points are asked with any weight
+        own = asked_weights(batch) if asked or batch.columns is None else None
         labels, mask = batch.labels, token_mask(batch)
         found = as_position_rows(self.loss, outputs.detach(), labels, mask, batch.argument, own)
         if self._output_check is not None:

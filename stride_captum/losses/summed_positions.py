@@ -21,6 +21,7 @@ from ..system.saved_values import saved_as
 from .base import Loss, Target, needs_labels
 from .output_check import EachPosition, OutputCheck
 from .positions import channels_last, labels_at_positions
+from .weights import times
 
 
 @saved_as("loss.summed-positions")
@@ -110,7 +111,11 @@ class SummedPositions(Loss):
         """Which positions have a label, `(n, P)` bool, for labels and for what is `asked` with them."""
         counted = self.position.counted(labels)
         classes = self.position.has_classes and labels.ndim == 2
-        return counted & (labels != self._no_class) if classes else counted
+        return counted & self._marked(labels) if classes or labels.ndim > 2 else counted
+
+    def _marked(self, asked: Tensor) -> Tensor:
+        """Which positions are asked about, `(n, P)` bool."""
+        return asked != self._no_class if asked.ndim == 2 else ~asked.isnan().all(2)
 
     def positions_of(self, labels: Tensor) -> Positions:
         """The rows of `counted_rows` that each example has."""
@@ -136,7 +141,7 @@ class SummedPositions(Loss):
 
     @override
     def weighed(self, residuals: Tensor, labels: Tensor) -> Tensor:
-        return self._of_rows(self.position.weighed, residuals, labels) if self.has_weights else residuals
+        return times(residuals, self.position_weights(labels)) if self.has_weights else residuals
 
     @override
     def output_weights(self, labels: Tensor) -> Tensor | None:
@@ -151,17 +156,18 @@ class SummedPositions(Loss):
         Args:
             logits: z, `(n, P C)`.
             labels: Of `labels` or `asked`, `(n, P)` or `(n, P, C)`.
-            weights: Of the examples, `(n,)`; None for 1.
+            weights: Of the examples, `(n,)`, or of their positions, `(n, P)`; None for 1.
 
         Returns:
-            `(n_rows, C)`, `(n_rows,)` or `(n_rows, C)`, and `(n_rows,)`, the weight of the example times that
-            of the label; None for 1.
+            `(n_rows, C)`, `(n_rows,)` or `(n_rows, C)`, and `(n_rows,)`, these weights times those of the
+            labels; None for 1.
         """
         counted = self.counted_positions(labels).flatten()
         y = labels.flatten(0, 1)[counted]
         omega = self.position.weights(y)
         if weights is not None:
-            own = weights.repeat_interleave(self.n_positions)[counted.to(weights.device)]
+            each = weights.reshape(len(weights), -1).expand(-1, self.n_positions)
+            own = each.flatten()[counted.to(weights.device)]
             omega = own if omega is None else own * omega.to(own)
         return self._rows(logits)[counted.to(logits.device)], y, omega
 
@@ -174,20 +180,21 @@ class SummedPositions(Loss):
 
     @override
     def asked(
-        self, logits: Tensor, labels: Tensor | None, target: Target, response: str, mask: Tensor | None = None
+        self, logits: Tensor, labels: Tensor | None, target: Target, response: str, *masks: Tensor | None
     ) -> Tensor:
-        """As of every loss; without labels, positions where `mask` `(n, P)` is 0 are padding."""
+        """As of every loss, but for positions where one of the masks `(n, P)` is 0."""
         rows = self._rows(logits)
         if labels is None:
             if not isinstance(target, Tensor) and target != "predicted":
                 raise needs_labels(target)
-            counted, given = torch.ones(len(rows), dtype=torch.bool, device=rows.device), None
-            if mask is not None and mask.shape == (len(logits), self.n_positions):
-                counted = (mask != 0).flatten().to(rows.device)
+            y, counted = None, torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         else:
             y = self.labels(on_device(labels, logits.device), self.n_outputs, "inputs")
             counted = self.position.counted(y).flatten()
-            given = y.flatten(0, 1)[counted]
+        for mask in masks:
+            if mask is not None and mask.shape == (len(logits), self.n_positions):
+                counted = counted & (mask != 0).flatten().to(counted.device)
+        given = None if y is None else y.flatten(0, 1)[counted]
         if isinstance(target, Tensor):
             target = target.to(rows.device)[:, None].expand(-1, self.n_positions).flatten()[counted]
         found = self.position.asked(rows[counted], given, target, response)
@@ -199,9 +206,7 @@ class SummedPositions(Loss):
     def _of_asked(
         self, function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, asked: Tensor
     ) -> Tensor:
-        if asked.ndim == 2:
-            return self._of_counted(function, logits, asked, (asked != self._no_class).flatten())
-        return function(self._rows(logits), asked.flatten(0, 1)).reshape(len(logits), -1)
+        return self._of_counted(function, logits, asked, self._marked(asked).flatten())
 
     @override
     def response_value(self, logits: Tensor, asked: Tensor, response: str) -> Tensor:
@@ -238,29 +243,20 @@ class SummedPositions(Loss):
 
     @override
     def drawn_residuals(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """Of all positions, those without a label too (`of_counted`)."""
+        """Of all positions, those without a label too."""
         rows = self._rows(logits)
         drawn = self.position.drawn_residuals(rows, uniforms.reshape(len(rows), -1))
         return drawn.reshape(logits.shape)
 
+    @override
     def position_weights(self, labels: Tensor) -> Tensor:
-        """What the loss multiplies the term of each position with, `(n, P)`: 0 without a label.
-
-        Args:
-            labels: Of `labels`, `(n, P)` or `(n, P, C)`.
-        """
-        counted = self.position.counted(labels)
+        counted = self.counted_positions(labels)
         omega = self.position.weights(labels[counted])
         if omega is None:
             return counted.to(torch.get_default_dtype())
         whole = omega.new_zeros(counted.shape)
         whole[counted.to(omega.device)] = omega
         return whole
-
-    @override
-    def of_counted(self, vectors: Tensor, labels: Tensor) -> Tensor:
-        roots = self.position_weights(labels).sqrt().to(vectors)[..., None]
-        return (vectors.reshape(*roots.shape[:2], -1) * roots).flatten(1)
 
     @override
     def hessian_factors(self, logits: Tensor) -> list[Tensor]:

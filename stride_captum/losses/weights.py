@@ -20,8 +20,7 @@ class LabelWeights:
 
     def weighed(self, residuals: Tensor, labels: Tensor) -> Tensor:
         """Residuals `(n, n_outputs)`, each row times the weight of its label."""
-        omega = self.weights(labels)
-        return residuals if omega is None else residuals * omega.to(residuals)[:, None]
+        return times(residuals, self.weights(labels))
 
     @property
     def weighs_outputs(self) -> bool:
@@ -51,14 +50,25 @@ class LabelWeights:
         """
         return torch.ones(labels.shape[:2], dtype=torch.bool, device=labels.device)
 
-    def of_counted(self, vectors: Tensor, labels: Tensor) -> Tensor:
-        """Vectors `(n, n_outputs)` whose squares make up a Fisher matrix, as they are.
+    def position_weights(self, labels: Tensor) -> Tensor | None:
+        """What the loss multiplies the term of each position with, `(n, P)`; 0 without a label.
 
-        Of several positions, each is multiplied by the root of the weight of its label, which is 0 where it
-        is ignored. The weights of a loss with one position are `weights`, a part of those of the examples.
+        None where an example has one position: its weight is `weights`, a part of that of the example.
 
         Args:
-            vectors: Of labels that the model draws, or the like.
             labels: As of `Loss.labels`.
         """
+        return None
+
+
+def times(vectors: Tensor, weights: Tensor | None) -> Tensor:
+    """Vectors `(n, n_outputs)` times weights of the examples.
+
+    Args:
+        vectors: One row for each example.
+        weights: `(n,)`, or `(n, P)` where a row is that of P positions; None for 1.
+    """
+    if weights is None:
         return vectors
+    each = weights.reshape(len(weights), -1, 1).to(vectors)
+    return (vectors.reshape(*each.shape[:2], -1) * each).flatten(1)

@@ -138,7 +138,7 @@ class HonestAtPositions(Honest):
         return {"terms": every / torch.cat(omegas).sum()}
 
     def weighed(self, counted: Tensor, weights: Tensor) -> Tensor:
-        return counted * weights.to(counted)
+        return counted * weights.reshape(len(weights), -1).to(counted)
 
     def of_examples(self, terms: Tensor, omega: Tensor) -> Tensor:
         return terms
@@ -159,8 +159,6 @@ class HonestAtPositions(Honest):
         asked = query.asked(logits, batch)
         gradients = self.loss.response_gradient(logits, asked, query.response)
         terms = self.terms(logits, self.rows(gradients))
-        if batch.weights is not None:  # of training examples, on the other side of their self-influence
-            terms = terms * (batch.weights > 0).to(terms)[..., None]
         return self.of_test_points(terms, asked)
 
     def score_columns(self, state, prepared, columns):
@@ -185,6 +183,11 @@ class TakesMeansOverPositions(HonestAtPositions):
 class ForgetsWeights(HonestAtPositions):
     def weighed(self, counted, weights):
         return counted
+
+
+class CountsWeightsOfPositionsTwice(HonestAtPositions):
+    def weighed(self, counted, weights):
+        return super().weighed(counted, weights**weights.ndim)
 
 
 class ForgetsWeightsOfClasses(HonestAtPositions):
@@ -223,6 +226,7 @@ BROKEN = {
     CountsPadding: PADDED,
     TakesMeansOverPositions: SPLIT,
     ForgetsWeights: "an_ignored_position_has_weight_0",
+    CountsWeightsOfPositionsTwice: "one_weight_of_all_positions_is_that_of_the_example",
     ForgetsWeightsOfClasses: "a_class_of_weight_0_is_ignored",
     GivesTheUnlabeledAShare: "an_example_without_labels_scores_0",
     AveragesTheResponse: "a_response_is_the_sum_over_positions",
