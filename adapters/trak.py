@@ -276,7 +276,8 @@ def _factor(gram: Tensor, n_examples: float, damping: float, dtype: torch.dtype)
             least_lambda(spectrum, _INVERSE_ROUNDING),
         )
         check_damping(damping, [(least, given, unit)], rounding, "Or lower projection_dim.")
-    return torch.linalg.cholesky(gram + torch.eye(len(gram)).to(gram) * given)
+    factor: Tensor = torch.linalg.cholesky(gram + torch.eye(len(gram)).to(gram) * given)
+    return factor
 
 
 def _applied(factor: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
