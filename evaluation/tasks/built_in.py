@@ -92,7 +92,7 @@ BUILT_IN: dict[str, BuiltIn] = {
         _bundled(digit_canvases),
         models.CanvasSegmenter,
         models.SEGMENTATION_TRAINING,
-        {"smoke": 400},
+        {"smoke": 300},
         SummedPositions(position=CrossEntropy(), n_positions=CANVAS**2, n_outputs=10),
     ),
 }
