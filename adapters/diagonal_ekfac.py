@@ -112,13 +112,11 @@ class DiagonalEKFAC(GradientMethod):
 
     @damping.setter
     def damping(self, value: float) -> None:
-        if not 0 < value < float("inf"):
-            raise bad_value("damping", "be a positive number", value)
-        states = self._states or []
-        kernels = [self._damped(state.kernel.spectra, state.kernel.bases, value) for state in states]
-        for state, kernel in zip(states, kernels, strict=True):
-            state.kernel, state.norms = kernel, None
-        self._damping = float(value)
+        self._set_damping(value, positive=True)
+
+    @override
+    def _damped(self, kernel: DiagonalKernel, damping: float) -> DiagonalKernel:
+        return self._kernel(kernel.spectra, kernel.bases, damping)
 
     def _fit_kernel(self, model: nn.Module, residuals: Tensor, show_progress: bool) -> DiagonalKernel:
         self._check_weight()
@@ -163,7 +161,7 @@ class DiagonalEKFAC(GradientMethod):
                         _add(fisher, name, [g.square().sum(0) / n])
         if not all(bool(torch.isfinite(part).all()) for parts in fisher.values() for part in parts):
             self._find_bad_gradient(model, residuals)
-        return self._damped(*_spectra({name: fisher[name] for name in parameters}), self.damping)
+        return self._kernel(*_spectra({name: fisher[name] for name in parameters}), self.damping)
 
     def _fisher_weight(self) -> float:
         """The sum of the weights of the examples that F is estimated from."""
@@ -187,7 +185,7 @@ class DiagonalEKFAC(GradientMethod):
                 places = chosen[inside]
                 yield batch[places - rows.start], uniforms[inside].to(device), places
 
-    def _damped(
+    def _kernel(
         self, spectra: dict[str, Tensor], bases: dict[str, list[Tensor]], damping: float
     ) -> DiagonalKernel:
         scales, safe, rounding = {}, [], 0.0

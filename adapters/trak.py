@@ -92,7 +92,8 @@ class TRAK(GradientMethod):
     curvature of the loss in the margin, is left out of the kernel: scores are not in units of the response.
     Published ensembles multiply the mean of the scores without Q by the mean of Q; here the mean is of the
     scores. The projected training examples are kept, as they are and times M: `2 * n_train * projection_dim`
-    numbers, or 3 times as many with other residuals. `damping` may be set anew without another `fit`.
+    numbers, or 3 of these where other residuals of classes have projections of their own. `damping` may be
+    set anew without another `fit`.
 
     Args:
         model: As for every method.
@@ -144,13 +145,11 @@ class TRAK(GradientMethod):
 
     @damping.setter
     def damping(self, value: float) -> None:
-        if not 0 <= value < math.inf:
-            raise bad_value("damping", "be a number of at least 0", value)
-        states = self._states or []
-        kernels = [_damped(state.kernel.projected, value) for state in states]
-        for state, kernel in zip(states, kernels, strict=True):
-            state.kernel, state.norms = kernel, None
-        self._damping = value
+        self._set_damping(value, positive=False)
+
+    @override
+    def _damped(self, kernel: TRAKKernel, damping: float) -> TRAKKernel:
+        return _kernel(kernel.projected, damping)
 
     def _fit_kernel(self, model: nn.Module, residuals: Tensor, show_progress: bool) -> TRAKKernel:
         n_parameters = sum(p.numel() for p in chosen_parameters(model, self.layers).values())
@@ -186,7 +185,7 @@ class TRAK(GradientMethod):
         omega = None if self._omega is None else self._omega.to(residuals)
         phi, q, right = (torch.cat(parts) if parts else None for parts in (phis, doubts, sides))
         q = None if q is None else q.squeeze(1)
-        return _damped(Projected(places, gram, n_examples, phi, q, omega, right), self.damping)
+        return _kernel(Projected(places, gram, n_examples, phi, q, omega, right), self.damping)
 
     def _n_counted(self, labeled: Tensor) -> float:
         """The sum of the weights of examples that have a label, `labeled` `(n_train,)` bool."""
@@ -242,7 +241,7 @@ class TRAK(GradientMethod):
         return {**super().settings(), **{name: getattr(self, name) for name in names}}
 
 
-def _damped(projected: Projected, damping: float) -> TRAKKernel:
+def _kernel(projected: Projected, damping: float) -> TRAKKernel:
     """The kernel of a damping: M is applied to phi itself, since q phi, rounded, leaves the span of Phi."""
     phi, q, rows = projected.phi, projected.doubts, projected.rows
     given = phi if rows is None else rows

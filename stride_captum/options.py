@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from html import escape
@@ -118,7 +119,7 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 def check_number(name: str, value: Any, *, positive: bool) -> None:
     """Refuse what is no finite number above 0, or of at least 0."""
     above = is_number(value) and (value > 0 if positive else value >= 0)
-    if not above or value == float("inf"):
+    if not above or value > sys.float_info.max:
         must = "be a positive number" if positive else "be a number of at least 0"
         raise bad_value(name, must, repr(value))
 

@@ -17,7 +17,8 @@ class Features(Options):
 
     Attributes:
         select: "all" (what every weight layer reads) or "penultimate" (what the last one reads; B.1).
-        max_width: Bound on the total width of all features that "all" selects.
+        max_width: Bound on the total width of all features that "all" selects: maps are pooled, patches of
+            convolutions given up, and then layers.
         projection: Projection of layers wider than `projection_width`: None, "random" or "pca" (see
             `stride_captum.features.projection`); `STRIDE.projection_error_` is the relative error of the
             kernel.

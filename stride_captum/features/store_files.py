@@ -33,7 +33,7 @@ from ..errors import bad_value
 from ..system.atomic import atomic_write
 from ..system.fingerprints import bits
 
-FORMAT = 1
+FORMAT = 2
 _MANIFEST = "manifest.json"
 #: numpy has no bfloat16: files are mapped as integers of the same size.
 _MAPPED = {2: np.int16, 4: np.int32, 8: np.int64}

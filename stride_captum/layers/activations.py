@@ -2,7 +2,8 @@
 
 A *tap* names a place in the network: "fc1" is the output of the submodule fc1 and "fc1:input" what it
 reads. Convolution maps are pooled to at most 4 x 4, token sequences are averaged, vectors are taken as
-they are. Rows are concatenated in the order of the taps; scaling is left to the closed form.
+they are; where positions have outputs of their own, each has a row (`layers.positions`). Rows are
+concatenated in the order of the taps; scaling is left to the closed form.
 """
 
 from __future__ import annotations

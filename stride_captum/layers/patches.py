@@ -56,8 +56,7 @@ class Patches:
 
     def sizes(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Sizes of the outputs for a map of some sizes."""
-        around = [sum(self.padding[i : i + 2]) for i in range(0, len(self.padding), 2)][::-1]
-        each = zip(sizes, around, self._spans, self.stride, strict=True)
+        each = zip(sizes, self._around, self._spans, self.stride, strict=True)
         return tuple((size + more - span) // stride + 1 for size, more, span, stride in each)
 
     def are_aligned(self, sizes: Sequence[int], grid: Sequence[int]) -> bool:
@@ -74,23 +73,29 @@ class Patches:
         return there in (kept, tuple(grid))
 
     @property
-    def size(self) -> int:
-        """Positions that a patch has."""
-        total = 1
-        for side in self.kernel:
-            total *= side
-        return total
+    def hold_the_map(self) -> bool:
+        """Whether the patch of each position has an entry for that position itself."""
+        before = self.padding[::2][::-1]
+        each = zip(before, self.dilation, self._spans, self._around, self.stride, strict=True)
+        return all(
+            s == 1 and around == span - 1 and p % d == 0 and p < span for p, d, span, around, s in each
+        )
 
     def read(self, maps: Tensor) -> Tensor:
-        """The patches of maps `(n, channels, sizes...)`, `(n, positions..., channels * size)`.
+        """The patches of maps `(n, channels, sizes...)`, `(n, positions..., width)`.
 
-        Their products with the flat kernels of the layer, `(n_kernels, channels * size)`, are its outputs
-        without the bias.
+        Their products with the flat kernels of the layer, `(n_kernels, width)`, are its outputs without the
+        bias.
         """
         found = F.pad(maps, self.padding, self.mode) if any(self.padding) else maps
         for i, (span, stride, step) in enumerate(zip(self._spans, self.stride, self.dilation, strict=True)):
             found = found.unfold(2 + i, span, stride)[..., ::step]
         return found.movedim(1, len(self.kernel) + 1).flatten(len(self.kernel) + 1)
+
+    @property
+    def _around(self) -> list[int]:
+        """Padding of each dimension, both sides together."""
+        return [sum(self.padding[i : i + 2]) for i in range(0, len(self.padding), 2)][::-1]
 
     @property
     def _spans(self) -> list[int]:

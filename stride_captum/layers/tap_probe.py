@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -174,15 +175,25 @@ class TapProbe:
             return None
         maps = [part.shape[2:] for part in parts]
         fits = all(len(sizes) == tap.spatial and found.are_aligned(sizes, self.grid) for sizes in maps)
+        if tap.spatial != len(self.grid):  # a grid in one row: no size can be changed
+            fits = fits and all(prod(found.sizes(sizes)) == prod(self.grid) for sizes in maps)
         return found if fits else None
 
-    def without_patches(self, tap: Tap) -> Tap:
-        """Tap that reads the map itself."""
-        return self._at_positions(replace(tap, patches=None))
+    def without_patches(self, tap: Tap) -> Tap | None:
+        """Tap that reads the map itself; None if it does already, or the map has other positions."""
+        try:
+            return None if tap.patches is None else self._at_positions(replace(tap, patches=None))
+        except ValueError:
+            return None
 
     def _at_positions(self, tap: Tap) -> Tap:
         """Tap at the positions of the outputs, with its width there."""
         found = _parts(self.seen[tap.name, tap.reads_input])
+        if len({part.shape[2:] for part in found}) > 1:
+            some = ", ".join(str(tuple(part.shape)) for part in found[:3])
+            must = "name submodules that run on maps of one size"
+            remedy = "Name what reads or returns one of them."
+            raise bad_value("layers", must, f"the shapes {some} from {str(tap)!r}", remedy)
         width = sum(self._width_at_positions(tap, part) for part in found)
         return replace(tap, width=width if tap.parts else width // len(found))
 

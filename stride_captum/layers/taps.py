@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import bad_type, bad_value, nearest
 from .hooks import check_weights_exist, scripted_parts
+from .patches import Patches
 from .pooling import INPUT_SUFFIX, Place, Tap, place_name
 from .tap_probe import TapProbe
 
@@ -158,7 +159,7 @@ def default_taps(model: nn.Module, batch: Any, max_width: int, penultimate: bool
 
 def _readable(probe: TapProbe) -> tuple[list[Tap], set[str], list[Exception]]:
     """Taps at readable places, names of the readable submodules, and errors for the others."""
-    found: dict[Any, Tap] = {}
+    found: dict[tuple[Any, Patches | None], Tap] = {}
     read: set[str] = set()
     problems: list[Exception] = []
     first_layer = next(iter(probe.seen), ("", True))[0]
@@ -175,11 +176,11 @@ def _readable(probe: TapProbe) -> tuple[list[Tap], set[str], list[Exception]]:
         read.add(place[0])
         raw = probe.reads_raw_input(tap, place[0] == first_layer)
         if not raw and not probe.returns_outputs(place):
-            key = probe.key(place)
-            known = found.setdefault(key, tap)
-            if tap.patches is not None and tap.width > known.width:
-                found[key] = tap  # its patches hold what is read at single positions
-    return list(found.values()), read, problems
+            found.setdefault((probe.key(place), tap.patches), tap)
+    # A map that stands in the patches of another layer counts once.
+    held = {key for key, patches in found if patches is not None and patches.hold_the_map}
+    taps = [tap for (key, patches), tap in found.items() if patches is not None or key not in held]
+    return taps, read, problems
 
 
 def _nothing_to_read(model: nn.Module) -> ValueError:
@@ -264,10 +265,11 @@ def _fit_width(taps: list[Tap], max_width: int, probe: TapProbe) -> list[Tap]:
     while len(taps) > 1 and sum(tap.width for tap in taps) > max_width:
         # The last tap is reduced only if no other is as wide; among equals the earliest comes first.
         i = max(range(len(taps)), key=lambda i: (taps[i].width, i != len(taps) - 1, -i))
+        plain = probe.without_patches(taps[i])
         if taps[i].pool > 1:
             taps[i] = probe.pooled(taps[i], taps[i].pool // 2)
-        elif taps[i].patches is not None:
-            taps[i] = probe.without_patches(taps[i])
+        elif plain is not None:
+            taps[i] = plain
         elif i < len(taps) - 1:
             del taps[i]
         else:

@@ -22,7 +22,7 @@ from stride_captum import STRIDE, Batch
 from stride_captum.data.batch import ExampleBatch
 from stride_captum.data.reading import Reading
 from stride_captum.features.store import FeatureStore
-from stride_captum.features.store_files import StoreFiles, _manifest_checksum
+from stride_captum.features.store_files import FORMAT, StoreFiles, _manifest_checksum
 
 TRAINED = arguments(operators="trained", n_subsets=8, rank=4, iterations=5)
 CONFIGS = {
@@ -295,8 +295,8 @@ class TestDamage:
             path.write_text(damaged)
             with pytest.raises(ValueError, match="`feature_store` must have a whole manifest; got a damaged"):
                 stored(model, train, tmp_path).fit()
-        path.write_text(whole.replace('"format": 1', '"format": 99'))
-        with pytest.raises(ValueError, match="must be in format 1; got format 99"):
+        path.write_text(whole.replace(f'"format": {FORMAT}', '"format": 99'))
+        with pytest.raises(ValueError, match=f"must be in format {FORMAT}; got format 99"):
             stored(model, train, tmp_path).fit()
 
     @pytest.mark.slow
@@ -342,7 +342,7 @@ def rewrite_manifest(folder: Path, change) -> None:
     content = manifest(folder)
     del content["checksum"], content["format"]
     change(content)
-    content = {"format": 1, "checksum": _manifest_checksum(content), **content}
+    content = {"format": FORMAT, "checksum": _manifest_checksum(content), **content}
     (folder / "manifest.json").write_text(json.dumps(content))
 
 

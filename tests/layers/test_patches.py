@@ -53,7 +53,6 @@ class TestPatches:
         outputs = layer(maps).detach()
         same((found @ layer.weight.detach().flatten(1).T).movedim(-1, 1), outputs, 1e-12)
         assert patches.sizes(maps.shape[2:]) == tuple(outputs.shape[2:])
-        assert found.shape[-1] == 3 * patches.size
 
     def test_of_what_reads_single_positions_there_are_none(self):
         others = (
@@ -104,7 +103,7 @@ class Causal(nn.Module):
 
 
 class TwoBranches(nn.Module):
-    """Images to maps; a shortcut and a convolution read the same map."""
+    """Images to maps; a shortcut and a strided convolution read the same map."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,11 +140,78 @@ class TestDefaultLayers:
         taps = default_taps(model, ExampleBatch.of((tokens, tokens % 3)), 4096)
         assert [(str(tap), tap.width) for tap in taps] == [("conv:input", width), ("head:input", 6)]
 
-    def test_what_two_layers_read_counts_once_with_the_larger_patches(self, images):
+    def test_a_map_is_read_beside_patches_that_do_not_hold_it(self, images):
         taps = default_taps(images[0], batch_of(images[1]), 4096)
-        assert [(str(tap), tap.width) for tap in taps] == [("second:input", 36), ("head:input", 5)]
+        wanted = [("shortcut:input", 4), ("second:input", 36), ("head:input", 5)]
+        assert [(str(tap), tap.width) for tap in taps] == wanted
 
-    @pytest.mark.parametrize(("most", "widths"), [(41, [36, 5]), (40, [4, 5]), (8, [5])])
+    def test_a_map_that_stands_in_patches_counts_once_and_other_patches_count_too(self, images):
+        model = images[0]
+        model.second = nn.Conv2d(4, 5, 3, padding=1).double()
+        wide = nn.Conv2d(4, 5, 3, padding=2, dilation=2).double()
+
+        class Wider(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model, self.wide = model, wide
+
+            def forward(self, images: Tensor) -> Tensor:
+                x = torch.relu(self.model.first(images))
+                read = self.model.shortcut(x) + self.model.second(x) + self.wide(x)
+                return self.model.head(torch.relu(read))
+
+        taps = default_taps(Wider().eval(), batch_of(images[1]), 4096)
+        wanted = [("model.second:input", 36), ("wide:input", 36), ("model.head:input", 5)]
+        assert [(str(tap), tap.width) for tap in taps] == wanted
+        assert [tap.patches.hold_the_map for tap in taps[:2]] == [True, True]
+
+    def test_positions_in_one_row_are_not_thinned_out(self):
+        class Rows(nn.Module):
+            """Grids to logits by convolutions over all positions in one row."""
+
+            def __init__(self, size: int) -> None:
+                super().__init__()
+                self.first = nn.Conv1d(2, 3, 1)
+                self.second = nn.Conv1d(3, 4, 3, padding=1, stride=size * size // 16)
+                self.head = nn.Conv2d(4, 3, 1)
+                self.double()
+
+            def forward(self, x: Tensor) -> Tensor:
+                found = torch.relu(self.second(torch.relu(self.first(x.flatten(2)))))
+                found = F.interpolate(found, size=16) if found.shape[2] != 16 else found
+                return self.head(found.unflatten(2, (4, 4)))
+
+        y = torch.zeros(4, 4, 4, dtype=torch.long)
+        for size, most, wanted in (
+            (4, 4096, [("second:input", 9), ("head:input", 4)]),
+            (8, 4096, [("second:input", 9), ("head:input", 4)]),
+            (8, 12, [("head:input", 4)]),  # the map has 64 positions
+        ):
+            taps = default_taps(
+                Rows(size).eval(), ExampleBatch.of((torch.randn(4, 2, size, size).double(), y)), most
+            )
+            assert [(str(tap), tap.width) for tap in taps] == wanted
+
+        class Thinned(Rows):
+            def __init__(self) -> None:
+                super().__init__(4)
+                self.second = nn.Conv1d(3, 4, 3, padding=1, stride=2).double()
+
+        batch = ExampleBatch.of((torch.randn(4, 2, 4, 4).double(), y))
+        taps = default_taps(Thinned().eval(), batch, 4096)
+        assert [(str(tap), tap.width) for tap in taps] == [("second:input", 3), ("head:input", 4)]
+
+    def test_maps_of_several_sizes_from_one_layer_are_refused(self, images):
+        class Twice(TwoBranches):
+            def forward(self, images: Tensor) -> Tensor:
+                x = torch.relu(self.first(images))
+                shared = self.shortcut(x) + F.interpolate(self.shortcut(F.avg_pool2d(x, 2)), scale_factor=2)
+                return self.head(torch.relu(shared))
+
+        with pytest.raises(ValueError, match="maps of one size"):
+            named_taps(Twice().eval(), ["shortcut:input"], batch_of(images[1]))
+
+    @pytest.mark.parametrize(("most", "widths"), [(45, [4, 36, 5]), (44, [4, 4, 5]), (12, [4, 5]), (8, [5])])
     def test_patches_are_given_up_before_layers_are(self, images, most, widths):
         assert [tap.width for tap in default_taps(images[0], batch_of(images[1]), most)] == widths
 
@@ -179,8 +245,9 @@ class AsMaps(nn.Module):
 def test_scores_are_those_of_the_patches_as_a_map(images, form, tmp_path):
     model, train = images
     tests = tuple(tensor[:3] for tensor in train.tensors)
+    layers = ["model.shortcut:input", "patches", "model.head:input"]
     options = {"operators": ClosedForm(form=form, damping=0.5), "batch_size": 4}
-    wanted = STRIDE(AsMaps(model).eval(), train, layers=["patches", "model.head:input"], **options)
+    wanted = STRIDE(AsMaps(model).eval(), train, layers=layers, **options)
     method = STRIDE(model, train, **options)
     same(method.influence(tests), wanted.influence(tests), 1e-10)
     method.save(tmp_path / "method")

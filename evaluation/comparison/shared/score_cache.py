@@ -38,7 +38,9 @@ from ...tasks.task import Task
 from ...tasks.task_loss import loss_of_methods
 
 #: Attributes that fit and query set, or that differ between processes.
-_NOT_BUILT = frozenset({"fit_seconds_", "query_seconds_", "peak_bytes_", "_fit_bytes", "_fitted_on"})
+_NOT_BUILT = frozenset(
+    {"fit_seconds_", "query_seconds_", "peak_bytes_", "_fit_bytes", "_fitted_on", "_states"}
+)
 #: The code of this package is digested by the content of its files.
 _PACKAGE = __name__.partition(".")[0]
 
