@@ -27,9 +27,9 @@ from ..system.devices import as_float64
 from ..system.saved_values import saved_as
 from .gradients.dense_sides import all_weigh_1, dense_layers, dense_sides, order_of_rows, weights_of_rows
 from .gradients.fisher import FISHERS, fisher_sample, fisher_vectors
-from .gradients.method import GradientMethod
+from .gradients.method import GradientMethod, GradientState
 from .gradients.per_example import example_gradients
-from .gradients.safe_damping import check_damping, least_lambda, rounding_of
+from .gradients.safe_damping import check_damping, given_damping, least_lambda, rounding_of
 
 DENSE = ("kronecker", "diagonal")
 
@@ -108,15 +108,16 @@ class DiagonalEKFAC(GradientMethod):
     @property
     def damping(self) -> float:
         """The eps of F, absolute or `relative`."""
-        return self._damping
+        damping: float = self._damping
+        return damping
 
     @damping.setter
     def damping(self, value: float) -> None:
-        self._set_damping(value, positive=True)
+        self._set_damping(given_damping(value, positive=True))
 
     @override
-    def _damped(self, kernel: DiagonalKernel, damping: float) -> DiagonalKernel:
-        return self._kernel(kernel.spectra, kernel.bases, damping)
+    def _damped(self, state: GradientState, damping: float) -> DiagonalKernel:
+        return self._kernel(state.kernel.spectra, state.kernel.bases, damping)
 
     def _fit_kernel(self, model: nn.Module, residuals: Tensor, show_progress: bool) -> DiagonalKernel:
         self._check_weight()

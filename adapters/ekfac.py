@@ -115,16 +115,19 @@ class EKFAC(GradientMethod):
     @property
     def damping(self) -> float | None:
         """lambda, or None for a tenth of each layer's mean eigenvalue."""
-        return self._damping
+        damping: float | None = self._damping
+        return damping
 
     @damping.setter
     def damping(self, value: float | None) -> None:
         if value is not None and not 0 <= value < math.inf:
             raise bad_value("damping", "be at least 0, or None for a tenth of the mean eigenvalue", value)
-        for state in self._states or []:
-            self._check_damping(value, state)
-            state.norms = None
-        self._damping = value
+        self._set_damping(value)
+
+    @override
+    def _damped(self, state: GradientState, damping: float | None) -> Any:
+        self._check_damping(damping, state)
+        return state.kernel  # kronfluence damps it in each query
 
     def _check_damping(self, damping: float | None, state: GradientState) -> None:
         """Refuse a lambda at which rounding errors would decide."""

@@ -35,7 +35,7 @@ from .gradients.checks import check_gradients
 from .gradients.count_sketch import count_sketch, random_places
 from .gradients.method import GradientMethod, GradientState
 from .gradients.per_example import Gradients, chosen_parameters
-from .gradients.safe_damping import check_damping, least_lambda, rounding_of
+from .gradients.safe_damping import check_damping, given_damping, least_lambda, rounding_of
 
 #: How far below the largest eigenvalue of a matrix in float64 the smallest may be, for scores within 1e-4.
 _INVERSE_ROUNDING = 2.0**-38
@@ -141,15 +141,16 @@ class TRAK(GradientMethod):
     @property
     def damping(self) -> float:
         """lambda, in units of a mean eigenvalue."""
-        return self._damping
+        damping: float = self._damping
+        return damping
 
     @damping.setter
     def damping(self, value: float) -> None:
-        self._set_damping(value, positive=False)
+        self._set_damping(given_damping(value, positive=False))
 
     @override
-    def _damped(self, kernel: TRAKKernel, damping: float) -> TRAKKernel:
-        return _kernel(kernel.projected, damping)
+    def _damped(self, state: GradientState, damping: float) -> TRAKKernel:
+        return _kernel(state.kernel.projected, damping)
 
     def _fit_kernel(self, model: nn.Module, residuals: Tensor, show_progress: bool) -> TRAKKernel:
         n_parameters = sum(p.numel() for p in chosen_parameters(model, self.layers).values())
@@ -183,9 +184,9 @@ class TRAK(GradientMethod):
                 sides.append(count_sketch(self._gradients(model, batch, residuals[rows]), places, k))
         n_examples = self._n_counted(torch.cat(labeled))
         omega = None if self._omega is None else self._omega.to(residuals)
-        phi, q, right = (torch.cat(parts) if parts else None for parts in (phis, doubts, sides))
-        q = None if q is None else q.squeeze(1)
-        return _kernel(Projected(places, gram, n_examples, phi, q, omega, right), self.damping)
+        every_phi, q, right = (torch.cat(parts) if parts else None for parts in (phis, doubts, sides))
+        doubt = None if q is None else q.squeeze(1)
+        return _kernel(Projected(places, gram, n_examples, every_phi, doubt, omega, right), self.damping)
 
     def _n_counted(self, labeled: Tensor) -> float:
         """The sum of the weights of examples that have a label, `labeled` `(n_train,)` bool."""

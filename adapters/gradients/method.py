@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
@@ -22,7 +21,6 @@ from typing_extensions import override
 from ...data.batch import ExampleBatch
 from ...errors import bad_value
 from ...influence.method import Query
-from ...options import check_number
 from ...system.memory import rows_that_fit
 from ...system.saved_values import saved_as
 from .checks import check_gradients, check_layers, check_model, probe_of
@@ -124,21 +122,19 @@ class GradientMethod(WithResiduals):
         """M times each row, `(n, n_coordinates)`."""
         return sides
 
-    def _damped(self, kernel: Any, damping: float) -> Any:
-        """A kernel like this one with another damping; of methods whose `damping` may be set."""
+    def _damped(self, state: GradientState, damping: Any) -> Any:
+        """The kernel of a state with another damping; of methods whose `damping` may be set."""
         raise NotImplementedError(f"{type(self).__name__} has no damping that can be set")
 
     # What it has.
 
-    def _set_damping(self, value: Any, *, positive: bool) -> None:
+    def _set_damping(self, value: float | None) -> None:
         """Set `damping`, also of a fitted method; queries that run meanwhile keep their states."""
-        value = value.item() if isinstance(value, np.generic) else value
-        check_number("damping", value, positive=positive)
         if self._states is not None:
             self._states = [
-                replace(state, kernel=self._damped(state.kernel, value), norms=None) for state in self._states
+                replace(state, kernel=self._damped(state, value), norms=None) for state in self._states
             ]
-        self._damping = float(value)
+        self._damping: Any = value
 
     @override
     def fit_checkpoint(self, model: nn.Module, show_progress: bool) -> GradientState:

@@ -10,11 +10,14 @@ within 10%.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...errors import bad_value
+from ...options import check_number
 from ...system.devices import as_float64
 
 
@@ -35,6 +38,17 @@ def least_lambda(spectrum: Tensor, rounding: float) -> float:
     """
     values = as_float64(spectrum.detach())
     return float((rounding * values.max() - values.min().clamp_min(0)).clamp_min(0))
+
+
+def given_damping(value: Any, *, positive: bool) -> float:
+    """A damping that was given as a number of Python or NumPy.
+
+    Raises:
+        ValueError: It is none, or negative, infinite or (`positive`) 0.
+    """
+    value = value.item() if isinstance(value, np.generic) else value
+    check_number("damping", value, positive=positive)
+    return float(value)
 
 
 def check_damping(

@@ -52,7 +52,8 @@ class Patches:
         """From fields that JSON has kept, with lists for tuples."""
         if values is None:
             return None
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
 
     def sizes(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Sizes of the outputs for a map of some sizes."""
