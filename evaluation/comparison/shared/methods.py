@@ -186,10 +186,10 @@ def _twice(
     published: Sequence[Mapping[str, Any]],
     ours: Sequence[Mapping[str, Any]],
     needs: str | None = None,
-    settable: frozenset[str] = frozenset(),
 ) -> list[MethodSpec]:
     """A gradient method as published, and with out-of-sample residuals."""
     name = cls.__name__
+    settable = frozenset({"damping"} & set(published[0]))
     return [
         MethodSpec(name, adapter(cls), published, needs=needs, settable=settable),
         MethodSpec(
@@ -225,19 +225,16 @@ METHODS: dict[str, MethodSpec] = {
             grid(damping=(None, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)),
             grid(residuals=_RESIDUALS, damping=(None, 1e-2, 1e-1)),
             needs="kronfluence",
-            settable=frozenset({"damping"}),
         ),
         *_twice(
             adapters.DiagonalEKFAC,
             grid(fisher=("sampled", "exact"), damping=(0.1, 0.3, 1.0)),
             grid(residuals=_RESIDUALS, damping=(0.1, 0.3, 1.0)),
-            settable=frozenset({"damping"}),
         ),
         *_twice(
             adapters.TRAK,
             grid(damping=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
             grid(residuals=_RESIDUALS, damping=(0.3, 1.0, 3.0)),
-            settable=frozenset({"damping"}),
         ),
         *_twice(
             adapters.TracIn,
