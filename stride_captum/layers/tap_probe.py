@@ -189,7 +189,7 @@ class TapProbe:
     def _at_positions(self, tap: Tap) -> Tap:
         """Tap at the positions of the outputs, with its width there."""
         found = _parts(self.seen[tap.name, tap.reads_input])
-        if len({part.shape[2:] for part in found}) > 1:
+        if tap.spatial and len({part.shape[2:] for part in found}) > 1:
             some = ", ".join(str(tuple(part.shape)) for part in found[:3])
             must = "name submodules that run on maps of one size"
             remedy = "Name what reads or returns one of them."

@@ -201,6 +201,19 @@ class TestDefaultLayers:
         taps = default_taps(Thinned().eval(), batch, 4096)
         assert [(str(tap), tap.width) for tap in taps] == [("second:input", 3), ("head:input", 4)]
 
+    def test_tokens_of_several_widths_from_one_layer_stand_side_by_side(self):
+        class Shared(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.second, self.head = nn.Linear(2, 4), nn.Linear(4, 5), nn.Linear(5, 3)
+                self.relu = nn.ReLU()
+
+            def forward(self, tokens: Tensor) -> Tensor:
+                return self.head(self.relu(self.second(self.relu(self.first(tokens)))))
+
+        batch = ExampleBatch.of((torch.randn(4, 6, 2), torch.zeros(4, 6, dtype=torch.long)))
+        assert [tap.width for tap in named_taps(Shared().eval(), ["relu"], batch)] == [9]
+
     def test_maps_of_several_sizes_from_one_layer_are_refused(self, images):
         class Twice(TwoBranches):
             def forward(self, images: Tensor) -> Tensor:
