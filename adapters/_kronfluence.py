@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..losses import CrossEntropy, Loss
 from ..losses.summed_positions import SummedPositions
-from ..losses.weights import times
+from ..losses.weights import times_root
 from ..system.garbage import cheap_collections
 from ._kronfluence_layers import Grouped, group_rows, replace_modules
 from ._kronfluence_rows import WeighedRows, divided_by_weights
@@ -233,7 +233,7 @@ class LinearLosses:
         if "labels" in batch and not sample:
             vectors = self.loss.rooted(vectors, batch["labels"].to(vectors.device))
         for factor in (weights, batch.get("positions")):
-            vectors = times(vectors, None if factor is None else factor.sqrt())
+            vectors = times_root(vectors, factor)
         return _minus_product(logits, vectors)
 
     def compute_measurement(self, batch: Batch, model: nn.Module) -> Tensor:

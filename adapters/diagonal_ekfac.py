@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..errors import bad_choice, bad_value
-from ..losses.weights import times
+from ..losses.weights import times_root
 from ..system.devices import as_float64
 from ..system.saved_values import saved_as
+from .gradients.damped import DampedMethod
 from .gradients.dense_sides import all_weigh_1, dense_layers, dense_sides, order_of_rows, weights_of_rows
 from .gradients.fisher import FISHERS, fisher_sample, fisher_vectors
-from .gradients.method import GradientMethod, GradientState
+from .gradients.method import GradientState
 from .gradients.per_example import example_gradients
 from .gradients.safe_damping import check_damping, given_damping, least_lambda, rounding_of
 
@@ -50,7 +51,7 @@ class DiagonalKernel:
     scales: dict[str, Tensor]
 
 
-class DiagonalEKFAC(GradientMethod):
+class DiagonalEKFAC(DampedMethod[float]):
     """The EKFAC baseline of E.2.
 
     E.2 leaves three choices open. It gives no value of eps: here it is relative, because F of a confident
@@ -105,15 +106,9 @@ class DiagonalEKFAC(GradientMethod):
         self.relative, self.dense, self.damping = bool(relative), dense, damping
         self.fisher, self.n_fisher, self.seed = fisher, n_fisher, seed
 
-    @property
-    def damping(self) -> float:
-        """The eps of F, absolute or `relative`."""
-        damping: float = self._damping
-        return damping
-
-    @damping.setter
-    def damping(self, value: float) -> None:
-        self._set_damping(given_damping(value, positive=True))
+    @override
+    def _checked_damping(self, value: Any) -> float:
+        return given_damping(value, positive=True)
 
     @override
     def _damped(self, state: GradientState, damping: float) -> DiagonalKernel:
@@ -135,7 +130,7 @@ class DiagonalEKFAC(GradientMethod):
             own = self._position_weights(labels, places)
             omega = None if self._omega is None else self._omega[places]
             draws = fisher_vectors(self.fisher, logits, labels, uniforms, self.loss, own)
-            draws = [times(v, None if omega is None else omega.sqrt()) for v in draws]
+            draws = [times_root(v, omega) for v in draws]
             weights = logits.new_ones(len(batch)) if omega is None else omega.to(logits)
             alike = order == "any" and all_weigh_1(own) and len(weights.unique()) == 1
             size = len(batch) if order == "by example" or alike else 1

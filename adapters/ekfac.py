@@ -36,7 +36,8 @@ from ._kronfluence import Batch, Kronfluence, spectra
 from ._kronfluence_layers import LAYOUTS, tracked_layers
 from .controls import input_keys
 from .gradients.checks import agree, check_gradients
-from .gradients.method import GradientMethod, GradientState
+from .gradients.damped import DampedMethod
+from .gradients.method import GradientState
 from .gradients.per_example import flat, gradients_one_by_one
 from .gradients.safe_damping import check_damping, least_lambda, rounding_of
 
@@ -44,7 +45,7 @@ STRATEGIES = ("ekfac", "kfac", "diagonal", "identity")
 FISHERS = ("sampled", "empirical")
 
 
-class EKFAC(GradientMethod):
+class EKFAC(DampedMethod[float | None]):
     """Influence functions with the eigenvalue-corrected Kronecker factors of kronfluence.
 
     `fit` makes two passes over the training set; every batch of test points one more, because no gradients
@@ -112,17 +113,11 @@ class EKFAC(GradientMethod):
             raise bad_value("seed", "be an integer of at least 0", repr(seed))
         self.damping, self.strategy, self.fisher, self.seed = damping, strategy, fisher, seed
 
-    @property
-    def damping(self) -> float | None:
-        """lambda, or None for a tenth of each layer's mean eigenvalue."""
-        damping: float | None = self._damping
-        return damping
-
-    @damping.setter
-    def damping(self, value: float | None) -> None:
+    @override
+    def _checked_damping(self, value: Any) -> float | None:
         if value is not None and not 0 <= value < math.inf:
             raise bad_value("damping", "be at least 0, or None for a tenth of the mean eigenvalue", value)
-        self._set_damping(value)
+        return value  # type: ignore[no-any-return]
 
     @override
     def _damped(self, state: GradientState, damping: float | None) -> Any:

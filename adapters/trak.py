@@ -27,13 +27,14 @@ from typing_extensions import override
 
 from ..errors import bad_value
 from ..influence.method import Query
-from ..losses.weights import times
+from ..losses.weights import times_root
 from ..system.devices import as_float64, float64_device
 from ..system.memory import MOST_ROWS
 from ..system.saved_values import saved_as
 from .gradients.checks import check_gradients
 from .gradients.count_sketch import count_sketch, random_places
-from .gradients.method import GradientMethod, GradientState
+from .gradients.damped import DampedMethod
+from .gradients.method import GradientState
 from .gradients.per_example import Gradients, chosen_parameters
 from .gradients.safe_damping import check_damping, given_damping, least_lambda, rounding_of
 
@@ -85,7 +86,7 @@ class TRAKKernel:
     own: Tensor | None
 
 
-class TRAK(GradientMethod):
+class TRAK(DampedMethod[float]):
     """TRAK of one model, or the mean over `checkpoints`, with the same projection.
 
     As published, a test point is scored by the response that is asked for (the margin) and R, the
@@ -138,15 +139,9 @@ class TRAK(GradientMethod):
             raise bad_value("projection_dim", "be an integer of at least 1", repr(projection_dim))
         self.projection_dim, self.damping, self.seed = projection_dim, damping, seed
 
-    @property
-    def damping(self) -> float:
-        """lambda, in units of a mean eigenvalue."""
-        damping: float = self._damping
-        return damping
-
-    @damping.setter
-    def damping(self, value: float) -> None:
-        self._set_damping(given_damping(value, positive=False))
+    @override
+    def _checked_damping(self, value: Any) -> float:
+        return given_damping(value, positive=False)
 
     @override
     def _damped(self, state: GradientState, damping: float) -> TRAKKernel:
@@ -168,7 +163,7 @@ class TRAK(GradientMethod):
             labeled.append(torch.ones(len(batch), dtype=torch.bool) if weights is None else weights.any(1))
             asked = self.loss.asked(logits, batch.labels, "label", feature)
             vectors = self.loss.response_gradient(logits, asked, feature)
-            vectors = times(vectors, None if weights is None else weights.sqrt())
+            vectors = times_root(vectors, weights)
             of_outputs = self.loss.output_weights(labels)
             if of_outputs is not None:
                 vectors = vectors * of_outputs.to(vectors).sqrt()

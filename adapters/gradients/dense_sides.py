@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data.batch import ExampleBatch
-from ...losses.weights import times
+from ...losses.weights import times_root
 from .checks import agree
 from .traces import hooked
 from .working_copies import widened
@@ -119,7 +119,7 @@ def weights_of_rows(
     some = torch.arange(1, n * n_outputs + 1, dtype=torch.float64, device="cpu").cos().reshape(n, -1)
     every = some.to(next(model.parameters()))
     with torch.enable_grad():
-        labeled = dense_sides(model, layers, batch, times(every, weights.sqrt()))
+        labeled = dense_sides(model, layers, batch, times_root(every, weights))
         read_by_any = dense_sides(model, layers, batch, every)
     found = {}
     for name, (_, b) in labeled.items():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...losses import CrossEntropy, Loss
-from ...losses.weights import times
+from ...losses.weights import times_root
 
 FISHERS = ("sampled", "exact", "empirical")
 
@@ -67,4 +67,4 @@ def fisher_vectors(
         found = loss.hessian_factors(logits)
     else:
         found = [loss.drawn_residuals(logits, uniforms.reshape(len(uniforms), -1))]
-    return [times(vectors, None if weights is None else weights.sqrt()) for vectors in found]
+    return [times_root(vectors, weights) for vectors in found]

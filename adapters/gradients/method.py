@@ -11,7 +11,7 @@ methods. A positive score is a proponent for every positive definite M.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -122,19 +122,7 @@ class GradientMethod(WithResiduals):
         """M times each row, `(n, n_coordinates)`."""
         return sides
 
-    def _damped(self, state: GradientState, damping: Any) -> Any:
-        """The kernel of a state with another damping; of methods whose `damping` may be set."""
-        raise NotImplementedError(f"{type(self).__name__} has no damping that can be set")
-
     # What it has.
-
-    def _set_damping(self, value: float | None) -> None:
-        """Set `damping`, also of a fitted method; queries that run meanwhile keep their states."""
-        if self._states is not None:
-            self._states = [
-                replace(state, kernel=self._damped(state, value), norms=None) for state in self._states
-            ]
-        self._damping: Any = value
 
     @override
     def fit_checkpoint(self, model: nn.Module, show_progress: bool) -> GradientState:

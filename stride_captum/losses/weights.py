@@ -72,3 +72,8 @@ def times(vectors: Tensor, weights: Tensor | None) -> Tensor:
         return vectors
     each = weights.reshape(len(weights), -1, 1).to(vectors)
     return (vectors.reshape(*each.shape[:2], -1) * each).flatten(1)
+
+
+def times_root(vectors: Tensor, weights: Tensor | None) -> Tensor:
+    """Vectors times the roots of weights, as in `times`: products of two have the weights once."""
+    return times(vectors, None if weights is None else weights.sqrt())

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import copy
 import itertools
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from planted import MLP, N_CLASSES, BatchNormCNN, Items, built, planted_classes
@@ -13,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from stride_captum import Batch
-from stride_captum.adapters import DiagonalEKFAC, trak
+from stride_captum.adapters import trak
 from stride_captum.adapters.gradients import method as gradients
 from stride_captum.adapters.gradients.count_sketch import count_sketch, random_places
 from stride_captum.adapters.trak import TRAK
@@ -144,39 +142,6 @@ def test_an_unsafe_damping_is_refused_where_it_is_set_anew():
         method.damping = 0.0
     assert method.damping == 1.0
     assert torch.equal(method.influence(test.tensors), before)
-
-
-class TestSettingTheDamping:
-    """Of TRAK and DiagonalEKFAC."""
-
-    METHODS = (TRAK, DiagonalEKFAC)
-
-    @pytest.mark.parametrize("method", METHODS)
-    def test_a_copy_keeps_its_own(self, method):
-        model, train, test = problem()
-        first = method(model, train, damping=0.5).fit()
-        before = first.influence(test.tensors)
-        second = copy.copy(first)
-        second.damping = 0.1
-        assert torch.equal(first.influence(test.tensors), before)
-        same = method(model, train, damping=0.1).influence(test.tensors)
-        assert torch.allclose(second.influence(test.tensors), same, rtol=1e-5, atol=0.0)
-
-    @pytest.mark.parametrize("value", ["0.1", None, True, 10**400, float("nan"), float("inf"), -1.0])
-    @pytest.mark.parametrize("method", METHODS)
-    def test_what_is_no_number_is_refused(self, method, value):
-        model, train, _ = problem()
-        with pytest.raises(ValueError, match="`damping` must be a"):
-            method(model, train, damping=value)
-
-    @pytest.mark.parametrize("method", METHODS)
-    def test_a_number_of_numpy_is_saved(self, method, tmp_path):
-        model, train, test = problem()
-        fitted = method(model, train, damping=np.float32(0.25)).fit()
-        fitted.save(tmp_path / "method")
-        loaded = method.load(tmp_path / "method", model, train)
-        assert loaded.damping == 0.25
-        assert torch.equal(loaded.influence(test.tensors), fitted.influence(test.tensors))
 
 
 # The projection.
