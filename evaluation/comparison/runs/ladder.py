@@ -155,21 +155,24 @@ class Ladder:
 
     def rows(self) -> Iterator[BudgetRow]:
         """From the cheapest budget to the most expensive."""
-        epochs = self.shared.question.task.training.epochs
+        epochs, halves = self.shared.question.task.training.epochs, retrained(self.shared)
+        along = self._on(self._along) if 0 in self.budgets and log_epochs(epochs) else None
         if 0 in self.budgets:
-            yield self._alone()
-            if log_epochs(epochs):
-                along, n = self._chosen_for_averages(self._along), len(log_epochs(epochs)) + 1
-                yield self._row("checkpoints", 0.0, n, along, [self._answers(self._along, along)])
+            alone = self._on(lambda name: None, averages=False)
+            yield self._row("last checkpoint", 0.0, 1, *self._chosen(alone))
+        if along is not None:
+            yield self._row("checkpoints", 0.0, len(log_epochs(epochs)) + 1, *self._chosen(along))
         paid = [repeats_for(b, self.split, epochs) for b in self.budgets if b]
         if not paid:
             return
-        averages = self._chosen_for_averages(partial(self._partition, 0))
-        beside = self._answers(self._along, averages) if 0 in self.budgets and log_epochs(epochs) else None
-        answers: list[list[Answer]] = []
+        first = self._on(partial(self._partition, 0))
+        averages = choose(first, halves)
+        beside = None if along is None else self._answers(along, averages)
+        answers = [self._answers(first, averages)]
+        del along, first  # their fits take memory
         for repeats in paid:
             for i in range(len(answers), repeats):
-                answers.append(self._answers(partial(self._partition, i), averages))
+                answers.append(self._answers(self._on(partial(self._partition, i)), averages))
             yield from self._cross_fitted(repeats, averages, answers[:repeats], beside)
 
     @property
@@ -183,35 +186,23 @@ class Ladder:
         models = self.shared.cross_fitted[self.split][name]
         return models.checkpoints[i * self.split.parts : (i + 1) * self.split.parts]
 
-    def _method(self, checkpoints: Any, normalize: str | None, grid: Sequence[Mapping[str, Any]]) -> OnModels:
-        spec = replace(self.spec, grid=grid)
-        return OnModels(spec, self.shared, forward_pass(self.shared), checkpoints, normalize)
+    def _on(self, checkpoints: Callable[[str], Any], *, averages: bool = True) -> OnModels:
+        """The method with these checkpoints, and the grid for them."""
+        spec = replace(self.spec, grid=grid_for(self.spec, self.shared.question, averages=averages))
+        normalizations = (None, "deviation") if averages else (None,)
+        return OnModels(spec, self.shared, forward_pass(self.shared), checkpoints, normalizations)
 
-    def _alone(self) -> BudgetRow:
-        method = self._method(
-            lambda name: None, None, grid_for(self.spec, self.shared.question, averages=False)
-        )
-        chosen = choose(method, retrained(self.shared))
-        answers = method.answers(chosen.methods, self.shared.question.reported)
-        return self._row("last checkpoint", 0.0, 1, (chosen, None), [answers])
+    def _chosen(self, on: OnModels) -> tuple[Chosen, list[list[Answer]]]:
+        chosen = choose(on, retrained(self.shared))
+        return chosen, [self._answers(on, chosen)]
 
-    def _chosen_for_averages(self, source: Callable[[str], list[Any]]) -> tuple[Chosen, str | None]:
-        """Options for averages over the models of a source."""
-        grid = grid_for(self.spec, self.shared.question, averages=True)
-        found: list[tuple[Chosen, str | None]] = []
-        for normalize in (None, "deviation"):
-            method = self._method(source, normalize, grid)
-            found.append((choose(method, retrained(self.shared), always=True), normalize))
-        return max(found, key=lambda pair: pair[0].value)
-
-    def _answers(self, checkpoints: Any, averages: tuple[Chosen, str | None]) -> list[Answer]:
-        method = self._method(checkpoints, averages[1], [averages[0].options])
-        return method.answers(method.build(averages[0].options), self.shared.question.reported)
+    def _answers(self, on: OnModels, chosen: Chosen) -> list[Answer]:
+        return on.answers(on.at(chosen.options), self.shared.question.reported, chosen.normalize)
 
     def _cross_fitted(
         self,
         repeats: int,
-        averages: tuple[Chosen, str | None],
+        averages: Chosen,
         answers: list[list[Answer]],
         beside: list[Answer] | None,
     ) -> Iterator[BudgetRow]:
@@ -226,7 +217,7 @@ class Ladder:
                 row,
                 source="checkpoints and parts",
                 n_models=n_models + len(log_epochs(epochs)) + 1,
-                **self._judged([(parts + along) / 2 for parts, along in pairs], averages[1]),
+                **self._judged([(parts + along) / 2 for parts, along in pairs], averages.normalize),
                 cost=self._cost([*answers, beside]),
             )
         if self.refined and n_models >= _FEWEST_MEASURED:
@@ -245,7 +236,7 @@ class Ladder:
         source: str,
         trainings: float,
         n_models: int,
-        chosen: tuple[Chosen, str | None],
+        chosen: Chosen,
         answers: Sequence[Sequence[Answer]],
     ) -> BudgetRow:
         """A row from the answers for each partition (or for one source), one per attributed model."""
@@ -254,9 +245,9 @@ class Ladder:
             source=source,
             trainings=trainings,
             n_models=n_models,
-            options=dict(chosen[0].options),
-            normalize=chosen[1],
-            **self._judged(_means(answers), chosen[1]),
+            options=dict(chosen.options),
+            normalize=chosen.normalize,
+            **self._judged(_means(answers), chosen.normalize),
             against_first=None,
             over_last=None,
             cost=self._cost(answers),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -39,7 +39,7 @@ class Retrained:
         return self.margins[..., self.n_tuning :]
 
 
-@dataclass(frozen=True)
+@dataclass
 class OnModels:
     """A method on every attributed model.
 
@@ -49,33 +49,51 @@ class OnModels:
         forward: Seconds of one forward pass over the training set.
         checkpoints: Called with the name of an attributed model, gives the `checkpoints` of the method;
             None for the model alone.
-        normalize: As for `influence`.
+        normalizations: Those of `influence` that are tried with each point of the grid.
     """
 
     spec: MethodSpec
     shared: Shared
     forward: float
     checkpoints: Callable[[str], Sequence[Any] | None] = lambda name: None
-    normalize: str | None = None
+    normalizations: Sequence[str | None] = (None,)
+    _built: tuple[Any, list[CachedMethod]] = field(default=(None, []), init=False, repr=False)
 
-    def build(self, options: Mapping[str, Any]) -> list[CachedMethod]:
-        """The method with these options on every model."""
+    def at(self, options: Mapping[str, Any]) -> list[CachedMethod]:
+        """The method with these options on every model.
+
+        If only options that need no new fit differ from those before, it is the same methods, set anew.
+        """
+        if self._fixed(options) != self._built[0]:
+            self._built = self._fixed(options), self._build(options)
+        return self.keep(self._built[1], options)
+
+    def keep(self, methods: list[CachedMethod], options: Mapping[str, Any]) -> list[CachedMethod]:
+        """Set the options of methods from `at` that need no new fit; `at` starts with them next."""
+        self._built = self._fixed(options), methods
+        for kept in methods:
+            for name in self.spec.settable & options.keys():
+                setattr(kept.method, name, options[name])
+        return methods
+
+    def _fixed(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
+        """Options that need a new fit, and which others there are: those left out have their defaults."""
+        settable = self.spec.settable & options.keys()
+        return {name: value for name, value in options.items() if name not in settable}, settable
+
+    def _build(self, options: Mapping[str, Any]) -> list[CachedMethod]:
         question, found = self.shared.question, []
         for name, model in self.shared.models.items():
             every = with_checkpoints(options, self.checkpoints(name))
             found.append(CachedMethod(self.spec, model, question.task, every, question.store, self.forward))
         return found
 
-    def set(self, methods: Sequence[CachedMethod], options: Mapping[str, Any]) -> None:
-        """Set the options that need no new fit."""
-        for kept in methods:
-            for name in self.spec.settable & options.keys():
-                setattr(kept.method, name, options[name])
-
-    def answers(self, methods: Sequence[CachedMethod], points: range) -> list[Answer]:
+    def answers(
+        self, methods: Sequence[CachedMethod], points: range, normalize: str | None = None
+    ) -> list[Answer]:
         """Scores `(n_points, n_train)` of the margins of some test points, for each model."""
         x, y = (t[points.start : points.stop] for t in self.shared.question.task.test.tensors)
-        return [method.margins((x, y), self.normalize) for method in methods]
+        return [method.margins((x, y), normalize) for method in methods]
 
 
 @dataclass(frozen=True)
@@ -84,18 +102,20 @@ class Chosen:
 
     Attributes:
         options: The point.
+        normalize: The best normalization with it.
         methods: The method with it on every model.
         value: What it was chosen by: whether LDS is defined at all, and LDS on the first half of the test
             points.
     """
 
     options: Mapping[str, Any]
+    normalize: str | None
     methods: list[CachedMethod]
     value: tuple[bool, float] = (False, 0.0)
 
 
-def choose(method: OnModels, halves: Retrained, *, always: bool = False) -> Chosen:
-    """The grid point with the highest LDS on the first half of the test points.
+def choose(method: OnModels, halves: Retrained) -> Chosen:
+    """The grid point, and normalization, with the highest LDS on the first half of the test points.
 
     Undefined correlations count as 0, so that constant scores are not the best; a point whose LDS is
     undefined for all test points comes last. A point that the method refuses, such as a damping that is too
@@ -104,36 +124,29 @@ def choose(method: OnModels, halves: Retrained, *, always: bool = False) -> Chos
     Args:
         method: With a grid.
         halves: The retrained halves.
-        always: Whether to measure the LDS of a grid with a single point, too.
 
     Raises:
         ValueError: The method refuses every point.
     """
-    spec, tuning = method.spec, halves.margins[..., : halves.n_tuning]
+    grid, normalizations = method.spec.grid, method.normalizations
+    tuning, measured = halves.margins[..., : halves.n_tuning], len(grid) * len(normalizations) > 1
     best: Chosen | None = None
-    methods: list[CachedMethod] = []
-    built: tuple[Mapping[str, Any], frozenset[str]] | None = None
     refused: ValueError | None = None
-    for options in spec.grid:
-        fixed = {name: value for name, value in options.items() if name not in spec.settable}
-        wanted = fixed, spec.settable & options.keys()  # what a point does not set keeps its own default
+    for options in grid:
         try:
-            if wanted != built:
-                methods, built = method.build(options), wanted
-            method.set(methods, options)
-            measured = always or len(spec.grid) > 1
-            scores = [a.values for a in method.answers(methods, range(halves.n_tuning))] if measured else []
+            methods = method.at(options)
+            for normalize in normalizations:
+                found = Chosen(options, normalize, methods)
+                if measured:
+                    answers = method.answers(methods, range(halves.n_tuning), normalize)
+                    result = lds([a.values for a in answers], halves.membership, tuning, n_resamples=0)
+                    found = replace(found, value=(not result.ranks_nothing, result.undefined_as_zero))
+                if best is None or found.value > best.value:
+                    best = found
         except ValueError as error:
             refused = error
-            continue
-        found = Chosen(options, methods)
-        if measured:
-            result = lds(scores, halves.membership, tuning, n_resamples=0)
-            found = Chosen(options, methods, (not result.ranks_nothing, result.undefined_as_zero))
-        if best is None or found.value > best.value:
-            best = found
     if best is None:
         assert refused is not None, "a grid has at least one point"
         raise refused
-    method.set(best.methods, best.options)
+    method.keep(best.methods, best.options)
     return best

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE, refine
-from stride_captum.adapters import Random
+from stride_captum.adapters import DiagonalEKFAC, Random
 from stride_captum.evaluation import MethodSpec, TaskTraining, compare, load_task
 from stride_captum.evaluation.comparison.compare import answer, planned_trainings
 from stride_captum.evaluation.comparison.plan import settle
@@ -253,7 +253,7 @@ class TestRows:
         measures = {"retrainings": {"methods": ["TracIn"], "budgets": [0, 1]}}
         question = settle(["Random"], task, store=tmp_path, measures=measures, n_resamples=0, **FEW)
         Retrainings().run(Shared(question))
-        assert chosen == [0, 4, 4, 2, 2]
+        assert chosen == [0, 4, 2]
 
     def test_options_are_chosen_once_for_averages_and_once_for_one_model(self, task, tmp_path):
         measures = {"lds": {}, "retrainings": {"methods": ["DiagonalEKFAC"], "budgets": [0, 1, 2]}}
@@ -264,6 +264,21 @@ class TestRows:
         averaged = {(*row.options.items(), row.normalize) for row in rows[2:]}
         assert len(averaged) == 1
         assert rows[1].options["residuals"] == "temperature"
+
+    def test_one_fit_serves_all_dampings_normalizations_and_answers(self, task, tmp_path, monkeypatch):
+        fitted = []
+        fit = DiagonalEKFAC.fit_checkpoint
+
+        def counted(method, *args):
+            fitted.append(method.damping)
+            return fit(method, *args)
+
+        monkeypatch.setattr(DiagonalEKFAC, "fit_checkpoint", counted)
+        measures = {"retrainings": {"methods": ["DiagonalEKFAC"], "budgets": [0, 1, 2]}}
+        rows = compare(["Random"], task, store=tmp_path, measures=measures, n_resamples=0, **FEW).retrainings
+        assert len(contender("DiagonalEKFAC", settle(["Random"], task, store=tmp_path, **FEW)).grid) == 3
+        assert [row.n_models for row in rows] == [1, 4, 2, 6, 4, 8]
+        assert len(fitted) == 1 + 4 + 4  # those that stand beside models of parts are fitted already
 
     def test_a_method_that_takes_long_stops_at_its_budget(self, task, tmp_path):
         measures = {"retrainings": {"methods": ["TracIn"], "budgets": [1, 2], "up_to": {"TracIn": 1}}}
