@@ -43,7 +43,7 @@ def count_sketch(gradients: Gradients, places: Tensor, n_coordinates: int) -> Te
     tensor([[-4.,  0.,  7.]])
     """
     rows = [g.flatten(1) for g in gradients.values()]
-    sums = rows[0].new_zeros(len(rows[0]), 2 * n_coordinates)
+    sums = rows[0].new_zeros(2 * n_coordinates, len(rows[0]))  # a parameter adds to one row of memory
     for part, place in zip(rows, places.split([row.shape[1] for row in rows]), strict=True):
-        sums.index_add_(1, place, part)
-    return sums[:, :n_coordinates] - sums[:, n_coordinates:]
+        sums.index_add_(0, place, part.T)
+    return (sums[:n_coordinates] - sums[n_coordinates:]).T.contiguous()
