@@ -18,7 +18,6 @@ each with the mean weight of its example.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +38,7 @@ from .gradients.checks import agree, check_gradients
 from .gradients.damped import DampedMethod
 from .gradients.method import GradientState
 from .gradients.per_example import flat, gradients_one_by_one
-from .gradients.safe_damping import check_damping, least_lambda, rounding_of
+from .gradients.safe_damping import check_damping, given_damping, least_lambda, rounding_of
 
 STRATEGIES = ("ekfac", "kfac", "diagonal", "identity")
 FISHERS = ("sampled", "empirical")
@@ -115,9 +114,9 @@ class EKFAC(DampedMethod[float | None]):
 
     @override
     def _checked_damping(self, value: Any) -> float | None:
-        if value is not None and not 0 <= value < math.inf:
-            raise bad_value("damping", "be at least 0, or None for a tenth of the mean eigenvalue", value)
-        return value  # type: ignore[no-any-return]
+        if value is None:
+            return None
+        return given_damping(value, positive=False, otherwise="None for a tenth of the mean eigenvalue")
 
     @override
     def _damped(self, state: GradientState, damping: float | None) -> Any:

@@ -116,12 +116,15 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise bad_choice(name, value, choices)
 
 
-def check_number(name: str, value: Any, *, positive: bool) -> None:
-    """Refuse what is no finite number above 0, or of at least 0."""
+def check_number(name: str, value: Any, *, positive: bool, otherwise: str | None = None) -> None:
+    """Refuse what is no finite number above 0, or of at least 0.
+
+    An error also names what may be given `otherwise`.
+    """
     above = is_number(value) and (value > 0 if positive else value >= 0)
     if not above or value > sys.float_info.max:
         must = "be a positive number" if positive else "be a number of at least 0"
-        raise bad_value(name, must, repr(value))
+        raise bad_value(name, must if otherwise is None else f"{must}, or {otherwise}", repr(value))
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:

@@ -1,10 +1,11 @@
-"""Every method with its options, every call, and the comparison of what they answer on two devices."""
+"""Every method with its options, every call, how answers are compared, and how gradients are counted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from flat_options import arguments
 from planted import planted_classes
@@ -114,3 +115,16 @@ def assert_same_answers(
         close = tolerance * float(answer.abs().max()) if answer.is_floating_point() else 0
         same = torch.allclose(found[call].cpu(), answer, rtol=0, atol=close, equal_nan=True)
         assert same, (call, found[call].cpu(), answer)
+
+
+def count_rows(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> list[int]:
+    """The number of examples in every call of `example_gradients` from some modules."""
+    rows: list[int] = []
+    for module in modules:
+
+        def spy(model, parameters, batch, vectors, original=module.example_gradients):
+            rows.append(len(vectors))
+            return original(model, parameters, batch, vectors)
+
+        monkeypatch.setattr(module, "example_gradients", spy)
+    return rows

@@ -40,14 +40,19 @@ def least_lambda(spectrum: Tensor, rounding: float) -> float:
     return float((rounding * values.max() - values.min().clamp_min(0)).clamp_min(0))
 
 
-def given_damping(value: Any, *, positive: bool) -> float:
+def given_damping(value: Any, *, positive: bool, otherwise: str | None = None) -> float:
     """A damping that was given as a number of Python or NumPy.
+
+    Args:
+        value: What was given.
+        positive: Whether 0 is refused.
+        otherwise: What may be given instead of a number, for the error.
 
     Raises:
         ValueError: It is none, or negative, infinite or (`positive`) 0.
     """
     value = value.item() if isinstance(value, np.generic) else value
-    check_number("damping", value, positive=positive)
+    check_number("damping", value, positive=positive, otherwise=otherwise)
     return float(value)
 
 

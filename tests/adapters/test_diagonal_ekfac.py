@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_calls import count_rows
 from planted import (
     MLP,
     N_CLASSES,
@@ -192,26 +193,13 @@ def test_the_sample_has_the_size_that_is_asked_for_and_a_seed_of_its_own():
 # Work and memory.
 
 
-def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of examples in every call of `example_gradients`."""
-    rows: list[int] = []
-    for module in (gradients, diagonal_ekfac):
-
-        def spy(model, parameters, batch, vectors, original=module.example_gradients):
-            rows.append(len(vectors))
-            return original(model, parameters, batch, vectors)
-
-        monkeypatch.setattr(module, "example_gradients", spy)
-    return rows
-
-
 @pytest.mark.parametrize("dense", ["kronecker", "diagonal"])
 def test_gradients_are_taken_of_as_many_examples_as_the_budget_holds(monkeypatch, dense):
     model, train, test = problem(BatchNormCNN)
     wanted = DiagonalEKFAC(model, train, dense=dense)
     scores, own = wanted.influence(test.tensors), wanted.self_influence()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    rows = count_rows(monkeypatch)
+    rows = count_rows(monkeypatch, gradients, diagonal_ekfac)
     method = DiagonalEKFAC(model, train, dense=dense, memory_budget=4 * 5 * size)
     torch.testing.assert_close(method.influence(test.tensors), scores)
     torch.testing.assert_close(method.self_influence(), own)
@@ -220,7 +208,7 @@ def test_gradients_are_taken_of_as_many_examples_as_the_budget_holds(monkeypatch
 
 def test_the_fisher_takes_gradients_of_its_sample_only(monkeypatch):
     model, train, _ = problem(MLP)
-    rows = count_rows(monkeypatch)
+    rows = count_rows(monkeypatch, gradients, diagonal_ekfac)
     DiagonalEKFAC(model, train, n_fisher=N_FISHER, batch_size=4, dense="diagonal").fit()
     assert sum(rows) == N_FISHER
     rows.clear()
@@ -240,7 +228,7 @@ def test_damping_is_set_anew_without_another_fit(monkeypatch, dense, relative):
     wanted = answers(DiagonalEKFAC(model, train, damping=0.3, **options))
     method = DiagonalEKFAC(model, train, damping=2.0, **options)
     before = answers(method)
-    rows = count_rows(monkeypatch)
+    rows = count_rows(monkeypatch, gradients, diagonal_ekfac)
     method.damping = 0.3
     assert rows == []
     found = answers(method)

@@ -265,7 +265,7 @@ def test_damping_is_set_anew_without_another_fit(small, normalize) -> None:
     assert not torch.allclose(found, before)
     wanted = EKFAC(model, train, damping=1e-3).influence(test.tensors, normalize=normalize)
     assert torch.equal(found, wanted)
-    with pytest.raises(ValueError, match="`damping` must be at least 0"):
+    with pytest.raises(ValueError, match="`damping` must be a number of at least 0"):
         method.damping = -1.0
 
 
@@ -434,8 +434,9 @@ def test_progress_is_shown_on_request(small, capfd) -> None:
 @pytest.mark.parametrize(
     ("option", "match"),
     [
-        ({"damping": -1.0}, "`damping` must be at least 0, or None for a tenth of the mean eigenvalue"),
-        ({"damping": float("nan")}, "`damping` must be at least 0"),
+        ({"damping": -1.0}, "`damping` must be a number of at least 0, or None for a tenth of"),
+        ({"damping": float("nan")}, "`damping` must be a number of at least 0"),
+        ({"damping": "x"}, "or None for a tenth of the mean eigenvalue; got 'x'"),
         ({"strategy": "ekfca"}, "`strategy` must be one of .* Nearest: 'ekfac'"),
         ({"fisher": "true"}, "`fisher` must be one of 'sampled', 'empirical'; got 'true'"),
         ({"seed": -1}, "`seed` must be an integer of at least 0; got -1"),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_calls import count_rows
 from planted import MLP, N_CLASSES, BatchNormCNN, Items, built, planted_classes
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -121,7 +122,7 @@ def test_damping_is_set_anew_without_another_fit(monkeypatch, residuals, weights
     wanted = answers(TRAK(model, train, damping=0.3, **options))
     method = TRAK(model, train, damping=2.0, **options)
     before = answers(method)
-    rows = count_rows(monkeypatch)
+    rows = count_rows(monkeypatch, gradients)
     method.damping = 0.3
     assert rows == []
     found = answers(method)
@@ -207,25 +208,12 @@ def test_a_query_does_not_read_the_training_set():
     assert counted.reads == 0
 
 
-def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of examples in every call of `example_gradients`."""
-    rows: list[int] = []
-    original = gradients.example_gradients
-
-    def spy(model, parameters, batch, vectors):
-        rows.append(len(vectors))
-        return original(model, parameters, batch, vectors)
-
-    monkeypatch.setattr(gradients, "example_gradients", spy)
-    return rows
-
-
 @pytest.mark.parametrize(("residuals", "gradients_an_example"), [("training", 1), ("temperature", 2)])
 def test_a_fit_takes_one_gradient_an_example_and_another_for_other_residuals(
     monkeypatch, residuals, gradients_an_example
 ):
     model, train, _ = problem()
-    rows = count_rows(monkeypatch)
+    rows = count_rows(monkeypatch, gradients)
     TRAK(model, train, residuals=residuals, batch_size=5).fit()
     assert sum(rows) == gradients_an_example * N
 
@@ -233,7 +221,7 @@ def test_a_fit_takes_one_gradient_an_example_and_another_for_other_residuals(
 @pytest.mark.parametrize("residuals", ["training", "temperature"])
 def test_a_fit_takes_two_gradients_of_an_example_with_positions(monkeypatch, residuals):
     model, x, y = TestExamplesThatCountForNothing.draw()
-    rows = count_rows(monkeypatch)
+    rows = count_rows(monkeypatch, gradients)
     TRAK(model, TensorDataset(x, y), residuals=residuals).fit()
     assert rows == [8, 8]
 
@@ -253,7 +241,7 @@ def test_gradients_are_taken_of_as_many_examples_as_the_budget_holds(monkeypatch
     model, train, test = problem(BatchNormCNN)
     wanted = TRAK(model, train, residuals="temperature").influence(test.tensors)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    rows = count_rows(monkeypatch)
+    rows = count_rows(monkeypatch, gradients)
     method = TRAK(model, train, residuals="temperature", memory_budget=4 * 5 * size)
     torch.testing.assert_close(method.influence(test.tensors), wanted)
     assert max(rows) == 5

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from stride_captum.adapters import TRAK, DiagonalEKFAC
+from stride_captum.adapters import EKFAC, TRAK, DiagonalEKFAC
 
 
-@pytest.mark.parametrize("method", [TRAK, DiagonalEKFAC])
+@pytest.mark.parametrize("method", [TRAK, DiagonalEKFAC, EKFAC])
 class TestEach:
     def test_a_copy_keeps_its_own(self, method, planted):
         model, train, test = planted
@@ -23,7 +23,7 @@ class TestEach:
         same = method(model, train, damping=0.1).influence(test.tensors)
         assert torch.allclose(second.influence(test.tensors), same, rtol=1e-5, atol=0.0)
 
-    @pytest.mark.parametrize("value", ["0.1", None, True, 10**400, float("nan"), float("inf"), -1.0])
+    @pytest.mark.parametrize("value", ["0.1", [1.0], True, 10**400, float("nan"), float("inf"), -1.0])
     def test_what_is_no_number_is_refused(self, method, value, planted):
         model, train, _ = planted
         with pytest.raises(ValueError, match="`damping` must be a"):
