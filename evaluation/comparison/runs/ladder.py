@@ -158,8 +158,9 @@ class Ladder:
         epochs, halves = self.shared.question.task.training.epochs, retrained(self.shared)
         along = self._on(self._along) if 0 in self.budgets and log_epochs(epochs) else None
         if 0 in self.budgets:
-            alone = self._on(lambda name: None, averages=False)
-            yield self._row("last checkpoint", 0.0, 1, *self._chosen(alone))
+            last = self._chosen(self._on(lambda name: None, averages=False))
+            yield self._row("last checkpoint", 0.0, 1, *last)
+            del last  # fits take memory
         if along is not None:
             yield self._row("checkpoints", 0.0, len(log_epochs(epochs)) + 1, *self._chosen(along))
         paid = [repeats_for(b, self.split, epochs) for b in self.budgets if b]
@@ -169,7 +170,7 @@ class Ladder:
         averages = choose(first, halves)
         beside = None if along is None else self._answers(along, averages)
         answers = [self._answers(first, averages)]
-        del along, first  # their fits take memory
+        del along  # as above
         for repeats in paid:
             for i in range(len(answers), repeats):
                 answers.append(self._answers(self._on(partial(self._partition, i)), averages))
