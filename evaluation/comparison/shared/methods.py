@@ -223,7 +223,7 @@ METHODS: dict[str, MethodSpec] = {
         *_twice(
             adapters.EKFAC,
             grid(damping=(None, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)),
-            grid(residuals=_RESIDUALS, damping=(None, 1e-2, 1e-1)),
+            grid(residuals=_RESIDUALS, damping=(None, 1e-4, 1e-2)),
             needs="kronfluence",
         ),
         *_twice(
