@@ -434,7 +434,10 @@ def test_progress_is_shown_on_request(small, capfd) -> None:
 @pytest.mark.parametrize(
     ("option", "match"),
     [
-        ({"damping": -1.0}, "`damping` must be a number of at least 0, or None for a tenth of"),
+        (
+            {"damping": -1.0},
+            "`damping` must be a number of at least 0, or None for a tenth of the mean eigenvalue",
+        ),
         ({"damping": float("nan")}, "`damping` must be a number of at least 0"),
         ({"damping": "x"}, "or None for a tenth of the mean eigenvalue; got 'x'"),
         ({"strategy": "ekfca"}, "`strategy` must be one of .* Nearest: 'ekfac'"),

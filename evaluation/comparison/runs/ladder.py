@@ -155,22 +155,20 @@ class Ladder:
 
     def rows(self) -> Iterator[BudgetRow]:
         """From the cheapest budget to the most expensive."""
-        epochs, halves = self.shared.question.task.training.epochs, retrained(self.shared)
+        epochs = self.shared.question.task.training.epochs
         along = self._on(self._along) if 0 in self.budgets and log_epochs(epochs) else None
         if 0 in self.budgets:
-            last = self._chosen(self._on(lambda name: None, averages=False))
-            yield self._row("last checkpoint", 0.0, 1, *last)
-            del last  # fits take memory
+            yield self._row(
+                "last checkpoint", 0.0, 1, *self._chosen(self._on(lambda name: None, averages=False))
+            )
         if along is not None:
             yield self._row("checkpoints", 0.0, len(log_epochs(epochs)) + 1, *self._chosen(along))
         paid = [repeats_for(b, self.split, epochs) for b in self.budgets if b]
         if not paid:
             return
-        first = self._on(partial(self._partition, 0))
-        averages = choose(first, halves)
+        averages, answers = self._chosen(self._on(partial(self._partition, 0)))
         beside = None if along is None else self._answers(along, averages)
-        answers = [self._answers(first, averages)]
-        del along  # as above
+        del along  # its fits take memory
         for repeats in paid:
             for i in range(len(answers), repeats):
                 answers.append(self._answers(self._on(partial(self._partition, i)), averages))

@@ -64,9 +64,8 @@ class OnModels:
 
         If only options that need no new fit differ from those before, it is the same methods, set anew.
         """
-        if self._fixed(options) != self._built[0]:
-            self._built = self._fixed(options), self._build(options)
-        return self.keep(self._built[1], options)
+        fixed, methods = self._built
+        return self.keep(methods if fixed == self._fixed(options) else self._build(options), options)
 
     def keep(self, methods: list[CachedMethod], options: Mapping[str, Any]) -> list[CachedMethod]:
         """Set the options of methods from `at` that need no new fit; `at` starts with them next."""
@@ -135,16 +134,18 @@ def choose(method: OnModels, halves: Retrained) -> Chosen:
     for options in grid:
         try:
             methods = method.at(options)
-            for normalize in normalizations:
-                found = Chosen(options, normalize, methods)
-                if measured:
-                    answers = method.answers(methods, range(halves.n_tuning), normalize)
-                    result = lds([a.values for a in answers], halves.membership, tuning, n_resamples=0)
-                    found = replace(found, value=(not result.ranks_nothing, result.undefined_as_zero))
-                if best is None or found.value > best.value:
-                    best = found
+            points = range(halves.n_tuning)
+            tried = [method.answers(methods, points, how) if measured else [] for how in normalizations]
         except ValueError as error:
             refused = error
+            continue
+        for normalize, answers in zip(normalizations, tried, strict=True):
+            found = Chosen(options, normalize, methods)
+            if measured:
+                result = lds([a.values for a in answers], halves.membership, tuning, n_resamples=0)
+                found = replace(found, value=(not result.ranks_nothing, result.undefined_as_zero))
+            if best is None or found.value > best.value:
+                best = found
     if best is None:
         assert refused is not None, "a grid has at least one point"
         raise refused

@@ -36,3 +36,10 @@ class TestEach:
         loaded = method.load(tmp_path / "method", model, train)
         assert loaded.damping == 0.25
         assert torch.equal(loaded.influence(test.tensors), fitted.influence(test.tensors))
+
+
+@pytest.mark.parametrize("method", [TRAK, DiagonalEKFAC])
+def test_none_is_refused_where_it_stands_for_nothing(method, planted):
+    model, train, _ = planted
+    with pytest.raises(ValueError, match="`damping` must be a"):
+        method(model, train, damping=None)
