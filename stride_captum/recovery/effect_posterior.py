@@ -6,6 +6,7 @@ few products (formulas in `refinement.refine`).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from ..errors import bad_type, bad_value
 from ..system.devices import as_float64, matching
+from ..system.memory import blocks
 from .design import Design, read_membership
 from .marginal_likelihood import Hyperparameters, MarginalLikelihood
+from .score_shape import Shape, fit_shape, shaped, squares_of
 
 _BLOCK_CELLS = 2**22  # float64 numbers in one array
 _GPU_BLOCK_FACTOR = 16
@@ -53,7 +56,12 @@ class _Block(NamedTuple):
 
 
 class EffectPosterior:
-    """Validated scores, centered columns and centered responses."""
+    """Validated scores, centered columns and centered responses.
+
+    Attributes:
+        scores: As they came, `(n_test, n_train)`, in a floating dtype.
+        shape: In which the prior is around them.
+    """
 
     def __init__(self, scores: Any, membership: Any, measured: Any) -> None:
         matrix = read_membership(membership)
@@ -75,12 +83,29 @@ class EffectPosterior:
         self.n_rows = max(1, cells // max(n_train, self.n_subsets**2))
         self.n_columns = max(1, cells // (self.n_rows * self.n_subsets))
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.shape, self._squares = Shape(), squares_of(self.columns)
+
+    def fit_shape(self, power: float | None, opponents: float | None) -> Shape:
+        """The most likely shape of the scores; None estimates a number of it."""
+        used = self.scores[self.finite.to(self.scores.device)]
+        return fit_shape(used, self.columns, self.y[self.finite], power, opponents)
+
+    def with_shape(self, shape: Shape) -> EffectPosterior:
+        """The same problem around another shape of the scores."""
+        twin = copy.copy(self)
+        twin.shape, twin._kept = shape, {}
+        return twin
+
+    def _shaped(self, rows: slice) -> Tensor:
+        """Scores in their shape, `(n, n_train)` float64; 0 in rows that are not finite."""
+        s = torch.where(self.finite[rows, None], as_float64(self.scores[rows]), 0.0)
+        return shaped(s, self.shape, self._squares)
 
     def blocks(self) -> Iterator[tuple[slice, _Block]]:
         """Iterate over blocks of test points."""
         for begin in range(0, len(self.y), self.n_rows):
             rows = slice(begin, begin + self.n_rows)
-            s = torch.where(self.finite[rows, None], as_float64(self.scores[rows]), 0.0)
+            s = self._shaped(rows)
             size = s.abs().amax(1, keepdim=True)
             size = torch.where(size > 0, size, 1.0)
             values, vectors = self._kept.get(begin) or self._eigen((s / size).square())
@@ -144,8 +169,8 @@ class EffectPosterior:
             residual = usable.measured - at.slope * usable.predicted
             if at.noise > 0:
                 total = (usable.predicted * residual).sum(0) / at.noise**2
-            for part, target in zip(self.scores.split(self.n_rows), mean.split(self.n_rows), strict=True):
-                target.copy_(matching(at.slope * as_float64(part), target))
+            for rows in blocks(len(mean), self.n_rows):
+                mean[rows] = matching(at.slope * self._shaped(rows), mean)
             zero = (self.scores == 0).all(1, keepdim=True)
             deviation.copy_(torch.where(zero | known, 0.0, math.nan).expand_as(deviation))
         else:

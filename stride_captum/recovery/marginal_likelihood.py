@@ -156,6 +156,25 @@ class MarginalLikelihood:
         return point(grid[best])
 
 
+def design_effect(residual: Tensor) -> float:
+    """Design effect of correlated test points: 1 + the sum of squared correlations with the others.
+
+    The test points are measured on the same retrained models. It is the number of them that carry as much
+    information as one independent one. The sample's squared correlations are corrected for their mean
+    1 / (n_subsets - 1) under independence.
+
+    Args:
+        residual: `(n, n_subsets)`, of mean 0 in each row.
+    """
+    norms = residual.norm(dim=1, keepdim=True)
+    rows = (residual / norms)[norms[:, 0] > 0]
+    n, m = len(rows), residual.shape[1] - 1
+    if n < 2:
+        return 1.0
+    off = float((rows.T @ rows).square().sum()) - n
+    return 1 + max(0.0, (m * off - n * (n - 1)) / (m - 1)) / n
+
+
 def _ratio(weighted: Tensor, measured: Tensor, predicted: Tensor) -> float:
     square = float((weighted * predicted).sum())
     return float((weighted * measured).sum()) / square if square > 0 else 0.0

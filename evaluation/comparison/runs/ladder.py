@@ -47,8 +47,9 @@ class BudgetRow:
     Attributes:
         name: The method; with its suffix if it has out-of-sample residuals in place of the published ones.
         source: What its scores are averaged over: "last checkpoint", "checkpoints", "cross-fitted" (models of
-            parts), "checkpoints and parts" (half of the weight each) or "refined" (cross-fitted, and
-            corrected by the responses of the same models).
+            parts), "checkpoints and parts" (half of the weight each) or "refined" (the latter, or
+            cross-fitted scores where there are no checkpoints, corrected by the responses of the models of
+            parts).
         trainings: The budget: cost of the further models, in trainings on the whole training set.
         n_models: Models or checkpoints whose scores are averaged.
         options: The options that were chosen.
@@ -210,17 +211,18 @@ class Ladder:
         trainings, n_models = self.split.trainings(repeats, epochs), repeats * self.split.parts
         row = self._row("cross-fitted", trainings, n_models, averages, answers)
         yield row
+        scores = _means(answers)
         if beside is not None:
-            pairs = zip(_means(answers), _means([beside]), strict=True)
-            yield replace(
+            scores = [(parts + along) / 2 for parts, along in zip(scores, _means([beside]), strict=True)]
+            row = replace(
                 row,
                 source="checkpoints and parts",
                 n_models=n_models + len(log_epochs(epochs)) + 1,
-                **self._judged([(parts + along) / 2 for parts, along in pairs], averages.normalize),
+                **self._judged(scores, averages.normalize),
                 cost=self._cost([*answers, beside]),
             )
+            yield row
         if self.refined and n_models >= _FEWEST_MEASURED:
-            scores = _means(answers)
             better = [self._refined(*pair, n_models) for pair in zip(self._names, scores, strict=True)]
             yield replace(row, source="refined", **self._judged(better, None))
 

@@ -157,7 +157,7 @@ class TestRows:
             ("checkpoints and parts", 1.0, 6),
             ("cross-fitted", 2.0, 4),
             ("checkpoints and parts", 2.0, 8),
-            ("refined", 2.0, 4),
+            ("refined", 2.0, 8),
         ]
         assert [(r.source, r.trainings) for r in rows if r.name == "TracIn" + OUT_OF_SAMPLE] == [
             s[:2] for s in steps[:6]
@@ -190,7 +190,7 @@ class TestRows:
         found_with_all = whole.influence(batch, normalize=both.normalize)
         wanted = lds(found_with_all, plan.membership, margins, n_resamples=0).value
         assert both.lds.value == pytest.approx(wanted, abs=1e-6)
-        better = refine(scores, models.membership, models.measured(model, batch)).scores
+        better = refine(found_with_all, models.membership, models.measured(model, batch)).scores
         wanted = lds(better, plan.membership, margins, n_resamples=0).value
         assert refined.lds.value == pytest.approx(wanted, abs=1e-6)
         size = calibration(better, plan.membership, margins, n_resamples=0).slope
