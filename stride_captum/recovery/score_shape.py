@@ -108,12 +108,12 @@ def fit_shape(
     before, slope = residual(start)
     if not slope > 0 or not bool(before.any()):
         return start
-    freedom = len(s) * min(columns.n_subsets - 1, columns.n_columns) / design_effect(before)
+    freedom: float = len(s) * min(columns.n_subsets - 1, columns.n_columns) / design_effect(before)
 
     def surprise(logarithms: np.ndarray) -> float:
         after, _ = residual(with_free(logarithms))
         fit = float(after.square().sum() / before.square().sum())
-        prior = sum((x / _DEVIATIONS[i]) ** 2 for i, x in zip(free, logarithms, strict=True))
+        prior: float = sum((float(x) / _DEVIATIONS[i]) ** 2 for i, x in zip(free, logarithms, strict=True))
         return freedom * math.log(max(fit, _EXACT)) + prior
 
     found = minimize(
