@@ -24,6 +24,7 @@ from .score_shape import Shape, fit_shape, shaped, squares_of
 
 _BLOCK_CELLS = 2**22  # float64 numbers in one array
 _GPU_BLOCK_FACTOR = 16
+_SHAPE_POINTS = 200  # test points that determine the shape
 _KEPT_CELLS = 2**27  # float64 numbers of eigenvectors that are cached
 
 
@@ -86,9 +87,15 @@ class EffectPosterior:
         self.shape, self._squares = Shape(), squares_of(self.columns)
 
     def fit_shape(self, power: float | None, opponents: float | None) -> Shape:
-        """The most likely shape of the scores; None estimates a number of it."""
-        used = self.scores[self.finite.to(self.scores.device)]
-        return fit_shape(used, self.columns, self.y[self.finite], power, opponents)
+        """The most likely shape of the scores; None estimates a number of it.
+
+        It is that of up to 200 test points, evenly spaced.
+        """
+        finite = self.finite.nonzero()[:, 0]
+        n = min(_SHAPE_POINTS, len(finite))
+        rows = finite[torch.linspace(0, max(len(finite) - 1, 0), n).round().long().to(finite.device)]
+        scores = matching(self.scores[rows.to(self.scores.device)], self.y)
+        return fit_shape(scores, self.columns, self.y[rows], power, opponents)
 
     def with_shape(self, shape: Shape) -> EffectPosterior:
         """The same problem around another shape of the scores."""

@@ -15,11 +15,9 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from ..system.devices import as_float64
 from .design import Design
 from .marginal_likelihood import design_effect
 
-_MOST_POINTS = 200  # test points that determine the shape
 #: Standard deviations of the logarithms of the power and of the slope of opponents before measurements.
 _DEVIATIONS = (0.12, 0.35)
 _EXACT = 1e-24  # share of variance from which a shape explains the responses exactly
@@ -72,7 +70,7 @@ def fit_shape(
     design effect of `marginal_likelihood`. The order of the scores of a test point never changes.
 
     Args:
-        scores: s, `(n, n_train)`, finite; up to 200 rows are read.
+        scores: s, `(n, n_train)` float64, finite.
         columns: Centered columns of the membership.
         measured: Responses minus their mean, `(n, n_subsets)` float64.
         power: Fixes the power.
@@ -82,16 +80,14 @@ def fit_shape(
     start = Shape(*(1.0 if value is None else value for value in given))
     free = [i for i, value in enumerate(given) if value is None]
     squares = squares_of(columns)
-    places = torch.linspace(0, max(len(scores) - 1, 0), min(_MOST_POINTS, len(scores))).round().long()
-    s = as_float64(scores[places.to(scores.device)]).to(squares.device)
-    size = s.abs().amax(1, keepdim=True)
-    s = s / torch.where(size > 0, size, 1.0)
+    size = scores.abs().amax(1, keepdim=True)
+    s = scores / torch.where(size > 0, size, 1.0)
     units = (s.square() @ squares / (columns.n_subsets - 1)).sqrt()[:, None]
     informed = units[:, 0] > 0
     if not free or not bool(informed.any()):
         return start
     s, units = s[informed], units[informed]
-    y = measured[places.to(measured.device)][informed] / (size[informed] * units)
+    y = measured[informed] / (size[informed] * units)
 
     def residual(shape: Shape) -> tuple[Tensor, float]:
         predicted = columns.forward(columns.collect(shaped(s, shape, squares))) / units

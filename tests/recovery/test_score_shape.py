@@ -10,7 +10,7 @@ import torch
 from scipy.stats import rankdata, spearmanr
 from torch import Tensor
 
-from stride_captum.recovery import refine
+from stride_captum.recovery import effect_posterior, refine
 from stride_captum.recovery.design import Design
 from stride_captum.recovery.marginal_likelihood import design_effect
 from stride_captum.recovery.score_shape import Shape, shaped, squares_of
@@ -183,6 +183,19 @@ class TestRefine:
             for s in (found, before)
         ]
         assert lds[0] > lds[1] + 0.02
+
+    def test_two_hundred_test_points_determine_it(self, monkeypatch):
+        """Evenly spaced ones whose scores and responses are finite."""
+        scores, X, measured, _ = planted(1.3, 1.6)
+        scores, measured = scores.repeat(5, 1), measured.repeat(5, 1)
+        scores[-1, 0] = math.nan
+        read = []
+        monkeypatch.setattr(effect_posterior, "fit_shape", lambda s, *rest: read.append(s) or Shape(1.2, 1.1))
+        found = refine(scores, X, measured)
+        assert (found.power, found.opponents) == (1.2, 1.1)
+        (s,) = read
+        assert len(s) == 200
+        assert torch.equal(s[[0, -1]], scores[[0, -2]])
 
     @pytest.mark.parametrize("name", ["power", "opponents"])
     @pytest.mark.parametrize(
