@@ -76,7 +76,7 @@ def draw_budgets(
                 marker=marker,
                 markersize=5,
                 linewidth=1.8,
-                label=f"{name}, {_LABELS[beside]}" if beside else name.replace(", ", ",\n"),
+                label=(f"{name}, {_LABELS[beside]}" if beside else name).replace(", ", ",\n"),
             )
             if not beside and all(row["lds"]["interval"] for row in own):
                 low, high = zip(*(ends_of(row["lds"]["interval"]) for row in own), strict=True)

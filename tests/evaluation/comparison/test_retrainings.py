@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import resources
 
 import jsonschema
@@ -335,8 +336,9 @@ class TestReport:
         page = write_comparison(results, tmp_path / "report.html").read_text("utf-8")
         assert "How much retraining is worth it?" in page
         assert "cost in trainings on everything" in page
-        assert "STRIDE, refined" in page
-        assert "STRIDE, with checkpoints" in page
+        lines = re.findall(r"<(?:text|tspan)[^>]*>([^<]+)</", page)
+        assert [lines[i - 1] for i, line in enumerate(lines) if line == "refined"] == ["STRIDE,"]
+        assert "with checkpoints" in lines
         for i, row in enumerate(results["retrainings"]):
             for key in ("trainings", "n_models"):
                 assert f'data-path="/retrainings/{i}/{key}" data-value="{row[key]}"' in page

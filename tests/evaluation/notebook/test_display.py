@@ -217,7 +217,7 @@ class TestPlots:
         (axes,) = show_budgets(rows).axes
         drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
         assert drawn["a"] == [[0, 0], [1, pytest.approx(0.1)], [2, pytest.approx(0.2)]]
-        assert drawn["a, refined"] == [[2, 0.4]]
+        assert drawn["a,\nrefined"] == [[2, 0.4]]
         assert drawn["b"] == [[1, 0.3]]
         assert [label.get_text() for label in axes.get_xticklabels()] == ["last\ncheckpoint", "1", "5"]
         assert len(axes.collections) == 2  # bands of the two methods, not of refined scores
