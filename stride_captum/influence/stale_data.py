@@ -15,6 +15,7 @@ from ..data.batch import ExampleBatch
 from ..data.digests import Digests, n_bytes, row_digests
 from ..data.passes import digests_of
 from ..errors import bad_value
+from ..system.memory import spread_rows
 from ..system.random_states import draws_put_back
 from .checkpoints.state_dicts import first_few
 
@@ -134,10 +135,10 @@ def _read(method: InfluenceMethod, saved: Digests) -> tuple[Digests, int]:
     """Digests of the training set, and of how many inputs; the others are taken to be as they were."""
     n, labels = len(saved), own_labels(method.train_dataset)
     if labels is not None and len(labels) == n:
-        batch = next(_batches(method, _spread(n, _FEW)))
+        batch = next(_batches(method, spread_rows(n, _FEW)))
         size = n_bytes(part for _, part in batch.example_parts()) // len(batch)
         if batch.labels is not None and n * size > INPUT_BYTES:
-            rows = _spread(n, max(INPUT_BYTES // size, _FEW))
+            rows = spread_rows(n, max(INPUT_BYTES // size, _FEW))
             part = _digests_of(method, rows)
             own = row_digests(n, [labels.to(batch.labels)])
             if torch.equal(own[rows], part.labels):
@@ -188,12 +189,6 @@ def _with_weights_of(batch: ExampleBatch, rows: slice | Tensor) -> ExampleBatch:
         return batch
     reading = replace(batch.reading, options=options.with_weights_of(rows))
     return ExampleBatch(batch.content, reading, slice(0, len(batch)), batch.argument)
-
-
-def _spread(n: int, k: int) -> Tensor:
-    """`k` of `n` rows, spread evenly."""
-    rows = torch.linspace(0, n - 1, min(n, k), dtype=torch.float64, device="cpu")
-    return rows.round().long().unique()  # type: ignore[no-any-return]
 
 
 def own_labels(source: Any) -> Tensor | None:

@@ -8,6 +8,7 @@ weights are then split equally.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -120,6 +121,11 @@ class Design:
     def expand(self, x: Tensor) -> Tensor:
         """Value of each training example's column, 0 for zero columns: (n, p) to (n, n_train)."""
         return torch.cat([x, x.new_zeros(len(x), 1)], 1)[:, self.group]
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """Sum of squares of each training example's column, `(n_train,)`."""
+        return self.expand(self.norms.square()[None])[0]
 
     def collect(self, w: Tensor) -> Tensor:
         """Sum of the weights of examples that share a column: (n, n_train) to (n, p)."""

@@ -6,7 +6,6 @@ few products (formulas in `refinement.refine`).
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -17,10 +16,10 @@ from torch import Tensor
 
 from ..errors import bad_type, bad_value
 from ..system.devices import as_float64, matching
-from ..system.memory import blocks
+from ..system.memory import blocks, spread_rows
 from .design import Design, read_membership
 from .marginal_likelihood import Hyperparameters, MarginalLikelihood
-from .score_shape import Shape, fit_shape, shaped, squares_of
+from .score_shape import fit_shape, relative, shaped
 
 _BLOCK_CELLS = 2**22  # float64 numbers in one array
 _GPU_BLOCK_FACTOR = 16
@@ -62,9 +61,23 @@ class EffectPosterior:
     Attributes:
         scores: As they came, `(n_test, n_train)`, in a floating dtype.
         shape: In which the prior is around them.
+
+    Args:
+        scores: As for `refine`, as are all others.
+        membership: See there.
+        measured: See there.
+        power: Of the shape; None estimates it from up to 200 test points, evenly spaced.
+        opponents: Likewise.
     """
 
-    def __init__(self, scores: Any, membership: Any, measured: Any) -> None:
+    def __init__(
+        self,
+        scores: Any,
+        membership: Any,
+        measured: Any,
+        power: float | None = 1.0,
+        opponents: float | None = 1.0,
+    ) -> None:
         matrix = read_membership(membership)
         self.n_subsets, n_train = matrix.shape
         if self.n_subsets < 3:
@@ -84,43 +97,28 @@ class EffectPosterior:
         self.n_rows = max(1, cells // max(n_train, self.n_subsets**2))
         self.n_columns = max(1, cells // (self.n_rows * self.n_subsets))
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self.shape, self._squares = Shape(), squares_of(self.columns)
-
-    def fit_shape(self, power: float | None, opponents: float | None) -> Shape:
-        """The most likely shape of the scores; None estimates a number of it.
-
-        It is that of up to 200 test points, evenly spaced.
-        """
-        finite = self.finite.nonzero()[:, 0]
-        n = min(_SHAPE_POINTS, len(finite))
-        rows = finite[torch.linspace(0, max(len(finite) - 1, 0), n).round().long().to(finite.device)]
-        scores = matching(self.scores[rows.to(self.scores.device)], self.y)
-        return fit_shape(scores, self.columns, self.y[rows], power, opponents)
-
-    def with_shape(self, shape: Shape) -> EffectPosterior:
-        """The same problem around another shape of the scores."""
-        twin = copy.copy(self)
-        twin.shape, twin._kept = shape, {}
-        return twin
+        rows = self.finite.nonzero()[:, 0]
+        rows = rows[spread_rows(len(rows), _SHAPE_POINTS).to(rows.device)]
+        some = matching(self.scores[rows.to(self.scores.device)], self.y)
+        self.shape = fit_shape(some, self.columns, self.y[rows], power, opponents)
 
     def _shaped(self, rows: slice) -> Tensor:
         """Scores in their shape, `(n, n_train)` float64; 0 in rows that are not finite."""
         s = torch.where(self.finite[rows, None], as_float64(self.scores[rows]), 0.0)
-        return shaped(s, self.shape, self._squares)
+        return shaped(s, self.shape, self.columns.squares)
 
     def blocks(self) -> Iterator[tuple[slice, _Block]]:
         """Iterate over blocks of test points."""
         for begin in range(0, len(self.y), self.n_rows):
             rows = slice(begin, begin + self.n_rows)
             s = self._shaped(rows)
-            size = s.abs().amax(1, keepdim=True)
-            size = torch.where(size > 0, size, 1.0)
-            values, vectors = self._kept.get(begin) or self._eigen((s / size).square())
+            units_of_largest, size = relative(s)
+            values, vectors = self._kept.get(begin) or self._eigen(units_of_largest.square())
             if vectors.numel() * len(self.y) <= _KEPT_CELLS * len(s):
                 self._kept[begin] = (values, vectors)
             unit = values.mean(1, keepdim=True).sqrt()
             unit = torch.where(unit > 0, unit, 1.0)
-            predicted = self.columns.forward(self.columns.collect(s / size)) / unit
+            predicted = self.columns.forward(self.columns.collect(units_of_largest)) / unit
             measured = self.y[rows] / (size * unit)
             yield rows, _Block(s, size, unit, values / unit.square(), vectors, predicted, measured)
 

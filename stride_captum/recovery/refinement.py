@@ -16,6 +16,14 @@ from .marginal_likelihood import Hyperparameters, design_effect
 
 _LEVEL = 0.9  # of `slope_interval`
 _EVIDENCE = 6.63  # 99% of chi-square with one degree of freedom
+#: Smallest value of each number that can be fixed, and how an error says so.
+_RANGES = {
+    "slope": (-math.inf, ""),
+    "prior_scale": (0.0, ", at least 0"),
+    "noise": (0.0, ", at least 0"),
+    "power": (math.ulp(0.0), " above 0"),
+    "opponents": (math.ulp(0.0), " above 0"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,20 +158,18 @@ def refine(
         raise bad_value(
             "noise", "be positive where slope or prior scale are estimated", noise, "Fix all three."
         )
-    of_shape = [_positive(*v) for v in (("power", power), ("opponents", opponents))]
-    problem = EffectPosterior(scores, membership, measured)
     fixed = given[0] is not None
+    of_shape = [_fixed("power", power), _fixed("opponents", opponents)]
     if fixed:
         of_shape = [1.0 if value is None else value for value in of_shape]
-    shape = problem.fit_shape(*of_shape)
-    problem = problem.with_shape(shape)
-    usable = problem.spectra()
+    problem = EffectPosterior(scores, membership, measured, *of_shape)
+    shape, usable = problem.shape, problem.spectra()
     if not bool(usable.rows.any()):
         found = Hyperparameters(*(math.nan if v is None else v for v in given))
         interval = (math.nan, math.nan) if fixed else (-math.inf, math.inf)
         return RefinedScores(*problem.unchanged(), *found, interval, *shape)
-    found = usable.likelihood.maximum(*given)
     likelihood = usable.likelihood
+    found = likelihood.maximum(*given)
     if given[1] is None:
         without = likelihood.without_prior(given[0], given[2])
         gain = 2 * (likelihood.value(found) - likelihood.value(without)) if found.prior_scale > 0 else 0.0
@@ -191,16 +197,10 @@ def _interval(slope: float, contributions: Tensor, information: float) -> tuple[
 def _fixed(name: str, value: float | None) -> float | None:
     if value is None:
         return None
-    must = "be a finite number" if name == "slope" else "be a finite number, at least 0"
+    least, range_in_words = _RANGES[name]
+    must = f"be a finite number{range_in_words}"
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         raise bad_type(name, f"{must}, or None to be estimated", value)
-    if not math.isfinite(value) or (name != "slope" and value < 0):
+    if not math.isfinite(value) or value < least:
         raise bad_value(name, must, value, "Leave it out to have it estimated.")
     return float(value)
-
-
-def _positive(name: str, value: float | None) -> float | None:
-    found = _fixed(name, value)
-    if found == 0:
-        raise bad_value(name, "be above 0", value, "1 leaves the scores as they are.")
-    return found

@@ -46,13 +46,19 @@ def shaped(scores: Tensor, shape: Shape, squares: Tensor) -> Tensor:
     """
     if shape == Shape():
         return scores
-    size = scores.abs().amax(1, keepdim=True)
-    s = scores / torch.where(size > 0, size, 1.0)
+    s, size = relative(scores)
     found = s.abs().pow(shape.power).copysign(s)
     found = torch.where(s < 0, shape.opponents * found, found)
     before, after = (part.square() @ squares for part in (s, found))
     factor = torch.where(after > 0, before / after, 1.0).sqrt()
     return found * (size * factor[:, None])
+
+
+def relative(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of each row in units of the largest, and that, `(n, 1)`; 1 where all are 0."""
+    size = scores.abs().amax(1, keepdim=True)
+    size = torch.where(size > 0, size, 1.0)
+    return scores / size, size
 
 
 def fit_shape(
@@ -79,13 +85,12 @@ def fit_shape(
     given = power, opponents
     start = Shape(*(1.0 if value is None else value for value in given))
     free = [i for i, value in enumerate(given) if value is None]
-    squares = squares_of(columns)
-    size = scores.abs().amax(1, keepdim=True)
-    s = scores / torch.where(size > 0, size, 1.0)
+    if not free:
+        return start
+    squares = columns.squares
+    s, size = relative(scores)
     units = (s.square() @ squares / (columns.n_subsets - 1)).sqrt()[:, None]
     informed = units[:, 0] > 0
-    if not free or not bool(informed.any()):
-        return start
     s, units = s[informed], units[informed]
     y = measured[informed] / (size[informed] * units)
 
@@ -102,7 +107,7 @@ def fit_shape(
         return Shape(*values)
 
     before, slope = residual(start)
-    if not slope > 0 or not bool(before.any()):
+    if not slope > 0 or not bool(before.any()):  # also if no scores differ between subsets
         return start
     freedom: float = len(s) * min(columns.n_subsets - 1, columns.n_columns) / design_effect(before)
 
@@ -121,8 +126,3 @@ def fit_shape(
     )
     values = with_free(found.x)
     return Shape(*(round(v, _DIGITS) if i in free else v for i, v in enumerate(values)))
-
-
-def squares_of(columns: Design) -> Tensor:
-    """Sum of squares of each training example's centered column, `(n_train,)` float64."""
-    return columns.expand(columns.norms.square()[None])[0]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import bad_value
 
@@ -98,6 +99,12 @@ def blocks(n: int, size: int) -> Iterator[slice]:
     """Consecutive slices of at most `size` rows."""
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
+
+
+def spread_rows(n: int, k: int) -> Tensor:
+    """`k` of `n` rows, spread evenly; all rows if there are fewer. On the CPU."""
+    rows = torch.linspace(0, n - 1, min(n, k), dtype=torch.float64, device="cpu")
+    return rows.round().long().unique()  # type: ignore[no-any-return]
 
 
 def _available() -> int | None:

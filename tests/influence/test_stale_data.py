@@ -443,7 +443,7 @@ class TestLargeData:
             assert read == 100 + (16 if loader else 64)
         with pytest.raises(ValueError, match=r"other labels in 4 of 300 examples \(rows 3, 130, 131 "):
             STRIDE.load(path, model, made(data[0], relabeled(data[1])))
-        seen = stale_data._spread(N, 100).tolist()
+        seen = stale_data.spread_rows(N, 100).tolist()
         unseen = [i for i in range(N) if i not in seen]
         STRIDE.load(path, model, made(moved(data[0], unseen), data[1]))
         with pytest.raises(ValueError, match=r"other inputs in 2 of 300 examples \(rows 0, 299\)"):

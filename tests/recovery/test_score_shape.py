@@ -13,7 +13,7 @@ from torch import Tensor
 from stride_captum.recovery import effect_posterior, refine
 from stride_captum.recovery.design import Design
 from stride_captum.recovery.marginal_likelihood import design_effect
-from stride_captum.recovery.score_shape import Shape, shaped, squares_of
+from stride_captum.recovery.score_shape import Shape, shaped
 from stride_captum.subsets import random_subsets
 
 N_TEST, N_TRAIN, N_SUBSETS = 60, 200, 20
@@ -57,7 +57,7 @@ def planted(
 
 
 def columns_of(X: np.ndarray) -> Tensor:
-    return squares_of(Design(X, True, torch.device("cpu")))
+    return Design(X, True, torch.device("cpu")).squares
 
 
 class TestDefinition:
