@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 from stride_captum import STRIDE, Checkpoint, ClosedForm, Trained, reliability
 from stride_captum.adapters import TRAK, Random, Similarity, TracIn
+from stride_captum.influence.checkpoints.averages import weight_of_parts
 from stride_captum.score_agreement import feature_halves
 
 N = 2_000
@@ -28,7 +29,8 @@ def test_checkpoints_count_by_their_weights():
     how = {"operators": ClosedForm(residuals="temperature", temperature=2.0)}
     found = reliability(STRIDE(model, train, checkpoints=kept, **how), test.tensors)
     each = torch.stack([STRIDE(model, train, checkpoints=[c], **how).influence(test.tensors) for c in kept])
-    w = [0.25, 0.25, 0.5]
+    of_half = weight_of_parts(0.5)
+    w = [(1 - of_half) / 2, (1 - of_half) / 2, of_half]
     for t in range(len(found)):
         r = np.corrcoef(each[:, t].double().numpy())
         pairs = [(w[i] * w[j], r[i, j]) for i in range(3) for j in range(3) if i != j]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import Counter
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..errors import bad_value
 from ..system.memory import rows_that_fit
-from .checkpoints.checkpoint import unseen_by
+from .checkpoints.averages import mean_weights
 from .query import Query
 from .reading import BatchReader
 
@@ -71,15 +70,8 @@ class MethodHooks(BatchReader):
         return None
 
     def combine_weights(self, learning_rates: list[float]) -> list[float]:
-        """Weight of each checkpoint in the score: the mean, unless a method says otherwise.
-
-        Checkpoints of the model and models of parts of its training set (`Checkpoint(seen=...)`) have half of
-        the weight each, however many there are: on digits and MNIST both together are more faithful than
-        either, and than the mean of all.
-        """
-        of_parts = [bool(unseen_by(kept, self.n_train_).any()) for kept in self._checkpoints()]
-        counts = Counter(of_parts)
-        return [1 / (len(counts) * counts[kind]) for kind in of_parts]
+        """Weight of each checkpoint in the score: `mean_weights`, unless a method says otherwise."""
+        return mean_weights(self._checkpoints(), self.n_train_)
 
     def _test_rows(self) -> int:
         """Most test points per batch; limited by the budget if all their scores are held."""

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ....influence.checkpoints.averages import weight_of_parts
 from ....recovery import refine
 from ...measures.calibration import CalibrationResult, calibration
 from ...measures.cost import Cost, median_cost
@@ -47,7 +48,7 @@ class BudgetRow:
     Attributes:
         name: The method; with its suffix if it has out-of-sample residuals in place of the published ones.
         source: What its scores are averaged over: "last checkpoint", "checkpoints", "cross-fitted" (models of
-            parts), "checkpoints and parts" (half of the weight each) or "refined" (the latter, or
+            parts), "checkpoints and parts" (the parts with `weight_of_parts`) or "refined" (the latter, or
             cross-fitted scores where there are no checkpoints, corrected by the responses of the models of
             parts).
         trainings: The budget: cost of the further models, in trainings on the whole training set.
@@ -213,7 +214,11 @@ class Ladder:
         yield row
         scores = _means(answers)
         if beside is not None:
-            scores = [(parts + along) / 2 for parts, along in zip(scores, _means([beside]), strict=True)]
+            weight = weight_of_parts(repeats)
+            scores = [
+                weight * parts + (1 - weight) * along
+                for parts, along in zip(scores, _means([beside]), strict=True)
+            ]
             row = replace(
                 row,
                 source="checkpoints and parts",
