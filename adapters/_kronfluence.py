@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from ..losses import CrossEntropy, Loss
 from ..losses.summed_positions import SummedPositions
 from ..losses.weights import times_root
 from ..system.garbage import cheap_collections
+from ._kronfluence_eigenbasis import in_eigenbasis
 from ._kronfluence_layers import Grouped, group_rows, replace_modules
 from ._kronfluence_rows import WeighedRows, divided_by_weights
 from .gradients.dense_sides import mean_weights, weights_of_rows
@@ -70,6 +73,7 @@ class Kronfluence:
         self.model = prepare_model(root, self.losses).to(first.device)
         wrapped = [module for module in self.model.modules() if isinstance(module, TrackedModule)]
         replace_modules(self.model, {module.original_module: module for module in wrapped})
+        self.tracked = wrapped
         self.losses.weighed = {str(module.name): WeighedRows(module) for module in wrapped}
         dtype = torch.promote_types(first.dtype, torch.float32)
         of_factors = ("activation_covariance", "gradient_covariance", "per_sample_gradient", "lambda")
@@ -101,12 +105,12 @@ class Kronfluence:
                 covariances = divided_by_weights(covariances, self.losses.weighed)
             factors = self._call(perform_eigendecomposition, covariance_factors=covariances)
         if needs.requires_lambda_matrices:
-            _, corrected = self._call(
-                fit_lambda_matrices_with_loader,
-                task=self.losses,
-                loader=Batches(self._pieces(batches(1))),
-                eigen_factors=factors or None,
-            )
+            with self._in_basis(factors):
+                _, corrected = self._call(
+                    fit_lambda_matrices_with_loader,
+                    task=self.losses,
+                    loader=Batches(self._pieces(batches(1))),
+                )
             if weight is not None:
                 seen = corrected["num_lambda_processed"]
                 corrected["num_lambda_processed"] = {
@@ -114,6 +118,20 @@ class Kronfluence:
                 }
             factors = {**factors, **corrected}
         return factors
+
+    @contextmanager
+    def _in_basis(self, factors: Factors) -> Iterator[None]:
+        """Inside, a strategy with eigenvectors and Lambda is the diagonal one in the eigenbasis."""
+        given = self.factor_args
+        if given.strategy != "ekfac":
+            yield
+            return
+        self.factor_args = replace(given, strategy="diagonal")
+        try:
+            with in_eigenbasis(self.tracked, factors):
+                yield
+        finally:
+            self.factor_args = given
 
     @property
     def _weighs_rows(self) -> bool:
@@ -182,7 +200,11 @@ class Kronfluence:
 
     def _score(self, function: Callable[..., Any], factors: Factors, **loaders: Any) -> dict[str, Tensor]:
         fixed = {"task": self.losses, "score_args": self.score_args, "tracked_module_names": None}
-        found: dict[str, Tensor] = self._call(function, loaded_factors=factors, **fixed, **loaders)
+        with self._in_basis(factors):
+            needed = factors
+            if self.factor_args.strategy == "diagonal":
+                needed = {name: factors[name] for name in ("lambda_matrix", "num_lambda_processed")}
+            found: dict[str, Tensor] = self._call(function, loaded_factors=needed, **fixed, **loaders)
         return found
 
     def _call(self, function: Callable[..., Any], **arguments: Any) -> Any:

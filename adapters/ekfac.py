@@ -48,10 +48,9 @@ class EKFAC(DampedMethod[float | None]):
     """Influence functions with the eigenvalue-corrected Kronecker factors of kronfluence.
 
     `fit` makes two passes over the training set; every batch of test points one more, because no gradients
-    are stored. Self-influence, and the norms of `normalize="cosine"`, take two backward passes. Most of the
-    time goes into rotating gradients, `i o (i + o)` products an example and layer of i inputs and o outputs:
-    once in `fit`, twice for each test point and for each self-influence. `damping` may be set anew without
-    another `fit`.
+    are stored. Self-influence, and the norms of `normalize="cosine"`, take two backward passes. In a layer of
+    i inputs and o outputs, each pair of a test point and an example takes `i o` products, in the eigenbasis
+    (`_kronfluence_eigenbasis`). `damping` may be set anew without another `fit`.
 
     Args:
         model: As for every method; a Linear or Conv2d layer must not be called twice in a forward pass.
