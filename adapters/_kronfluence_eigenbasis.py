@@ -59,7 +59,8 @@ class _Rotated:
         """`Q_b^T G Q_a` of each example, `(n, n_out, n_in)`."""
         if self._rows_cost_less(output_gradient, len(output_gradient)):
             return torch.einsum("nto,nti->noi", *self._rows(input_activation, output_gradient))
-        plain = type(self.layer).compute_per_sample_gradient(self.layer, input_activation, output_gradient)
+        gradients = type(self.layer).compute_per_sample_gradient
+        plain: Tensor = gradients(self.layer, input_activation, output_gradient)
         return self.of_outputs.to(plain).T @ (plain @ self.of_inputs.to(plain))
 
     def compute_pairwise_score(
@@ -68,8 +69,11 @@ class _Rotated:
         """Products of each of n_query preconditioned gradients with each gradient, `(n_query, n)`."""
         if self._rows_cost_less(output_gradient, len(preconditioned_gradient)):
             b, a = self._rows(input_activation, output_gradient)
-            if a.shape[1] == 1:  # without the gradients themselves
-                return ((b[:, 0] @ preconditioned_gradient) * a[:, 0]).sum(2)
+            if a.shape[1] == 1:  # without the gradients themselves, the longer side first
+                wide, narrow, matrices = a[:, 0], b[:, 0], preconditioned_gradient.transpose(1, 2)
+                if wide.shape[1] < narrow.shape[1]:
+                    wide, narrow, matrices = narrow, wide, preconditioned_gradient
+                return ((wide @ matrices) * narrow).sum(2)
             return preconditioned_gradient.flatten(1) @ torch.einsum("nto,nti->noi", b, a).flatten(1).T
         given, back = self.back
         if given is not preconditioned_gradient or back is None:

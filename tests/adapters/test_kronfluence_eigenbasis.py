@@ -42,6 +42,7 @@ def convolution() -> nn.Module:
 # A row of few positions is rotated by itself, of many the whole gradient; so is that of a convolution.
 CASES = {
     "one row": (rows, (5,)),
+    "one row, more outputs than inputs": (lambda: nn.Sequential(nn.Linear(2, 7), nn.Linear(7, C)), (2,)),
     "one row, no bias": (lambda: rows(bias=False), (5,)),
     "two positions": (Pooled, (2, 5)),
     "two positions, no bias": (lambda: Pooled(bias=False), (2, 5)),
@@ -141,3 +142,15 @@ def test_layers_and_strategy_are_put_back() -> None:
         raising()
     assert own.factor_args.strategy == "ekfac"
     assert not any("compute_pairwise_score" in vars(layer) for layer in own.tracked)
+
+
+def test_other_queries_have_their_own_products() -> None:
+    problem = Problem("convolution", N)
+    (layer,) = (m for m in problem.own.tracked if isinstance(m.original_module, nn.Conv2d))
+    x, gradients = torch.randn(N, 2, 4, 4).double(), torch.randn(N, 4, 4, 4).double()
+    queries = [torch.randn(2, 4, 19).double() for _ in range(2)]
+    with problem.own._in_basis(problem.factors):
+        each = layer.compute_per_sample_gradient(input_activation=x, output_gradient=gradients)
+        for query in queries:
+            found = layer.compute_pairwise_score(query, x, gradients)
+            assert close(found, torch.einsum("qoi,noi->qn", query, each))
