@@ -120,7 +120,7 @@ class Kronfluence:
         return factors
 
     @contextmanager
-    def _in_basis(self, factors: Factors) -> Iterator[None]:
+    def _in_basis(self, factors: Factors, n_train: int = 0) -> Iterator[None]:
         """Inside, a strategy with eigenvectors and Lambda is the diagonal one in the eigenbasis."""
         given = self.factor_args
         if given.strategy != "ekfac":
@@ -128,7 +128,7 @@ class Kronfluence:
             return
         self.factor_args = replace(given, strategy="diagonal")
         try:
-            with in_eigenbasis(self.tracked, factors):
+            with in_eigenbasis(self.tracked, factors, n_train):
                 yield
         finally:
             self.factor_args = given
@@ -137,9 +137,10 @@ class Kronfluence:
     def _weighs_rows(self) -> bool:
         return isinstance(self.losses.loss, SummedPositions)
 
-    def scores(self, factors: Factors, query: Batch, train: Iterable[Batch]) -> Tensor:
+    def scores(self, factors: Factors, query: Batch, train: Iterable[Batch], n_train: int) -> Tensor:
         """`(J_x^T g)^T M (J_i^T r_i)`, `(n_query, n_train)`, of "gradients" g and "residuals" r."""
-        return self._pairwise(factors, query, train)["all_modules"].to(self.state.device)
+        with self._in_basis(factors, n_train):
+            return self._pairwise(factors, query, train)["all_modules"].to(self.state.device)
 
     def scores_by_layer(self, query: Batch, train: Iterable[Batch]) -> list[Tensor]:
         """Terms of `scores` per layer, for strategies without factors."""
@@ -164,7 +165,8 @@ class Kronfluence:
         from kronfluence.score.self import compute_self_measurement_scores_with_loaders
 
         loader = Batches(self._pieces(batches))
-        found = self._score(compute_self_measurement_scores_with_loaders, factors, train_loader=loader)
+        with self._in_basis(factors):
+            found = self._score(compute_self_measurement_scores_with_loaders, factors, train_loader=loader)
         return found["all_modules"].to(self.state.device)
 
     def _pieces(self, batches: Iterable[Batch]) -> Iterable[Batch]:
@@ -200,11 +202,9 @@ class Kronfluence:
 
     def _score(self, function: Callable[..., Any], factors: Factors, **loaders: Any) -> dict[str, Tensor]:
         fixed = {"task": self.losses, "score_args": self.score_args, "tracked_module_names": None}
-        with self._in_basis(factors):
-            needed = factors
-            if self.factor_args.strategy == "diagonal":
-                needed = {name: factors[name] for name in ("lambda_matrix", "num_lambda_processed")}
-            found: dict[str, Tensor] = self._call(function, loaded_factors=needed, **fixed, **loaders)
+        if self.factor_args.strategy == "diagonal":  # eigenvectors are in the layers
+            factors = {name: factors[name] for name in ("lambda_matrix", "num_lambda_processed")}
+        found: dict[str, Tensor] = self._call(function, loaded_factors=factors, **fixed, **loaders)
         return found
 
     def _call(self, function: Callable[..., Any], **arguments: Any) -> Any:

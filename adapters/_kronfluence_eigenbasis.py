@@ -17,17 +17,23 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def in_eigenbasis(layers: Iterable[Any], factors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
+def in_eigenbasis(
+    layers: Iterable[Any], factors: Mapping[str, Mapping[str, Tensor]], n_train: int = 0
+) -> Iterator[None]:
     """Inside, tracked layers compute with gradients in their eigenbasis.
 
     Args:
         layers: Of the class `TrackedModule` of kronfluence.
         factors: Of `perform_eigendecomposition`.
+        n_train: Examples that each query is multiplied with; 0 where there are no queries.
     """
     layers = list(layers)
     for layer in layers:
-        bases = [factors[f"{kind}_eigenvectors"][layer.name] for kind in ("gradient", "activation")]
-        rotated = _Rotated(layer, *(basis.to(layer.weight.device) for basis in bases))
+        of_outputs, of_inputs = (
+            factors[f"{kind}_eigenvectors"][layer.name].to(layer.weight.device)
+            for kind in ("gradient", "activation")
+        )
+        rotated = _Rotated(layer, of_outputs, of_inputs, n_train)
         for name in _OVERRIDDEN:
             setattr(layer, name, getattr(rotated, name))
     try:
@@ -48,16 +54,17 @@ class _Rotated:
         layer: The layer.
         of_outputs: Q_b, `(n_out, n_out)`.
         of_inputs: Q_a, `(n_in, n_in)`; a bias is the last input, 1.
+        n_train: As for `in_eigenbasis`.
     """
 
-    def __init__(self, layer: Any, of_outputs: Tensor, of_inputs: Tensor) -> None:
-        self.layer, self.of_outputs, self.of_inputs = layer, of_outputs, of_inputs
+    def __init__(self, layer: Any, of_outputs: Tensor, of_inputs: Tensor, n_train: int) -> None:
+        self.layer, self.of_outputs, self.of_inputs, self.n_train = layer, of_outputs, of_inputs, n_train
         self.linear = isinstance(layer.original_module, nn.Linear)
         self.back: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def compute_per_sample_gradient(self, input_activation: Tensor, output_gradient: Tensor) -> Tensor:
         """`Q_b^T G Q_a` of each example, `(n, n_out, n_in)`."""
-        if self._rows_cost_less(output_gradient, len(output_gradient)):
+        if self._rows_cost_less(output_gradient, len(output_gradient), len(output_gradient)):
             return torch.einsum("nto,nti->noi", *self._rows(input_activation, output_gradient))
         gradients = type(self.layer).compute_per_sample_gradient
         plain: Tensor = gradients(self.layer, input_activation, output_gradient)
@@ -67,9 +74,10 @@ class _Rotated:
         self, preconditioned_gradient: Tensor, input_activation: Tensor, output_gradient: Tensor
     ) -> Tensor:
         """Products of each of n_query preconditioned gradients with each gradient, `(n_query, n)`."""
-        if self._rows_cost_less(output_gradient, len(preconditioned_gradient)):
+        n_query, longer = len(preconditioned_gradient), max(preconditioned_gradient.shape[1:])
+        if self._rows_cost_less(output_gradient, self.n_train, n_query):
             b, a = self._rows(input_activation, output_gradient)
-            if a.shape[1] == 1:  # without the gradients themselves, the longer side first
+            if a.shape[1] == 1 and n_query <= longer:  # without the gradients themselves, longer side first
                 wide, narrow, matrices = a[:, 0], b[:, 0], preconditioned_gradient.transpose(1, 2)
                 if wide.shape[1] < narrow.shape[1]:
                     wide, narrow, matrices = narrow, wide, preconditioned_gradient
@@ -90,12 +98,12 @@ class _Rotated:
     ) -> Tensor:
         """Product of each preconditioned gradient with the gradient of the same example, `(n,)`."""
         gradients = self.compute_per_sample_gradient(input_activation, output_gradient)
-        return torch.einsum("noi,noi->n", preconditioned_gradient, gradients)
+        return (preconditioned_gradient * gradients).sum((1, 2))  # einsum would lose digits in float32
 
-    def _rows_cost_less(self, output_gradient: Tensor, n_matrices: int) -> bool:
-        """Whether rotating all rows of a batch costs less than rotating so many gradients."""
+    def _rows_cost_less(self, output_gradient: Tensor, n_examples: int, n_matrices: int) -> bool:
+        """Whether rotating the rows of so many examples costs less than rotating so many gradients."""
         n_out, n_in = len(self.of_outputs), len(self.of_inputs)
-        n_rows = output_gradient.numel() // n_out
+        n_rows = n_examples * (output_gradient[0].numel() // n_out)
         return self.linear and n_rows * (n_out**2 + n_in**2) <= n_matrices * n_out * n_in * (n_out + n_in)
 
     def _rows(self, input_activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor]:

@@ -218,7 +218,8 @@ class EKFAC(DampedMethod[float | None]):
         vectors = self._response_gradients(model, batch, query)
         points = {"gradients": vectors, "examples": batch}
         train = self._train_sides(residuals=state.residuals)
-        scores = self._kronfluence(model).scores(state.kernel, points, train) / self.weight_
+        scores = self._kronfluence(model).scores(state.kernel, points, train, self.n_train_)
+        scores = scores / self.weight_
         return EKFACTest(scores, lambda: self._norms_of(state, model, [{**points, "residuals": vectors}]))
 
     def _self_scores(self, state: GradientState, model: nn.Module, batches: Iterable[Batch]) -> Tensor:

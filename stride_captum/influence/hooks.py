@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import bad_value
 from ..system.memory import rows_that_fit
-from .checkpoints.averages import mean_weights
+from .checkpoints.averages import checkpoint_weights
 from .query import Query
 from .reading import BatchReader
 
@@ -70,8 +70,8 @@ class MethodHooks(BatchReader):
         return None
 
     def combine_weights(self, learning_rates: list[float]) -> list[float]:
-        """Weight of each checkpoint in the score: `mean_weights`, unless a method says otherwise."""
-        return mean_weights(self._checkpoints(), self.n_train_)
+        """Weight of each checkpoint in the score: `checkpoint_weights`, unless a method says otherwise."""
+        return checkpoint_weights(self._checkpoints(), self.n_train_)
 
     def _test_rows(self) -> int:
         """Most test points per batch; limited by the budget if all their scores are held."""

@@ -59,7 +59,8 @@ class InfluenceMethod(SavedMethod):
             model is copied.
         checkpoints: State dicts or paths, or a folder of them: scores are averaged over these instead of
             the weights in `model`. They may be checkpoints of one training, models of parts of the training
-            set (`retrain`), or both: see `mean_weights` for the weight of each (TracIn sums all of them).
+            set (`retrain`), or both. With P partitions, the parts together have sqrt(P) times the weight of
+            the checkpoints (TracIn sums all of them).
         checkpoints_load_func: `f(model, checkpoint)` loads one and returns a learning rate.
         held_out: Labeled data that the model has not seen, for methods that can use it.
         response: Default response; None takes the first of the loss ("margin", or "output" of a regression).

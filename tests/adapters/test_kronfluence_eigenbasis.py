@@ -51,11 +51,14 @@ CASES = {
 }
 
 
+WIDE = {"wide": (lambda: nn.Sequential(nn.Linear(900, 600), nn.Tanh(), nn.Linear(600, C)), (900,))}
+
+
 class Problem:
     """A wrapped model with random residuals and gradients, and its factors."""
 
     def __init__(self, case: str, n_query: int) -> None:
-        build, shape = CASES[case]
+        build, shape = {**CASES, **WIDE}[case]
         torch.manual_seed(0)
         model = build().double().eval()
         x, labels = torch.randn(N, *shape).double(), torch.zeros(N, dtype=torch.long)
@@ -79,7 +82,7 @@ class Problem:
 
     def scores(self) -> tuple[Tensor, Tensor]:
         """Influence and self-influence."""
-        pairwise = self.own.scores(self.factors, self.query, self.train)
+        pairwise = self.own.scores(self.factors, self.query, self.train, N)
         return pairwise, self.own.self_scores(self.factors, [self.query])
 
 
@@ -104,7 +107,7 @@ def test_lambda_and_scores_are_those_of_whole_gradients(
     for name, reference in plain["lambda_matrix"].items():
         assert close(problem.factors["lambda_matrix"][name], reference), name
     ours = problem.scores()
-    monkeypatch.setattr(Kronfluence, "_in_basis", lambda self, factors: nullcontext())
+    monkeypatch.setattr(Kronfluence, "_in_basis", lambda self, factors, n_train=0: nullcontext())
     for own, theirs in zip(ours, problem.scores(), strict=True):
         assert close(own, theirs)
 
@@ -154,3 +157,35 @@ def test_other_queries_have_their_own_products() -> None:
         for query in queries:
             found = layer.compute_pairwise_score(query, x, gradients)
             assert close(found, torch.einsum("qoi,noi->qn", query, each))
+
+
+def test_self_influence_of_wide_layers_keeps_its_digits_in_float32() -> None:
+    problem = Problem("wide", N)
+    layer = next(m for m in problem.own.tracked if m.original_module.out_features == 600)
+    x, gradients, query = torch.rand(N, 900), torch.rand(N, 600), torch.rand(N, 600, 901)
+    for name, n in (("gradient", 600), ("activation", 901)):
+        problem.factors[f"{name}_eigenvectors"][layer.name] = torch.eye(n)
+    with problem.own._in_basis(problem.factors):
+        ours = layer.compute_self_measurement_score(query, x, gradients)
+    inputs = torch.cat([x, torch.ones(N, 1)], 1).double()
+    theirs = torch.einsum("noi,no,ni->n", query.double(), gradients.double(), inputs)
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < 3e-6
+
+
+@pytest.mark.parametrize("n_query", [4, 5, 40])
+def test_scores_hold_no_more_than_the_smaller_product(n_query: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem("one row", N)
+    (layer,) = (m for m in problem.own.tracked if m.original_module.out_features == 4)
+    x, gradients, query = torch.randn(N, 5), torch.randn(N, 4), torch.randn(n_query, 4, 6)
+    largest = []
+    multiply = torch.Tensor.__mul__
+
+    def measured(a: Tensor, b: Tensor) -> Tensor:
+        largest.append(a.numel())
+        return multiply(a, b)
+
+    with problem.own._in_basis(problem.factors, N):
+        monkeypatch.setattr(torch.Tensor, "__mul__", measured)
+        layer.compute_pairwise_score(query, x, gradients)
+    # Up to the longer side, (n_query, n, shorter side); then no product of queries but the scores.
+    assert largest == ([n_query * N * 4] if n_query <= 6 else [])

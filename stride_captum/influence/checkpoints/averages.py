@@ -6,33 +6,40 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .checkpoint import seen_by
+from .checkpoint import unseen_by
 
 
-def mean_weights(checkpoints: Sequence[Any], n_train: int) -> list[float]:
+def checkpoint_weights(checkpoints: Sequence[Any], n_train: int) -> list[float]:
     """The weight of each checkpoint; their sum is 1.
 
     Checkpoints of the model and models of parts of its training set (`Checkpoint(seen=...)`) have weights of
-    their own, `weight_of_parts`, which those of a kind share equally.
+    their own, `weight_of_parts`, which those of a kind share equally. The number of partitions is the sum of
+    the shares of all different parts: several models of the same part count once, as checkpoints along its
+    training do.
 
     Args:
         checkpoints: At least one.
         n_train: Number of training examples.
 
+    Raises:
+        ValueError: `seen` holds no places in the training set.
+
     >>> from stride_captum.influence.checkpoints.checkpoint import Checkpoint
     >>> halves = [Checkpoint("a.pt", seen=range(5)), Checkpoint("b.pt", seen=range(5, 10))]
-    >>> mean_weights([*halves, "last.pt"], n_train=10)
+    >>> checkpoint_weights([*halves, "last.pt"], n_train=10)
     [0.25, 0.25, 0.5]
     """
-    seen = [seen_by(checkpoint, n_train) for checkpoint in checkpoints]
-    parts = {tuple(rows.tolist()) for rows in seen if rows is not None and len(rows) < n_train}
-    of_parts = [rows is not None and len(rows) < n_train for rows in seen]
-    together = weight_of_parts(sum(len(rows) for rows in parts) / n_train) if not all(of_parts) else 1.0
-    n_of_parts = sum(of_parts)
-    return [
-        together / n_of_parts if of_part else (1 - together) / (len(seen) - n_of_parts)
-        for of_part in of_parts
-    ]
+    shares: dict[bytes, float] = {}
+    of_parts = []
+    for checkpoint in checkpoints:
+        unseen = unseen_by(checkpoint, n_train)
+        n_unseen = int(unseen.sum())
+        of_parts.append(n_unseen > 0)
+        if n_unseen:
+            shares[unseen.numpy().tobytes()] = 1 - n_unseen / n_train
+    n_parts = sum(of_parts)
+    together = weight_of_parts(sum(shares.values())) if n_parts < len(of_parts) else 1.0
+    return [together / n_parts if part else (1 - together) / (len(of_parts) - n_parts) for part in of_parts]
 
 
 def weight_of_parts(n_partitions: float) -> float:

@@ -42,13 +42,17 @@ def unseen_by(checkpoint: Any, n_train: int) -> Tensor:
 
     Raises:
         TypeError: `seen` does not hold integers.
-        ValueError: They are not places in the training set.
+        ValueError: They are not places in the training set, or there are none.
     """
     seen = checkpoint.seen if isinstance(checkpoint, Checkpoint) else None
     unseen = torch.zeros(n_train, dtype=torch.bool, device="cpu")
     if seen is not None:
         unseen[:] = True
-        unseen[torch.from_numpy(places(seen, n_train, "seen"))] = False
+        found = places(seen, n_train, "seen")
+        if not len(found):
+            must = "hold at least one place in the training set"
+            raise bad_value("seen", must, "none", "Leave this checkpoint out.")
+        unseen[torch.from_numpy(found)] = False
     return unseen
 
 
@@ -66,10 +70,17 @@ def seen_among(checkpoint: Any, keep: Tensor, n_train: int) -> Any:
         checkpoint: As given.
         keep: Places of the examples that stay, `(n_kept,)` int64.
         n_train: Number of examples before.
+
+    Raises:
+        ValueError: The model has seen none of those that stay.
     """
     if not isinstance(checkpoint, Checkpoint) or checkpoint.seen is None:
         return checkpoint
-    return replace(checkpoint, seen=(~unseen_by(checkpoint, n_train))[keep].nonzero()[:, 0].tolist())
+    seen = (~unseen_by(checkpoint, n_train))[keep].nonzero()[:, 0].tolist()
+    if not seen:
+        must = "leave at least one example that each checkpoint has seen"
+        raise bad_value("indices", must, f"all that {named(checkpoint.weights)} has seen")
+    return replace(checkpoint, seen=seen)
 
 
 def weights_of(checkpoint: Any) -> Any:
