@@ -116,9 +116,8 @@ def _matched_to_unseen(
     n_own = len(labels) if positions is None else len(positions)
     n_train = int(method.ranks.sums("number of examples", n_own)[0])
     seen = ~unseen_by(checkpoint, n_train)
-    if bool(seen.all()) or not bool(seen.any()):
-        must = "leave out some training examples, and hold some"
-        raise bad_value("seen", must, f"{int(seen.sum())} of {n_train}", "Give None for all of them.")
+    if bool(seen.all()):
+        raise bad_value("seen", "leave out some training examples", "all of them", "Give None for all.")
     mine = seen[method._own_columns()]
     mine = mine if positions is None else positions.spread(mine)
 
