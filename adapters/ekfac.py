@@ -31,8 +31,8 @@ from ..errors import bad_choice, bad_value
 from ..influence.method import Query
 from ..system.devices import float64_device
 from ..system.packages import install_command
-from ._kronfluence import Batch, Kronfluence, spectra
-from ._kronfluence_layers import LAYOUTS, tracked_layers
+from ._kronfluence.calls import Batch, Kronfluence, spectra
+from ._kronfluence.layers import LAYOUTS, tracked_layers
 from .controls import input_keys
 from .gradients.checks import agree, check_gradients
 from .gradients.damped import DampedMethod
@@ -50,7 +50,7 @@ class EKFAC(DampedMethod[float | None]):
     `fit` makes two passes over the training set; every batch of test points one more, because no gradients
     are stored. Self-influence, and the norms of `normalize="cosine"`, take two backward passes. In a layer of
     i inputs and o outputs, each pair of a test point and an example takes `i o` products, in the eigenbasis
-    (`_kronfluence_eigenbasis`). `damping` may be set anew without another `fit`.
+    (`_kronfluence.eigenbasis`). `damping` may be set anew without another `fit`.
 
     Args:
         model: As for every method; a Linear or Conv2d layer must not be called twice in a forward pass.
@@ -67,7 +67,7 @@ class EKFAC(DampedMethod[float | None]):
 
     Attributes:
         parameters_: Names of the parameters that take part.
-        layout_: How the rows that layers see follow the examples (`kronfluence_layers`); "alone" is slow.
+        layout_: How the rows that layers see follow the examples (`_kronfluence.layers`); "alone" is slow.
 
     Raises:
         ImportError: kronfluence is not installed.

@@ -14,7 +14,7 @@ PACKAGE = "stride-captum"
 EXTRAS = {
     "eval": ("the command line, the harness and the reports", "stride_captum.evaluation.cli.app"),
     "vision": ("the tasks mnist and cifar10, and two networks of the benchmarks", "torchvision"),
-    "kronfluence": ("the method EKFAC", "stride_captum.adapters._kronfluence"),
+    "kronfluence": ("the method EKFAC", "stride_captum.adapters._kronfluence.calls"),
     "cleanlab": ("the detector ConfidentLearning", "cleanlab"),
     "quanda": ("our methods inside quanda", "stride_captum.adapters.quanda_plugin"),
     "dattri": ("our methods inside dattri", "stride_captum.adapters.dattri_plugin"),

@@ -14,8 +14,8 @@ pytest.importorskip("kronfluence")
 
 from kronfluence.factor.eigen import fit_lambda_matrices_with_loader
 
-from stride_captum.adapters import _kronfluence_eigenbasis as eigenbasis
-from stride_captum.adapters._kronfluence import Batch, Batches, Kronfluence
+from stride_captum.adapters._kronfluence import eigenbasis
+from stride_captum.adapters._kronfluence.calls import Batch, Batches, Kronfluence
 
 N, C = 6, 3
 

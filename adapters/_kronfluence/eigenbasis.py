@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+#: Methods of a tracked layer that `_Rotated` has in its place.
+_OVERRIDDEN = ("compute_per_sample_gradient", "compute_pairwise_score", "compute_self_measurement_score")
+
 
 @contextmanager
 def in_eigenbasis(
@@ -44,9 +47,6 @@ def in_eigenbasis(
                 delattr(layer, name)
 
 
-_OVERRIDDEN = ("compute_per_sample_gradient", "compute_pairwise_score", "compute_self_measurement_score")
-
-
 class _Rotated:
     """The gradients of a tracked layer, in the basis. Methods and arguments have the names of kronfluence.
 
@@ -60,7 +60,7 @@ class _Rotated:
     def __init__(self, layer: Any, of_outputs: Tensor, of_inputs: Tensor, n_train: int) -> None:
         self.layer, self.of_outputs, self.of_inputs, self.n_train = layer, of_outputs, of_inputs, n_train
         self.linear = isinstance(layer.original_module, nn.Linear)
-        self.back: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.back: tuple[Tensor, Tensor] | None = None
 
     def compute_per_sample_gradient(self, input_activation: Tensor, output_gradient: Tensor) -> Tensor:
         """`Q_b^T G Q_a` of each example, `(n, n_out, n_in)`."""
@@ -83,14 +83,12 @@ class _Rotated:
                     wide, narrow, matrices = narrow, wide, preconditioned_gradient
                 return ((wide @ matrices) * narrow).sum(2)
             return preconditioned_gradient.flatten(1) @ torch.einsum("nto,nti->noi", b, a).flatten(1).T
-        given, back = self.back
-        if given is not preconditioned_gradient or back is None:
+        if self.back is None or self.back[0] is not preconditioned_gradient:
             q_b, q_a = (basis.to(preconditioned_gradient) for basis in (self.of_outputs, self.of_inputs))
             back = q_b @ (preconditioned_gradient @ q_a.T)
             self.back = preconditioned_gradient, back  # the next training batch has the same
-        scores: Tensor = type(self.layer).compute_pairwise_score(
-            self.layer, back, input_activation, output_gradient
-        )
+        plain = type(self.layer).compute_pairwise_score
+        scores: Tensor = plain(self.layer, self.back[1], input_activation, output_gradient)
         return scores
 
     def compute_self_measurement_score(

@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..losses import CrossEntropy, Loss
-from ..losses.summed_positions import SummedPositions
-from ..losses.weights import times_root
-from ..system.garbage import cheap_collections
-from ._kronfluence_eigenbasis import in_eigenbasis
-from ._kronfluence_layers import Grouped, group_rows, replace_modules
-from ._kronfluence_rows import WeighedRows, divided_by_weights
-from .gradients.dense_sides import mean_weights, weights_of_rows
-from .gradients.traces import process_wide
-from .gradients.working_copies import independent_copy, widened
+from ...losses import CrossEntropy, Loss
+from ...losses.summed_positions import SummedPositions
+from ...losses.weights import times_root
+from ...system.garbage import cheap_collections
+from ..gradients.dense_sides import mean_weights, weights_of_rows
+from ..gradients.traces import process_wide
+from ..gradients.working_copies import independent_copy, widened
+from .eigenbasis import in_eigenbasis
+from .layers import Grouped, group_rows, replace_modules
+from .rows import WeighedRows, divided_by_weights
 
 Batch = dict[str, Any]
 Factors = dict[str, dict[str, Tensor]]
@@ -71,10 +71,9 @@ class Kronfluence:
         self.losses = LinearLosses(names, groups, CrossEntropy() if loss is None else loss)
         self.alone = layout == "alone"
         self.model = prepare_model(root, self.losses).to(first.device)
-        wrapped = [module for module in self.model.modules() if isinstance(module, TrackedModule)]
-        replace_modules(self.model, {module.original_module: module for module in wrapped})
-        self.tracked = wrapped
-        self.losses.weighed = {str(module.name): WeighedRows(module) for module in wrapped}
+        self.tracked = [module for module in self.model.modules() if isinstance(module, TrackedModule)]
+        replace_modules(self.model, {module.original_module: module for module in self.tracked})
+        self.losses.weighed = {str(module.name): WeighedRows(module) for module in self.tracked}
         dtype = torch.promote_types(first.dtype, torch.float32)
         of_factors = ("activation_covariance", "gradient_covariance", "per_sample_gradient", "lambda")
         of_scores = ("per_sample_gradient", "precondition", "score")

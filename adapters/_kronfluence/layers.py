@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import ExampleBatch
-from ..errors import bad_value
-from .gradients.traces import hooked, requiring_gradients
+from ...data.batch import ExampleBatch
+from ...errors import bad_value
+from ..gradients.traces import hooked, requiring_gradients
 
 LAYOUTS = ("rows", "grouped", "alone")
 _REMEDY = "Leave it out with `layers`."
