@@ -104,7 +104,7 @@ def reliability(
             else:
                 points = method._points(method._states[0], model, batch, query)  # type: ignore
                 estimates = [_of_halves(pair, points) for pair in halves]
-            parts = method._weights if several else [1.0, 1.0]
+            parts = method.checkpoint_weights_ if several else [1.0, 1.0]
             weights = torch.tensor(parts, dtype=torch.float64, device="cpu") / sum(parts)
             agreements = [_agreement(method, scores, len(batch), weights) for scores in estimates]
             k = 1 / float(weights.square().sum())
@@ -198,9 +198,7 @@ def _of_halves(pair: Sequence[_Half], points: TestPoints) -> _Scores:
 
 def _of_checkpoints(method: InfluenceMethod, model: nn.Module, batch: Any, query: Query) -> _Scores:
     parts = list(method._prepared(model, batch, query))
-    return lambda columns, train_batch: torch.stack(
-        [method._part_scores(model, part, columns, train_batch, True) for part in parts]
-    )
+    return lambda columns, train_batch: method._scores_of_parts(model, parts, columns, train_batch)
 
 
 def _agreement(method: InfluenceMethod, scores: _Scores, n_test: int, weights: Tensor) -> Tensor:

@@ -181,7 +181,8 @@ def _show_retrainings(result: Comparison) -> None:
     rows = []
     for row in result.retrainings:
         gaps = (g and _gap(g.value, g.interval) for g in (row.against_first, row.over_last))
-        chosen = {**row.options, **({"normalize": row.normalize} if row.normalize else {})}
+        beside = {f"{k} of checkpoints": v for k, v in (row.checkpoint_options or {}).items()}
+        chosen = {**row.options, **beside, **({"normalize": row.normalize} if row.normalize else {})}
         lds = (_figure(row.lds.value), _interval(row.lds.interval))
         what = ", ".join(f"{k}={v}" for k, v in chosen.items())
         slope = "" if row.calibration is None else _figure(row.calibration.slope, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -17,7 +18,8 @@ from ..system.devices import as_float64, matching
 from ..system.locks import exclusive
 from ..system.memory import rows_that_fit
 from ..system.peak_memory import PeakMemory
-from ..system.processes import SingleProcess
+from ..system.processes import SINGLE_PROCESS, SingleProcess
+from .checkpoints.averages import unit_deviation_scale
 from .hooks import MethodHooks
 from .query import Default, Query, check_query, checked_target, slice_target
 from .top_k import Collector
@@ -26,10 +28,6 @@ T = TypeVar("T")
 
 #: Scores of one block, at most: small enough for the last level of cache.
 _BLOCK_SCORES = 2**22
-
-
-#: Share of the mean square below which a variance is rounding.
-_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,58 @@ class ScoringLoop(MethodHooks):
     def fit(self, show_progress: bool = False) -> Any:
         """Learn from the training set."""
 
+    def checkpoint_scores(
+        self,
+        inputs: Any,
+        show_progress: bool = False,
+        *,
+        response: str | None = None,
+        target: Any = None,
+    ) -> Tensor:
+        """Scores of each checkpoint alone; their spread says how far checkpoints agree.
+
+        `influence` is their sum, weighted by `checkpoint_weights_`
+        (`stride_captum.influence.checkpoints.averages.weighted_sum`), without holding all of them.
+
+        Args:
+            inputs: As for `influence`; fits on first use.
+            show_progress: Whether to show a bar over the test batches.
+            response: As for `influence`.
+            target: As for `influence`.
+
+        Returns:
+            `(n_checkpoints, n_test, n_train)`, in the order of the checkpoints; one without any.
+
+        Raises:
+            ValueError: As for `influence`, or a process group.
+        """
+        if self.ranks is not SINGLE_PROCESS:
+            must = "have the whole training set in one process"
+            raise bad_value("method", must, repr(self), "Use STRIDE.")
+
+        def of_batch(model: nn.Module, batch: Any, query: Query) -> Tensor:
+            parts = list(self._prepared(model, batch, query))
+            size = rows_that_fit(self.memory_budget, 8 * len(parts), _BLOCK_SCORES) // len(batch)
+            blocks = [
+                self._scores_of_parts(model, parts, columns, train_batch)
+                for columns, train_batch in self._column_blocks(size)
+            ]
+            return torch.cat(blocks, 2)
+
+        response = self.response if response is None else response
+        target = self.target if target is None else target
+        with exclusive(self):
+            if self._states is None:
+                self.fit(show_progress)
+            with self._measured_query():
+                found = self._for_each_query(inputs, response, target, of_batch, show_progress)
+        return torch.cat(found, 1)
+
+    @property
+    def checkpoint_weights_(self) -> list[float]:
+        """Weight of the scores of each checkpoint in the sum."""
+        return list(self._weights)
+
     def _collect(
         self,
         inputs: Any,
@@ -102,9 +152,9 @@ class ScoringLoop(MethodHooks):
         wanted: str | Tensor,
         normalize: str | None,
     ) -> tuple[Tensor, ...]:
-        started, taken = time.perf_counter(), None
+        taken = None
         results: list[tuple[Tensor, ...]] = []
-        with self._session() as model, PeakMemory(self._work_device()) as memory:
+        with self._measured_query(), self._session() as model:
             self._check_unchanged()
             for batch, query in self._queries(inputs, response, wanted, show_progress):
                 n = len(batch)
@@ -116,12 +166,19 @@ class ScoringLoop(MethodHooks):
                     results.append(taken.result())
             if taken is not None and taken.over_all_batches:
                 results.append(taken.result())
-        self.query_seconds_ = time.perf_counter() - started
-        if memory.bytes is not None:
-            self.peak_bytes_ = max(memory.bytes, self._fit_bytes or 0)
         if len(results) == 1:
             return results[0]
         return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+
+    @contextmanager
+    def _measured_query(self) -> Iterator[None]:
+        """Set the duration and the memory of a query."""
+        started = time.perf_counter()
+        with PeakMemory(self._work_device()) as memory:
+            yield
+        self.query_seconds_ = time.perf_counter() - started
+        if memory.bytes is not None:
+            self.peak_bytes_ = max(memory.bytes, self._fit_bytes or 0)
 
     def _queries(
         self, inputs: Any, response: str, wanted: str | Tensor, show_progress: bool = False
@@ -135,7 +192,12 @@ class ScoringLoop(MethodHooks):
             raise bad_value("target", f"hold one class for each of the {seen} test points", len(wanted))
 
     def _for_each_query(
-        self, inputs: Any, response: str, target: Any, function: Callable[[nn.Module, Any, Query], T]
+        self,
+        inputs: Any,
+        response: str,
+        target: Any,
+        function: Callable[[nn.Module, Any, Query], T],
+        show_progress: bool = False,
     ) -> list[T]:
         """`function(model, batch, query)` of every test batch; fits on first use."""
         check_query(self.loss, response, None)
@@ -143,10 +205,10 @@ class ScoringLoop(MethodHooks):
         data.check_source(inputs, "inputs")
         with exclusive(self):
             if self._states is None:
-                self.fit()
+                self.fit(show_progress)
             with self._session() as model:
                 self._check_unchanged()
-                queries = self._queries(inputs, response, wanted)
+                queries = self._queries(inputs, response, wanted, show_progress)
                 return [function(model, batch, query) for batch, query in queries]
 
     def _prepared(self, model: nn.Module, batch: Any, query: Query) -> Iterator[_AtCheckpoint]:
@@ -193,6 +255,13 @@ class ScoringLoop(MethodHooks):
             self._load(model, part.checkpoint)
         return self.score_batch(part.state, part.prepared, columns, model, train_batch).detach()
 
+    def _scores_of_parts(
+        self, model: nn.Module, parts: list[_AtCheckpoint], columns: slice, train_batch: Any
+    ) -> Tensor:
+        """Scores at each checkpoint, `(n_checkpoints, n_test, n_columns)`."""
+        several = len(parts) > 1
+        return torch.stack([self._part_scores(model, part, columns, train_batch, several) for part in parts])
+
     def _of_unit_deviation(
         self, model: nn.Module, parts: list[_AtCheckpoint], size: int
     ) -> list[_AtCheckpoint]:
@@ -206,10 +275,7 @@ class ScoringLoop(MethodHooks):
         scaled = []
         for i, part in enumerate(parts):
             count, total, squares = self.ranks.all_reduce(sums[i], "deviations of scores")
-            mean, square = total / count, squares / count
-            variance = square - mean.square()
-            inverse = torch.where(variance <= _ROUNDING * square, 0, variance.rsqrt())
-            scaled.append(replace(part, scale=inverse))
+            scaled.append(replace(part, scale=unit_deviation_scale(total / count, squares / count)))
         return scaled
 
     def _inverse_norms(self, state: Any, prepared: Any, model: nn.Module) -> tuple[Tensor, Tensor]:

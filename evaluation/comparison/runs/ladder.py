@@ -3,8 +3,8 @@
 A method that has out-of-sample residuals uses those of `ClosedForm`. Its damping, and whether the scores of
 each checkpoint are divided by their standard deviation, are chosen by LDS on the first half of the test
 points: once for the model alone, once for checkpoints along the training, and once for models of parts, with
-those of the first partition. The checkpoints that stand beside models of parts have the options of those
-models. Options that were given are taken as they are.
+those of the first partition. Where both stand side by side each kind keeps its damping, and whether scores
+are divided is chosen once more, for both together. Options that were given are taken as they are.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..shared.question import Question
 from ..shared.score_cache import Answer
 from ..shared.shared import Shared
 from .lds import forward_pass, plain_gap, retrained
-from .on_models import Chosen, OnModels, choose
+from .on_models import OnModels, choose
 
 #: Suffix of the rows with out-of-sample residuals.
 OUT_OF_SAMPLE = ", out-of-sample residuals"
@@ -53,8 +53,9 @@ class BudgetRow:
             parts).
         trainings: The budget: cost of the further models, in trainings on the whole training set.
         n_models: Models or checkpoints whose scores are averaged.
-        options: The options that were chosen.
-        normalize: As for `influence`, chosen likewise.
+        options: The options that were chosen; those of the parts, if there are checkpoints beside them.
+        checkpoint_options: Options of the checkpoints beside models of parts; None without both.
+        normalize: As for `influence`, chosen likewise; of parts and checkpoints together if there are both.
         lds: Linear datamodeling score.
         calibration: Whether predicted effects have the right size on the same halves; None for scores
             without a unit (`normalize="deviation"`).
@@ -69,6 +70,7 @@ class BudgetRow:
     trainings: float
     n_models: int
     options: Mapping[str, Any]
+    checkpoint_options: Mapping[str, Any] | None
     normalize: str | None
     lds: LDSResult
     calibration: CalibrationResult | None
@@ -146,6 +148,23 @@ def repeats_for(budget: float, split: Split, epochs: int) -> int:
 
 
 @dataclass(frozen=True)
+class _Source:
+    """A method with its best options on one kind of models, for each attributed model.
+
+    Attributes:
+        options: The options.
+        normalize: The best normalization with them.
+        tried: Scores of the test points that options are chosen on, by normalization.
+        answers: Scores of the reported test points, by normalization.
+    """
+
+    options: Mapping[str, Any]
+    normalize: str | None
+    tried: Mapping[str | None, Sequence[NDArray[Any]]]
+    answers: Mapping[str | None, Sequence[Answer]]
+
+
+@dataclass(frozen=True)
 class Ladder:
     """One method at all budgets."""
 
@@ -157,28 +176,32 @@ class Ladder:
 
     def rows(self) -> Iterator[BudgetRow]:
         """From the cheapest budget to the most expensive."""
-        epochs = self.shared.question.task.training.epochs
-        along = self._on(self._along) if 0 in self.budgets and log_epochs(epochs) else None
+        epochs, along = self.shared.question.task.training.epochs, None
         if 0 in self.budgets:
-            yield self._row(
-                "last checkpoint", 0.0, 1, *self._chosen(self._on(lambda name: None, averages=False))
-            )
-        if along is not None:
-            yield self._row("checkpoints", 0.0, len(log_epochs(epochs)) + 1, *self._chosen(along))
+            last = self._source(self._on(lambda name: None, averages=False))
+            yield self._row("last checkpoint", 0.0, 1, last, [last.answers[last.normalize]])
+        if 0 in self.budgets and log_epochs(epochs):
+            along = self._source(self._on(self._along))
+            yield self._row("checkpoints", 0.0, self._n_along, along, [along.answers[along.normalize]])
         paid = [repeats_for(b, self.split, epochs) for b in self.budgets if b]
         if not paid:
             return
-        averages, answers = self._chosen(self._on(partial(self._partition, 0)))
-        beside = None if along is None else self._answers(along, averages)
-        del along  # its fits take memory
+        parts = self._source(self._on(partial(self._partition, 0)))
+        together = parts.normalize if along is None else self._normalize_together(along, parts)
+        answers = [parts.answers]
         for repeats in paid:
             for i in range(len(answers), repeats):
-                answers.append(self._answers(self._on(partial(self._partition, i)), averages))
-            yield from self._cross_fitted(repeats, averages, answers[:repeats], beside)
+                found = self._answers(self._on(partial(self._partition, i)), parts.options)
+                answers.append({how: found[how] for how in {parts.normalize, together}})
+            yield from self._cross_fitted(repeats, parts, answers[:repeats], along, together)
 
     @property
     def _names(self) -> list[str]:
         return list(self.shared.models)
+
+    @property
+    def _n_along(self) -> int:
+        return len(log_epochs(self.shared.question.task.training.epochs)) + 1
 
     def _along(self, name: str) -> list[Any]:
         return self.shared.along(name, log_epochs(self.shared.question.task.training.epochs))
@@ -193,38 +216,46 @@ class Ladder:
         normalizations = (None, "deviation") if averages else (None,)
         return OnModels(spec, self.shared, forward_pass(self.shared), checkpoints, normalizations)
 
-    def _chosen(self, on: OnModels) -> tuple[Chosen, list[list[Answer]]]:
-        chosen = choose(on, retrained(self.shared))
-        return chosen, [self._answers(on, chosen)]
+    def _source(self, on: OnModels) -> _Source:
+        """With the best options; the fits, which take memory, are not kept."""
+        best = choose(on, retrained(self.shared))
+        return _Source(best.options, best.normalize, best.tried, self._answers(on, best.options))
 
-    def _answers(self, on: OnModels, chosen: Chosen) -> list[Answer]:
-        return on.answers(on.at(chosen.options), self.shared.question.reported, chosen.normalize)
+    def _answers(self, on: OnModels, options: Mapping[str, Any]) -> dict[str | None, list[Answer]]:
+        return on.answers(on.at(options), self.shared.question.reported, on.normalizations)
+
+    def _normalize_together(self, along: _Source, parts: _Source) -> str | None:
+        """The best normalization of checkpoints and models of one partition side by side."""
+        halves = retrained(self.shared)
+        return max(
+            parts.tried, key=lambda how: halves.value(_side_by_side(1, parts.tried[how], along.tried[how]))
+        )
 
     def _cross_fitted(
         self,
         repeats: int,
-        averages: Chosen,
-        answers: list[list[Answer]],
-        beside: list[Answer] | None,
+        parts: _Source,
+        answers: Sequence[Mapping[str | None, Sequence[Answer]]],
+        along: _Source | None,
+        together: str | None,
     ) -> Iterator[BudgetRow]:
         """Rows of one budget, from the answers of its partitions and of the checkpoints beside them."""
         epochs = self.shared.question.task.training.epochs
         trainings, n_models = self.split.trainings(repeats, epochs), repeats * self.split.parts
-        row = self._row("cross-fitted", trainings, n_models, averages, answers)
+        own = [answer[parts.normalize] for answer in answers]
+        row, scores = self._row("cross-fitted", trainings, n_models, parts, own), _means(own)
         yield row
-        scores = _means(answers)
-        if beside is not None:
-            weight = weight_of_parts(repeats)
-            scores = [
-                weight * parts + (1 - weight) * along
-                for parts, along in zip(scores, _means([beside]), strict=True)
-            ]
+        if along is not None:
+            beside, own = along.answers[together], [answer[together] for answer in answers]
+            scores = _side_by_side(repeats, _means(own), _means([beside]))
             row = replace(
                 row,
                 source="checkpoints and parts",
-                n_models=n_models + len(log_epochs(epochs)) + 1,
-                **self._judged(scores, averages.normalize),
-                cost=self._cost([*answers, beside]),
+                n_models=n_models + self._n_along,
+                checkpoint_options=dict(along.options),
+                normalize=together,
+                **self._judged(scores, together),
+                cost=self._cost([*own, beside]),
             )
             yield row
         if self.refined and n_models >= _FEWEST_MEASURED:
@@ -242,7 +273,7 @@ class Ladder:
         source: str,
         trainings: float,
         n_models: int,
-        chosen: Chosen,
+        of: _Source,
         answers: Sequence[Sequence[Answer]],
     ) -> BudgetRow:
         """A row from the answers for each partition (or for one source), one per attributed model."""
@@ -251,9 +282,10 @@ class Ladder:
             source=source,
             trainings=trainings,
             n_models=n_models,
-            options=dict(chosen.options),
-            normalize=chosen.normalize,
-            **self._judged(_means(answers), chosen.normalize),
+            options=dict(of.options),
+            checkpoint_options=None,
+            normalize=of.normalize,
+            **self._judged(_means(answers), of.normalize),
             against_first=None,
             over_last=None,
             cost=self._cost(answers),
@@ -276,6 +308,14 @@ class Ladder:
 def _means(answers: Sequence[Sequence[Answer]]) -> list[NDArray[Any]]:
     """Scores of each attributed model, averaged over partitions."""
     return [np.mean([answer.values for answer in of_one], axis=0) for of_one in zip(*answers, strict=True)]
+
+
+def _side_by_side(
+    repeats: int, parts: Sequence[NDArray[Any]], along: Sequence[NDArray[Any]]
+) -> list[NDArray[Any]]:
+    """Scores of each attributed model, from those of models of parts and of checkpoints."""
+    weight = weight_of_parts(repeats)
+    return [weight * p + (1 - weight) * a for p, a in zip(parts, along, strict=True)]
 
 
 def _total(costs: Sequence[Cost]) -> Cost:

@@ -176,7 +176,7 @@ def _rows(shared: Shared) -> list[Row]:
 def _row(method: OnModels, halves: Retrained, first: Row | None) -> Row:
     shared, question = method.shared, method.shared.question
     chosen = choose(method, halves)
-    answers = method.answers(chosen.methods, question.reported)
+    [answers] = method.answers(chosen.methods, question.reported).values()
     scores = [a.values for a in answers]
     measured = (scores, halves.membership, halves.reported)
     result = lds(*measured, n_resamples=question.n_resamples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from numpy.typing import NDArray
@@ -37,6 +37,18 @@ class Retrained:
     def reported(self) -> NDArray[Any]:
         """Margins of the reported test points, `(n_seeds, n_subsets, n_reported)`."""
         return self.margins[..., self.n_tuning :]
+
+    def value(self, scores: Sequence[NDArray[Any]]) -> tuple[bool, float]:
+        """What options are chosen by, the higher the better.
+
+        These are whether LDS is defined at all, and LDS, on the test points that options are chosen on.
+        Undefined correlations count as 0, so that constant scores are not the best.
+
+        Args:
+            scores: `(n_tuning, n_train)` for each attributed model.
+        """
+        result = lds(scores, self.membership, self.margins[..., : self.n_tuning], n_resamples=0)
+        return not result.ranks_nothing, result.undefined_as_zero
 
 
 @dataclass
@@ -88,11 +100,24 @@ class OnModels:
         return found
 
     def answers(
-        self, methods: Sequence[CachedMethod], points: range, normalize: str | None = None
-    ) -> list[Answer]:
-        """Scores `(n_points, n_train)` of the margins of some test points, for each model."""
+        self,
+        methods: Sequence[CachedMethod],
+        points: range,
+        normalizations: Sequence[str | None] = (None,),
+        *,
+        trying: bool = False,
+    ) -> dict[str | None, list[Answer]]:
+        """Scores `(n_points, n_train)` of the margins of some test points, for each model.
+
+        Args:
+            methods: From `at`.
+            points: The test points.
+            normalizations: The keys of the result.
+            trying: Whether a refusal of the options is kept in the store.
+        """
         x, y = (t[points.start : points.stop] for t in self.shared.question.task.test.tensors)
-        return [method.margins((x, y), normalize) for method in methods]
+        found = [(m.tried if trying else m.margins_each_way)((x, y), normalizations) for m in methods]
+        return dict(zip(normalizations, map(list, zip(*found, strict=True)), strict=True))
 
 
 @dataclass(frozen=True)
@@ -103,22 +128,22 @@ class Chosen:
         options: The point.
         normalize: The best normalization with it.
         methods: The method with it on every model.
-        value: What it was chosen by: whether LDS is defined at all, and LDS on the first half of the test
-            points.
+        value: `Retrained.value` of it.
+        tried: Scores of that half with these options, for each model, by normalization; {} if there was no
+            choice.
     """
 
     options: Mapping[str, Any]
     normalize: str | None
     methods: list[CachedMethod]
     value: tuple[bool, float] = (False, 0.0)
+    tried: Mapping[str | None, Sequence[NDArray[Any]]] = field(default_factory=dict)
 
 
 def choose(method: OnModels, halves: Retrained) -> Chosen:
     """The grid point, and normalization, with the highest LDS on the first half of the test points.
 
-    Undefined correlations count as 0, so that constant scores are not the best; a point whose LDS is
-    undefined for all test points comes last. A point that the method refuses, such as a damping that is too
-    small for its precision, is skipped.
+    A point that the method refuses, such as a damping that is too small for its precision, is skipped.
 
     Args:
         method: With a grid.
@@ -128,24 +153,21 @@ def choose(method: OnModels, halves: Retrained) -> Chosen:
         ValueError: The method refuses every point.
     """
     grid, normalizations = method.spec.grid, method.normalizations
-    tuning, measured = halves.margins[..., : halves.n_tuning], len(grid) * len(normalizations) > 1
+    points, measured = range(halves.n_tuning), len(grid) * len(normalizations) > 1
     best: Chosen | None = None
     refused: ValueError | None = None
     for options in grid:
         try:
             methods = method.at(options)
-            points = range(halves.n_tuning)
-            tried = [method.answers(methods, points, how) if measured else [] for how in normalizations]
+            answers = method.answers(methods, points, normalizations, trying=True) if measured else {}
         except ValueError as error:
             refused = error
             continue
-        for normalize, answers in zip(normalizations, tried, strict=True):
-            found = Chosen(options, normalize, methods)
-            if measured:
-                result = lds([a.values for a in answers], halves.membership, tuning, n_resamples=0)
-                found = replace(found, value=(not result.ranks_nothing, result.undefined_as_zero))
-            if best is None or found.value > best.value:
-                best = found
+        tried = {how: [answer.values for answer in found] for how, found in answers.items()}
+        for normalize in normalizations:
+            value = halves.value(tried[normalize]) if measured else (False, 0.0)
+            if best is None or value > best.value:
+                best = Chosen(options, normalize, methods, value, tried)
     if best is None:
         assert refused is not None, "a grid has at least one point"
         raise refused

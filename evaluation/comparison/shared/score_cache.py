@@ -12,19 +12,21 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .... import adapters, errors
 from ....data.batch import is_batch
+from ....influence.checkpoints.averages import weighted_sum
 from ....influence.checkpoints.checkpoint import Checkpoint
 from ....influence.method import InfluenceMethod
 from ....system.atomic import atomic_write
@@ -134,12 +136,60 @@ class CachedMethod:
 
     def margins(self, batch: tuple[Tensor, Tensor], normalize: str | None = None) -> Answer:
         """Scores `(n_test, n_train)` of the margins of labeled test points (or of the first response)."""
+        return self.margins_each_way(batch, [normalize])[0]
+
+    def margins_each_way(
+        self, batch: tuple[Tensor, Tensor], normalizations: Sequence[str | None]
+    ) -> list[Answer]:
+        """`margins` with each of several normalizations.
+
+        Where the store lacks several of them, one pass over the checkpoints serves all, and the cost of each
+        is that of the pass.
+        """
         response = self._task.loss.responses[0]
-        return self.ask(
-            f"{response} of the label, normalize={normalize}",
-            batch,
-            lambda m: m.influence(batch, response=response, target="label", normalize=normalize),
-        )
+
+        def named(normalize: str | None) -> str:
+            return f"{response} of the label, normalize={normalize}"
+
+        found = {how: self._stored(self._path(named(how), batch)) for how in normalizations}
+        missing = [how for how, answer in found.items() if answer is None]
+        if len(missing) > 1 and self._has_plain_influence:
+            alone = self._computed(lambda m: m.checkpoint_scores(batch, response=response, target="label"))
+            scores, weights = torch.from_numpy(alone.values), self.method.checkpoint_weights_
+            for how in missing:
+                answer = replace(alone, values=weighted_sum(scores, weights, how).numpy())
+                found[how] = self._keep(self._path(named(how), batch), answer)
+        return [
+            self.ask(
+                named(how),
+                batch,
+                lambda m, how=how: m.influence(batch, response=response, target="label", normalize=how),
+            )
+            if answer is None
+            else answer
+            for how, answer in found.items()
+        ]
+
+    def tried(self, batch: tuple[Tensor, Tensor], normalizations: Sequence[str | None]) -> list[Answer]:
+        """`margins_each_way`; that the method refuses its options is kept in the store, as scores are.
+
+        Raises:
+            ValueError: It refuses them, or has done so before.
+        """
+        path = self._path(f"refusal of {list(normalizations)}", batch)
+        if path is not None and (mark := path.with_suffix(".refused")).exists():
+            raise ValueError(f"{mark.read_text('utf-8')} (kept in {mark})")
+        try:
+            return self.margins_each_way(batch, normalizations)
+        except ValueError as error:
+            if path is not None:
+                reason = str(error)
+                atomic_write(mark, lambda name: Path(name).write_text(reason, "utf-8"))
+            raise
+
+    @property
+    def _has_plain_influence(self) -> bool:
+        return type(self.method).influence is InfluenceMethod.influence
 
     def support(self, batch: tuple[Tensor, Tensor], normalize: str | None = None) -> Answer:
         """Scores `(n_test, n_train)` of how much a training example supports the label of a test point.
@@ -164,11 +214,24 @@ class CachedMethod:
             compute: Computes the scores with the fitted method.
         """
         path = self._path(what, about)
-        if path is not None:
-            answer, damage = _read(path)
-            if answer is not None:
-                return answer
+        answer = self._stored(path)
+        return self._keep(path, self._computed(compute)) if answer is None else answer
+
+    def _stored(self, path: Path | None) -> Answer | None:
+        if path is None:
+            return None
+        answer, damage = _read(path)
+        if answer is None:
             run_store.say_damaged(path, damage)
+        return answer
+
+    def _keep(self, path: Path | None, answer: Answer) -> Answer:
+        if path is not None:
+            _write(path, answer)
+        return answer
+
+    def _computed(self, compute: Callable[[InfluenceMethod], Any]) -> Answer:
+        """What a function gives of the fitted method, and its cost."""
         method = self.method
         try:
             if not hasattr(method, "fit_seconds_"):
@@ -178,17 +241,13 @@ class CachedMethod:
             found = compute(method)
         finally:  # options that are refused may be set anew
             self._seen = dict(vars(method))
-        values = np.ascontiguousarray(found.cpu() if isinstance(found, Tensor) else found)
-        answer = Answer(
-            values=values,
+        return Answer(
+            values=np.ascontiguousarray(found.cpu() if isinstance(found, Tensor) else found),
             fit_seconds=method.fit_seconds_,
             seconds=time.perf_counter() - started,
             forward_seconds=self._forward_seconds,
             peak_bytes=method.peak_bytes_,
         )
-        if path is not None:
-            _write(path, answer)
-        return answer
 
     def _path(self, what: str, about: tuple[Tensor, ...]) -> Path | None:
         """The file of the scores; None if nothing is kept."""

@@ -1,4 +1,4 @@
-"""Weights of checkpoints in the mean of their scores."""
+"""Weights of checkpoints in the mean of their scores, and that mean."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from ...system.devices import as_float64, matching
 from .checkpoint import unseen_by
+
+#: Share of the mean square below which a variance is rounding.
+_ROUNDING = 1e-12
 
 
 def checkpoint_weights(checkpoints: Sequence[Any], n_train: int) -> list[float]:
@@ -57,3 +64,35 @@ def weight_of_parts(n_partitions: float) -> float:
     """
     root = math.sqrt(n_partitions)
     return root / (1 + root)
+
+
+def weighted_sum(scores: Tensor, weights: Sequence[float], normalize: str | None = None) -> Tensor:
+    """What `influence` gives of the scores of each checkpoint, `(n_test, n_train)`.
+
+    Args:
+        scores: `(n_checkpoints, n_test, n_train)`, of `checkpoint_scores`.
+        weights: `checkpoint_weights_` of the method.
+        normalize: None, or "deviation".
+
+    >>> weighted_sum(torch.tensor([[[1.0, 3.0]], [[0.0, 4.0]]]), [0.5, 0.5], "deviation")
+    tensor([[0.5000, 2.5000]])
+    """
+    total = torch.zeros_like(scores[0])
+    for part, weight in zip(scores, weights, strict=True):
+        if normalize == "deviation":
+            exact = as_float64(part)
+            scale = unit_deviation_scale(exact.mean(1), exact.square().mean(1))
+            part = part * matching(scale, part)[:, None]
+        total += part * weight
+    return total
+
+
+def unit_deviation_scale(mean: Tensor, mean_square: Tensor) -> Tensor:
+    """1 / standard deviation, 0 where all values are the same up to rounding.
+
+    Args:
+        mean: Of some values.
+        mean_square: Mean of their squares, of the same shape.
+    """
+    variance = mean_square - mean.square()
+    return torch.where(variance <= _ROUNDING * mean_square, 0, variance.rsqrt())
