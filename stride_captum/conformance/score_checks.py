@@ -16,6 +16,7 @@ from captum.influence._core.tracincp import KMostInfluentialResults
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from ..influence.checkpoints.averages import weighted_sum
 from .registry import ROUNDING, Build, close, law, loader, require, same_bits
 from .toy_problems import MLP, N_TEST, N_TRAIN, built, classes_of, planted_classes, trained
 
@@ -222,3 +223,17 @@ def checkpoints_are_averaged(build: Build) -> None:
     close(thrice.influence(test.tensors), alone[0].influence(test.tensors), "one checkpoint three times")
     own = build(model, train, checkpoints=[model.state_dict()]).influence(test.tensors)
     close(own, build(model, train).influence(test.tensors), "the model's own weights as a checkpoint")
+
+
+@law
+def scores_of_checkpoints_add_up(build: Build) -> None:
+    """Weighted scores of each checkpoint add up to the score, also where they have unit deviation."""
+    model, train, test = trained(MLP)
+    states = [built(MLP, seed).state_dict() for seed in (1, 2)]
+    method = build(model, train, checkpoints=states)
+    alone = method.checkpoint_scores(test.tensors)
+    for normalize in (None, "deviation"):
+        wanted = weighted_sum(alone, method.checkpoint_weights_, normalize)
+        close(method.influence(test.tensors, normalize=normalize), wanted, f"normalize={normalize}")
+    of_first = build(model, train, checkpoints=states[:1] * 2).checkpoint_scores(test.tensors)
+    close(alone[0], of_first[0], "the first checkpoint")

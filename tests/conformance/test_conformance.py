@@ -421,6 +421,12 @@ class HasTheWrongSignForTheLoss(Honest):
         return logits, -gradient if query.response == "loss" else gradient
 
 
+class HidesWhereCheckpointsDiffer(Honest):
+    def checkpoint_scores(self, inputs, *args, **ask):
+        found = super().checkpoint_scores(inputs, *args, **ask)
+        return found.mean(0).expand_as(found)
+
+
 #: All laws that each broken method fails, and no other.
 BROKEN = {
     HasTheWrongSign: {"examples_of_the_class_raise_its_margin"},
@@ -461,6 +467,7 @@ BROKEN = {
     WritesToImagesThatItRanks: {"the_callers_tensors_are_not_written_to"},
     TakesTheModeByNameOnly: {"arguments_by_position_are_those_of_captum"},
     AnswersInDoublePrecision: {"scores_have_the_shapes_and_dtypes_of_captum"},
+    HidesWhereCheckpointsDiffer: {"scores_of_checkpoints_add_up"},
     HasTheWrongSignForTheLoss: {"examples_of_the_class_lower_its_loss", "self_influence_is_not_negative"},
 }
 

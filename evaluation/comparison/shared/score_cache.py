@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -160,13 +160,7 @@ class CachedMethod:
                 answer = replace(alone, values=weighted_sum(scores, weights, how).numpy())
                 found[how] = self._keep(self._path(named(how), batch), answer)
         return [
-            self.ask(
-                named(how),
-                batch,
-                lambda m, how=how: m.influence(batch, response=response, target="label", normalize=how),
-            )
-            if answer is None
-            else answer
+            answer or self.ask(named(how), batch, partial(_influence, batch, response, how))
             for how, answer in found.items()
         ]
 
@@ -270,6 +264,10 @@ class CachedMethod:
         }
         self._seen = now
         return found
+
+
+def _influence(batch: Any, response: str, normalize: str | None, method: InfluenceMethod) -> Tensor:
+    return method.influence(batch, response=response, target="label", normalize=normalize)
 
 
 def _of_code(method: InfluenceMethod) -> dict[str, str]:

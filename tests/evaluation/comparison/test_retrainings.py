@@ -14,7 +14,7 @@ from scipy import sparse
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from stride_captum import STRIDE, refine
+from stride_captum import STRIDE, Checkpoint, refine
 from stride_captum.adapters import DiagonalEKFAC, Random
 from stride_captum.evaluation import MethodSpec, TaskTraining, compare, load_task
 from stride_captum.evaluation.comparison.compare import answer, planned_trainings
@@ -280,6 +280,51 @@ class TestRows:
         assert len(contender("DiagonalEKFAC", settle(["Random"], task, store=tmp_path, **FEW)).grid) == 3
         assert [row.n_models for row in rows] == [1, 4, 2, 6, 4, 8]
         assert len(fitted) == 1 + 4 + 4  # those that stand beside models of parts are fitted already
+
+    def test_checkpoints_beside_parts_keep_their_options_and_are_weighed_against_them(self, task, tmp_path):
+        measures = {"retrainings": {"methods": ["two kinds"], "budgets": [0, 1]}}
+        plan = settle(["Random"], task, store=tmp_path, **FEW).halves
+        membership = plan.membership.toarray() - 0.5
+        margins = _margins(plan, task)
+        right = torch.from_numpy((margins - margins.mean(0)).T @ membership).float()
+        points = task.test.tensors[0][: len(right)].flatten(1)
+
+        class TwoKinds(Random):
+            """Checkpoints know of the second half of the columns, with one damping; parts of the first.
+
+            Scores of parts are so large that those of checkpoints beside them count only if they are divided.
+            """
+
+            def __init__(self, model, data, damping, checkpoints=None):
+                super().__init__(model, data, checkpoints=checkpoints)
+                self.damping, self.of_parts = damping, isinstance((checkpoints or [0])[0], Checkpoint)
+
+            def prepare_query(self, state, model, batch, query):
+                return (batch.content[0].flatten(1)[:, None] == points).all(2).nonzero()[:, 1]
+
+            def score_columns(self, state, prepared, columns):
+                scores = torch.zeros(len(prepared), task.n_train)
+                own = slice(0, task.n_train // 2) if self.of_parts else slice(task.n_train // 2, None)
+                if self.damping == (2.0 if self.of_parts else 1.0):
+                    scores[:, own] = right[prepared, own] * (1e6 if self.of_parts else 1)
+                return scores[:, columns]
+
+        grid = [{"damping": 1.0}, {"damping": 2.0}]
+        spec = MethodSpec("two kinds", adapter(TwoKinds), grid, cache_key="two kinds")
+        question = settle([spec], task, store=tmp_path, measures=measures, n_resamples=0, **FEW)
+        rows = Retrainings().run(Shared(question))
+        assert [(row.options["damping"], row.normalize) for row in rows] == [
+            (1.0, None), (1.0, None), (2.0, None), (2.0, "deviation"),
+        ]  # fmt: skip
+        assert [row.checkpoint_options for row in rows] == [None, None, None, {"damping": 1.0}]
+        parts, together = rows[2:]
+        own = right[10:].clone()
+        own[:, task.n_train // 2 :] = 0
+        beside = right[10:] - own
+        unit = sum(scores / scores.std(1, correction=0, keepdim=True) for scores in (own, beside))
+        wanted = lds(unit, plan.membership, margins[:, 10:], n_resamples=0).value
+        assert together.lds.value == pytest.approx(wanted, rel=1e-6)
+        assert wanted > parts.lds.value
 
     def test_a_method_that_takes_long_stops_at_its_budget(self, task, tmp_path):
         measures = {"retrainings": {"methods": ["TracIn"], "budgets": [1, 2], "up_to": {"TracIn": 1}}}

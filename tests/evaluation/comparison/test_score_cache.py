@@ -13,7 +13,7 @@ from planted import MLP, planted_classes
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from stride_captum import STRIDE, Batch, ClosedForm, Features, Partition, Ridge, Trained, adapters
-from stride_captum.adapters import EKFAC, TRAK, CaptumInfluence, DiagonalEKFAC, Random, TracIn
+from stride_captum.adapters import EKFAC, TRAK, CaptumInfluence, DiagonalEKFAC, Random, Similarity, TracIn
 from stride_captum.evaluation.comparison.shared import score_cache as kept_answers
 from stride_captum.evaluation.comparison.shared.methods import MethodSpec
 from stride_captum.evaluation.comparison.shared.score_cache import CachedMethod
@@ -143,6 +143,101 @@ class TestKeeping:
         monkeypatch.chdir(tmp_path)
         kept(task, model, None).margins(batch)
         assert not list(tmp_path.iterdir())
+
+
+class TestSeveralNormalizations:
+    HOW = (None, "deviation")
+
+    @pytest.fixture
+    def counted(self, monkeypatch):
+        """Test points that were prepared, once for each checkpoint."""
+        seen = []
+        prepare = Similarity.prepare_query
+
+        def counting(method, state, model, batch, query):
+            seen.append(len(batch))
+            return prepare(method, state, model, batch, query)
+
+        monkeypatch.setattr(Similarity, "prepare_query", counting)
+        return seen
+
+    def states(self, task):
+        found = []
+        for factor in (1.0, 5.0):
+            state = task.build_model().state_dict()
+            found.append({name: factor * value for name, value in state.items()})
+        return found
+
+    def test_one_pass_serves_all_of_them(self, task, model, batch, tmp_path, counted):
+        states = self.states(task)
+        answers = kept(task, model, tmp_path, Similarity, checkpoints=states).margins_each_way(
+            batch, self.HOW
+        )
+        assert counted == [len(batch[1])] * 2
+        method = Similarity(model, task.train, checkpoints=states)
+        for how, answer in zip(self.HOW, answers, strict=True):
+            np.testing.assert_array_equal(answer.values, method.influence(batch, normalize=how).numpy())
+            assert answer.seconds > 0
+        assert not np.array_equal(answers[0].values, answers[1].values)
+        counted.clear()
+        for how, answer in zip(self.HOW, answers, strict=True):
+            again = kept(task, model, tmp_path, Similarity, checkpoints=states).margins(batch, how)
+            np.testing.assert_array_equal(again.values, answer.values)
+        assert not counted
+
+    def test_only_what_is_missing_is_computed(self, task, model, batch, tmp_path, counted):
+        plain = kept(task, model, tmp_path, Similarity).margins(batch)
+        first, second = kept(task, model, tmp_path, Similarity).margins_each_way(batch, self.HOW)
+        np.testing.assert_array_equal(first.values, plain.values)
+        method = Similarity(model, task.train)
+        np.testing.assert_array_equal(second.values, method.influence(batch, normalize="deviation").numpy())
+
+    def test_a_method_with_an_influence_of_its_own_is_asked_for_each(self, task, model, batch, tmp_path):
+        class Own(Similarity):
+            def influence(self, inputs, *args, normalize=None, **options):
+                found = super().influence(inputs, *args, normalize=normalize, **options)
+                return found + (7 if normalize else 3)
+
+        answers = kept(task, model, tmp_path, Own).margins_each_way(batch, self.HOW)
+        method = Own(model, task.train)
+        for how, answer in zip(self.HOW, answers, strict=True):
+            np.testing.assert_array_equal(answer.values, method.influence(batch, normalize=how).numpy())
+
+
+class Picky(Similarity):
+    """Refuses to be fitted."""
+
+    def fit_checkpoint(self, model, show_progress):
+        raise ValueError("`damping` must be larger")
+
+
+class TestRefusals:
+    @pytest.fixture
+    def refused(self, task, model, batch, monkeypatch):
+        """Whether a method in a store is fitted before it refuses, and what it says."""
+        fits = []
+        fit = Picky.fit
+        monkeypatch.setattr(Picky, "fit", lambda method, *args: (fits.append(1), fit(method, *args)))
+
+        def found(store, **options):
+            fits.clear()
+            with pytest.raises(ValueError, match="`damping` must be larger") as error:
+                kept(task, model, store, Picky, **options).tried(batch, [None])
+            return bool(fits), str(error.value)
+
+        return found
+
+    def test_that_options_are_refused_is_kept(self, tmp_path, refused):
+        first = refused(tmp_path)
+        assert first == (True, "`damping` must be larger")
+        (mark,) = (tmp_path / "answers").iterdir()
+        assert refused(tmp_path) == (False, f"{first[1]} (kept in {mark})")
+        assert refused(tmp_path, batch_size=7) == first
+        mark.unlink()
+        assert refused(tmp_path) == first
+
+    def test_without_a_store_it_is_found_anew(self, refused):
+        assert refused(None) == refused(None) == (True, "`damping` must be larger")
 
 
 def name_of(task, model, store, cls, **options):
