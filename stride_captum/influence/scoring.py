@@ -27,7 +27,7 @@ from .top_k import Collector
 T = TypeVar("T")
 
 #: Scores of one block, at most: small enough for the last level of cache.
-_BLOCK_SCORES = 2**22
+_BLOCK_SCORES = 2**20
 
 
 @dataclass(frozen=True)
@@ -242,9 +242,10 @@ class ScoringLoop(MethodHooks):
                     scores = scores * part.norms[0][:, None] * part.norms[1][columns]
                 if part.scale is not None:
                     scores = scores * matching(part.scale, scores)[:, None]
-                if part.weight != 1:
-                    scores = scores * part.weight
-                block = scores if block is None else block + scores
+                if block is not None:
+                    block.add_(scores, alpha=part.weight)
+                else:  # a copy: scores may be those that a method keeps
+                    block = scores if len(parts) == 1 == part.weight else scores * part.weight
             assert block is not None, "there is at least one checkpoint"
             yield block, columns.start
 
