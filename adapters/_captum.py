@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from ..data.batch import ExampleBatch
+from ..data.containers import place_name
 from ..errors import bad_choice, bad_value
 from ..influence.method import InfluenceMethod
 from ..losses import Loss, loss_of
@@ -69,6 +70,18 @@ class NoIndex(NearestNeighbors):  # type: ignore[misc]
 def parts_by_position(batch: ExampleBatch) -> list[Any]:
     """Inputs with one row per example, in the same order for all batches."""
     return [part for _, part in _ordered(batch)]
+
+
+def check_same_parts(batch: ExampleBatch, template: ExampleBatch) -> None:
+    """Refuse test points with other parts than the training examples, whose parts Captum gets by position.
+
+    Raises:
+        ValueError: A part is missing, or there is one more.
+    """
+    own, wanted = ([place_name(path) for path, _ in _ordered(of)] for of in (batch, template))
+    if own != wanted:
+        must = f"have the parts of training examples, {', '.join(wanted)}, which Captum gets by position"
+        raise bad_value(batch.argument, must, ", ".join(own), "Give all of them with their values.")
 
 
 def outputs_by_position(template: ExampleBatch, model: Callable[..., Any], parts: Sequence[Any]) -> Tensor:

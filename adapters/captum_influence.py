@@ -55,6 +55,7 @@ from ._captum import (
     ResidualLoss,
     check_losses,
     check_parts,
+    check_same_parts,
     keep_weights,
     mend_similarity,
     outputs_by_position,
@@ -184,6 +185,7 @@ class CaptumInfluence(GradientMethod):
 
     @override
     def prepare_query(self, state: GradientState, model: nn.Module, batch: Any, query: Query) -> CaptumTest:
+        check_same_parts(batch, self._probe)
         with torch.no_grad():
             outputs = batch.outputs(model)
         logits, response = widened(batch.logits_of(outputs)), query.response

@@ -204,9 +204,9 @@ class DiagonalEKFAC(DampedMethod[float]):
         done = []
         for (name, scale), piece in zip(kernel.scales.items(), pieces, strict=True):
             if name in kernel.bases:
-                left, right = kernel.bases[name]
+                left, right = (basis.to(piece) for basis in kernel.bases[name])
                 inside = left.T @ piece.unflatten(1, scale.shape) @ right
-                done.append((left @ (inside * scale) @ right.T).flatten(1))
+                done.append((left @ (inside * scale.to(piece)) @ right.T).flatten(1))
             else:
                 done.append(piece * scale.flatten())
         return torch.cat(done, dim=1)

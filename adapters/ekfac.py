@@ -139,6 +139,10 @@ class EKFAC(DampedMethod[float | None]):
         self._check_weight()
         layers = tracked_layers(model, self.parameters_, self._probe)
         self.parameters_ = [n for n, _ in model.named_parameters() if n.rpartition(".")[0] in layers]
+        kinds = {str(p.dtype) for n, p in model.named_parameters() if n in self.parameters_}
+        if len(kinds) > 1:
+            got, remedy = ", ".join(sorted(kinds)), "Cast it (`model.float()`), or choose by `layers`."
+            raise bad_value("model", "have parameters of one precision for EKFAC", got, remedy)
         self.layout_ = self._layout_of(model, layers)
         try:
             state.kernel = self._kronfluence(model).fit(

@@ -144,7 +144,7 @@ class TracIn(GradientMethod):
     @override
     def prepare_query(self, state: GradientState, model: nn.Module, batch: Any, query: Query) -> TracInQuery:
         vectors = self._response_gradients(model, batch, query)
-        training = ResidualsAsLabels(self, state.residuals, None if self.batched_ else 1)
+        training = ResidualsAsLabels(self, state.residuals, None if self.batched_ else 1, batch)
         scores = self._ask_captum(model, batch, vectors, training, self.batched_)
         # The column of a training example whose gradient is not finite; a row belongs to a test point.
         check_gradients(scores[scores.isfinite().any(1)].T, 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ def example_gradients(
 ) -> Gradients:
     """`J_i^T v_i` of every example of a batch, by parameter, `(n, *shape)` each.
 
+    Those of parameters of several precisions have the highest of them.
+
     Args:
         model: In eval mode.
         parameters: Those that the gradient is taken of (`chosen_parameters`), as they are in the model.
@@ -72,7 +75,7 @@ def example_gradients(
     batch = ExampleBatch.of(batch)
     if all(isinstance(part, Tensor) for _, part in batch.example_parts()) and len(batch):
         try:
-            return _at_once(model, parameters, batch, vectors)
+            return _of_one_dtype(_at_once(model, parameters, batch, vectors))
         except Exception:
             # Not every error of vmap says so. One that is the model's own comes again below.
             pass
@@ -128,7 +131,12 @@ def gradients_one_by_one(
             found = torch.autograd.grad((logits * vector).sum(), parameters, materialize_grads=True)
             for name, gradient in zip(rows, found, strict=True):
                 rows[name].append(gradient)
-    return {name: _stacked(rows[name], parameter) for name, parameter in wanted.items()}
+    return _of_one_dtype({name: _stacked(rows[name], parameter) for name, parameter in wanted.items()})
+
+
+def _of_one_dtype(gradients: Gradients) -> Gradients:
+    highest = reduce(torch.promote_types, (gradient.dtype for gradient in gradients.values()))
+    return {name: gradient.to(highest) for name, gradient in gradients.items()}
 
 
 def _stacked(rows: list[Tensor], parameter: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from planted import (
 )
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from stride_captum import STRIDE
 from stride_captum.adapters.tracin import TracIn
@@ -596,3 +596,38 @@ class TestManners:
             scores = TracIn(model, train, fast=fast, residuals="both").influence(test.tensors)
             same = test.tensors[1][:, None] == train.tensors[1]
             assert float(scores[same].mean()) > 0 > float(scores[~same].mean())
+
+
+class Masked(nn.Module):
+    """Reads a mask that may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x, mask=None):
+        return self.head(x if mask is None else x * mask)
+
+
+class WithMask(Dataset):
+    def __init__(self, n, seed=0):
+        self.x, self.y = planted_classes(n, seed=seed).tensors
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, i):
+        return {"x": self.x[i], "mask": torch.ones(6), "labels": self.y[i]}
+
+
+def test_test_points_without_a_part_of_the_training_examples_are_refused():
+    torch.manual_seed(0)
+    model, train, tests = Masked().eval(), WithMask(20), WithMask(4, seed=9)
+    method = TracIn(model, train)
+    batch = {"x": tests.x, "labels": tests.y}
+    parts = r"`inputs` must have the parts of training examples, \['mask'\], \['x'\]"
+    with pytest.raises(ValueError, match=parts):
+        method.influence(batch)
+    whole = method.influence({**batch, "mask": torch.ones(4, 6)})
+    plain = TracIn(model, planted_classes(20)).influence((tests.x, tests.y))
+    torch.testing.assert_close(whole, plain)
