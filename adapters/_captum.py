@@ -72,16 +72,18 @@ def parts_by_position(batch: ExampleBatch) -> list[Any]:
     return [part for _, part in _ordered(batch)]
 
 
-def check_same_parts(batch: ExampleBatch, template: ExampleBatch) -> None:
-    """Refuse test points with other parts than the training examples, whose parts Captum gets by position.
+def check_same_parts(batch: ExampleBatch, training: ExampleBatch) -> None:
+    """Refuse test points whose parts have other names than those of training examples.
+
+    Captum passes parts by position. One part has one position, whatever its name.
 
     Raises:
         ValueError: A part is missing, or there is one more.
     """
-    own, wanted = ([place_name(path) for path, _ in _ordered(of)] for of in (batch, template))
-    if own != wanted:
+    own, wanted = ([place_name(path) for path, _ in _ordered(of)] for of in (batch, training))
+    if own != wanted and not len(own) == len(wanted) == 1:
         must = f"have the parts of training examples, {', '.join(wanted)}, which Captum gets by position"
-        raise bad_value(batch.argument, must, ", ".join(own), "Give all of them with their values.")
+        raise bad_value(batch.argument, must, ", ".join(own), "Give all of them, under these names.")
 
 
 def outputs_by_position(template: ExampleBatch, model: Callable[..., Any], parts: Sequence[Any]) -> Tensor:

@@ -41,7 +41,7 @@ class ResidualsAsLabels(IterableDataset[Any]):
     """The training batches `(inputs..., residuals)` of a method, of at most `size` examples.
 
     Raises:
-        ValueError: They do not have the parts of `tests`, by whose places Captum gives them to the network.
+        ValueError: The test points `tests` have other parts.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -157,7 +158,10 @@ class DiagonalEKFAC(DampedMethod[float]):
                         _add(fisher, name, [g.square().sum(0) / n])
         if not all(bool(torch.isfinite(part).all()) for parts in fisher.values() for part in parts):
             self._find_bad_gradient(model, residuals)
-        return self._kernel(*_spectra({name: fisher[name] for name in parameters}), self.damping)
+        # Gradients have the highest precision of all parameters.
+        highest = reduce(torch.promote_types, (p.dtype for p in parameters.values()))
+        parts = {name: [part.to(highest) for part in fisher[name]] for name in parameters}
+        return self._kernel(*_spectra(parts), self.damping)
 
     def _fisher_weight(self) -> float:
         """The sum of the weights of the examples that F is estimated from."""
@@ -204,9 +208,9 @@ class DiagonalEKFAC(DampedMethod[float]):
         done = []
         for (name, scale), piece in zip(kernel.scales.items(), pieces, strict=True):
             if name in kernel.bases:
-                left, right = (basis.to(piece) for basis in kernel.bases[name])
+                left, right = kernel.bases[name]
                 inside = left.T @ piece.unflatten(1, scale.shape) @ right
-                done.append((left @ (inside * scale.to(piece)) @ right.T).flatten(1))
+                done.append((left @ (inside * scale) @ right.T).flatten(1))
             else:
                 done.append(piece * scale.flatten())
         return torch.cat(done, dim=1)

@@ -22,7 +22,6 @@ from .stride import STRIDE
 from .system.devices import as_float64
 from .system.locks import exclusive
 from .system.memory import rows_that_fit
-from .system.processes import SINGLE_PROCESS
 
 #: Scores of one block, at most.
 _BLOCK_SCORES = 2**22
@@ -89,8 +88,7 @@ def reliability(
     response = method.response if response is None else response
     check_query(method.loss, response, None)
     target = method.target if target is None else target
-    if method.ranks is not SINGLE_PROCESS:
-        raise bad_value("method", "have the whole training set in one process", repr(method), "Use STRIDE.")
+    method._check_single_process()
     with exclusive(method):
         if method._states is None:
             method.fit()

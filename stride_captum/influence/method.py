@@ -86,8 +86,8 @@ class InfluenceMethod(SavedMethod):
         digests_: A number for the label and one for the inputs of each training example, as they were read.
         n_train_: Number of training examples.
         fit_seconds_: Duration of `fit`.
-        query_seconds_: Duration of the last `influence`.
-        peak_bytes_: Most memory that `fit` or the last `influence` has added (`PeakMemory`).
+        query_seconds_: Duration of the last query.
+        peak_bytes_: Most memory that `fit` or the last query has added (`PeakMemory`).
         compared_: After `load`: what of the training set was compared with that of the saved method.
 
     >>> class SameClass(InfluenceMethod):

@@ -79,10 +79,11 @@ class ScoringLoop(MethodHooks):
         response: str | None = None,
         target: Any = None,
     ) -> Tensor:
-        """Scores of each checkpoint alone; their spread says how far checkpoints agree.
+        """Scores of each checkpoint alone, which are not normalized; their spread says how far they agree.
 
-        `influence` is their sum, weighted by `checkpoint_weights_`
-        (`stride_captum.influence.checkpoints.averages.weighted_sum`), without holding all of them.
+        With `normalize` None or "deviation", `influence` is the sum of these with the weights
+        `checkpoint_weights_` (`stride_captum.influence.checkpoints.averages.weighted_sum`), computed without
+        holding all of them.
 
         Args:
             inputs: As for `influence`; fits on first use.
@@ -91,32 +92,34 @@ class ScoringLoop(MethodHooks):
             target: As for `influence`.
 
         Returns:
-            `(n_checkpoints, n_test, n_train)`, in the order of the checkpoints; one without any.
+            `(n_checkpoints, n_test, n_train)`, in the order of the checkpoints; for the model alone if there
+            are none, n_checkpoints = 1.
 
         Raises:
             ValueError: As for `influence`, or a process group.
         """
-        if self.ranks is not SINGLE_PROCESS:
-            must = "have the whole training set in one process"
-            raise bad_value("method", must, repr(self), "Use STRIDE.")
+        self._check_single_process()
 
         def of_batch(model: nn.Module, batch: Any, query: Query) -> Tensor:
-            parts = list(self._prepared(model, batch, query))
+            parts, found = list(self._prepared(model, batch, query)), None
             size = rows_that_fit(self.memory_budget, 8 * len(parts), _BLOCK_SCORES) // len(batch)
-            blocks = [
-                self._scores_of_parts(model, parts, columns, train_batch)
-                for columns, train_batch in self._column_blocks(size)
-            ]
-            return torch.cat(blocks, 2)
+            for columns, train_batch in self._column_blocks(size):
+                block = self._scores_of_parts(model, parts, columns, train_batch)
+                if found is None:
+                    found = block.new_empty(*block.shape[:2], self.n_train_)
+                found[:, :, columns] = block
+            assert found is not None, "there is at least one training example"
+            return found
 
         response = self.response if response is None else response
         target = self.target if target is None else target
-        with exclusive(self):
-            if self._states is None:
-                self.fit(show_progress)
-            with self._measured_query():
-                found = self._for_each_query(inputs, response, target, of_batch, show_progress)
-        return torch.cat(found, 1)
+        found = self._for_each_query(inputs, response, target, of_batch, show_progress)
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+    def _check_single_process(self) -> None:
+        if self.ranks is not SINGLE_PROCESS:
+            must = "have the whole training set in one process"
+            raise bad_value("method", must, repr(self), "Use STRIDE.")
 
     @property
     def checkpoint_weights_(self) -> list[float]:
@@ -206,7 +209,7 @@ class ScoringLoop(MethodHooks):
         with exclusive(self):
             if self._states is None:
                 self.fit(show_progress)
-            with self._session() as model:
+            with self._measured_query(), self._session() as model:
                 self._check_unchanged()
                 queries = self._queries(inputs, response, wanted, show_progress)
                 return [function(model, batch, query) for batch, query in queries]
@@ -245,7 +248,8 @@ class ScoringLoop(MethodHooks):
                 if block is not None:
                     block.add_(scores, alpha=part.weight)
                 else:  # a copy: scores may be those that a method keeps
-                    block = scores if len(parts) == 1 == part.weight else scores * part.weight
+                    alone = len(parts) == 1 and part.weight == 1
+                    block = scores if alone else scores * part.weight
             assert block is not None, "there is at least one checkpoint"
             yield block, columns.start
 

@@ -29,6 +29,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from stride_captum import STRIDE
+from stride_captum.adapters import CaptumInfluence
 from stride_captum.adapters.tracin import TracIn
 from stride_captum.data.batch import ExampleBatch
 from stride_captum.data.reading import Reading
@@ -620,14 +621,38 @@ class WithMask(Dataset):
         return {"x": self.x[i], "mask": torch.ones(6), "labels": self.y[i]}
 
 
-def test_test_points_without_a_part_of_the_training_examples_are_refused():
-    torch.manual_seed(0)
-    model, train, tests = Masked().eval(), WithMask(20), WithMask(4, seed=9)
-    method = TracIn(model, train)
-    batch = {"x": tests.x, "labels": tests.y}
-    parts = r"`inputs` must have the parts of training examples, \['mask'\], \['x'\]"
-    with pytest.raises(ValueError, match=parts):
-        method.influence(batch)
-    whole = method.influence({**batch, "mask": torch.ones(4, 6)})
-    plain = TracIn(model, planted_classes(20)).influence((tests.x, tests.y))
-    torch.testing.assert_close(whole, plain)
+def of_captum(model: nn.Module, train: Any) -> CaptumInfluence:
+    def build(network: nn.Module, data: Any) -> TracInCP:
+        loss = nn.CrossEntropyLoss(reduction="none")
+        return TracInCP(network, data, [""], lambda model, checkpoint: 1.0, loss_fn=loss)
+
+    return CaptumInfluence(model, train, build=build, answers="log-probability")
+
+
+@pytest.mark.parametrize("method", [TracIn, of_captum], ids=["TracIn", "of Captum"])
+class TestPartsByPosition:
+    def test_a_part_that_test_points_lack_is_named(self, method):
+        torch.manual_seed(0)
+        model, train, tests = Masked().eval(), WithMask(20), WithMask(4, seed=9)
+        batch = {"x": tests.x, "labels": tests.y}
+        parts = r"`inputs` must have the parts of training examples, \['mask'\], \['x'\]"
+        with pytest.raises(ValueError, match=parts):
+            method(model, train).influence(batch)
+        whole = method(model, train).influence({**batch, "mask": torch.ones(4, 6)})
+        plain = method(model, planted_classes(20)).influence((tests.x, tests.y))
+        torch.testing.assert_close(whole, plain)
+
+    def test_one_part_may_have_any_name(self, method):
+        model, train, test = trained(MLP)
+        x, y = test.tensors
+
+        class Named(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.network = model
+
+            def forward(self, x):
+                return self.network(x)
+
+        found = method(Named().eval(), train).influence({"x": x, "labels": y})
+        torch.testing.assert_close(found, method(Named().eval(), train).influence((x, y)))

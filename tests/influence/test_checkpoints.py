@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from stride_captum import STRIDE, ClosedForm
 from stride_captum.adapters import TRAK, Similarity, TracIn
+from stride_captum.influence.checkpoints.averages import weighted_sum
 from stride_captum.influence.checkpoints.checkpoint import (
     checkpoint_list,
     load_checkpoint,
@@ -543,6 +544,32 @@ class TestUnitDeviation:
                 return torch.full((6, columns.stop - columns.start), 0.1)
 
         assert not Constant(model, train).influence(test.tensors, normalize="deviation").any()
+
+
+class TestScoresOfEach:
+    @pytest.fixture
+    def planted(self):
+        return trained(MLP)
+
+    def test_a_response_that_does_not_exist_is_refused_before_the_fit(self, planted):
+        model, train, test = planted
+        method = STRIDE(model, train)
+        with pytest.raises(ValueError, match="`response` must be"):
+            method.checkpoint_scores(test.tensors, response="nonsense")
+        assert method._states is None
+
+    def test_without_checkpoints_they_are_those_of_the_model(self, planted):
+        model, train, test = planted
+        for budget in ("256MiB", 4 * 7 * 4 * 5):
+            method = STRIDE(model, train, memory_budget=budget)
+            found = method.checkpoint_scores(DataLoader(test, batch_size=4), response="logit", target=1)
+            wanted = method.influence(test.tensors, response="logit", target=1)
+            torch.testing.assert_close(found, wanted[None])
+            assert method.query_seconds_ > 0
+
+    def test_a_normalization_that_needs_more_is_refused(self):
+        with pytest.raises(ValueError, match=r"`normalize` must be None or 'deviation'; got 'cosine'"):
+            weighted_sum(torch.ones(2, 3, 4), [0.5, 0.5], "cosine")
 
 
 class TestChangedAfterTheFit:

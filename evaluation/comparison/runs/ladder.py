@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ....influence.checkpoints.averages import weight_of_parts
+from ....influence.checkpoints.averages import SUMMED, weight_of_parts
 from ....recovery import refine
 from ...measures.calibration import CalibrationResult, calibration
 from ...measures.cost import Cost, median_cost
@@ -178,7 +178,7 @@ class Ladder:
         """From the cheapest budget to the most expensive."""
         epochs, along = self.shared.question.task.training.epochs, None
         if 0 in self.budgets:
-            last = self._source(self._on(lambda name: None, averages=False))
+            last = self._source(self._on(lambda name: None, [None], averages=False))
             yield self._row("last checkpoint", 0.0, 1, last, [last.answers[last.normalize]])
         if 0 in self.budgets and log_epochs(epochs):
             along = self._source(self._on(self._along))
@@ -188,11 +188,11 @@ class Ladder:
             return
         parts = self._source(self._on(partial(self._partition, 0)))
         together = parts.normalize if along is None else self._normalize_together(along, parts)
+        hows = list(dict.fromkeys((parts.normalize, together)))
         answers = [parts.answers]
         for repeats in paid:
             for i in range(len(answers), repeats):
-                found = self._answers(self._on(partial(self._partition, i)), parts.options)
-                answers.append({how: found[how] for how in {parts.normalize, together}})
+                answers.append(self._answers(self._on(partial(self._partition, i), hows), parts.options))
             yield from self._cross_fitted(repeats, parts, answers[:repeats], along, together)
 
     @property
@@ -210,10 +210,15 @@ class Ladder:
         models = self.shared.cross_fitted[self.split][name]
         return models.checkpoints[i * self.split.parts : (i + 1) * self.split.parts]
 
-    def _on(self, checkpoints: Callable[[str], Any], *, averages: bool = True) -> OnModels:
+    def _on(
+        self,
+        checkpoints: Callable[[str], Any],
+        normalizations: Sequence[str | None] = SUMMED,
+        *,
+        averages: bool = True,
+    ) -> OnModels:
         """The method with these checkpoints, and the grid for them."""
         spec = replace(self.spec, grid=grid_for(self.spec, self.shared.question, averages=averages))
-        normalizations = (None, "deviation") if averages else (None,)
         return OnModels(spec, self.shared, forward_pass(self.shared), checkpoints, normalizations)
 
     def _source(self, on: OnModels) -> _Source:

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 from .... import adapters, errors
 from ....data.batch import is_batch
-from ....influence.checkpoints.averages import weighted_sum
+from ....influence.checkpoints.averages import SUMMED, weighted_sum
 from ....influence.checkpoints.checkpoint import Checkpoint
 from ....influence.method import InfluenceMethod
 from ....system.atomic import atomic_write
 from ....system.fingerprints import weights_fingerprint
 from ....system.peak_memory import release_free_memory
+from ....system.processes import SINGLE_PROCESS
 from ....system.stable_digest import Examples, NoStableDigest, stable_digest
 from ...measures.cost import Build, Cost
 from ...retraining import store as run_store
@@ -109,6 +110,8 @@ class CachedMethod:
         self._folder = None if store is None else Path(store) / "answers"
         self._parts: dict[str, str] = {}
         self._seen: dict[str, Any] = {}
+        self._refusal: ValueError | None = None
+        self._knows_the_code = getattr(build, "cache_key", None) is None
         if self._folder is not None:
             key = getattr(build, "cache_key", None)
             if key is not None:
@@ -143,47 +146,50 @@ class CachedMethod:
     ) -> list[Answer]:
         """`margins` with each of several normalizations.
 
-        Where the store lacks several of them, one pass over the checkpoints serves all, and the cost of each
-        is that of the pass.
+        Where the store lacks several that need no more than the scores of each checkpoint, one pass serves
+        all. The cost of each is that of the pass, and its memory holds the scores of all checkpoints.
         """
         response = self._task.loss.responses[0]
-
-        def named(normalize: str | None) -> str:
-            return f"{response} of the label, normalize={normalize}"
-
-        found = {how: self._stored(self._path(named(how), batch)) for how in normalizations}
+        paths = {
+            how: self._path(f"{response} of the label, normalize={how}", batch) for how in normalizations
+        }
+        found = {how: self._stored(path) for how, path in paths.items()}
         missing = [how for how, answer in found.items() if answer is None]
-        if len(missing) > 1 and self._has_plain_influence:
+        if len(missing) > 1 and self._has_plain_influence and set(missing) <= set(SUMMED):
             alone = self._computed(lambda m: m.checkpoint_scores(batch, response=response, target="label"))
             scores, weights = torch.from_numpy(alone.values), self.method.checkpoint_weights_
             for how in missing:
                 answer = replace(alone, values=weighted_sum(scores, weights, how).numpy())
-                found[how] = self._keep(self._path(named(how), batch), answer)
+                found[how] = self._keep(paths[how], answer)
         return [
-            answer or self.ask(named(how), batch, partial(_influence, batch, response, how))
+            answer or self._keep(paths[how], self._computed(partial(_influence, batch, response, how)))
             for how, answer in found.items()
         ]
 
     def tried(self, batch: tuple[Tensor, Tensor], normalizations: Sequence[str | None]) -> list[Answer]:
         """`margins_each_way`; that the method refuses its options is kept in the store, as scores are.
 
+        It is not kept for a method with a `cache_key`, which does not change with the code.
+
         Raises:
             ValueError: It refuses them, or has done so before.
         """
-        path = self._path(f"refusal of {list(normalizations)}", batch)
-        if path is not None and (mark := path.with_suffix(".refused")).exists():
+        path = self._path(f"refusal of {list(normalizations)}", batch) if self._knows_the_code else None
+        mark = None if path is None else path.with_suffix(".refused")
+        if mark is not None and mark.exists():
             raise ValueError(f"{mark.read_text('utf-8')} (kept in {mark})")
         try:
             return self.margins_each_way(batch, normalizations)
         except ValueError as error:
-            if path is not None:
-                reason = str(error)
+            reason = str(error)
+            if mark is not None and error is self._refusal:
                 atomic_write(mark, lambda name: Path(name).write_text(reason, "utf-8"))
             raise
 
     @property
     def _has_plain_influence(self) -> bool:
-        return type(self.method).influence is InfluenceMethod.influence
+        own = type(self.method).influence is not InfluenceMethod.influence
+        return not own and self.method.ranks is SINGLE_PROCESS
 
     def support(self, batch: tuple[Tensor, Tensor], normalize: str | None = None) -> Answer:
         """Scores `(n_test, n_train)` of how much a training example supports the label of a test point.
@@ -233,6 +239,9 @@ class CachedMethod:
                 method.fit()
             started = time.perf_counter()
             found = compute(method)
+        except ValueError as error:
+            self._refusal = error
+            raise
         finally:  # options that are refused may be set anew
             self._seen = dict(vars(method))
         return Answer(

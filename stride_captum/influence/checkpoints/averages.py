@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import bad_value
 from ...system.devices import as_float64, matching
 from .checkpoint import unseen_by
 
+#: Normalizations for which the scores of each checkpoint are enough.
+SUMMED = (None, "deviation")
 #: Share of the mean square below which a variance is rounding.
 _ROUNDING = 1e-12
 
@@ -74,9 +77,14 @@ def weighted_sum(scores: Tensor, weights: Sequence[float], normalize: str | None
         weights: `checkpoint_weights_` of the method.
         normalize: None, or "deviation".
 
+    Raises:
+        ValueError: Another normalization, which needs more than the scores.
+
     >>> weighted_sum(torch.tensor([[[1.0, 3.0]], [[0.0, 4.0]]]), [0.5, 0.5], "deviation")
     tensor([[0.5000, 2.5000]])
     """
+    if normalize not in SUMMED:
+        raise bad_value("normalize", "be None or 'deviation'", repr(normalize))
     total = torch.zeros_like(scores[0])
     for part, weight in zip(scores, weights, strict=True):
         if normalize == "deviation":

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from stride_captum import STRIDE, Batch, ClosedForm, Features, Partition, Ridge, Trained, adapters
 from stride_captum.adapters import EKFAC, TRAK, CaptumInfluence, DiagonalEKFAC, Random, Similarity, TracIn
 from stride_captum.evaluation.comparison.shared import score_cache as kept_answers
-from stride_captum.evaluation.comparison.shared.methods import MethodSpec
+from stride_captum.evaluation.comparison.shared.methods import MethodSpec, adapter
 from stride_captum.evaluation.comparison.shared.score_cache import CachedMethod
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.evaluation.tasks.task import Task
@@ -187,10 +188,30 @@ class TestSeveralNormalizations:
 
     def test_only_what_is_missing_is_computed(self, task, model, batch, tmp_path, counted):
         plain = kept(task, model, tmp_path, Similarity).margins(batch)
+        (path,) = (tmp_path / "answers").iterdir()
+        written = path.stat().st_mtime_ns
+        counted.clear()
         first, second = kept(task, model, tmp_path, Similarity).margins_each_way(batch, self.HOW)
+        assert counted == [len(batch[1])]
+        assert path.stat().st_mtime_ns == written
         np.testing.assert_array_equal(first.values, plain.values)
         method = Similarity(model, task.train)
         np.testing.assert_array_equal(second.values, method.influence(batch, normalize="deviation").numpy())
+
+    def test_a_cosine_is_not_taken_from_scores(self, task, model, batch, tmp_path):
+        plain, cosine = kept(task, model, tmp_path, TracIn).margins_each_way(batch, (None, "cosine"))
+        method = TracIn(model, task.train)
+        np.testing.assert_array_equal(plain.values, method.influence(batch).numpy())
+        np.testing.assert_array_equal(cosine.values, method.influence(batch, normalize="cosine").numpy())
+
+    def test_a_damaged_file_is_said_once(self, task, model, batch, tmp_path):
+        kept(task, model, tmp_path, Similarity).margins(batch)
+        (path,) = (tmp_path / "answers").iterdir()
+        path.write_bytes(b"")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            kept(task, model, tmp_path, Similarity).margins(batch)
+        assert len(said) == 1
 
     def test_a_method_with_an_influence_of_its_own_is_asked_for_each(self, task, model, batch, tmp_path):
         class Own(Similarity):
@@ -235,6 +256,23 @@ class TestRefusals:
         assert refused(tmp_path, batch_size=7) == first
         mark.unlink()
         assert refused(tmp_path) == first
+
+    def test_under_a_key_that_does_not_change_with_the_code_it_is_not_kept(
+        self, task, model, batch, tmp_path
+    ):
+        spec = MethodSpec("picky", adapter(Picky), cache_key="mine")
+        with pytest.raises(ValueError, match="must be larger"):
+            CachedMethod(spec, model, task, {}, tmp_path, 0.5).tried(batch, [None])
+        assert not list(tmp_path.rglob("*.refused"))
+
+    def test_errors_of_the_store_are_no_refusals(self, task, model, batch, tmp_path, monkeypatch):
+        def fails(path, answer):
+            raise ValueError("no space")
+
+        monkeypatch.setattr(kept_answers, "_write", fails)
+        with pytest.raises(ValueError, match="no space"):
+            kept(task, model, tmp_path, Similarity).tried(batch, [None])
+        assert not list(tmp_path.rglob("*.refused"))
 
     def test_without_a_store_it_is_found_anew(self, refused):
         assert refused(None) == refused(None) == (True, "`damping` must be larger")
