@@ -209,7 +209,7 @@ class TestPlots:
             halves = random_subsets(20, 10, 10)
             found = replace(lds(scores, halves, halves @ scores.T, n_resamples=20), value=value)
             cost = Cost(fit_seconds=1.0, query_seconds=1.0, n_queries=4, forward_seconds=1.0)
-            return BudgetRow(name, source, trainings, 2, {}, None, found, None, None, None, cost)
+            return BudgetRow(name, source, trainings, 2, {}, None, None, found, None, None, None, cost)
 
         steps = [("last checkpoint", 0.0), ("cross-fitted", 1.0), ("cross-fitted", 5.0)]
         rows = [row("a", *step, 0.1 * i) for i, step in enumerate(steps)]
