@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 from ..data.batch import ExampleBatch
 from ..influence.method import InfluenceMethod
 from ..losses import Loss
-from ._captum import check_same_parts, outputs_by_position, parts_by_position
+from ._captum import outputs_by_position, parts_by_position
 
 
 class Positional(nn.Module):
@@ -38,21 +38,13 @@ class Positional(nn.Module):
 
 
 class ResidualsAsLabels(IterableDataset[Any]):
-    """The training batches `(inputs..., residuals)` of a method, of at most `size` examples.
+    """The training batches `(inputs..., residuals)` of a method, of at most `size` examples."""
 
-    Raises:
-        ValueError: The test points `tests` have other parts.
-    """
-
-    def __init__(
-        self, method: InfluenceMethod, residuals: Tensor, size: int | None, tests: ExampleBatch
-    ) -> None:
+    def __init__(self, method: InfluenceMethod, residuals: Tensor, size: int | None) -> None:
         self.method, self.residuals, self.size = method, residuals, size or len(residuals)
-        self.tests = tests
 
     def __iter__(self) -> Iterator[Any]:
         for rows, batch in self.method.train_blocks(self.size, False):
-            check_same_parts(self.tests, batch)
             yield (*parts_by_position(batch), self.residuals[rows])
 
 

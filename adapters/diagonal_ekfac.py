@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from .gradients.damped import DampedMethod
 from .gradients.dense_sides import all_weigh_1, dense_layers, dense_sides, order_of_rows, weights_of_rows
 from .gradients.fisher import FISHERS, fisher_sample, fisher_vectors
 from .gradients.method import GradientState
-from .gradients.per_example import example_gradients
+from .gradients.per_example import example_gradients, highest_dtype
 from .gradients.safe_damping import check_damping, given_damping, least_lambda, rounding_of
 
 DENSE = ("kronecker", "diagonal")
@@ -159,7 +158,7 @@ class DiagonalEKFAC(DampedMethod[float]):
         if not all(bool(torch.isfinite(part).all()) for parts in fisher.values() for part in parts):
             self._find_bad_gradient(model, residuals)
         # Gradients have the highest precision of all parameters.
-        highest = reduce(torch.promote_types, (p.dtype for p in parameters.values()))
+        highest = highest_dtype(parameters.values())
         parts = {name: [part.to(highest) for part in fisher[name]] for name in parameters}
         return self._kernel(*_spectra(parts), self.damping)
 

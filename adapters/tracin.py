@@ -30,7 +30,7 @@ from ..data.batch import ExampleBatch
 from ..data.inputs import PrivateLoader
 from ..errors import bad_value
 from ..influence.method import Query
-from ._captum import parts_by_position, quiet
+from ._captum import check_same_parts, parts_by_position, quiet
 from ._captum_losses import (
     Positional,
     ResidualsAsLabels,
@@ -143,8 +143,9 @@ class TracIn(GradientMethod):
 
     @override
     def prepare_query(self, state: GradientState, model: nn.Module, batch: Any, query: Query) -> TracInQuery:
+        check_same_parts(batch, self._first_train_batch())
         vectors = self._response_gradients(model, batch, query)
-        training = ResidualsAsLabels(self, state.residuals, None if self.batched_ else 1, batch)
+        training = ResidualsAsLabels(self, state.residuals, None if self.batched_ else 1)
         scores = self._ask_captum(model, batch, vectors, training, self.batched_)
         # The column of a training example whose gradient is not finite; a row belongs to a test point.
         check_gradients(scores[scores.isfinite().any(1)].T, 0)

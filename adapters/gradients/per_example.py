@@ -135,8 +135,13 @@ def gradients_one_by_one(
 
 
 def _of_one_dtype(gradients: Gradients) -> Gradients:
-    highest = reduce(torch.promote_types, (gradient.dtype for gradient in gradients.values()))
+    highest = highest_dtype(gradients.values())
     return {name: gradient.to(highest) for name, gradient in gradients.items()}
+
+
+def highest_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The dtype of the highest precision among some tensors, at least one."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 def _stacked(rows: list[Tensor], parameter: Tensor) -> Tensor:

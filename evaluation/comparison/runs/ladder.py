@@ -180,9 +180,9 @@ class Ladder:
         if 0 in self.budgets:
             last = self._source(self._on(lambda name: None, [None], averages=False))
             yield self._row("last checkpoint", 0.0, 1, last, [last.answers[last.normalize]])
-        if 0 in self.budgets and log_epochs(epochs):
-            along = self._source(self._on(self._along))
-            yield self._row("checkpoints", 0.0, self._n_along, along, [along.answers[along.normalize]])
+            if log_epochs(epochs):
+                along = self._source(self._on(self._along))
+                yield self._row("checkpoints", 0.0, self._n_along, along, [along.answers[along.normalize]])
         paid = [repeats_for(b, self.split, epochs) for b in self.budgets if b]
         if not paid:
             return

@@ -111,9 +111,9 @@ class CachedMethod:
         self._parts: dict[str, str] = {}
         self._seen: dict[str, Any] = {}
         self._refusal: ValueError | None = None
-        self._knows_the_code = getattr(build, "cache_key", None) is None
+        key = getattr(build, "cache_key", None)
+        self._knows_the_code = key is None
         if self._folder is not None:
-            key = getattr(build, "cache_key", None)
             if key is not None:
                 self._seen = dict(vars(self.method))
             with self._unless_unstable():
