@@ -20,8 +20,8 @@ from ..tasks.new_network import built
 from ..tasks.task import Task
 from ..tasks.task_loss import loss_of_methods
 from .method_choice import left_out, specs_of
+from .runs.contenders import OUT_OF_SAMPLE
 from .runs.counterfactual import Counterfactual
-from .runs.ladder import OUT_OF_SAMPLE
 from .runs.lds import READINGS
 from .runs.leakage import Leakage
 from .runs.mislabel import Mislabel

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ...errors import bad_choice
 from ..measures.plain_values import plain
 from ..report.html import FORMAT, comparison_table
+from .runs.budget_row import BudgetRow
 from .runs.counterfactual import CounterfactualRow
-from .runs.ladder import BudgetRow
 from .runs.lds import Row
 from .runs.leakage import LeakageRow
 from .runs.mislabel import MislabelRow

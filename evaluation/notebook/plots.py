@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ..comparison.runs.budget_row import BudgetRow
 from ..comparison.runs.counterfactual import CounterfactualRow
-from ..comparison.runs.ladder import BudgetRow
 from ..measures.statistics import Interval
 from ..report.budget_figure import draw_budgets
 

@@ -19,127 +19,21 @@ from numpy.typing import NDArray
 
 from ....influence.checkpoints.averages import SUMMED, weight_of_parts
 from ....recovery import refine
-from ...measures.calibration import CalibrationResult, calibration
+from ...measures.calibration import calibration
 from ...measures.cost import Cost, median_cost
-from ...measures.linear_datamodeling import LDSDifference, LDSResult, lds
+from ...measures.linear_datamodeling import lds
 from ...retraining.attributed_models import log_epochs
 from ...retraining.task_parts import Split
-from ...tasks.task_loss import loss_of_methods
-from ..shared.grids import for_loss, plain_numbers
-from ..shared.methods import METHODS, MethodSpec
-from ..shared.question import Question
-from ..shared.score_cache import Answer
+from ..shared.answers import Answer
+from ..shared.methods import MethodSpec
 from ..shared.shared import Shared
-from .lds import forward_pass, plain_gap, retrained
+from .budget_row import BudgetRow
+from .contenders import grid_for
+from .lds import forward_pass, retrained
 from .on_models import OnModels, choose
 
-#: Suffix of the rows with out-of-sample residuals.
-OUT_OF_SAMPLE = ", out-of-sample residuals"
 #: Smallest number of models that `refine` takes.
 _FEWEST_MEASURED = 3
-#: Attributes of a row that are not plain values.
-_NESTED = ("lds", "calibration", "cost", "against_first", "over_last")
-
-
-@dataclass(frozen=True)
-class BudgetRow:
-    """One method at one budget.
-
-    Attributes:
-        name: The method; with its suffix if it has out-of-sample residuals in place of the published ones.
-        source: What its scores are averaged over: "last checkpoint", "checkpoints", "cross-fitted" (models of
-            parts), "checkpoints and parts" (the parts with `weight_of_parts`) or "refined" (the latter, or
-            cross-fitted scores where there are no checkpoints, corrected by the responses of the models of
-            parts).
-        trainings: The budget: cost of the further models, in trainings on the whole training set.
-        n_models: Models or checkpoints whose scores are averaged.
-        options: The options that were chosen; those of the parts, if there are checkpoints beside them.
-        checkpoint_options: Options of the checkpoints beside models of parts; None without both.
-        normalize: As for `influence`, chosen likewise; of parts and checkpoints together if there are both.
-        lds: Linear datamodeling score.
-        calibration: Whether predicted effects have the right size on the same halves; None for scores
-            without a unit (`normalize="deviation"`).
-        against_first: LDS of the first method with the same models minus this one's; None for the first.
-        over_last: This LDS minus that of the same method on the last checkpoint; None for the last
-            checkpoint.
-        cost: Medians over the attributed models.
-    """
-
-    name: str
-    source: str
-    trainings: float
-    n_models: int
-    options: Mapping[str, Any]
-    checkpoint_options: Mapping[str, Any] | None
-    normalize: str | None
-    lds: LDSResult
-    calibration: CalibrationResult | None
-    against_first: LDSDifference | None
-    over_last: LDSDifference | None
-    cost: Cost
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            **{k: v for k, v in vars(self).items() if k not in _NESTED},
-            "lds": self.lds.to_dict(),
-            "calibration": None if self.calibration is None else self.calibration.to_dict(),
-            "cost": self.cost.to_dict(),
-            "first_method_less_this": _plain(self.against_first),
-            "this_less_last_checkpoint": _plain(self.over_last),
-        }
-
-
-def _plain(gap: LDSDifference | None) -> dict[str, Any] | None:
-    return None if gap is None else plain_gap(gap.value, gap.interval)
-
-
-def contender(name: str, question: Question) -> MethodSpec:
-    """The method that is measured for a name, with its grid for one model.
-
-    A spec of your own is measured as it is. A known method has out-of-sample residuals if it can have them,
-    and a grid over its damping alone. Options that were given, for the method that is measured or for
-    `name`, are its only grid.
-    """
-    own = question.methods.get(name)
-    if own is not None and own.uses_model_alone and _is_of_the_user(own, question):
-        return own
-    tuned = {"STRIDE": "STRIDE (tuned)"}.get(name, name + OUT_OF_SAMPLE)
-    spec = METHODS.get(tuned, METHODS[name])
-    given = question.options.get(tuned, question.options.get(name))
-    dampings = list(dict.fromkeys(point["damping"] for point in spec.grid if "damping" in point))
-    own_grid = [{}] if tuned in METHODS else spec.grid
-    grid = [{"damping": d} for d in dampings] or own_grid if given is None else [given]
-    return replace(
-        spec,
-        name=spec.name if spec.name.endswith(OUT_OF_SAMPLE) else name,
-        grid=for_loss([dict(point) for point in grid], question.task.loss),
-    )
-
-
-def _is_of_the_user(spec: MethodSpec, question: Question) -> bool:
-    """Whether a spec differs from the known one of its name, other than by options that were given."""
-    known = METHODS.get(spec.name)
-    if known is None or replace(spec, grid=()) != replace(known, grid=()):
-        return True
-    grid = for_loss([plain_numbers(point) for point in known.grid], question.task.loss)
-    return spec.name not in question.options and list(spec.grid) != grid
-
-
-def grid_for(spec: MethodSpec, question: Question, *, averages: bool) -> list[dict[str, Any]]:
-    """The grid of a contender with the residuals of one model, or of averages over models.
-
-    Args:
-        spec: From `contender`.
-        question: Residuals are those that the loss of its task has.
-        averages: Whether the method is given checkpoints.
-    """
-    known = METHODS.get(spec.name)
-    if known is None or known.build is not spec.build or not spec.name.endswith(OUT_OF_SAMPLE):
-        return [dict(point) for point in spec.grid]
-    tempered = loss_of_methods(question.task.loss).tempered
-    residuals = "temperature" if averages and tempered else "both"
-    return [{"residuals": residuals, **point} for point in spec.grid]
 
 
 def repeats_for(budget: float, split: Split, epochs: int) -> int:

@@ -24,10 +24,11 @@ from ...measures.statistics import Array
 from ...retraining.estimate import RetrainingEstimate
 from ...tasks.checks import check_task
 from ...tasks.task import Task
+from ..shared.answers import Answer
 from ..shared.measure import Measure, defaults_of
 from ..shared.one_training import OneTraining, estimates, with_checkpoints
 from ..shared.question import Question
-from ..shared.score_cache import Answer, CachedMethod
+from ..shared.score_cache import CachedMethod
 from ..shared.shared import Shared
 from .lds import given
 

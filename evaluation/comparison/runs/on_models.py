@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from ....subsets import Membership
 from ...measures.linear_datamodeling import lds
+from ..shared.answers import Answer
 from ..shared.methods import MethodSpec
 from ..shared.one_training import with_checkpoints
-from ..shared.score_cache import Answer, CachedMethod
+from ..shared.score_cache import CachedMethod
 from ..shared.shared import Shared
 
 

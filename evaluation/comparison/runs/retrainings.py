@@ -22,7 +22,9 @@ from ..shared.measure import Measure
 from ..shared.methods import METHODS, MethodSpec
 from ..shared.question import Question
 from ..shared.shared import Shared
-from .ladder import BudgetRow, Ladder, contender, grid_for, repeats_for
+from .budget_row import BudgetRow
+from .contenders import contender, grid_for
+from .ladder import Ladder, repeats_for
 from .lds import halves_estimate
 
 #: Compared unless methods are named.

@@ -1,9 +1,7 @@
 """On-disk cache of scores, so that an interrupted evaluation resumes without refitting.
 
-The name of a file is a digest of everything that determines the scores: the code of the method and of this
-package, the versions of the libraries, everything that the method was built from (options, data, checkpoints
-and callables, by content), the model, the training set, and the query. A method with a part that has no
-stable digest is not cached; a warning names the part.
+The name of a file is a digest of everything that determines the scores (`score_names`) and of the query. A
+method with a part that has no stable digest is not cached; a warning names the part.
 """
 
 from __future__ import annotations
@@ -14,67 +12,27 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .... import adapters, errors
-from ....data.batch import is_batch
 from ....influence.checkpoints.averages import SUMMED, weighted_sum
-from ....influence.checkpoints.checkpoint import Checkpoint
 from ....influence.method import InfluenceMethod
 from ....system.atomic import atomic_write
-from ....system.fingerprints import weights_fingerprint
 from ....system.peak_memory import release_free_memory
 from ....system.processes import SINGLE_PROCESS
-from ....system.stable_digest import Examples, NoStableDigest, stable_digest
-from ...measures.cost import Build, Cost
+from ....system.stable_digest import NoStableDigest
+from ...measures.cost import Build
 from ...retraining import store as run_store
-from ...system import environment
 from ...tasks.task import Task
 from ...tasks.task_loss import loss_of_methods
-
-#: Attributes that fit and query set, or that differ between processes.
-_NOT_BUILT = frozenset(
-    {"fit_seconds_", "query_seconds_", "peak_bytes_", "_fit_bytes", "_fitted_on", "_states"}
-)
-#: The code of this package is digested by the content of its files.
-_PACKAGE = __name__.partition(".")[0]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Scores of one query, and their cost.
-
-    Attributes:
-        values: The scores.
-        fit_seconds: Setup.
-        seconds: The query, without setup.
-        forward_seconds: One forward pass over the training set, measured in the same run.
-        peak_bytes: Peak memory of the method; None if it was not measured.
-    """
-
-    values: NDArray[Any]
-    fit_seconds: float
-    seconds: float
-    forward_seconds: float
-    peak_bytes: int | None
-
-    def cost(self, n_queries: int) -> Cost:
-        """As the cost of `n_queries` test points."""
-        return Cost(
-            fit_seconds=self.fit_seconds,
-            query_seconds=self.seconds,
-            n_queries=n_queries,
-            forward_seconds=self.forward_seconds,
-            peak_bytes=self.peak_bytes,
-        )
+from .answers import Answer, read_answer, write_answer
+from .score_names import NOT_BUILT, of_attribute, of_code, of_key
 
 
 class CachedMethod:
@@ -117,7 +75,7 @@ class CachedMethod:
             if key is not None:
                 self._seen = dict(vars(self.method))
             with self._unless_unstable():
-                self._parts = _of_code(self.method) if key is None else _of_key(key, model, task, options)
+                self._parts = of_code(self.method) if key is None else of_key(key, model, task, options)
 
     @contextmanager
     def _unless_unstable(self) -> Iterator[None]:
@@ -220,14 +178,14 @@ class CachedMethod:
     def _stored(self, path: Path | None) -> Answer | None:
         if path is None:
             return None
-        answer, damage = _read(path)
+        answer, damage = read_answer(path)
         if answer is None:
             run_store.say_damaged(path, damage)
         return answer
 
     def _keep(self, path: Path | None, answer: Answer) -> Answer:
         if path is not None:
-            _write(path, answer)
+            write_answer(path, answer)
         return answer
 
     def _computed(self, compute: Callable[[InfluenceMethod], Any]) -> Answer:
@@ -267,9 +225,9 @@ class CachedMethod:
         """Digests of the attributes that were set since the method was built or last queried."""
         now = dict(vars(self.method))
         found = {
-            name: _of_attribute(self.method, self._task, name)
+            name: of_attribute(self.method, self._task, name)
             for name, value in now.items()
-            if name not in _NOT_BUILT and (name not in self._seen or self._seen[name] is not value)
+            if name not in NOT_BUILT and (name not in self._seen or self._seen[name] is not value)
         }
         self._seen = now
         return found
@@ -277,81 +235,3 @@ class CachedMethod:
 
 def _influence(batch: Any, response: str, normalize: str | None, method: InfluenceMethod) -> Tensor:
     return method.influence(batch, response=response, target="label", normalize=normalize)
-
-
-def _of_code(method: InfluenceMethod) -> dict[str, str]:
-    return {"package": _code(), "class": stable_digest(type(method), "class", packages=(_PACKAGE,))}
-
-
-def _of_attribute(method: InfluenceMethod, task: Task, name: str) -> str:
-    value = getattr(method, name)
-    if name == "train_dataset" and value is task.train:
-        value = task.train.tensors
-    elif name in ("train_dataset", "held_out") and not (value is None or is_batch(value)):
-        value = Examples(value)
-    elif name == "checkpoints" and value is not None:
-        value = _loaded(method)
-    return stable_digest(value, name, packages=(_PACKAGE,))
-
-
-def _of_key(key: str, model: nn.Module, task: Task, options: Mapping[str, Any]) -> dict[str, str]:
-    """What names the scores of a method with a `cache_key`."""
-    return {
-        "key": key,
-        "weights": weights_fingerprint(model),
-        "train": run_store.hash_tensors(task.train.tensors),
-        "options": stable_digest(dict(options), "options"),
-    }
-
-
-def _loaded(method: InfluenceMethod) -> list[tuple[float, str, list[int] | None]]:
-    """Learning rate, weights (as the method's own function loads them) and `seen` of each checkpoint."""
-    with method._session() as model:
-        return [
-            (method._load(model, checkpoint), weights_fingerprint(model), _seen(checkpoint))
-            for checkpoint in method._checkpoints()
-        ]
-
-
-def _seen(checkpoint: Any) -> list[int] | None:
-    seen = checkpoint.seen if isinstance(checkpoint, Checkpoint) else None
-    return None if seen is None else [int(place) for place in seen]
-
-
-@cache
-def _code() -> str:
-    """Digest of what methods are made of: sources of this package, and versions of the libraries below."""
-    digest = hashlib.sha256(json.dumps(environment.versions(), sort_keys=True).encode())
-    for folder in (Path(errors.__file__).parent, Path(adapters.__file__).parent):
-        digest.update(_sources(folder).encode())
-    return digest.hexdigest()
-
-
-def _sources(folder: Path) -> str:
-    """Digest of all sources in a folder and below; `evaluation` is left out, which only measures methods."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        if not path.is_relative_to(Path(__file__).parents[2]):
-            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _write(path: Path, answer: Answer) -> None:
-    from safetensors.numpy import save_file
-
-    facts = {k: v for k, v in vars(answer).items() if k != "values"}
-    metadata = {"cost": json.dumps(facts)}
-    atomic_write(path, lambda name: save_file({"values": answer.values}, name, metadata))
-
-
-def _read(path: Path) -> tuple[Answer | None, str | None]:
-    """The result is that of `run_store.read_array`."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return Answer(values=file.get_tensor("values"), **json.loads(file.metadata()["cost"])), None
-    except FileNotFoundError:
-        return None, None
-    except (SafetensorError, OSError, KeyError, TypeError):
-        return None, "cut off or not an answer"

@@ -20,7 +20,7 @@ from stride_captum.evaluation import MethodSpec, TaskTraining, compare, load_tas
 from stride_captum.evaluation.comparison.compare import answer, planned_trainings
 from stride_captum.evaluation.comparison.plan import settle
 from stride_captum.evaluation.comparison.runs import ladder
-from stride_captum.evaluation.comparison.runs.ladder import OUT_OF_SAMPLE, contender, grid_for
+from stride_captum.evaluation.comparison.runs.contenders import OUT_OF_SAMPLE, contender, grid_for
 from stride_captum.evaluation.comparison.runs.retrainings import Retrainings
 from stride_captum.evaluation.comparison.shared.methods import METHODS, adapter
 from stride_captum.evaluation.comparison.shared.shared import Shared

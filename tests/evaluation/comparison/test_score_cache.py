@@ -15,12 +15,13 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from stride_captum import STRIDE, Batch, ClosedForm, Features, Partition, Ridge, Trained, adapters
 from stride_captum.adapters import EKFAC, TRAK, CaptumInfluence, DiagonalEKFAC, Random, Similarity, TracIn
-from stride_captum.evaluation.comparison.shared import score_cache as kept_answers
+from stride_captum.evaluation.comparison.shared import score_cache, score_names
 from stride_captum.evaluation.comparison.shared.methods import MethodSpec, adapter
 from stride_captum.evaluation.comparison.shared.score_cache import CachedMethod
 from stride_captum.evaluation.tasks.networks import TrainingSettings
 from stride_captum.evaluation.tasks.task import Task
 from stride_captum.influence.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from stride_captum.influence.method import InfluenceMethod
 from stride_captum.losses import CrossEntropy
 from stride_captum.options import Options
 
@@ -123,7 +124,7 @@ class TestKeeping:
     @pytest.mark.slow
     def test_other_code_is_another_method(self, task, model, batch, tmp_path, monkeypatch):
         kept(task, model, tmp_path).ask("x", (), lambda m: np.ones(1))
-        monkeypatch.setattr(kept_answers, "_code", lambda: "another")
+        monkeypatch.setattr(score_names, "_code", lambda: "another")
         with pytest.raises(AssertionError, match="asked again"):
             kept(task, model, tmp_path).ask("x", (), never)
 
@@ -269,7 +270,7 @@ class TestRefusals:
         def fails(path, answer):
             raise ValueError("no space")
 
-        monkeypatch.setattr(kept_answers, "_write", fails)
+        monkeypatch.setattr(score_cache, "write_answer", fails)
         with pytest.raises(ValueError, match="no space"):
             kept(task, model, tmp_path, Similarity).tried(batch, [None])
         assert not list(tmp_path.rglob("*.refused"))
@@ -391,7 +392,7 @@ def changed_options(value):
 
 
 METHODS = [STRIDE, *(getattr(adapters, name) for name in adapters.__all__)]
-METHODS = [cls for cls in METHODS if issubclass(cls, kept_answers.InfluenceMethod)]
+METHODS = [cls for cls in METHODS if issubclass(cls, InfluenceMethod)]
 
 
 def arguments_of(cls):
@@ -540,9 +541,9 @@ class TestContent:
         below = tmp_path / "operators" / "closed.py"
         below.parent.mkdir()
         below.write_text("damping = 1")
-        before = kept_answers._sources(tmp_path)
+        before = score_names._sources(tmp_path)
         below.write_text("damping = 2")
-        assert kept_answers._sources(tmp_path) != before
+        assert score_names._sources(tmp_path) != before
 
 
 class WithALock(Random):

@@ -12,8 +12,8 @@ import torch
 from captum.influence._core.tracincp import KMostInfluentialResults
 from torch.utils.data import TensorDataset
 
+from stride_captum.evaluation.comparison.runs.budget_row import BudgetRow
 from stride_captum.evaluation.comparison.runs.counterfactual import CounterfactualRow
-from stride_captum.evaluation.comparison.runs.ladder import BudgetRow
 from stride_captum.evaluation.measures.cost import Cost
 from stride_captum.evaluation.measures.counterfactual_drop import counterfactual
 from stride_captum.evaluation.measures.linear_datamodeling import lds
