@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from ..errors import bad_value
 from ..losses import Loss
+from ..system.memory import spread_rows
 from ..system.random_states import user_code
 from . import inputs as data
 from .batch import ExampleBatch, is_batch
@@ -231,10 +232,7 @@ class Passes:
         None reads the first batch as before, because padding depends on the other examples of a batch.
         """
         if n is not None:
-            groups = [
-                [int(i)]
-                for i in torch.linspace(0, len(self) - 1, min(n, len(self)), device="cpu").long().unique()
-            ]
+            groups = [[place] for place in spread_rows(len(self), n).tolist()]
         else:
             groups = [list(range(self._first_length))]
         parts = []

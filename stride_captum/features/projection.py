@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..linalg import add_gram_matrix, in_float32
 from ..system.devices import float64_device
-from ..system.memory import MOST_ROWS, blocks
+from ..system.memory import MOST_ROWS, blocks, spread_rows
 from ..system.saved_values import saved_as
 from ..system.to_device import working_dtype
 
@@ -102,8 +102,7 @@ def fit_projection(
 
 def kernel_error(projection: Projection, features: Tensor, device: torch.device) -> float:
     """`|K - K_P|_F / |K|_F` on at most 512 examples that are spread evenly over the training set."""
-    rows = torch.linspace(0, len(features) - 1, min(_SAMPLE, len(features)), device="cpu").long().unique()
-    sample = features[rows].to(device, working_dtype(features))
+    sample = features[spread_rows(len(features), _SAMPLE)].to(device, working_dtype(features))
     before = _kernel(sample, projection.widths)
     gap = _kernel(projection(sample), projection.new_widths) - before
     norm = before.norm()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..system.devices import as_float64
+from ..system.memory import spread_rows
 
 #: Examples of the longer of two passes.
 MANY = 3
@@ -81,8 +82,7 @@ def thinned(tensor: Tensor, shape: torch.Size) -> Tensor:
     """
     for dim, (size, of_many) in enumerate(zip(tensor.shape, shape, strict=False)):
         if size == of_many and size % MANY and size > _PLACES:
-            places = torch.linspace(0, size - 1, _PLACES, device=tensor.device).long()
-            tensor = tensor.index_select(dim, places)
+            tensor = tensor.index_select(dim, spread_rows(size, _PLACES).to(tensor.device))
     return tensor.detach().clone()
 
 

@@ -51,6 +51,12 @@ class TestKernel:
         assert found.error > 0.1
         assert kernel_error(found, features, CPU) == found.error
 
+    def test_the_error_of_more_examples_than_float32_can_count(self):
+        n = 2**24 + 4  # the float32 next to n - 1 is n
+        one = torch.randn(1, sum(WIDTHS), generator=torch.Generator().manual_seed(1))
+        found = fit_projection(one.expand(30, -1), WIDTHS, "random", 10, 0, CPU)
+        assert kernel_error(found, one.expand(n, -1), CPU) == pytest.approx(found.error, rel=1e-6)
+
     def test_the_error_falls_with_the_width_and_pca_beats_chance(self):
         features = low_rank(rank=20)
         errors = {

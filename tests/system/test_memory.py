@@ -16,6 +16,7 @@ from stride_captum.system.memory import (
     free_bytes,
     parse_bytes,
     rows_that_fit,
+    spread_rows,
 )
 
 CPU = torch.device("cpu")
@@ -70,6 +71,14 @@ class TestRule:
         assert rows_that_fit(1, 10**9) == 1
         assert rows_that_fit(10**12, 1) == MOST_ROWS
         assert rows_that_fit(100, 7, most=None) == 14
+
+
+@pytest.mark.parametrize("n", [2, 64, 65, 1000, 2**24 + 4])
+def test_spread_rows_go_from_the_first_row_to_the_last_in_even_steps(n):
+    rows = spread_rows(n, 64)
+    assert (rows[0], rows[-1], len(rows)) == (0, n - 1, min(n, 64))
+    steps = rows.diff()
+    assert steps.max() - steps.min() <= 1
 
 
 class TestBlocks:
