@@ -20,7 +20,7 @@ from ..tasks.task import Task
 from ..tasks.task_loss import response_in_words
 from .plan import MEASURES, settle
 from .results import Comparison
-from .runs.lds import chosen_options, retrained
+from .runs.lds import options_so_far, retrained
 from .shared.methods import MethodSpec
 from .shared.question import Question
 from .shared.shared import Shared
@@ -200,7 +200,7 @@ def _protocol(shared: Shared) -> dict[str, Any]:
         **(on_halves if question.on_halves else dict.fromkeys(on_halves, 0)),
         "left_out": left_out,
         "subset_size": task.n_train // 2,
-        "options": chosen_options(shared),
+        "options": options_so_far(shared),
         **({"options_chosen_on": question.chosen_on} if question.chosen_on else {}),
         "response": response_in_words(task.loss),
         "models": {name: mean_residual(model, x, y, task.loss) for name, model in models.items()},

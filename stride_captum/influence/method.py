@@ -66,8 +66,8 @@ class InfluenceMethod(SavedMethod):
         response: Default response; None takes the first of the loss ("margin", or "output" of a regression).
         target: Default class of the response.
         normalize: Default normalization, None, "cosine" or "deviation".
-        memory_budget: Memory of one block of work: bytes, "512MiB", or "auto". Methods that hold a gradient of
-            all parameters for each example are faster with more.
+        memory_budget: Memory of one block of work: bytes, "512MiB", or "auto". Methods that hold a gradient
+            of all parameters for each example are faster with more.
         loss: What the model was trained with: "cross_entropy" (one output is binary),
             "binary_cross_entropy" (several labels an example), "mse" (regression), one of
             `stride_captum.losses` with its options, or one of yours (`losses.Loss`).

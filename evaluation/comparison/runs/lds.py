@@ -130,6 +130,13 @@ def chosen_options(shared: Shared) -> dict[str, Mapping[str, Any]]:
     return {s.name: s.grid[0] for s in shared.question.specs} | {row.name: row.options for row in rows}
 
 
+def options_so_far(shared: Shared) -> dict[str, Mapping[str, Any]]:
+    """`chosen_options`, without those of a grid from which no measure has had to choose."""
+    if shared.so_far(_rows) is not None or not shared.question.on_halves:
+        return chosen_options(shared)
+    return {spec.name: spec.grid[0] for spec in shared.question.specs if len(spec.grid) == 1}
+
+
 def given(shared: Shared) -> dict[str, Any]:
     """Arguments that every measure gets that trains its own models."""
     question = shared.question

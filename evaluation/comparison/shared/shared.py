@@ -50,6 +50,10 @@ class Shared:
         found: T = self._made[make]
         return found
 
+    def so_far(self, make: Callable[[Shared], T]) -> T | None:
+        """What `once(make)` has given before; None if nothing has asked for it."""
+        return self._made.get(make)
+
     @property
     def models(self) -> dict[str, nn.Module]:
         """The attributed models by name, trained on all of the task's training set."""

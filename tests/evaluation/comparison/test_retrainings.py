@@ -20,6 +20,7 @@ from stride_captum.evaluation import MethodSpec, TaskTraining, compare, load_tas
 from stride_captum.evaluation.comparison.compare import answer, planned_trainings
 from stride_captum.evaluation.comparison.plan import settle
 from stride_captum.evaluation.comparison.runs import ladder
+from stride_captum.evaluation.comparison.runs import lds as lds_rows
 from stride_captum.evaluation.comparison.runs.contenders import OUT_OF_SAMPLE, contender, grid_for
 from stride_captum.evaluation.comparison.runs.retrainings import Retrainings
 from stride_captum.evaluation.comparison.shared.methods import METHODS, adapter
@@ -255,6 +256,13 @@ class TestRows:
         question = settle(["Random"], task, store=tmp_path, measures=measures, n_resamples=0, **FEW)
         Retrainings().run(Shared(question))
         assert chosen == [0, 4, 2]
+
+    def test_options_that_no_measure_asks_for_are_not_chosen(self, task, tmp_path, monkeypatch):
+        monkeypatch.setattr(lds_rows, "_row", lambda *args: pytest.fail("a row that nobody asked for"))
+        measures = {"retrainings": {"methods": ["STRIDE"], "budgets": [0]}}
+        methods = ["STRIDE (tuned)", "Random"]
+        found = compare(methods, task, store=tmp_path, measures=measures, n_resamples=0, **FEW)
+        assert (found.rows, found.protocol["options"]) == ([], {"Random": {}})
 
     def test_options_are_chosen_once_for_averages_and_once_for_one_model(self, task, tmp_path):
         measures = {"lds": {}, "retrainings": {"methods": ["DiagonalEKFAC"], "budgets": [0, 1, 2]}}
