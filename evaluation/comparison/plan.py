@@ -20,7 +20,6 @@ from ..tasks.new_network import built
 from ..tasks.task import Task
 from ..tasks.task_loss import loss_of_methods
 from .method_choice import left_out, specs_of
-from .runs.contenders import OUT_OF_SAMPLE
 from .runs.counterfactual import Counterfactual
 from .runs.lds import READINGS
 from .runs.leakage import Leakage
@@ -28,7 +27,7 @@ from .runs.mislabel import Mislabel
 from .runs.retrainings import Retrainings
 from .shared.grids import grids, plain_numbers
 from .shared.measure import Measure
-from .shared.methods import METHODS, MethodSpec
+from .shared.methods import METHODS, OUT_OF_SAMPLE, MethodSpec
 from .shared.question import Question, halves
 
 #: Measures by name. `compare` also takes a measure of your own once you have added it here.

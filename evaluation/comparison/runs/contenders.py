@@ -7,11 +7,8 @@ from typing import Any
 
 from ...tasks.task_loss import loss_of_methods
 from ..shared.grids import for_loss, plain_numbers
-from ..shared.methods import METHODS, MethodSpec
+from ..shared.methods import METHODS, OUT_OF_SAMPLE, MethodSpec
 from ..shared.question import Question
-
-#: Suffix of the rows with out-of-sample residuals.
-OUT_OF_SAMPLE = ", out-of-sample residuals"
 
 
 def contender(name: str, question: Question) -> MethodSpec:

@@ -52,7 +52,7 @@ def write_answer(path: Path, answer: Answer) -> None:
 
 
 def read_answer(path: Path) -> tuple[Answer | None, str | None]:
-    """The result is that of `run_store.read_array`."""
+    """The scores and None; or None and what is wrong with the file; or (None, None) if there is no file."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -26,6 +26,9 @@ from ....stride import STRIDE
 from ...measures.cost import Build
 from ...retraining.attributed_models import even_epochs, log_epochs
 
+#: Suffix of the gradient baselines with out-of-sample residuals.
+OUT_OF_SAMPLE = ", out-of-sample residuals"
+
 
 @dataclass(frozen=True)
 class MethodSpec:
@@ -193,7 +196,7 @@ def _twice(
     return [
         MethodSpec(name, adapter(cls), published, needs=needs, settable=settable),
         MethodSpec(
-            f"{name}, out-of-sample residuals",
+            name + OUT_OF_SAMPLE,
             adapter(cls, residuals="both"),
             ours,
             needs=needs,

@@ -62,7 +62,7 @@ class Shared:
     @property
     def models_so_far(self) -> dict[str, nn.Module]:
         """`models` if a measure has asked for them, else none; trains nothing."""
-        return self.models if _attributed in self._made else {}
+        return {} if self.so_far(_attributed) is None else self.models
 
     @property
     def checkpoints(self) -> dict[str, dict[int, Any]]:

@@ -21,9 +21,9 @@ from stride_captum.evaluation.comparison.compare import answer, planned_training
 from stride_captum.evaluation.comparison.plan import settle
 from stride_captum.evaluation.comparison.runs import ladder
 from stride_captum.evaluation.comparison.runs import lds as lds_rows
-from stride_captum.evaluation.comparison.runs.contenders import OUT_OF_SAMPLE, contender, grid_for
+from stride_captum.evaluation.comparison.runs.contenders import contender, grid_for
 from stride_captum.evaluation.comparison.runs.retrainings import Retrainings
-from stride_captum.evaluation.comparison.shared.methods import METHODS, adapter
+from stride_captum.evaluation.comparison.shared.methods import METHODS, OUT_OF_SAMPLE, adapter
 from stride_captum.evaluation.comparison.shared.shared import Shared
 from stride_captum.evaluation.measures.calibration import calibration
 from stride_captum.evaluation.measures.linear_datamodeling import lds
